@@ -1,0 +1,6 @@
+"""Lightning callbacks: one line in a Trainer."""
+
+from lq_plugin.callbacks.ptq import PHASES, PTQ, register_phase
+from lq_plugin.callbacks.qat import QAT
+
+__all__ = ["PHASES", "PTQ", "QAT", "register_phase"]

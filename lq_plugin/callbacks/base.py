@@ -1,0 +1,119 @@
+"""What QAT and PTQ share: injection at the one moment that is right for every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lq_plugin.callbacks.data import calibration_batches, merge_statistics, step_runner, without_traces
+from lq_plugin.errors import CalibrationError, PlanError
+from lq_plugin.model.calibrate import Statistics, calibrate, evaluating, float_forward, never_reached
+from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.prepare import prepare
+from lq_plugin.model.record import Recording, record
+from lq_plugin.plan import QuantPlan
+
+#: Runs the model on one batch, for calibration.
+CalibrationStep = Callable[[LightningModule, Any], Any]
+
+
+class QuantizationCallback(Callback):
+    """Injects a plan's quantizers into the LightningModule of a Trainer.
+
+    Injection happens right after `configure_model`: later than any place where layers are built,
+    earlier than checkpoints, strategies and optimizers look at the parameters.
+
+    Args:
+        plan: anything `QuantPlan.parse` reads.
+        min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work.
+        dataloader: calibration data; the datamodule's train dataloader when None.
+        calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step) when None.
+    """
+
+    def __init__(
+        self,
+        plan: QuantPlan | str | Path | Mapping[str, Any],
+        min_coverage: float | None = None,
+        dataloader: Iterable[Any] | None = None,
+        calibration_step: CalibrationStep | None = None,
+    ) -> None:
+        self.plan = QuantPlan.parse(plan)
+        if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
+            raise PlanError(f"min_coverage is a share in 0..1, got {min_coverage!r}")
+        self.min_coverage = min_coverage
+        self.dataloader = dataloader
+        self.calibration_step = calibration_step
+        self.ledger = Ledger()
+        self.recording: Recording | None = None
+        self.statistics: Statistics = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        original = pl_module.configure_model
+
+        def configure_model() -> None:
+            # Put back first: a strategy may call it again, and the user's method must not stay patched.
+            pl_module.__dict__.pop("configure_model", None)
+            original()
+            self.inject(pl_module)
+
+        pl_module.__dict__["configure_model"] = configure_model
+
+    def inject(self, pl_module: LightningModule) -> Ledger:
+        """Put the quantizers in; nothing changes when they are in already."""
+        ledger = prepare(pl_module, self.plan)
+        if not self.ledger.same_layers(ledger):
+            self.ledger, self.recording = ledger, None
+        rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
+        return self.ledger
+
+    def record(self, trainer: Trainer, pl_module: LightningModule) -> Recording:
+        """What the float model does with one batch; run once, then remembered.
+
+        Fills the ledger with functional calls and MACs.
+
+        Raises:
+            CoverageError: when less is quantized than `min_coverage` asks for.
+            CalibrationError: when there is no batch.
+        """
+        if self.recording is None:
+            run = step_runner(trainer, pl_module, self.calibration_step)
+            with without_traces(pl_module), evaluating(pl_module), float_forward(pl_module), torch.no_grad():
+                for batch in calibration_batches(trainer, pl_module, self.dataloader, 1):
+                    self.recording = record(pl_module, lambda: run(batch))  # noqa: B023
+            if self.recording is None:
+                raise CalibrationError("no calibration data: the loader gave 0 batches")
+            self.ledger.add_recording(self.recording)
+            rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
+        self.ledger.require(self.min_coverage)
+        return self.recording
+
+    def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
+        """Find every range from `count` batches of each rank. The statistics stay in `self.statistics`."""
+        self.record(trainer, pl_module)
+        batches = calibration_batches(trainer, pl_module, self.dataloader, count)
+        with without_traces(pl_module):
+            merge = merge_statistics if trainer.world_size > 1 else None
+            self.statistics = calibrate(pl_module, batches, step_runner(trainer, pl_module, self.calibration_step), merge)
+        if missed := never_reached(self.statistics):
+            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; using them raises an error")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A run that failed before configure_model must not leave the patch behind.
+        pl_module.__dict__.pop("configure_model", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = QuantPlan.from_dict(state_dict["plan"])
+        if saved.rules != self.plan.rules:
+            raise PlanError(
+                "the checkpoint was written with another plan:\n"
+                f"  checkpoint: {[rule.to_dict() for rule in saved.rules]}\n  here:       {[rule.to_dict() for rule in self.plan.rules]}\n"
+                "  resume with the checkpoint's plan, or start from its weights only"
+            )

@@ -1,0 +1,148 @@
+"""Batches for calibration, and running a LightningModule on them without leaving traces."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.call import _call_lightning_datamodule_hook
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torchmetrics import Metric
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.model.calibrate import Statistics
+
+_STEPS = ("validation_step", "test_step", "predict_step", "training_step")
+
+
+def calibration_batches(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, count: int) -> Iterator[Any]:
+    """Up to `count` batches of this rank, on the module's device.
+
+    They come from `given`, or from the train dataloader of the fit, of the datamodule, or of the
+    module. Random states are as before afterwards.
+
+    Raises:
+        CalibrationError: when there is no such loader.
+    """
+    with isolate_rng():
+        loader = given if given is not None else _train_loader(trainer, pl_module)
+        # Each rank takes its share, as a distributed sampler would give it.
+        mine = itertools.islice(loader, trainer.global_rank, count * trainer.world_size, trainer.world_size)
+        for batch in mine:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
+    source = trainer.fit_loop._data_source
+    if source.is_defined():
+        return source.dataloader()
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and is_overridden("train_dataloader", datamodule):
+        # A validation run has only set up its own stage.
+        _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+        return datamodule.train_dataloader()
+    if is_overridden("train_dataloader", pl_module):
+        return pl_module.train_dataloader()
+    raise CalibrationError(
+        "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; "
+        "give one: PTQ(plan, dataloader=...)"
+    )
+
+
+def step_runner(trainer: Trainer, pl_module: LightningModule, step: Callable[[LightningModule, Any], Any] | None) -> Callable[[Any], Any]:
+    """A function that runs the module on one batch the way its author does, in the Trainer's precision.
+
+    Raises:
+        CalibrationError: when the module has no step that can run without training it.
+    """
+    if step is None:
+        step = _own_step(pl_module)
+
+    def run(batch: Any) -> Any:
+        with trainer.precision_plugin.forward_context():
+            return step(pl_module, batch)
+
+    return run
+
+
+def _own_step(pl_module: LightningModule) -> Callable[[LightningModule, Any], Any]:
+    for name in _STEPS:
+        if name == "training_step" and not pl_module.automatic_optimization:
+            continue  # it would take optimizer steps
+        if is_overridden(name, pl_module):
+            break
+    else:
+        raise CalibrationError(
+            f"{type(pl_module).__name__} has no validation, test or predict step, and its training step optimizes by hand; "
+            "give calibration_step=lambda module, batch: ..."
+        )
+    accepted = inspect.signature(getattr(pl_module, name)).parameters
+    extra = {key: 0 for key in ("batch_idx", "dataloader_idx") if key in accepted}
+    if not extra and len(accepted) > 1:
+        # Named differently, as in validation_step(self, batch, _).
+        positional = [0] * (len(accepted) - 1)
+        return lambda module, batch: getattr(module, name)(batch, *positional)
+    return lambda module, batch: getattr(module, name)(batch, **extra)
+
+
+@contextmanager
+def without_traces(pl_module: LightningModule) -> Iterator[None]:
+    """Nothing is logged inside, and torchmetrics' states are as before afterwards."""
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    states = [(m, {key: copy.deepcopy(getattr(m, key)) for key in m._defaults}, m._update_count, m._computed) for m in metrics]
+    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        pl_module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name, before in silenced.items():
+            if before is None:
+                del pl_module.__dict__[name]
+            else:
+                pl_module.__dict__[name] = before
+        for metric, state, updates, computed in states:
+            for key, value in state.items():
+                setattr(metric, key, value)
+            metric._update_count, metric._computed = updates, computed
+
+
+def all_reduce_max(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Elementwise maximum over the Trainer's ranks, or None when it has one process."""
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return None
+
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    return reduce
+
+
+def merge_statistics(statistics: Statistics) -> None:
+    """Join the statistics of all ranks, in place, with one bucketed all-reduce for each kind of tensor."""
+    histograms = list(statistics.values())
+
+    def reduce(parts: list[torch.Tensor], operation: Any) -> list[torch.Tensor]:
+        bucket = torch.cat([part.flatten() for part in parts])
+        torch.distributed.all_reduce(bucket, operation)
+        return [new.view_as(old) for new, old in zip(bucket.split([p.numel() for p in parts]), parts, strict=True)]
+
+    highest, total = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
+    for histogram, octave in zip(histograms, reduce([h.common_range() for h in histograms], highest), strict=True):
+        histogram.rebin(octave)
+    for name in ("counts", "zeros", "total"):
+        for histogram, value in zip(histograms, reduce([getattr(h, name) for h in histograms], total), strict=True):
+            setattr(histogram, name, value)
+    for name, sign in (("maximum", 1.0), ("minimum", -1.0)):
+        for histogram, value in zip(histograms, reduce([sign * getattr(h, name) for h in histograms], highest), strict=True):
+            setattr(histogram, name, sign * value)

@@ -1,0 +1,82 @@
+"""Bring learned ranges to the optimizers, and give them a group without weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from lq_plugin.model.prepare import quantized_layers
+
+#: Lists that schedulers of torch keep with one element for each parameter group.
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
+
+
+def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """See that each learned range is in an optimizer, in a group of its own without weight decay.
+
+    A range goes where its layer's weight is; one whose weight no optimizer holds goes to the first
+    optimizer. Groups are cloned, and schedulers learn of the new ones, so that a resumed run has the same.
+
+    Returns:
+        Names of the ranges that the user's `configure_optimizers` had not found.
+    """
+    adopted: list[str] = []
+    wanted: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
+    for layer_name, layer in quantized_layers(pl_module):
+        for slot in ("weight", "input", "output"):
+            quantizer = getattr(layer, f"{slot}_quantizer")
+            if quantizer is None:
+                continue
+            for name, parameter in quantizer.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                decay_free = name in quantizer.no_weight_decay
+                place = _find(trainer.optimizers, parameter)
+                if place is None:
+                    adopted.append(f"{layer_name}.{slot}_quantizer.{name}")
+                elif not (decay_free and trainer.optimizers[place[0]].param_groups[place[1]].get("weight_decay")):
+                    continue
+                home = place or _find(trainer.optimizers, layer.weight) or ((0, 0) if trainer.optimizers else None)
+                if home is not None:
+                    wanted.setdefault((*home, decay_free), []).append(parameter)
+    for (index, group, decay_free), parameters in wanted.items():
+        _move(trainer, index, group, parameters, decay_free)
+    return adopted
+
+
+def _find(optimizers: list[Optimizer], parameter: Any) -> tuple[int, int] | None:
+    for index, optimizer in enumerate(optimizers):
+        for group, content in enumerate(optimizer.param_groups):
+            if any(held is parameter for held in content["params"]):
+                return index, group
+    return None
+
+
+def _move(trainer: Trainer, index: int, source: int, parameters: list[nn.Parameter], decay_free: bool) -> None:
+    optimizer = trainer.optimizers[index]
+    # A wrapper (LightningOptimizer, DDP) may stand in front: the groups are shared with it.
+    moving = {id(parameter) for parameter in parameters}
+    template = optimizer.param_groups[source]
+    template["params"] = [held for held in template["params"] if id(held) not in moving]
+    group = {key: value for key, value in template.items() if key != "params"}
+    if decay_free and "weight_decay" in group:
+        group["weight_decay"] = 0.0
+    if "param_names" in group:
+        del group["param_names"]
+    optimizer.add_param_group({**group, "params": parameters})
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler.optimizer is optimizer:
+            _extend(config.scheduler, source, len(optimizer.param_groups))
+
+
+def _extend(scheduler: Any, source: int, groups: int) -> None:
+    """Repeat element `source` of every per-group list of a scheduler, nested ones too."""
+    for inner in getattr(scheduler, "_schedulers", []):
+        _extend(inner, source, groups)
+    for name in _PER_GROUP:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == groups - 1:
+            values.append(values[source])

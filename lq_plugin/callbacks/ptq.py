@@ -1,0 +1,110 @@
+"""PTQ: quantize a trained LightningModule with a few batches, then evaluate it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
+from lq_plugin.callbacks.data import calibration_batches, step_runner, without_traces
+from lq_plugin.errors import PlanError, did_you_mean
+from lq_plugin.model.batch_norm import reestimate_batch_norm
+from lq_plugin.model.fold_batch_norm import FoldedBatchNorms, find_batch_norm_pairs, fold_batch_norm
+from lq_plugin.model.prepare import quantizers
+from lq_plugin.plan import QuantPlan
+
+PhaseFunction = Callable[["PTQ", Trainer, LightningModule], None]
+#: What PTQ can do with a model, by name; `register_phase` adds to it.
+PHASES: dict[str, PhaseFunction] = {}
+
+
+def register_phase(name: str) -> Callable[[PhaseFunction], PhaseFunction]:
+    """Decorator: make a function of `(ptq, trainer, pl_module)` usable in `PTQ(phases=[...])`."""
+
+    def decorate(function: PhaseFunction) -> PhaseFunction:
+        PHASES[name] = function
+        return function
+
+    return decorate
+
+
+class PTQ(QuantizationCallback):
+    """Calibrates at the start of `trainer.validate`, `test` or `predict`; the loop then reports the quantized model.
+
+    A model that is calibrated already, by an earlier call or from a checkpoint, is used as it is.
+
+    Args:
+        plan: a short string (`"w4a8"`), a YAML path, a mapping or a `QuantPlan`.
+        calibration_batches: how many batches the ranges come from.
+        phases: names from `PHASES`, run in this order.
+        recalibrate: run the phases although the model is calibrated.
+        min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+    """
+
+    def __init__(
+        self,
+        plan: QuantPlan | str | Path | Mapping[str, Any],
+        calibration_batches: int = 8,
+        phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
+        recalibrate: bool = False,
+        min_coverage: float | None = None,
+        dataloader: Iterable[Any] | None = None,
+        calibration_step: CalibrationStep | None = None,
+    ) -> None:
+        super().__init__(plan, min_coverage, dataloader, calibration_step)
+        if not isinstance(calibration_batches, int) or calibration_batches < 1:
+            raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
+        unknown = [phase for phase in phases if phase not in PHASES]
+        if unknown or not phases:
+            raise PlanError(f"unknown phases {unknown}; valid: {', '.join(PHASES)}.{did_you_mean(str((unknown or [''])[0]), PHASES)}")
+        if "calibrate" not in phases:
+            raise PlanError(f"phases {list(phases)} lack 'calibrate': without it there are no ranges")
+        self.calibration_batches = calibration_batches
+        self.phases = tuple(phases)
+        self.recalibrate = recalibrate
+        self.folded: FoldedBatchNorms | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            raise PlanError("PTQ quantizes a trained model: use it with trainer.validate, test or predict; for trainer.fit there is QAT")
+        super().setup(trainer, pl_module, stage)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.quantize(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.quantize(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.quantize(trainer, pl_module)
+
+    def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the phases, unless the model is calibrated already."""
+        if not self.recalibrate and all(quantizer.is_calibrated for quantizer in quantizers(pl_module)):
+            return
+        for phase in self.phases:
+            PHASES[phase](self, trainer, pl_module)
+
+
+@register_phase("calibrate")
+def _calibrate(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
+    ptq.calibrate(trainer, pl_module, ptq.calibration_batches)
+
+
+@register_phase("fold_batch_norm")
+def _fold_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
+    pairs, refused = find_batch_norm_pairs(pl_module, ptq.record(trainer, pl_module))
+    for refusal in refused:
+        rank_zero_info(f"PTQ: batch norm not folded: {refusal}")
+    ptq.folded = fold_batch_norm(pl_module, pairs)
+
+
+@register_phase("reestimate_batch_norm")
+def _reestimate_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
+    batches = calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches)
+    with without_traces(pl_module):
+        reestimate_batch_norm(pl_module, batches, step_runner(trainer, pl_module, ptq.calibration_step))

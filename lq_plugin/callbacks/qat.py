@@ -1,0 +1,114 @@
+"""QAT: quantization-aware training of any LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
+from lq_plugin.callbacks.data import all_reduce_max
+from lq_plugin.callbacks.optimizers import adopt_learned_ranges
+from lq_plugin.errors import PlanError
+from lq_plugin.model.batch_norm import freeze_batch_norm
+from lq_plugin.model.observe import commit_observers
+from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.plan import QuantPlan
+from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
+from lq_plugin.schedule import Phase, Schedule
+
+
+class QAT(QuantizationCallback):
+    """Trains with fake-quantized weights and activations.
+
+    At the start of a fit, `init_batches` float batches give every range a first value. Then the
+    schedule, a function of epoch and step alone, says what is quantized; ranges by EMA move
+    after each training batch, never in validation; ranges of weights by estimators other than
+    `minmax` are found anew at the start of each epoch.
+
+    Args:
+        plan: a short string (`"w4a8"`), a YAML path, a mapping or a `QuantPlan`.
+        schedule: a `Schedule` or a mapping of its moments; the plan's own when None.
+        init_batches: batches for the first ranges; 0 leaves layers float until the first training batch is over.
+        min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+
+    >>> from lightning import Trainer
+    >>> trainer = Trainer(callbacks=[QAT("w4a8", schedule={"activations_start": "epoch 1"})], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        plan: QuantPlan | str | Path | Mapping[str, Any],
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        init_batches: int = 1,
+        min_coverage: float | None = None,
+        dataloader: Iterable[Any] | None = None,
+        calibration_step: CalibrationStep | None = None,
+    ) -> None:
+        super().__init__(plan, min_coverage, dataloader, calibration_step)
+        if schedule is not None:
+            self.plan = QuantPlan(self.plan.rules, schedule)
+        if not isinstance(init_batches, int) or init_batches < 0:
+            raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
+        self.init_batches = init_batches
+        self.phase: Phase | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.phase = None
+        uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated]
+        if uncalibrated and self.init_batches:
+            self.calibrate(trainer, pl_module, self.init_batches)
+        for name in adopt_learned_ranges(trainer, pl_module):
+            rank_zero_info(f"QAT: added {name} to the optimizer")
+        self._apply_schedule(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        missing = [q for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated]
+        if missing:
+            rank_zero_warn(f"QAT: the sanity check runs {len(missing)} tensors float, they have no range yet (first: {missing[0].name})")
+        for quantizer in missing:
+            quantizer.allow_uncalibrated = True
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for quantizer in quantizers(pl_module):
+            quantizer.allow_uncalibrated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run has its epoch and step only now.
+        self._apply_schedule(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Resumed in the middle of an epoch, the ranges found at its start are in the checkpoint.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            for _, layer in quantized_layers(pl_module):
+                quantizer = layer.weight_quantizer
+                if quantizer is not None and quantizer.needs_calibration and not quantizer.spec.learned:
+                    layer.calibrate_weight()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._apply_schedule(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        commit_observers(quantizers(pl_module), all_reduce_max(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for quantizer in quantizers(pl_module):
+            quantizer.observing = False
+
+    def _apply_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        phase = self.plan.schedule.at(trainer.current_epoch, trainer.global_step)
+        if phase.freeze_batch_norm:
+            # Again at each batch: model.train() after a validation switches it back on.
+            freeze_batch_norm(pl_module)
+        if phase == self.phase:
+            return
+        for quantizer in quantizers(pl_module):
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.set_enabled(phase.weights)
+            elif isinstance(quantizer, InputQuantizer):
+                quantizer.set_enabled(phase.activations)
+                quantizer.observing = phase.observe
+        self.phase = phase

@@ -1,0 +1,166 @@
+"""Entry points: `lq-train`, composed by Hydra from `pkg://lq_plugin.conf` and the user's own `--config-dir`.
+
+Nothing heavy is imported before a run starts: `lq-train --help` and tab completion stay quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lq_plugin.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="train")
+def train(cfg: DictConfig) -> float | None:
+    """`lq-train`: build what the config names, then fit, validate and test it.
+
+    Returns:
+        The metric named by `optimized_metric`, for a sweep; None when none is named.
+
+    Raises:
+        ValueError: when the config lacks the plugin's own part, or that metric was not logged.
+    """
+    require_lq_configs(cfg)
+    try:
+        return optimized_metric(run(cfg), cfg.optimized_metric)
+    finally:
+        close_wandb()
+
+
+def run(cfg: DictConfig) -> Metrics:
+    """The stages that `cfg` switches on, in order; returns every metric they logged."""
+    from lightning import seed_everything
+
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    output_dir = Path(cfg.paths.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    model: LightningModule = instantiate(cfg.model)
+    metrics: Metrics = {}
+    if cfg.float_checkpoint:
+        load_float_weights(model, Path(cfg.float_checkpoint))
+    if cfg.float_epochs:
+        metrics |= train_float(cfg, model, datamodule, output_dir / "float.ckpt")
+
+    # Instantiated one by one: a list in the config would be merged away by an override.
+    callbacks = [instantiate(entry) for entry in (cfg.get("callbacks") or {}).values()]
+    loggers = [instantiate(entry) for entry in (cfg.get("logger") or {}).values()]
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        if metrics:
+            logger.log_metrics(metrics, step=0)
+    metrics |= run_stages(cfg, trainer, model, datamodule)
+    log.info("metrics: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    log.info("written to %s", output_dir)
+    return metrics
+
+
+def run_stages(cfg: DictConfig, trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> Metrics:
+    """Fit, validate and test, as `cfg` says; after a fit the best checkpoint is evaluated, else `ckpt_path`."""
+    metrics: Metrics = {}
+    ckpt_path = cfg.ckpt_path
+    if cfg.fit:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        metrics |= logged(trainer)
+        ckpt_path = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+    for wanted, evaluate in ((cfg.validate, trainer.validate), (cfg.test, trainer.test)):
+        if wanted:
+            evaluate(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            metrics |= logged(trainer)
+    return metrics
+
+
+def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> Metrics:
+    """Train `model` without any callback of the config; its weights are saved to `path`.
+
+    Returns:
+        What validation and test logged, with `float/` before the names.
+    """
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, callbacks=[], logger=False, enable_checkpointing=False)
+    trainer.fit(model, datamodule=datamodule)
+    trainer.save_checkpoint(path, weights_only=True)
+    metrics: Metrics = {}
+    for wanted, evaluate in ((cfg.validate, trainer.validate), (cfg.test, trainer.test)):
+        if wanted:
+            evaluate(model, datamodule=datamodule)
+            metrics |= {f"float/{name}": value for name, value in logged(trainer).items()}
+    return metrics
+
+
+def load_float_weights(model: LightningModule, path: Path) -> None:
+    """Load a Lightning checkpoint or a `.safetensors` state dict into `model`, strictly.
+
+    Raises:
+        FileNotFoundError, RuntimeError: when there is no such file, or its keys or shapes are not the model's.
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("state_dict", content)
+    model.load_state_dict(state)
+
+
+def logged(trainer: Trainer) -> Metrics:
+    """The metrics that the Trainer's last stage logged, as plain floats."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
+    """The value of metric `name`.
+
+    Raises:
+        ValueError: when it was not logged.
+
+    >>> optimized_metric({"val/acc": 0.5}, "val/ac")
+    Traceback (most recent call last):
+    ValueError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean 'val/acc'?
+    """
+    if name is None:
+        return None
+    if name not in metrics:
+        listing = ", ".join(sorted(metrics)) or "nothing (no stage was run)"
+        raise ValueError(f"optimized_metric {name!r} was not logged; logged: {listing}.{did_you_mean(name, metrics)}")
+    return metrics[name]
+
+
+def require_lq_configs(cfg: Any) -> None:
+    """Refuse a config in which `+lq=qat` became the plain string `"qat"`.
+
+    Hydra makes it one where it does not find the group `lq`, and the run would be float without a word.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if isinstance(value := cfg.get("lq"), str):
+        raise ValueError(
+            f"lq={value} was read as a plain string, not as the config group of lq_plugin: nothing would be quantized. "
+            "Is lq_plugin installed in this environment (pip show lq_plugin)?"
+        )
+
+
+def close_wandb() -> None:
+    """End the W&B run of this job: the next job of a multirun would go on writing into it."""
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()

@@ -1,0 +1,48 @@
+"""Errors of lq_plugin. All are `ValueError`s, so one `except` catches every kind of bad input.
+
+An error says what was got, what is valid and where, and lists every fault at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantizationError(ValueError):
+    """Base of every error this library raises about its input."""
+
+
+class SpecError(QuantizationError):
+    """A `QuantSpec` that cannot exist: unknown format or range, impossible bit-width."""
+
+
+class PlanError(QuantizationError):
+    """A `QuantPlan` that does not fit: unknown pattern, spec that a layer cannot take."""
+
+
+class CalibrationError(QuantizationError):
+    """Ranges are missing, or the data they should come from is empty, NaN or Inf."""
+
+
+class CoverageError(QuantizationError):
+    """Less of the model is quantized than `min_coverage` asks for."""
+
+
+def did_you_mean(got: str, valid: Iterable[str], limit: int = 3) -> str:
+    """Return `" Did you mean 'x', 'y'?"`, or an empty string when nothing is near.
+
+    >>> did_you_mean("minmx", ["minmax", "mse"])
+    " Did you mean 'minmax'?"
+    """
+    near = difflib.get_close_matches(got, list(valid), n=limit, cutoff=0.6)
+    return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def raise_all(kind: type[QuantizationError], title: str, faults: list[str]) -> None:
+    """Raise one `kind` that lists every fault; do nothing when there is none."""
+    if len(faults) == 1:
+        raise kind(f"{title}: {faults[0]}")
+    if faults:
+        listing = "\n".join(f"  - {fault}" for fault in faults)
+        raise kind(f"{title}: {len(faults)} faults\n{listing}")

@@ -1,0 +1,52 @@
+"""How far a quantized tensor is from the original: signal to noise ratio, share of clipped elements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def energy(x: Tensor) -> Tensor:
+    """Sum of squares, float64 `[]`: in float32, a billion squares lose the small ones."""
+    if x.device.type == "mps":  # has no float64
+        x = x.cpu()
+    return x.detach().float().square().sum(dtype=torch.float64)
+
+
+def decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    """10 log10(signal / noise) of two energies; no noise is inf, even on no signal."""
+    return torch.where(noise == 0, torch.inf, 10.0 * torch.log10(signal / noise))
+
+
+def sqnr_db(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Signal to quantization noise ratio over all elements: 10 log10(sum x² / sum (x - x̂)²) dB.
+
+    Args:
+        x, x_hat: original and quantized tensor of one shape.
+
+    Returns:
+        float64 `[]`; inf where nothing is lost, -inf for noise on an all-zero tensor.
+
+    Raises:
+        ValueError: when the shapes differ.
+
+    >>> sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
+    tensor(20., dtype=torch.float64)
+    """
+    if x.shape != x_hat.shape:
+        raise ValueError(f"x and x_hat must have one shape, got {list(x.shape)} and {list(x_hat.shape)}")
+    return decibel(energy(x), energy(x.detach().float() - x_hat.detach().float()))
+
+
+def clipping_share(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Share of the elements of `x` outside `[lo, hi]`, float64 `[]`.
+
+    Args:
+        x: any shape, at least one element.
+        lo, hi: bounds that broadcast against `x`.
+
+    >>> clipping_share(torch.tensor([-3.0, 0.0, 1.0, 2.0]), torch.tensor(-1.0), torch.tensor(1.0))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    outside = (x < lo) | (x > hi)
+    return (outside.sum().cpu().double() / x.numel()).to(torch.float64)

@@ -1,0 +1,86 @@
+"""Which elements share a scale: the shapes behind per-tensor, per-channel and per-group.
+
+A weight is laid out as `[C_out, C_in, *kernel]` (each layer brings its own into that order).
+`blocks` views it so that one scale tensor broadcasts against it:
+
+| granularity | blocks | scale |
+|---|---|---|
+| PerTensor | `[O, I, *k]` | `[1, 1, 1...]` |
+| PerChannel, axis 0 | `[O, I, *k]` | `[O, 1, 1...]` |
+| PerGroup of g | `[O, ceil(I/g), g, *k]` | `[O, ceil(I/g), 1, *k]` |
+
+Groups run along the input channels, for each kernel position apart, as vectors do in VS-Quant
+(Dai et al., MLSys 2021) and blocks in ONNX's blocked quantization.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.spec import Granularity, PerChannel, PerGroup
+
+
+def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: int = 0) -> tuple[int, ...]:
+    """Shape of the scales for a tensor of `shape`, broadcastable to `blocks(x, granularity)`.
+
+    >>> from lq_plugin.spec import PerTensor
+    >>> scale_shape((8, 20, 3, 3), PerGroup(16, ragged=True)), scale_shape((8, 20), PerTensor())
+    ((8, 2, 1, 3, 3), (1, 1))
+    """
+    if isinstance(granularity, PerGroup):
+        rows, columns, *kernel = shape
+        return (rows, -(-columns // granularity.group_size), 1, *kernel)
+    if isinstance(granularity, PerChannel):
+        axis = channel_axis if granularity.axis is None else granularity.axis
+        return tuple(size if d == axis % len(shape) else 1 for d, size in enumerate(shape))
+    return (1,) * len(shape)
+
+
+def blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """View of `x` that one scale tensor broadcasts against; a ragged last group is padded with zeros."""
+    if not isinstance(granularity, PerGroup):
+        return x
+    rows, columns, *kernel = x.shape
+    size = granularity.group_size
+    if short := -columns % size:
+        x = torch.cat([x, x.new_zeros(rows, short, *kernel)], dim=1)
+    return x.reshape(rows, -1, size, *kernel)
+
+
+def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
+    """Back from `blocks` to a tensor of `shape`; padding is dropped."""
+    if not isinstance(granularity, PerGroup):
+        return y
+    rows, columns, *kernel = shape
+    return y.reshape(rows, -1, *kernel)[:, :columns]
+
+
+def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | None:
+    """Boolean blocks, False on padding; None when nothing is padded."""
+    if not isinstance(granularity, PerGroup) or shape[1] % granularity.group_size == 0:
+        return None
+    return blocks(torch.ones(shape), granularity) > 0
+
+
+def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:
+    """`[rows, n]`: the elements that share scale number `row` of a scale tensor of shape `scale`.
+
+    Rows are in the order of `scale.flatten()`.
+
+    >>> to_rows(torch.arange(6).reshape(2, 3), (1, 3))
+    tensor([[0, 3],
+            [1, 4],
+            [2, 5]])
+    """
+    kept = [d for d, size in enumerate(scale) if size > 1]
+    reduced = [d for d, size in enumerate(scale) if size == 1]
+    count = 1
+    for d in kept:
+        count *= x.shape[d]
+    return x.permute(*kept, *reduced).reshape(count, -1)
+
+
+def reduced_dims(scale: tuple[int, ...]) -> list[int]:
+    """The dims a scale tensor of this shape is shared along."""
+    return [d for d, size in enumerate(scale) if size == 1]

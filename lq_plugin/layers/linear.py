@@ -1,0 +1,36 @@
+"""Linear layers: `nn.Linear`, and `Conv1D` of Hugging Face transformers (a Linear with its weight transposed)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq_plugin.layers.base import QuantizedLayer
+from lq_plugin.layers.registry import register_layer, register_layer_name
+
+
+@register_layer(nn.Linear)
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """y = Q(x) · Q(W)ᵀ + b. Input `[..., C_in]`."""
+
+    float_class = nn.Linear
+
+    def channels(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+
+
+@register_layer_name("transformers.pytorch_utils.Conv1D")
+class QuantizedConv1D(QuantizedLayer):
+    """GPT-2's linear layer: its weight is `[C_in, C_out]`."""
+
+    def channels(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()

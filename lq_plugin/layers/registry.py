@@ -1,0 +1,77 @@
+"""Which float layer becomes which quantized layer.
+
+A quantized class inherits its float class, so that `isinstance`, parameters, hooks and the key `weight`
+stay; swapping `module.__class__` in place turns one into the other, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+
+_REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
+_BY_NAME: dict[str, type[QuantizedLayer]] = {}
+_SHADOWED: dict[type[nn.Module], type[nn.Module]] = {}
+
+L = TypeVar("L", bound=type[QuantizedLayer])
+
+
+def register_layer(float_type: type[nn.Module]) -> Callable[[L], L]:
+    """Class decorator: the class quantizes layers of exactly `float_type`.
+
+    It inherits `QuantizedLayer` and `float_type`, in this order.
+    """
+
+    def decorate(quantized: L) -> L:
+        _REGISTRY[float_type] = quantized
+        return quantized
+
+    return decorate
+
+
+def register_layer_name(type_name: str) -> Callable[[L], L]:
+    """The same for a class of a library that need not be installed: `"transformers.pytorch_utils.Conv1D"`.
+
+    The decorated class inherits `QuantizedLayer` only; it is combined with the float class when one is met.
+    """
+
+    def decorate(quantized: L) -> L:
+        _BY_NAME[type_name] = quantized
+        return quantized
+
+    return decorate
+
+
+def quantized_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class to swap `module` to, or None when its type holds no quantizers.
+
+    A registered type has its own class. A subclass with a forward of its own (a weight-standardised
+    convolution, say) gets one that runs that very forward on the quantized weight.
+    """
+    kind = type(module)
+    if issubclass(kind, QuantizedLayer):
+        return kind
+    if kind in _REGISTRY:
+        return _REGISTRY[kind]
+    if kind in _SHADOWED:
+        return _SHADOWED[kind]
+    named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    base = named or next((_REGISTRY[parent] for parent in kind.__mro__ if parent in _REGISTRY), None)
+    if base is None:
+        return None
+    shadowed = type(f"Quantized{kind.__name__}", (ShadowedForward, base, kind), {"float_class": kind, "__module__": __name__})
+    return _SHADOWED.setdefault(kind, shadowed)
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why this layer, although of a known type, cannot hold quantizers; None when it can."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "lazy module without shape yet: run one batch through the model before the Trainer"
+    if is_parametrized(module, "weight"):
+        return "its weight is parametrized (weight_norm, spectral_norm, ...)"
+    return None

@@ -1,0 +1,137 @@
+"""Find the ranges of a prepared model from data: one float pass that serves every estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.quantizers import InputQuantizer, Quantizer
+from lq_plugin.ranges import Histogram, Sample
+
+#: Statistics of each activation, by the name of its quantizer.
+Statistics = dict[str, Histogram]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    merge: Callable[[Statistics], None] | None = None,
+) -> Statistics:
+    """Find the range of every weight and activation of a prepared model.
+
+    The model runs float and in evaluation mode; its training flags are as before afterwards.
+
+    Args:
+        model: prepared by `lq_plugin.prepare`.
+        batches: calibration data, read once.
+        run: runs the model on one batch; `model(batch)` when None.
+        merge: joins the statistics of several processes, in place.
+
+    Returns:
+        The statistics, for `lq_plugin.ranges.compare_ranges` or another plan's `load_statistics`.
+
+    Raises:
+        CalibrationError: no batches, NaN or Inf in weights or activations (with the layer's name), or a model that is not prepared.
+
+    >>> import lq_plugin
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> _ = lq_plugin.prepare(net, "w8a8")
+    >>> statistics = calibrate(net, [torch.randn(16, 8)])
+    >>> sorted(statistics)
+    ['0.input', '2.input']
+    """
+    statistics = collect_statistics(model, batches, run, merge)
+    load_statistics(model, statistics)
+    return statistics
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    merge: Callable[[Statistics], None] | None = None,
+) -> Statistics:
+    """The first half of `calibrate`: gather statistics, change nothing."""
+    if not quantized_layers(model):
+        raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
+    watched = [q for q in quantizers(model) if isinstance(q, InputQuantizer)]
+    count = 0
+    with evaluating(model), float_forward(model), torch.no_grad():
+        for quantizer in watched:
+            quantizer.collector = quantizer.new_collector()
+        try:
+            for batch in batches:
+                (run or model)(batch)
+                count += 1
+            statistics = {q.name: q.collector for q in watched if q.collector is not None}
+        finally:
+            for quantizer in watched:
+                quantizer.collector = None
+    if not count:
+        raise CalibrationError("no calibration data: the loader gave 0 batches")
+    if merge is not None:
+        merge(statistics)
+    return statistics
+
+
+def load_statistics(model: nn.Module, statistics: Statistics) -> None:
+    """The second half of `calibrate`: set each range by its spec's estimator.
+
+    An activation that no batch reached stays uncalibrated; using it later raises.
+    """
+    for _, layer in quantized_layers(model):
+        layer.calibrate_weight()
+    for quantizer in quantizers(model):
+        histogram = statistics.get(quantizer.name)
+        if isinstance(quantizer, InputQuantizer) and histogram is not None and histogram.total.any():
+            quantizer.load_sample(histogram.sample())
+
+
+def never_reached(statistics: Statistics) -> list[str]:
+    """Names of activations that no calibration batch reached."""
+    return [name for name, histogram in statistics.items() if not histogram.total.any()]
+
+
+def weight_samples(model: nn.Module) -> dict[str, Sample]:
+    """The values of each quantized weight, one row for each scale, by the name of its quantizer."""
+    layers = (layer for _, layer in quantized_layers(model))
+    return {q.name: q.sample(layer.canonical(layer.weight)) for layer in layers if (q := layer.weight_quantizer) is not None}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own training flag afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def float_forward(model: nn.Module) -> Iterator[None]:
+    """The model computes float inside, bit for bit as without quantizers."""
+    with switched(quantizers(model), False):
+        yield
+
+
+@contextmanager
+def switched(chosen: list[Quantizer], enabled: bool) -> Iterator[None]:
+    """These quantizers are on (or off) inside, and as before afterwards."""
+    before = [(quantizer, quantizer.is_enabled) for quantizer in chosen]
+    for quantizer in chosen:
+        quantizer.set_enabled(enabled)
+    try:
+        yield
+    finally:
+        for quantizer, was in before:
+            quantizer.set_enabled(was)

@@ -1,0 +1,302 @@
+"""What a plan costs: bits, bytes, multiply-accumulates and bit operations, layer by layer.
+
+All counts follow from shapes and specs, so a plan is priced before anything is quantized. A float
+number counts 32 bits whatever its dtype; a scale is a float, a zero point takes the bit-width of its spec.
+
+Bit operations (BOPs): MACs · b_w · b_a, as in Baskin et al., "UNIQ", 2018 (arXiv 1804.10969), without
+the accumulator term.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.functional.grouping import scale_shape
+from lq_plugin.layers import QuantizedLayer, quantized_class
+from lq_plugin.model.prepare import _float_class, _Survey
+from lq_plugin.model.record import Recording
+from lq_plugin.plan import LayerPlan
+from lq_plugin.quantizers import Quantizer
+from lq_plugin.spec import PerChannel, QuantSpec
+
+FLOAT_BITS = 32
+
+
+def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
+    """Bits that a weight takes under `spec`, its scales and zero points included.
+
+    Args:
+        spec: how it is quantized.
+        weight_shape: `[C_out, C_in / groups, *kernel]`; a ragged last group has a scale of its own.
+
+    >>> spec_bits(QuantSpec.parse("int4 group16"), (64, 64)) / 64**2  # 4 + 32 / 16
+    6.0
+    >>> spec_bits(QuantSpec.parse("int4 per_channel affine"), (1, 18))  # 18 · 4 + 32 + 4
+    108
+    """
+    return prod(weight_shape) * spec.bit_width + _qparams_bits(spec, prod(scale_shape(weight_shape, spec.granularity)))
+
+
+def _qparams_bits(spec: QuantSpec, scales: int) -> int:
+    return scales * (FLOAT_BITS + (spec.bit_width if spec.affine else 0))
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One layer that can hold quantizers, quantized or not.
+
+    Args:
+        name, kind: of the layer; the kind is its float class.
+        elements: of its weight.
+        weight_bits: bits an element takes, 32 when float.
+        storage_bits: bits the whole weight takes with scales and zero points; 0 when a tied one holds it.
+        input_bits: bits of an element of its input, 32 when float.
+        macs: in the recorded batch, all calls together; None without a recording.
+        bytes: the weight, and scales and zero points of weight, input and output.
+        float_bytes: the weight as float.
+        tied_to: the earlier layer that owns the same weight.
+    """
+
+    name: str
+    kind: str
+    elements: int
+    weight_bits: int
+    storage_bits: int
+    input_bits: int
+    macs: int | None
+    bytes: int
+    float_bytes: int
+    tied_to: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is quantized."""
+        return self.weight_bits != FLOAT_BITS
+
+    @property
+    def owned(self) -> int:
+        """Elements that count in totals: those of a tied weight count once."""
+        return 0 if self.tied_to else self.elements
+
+    @property
+    def effective_bits(self) -> float | None:
+        """Bits an element takes, its share of scales and zero points included; None where a tied layer holds them."""
+        return self.storage_bits / self.elements if self.storage_bits else None
+
+    @property
+    def bops(self) -> int | None:
+        """Bit operations: MACs · weight_bits · input_bits."""
+        return None if self.macs is None else self.macs * self.weight_bits * self.input_bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the derived ones included."""
+        return asdict(self) | {"effective_bits": self.effective_bits, "bops": self.bops}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model: one row a layer, and what is outside of them.
+
+    Args:
+        rows: layers that can hold quantizers, in the model's order.
+        other_bytes: everything else that is saved: biases, norms, other layers, persistent buffers.
+        other_macs: MACs outside the rows, functional calls above all; their operands are float.
+    """
+
+    rows: tuple[CostRow, ...]
+    other_bytes: int = 0
+    other_macs: int | None = None
+
+    def __iter__(self) -> Iterator[CostRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> CostRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean bits of a weight element over all rows, scales and zero points included, float layers at 32."""
+        return _mean_bits(self.rows)
+
+    @property
+    def quantized_effective_bits(self) -> float:
+        """The same over the quantized weights only; 32 when there is none."""
+        owners = {row.tied_to or row.name for row in self.rows if row.quantized}
+        return _mean_bits([row for row in self.rows if row.name in owners or row.tied_to in owners])
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole model, in bytes."""
+        return self.other_bytes + sum(row.bytes for row in self.rows)
+
+    @property
+    def float_bytes(self) -> int:
+        """Size of the float model, in bytes."""
+        return self.other_bytes + sum(row.float_bytes for row in self.rows)
+
+    @property
+    def compression(self) -> float:
+        """Size of the float model over size of this one."""
+        return self.float_bytes / self.bytes if self.bytes else 1.0
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of the recorded batch; None without a recording."""
+        return None if self.other_macs is None else self.other_macs + sum(row.macs or 0 for row in self.rows)
+
+    @property
+    def bops(self) -> int | None:
+        """Bit operations of the recorded batch, float operations as 32 x 32 bit; None without a recording."""
+        return None if self.other_macs is None else self.other_macs * FLOAT_BITS**2 + sum(row.bops or 0 for row in self.rows)
+
+    def totals(self) -> dict[str, float | int | None]:
+        """The totals by name."""
+        names = ("effective_bits", "quantized_effective_bits", "bytes", "float_bytes", "compression", "macs", "bops")
+        return {name: getattr(self, name) for name in names}
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [row.to_dict() for row in self.rows]
+
+    def to_csv(self) -> str:
+        """The rows as CSV text with a header."""
+        stream = io.StringIO()
+        records = self.records()
+        writer = csv.DictWriter(stream, fieldnames=list(records[0]) if records else ["name"])
+        writer.writeheader()
+        writer.writerows(records)
+        return stream.getvalue()
+
+
+def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
+    """The cost of a model as it is prepared; a float model costs 32 bits an element.
+
+    Args:
+        model: prepared or float.
+        recording: of one batch, for MACs and BOPs; they grow with its batch size.
+
+    Raises:
+        QuantizationError: lazy modules that have no shape yet.
+
+    >>> import lq_plugin
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> cost(net).effective_bits
+    32.0
+    >>> _ = lq_plugin.prepare(net, "w4 group16")
+    >>> cost(net).effective_bits, cost(net)["0"].weight_bits
+    (6.0, 4)
+    """
+    survey = _Survey.of(model)
+    plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
+    return _price(model, survey, plans, recording)
+
+
+def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording: Recording | None = None) -> Cost:
+    """What a model would cost under these plans. The model is only looked at, prepared or float.
+
+    Args:
+        model: any module.
+        layer_plans: specs by layer name, as `QuantPlan.resolve` gives them; layers left out are float.
+        recording: of one batch, for MACs and BOPs.
+
+    Raises:
+        PlanError: naming each plan whose layer is not there.
+        QuantizationError: lazy modules that have no shape yet.
+
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> plan_cost(net, {"0": LayerPlan(weight=QuantSpec.parse("int8"))})["0"].weight_bits
+    8
+    """
+    survey = _Survey.of(model)
+    names = list(survey.candidates)
+    faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in layer_plans if name not in survey.candidates]
+    raise_all(PlanError, "cannot price the plan", faults)
+    return _price(model, survey, layer_plans, recording)
+
+
+def _price(model: nn.Module, survey: _Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> Cost:
+    rows: list[CostRow] = []
+    owners: dict[int, str] = {}
+    stored: set[tuple[int, Any]] = set()
+    for name, module in survey.candidates.items():
+        plan = plans.get(name, LayerPlan())
+        weight = cast(Tensor, module.weight)
+        tied_to = owners.setdefault(id(weight), name)
+        # Tied layers share their codes where they share the spec; a learned scale belongs to one layer.
+        key = (id(weight), (plan.weight, name) if plan.weight and plan.weight.learned else plan.weight)
+        bits = 0 if key in stored else _weight_bits(module, plan.weight)
+        stored.add(key)
+        rows.append(
+            CostRow(
+                name=name,
+                kind=_float_class(module).__name__,
+                elements=weight.numel(),
+                weight_bits=plan.weight.bit_width if plan.weight else FLOAT_BITS,
+                storage_bits=bits,
+                input_bits=plan.input.bit_width if plan.input else FLOAT_BITS,
+                macs=None if recording is None else recording.macs.get(name, 0),
+                bytes=_bytes(bits) + _bytes(_activation_bits(module, plan)),
+                float_bytes=0 if tied_to != name else _bytes(weight.numel() * FLOAT_BITS),
+                tied_to=tied_to if tied_to != name else None,
+            )
+        )
+    other_macs = None if recording is None else recording.total_macs - sum(row.macs or 0 for row in rows)
+    return Cost(tuple(rows), _other_bytes(model, set(owners)), other_macs)
+
+
+def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:
+    weight = cast(Tensor, module.weight)
+    if spec is None:
+        return weight.numel() * FLOAT_BITS
+    # On a float module too: `canonical` uses nothing but attributes of the float class.
+    return spec_bits(spec, tuple(cast(Any, quantized_class(module)).canonical(module, weight.detach()).shape))
+
+
+def _activation_bits(module: nn.Module, plan: LayerPlan) -> int:
+    bits = 0
+    for spec, channels in zip((plan.input, plan.output), cast(Any, quantized_class(module)).channels(module), strict=True):
+        if spec is not None:
+            bits += _qparams_bits(spec, channels if isinstance(spec.granularity, PerChannel) else 1)
+    return bits
+
+
+def _other_bytes(model: nn.Module, weights: set[int]) -> int:
+    """Parameters and persistent buffers that are no layer's weight and belong to no quantizer, each once."""
+    seen = set(weights)
+    total = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            continue
+        saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in (*module._parameters.items(), *saved.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            if is_lazy(tensor):
+                raise QuantizationError(f"{name}.{key} has no shape yet: run one batch through the model first")
+            seen.add(id(tensor))
+            total += tensor.numel() * (FLOAT_BITS // 8 if tensor.is_floating_point() else tensor.element_size())
+    return total
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
+
+
+def _mean_bits(rows: list[CostRow] | tuple[CostRow, ...]) -> float:
+    elements = sum(row.owned for row in rows)
+    return sum(row.storage_bits for row in rows) / elements if elements else float(FLOAT_BITS)

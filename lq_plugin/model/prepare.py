@@ -1,0 +1,155 @@
+"""Put quantizers into a model, in place, and take them out again.
+
+Layers are swapped by class: modules, parameters, hooks and the key `weight` keep their identity; a
+layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from lq_plugin.errors import PlanError
+from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class, why_unsupported
+from lq_plugin.model.ledger import Entry, Ledger
+from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
+from lq_plugin.quantizers import Quantizer
+
+#: Modules that compute with their children's parameters without calling the children.
+_OPAQUE = (nn.MultiheadAttention,)
+
+
+def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Ledger:
+    """Swap the layers of `model` that the plan names to quantized ones, in place.
+
+    Preparing a model a second time with the same plan changes nothing.
+
+    Args:
+        model: any module; its own code stays untouched.
+        plan: a `QuantPlan` or anything `QuantPlan.parse` reads.
+
+    Returns:
+        The ledger of what is quantized and what stays float, and why.
+
+    Raises:
+        PlanError: when a pattern matches nothing, a layer cannot take its spec, nothing would be quantized,
+            or the model is prepared with another plan already. The model is unchanged then.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> ledger = prepare(net, "w4a8")
+    >>> type(net[0]).__name__, isinstance(net[0], nn.Linear), ledger.summary()
+    ('QuantizedLinear', True, '2 quantized, 0 float; coverage 100.0% of parameters')
+    """
+    plan = QuantPlan.parse(plan)
+    survey = _Survey.of(model)
+    layer_plans = plan.resolve(survey.infos(), survey.others())
+    ledger = _ledger(model, survey, layer_plans)
+    if not ledger.quantized:
+        reasons = "; ".join(f"{e.name} ({e.kind}): {e.reason}" for e in ledger.left_float[:5]) or "it has no layers with weights"
+        raise PlanError(f"nothing to quantize in {type(model).__name__}: {reasons}")
+    _refuse_other_plan(survey.candidates, layer_plans)
+    for name, layer_plan in layer_plans.items():
+        module = survey.candidates[name]
+        if layer_plan and not isinstance(module, QuantizedLayer):
+            swapped = quantized_class(module)
+            assert swapped is not None
+            module.__class__ = swapped
+            attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
+    return ledger
+
+
+def remove(model: nn.Module) -> None:
+    """Take all quantizers out of `model`: the float model is back, bit for bit as trained."""
+    for _, layer in quantized_layers(model):
+        detach_quantizers(layer)
+
+
+def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    """Names and modules of the layers that hold quantizers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """All quantizers of `model`, in its order."""
+    return [module for module in model.modules() if isinstance(module, Quantizer)]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What stands in a model: layers that can hold quantizers, and everything else that has parameters."""
+
+    candidates: dict[str, nn.Module]
+    reasons: dict[str, str]
+    kinds: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Survey:
+        candidates: dict[str, nn.Module] = {}
+        reasons: dict[str, str] = {}
+        kinds: dict[str, str] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if isinstance(module, Quantizer) or name.startswith(inside):
+                continue
+            kinds[name] = _float_class(module).__name__
+            if isinstance(module, _OPAQUE):
+                inside += (f"{name}.",)
+            elif quantized_class(module) is not None:
+                if reason := why_unsupported(module):
+                    reasons[name] = reason
+                else:
+                    candidates[name] = module
+                continue
+            if any(True for _ in module.parameters(recurse=isinstance(module, _OPAQUE))):
+                reasons[name] = "no quantized form of this layer type"
+        return cls(candidates, reasons, kinds)
+
+    def infos(self) -> list[LayerInfo]:
+        return [_info(name, module) for name, module in self.candidates.items()]
+
+    def others(self) -> dict[str, str]:
+        return {name: kind for name, kind in self.kinds.items() if name not in self.candidates}
+
+
+def _info(name: str, module: nn.Module) -> LayerInfo:
+    types = tuple(kind.__name__ for kind in _float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module)
+    quantized: Any = quantized_class(module)
+    # Called on the float module: `canonical` uses nothing but attributes of the float class.
+    return LayerInfo(name, types, reduction=quantized.canonical(module, module.weight).shape[1], slots=quantized.slots)
+
+
+def _float_class(module: nn.Module) -> type[nn.Module]:
+    return module.float_class if isinstance(module, QuantizedLayer) else type(module)
+
+
+def _ledger(model: nn.Module, survey: _Survey, plans: dict[str, LayerPlan]) -> Ledger:
+    entries = []
+    for name, kind in survey.kinds.items():
+        module = model.get_submodule(name)
+        size = sum(p.numel() for p in module.parameters(recurse=isinstance(module, _OPAQUE)))
+        if name in survey.candidates:
+            entries.append(Entry(name, kind, plans[name], _missing(plans[name], cast(Any, quantized_class(module)).slots), size))
+        elif name in survey.reasons:
+            entries.append(Entry(name, kind, reason=survey.reasons[name], parameters=size))
+    return Ledger(entries)
+
+
+def _missing(plan: LayerPlan, slots: tuple[str, ...]) -> str | None:
+    """What of a layer the plan leaves float. Outputs are float unless asked for: the next layer quantizes its input."""
+    missing = [slot for slot in slots if slot != "output" and getattr(plan, slot) is None]
+    return f"the plan leaves its {' and '.join(missing)} float" if missing else None
+
+
+def _refuse_other_plan(candidates: dict[str, nn.Module], plans: dict[str, LayerPlan]) -> None:
+    prepared = {name: module.layer_plan for name, module in candidates.items() if isinstance(module, QuantizedLayer)}
+    different = [name for name, plan in plans.items() if prepared.get(name, LayerPlan()) != plan]
+    if prepared and different:
+        name = different[0]
+        raise PlanError(
+            f"the model is prepared with another plan already ({len(different)} layers differ, first {name}: "
+            f"has {prepared.get(name)}, the plan wants {plans[name]}); call lq_plugin.remove(model) first"
+        )

@@ -1,0 +1,359 @@
+"""One forward pass, written down: which module and which functional call ran, on what, feeding whom.
+
+A `TorchFunctionMode` sees the functional calls (`x + y`, `q @ k`, `F.linear(x, w)`), forward hooks
+the modules. Leaf modules are opaque: what happens inside `nn.Conv2d.forward` is the module's
+call, not a functional one. The result is plain data without tensors, made from one batch::
+
+    with torch.no_grad():
+        recording = record(model.eval(), lambda: model(batch))
+    recording.total_macs
+    [call.name for call in recording.functional_calls]      # ['layer1.0.add_0', ...]
+
+Tensors are followed by storage, not by `id`: views share their producer, an in-place write makes
+a new one, and everything is kept alive for the length of the pass, so nothing is mistaken for
+something freed. Unseen are calls into scripted functions and C++ extensions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs
+from lq_plugin.model.recording import Call, Recording, Source
+
+__all__ = ["Call", "Recording", "Source", "default_is_leaf", "record"]
+
+#: Opaque whatever children they carry: parametrizations, quantizers, `out_proj`.
+_OPAQUE = (
+    nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+    _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule,
+)  # fmt: skip
+#: Calls that read shapes and flags, not values.
+_METADATA = frozenset(
+    ("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "untyped_storage",
+     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "has_names", "requires_grad_",
+     "retain_grad", "register_hook", "result_type", "__len__", "__repr__")
+)  # fmt: skip
+#: The same values elsewhere: the producer passes through.
+_COPIES = frozenset(
+    ("contiguous", "clone", "reshape", "flatten", "ravel", "to", "type", "float", "double", "half", "bfloat16", "type_as",
+     "cuda", "cpu", "detach")
+)  # fmt: skip
+#: Two activations meet here, so a quantized model needs a scale for it.
+_ELEMENTWISE = frozenset(("add", "sub", "mul"))
+_SYNONYMS = {"multiply": "mul", "subtract": "sub", "rsub": "sub", "concat": "cat", "concatenate": "cat"}
+_OPERATOR = re.compile(r"__([ir]?)(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__$")
+
+
+def default_is_leaf(module: nn.Module) -> bool:
+    """Whether a module is opaque: a parametric or normalization type of torch or a subclass of one,
+    HF `Conv1D`, a ScriptModule, or a childless module that torch itself defines.
+
+    A childless module defined elsewhere stays transparent: arithmetic written in its forward must
+    show up as functional calls instead of disappearing.
+    """
+    if isinstance(module, _OPAQUE) or is_hf_conv1d(module):
+        return True
+    return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
+
+
+def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Module], bool] = default_is_leaf) -> Recording:
+    """Record what `run()` does with `model`.
+
+    The caller decides eval or train and whether gradients are on; in train mode batch norms move as
+    they always do. During the pass transformer encoders take their ordinary path (their fused
+    path bypasses the submodules) and compiled modules run eagerly; both are restored, and all
+    hooks removed, also when `run` raises. Activations of the one batch stay alive until the end.
+
+    Args:
+        model: any module.
+        run: performs one forward pass; what it returns counts as read by the outside.
+        is_leaf: modules whose inside is not looked into.
+
+    Raises:
+        QuantizationError: lazy modules that have no shape yet.
+    """
+    raise_all(QuantizationError, "cannot record", [
+        f"{name!r} ({type(m).__name__}) is not initialized: run one forward pass before" for name, m in model.named_modules()
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()  # type: ignore[misc]
+    ])  # fmt: skip
+    recorder = _Recorder(model, is_leaf)
+    try:
+        with recorder.attached(), _ordinary_paths(), recorder:
+            result = run()
+        recorder.add_outputs(result)
+        return recorder.finish()
+    finally:
+        recorder.release()
+
+
+@contextmanager
+def _ordinary_paths() -> Iterator[None]:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Value(NamedTuple):
+    """What a storage holds now. `holder` keeps the storage alive, so that its key stays its own."""
+
+    holder: Any
+    producer: int | None
+    output: int
+    geometry: tuple[Any, ...] | None
+    activation: bool
+
+
+class _Frame(NamedTuple):
+    module: nn.Module | None
+    name: str
+    opaque: bool
+    counters: Counter[str]
+    inputs: list[Tensor]
+    sources: tuple[Source, ...]
+    versions: list[int | None]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self._modules = {module: name for name, module in model.named_modules()}
+        self._root, self._is_leaf = model, is_leaf
+        self._calls: list[Call] = []
+        self._repeats: Counter[str] = Counter()
+        self._outputs: list[Source] = []
+        self._values: dict[Any, _Value] = {}
+        self._parameters: dict[Any, dict[str, Tensor]] = {}
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+            self._parameters.setdefault(_storage(tensor)[0], {})[name] = tensor
+        self._frames = [_Frame(None, "", False, Counter(), [], (), [])]
+        self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in self._modules:
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                # Innermost: users' hooks run outside, so what they compute is seen and attributed.
+                for handle in (
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    module.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+            if any(isinstance(module, torch.jit.ScriptModule) for module in self._modules):
+                # ScriptModules refuse hooks of their own.
+                stack.callback(nn.modules.module.register_module_forward_pre_hook(self._enter_script).remove)
+                leave = nn.modules.module.register_module_forward_hook(self._leave_script, with_kwargs=True, always_call=True)
+                stack.callback(leave.remove)
+            yield
+
+    def _enter_script(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, torch.jit.ScriptModule) and module in self._modules:
+            self._enter(module, args, {})
+
+    def _leave_script(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, torch.jit.ScriptModule) and module in self._modules:
+            self._leave(module, args, kwargs, output)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frames[-1].opaque:  # a part of a leaf: only its place on the stack matters
+            self._frames.append(_Frame(module, "", True, Counter(), [], (), []))
+            return
+        name, opaque = self._modules[module], self._is_leaf(module)
+        # What runs outside the root's forward shares its name, so it shares the counters too.
+        counters = self._frames[0].counters if module is self._root else Counter[str]()
+        self._busy = True
+        inputs = list(_tensors((args, kwargs))) if opaque else []
+        sources = tuple(self._source(t) for t in inputs)
+        self._frames.append(_Frame(module, name, opaque, counters, inputs, sources, [_version(t) for t in inputs]))
+        self._busy = False
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not any(frame.module is module for frame in self._frames[1:]):
+            return  # a hook before ours raised: it was never entered
+        while (frame := self._frames.pop()).module is not module:
+            pass
+        if self._frames[-1].opaque:
+            return
+        self._busy = True
+        if frame.opaque and frame.module is not None:
+            self._add_module_call(frame, module, list(_tensors(output)))
+        if module is self._root:
+            self._outputs += [self._source(t) for t in _tensors(output)]
+        self._busy = False
+
+    def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
+        keys = {_storage(t)[0] for t in frame.inputs}
+        mutated = [t for t, before in zip(frame.inputs, frame.versions, strict=True) if before is not None and _version(t) != before]
+        if getattr(module, "inplace", False) is True:
+            mutated += frame.inputs[:1]
+        unchanged = not mutated and bool(outputs) and all(_storage(t)[0] in keys for t in outputs)
+        shapes = tuple(tuple(t.shape) for t in outputs)
+        macs = module_macs(module, [source.shape for source in frame.sources], shapes)
+        self._add("module", frame.name, type(module).__name__, frame.sources, shapes, macs, unchanged)
+        if not unchanged:
+            self._produce(outputs, mutated, activation=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._busy or self._frames[-1].opaque or name in _METADATA:
+            return func(*args, **kwargs)
+        if name in ("", "fn"):  # torch hides some functions behind a dispatcher
+            name = (resolve_name(func) or "call").rpartition(".")[2]
+        written = list(_tensors(kwargs.get("out")))
+        inputs = list(_tensors((args, {key: value for key, value in kwargs.items() if key != "out"})))
+        sources = tuple(self._source(t) for t in inputs)
+        op, in_place = _normalize(name.partition(".")[0])
+        if inputs and (in_place or kwargs.get("inplace") is True):
+            written.append(inputs[0])
+        activations = [self._values[_storage(t)[0]].activation for t in inputs]
+        result = func(*args, **kwargs)
+        outputs = list(_tensors(result))
+        if name in ("__get__", "type") and not outputs:
+            return result  # x.shape, x.device, ...
+        if not inputs or op.startswith("new_") or op.endswith("_like"):
+            self._produce(outputs, written, activation=False, constant=True)
+            return result
+        keys = {_storage(t)[0] for t in inputs}
+        if not written and outputs and all(_storage(t)[0] in keys for t in outputs):
+            return result  # a view: same storage, same producer
+        if not written and op in _COPIES and not sources[0].parameters:
+            original = self._values[_storage(inputs[0])[0]]
+            for t in outputs:
+                key, holder = _storage(t)
+                self._values[key] = original._replace(holder=holder, geometry=None)
+            return result
+        real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
+        self._add_function_call(op, args, kwargs, sources, real, outputs or written)
+        self._produce(outputs, written, activation=any(activations))
+        return result
+
+    def _add_function_call(
+        self, op: str, args: Any, kwargs: Any, sources: tuple[Source, ...], real: list[bool], outputs: list[Tensor]
+    ) -> None:
+        """`real` says which inputs are floating-point activations."""
+        if op in PRODUCTS:
+            counts = any(real)
+        elif op in _ELEMENTWISE:
+            counts = len(real) > 1 and all(real[:2]) and outputs[0].dim() > 0
+        else:
+            counts = op == "cat" and sum(real) > 1
+        macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
+        # Indices of the listed calls must not depend on how many constants are added in between.
+        label = op if counts or op not in PRODUCTS | _ELEMENTWISE | {"cat"} else f"other_{op}"
+        frame = self._frames[-1]
+        name = ".".join(filter(None, (frame.name, f"{label}_{frame.counters[label]}")))
+        frame.counters[label] += 1
+        self._add("functional" if counts else "other", name, op, sources, tuple(tuple(t.shape) for t in outputs), macs, False)
+
+    def _add(
+        self, kind: Any, name: str, op: str, sources: tuple[Source, ...], shapes: tuple[Shape, ...], macs: int, passthrough: bool
+    ) -> None:
+        self._calls.append(Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough))
+        self._repeats[name] += 1
+
+    def _produce(self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False) -> None:
+        """Note that the latest call made these; a write goes to every view of the storage."""
+        position = None if constant else len(self._calls) - 1
+        seen = set()
+        for number, t in enumerate((*outputs, *written)):
+            key, holder = _storage(t)
+            if key not in seen:
+                seen.add(key)
+                output = number if number < len(outputs) else 0
+                self._values[key] = _Value(holder, position, output, _geometry(t), activation)
+
+    def _source(self, tensor: Tensor) -> Source:
+        key, holder = _storage(tensor)
+        names = self._parameters.get(key, {})
+        value = self._values.setdefault(key, _Value(holder, None, 0, None, activation=not names))
+        exact = tuple(name for name, parameter in names.items() if parameter is tensor)
+        direct = value.geometry is not None and value.geometry == _geometry(tensor)
+        return Source(tuple(tensor.shape), value.producer, value.output, direct, exact or tuple(names))
+
+    def add_outputs(self, result: Any) -> None:
+        self._outputs += [self._source(t) for t in _tensors(result)]
+        self._add("output", "output", "output", tuple(self._outputs), (), 0, False)
+
+    def finish(self) -> Recording:
+        called = {call.name for call in self._calls if call.kind == "module"}
+        inside: set[nn.Module] = set()
+        uncalled = []
+        for module, name in self._modules.items():  # parents come first
+            if module in inside or not self._is_leaf(module):
+                continue
+            inside.update(module.modules())
+            if name not in called and next(module.parameters(), None) is not None:
+                uncalled.append(name)
+        return Recording(tuple(self._calls), tuple(uncalled))
+
+    def release(self) -> None:
+        self._values.clear()
+        self._parameters.clear()
+        del self._frames[:]
+
+
+def _normalize(name: str) -> tuple[str, bool]:
+    """Bare name of an operation and whether it writes to its first argument.
+
+    >>> _normalize("__iadd__"), _normalize("relu_"), _normalize("__rmatmul__"), _normalize("concat")
+    (('add', True), ('relu', True), ('matmul', False), ('cat', False))
+    """
+    if operator := _OPERATOR.match(name):
+        return operator[2], operator[1] == "i"
+    in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+    bare = name.strip("_")
+    return _SYNONYMS.get(bare, bare), in_place
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _storage(tensor: Tensor) -> tuple[Any, Any]:
+    """A key for the memory behind a tensor, and the object that keeps that key from being reused."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage
+    except (NotImplementedError, RuntimeError):  # sparse tensors and those inside vmap have no storage
+        return ("id", id(tensor)), tensor
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...] | None:
+    try:
+        return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

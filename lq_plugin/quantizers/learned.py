@@ -1,0 +1,89 @@
+"""Quantizers whose range the optimizer trains: LSQ for weights and activations, PACT for activations."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.lsq import fake_quantize_learned, gradient_scale
+from lq_plugin.functional.pact import fake_quantize_pact
+from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
+
+
+class LSQWeightQuantizer(WeightQuantizer):
+    """Learned step size of a weight, one per scale (see `lq_plugin.functional.lsq`)."""
+
+    no_weight_decay = ("scale", "zero_point")
+
+    def _make_qparams(self) -> None:
+        self.scale = nn.Parameter(torch.ones(self.scale_shape))
+        self.zero_point = _zero_point(self, self.scale_shape)
+        numel = torch.Size(self.shape).numel()
+        self.gradient_factor = gradient_scale(numel // self.scale.numel(), self.spec.grid)
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _effective(self)
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        w = blocks(x, self.spec.granularity)
+        y = fake_quantize_learned(w, self.scale, self.zero_point, self.spec.grid, self.gradient_factor)
+        return unblocks(y, self.shape, self.spec.granularity)
+
+
+class LSQInputQuantizer(InputQuantizer):
+    """Learned step size (and, with `affine`, zero point) of an activation."""
+
+    no_weight_decay = ("scale", "zero_point")
+
+    def _make_qparams(self) -> None:
+        self.scale = nn.Parameter(torch.ones(self.channels))
+        self.zero_point = _zero_point(self, (self.channels,))
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _effective(self)
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        # N counts the features of one sample that share the scale: the batch size must not change the step.
+        features = x.numel() // max(x.shape[0], 1) // self.channels
+        factor = gradient_scale(features, self.spec.grid)
+        return fake_quantize_learned(x, self._view(self.scale, x.ndim), self._view(self.zero_point, x.ndim), self.spec.grid, factor)
+
+
+class PACTInputQuantizer(InputQuantizer):
+    """Learned upper bound of a non-negative activation (see `lq_plugin.functional.pact`).
+
+    Weight decay reaches α on purpose: the paper regularises it with the network's own.
+    """
+
+    def _make_qparams(self) -> None:
+        self.alpha = nn.Parameter(torch.ones(self.channels))
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha.detach().clamp(min=MIN_SCALE)
+        return alpha / self.spec.grid.quant_max, torch.zeros_like(alpha)
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        return fake_quantize_pact(x, self._view(self.alpha, x.ndim), self.spec.grid.levels)
+
+    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+        with torch.no_grad():
+            self.alpha.copy_(maximum)
+
+
+def _zero_point(quantizer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """A parameter where the grid may shift, a buffer of zeros elsewhere."""
+    if cast(WeightQuantizer, quantizer).spec.affine:
+        return nn.Parameter(torch.zeros(shape))
+    quantizer.register_buffer("zero_point", zeros := torch.zeros(shape))
+    return zeros
+
+
+def _effective(quantizer: WeightQuantizer | InputQuantizer) -> tuple[Tensor, Tensor]:
+    """What the learned values stand for: positive steps, whole zero points on the grid."""
+    grid = quantizer.spec.grid
+    scale = quantizer.scale.detach().abs().clamp(min=MIN_SCALE)
+    return scale, quantizer.zero_point.detach().round().clamp(grid.quant_min, grid.quant_max)

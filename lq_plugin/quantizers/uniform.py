@@ -1,0 +1,204 @@
+"""Uniform integer quantizers whose range is found by statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
+from lq_plugin.quantizers.base import Quantizer
+from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.spec import PerChannel, QuantSpec
+
+#: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
+LIVE_WEIGHT_RANGES = frozenset({"minmax"})
+DEFAULT_MOMENTUM = 0.99
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight `[C_out, C_in, *kernel]`.
+
+    A `minmax` range is taken from the weight at every call. Other ranges are estimated by
+    `calibrate(weight)` and stay until the next call; `QAT` calls it at the start of each epoch.
+
+    Args:
+        spec: how to quantize.
+        name: for messages.
+        shape: shape of the weight.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(spec, name)
+        self.shape = tuple(shape)
+        self.live = spec.range_name in LIVE_WEIGHT_RANGES
+        self.scale_shape = scale_shape(self.shape, spec.granularity)
+        self.needs_calibration = not self.live
+        self._make_qparams()
+
+    def _make_qparams(self) -> None:
+        if not self.live:
+            self.register_buffer("scale", torch.ones(self.scale_shape))
+            self.register_buffer("zero_point", torch.zeros(self.scale_shape))
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point; a live range needs `x`, the blocks of the weight."""
+        if not self.live:
+            return self.scale, self.zero_point
+        if x is None:
+            raise ValueError(f"{self.name}: the range {self.spec.range!r} follows the weight; pass it to qparams")
+        dims = reduced_dims(self.scale_shape)
+        w = x.detach()
+        # Zero padding of a ragged group does no harm here: every range includes zero.
+        return qparams_from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True), self.spec.grid)
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        w = blocks(x, self.spec.granularity)
+        scale, zero_point = self.qparams(w)
+        return unblocks(fake_quantize(w, scale, zero_point, self.spec.grid), self.shape, self.spec.granularity)
+
+    def sample(self, weight: Tensor) -> Sample:
+        """The weight's values, one row for each scale; padding does not enter."""
+        rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
+        mask = block_mask(self.shape, self.spec.granularity)
+        return Sample.from_tensor(rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name)
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Find the range from the weight.
+
+        Raises:
+            CalibrationError: naming the layer when the weight has NaN or Inf.
+        """
+        self.load_sample(self.sample(weight))
+
+    def load_sample(self, sample: Sample) -> None:
+        if not self.live:
+            minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
+            self._store(minimum, maximum)
+        self.set_calibrated()
+
+    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        with torch.no_grad():
+            self.scale.copy_(scale.reshape(self.scale_shape))
+            self.zero_point.copy_(zero_point.reshape(self.scale_shape))
+
+
+class InputQuantizer(Quantizer):
+    """Quantizes an activation with a range fixed before the forward pass.
+
+    The range comes from calibration (`collector`, `load_sample`). With range `ema` it keeps moving
+    in training: `observe` gathers the extremes of one batch, however often it runs over the same
+    data (gradient checkpointing), and `commit` folds them into the average once the batch is over:
+    r ← m·r + (1 - m)·batch.
+
+    Args:
+        spec: how to quantize; per tensor or per channel.
+        name: for messages.
+        channels: size of the channel axis, for per-channel specs.
+        channel_axis: the layer's channel axis of this activation.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    batch_min: Tensor
+    batch_max: Tensor
+
+    def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
+        super().__init__(spec, name)
+        granularity = spec.granularity
+        self.per_channel = isinstance(granularity, PerChannel)
+        self.axis = channel_axis
+        if isinstance(granularity, PerChannel) and granularity.axis is not None:
+            self.axis = granularity.axis
+        self.channels = channels if self.per_channel else 1
+        self.moving = spec.range_name == "ema"
+        self.momentum = float(spec.range_option or DEFAULT_MOMENTUM)
+        self._make_qparams()
+
+    def _make_qparams(self) -> None:
+        self.register_buffer("scale", torch.ones(self.channels))
+        self.register_buffer("zero_point", torch.zeros(self.channels))
+        if self.moving:
+            self.register_buffer("running_min", torch.zeros(self.channels))
+            self.register_buffer("running_max", torch.zeros(self.channels))
+            self.register_buffer("batch_min", torch.full((self.channels,), torch.inf), persistent=False)
+            self.register_buffer("batch_max", torch.full((self.channels,), -torch.inf), persistent=False)
+
+    def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
+        """`[C]` shaped to broadcast against an activation of `ndim` dims."""
+        if not self.per_channel:
+            return per_channel
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return per_channel.view(shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.transpose(0, self.axis).reshape(self.channels, -1) if self.per_channel else x.reshape(1, -1)
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.qparams()
+        return fake_quantize(x, self._view(scale, x.ndim), self._view(zero_point, x.ndim), self.spec.grid)
+
+    def new_collector(self) -> Histogram:
+        """Empty statistics for one calibration."""
+        return Histogram(rows=self.channels, device=self.calibrated.device, name=self.name)
+
+    def collect(self, x: Tensor) -> None:
+        assert self.collector is not None
+        self.collector.update(self._rows(x) if self.per_channel else x)
+
+    def load_sample(self, sample: Sample) -> None:
+        minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
+        if self.moving:
+            with torch.no_grad():
+                self.running_min.copy_(minimum)
+                self.running_max.copy_(maximum)
+        self._store(minimum, maximum)
+        self.set_calibrated()
+
+    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+
+    def observe(self, x: Tensor) -> None:
+        if not self.moving:
+            return
+        with torch.no_grad():
+            # amin and amax, not aminmax: that one is ten times slower on CPU.
+            if self.per_channel:
+                rows = self._rows(x)
+                low, high = rows.amin(1), rows.amax(1)
+            else:
+                low, high = x.amin(), x.amax()
+            self.batch_min.copy_(torch.minimum(self.batch_min, low.float()))
+            self.batch_max.copy_(torch.maximum(self.batch_max, high.float()))
+
+    def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
+        """Fold one batch's extremes `[C]` (over all ranks) into the moving range and empty the batch buffers.
+
+        Raises:
+            CalibrationError: naming the layer when they are NaN or Inf.
+        """
+        if not (torch.isfinite(batch_min) & torch.isfinite(batch_max)).all():
+            raise CalibrationError(f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})")
+        with torch.no_grad():
+            if self._calibrated:
+                self.running_min.lerp_(batch_min, 1.0 - self.momentum)
+                self.running_max.lerp_(batch_max, 1.0 - self.momentum)
+            else:
+                self.running_min.copy_(batch_min)
+                self.running_max.copy_(batch_max)
+            self._store(self.running_min, self.running_max)
+            self.batch_min.fill_(torch.inf)
+            self.batch_max.fill_(-torch.inf)
+        self.set_calibrated()
