@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lq_plugin.callbacks.data import calibration_batches, merge_statistics, step_runner, without_traces
+from lq_plugin.callbacks.data import calibration_batches, merge_statistics, step_runner, with_progress, without_traces
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.model.calibrate import Statistics, calibrate, evaluating, float_forward, never_reached
 from lq_plugin.model.ledger import Ledger
@@ -96,6 +96,7 @@ class QuantizationCallback(Callback):
         """Find every range from `count` batches of each rank. The statistics stay in `self.statistics`."""
         self.record(trainer, pl_module)
         batches = calibration_batches(trainer, pl_module, self.dataloader, count)
+        batches = with_progress(trainer, "calibrate", batches, count)
         with without_traces(pl_module):
             merge = merge_statistics if trainer.world_size > 1 else None
             self.statistics = calibrate(pl_module, batches, step_runner(trainer, pl_module, self.calibration_step), merge)

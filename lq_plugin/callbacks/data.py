@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import rich.progress
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +40,12 @@ def calibration_batches(trainer: Trainer, pl_module: LightningModule, given: Ite
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:
+    """The same batches with a progress bar, where the Trainer shows one; fewer than `total` may come."""
+    shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    return iter(rich.progress.track(batches, description, total=total, disable=not shown, transient=True))
 
 
 def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
-from lq_plugin.callbacks.data import calibration_batches, step_runner, without_traces
+from lq_plugin.callbacks.data import calibration_batches, step_runner, with_progress, without_traces
 from lq_plugin.errors import PlanError, did_you_mean
 from lq_plugin.model.batch_norm import reestimate_batch_norm
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms, find_batch_norm_pairs, fold_batch_norm
@@ -101,10 +101,13 @@ def _fold_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> 
     for refusal in refused:
         rank_zero_info(f"PTQ: batch norm not folded: {refusal}")
     ptq.folded = fold_batch_norm(pl_module, pairs)
+    for pair in pairs:
+        ptq.ledger[pair.batch_norm].reason = f"folded into {pair.producer}"
 
 
 @register_phase("reestimate_batch_norm")
 def _reestimate_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
     batches = calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches)
+    batches = with_progress(trainer, "re-estimate batch norm", batches, ptq.calibration_batches)
     with without_traces(pl_module):
         reestimate_batch_norm(pl_module, batches, step_runner(trainer, pl_module, ptq.calibration_step))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class, why_unsupported
@@ -21,6 +22,7 @@ from lq_plugin.quantizers import Quantizer
 
 #: Modules that compute with their children's parameters without calling the children.
 _OPAQUE = (nn.MultiheadAttention,)
+_NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Ledger:
@@ -105,7 +107,7 @@ class _Survey:
                     candidates[name] = module
                 continue
             if any(True for _ in module.parameters(recurse=isinstance(module, _OPAQUE))):
-                reasons[name] = "no quantized form of this layer type"
+                reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
         return cls(candidates, reasons, kinds)
 
     def infos(self) -> list[LayerInfo]:

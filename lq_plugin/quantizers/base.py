@@ -139,3 +139,8 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}{'' if self._calibrated else ', not calibrated'}{'' if self._enabled else ', disabled'}"
+
+
+def float32(value: float, shape: tuple[int, ...]) -> Tensor:
+    """A new tensor of statistics: float32 although the Trainer's precision may have set another default dtype."""
+    return torch.full(shape, value, dtype=torch.float32)

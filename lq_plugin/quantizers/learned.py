@@ -11,6 +11,7 @@ from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lsq import fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
+from lq_plugin.quantizers.base import float32
 from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
 
 
@@ -20,7 +21,7 @@ class LSQWeightQuantizer(WeightQuantizer):
     no_weight_decay = ("scale", "zero_point")
 
     def _make_qparams(self) -> None:
-        self.scale = nn.Parameter(torch.ones(self.scale_shape))
+        self.scale = nn.Parameter(float32(1.0, self.scale_shape))
         self.zero_point = _zero_point(self, self.scale_shape)
         numel = torch.Size(self.shape).numel()
         self.gradient_factor = gradient_scale(numel // self.scale.numel(), self.spec.grid)
@@ -40,7 +41,7 @@ class LSQInputQuantizer(InputQuantizer):
     no_weight_decay = ("scale", "zero_point")
 
     def _make_qparams(self) -> None:
-        self.scale = nn.Parameter(torch.ones(self.channels))
+        self.scale = nn.Parameter(float32(1.0, (self.channels,)))
         self.zero_point = _zero_point(self, (self.channels,))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ class PACTInputQuantizer(InputQuantizer):
     """
 
     def _make_qparams(self) -> None:
-        self.alpha = nn.Parameter(torch.ones(self.channels))
+        self.alpha = nn.Parameter(float32(1.0, (self.channels,)))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         alpha = self.alpha.detach().clamp(min=MIN_SCALE)
@@ -77,8 +78,8 @@ class PACTInputQuantizer(InputQuantizer):
 def _zero_point(quantizer: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """A parameter where the grid may shift, a buffer of zeros elsewhere."""
     if cast(WeightQuantizer, quantizer).spec.affine:
-        return nn.Parameter(torch.zeros(shape))
-    quantizer.register_buffer("zero_point", zeros := torch.zeros(shape))
+        return nn.Parameter(float32(0.0, shape))
+    quantizer.register_buffer("zero_point", zeros := float32(0.0, shape))
     return zeros
 
 

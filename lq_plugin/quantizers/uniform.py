@@ -8,7 +8,7 @@ from torch import Tensor
 from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
-from lq_plugin.quantizers.base import Quantizer
+from lq_plugin.quantizers.base import Quantizer, float32
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.spec import PerChannel, QuantSpec
 
@@ -42,8 +42,8 @@ class WeightQuantizer(Quantizer):
 
     def _make_qparams(self) -> None:
         if not self.live:
-            self.register_buffer("scale", torch.ones(self.scale_shape))
-            self.register_buffer("zero_point", torch.zeros(self.scale_shape))
+            self.register_buffer("scale", float32(1.0, self.scale_shape))
+            self.register_buffer("zero_point", float32(0.0, self.scale_shape))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point; a live range needs `x`, the blocks of the weight."""
@@ -121,13 +121,13 @@ class InputQuantizer(Quantizer):
         self._make_qparams()
 
     def _make_qparams(self) -> None:
-        self.register_buffer("scale", torch.ones(self.channels))
-        self.register_buffer("zero_point", torch.zeros(self.channels))
+        self.register_buffer("scale", float32(1.0, (self.channels,)))
+        self.register_buffer("zero_point", float32(0.0, (self.channels,)))
         if self.moving:
-            self.register_buffer("running_min", torch.zeros(self.channels))
-            self.register_buffer("running_max", torch.zeros(self.channels))
-            self.register_buffer("batch_min", torch.full((self.channels,), torch.inf), persistent=False)
-            self.register_buffer("batch_max", torch.full((self.channels,), -torch.inf), persistent=False)
+            self.register_buffer("running_min", float32(0.0, (self.channels,)))
+            self.register_buffer("running_max", float32(0.0, (self.channels,)))
+            self.register_buffer("batch_min", float32(torch.inf, (self.channels,)), persistent=False)
+            self.register_buffer("batch_max", float32(-torch.inf, (self.channels,)), persistent=False)
 
     def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
         """`[C]` shaped to broadcast against an activation of `ndim` dims."""

@@ -1,0 +1,184 @@
+"""The PTQ callback in real Trainers."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from lq_plugin import PTQ, QAT, CalibrationError, PlanError, remove
+from lq_plugin.callbacks import register_phase
+from lq_plugin.callbacks.ptq import PHASES
+from lq_plugin.model import float_forward, quantizers
+from tests.callbacks.conftest import Data, Module
+
+
+@pytest.fixture
+def trained(trainer, data):
+    L.seed_everything(0, verbose=False)
+    module = Module()
+    trainer(max_epochs=2).fit(module, datamodule=data)
+    return module
+
+
+def val_accuracy(module, data):
+    with torch.no_grad():
+        return multiclass_accuracy(module.eval()(data.x[64:]), data.y[64:], 4).item()
+
+
+def test_validate_calibrates_first_and_reports_the_quantized_metric(trained, trainer, data):
+    ptq = PTQ("w2a2", calibration_batches=3)
+    (reported,) = trainer(ptq).validate(trained, datamodule=data, verbose=False)
+    assert all(q.is_calibrated for q in quantizers(trained))
+    assert set(ptq.statistics) == {"net.conv.input", "net.conv2.input", "net.fc.input"}
+    assert reported["val/acc"] == pytest.approx(val_accuracy(trained, data))
+    seen = data.x[:48]
+    assert ptq.statistics["net.conv.input"].total.item() == seen.numel()
+    quantizer = trained.net.conv.input_quantizer
+    torch.testing.assert_close(quantizer.scale, ((seen.max() - seen.min()) / 3).reshape(1))
+
+
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_every_evaluation_entry_calibrates(entry, trained, trainer, data):
+    trained.test_step = trained.validation_step
+    trained.predict_step = lambda batch, batch_idx: trained(batch[0])
+    data.test_dataloader = data.predict_dataloader = data.val_dataloader
+    getattr(trainer(PTQ("w4a8")), entry)(trained, datamodule=data)
+    assert all(q.is_calibrated for q in quantizers(trained))
+
+
+def test_calibration_leaves_no_trace(trained, trainer, data):
+    """No logged value, no counted metric, no random number drawn, no batch-norm statistics moved."""
+    before = copy.deepcopy(trained.state_dict())
+    torch.manual_seed(7)
+    trainer().validate(trained, datamodule=data, verbose=False)
+    expected_next = torch.rand(1)
+    torch.manual_seed(7)
+    (reported,) = trainer(PTQ("w8a8", phases=["calibrate"])).validate(trained, datamodule=data, verbose=False)
+    assert torch.rand(1) == expected_next
+    assert set(reported) == {"val/loss", "val/acc"}
+    assert reported["val/acc"] == pytest.approx(val_accuracy(trained, data))  # calibration batches are not counted
+    assert all(torch.equal(trained.state_dict()[key], value) for key, value in before.items())
+
+
+def test_folding_keeps_the_function_and_the_keys(trained, trainer, data):
+    want = trained.eval()(data.x[64:]).detach()
+    keys = set(trained.state_dict())
+    trainer(PTQ("w4a4")).validate(trained, datamodule=data, verbose=False)
+    assert keys < set(trained.state_dict())
+    assert torch.equal(trained.net.bn.weight, torch.ones(8))  # folded: only the shift is left
+    with float_forward(trained):
+        torch.testing.assert_close(trained(data.x[64:]).detach(), want, rtol=1e-4, atol=1e-5)
+    # The folded weights serve a plain float module.
+    plain = Module()
+    plain.load_state_dict({key: value for key, value in trained.state_dict().items() if key in keys})
+    torch.testing.assert_close(plain.eval()(data.x[64:]).detach(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_calibrated_model_is_used_as_it_is(trained, trainer, data):
+    trainer(PTQ("w4a4", calibration_batches=1)).validate(trained, datamodule=data, verbose=False)
+    scale = trained.net.conv.input_quantizer.scale.clone()
+    again = PTQ("w4a4", calibration_batches=4)
+    trainer(again).validate(trained, datamodule=data, verbose=False)
+    assert torch.equal(trained.net.conv.input_quantizer.scale, scale)
+    assert not again.statistics
+    once_more = PTQ("w4a4", calibration_batches=4, recalibrate=True)
+    trainer(once_more).validate(trained, datamodule=data, verbose=False)
+    assert once_more.statistics["net.conv.input"].total.item() == data.x[:64].numel()
+
+
+def test_checkpoint_round_trip(trained, trainer, data, tmp_path):
+    first = trainer(PTQ("w4 mse a4 mse"))
+    (want,) = first.validate(trained, datamodule=data, verbose=False)
+    first.save_checkpoint(tmp_path / "ptq.ckpt")
+    first.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    for name in ("ptq.ckpt", "weights.ckpt"):
+        ptq = PTQ("w4 mse a4 mse")
+        (got,) = trainer(ptq).validate(Module(), datamodule=data, ckpt_path=tmp_path / name, verbose=False)
+        assert got == want
+        assert not ptq.statistics  # nothing was calibrated again
+
+
+def test_float_checkpoint_is_calibrated(trained, trainer, data, tmp_path):
+    plain = trainer()
+    plain.strategy.connect(trained)
+    plain.save_checkpoint(tmp_path / "float.ckpt", weights_only=True)
+    ptq = PTQ("w8a8", calibration_batches=4)
+    module = Module()
+    trainer(ptq).validate(module, datamodule=data, ckpt_path=tmp_path / "float.ckpt", verbose=False)
+    trainer(PTQ("w8a8", calibration_batches=4)).validate(trained, datamodule=data, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), trained.state_dict().values(), strict=True))
+
+
+def test_given_loader_and_step(trained, trainer, data):
+    seen = []
+
+    def step(module, batch):
+        seen.append(batch)
+        return module(batch)
+
+    ptq = PTQ("w8a8", calibration_batches=2, dataloader=[torch.ones(4, 1, 6, 6), torch.full((4, 1, 6, 6), 3.0)], calibration_step=step)
+    trainer(ptq).validate(trained, datamodule=data, verbose=False)
+    assert len(seen) == 3  # one recorded, two calibrated
+    torch.testing.assert_close(trained.net.conv.input_quantizer.scale, torch.tensor([3.0 / 255]))
+
+
+def test_ptq_then_qat(trained, trainer, data):
+    trainer(PTQ("w4a4", calibration_batches=4, phases=["calibrate"])).validate(trained, datamodule=data, verbose=False)
+    scale = trained.net.conv2.input_quantizer.scale.clone()
+    trainer(QAT("w4a4"), max_epochs=1).fit(trained, datamodule=data)
+    assert not torch.equal(trained.net.conv2.input_quantizer.scale, scale)
+    remove(trained)
+
+
+def test_reestimated_batch_norm_is_the_quantized_models_statistics(trained, trainer, data):
+    ptq = PTQ("int2 per_channel mse", calibration_batches=4, phases=["calibrate", "reestimate_batch_norm"])
+    trainer(ptq).validate(trained, datamodule=data, verbose=False)
+    with torch.no_grad():
+        out = trained.net.conv(data.x[:64])
+    torch.testing.assert_close(trained.net.bn.running_mean, out.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained.net.bn.running_var, out.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_batches": 0}, "1 or more, got 0"),
+        ({"phases": ["calibrte"]}, "Did you mean 'calibrate'"),
+        ({"phases": []}, "valid: "),
+        ({"phases": ["fold_batch_norm"]}, "lack 'calibrate'"),
+        ({"min_coverage": 90}, "share in 0..1, got 90"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        PTQ("w8a8", **arguments)
+
+
+def test_fit_is_refused_and_missing_data_is_explained(trained, trainer, data):
+    with pytest.raises(PlanError, match="for trainer.fit there is QAT"):
+        trainer(PTQ("w8a8")).fit(trained, datamodule=data)
+    with pytest.raises(CalibrationError, match="train_dataloader; give one"):
+        trainer(PTQ("w8a8")).validate(trained, dataloaders=data.val_dataloader(), verbose=False)
+    with pytest.raises(CalibrationError, match="gave 0 batches"):
+        trainer(PTQ("w8a8", dataloader=[])).validate(trained, datamodule=data, verbose=False)
+
+
+def test_custom_phase(trained, trainer, data):
+    called = []
+    register_phase("note")(lambda ptq, trainer, module: called.append(module))
+    try:
+        trainer(PTQ("w8a8", phases=["calibrate", "note"])).validate(trained, datamodule=data, verbose=False)
+    finally:
+        del PHASES["note"]
+    assert called == [trained]
+
+
+def test_mixed_precision_keeps_statistics_in_float32(trained, trainer, data):
+    for precision in ("bf16-mixed", "bf16-true"):
+        module = copy.deepcopy(trained)
+        (reported,) = trainer(PTQ("w8a8"), precision=precision).validate(module, datamodule=Data(), verbose=False)
+        assert module.net.conv.input_quantizer.scale.dtype == torch.float32
+        assert module.net.conv.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+        assert 0 <= reported["val/acc"] <= 1
