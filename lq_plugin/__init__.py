@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lq_plugin.errors import CalibrationError, CoverageError, PlanError, QuantizationError, SpecError
-from lq_plugin.model import Ledger, calibrate, prepare, remove
+from lq_plugin.model import Ledger, calibrate, load_checkpoint, prepare, remove
 from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.schedule import Schedule
 from lq_plugin.spec import PerChannel, PerGroup, PerTensor, QuantSpec
@@ -20,6 +20,7 @@ from lq_plugin.spec import PerChannel, PerGroup, PerTensor, QuantSpec
 if TYPE_CHECKING:
     from lq_plugin.callbacks import PTQ as PTQ
     from lq_plugin.callbacks import QAT as QAT
+    from lq_plugin.callbacks import QuantMonitor as QuantMonitor
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PlanError",
+    "QuantMonitor",
     "QuantPlan",
     "QuantSpec",
     "QuantizationError",
@@ -40,6 +42,7 @@ __all__ = [
     "Schedule",
     "SpecError",
     "calibrate",
+    "load_checkpoint",
     "prepare",
     "remove",
 ]
@@ -47,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning: only those who use them pay for it.
-    if name in ("QAT", "PTQ"):
+    if name in ("QAT", "PTQ", "QuantMonitor"):
         from lq_plugin import callbacks
 
         return getattr(callbacks, name)

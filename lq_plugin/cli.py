@@ -45,6 +45,8 @@ def run(cfg: DictConfig) -> Metrics:
     """The stages that `cfg` switches on, in order; returns every metric they logged."""
     from lightning import seed_everything
 
+    # Lightning's own console handler would show each line a second time, beside Hydra's.
+    logging.getLogger("lightning").handlers.clear()
     seed_everything(cfg.seed, workers=True, verbose=False)
     output_dir = Path(cfg.paths.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -164,3 +166,18 @@ def close_wandb() -> None:
     """End the W&B run of this job: the next job of a multirun would go on writing into it."""
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
         wandb.finish()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
+def search(cfg: DictConfig) -> None:
+    """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
+    require_lq_configs(cfg)
+    from lq_plugin.search.main import run as run_search
+
+    try:
+        run_search(cfg)
+    except KeyboardInterrupt:
+        log.warning("stopped; the same command goes on with the study in %s", cfg.paths.output_dir)
+        sys.exit(130)
+    finally:
+        close_wandb()

@@ -27,7 +27,7 @@ import yaml
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.schedule import Schedule
-from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
+from lq_plugin.spec import RANGES, PerChannel, PerGroup, QuantSpec
 
 #: In a rule: leave this tensor float, whatever earlier rules said.
 FLOAT = "float"
@@ -307,9 +307,11 @@ def _short_spec(slot: str, bits: str, words: list[str]) -> str:
     if slot == "weight":
         shared = "" if any(word.startswith(("per_", "group")) for word in words) else "per_channel"
         return f"int{bits} {shared} {extra}"
+    if "pact" in words:  # its zero is fixed
+        return f"uint{bits} {extra}"
     # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
-    moving = "" if any(QuantSpec.parse(f"int8 {word}").range != "minmax" for word in words) or "minmax" in words else "ema"
-    return f"uint{bits} affine {moving} {extra}"
+    named = any(word.partition(":")[0] in RANGES for word in words)
+    return f"uint{bits} affine {'' if named else 'ema'} {extra}"
 
 
 def _spec_or_float(text: str) -> SpecOrFloat:

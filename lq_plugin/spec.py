@@ -300,7 +300,9 @@ class QuantSpec:
     @classmethod
     def _from_fields(cls, mapping: dict[str, Any]) -> QuantSpec:
         names = [f.name for f in fields(cls)]
-        faults = [f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in mapping if key not in names]
+        faults = [
+            f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in mapping if key not in names
+        ]
         raise_all(SpecError, "cannot read the spec", faults)
         chosen = dict(mapping)
         if isinstance(word := chosen.get("granularity"), str):

@@ -168,9 +168,7 @@ def test_agreement_refuses_nan() -> None:
 def test_metrics_work_in_a_collection() -> None:
     preds, target = noisy()
     values = MetricCollection({name: make() for name, make in METRICS.items()})(preds, target)
-    assert {name: float(value) for name, value in values.items()} == {
-        name: float(make()(preds, target)) for name, make in METRICS.items()
-    }
+    assert {name: float(value) for name, value in values.items()} == {name: float(make()(preds, target)) for name, make in METRICS.items()}
 
 
 #: Samples of the two processes: uneven, and none in the second.

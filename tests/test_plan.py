@@ -27,6 +27,7 @@ LAYERS = [
         ("w4a8 minmax", "int4 per_channel", "uint8 affine"),
         ("w4 group16 mse a8 percentile:99.9", "int4 group16 mse", "uint8 affine percentile:99.9"),
         ("w2 per_tensor lsq a4 lsq", "int2 per_tensor lsq", "uint4 affine lsq"),
+        ("w4a4 pact", "int4 per_channel", "uint4 pact"),
         ("int4 per_channel mse / uint8 affine", "int4 per_channel mse", "uint8 affine"),
         ("int4 group16", "int4 group16", None),
         ("float / uint8", "float", "uint8"),
@@ -50,7 +51,9 @@ rules = st.builds(
 moments = st.one_of(st.integers(0, 10**6), st.builds("{} {}".format, st.sampled_from(["epoch", "step"]), st.integers(0, 99)))
 
 
-@given(st.lists(rules, min_size=1, max_size=6), st.fixed_dictionaries({}, optional={"weights_start": moments, "batch_norm_freeze": moments}))
+@given(
+    st.lists(rules, min_size=1, max_size=6), st.fixed_dictionaries({}, optional={"weights_start": moments, "batch_norm_freeze": moments})
+)
 def test_yaml_round_trip(tmp_path_factory, rules, schedule):
     plan = QuantPlan(rules, schedule)
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"

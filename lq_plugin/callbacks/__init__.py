@@ -1,6 +1,7 @@
 """Lightning callbacks: one line in a Trainer."""
 
+from lq_plugin.callbacks.monitor import QuantMonitor
 from lq_plugin.callbacks.ptq import PHASES, PTQ, register_phase
 from lq_plugin.callbacks.qat import QAT
 
-__all__ = ["PHASES", "PTQ", "QAT", "register_phase"]
+__all__ = ["PHASES", "PTQ", "QAT", "QuantMonitor", "register_phase"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import rich.progress
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.call import _call_lightning_datamodule_hook
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lq_plugin.errors import CalibrationError
@@ -60,8 +60,7 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]
     if is_overridden("train_dataloader", pl_module):
         return pl_module.train_dataloader()
     raise CalibrationError(
-        "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; "
-        "give one: PTQ(plan, dataloader=...)"
+        "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: PTQ(plan, dataloader=...)"
     )
 
 

@@ -64,8 +64,7 @@ def _move(trainer: Trainer, index: int, source: int, parameters: list[nn.Paramet
     group = {key: value for key, value in template.items() if key != "params"}
     if decay_free and "weight_decay" in group:
         group["weight_decay"] = 0.0
-    if "param_names" in group:
-        del group["param_names"]
+    group.pop("param_names", None)
     optimizer.add_param_group({**group, "params": parameters})
     for config in trainer.lr_scheduler_configs:
         if config.scheduler.optimizer is optimizer:

@@ -96,7 +96,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.quant_min, ctx.quant_max = quant_min, quant_max
         y = (x.float() * scale.reciprocal()).round_()
@@ -105,10 +105,9 @@ class _FakeQuantize(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
         # Recomputed from the input: no mask tensor is kept between forward and backward.
         r = (x.float() * scale.reciprocal()).round_()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)
         return grad.masked_fill(outside, 0.0), None, None, None, None
-

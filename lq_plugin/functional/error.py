@@ -38,15 +38,24 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> Tensor:
     return decibel(energy(x), energy(x.detach().float() - x_hat.detach().float()))
 
 
-def clipping_share(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Share of the elements of `x` outside `[lo, hi]`, float64 `[]`.
+def clipped_count(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Number of elements of `x` outside `[lo, hi]`, int64 `[]`."""
+    return ((x < lo) | (x > hi)).sum()
+
+
+def clipping_share(x: Tensor, lo: Tensor, hi: Tensor) -> float:
+    """Share of the elements of `x` outside `[lo, hi]`, 0..1.
 
     Args:
-        x: any shape, at least one element.
+        x: any shape.
         lo, hi: bounds that broadcast against `x`.
 
+    Raises:
+        ValueError: when there are no elements.
+
     >>> clipping_share(torch.tensor([-3.0, 0.0, 1.0, 2.0]), torch.tensor(-1.0), torch.tensor(1.0))
-    tensor(0.5000, dtype=torch.float64)
+    0.5
     """
-    outside = (x < lo) | (x > hi)
-    return (outside.sum().cpu().double() / x.numel()).to(torch.float64)
+    if not x.numel():
+        raise ValueError("there is no share of 0 elements")
+    return int(clipped_count(x, lo, hi)) / x.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -125,4 +125,4 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     """Take the quantizers away and give the float class back."""
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
-    layer.__class__ = layer.float_class
+    cast(nn.Module, layer).__class__ = layer.float_class

@@ -10,6 +10,7 @@ from lq_plugin.model.calibrate import (
     never_reached,
     weight_samples,
 )
+from lq_plugin.model.checkpoint import load_checkpoint
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.observe import commit_observers
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
@@ -25,6 +26,7 @@ __all__ = [
     "commit_observers",
     "evaluating",
     "float_forward",
+    "load_checkpoint",
     "load_statistics",
     "never_reached",
     "prepare",

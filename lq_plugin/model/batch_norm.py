@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.model.record import without_compile
 
 Batch = TypeVar("Batch")
 
@@ -197,7 +198,7 @@ def reestimate_batch_norm(
 
     count = 0
     with torch.no_grad(), _restored(tracked.values()) as before:
-        with _only_training(model, tracked.values()), _watched(tracked, pools), torch.compiler.set_stance("force_eager"):
+        with _only_training(model, tracked.values()), _watched(tracked, pools), without_compile():
             for batch in batches:
                 run(batch)
                 count += 1

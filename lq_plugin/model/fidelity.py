@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.affine import bounds_from_qparams
-from lq_plugin.functional.error import clipping_share, decibel, energy
+from lq_plugin.functional.error import clipped_count, decibel, energy
 from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics, evaluating
@@ -209,8 +209,7 @@ def _add(
     """`grouped` is `x` in the view that `scale` broadcasts against, maybe padded with zeros, which are never clipped."""
     low, high = bounds_from_qparams(scale, zero_point, quantizer.spec.grid)
     # Half a step beyond the outermost level still rounds to it.
-    share = clipping_share(grouped, low - scale / 2, high + scale / 2)
-    clipped = (share * grouped.numel()).round()
+    clipped = clipped_count(grouped, low - scale / 2, high + scale / 2)
     errors.add(energy(x), energy(x.float() - x_hat.float()), clipped, x.numel())
 
 

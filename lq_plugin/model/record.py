@@ -17,6 +17,7 @@ something freed. Unseen are calls into scripted functions and C++ extensions.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs
 from lq_plugin.model.recording import Call, Recording, Source
 
-__all__ = ["Call", "Recording", "Source", "default_is_leaf", "record"]
+__all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
 
 #: Opaque whatever children they carry: parametrizations, quantizers, `out_proj`.
 _OPAQUE = (
@@ -91,7 +92,7 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
     ])  # fmt: skip
     recorder = _Recorder(model, is_leaf)
     try:
-        with recorder.attached(), _ordinary_paths(), recorder:
+        with recorder.attached(), _without_fused_attention(), without_compile(), recorder:
             result = run()
         recorder.add_outputs(result)
         return recorder.finish()
@@ -100,14 +101,23 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
 
 
 @contextmanager
-def _ordinary_paths() -> Iterator[None]:
+def _without_fused_attention() -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def without_compile() -> Iterator[None]:
+    """Compiled modules run their own code inside: compiled ones skip hooks, or are compiled again for them."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class _Value(NamedTuple):

@@ -105,6 +105,8 @@ class InputQuantizer(Quantizer):
 
     scale: Tensor
     zero_point: Tensor
+    running_min: Tensor
+    running_max: Tensor
     batch_min: Tensor
     batch_max: Tensor
 

@@ -86,7 +86,14 @@ def test_schedule_switches_by_epoch_and_step(trainer, module, data):
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             conv = pl_module.net.conv2
-            seen.append((conv.weight_quantizer.is_enabled, conv.input_quantizer.is_enabled, conv.input_quantizer.observing, pl_module.net.bn.training))
+            seen.append(
+                (
+                    conv.weight_quantizer.is_enabled,
+                    conv.input_quantizer.is_enabled,
+                    conv.input_quantizer.observing,
+                    pl_module.net.bn.training,
+                )
+            )
 
     schedule = {"weights_start": "step 2", "activations_start": "epoch 1", "observer_freeze": "step 6", "batch_norm_freeze": "step 7"}
     trainer(QAT("w4a8", schedule=schedule), Watch(), max_epochs=2).fit(module, datamodule=data)
@@ -148,7 +155,10 @@ def test_checkpoints_float_and_quantized(trainer, module, data, tmp_path):
 
 def two_groups(module):
     optimizer = torch.optim.AdamW(
-        [{"params": module.net.conv.parameters(), "lr": 1e-3}, {"params": [*module.net.conv2.parameters(), *module.net.fc.parameters()], "lr": 2e-3}],
+        [
+            {"params": module.net.conv.parameters(), "lr": 1e-3},
+            {"params": [*module.net.conv2.parameters(), *module.net.fc.parameters()], "lr": 2e-3},
+        ],
         weight_decay=0.1,
     )
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)

@@ -11,7 +11,12 @@ from lq_plugin.functional.affine import bounds_from_qparams, dequantize, fake_qu
 from lq_plugin.spec import IntegerGrid
 
 grids = st.one_of(
-    st.builds(lambda b, narrow, affine: IntegerGrid(-(2 ** (b - 1)) + narrow, 2 ** (b - 1) - 1, affine), st.integers(2, 16), st.booleans(), st.booleans()),
+    st.builds(
+        lambda b, narrow, affine: IntegerGrid(-(2 ** (b - 1)) + narrow, 2 ** (b - 1) - 1, affine),
+        st.integers(2, 16),
+        st.booleans(),
+        st.booleans(),
+    ),
     st.builds(lambda b, affine: IntegerGrid(0, 2**b - 1, affine), st.integers(1, 16), st.booleans()),
 )
 arrays = hnp.arrays(np.float32, hnp.array_shapes(max_dims=4, max_side=6), elements=st.floats(-100, 100, width=32))

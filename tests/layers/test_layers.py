@@ -48,6 +48,7 @@ def importable_conv1d(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", module)
 
+
 LAYERS = {
     "Linear": (lambda: nn.Linear(12, 8), (4, 12), 0, ()),
     "Linear no bias": (lambda: nn.Linear(12, 8, bias=False), (2, 3, 12), 0, ()),
@@ -83,7 +84,7 @@ def numpy_per_channel(weight, axis, bits):
     flat = w.reshape(w.shape[0], -1)
     high = 2 ** (bits - 1)
     scale = np.maximum(flat.max(1).clip(0) / (high - 1), (-flat.min(1)).clip(0) / high).astype(np.float32)
-    q = np.clip(np.rint((flat.astype(np.float32) * (np.float32(1) / scale)[:, None])), -high, high - 1)
+    q = np.clip(np.rint(flat.astype(np.float32) * (np.float32(1) / scale)[:, None]), -high, high - 1)
     return torch.from_numpy(np.moveaxis((q * scale[:, None]).astype(np.float32).reshape(w.shape), 0, axis).copy())
 
 

@@ -1,0 +1,41 @@
+# make setup | test | test-all | demo | wheel | clean
+
+PYTHON ?= python3
+# Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
+# counts as newer than 2.13.0). Any torch>=2.6 will do: make setup TORCH=torch==2.6.0
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: setup check test test-all demo wheel clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[test,demo]"
+	touch $@
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	$(PYTEST)
+
+demo: setup
+	$(BIN)/python examples/digits_demo.py
+
+wheel: setup
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

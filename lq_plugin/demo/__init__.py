@@ -1,0 +1,1 @@
+"""Models and data of the demo, the examples and the benchmarks."""

@@ -1,0 +1,142 @@
+"""What a search found: quality over size, and the plans that nothing beats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from lq_plugin.plots.style import BLUE, INK, MARKERS, MUTED, PALETTE, SKY, new_figure, spread, styled
+
+Point = tuple[float, float]
+
+
+def pareto_front(points: Sequence[Point], maximize: bool = True) -> list[int]:
+    """Indices of the points `(size, quality)` that no other beats in both, by size; equal ones count once.
+
+    >>> pareto_front([(4.0, 0.8), (3.0, 0.9), (2.0, 0.5), (3.5, 0.95)])
+    [2, 1, 3]
+    """
+    sign = 1.0 if maximize else -1.0
+    best, front = -np.inf, []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
+        if sign * points[index][1] > best:
+            best = sign * points[index][1]
+            front.append(index)
+    return front
+
+
+@styled
+def pareto(
+    points: Sequence[Point],
+    references: Mapping[str, Point] | None = None,
+    float_metric: float | None = None,
+    metric: str = "accuracy",
+    maximize: bool = True,
+    size: str = "effective bits a weight",
+    title: str = "Search: quality over size",
+) -> Figure:
+    """All plans of a search, the front among them, and where named plans stand.
+
+    The vertical axis shows the front, the references and the float model; points far below are counted in a note.
+
+    Args:
+        points: `(size, metric)` of each trial.
+        references: named plans, such as uniform ones.
+        float_metric: of the model before quantization.
+        metric: its name.
+        maximize: whether more is better.
+
+    Raises:
+        ValueError: when there are no points or one is not finite.
+    """
+    named = dict(references or {})
+    if not points:
+        raise ValueError("no points to draw")
+    if not np.isfinite([*points, *named.values()]).all():
+        raise ValueError("points must be finite: leave failed trials out")
+    front = [points[i] for i in pareto_front(points, maximize)]
+    figure, axes = new_figure(8.0, 5.0)
+    xs = [p[0] for p in (*points, *named.values())]
+    margin = 0.06 * (max(xs) - min(xs) or 1.0)
+    axes.set_xlim(min(xs) - margin, max(xs) + 2.5 * margin)
+    hidden = _limit_y(axes, points, [p[1] for p in front], [p[1] for p in named.values()], float_metric, maximize)
+    axes.grid(True)
+    all_x, all_y = zip(*points, strict=True)
+    axes.scatter(all_x, all_y, 20, SKY, edgecolors="white", linewidths=0.4, alpha=0.75, zorder=2, label=f"{len(points)} trials")
+    front_x, front_y = zip(*front, strict=True)
+    axes.step(front_x, front_y, where="post", color=BLUE, linewidth=1.4, alpha=0.7, zorder=3)
+    axes.scatter(front_x, front_y, 46, BLUE, edgecolors="white", linewidths=0.8, zorder=4, label=f"Pareto front ({len(front)})")
+    if float_metric is not None:
+        axes.axhline(float_metric, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+        beside: Any = ("axes fraction", "data")
+        axes.annotate(f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), beside, textcoords="offset points", fontsize=8.5)
+    _draw_references(axes, named)
+    if hidden:
+        where = "below" if maximize else "above"
+        y = 0.012 if maximize else 0.965
+        axes.annotate(f"{hidden} trials {where} the picture", (0.995, y), xycoords="axes fraction", ha="right", fontsize=8, color=MUTED)
+    axes.set_xlabel(size)
+    axes.set_ylabel(metric)
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _limit_y(
+    axes: Axes, points: Sequence[Point], front: list[float], named: list[float], float_metric: float | None, maximize: bool
+) -> int:
+    """Set the limits; returns how many points are outside."""
+    must = [*named, *([] if float_metric is None else [float_metric])]
+    quality = np.array([p[1] for p in points])
+    # The front's own tail may fall to guessing: of it, and of all trials, the better part is shown.
+    sign = 1.0 if maximize else -1.0
+    good = sorted((sign * q for q in front), reverse=True)
+    must += [sign * q for q in good[: max(-(-2 * len(good) // 3), 1)]] + [float(np.median(quality))]
+    low, high = min(must), max(must)
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    # Twice above: the labels of the best plans stand there.
+    axes.set_ylim(low - pad, high + 2 * pad)
+    outside = quality < low - pad if maximize else quality > high + pad
+    return int(outside.sum())
+
+
+def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
+    """Named points; labels to their upper left, where no trial of a good front is, spread until none overlaps."""
+    if not named:
+        return
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    gap = 0.048 * (high - low)
+    # Labels only meet when they stand side by side: spread those that are near each other horizontally.
+    columns: list[list[str]] = []
+    for name in sorted(named, key=lambda n: named[n][0]):
+        if columns and named[name][0] - named[columns[-1][-1]][0] < 0.2 * (right - left):
+            columns[-1].append(name)
+        else:
+            columns.append([name])
+    order = list(named)
+    for names in columns:
+        heights = spread([named[name][1] + gap for name in names], gap, low + gap / 2, high - gap / 2)
+        for name, height in zip(names, heights, strict=True):
+            index = order.index(name)
+            x, y = named[name]
+            color, marker = PALETTE[1:][index % (len(PALETTE) - 1)], MARKERS[index % len(MARKERS)]
+            axes.scatter([x], [y], s=60, color=color, marker=marker, edgecolors="white", linewidths=0.8, zorder=5)
+            axes.annotate(
+                name,
+                (x, y),
+                (max(x - 0.02 * (right - left), left + 0.1 * (right - left)), height),
+                ha="right",
+                va="center",
+                fontsize=8.5,
+                color=color,
+                fontweight="bold",
+                zorder=6,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+            )

@@ -1,0 +1,296 @@
+"""Score plan after plan on one loaded model: one calibration pass, then quantizers are exchanged, data is not.
+
+    with Evaluator(model, datamodule) as evaluator:
+        evaluator.calibrate(space)
+        evaluator.evaluate("plan.yaml").metrics["val/acc"]
+
+What `evaluate` reports is what `Trainer.validate` reports with `PTQ(plan)` and the same calibration
+data, exactly: it is the Trainer's own validation loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lq_plugin.callbacks import PTQ
+from lq_plugin.errors import CalibrationError, PlanError
+from lq_plugin.layers import QuantizedLayer, attach_quantizers
+from lq_plugin.model.cost import Cost, plan_cost
+from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
+from lq_plugin.model.prepare import _Survey, quantized_layers, remove
+from lq_plugin.model.record import Recording
+from lq_plugin.plan import SLOTS, LayerPlan, QuantPlan
+from lq_plugin.quantizers import InputQuantizer, Quantizer
+from lq_plugin.ranges import Sample
+from lq_plugin.search.bound import BoundSpace, as_plan
+from lq_plugin.search.once import SetUpOnce
+from lq_plugin.search.space import Space
+from lq_plugin.spec import Granularity, PerChannel, QuantSpec
+
+_QUIET = {
+    "logger": False,
+    "callbacks": [],
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one plan scores.
+
+    Args:
+        metrics: everything the validation logged.
+        cost: of the plan.
+        seconds: that the evaluation took.
+    """
+
+    metrics: dict[str, float]
+    cost: Cost
+    seconds: float
+
+
+class Evaluator:
+    """A LightningModule that is loaded and calibrated once.
+
+    `close` (or leaving the `with` block) takes the quantizers out and undoes batch norm folding: the
+    float weights are back, bit for bit.
+
+    Args:
+        model: trained; nothing of it is changed in the end.
+        datamodule: gives validation and calibration data; None where the module has its own loaders.
+        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords. One device.
+        calibration_batches, phases, dataloader: of the calibration, see `PTQ`.
+        seed: of the calibration data's order: every process that asks for the same gets the same statistics.
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        trainer: Callable[..., Trainer] = Trainer,
+        calibration_batches: int = 8,
+        phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
+        dataloader: Iterable[Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.datamodule = datamodule
+        self.calibration_batches = calibration_batches
+        self.phases = tuple(phases)
+        self.dataloader = dataloader
+        self.seed = seed
+        self.trainer = trainer(**_QUIET)
+        if self.trainer.world_size > 1:
+            raise PlanError(f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers instead")
+        self.float_metrics: dict[str, float] = {}
+        self.weights = ""
+        self.space: BoundSpace | None = None
+        self.recording: Recording | None = None
+        self._folded: FoldedBatchNorms | None = None
+        self._samples: dict[tuple[str, Granularity], Sample] = {}
+        self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
+        self._layers: dict[str, QuantizedLayer] = {}
+        self._data = SetUpOnce(datamodule)
+
+    def __enter__(self) -> Evaluator:
+        self._data.open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the float model back."""
+        remove(self.model)
+        if self._folded is not None:
+            self._folded.undo()
+            self._folded = None
+        self._quantizers.clear()
+        self._layers.clear()
+        self._data.close()
+
+    def calibrate(self, space: Space | Mapping[str, Any]) -> BoundSpace:
+        """Validate the float model, fold what can be folded, and gather the statistics that `space` may need.
+
+        One pass over the calibration data; a second one only for activations that may be quantized
+        both per tensor and per channel.
+
+        Raises:
+            QuantizationError: a space that does not fit the model, or no calibration data.
+        """
+        self.float_metrics = self._validate()
+        self.weights = _digest(self.model)
+        # After a validation: only now has `configure_model` built every layer.
+        survey = _Survey.of(self.model)
+        self.space = Space.parse(space).bind(survey.infos(), survey.others())
+        for plan in _statistics_plans(self.space):
+            remove(self.model)
+            first = self.recording is None
+            ptq = Calibration(plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader)
+            ptq.seed = self.seed
+            self.trainer.callbacks.append(ptq)
+            try:
+                self._validate()
+            finally:
+                self.trainer.callbacks.remove(ptq)
+            if first:
+                self.recording, self._folded = ptq.recording, ptq.folded
+            self._keep_samples(ptq)
+        self._layers = dict(quantized_layers(self.model))
+        return self.space
+
+    def _keep_samples(self, ptq: PTQ) -> None:
+        for quantizer in (module for module in self.model.modules() if isinstance(module, InputQuantizer)):
+            histogram = ptq.statistics.get(quantizer.name)
+            if histogram is not None and histogram.total.any():
+                self._samples.setdefault((quantizer.name, quantizer.spec.granularity), histogram.sample())
+
+    def layer_plans(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> dict[str, LayerPlan]:
+        """The specs that a plan gives to every layer.
+
+        Raises:
+            PlanError: when it does not fit the model.
+        """
+        space = self._calibrated()
+        return QuantPlan.parse(plan).resolve(space.layers, space.others)
+
+    def cost(self, layer_plans: Mapping[str, LayerPlan]) -> Cost:
+        """The cost of a plan, without evaluating it."""
+        self._calibrated()
+        return plan_cost(self.model, layer_plans, self.recording)
+
+    def evaluate(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Evaluation:
+        """Validate the model under a plan.
+
+        Raises:
+            QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
+        """
+        return self.evaluate_layers(self.layer_plans(plan))
+
+    def evaluate_layers(self, layer_plans: Mapping[str, LayerPlan]) -> Evaluation:
+        """The same for specs by layer name."""
+        started = time.perf_counter()
+        self.apply(layer_plans)
+        metrics = self._validate()
+        rebuilt = [name for name, layer in self._layers.items() if self.model.get_submodule(name) is not layer]
+        if rebuilt:
+            raise PlanError(
+                f"{type(self.model).__name__} built {len(rebuilt)} layers anew while validating (first: {rebuilt[0]}), so they ran float: "
+                "build layers in __init__, or only once in setup or configure_model"
+            )
+        return Evaluation(metrics, self.cost(layer_plans), time.perf_counter() - started)
+
+    def apply(self, layer_plans: Mapping[str, LayerPlan]) -> None:
+        """Give every layer the quantizers of its specs, with their ranges."""
+        self._calibrated()
+        outside = [name for name, plan in layer_plans.items() if plan and name not in self._layers]
+        if outside:
+            raise PlanError(f"layers that the search space keeps float: {', '.join(outside)}")
+        for name, layer in self._layers.items():
+            plan = layer_plans.get(name, LayerPlan())
+            chosen = {slot: self._quantizer(name, slot, spec) for slot in SLOTS if (spec := getattr(plan, slot)) is not None}
+            for slot in SLOTS:
+                setattr(layer, f"{slot}_quantizer", chosen.get(slot))
+
+    def _quantizer(self, name: str, slot: str, spec: QuantSpec) -> Quantizer:
+        """The calibrated quantizer of one tensor; each (tensor, spec) is estimated once."""
+        key = (name, slot, spec)
+        layer = self._layers[name]
+        if key not in self._quantizers:
+            attach_quantizers(layer, LayerPlan(**{slot: spec}), name)
+            quantizer: Quantizer = getattr(layer, f"{slot}_quantizer")
+            if slot == "weight":
+                layer.calibrate_weight()
+            else:
+                sample = self._samples.get((quantizer.name, spec.granularity))
+                if sample is None:
+                    raise CalibrationError(f"{quantizer.name}: no statistics for '{spec}': no batch reached it, or it is not in the space")
+                quantizer.load_sample(sample)
+            self._quantizers[key] = quantizer
+        # A Trainer on a GPU brings the model back to the CPU after each validation, with what it holds then.
+        return self._quantizers[key].to(layer.weight.device)
+
+    def _calibrated(self) -> BoundSpace:
+        if self.space is None:
+            raise CalibrationError("the evaluator is not calibrated: call calibrate(space) first")
+        return self.space
+
+    def _validate(self) -> dict[str, float]:
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                # Lightning turns Ctrl-C into an exit that Optuna would not notice, and ignores the next ones.
+                signal.signal(signal.SIGINT, interrupt)
+                raise KeyboardInterrupt from None
+            raise
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+
+class Calibration(PTQ):
+    """PTQ on the same batches in every process, whatever the order of a shuffling loader."""
+
+    seed = 0
+
+    def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with _seeded(self.seed):
+            super().quantize(trainer, pl_module)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
+
+
+def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
+    """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in addition."""
+    wanted: dict[str, dict[str, list[QuantSpec]]] = {}
+    for unit in space.units:
+        kinds = {spec.granularity: spec for spec in unit.choices if isinstance(spec, QuantSpec)}
+        for name in unit.layers:
+            # One weight spec is enough: weights need no data.
+            wanted.setdefault(name, {})[unit.slot] = list(kinds.values())[: 1 if unit.slot == "weight" else None]
+    passes = max(len(specs) for slots in wanted.values() for specs in slots.values())
+    plans = []
+    for index in range(passes):
+        chosen = {name: {slot: specs[min(index, len(specs) - 1)] for slot, specs in slots.items()} for name, slots in wanted.items()}
+        plans.append(as_plan({name: LayerPlan(**{slot: _plain(spec) for slot, spec in slots.items()}) for name, slots in chosen.items()}))
+    return plans
+
+
+def _plain(spec: QuantSpec) -> QuantSpec:
+    """A spec that takes the same statistics and is quick to estimate."""
+    channel = isinstance(spec.granularity, PerChannel)
+    return QuantSpec(bit_width=8, granularity=spec.granularity if channel else QuantSpec().granularity)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

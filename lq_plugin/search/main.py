@@ -1,0 +1,113 @@
+"""`lq-search`: build what the config names, search, and show what was found. One call is one worker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lq_plugin import plots
+from lq_plugin.search.result import SearchResult
+from lq_plugin.search.space import Space
+from lq_plugin.search.study import search
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> SearchResult:
+    """Search as `cfg` (composed from `search.yaml`) says.
+
+    Raises:
+        QuantizationError: see `search`.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
+    """
+    output_dir = Path(cfg.paths.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    model = load_model(cfg, datamodule, output_dir)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    # With `_target_`: any code that makes a Space.
+    space = instantiate(cfg.search.space) if "_target_" in cfg.search.space else Space.parse(_plain(cfg.search.space))
+    storage = cfg.search.storage if isinstance(cfg.search.storage, str | None) else instantiate(cfg.search.storage)
+    # Only the first worker shows anything: the others share its terminal.
+    first = cfg.worker == 0
+    result = search(
+        model,
+        datamodule,
+        space,
+        storage=storage,
+        output_dir=output_dir,
+        sampler=instantiate(cfg.search.sampler, _partial_=True),
+        seed=cfg.seed,
+        worker=cfg.worker,
+        progress=first and cfg.search.progress,
+        trainer=partial(instantiate, cfg.trainer),
+        **{key: _plain(cfg.search[key]) for key in _OPTIONS},
+    )
+    if first:
+        Console().print(result.table())
+        log_to(cfg, result)
+    log.info("written to %s", output_dir)
+    return result
+
+
+#: Keys of `cfg.search` that `search` takes by the same name.
+_OPTIONS = ("metric", "mode", "cost", "n_trials", "study_name", "uniform", "max_failures", "calibration_batches", "phases")
+
+
+def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
+    """The model with its float weights: from `float_checkpoint`, or trained for `float_epochs` and kept for the next run.
+
+    Workers that start together train once: the others wait and load what the first has trained.
+    """
+    from lq_plugin.cli import load_float_weights
+
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model: LightningModule = instantiate(cfg.model)
+    path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None
+    if path is None and cfg.float_epochs:
+        # Named after all it depends on: with another model or more epochs it is trained anew.
+        recipe = [_plain(cfg[key]) for key in ("model", "data", "float_epochs", "seed")]
+        path = output_dir / f"float_{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.ckpt"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                train(cfg, model, datamodule, path)
+    if path is not None:
+        load_float_weights(model, path)
+    return model
+
+
+def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> None:
+    """Train `model` float and save its weights to `path`, which appears when it is whole."""
+    log.info("training the float model for %d epochs", cfg.float_epochs)
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, callbacks=[], logger=False, enable_checkpointing=False)
+    trainer.fit(model, datamodule=datamodule)
+    temporary = path.with_suffix(".part")
+    torch.save({"state_dict": model.state_dict()}, temporary)
+    temporary.replace(path)
+
+
+def log_to(cfg: DictConfig, result: SearchResult) -> None:
+    """Give every trial to the config's loggers, one step a trial, and the picture to those that take pictures."""
+    for entry in (cfg.get("logger") or {}).values():
+        logger: Any = instantiate(entry)
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        for candidate in result.candidates:
+            logger.log_metrics({f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number)
+        if result.candidates and hasattr(logger, "log_image"):
+            logger.log_image(key="search/pareto", images=[plots.to_array(result.figure())])
+        logger.finalize("success")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -1,0 +1,50 @@
+"""Set a datamodule up once for many validations: reading a data set anew would cost more than a trial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+
+class SetUpOnce:
+    """Between `open` and `close` each stage of `datamodule` is set up the first time only.
+
+    `teardown` waits until `close`. None is accepted and left alone.
+    """
+
+    def __init__(self, datamodule: LightningDataModule | None) -> None:
+        self._datamodule: Any = datamodule
+        self._stages: list[Any] = []
+        self._prepared = False
+
+    def open(self) -> None:
+        """Take over `prepare_data`, `setup` and `teardown` of the instance."""
+        if self._datamodule is None:
+            return
+        original = {name: getattr(self._datamodule, name) for name in ("prepare_data", "setup")}
+
+        def prepare_data() -> None:
+            if not self._prepared:
+                original["prepare_data"]()
+            self._prepared = True
+
+        def setup(stage: Any = None) -> None:
+            if stage not in self._stages:
+                original["setup"](stage=stage)
+                self._stages.append(stage)
+
+        def teardown(stage: Any = None) -> None:
+            pass
+
+        self._datamodule.__dict__ |= {"prepare_data": prepare_data, "setup": setup, "teardown": teardown}
+
+    def close(self) -> None:
+        """Hand the methods back and tear down what was set up."""
+        if self._datamodule is None or "setup" not in self._datamodule.__dict__:
+            return
+        for name in ("prepare_data", "setup", "teardown"):
+            del self._datamodule.__dict__[name]
+        for stage in self._stages:
+            self._datamodule.teardown(stage=stage)
+        self._stages.clear()

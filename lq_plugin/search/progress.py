@@ -1,0 +1,38 @@
+"""The progress bar of a search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna import Study
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class SearchProgress:
+    """Complete trials of the study (of all workers), failures, and what the latest trial scored.
+
+    Args:
+        n_trials: to reach.
+        metric: name of the first objective.
+    """
+
+    def __init__(self, n_trials: int, metric: str) -> None:
+        self.metric = metric
+        columns = (
+            TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+        )  # fmt: skip
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("", total=n_trials)
+
+    def __enter__(self) -> SearchProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._progress.stop()
+
+    def update(self, study: Study, complete: int, failed: int) -> None:
+        """Show the state after a trial."""
+        last = study.get_trials(deepcopy=False)[-1:]
+        text = f"{self.metric} {last[0].values[0]:.4g} at {last[0].values[1]:.4g}" if last and last[0].values else ""
+        self._progress.update(self._task, completed=complete, description=text + (f", {failed} failed" if failed else ""))

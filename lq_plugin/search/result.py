@@ -1,0 +1,162 @@
+"""What a study found: its front, the best plan of a size, and the files that show them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from optuna import Study
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from lq_plugin import plots
+from lq_plugin.errors import QuantizationError
+from lq_plugin.plan import QuantPlan
+from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One complete trial.
+
+    Args:
+        number: of the trial.
+        plan: that it evaluated.
+        metric, cost: its two objectives.
+        metrics: everything its validation logged, and all costs.
+        origin: `"uniform 4 bits"`, or `"sampled"`.
+        seconds: that it took.
+    """
+
+    number: int
+    plan: QuantPlan
+    metric: float
+    cost: float
+    metrics: Mapping[str, float]
+    origin: str
+    seconds: float
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean bits of a weight, scales and zero points included."""
+        return self.metrics["effective_bits"]
+
+    @property
+    def file_name(self) -> str:
+        """Name of its plan file."""
+        return f"plan_{self.number:03d}_{self.effective_bits:.2f}bits.yaml"
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Candidate:
+        """Read a complete trial."""
+        attrs = trial.user_attrs
+        metric, cost = trial.values
+        origin = attrs.get(ORIGIN, "sampled")
+        return cls(trial.number, QuantPlan.from_dict(attrs[PLAN]), metric, cost, attrs[METRICS], origin, attrs.get(SECONDS, 0.0))
+
+
+class SearchResult:
+    """The complete trials of a study, of all workers and earlier runs, as they are when first looked at.
+
+    Args:
+        study: two objectives, the metric and the cost.
+        metric, cost: their names.
+        maximize: whether more of the metric is better.
+        float_metrics: what the float model scores.
+        float_bytes: size of the float model.
+    """
+
+    def __init__(
+        self, study: Study, metric: str, cost: str, maximize: bool, float_metrics: Mapping[str, float], float_bytes: int | None = None
+    ) -> None:
+        self.study, self.metric, self.cost, self.maximize = study, metric, cost, maximize
+        self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """Every complete trial, by number."""
+        return [Candidate.of(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+
+    @cached_property
+    def front(self) -> list[Candidate]:
+        """The candidates that no other beats in both objectives, by cost; of equal ones the first."""
+        found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
+        return [self.candidates[index] for index in found]
+
+    def best(self, cost: float | None = None) -> Candidate:
+        """The candidate with the best metric whose cost is at most `cost`.
+
+        Raises:
+            QuantizationError: when there is none.
+        """
+        allowed = [c for c in self.front if cost is None or c.cost <= cost]
+        if not allowed:
+            least = f"the smallest has {self.front[0].cost:.4g}" if self.front else "no trial is complete"
+            raise QuantizationError(f"no plan with {self.cost} <= {cost}: {least}")
+        return allowed[-1]
+
+    def figure(self) -> Any:
+        """Metric over cost of every trial, the front, the uniform plans and the float model."""
+        size = {"effective_bits": "effective bits a weight", "bytes": "bytes", "bops": "bit operations"}[self.cost]
+        return plots.pareto(
+            [(c.cost, c.metric) for c in self.candidates],
+            references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin != "sampled"},
+            float_metric=self.float_metrics.get(self.metric),
+            metric=self.metric,
+            maximize=self.maximize,
+            size=size,
+            title=f"{self.study.study_name}: {self.metric} over {size}",
+        )
+
+    def table(self) -> Table:
+        """The float model and the front, for a terminal."""
+        table = Table(title=f"{self.study.study_name}: front of {len(self.candidates)} trials")
+        for column in ("trial", self.metric, "effective bits", "bytes", "plan from"):
+            table.add_column(column, justify="left" if column == "plan from" else "right")
+        float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
+        table.add_row("float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes, "", end_section=True)
+        for c in reversed(self.front):
+            table.add_row(str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}", c.origin)
+        return table
+
+    def to_csv(self) -> str:
+        """The front as CSV text with a header; `plan` is the name of its file."""
+        names = sorted({name for c in self.front for name in c.metrics})
+        stream = io.StringIO()
+        writer = csv.writer(stream)
+        writer.writerow(["trial", *names, "origin", "seconds", "plan"])
+        for c in self.front:
+            writer.writerow([c.number, *(c.metrics.get(name, "") for name in names), c.origin, round(c.seconds, 4), c.file_name])
+        return stream.getvalue()
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `front.csv`, `plans/` and `pareto.png`; nothing but `front.csv` when no trial is complete.
+
+        Other workers may write the same files: each appears whole, and plans that left the front go.
+        """
+        folder = Path(folder)
+        plans = folder / "plans"
+        plans.mkdir(parents=True, exist_ok=True)
+        wanted = {c.file_name: c for c in self.front}
+        for name, c in wanted.items():
+            comment = f"# Trial {c.number} of {self.study.study_name}: {self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits\n"
+            _write(plans / name, (comment + c.plan.to_yaml()).encode())
+        for path in plans.glob("plan_*bits.yaml"):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+        _write(folder / "front.csv", self.to_csv().encode())
+        if self.candidates:
+            _write(folder / "pareto.png", plots.to_png(self.figure()))
+        return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+from tests.cifar_data import data_folder  # noqa: F401  (a fixture)

@@ -1,0 +1,225 @@
+"""The cost model against counts made by hand, and against what tensors really hold."""
+
+from __future__ import annotations
+
+import csv
+import io
+from math import ceil, prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lq_plugin
+from lq_plugin import PerChannel, PerGroup, PerTensor, QuantSpec
+from lq_plugin.errors import PlanError, QuantizationError
+from lq_plugin.model.cost import Cost, cost, plan_cost, spec_bits
+from lq_plugin.model.record import record
+from lq_plugin.plan import LayerPlan
+from lq_plugin.quantizers import make_weight_quantizer
+
+W4 = QuantSpec.parse("int4 per_channel")
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def recorded(model: nn.Module, x: torch.Tensor):
+    with torch.no_grad():
+        return record(model.eval(), lambda: model(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "bits"),
+    [
+        ("int4 group16", (8, 64), 8 * 64 * 6),  # 4 + 32 / 16, exactly
+        ("int4 group16 affine", (8, 64), 8 * 64 * 4 + 8 * 4 * (32 + 4)),
+        ("int4 group16 ragged", (8, 20), 8 * 20 * 4 + 8 * 2 * 32),
+        ("int4 group16 ragged", (8, 20, 3, 3), 8 * 20 * 9 * 4 + 8 * 2 * 9 * 32),
+        ("int8 per_channel", (8, 20, 3, 3), 8 * 180 * 8 + 8 * 32),
+        ("uint2 per_channel affine", (8, 20), 8 * 20 * 2 + 8 * 34),
+        ("int3", (8, 20), 8 * 20 * 3 + 32),
+        ("int16", (1, 1), 16 + 32),
+    ],
+)
+def test_spec_bits_by_hand(text: str, shape: tuple[int, ...], bits: int) -> None:
+    assert spec_bits(QuantSpec.parse(text), shape) == bits
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    kernel=st.sampled_from([(), (3,), (2, 3)]),
+    bit_width=st.integers(2, 16),
+    affine=st.booleans(),
+    granularity=st.sampled_from([PerTensor(), PerChannel(), PerGroup(4, ragged=True), PerGroup(16, ragged=True)]),
+)
+def test_spec_bits_counts_the_scales_that_a_quantizer_holds(rows, columns, kernel, bit_width, affine, granularity) -> None:
+    shape = (rows, columns, *kernel)
+    spec = QuantSpec(bit_width=bit_width, affine=affine, granularity=granularity, range="mse")
+    scales = make_weight_quantizer(spec, "w", shape).scale.numel()
+    assert spec_bits(spec, shape) == prod(shape) * bit_width + scales * (32 + bit_width * affine)
+
+
+def test_a_float_model_costs_what_its_state_holds() -> None:
+    model = small()
+    priced = cost(model)
+    state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert priced.bytes == priced.float_bytes == state
+    assert (priced.effective_bits, priced.quantized_effective_bits, priced.compression) == (32.0, 32.0, 1.0)
+    assert (priced.macs, priced.bops) == (None, None)
+    assert [row.quantized for row in priced] == [False, False]
+
+
+def test_a_quantized_model_by_hand() -> None:
+    model = small()
+    recording = recorded(model, torch.randn(2, 3, 8, 8))
+    float_bytes = cost(model).float_bytes
+    lq_plugin.prepare(model, {"rules": [{"match": "0", "weight": "int4 per_channel", "input": "uint8 affine"}]})
+    priced = cost(model, recording)
+    conv, linear = priced["0"], priced["4"]
+    assert (conv.kind, conv.elements, conv.weight_bits, conv.input_bits) == ("Conv2d", 216, 4, 8)
+    assert conv.effective_bits == 4 + 8 * 32 / 216
+    assert conv.macs == 2 * 8 * 36 * 27
+    assert conv.bops == conv.macs * 4 * 8
+    assert conv.bytes == ceil((216 * 4 + 8 * 32) / 8) + 5  # and one scale and one 8-bit zero point of the input
+    assert (linear.weight_bits, linear.input_bits, linear.effective_bits) == (32, 32, 32.0)
+    assert linear.bops == 2 * 2880 * 32 * 32
+    assert priced.effective_bits == (216 * 4 + 8 * 32 + 2880 * 32) / (216 + 2880)
+    assert priced.quantized_effective_bits == conv.effective_bits
+    assert priced.bytes == float_bytes - 216 * 4 + conv.bytes
+    assert priced.float_bytes == float_bytes
+    assert priced.compression == pytest.approx(float_bytes / priced.bytes)
+    assert priced.macs == recording.total_macs
+    assert priced.bops == conv.bops + linear.bops
+    with pytest.raises(KeyError):
+        priced["1"]
+
+
+def test_a_plan_is_priced_alike_before_and_after_it_is_applied() -> None:
+    for plan in ("w4 group16 ragged a8", "w3 mse a4 per_channel", "int2 per_channel lsq / uint4 lsq", "uint8 affine / float"):
+        model = small()
+        recording = recorded(model, torch.randn(1, 3, 8, 8))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        layer_plans = {entry.name: entry.plan for entry in lq_plugin.prepare(small(), plan) if entry.plan}
+        priced = plan_cost(model, layer_plans, recording)
+        assert type(model[0]) is nn.Conv2d
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        lq_plugin.prepare(model, plan)
+        assert cost(model, recording) == priced
+        # A prepared model can be priced under another plan just as well.
+        other = plan_cost(model, {"4": LayerPlan(weight=W4)}, recording)
+        assert (other["0"].weight_bits, other["4"].weight_bits, other["4"].input_bits) == (32, 4, 32)
+
+
+def test_a_shared_module_counts_once_and_its_calls_all() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.again = self.first
+
+        def forward(self, x):
+            return self.again(self.first(x))
+
+    model = Twice()
+    priced = cost(model, recorded(model, torch.randn(4, 8)))
+    assert [(row.name, row.elements, row.macs) for row in priced] == [("first", 64, 2 * 4 * 64)]
+    assert priced.bytes == (64 + 8) * 4
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x))
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head", "bits"),
+    [
+        (W4, W4, 128 * 4 + 16 * 32),
+        (W4, QuantSpec.parse("int8 per_channel"), 128 * 12 + 2 * 16 * 32),  # two specs: two sets of codes
+        (None, W4, 128 * 36 + 16 * 32),  # the float table stays
+        (None, None, 128 * 32),
+        # Learned scales of two layers differ, and so do their codes.
+        (QuantSpec.parse("int4 lsq"), QuantSpec.parse("int4 lsq"), 2 * (128 * 4 + 32)),
+    ],
+)
+def test_a_tied_weight_counts_once(embedding: QuantSpec | None, head: QuantSpec | None, bits: int) -> None:
+    priced = plan_cost(Tied(), {"embedding": LayerPlan(weight=embedding), "head": LayerPlan(weight=head)})
+    assert [row.tied_to for row in priced] == [None, "embedding"]
+    assert priced.effective_bits == bits / 128
+    assert priced.bytes == bits / 8
+    assert priced.float_bytes == 128 * 4
+    if embedding or head:
+        assert priced.quantized_effective_bits == bits / 128
+
+
+def test_embeddings_have_no_macs_and_functional_products_count_as_float() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(16, 8)
+            self.query = nn.Linear(8, 8)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            return self.query(x) @ x.transpose(1, 2)
+
+    model = Attention()
+    recording = recorded(model, torch.zeros(1, 5, dtype=torch.long))
+    plans = {"query": LayerPlan(weight=W4, input=QuantSpec.parse("uint8 affine"))}
+    priced = plan_cost(model, plans, recording)
+    assert [row.macs for row in priced] == [0, 5 * 64]
+    assert priced.other_macs == 5 * 5 * 8
+    assert priced.bops == 5 * 64 * 4 * 8 + 5 * 5 * 8 * 1024
+
+
+def test_transposed_and_grouped_convolutions_have_scales_per_output_channel() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(6, 12, 3, groups=3))
+    plan = {"0": LayerPlan(weight=W4), "1": LayerPlan(weight=W4)}
+    assert [row.storage_bits for row in plan_cost(model, plan)] == [4 * 3 * 9 * 4 + 6 * 32, 12 * 2 * 3 * 4 + 12 * 32]
+
+
+def test_other_parts_are_counted_as_they_are_saved() -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(8, 2), "norm": nn.BatchNorm1d(4)})
+    model["linear"].register_buffer("cache", torch.zeros(1000), persistent=False)
+    model["norm"].bfloat16()  # float numbers are 32 bits, whatever they are kept in
+    rest = sum(p.numel() for p in model["attention"].parameters()) + 4 + 4 * 4
+    assert cost(model).other_bytes == rest * 4 + 8  # num_batches_tracked is int64
+    assert [row.name for row in cost(model)] == ["linear"]
+
+
+def test_metrics_and_quantizers_do_not_enter_the_size() -> None:
+    model = small()
+    lq_plugin.prepare(model, "int4 per_channel lsq / uint8 lsq")
+    assert cost(model).other_bytes == (8 * 4 + 8 + 10) * 4 + 8
+
+
+def test_faults_are_named() -> None:
+    with pytest.raises(PlanError, match=r"no quantizable layer 'o'(.|\n)*'5'"):
+        plan_cost(small(), {"o": LayerPlan(weight=W4), "5": LayerPlan(weight=W4)})
+    with pytest.raises(QuantizationError, match=r"0\.weight has no shape yet"):
+        cost(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_rows_as_csv() -> None:
+    model = small()
+    lq_plugin.prepare(model, "w4 group16 ragged")
+    priced = cost(model, recorded(model, torch.randn(1, 3, 8, 8)))
+    rows = list(csv.DictReader(io.StringIO(priced.to_csv())))
+    assert [row["name"] for row in rows] == ["0", "4"]
+    assert [float(row["effective_bits"]) for row in rows] == [row.effective_bits for row in priced]
+    assert [int(row["bops"]) for row in rows] == [row.bops for row in priced]
+    assert priced.totals()["bytes"] == priced.bytes
+    assert Cost(()).to_csv().strip() == "name"
+    assert (Cost(()).effective_bits, Cost(()).compression, len(Cost(()))) == (32.0, 1.0, 0)

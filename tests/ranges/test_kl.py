@@ -1,0 +1,119 @@
+"""KL calibration against a plain Python reference, and the pitfalls."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.ranges.kl import best_bin
+from lq_plugin.spec import IntegerGrid, QuantSpec
+
+
+def reference_bin(counts, beyond, levels):
+    """Migacz's slides, one bin at a time."""
+    best, best_divergence = None, np.inf
+    for kept in range(levels, len(counts) + 1):
+        p = np.array(counts[:kept], dtype=float)
+        q_source = p.copy()
+        p[-1] += sum(counts[kept:]) + beyond
+        if q_source.sum() == 0:
+            continue
+        q = np.zeros(kept)
+        level = np.array([j * levels // kept for j in range(kept)])
+        for k in range(levels):
+            members = level == k
+            filled = members & (q_source > 0)
+            if filled.any():
+                q[filled] = q_source[members].sum() / filled.sum()
+        divergence = scipy.stats.entropy(p, q)
+        if divergence <= best_divergence + 1e-12:  # the last one on a tie
+            best, best_divergence = kept, min(divergence, best_divergence)
+    return best, best_divergence
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=8, max_size=40),
+    beyond=st.sampled_from([0, 1, 7]),
+    levels=st.sampled_from([2, 3, 4, 8]),
+)
+def test_same_divergence_as_the_reference(counts, beyond, levels):
+    counts[0] += 1  # something to keep
+    expected, divergence = reference_bin(counts, beyond, levels)
+    candidates = torch.arange(levels, len(counts) + 1).unsqueeze(0)
+    got = int(best_bin(torch.tensor([counts]).double(), torch.tensor([float(beyond)]).double(), levels, candidates))
+    if expected is None:  # every divergence is infinite
+        assert got == len(counts)
+        return
+    # Ties within rounding may fall to a neighbour: compare what was minimised.
+    p = np.array(counts[:got], dtype=float)
+    kept_only = reference_bin(counts[:got], beyond + sum(counts[got:]), levels)
+    assert p.sum() > 0
+    assert kept_only[1] == pytest.approx(divergence, abs=1e-9) or got == expected
+
+
+def test_rows_are_independent():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 50, (5, 64), generator=generator).double()
+    beyond = torch.tensor([0.0, 3.0, 0.0, 9.0, 1.0]).double()
+    candidates = torch.arange(4, 65).expand(5, -1)
+    together = best_bin(counts, beyond, 4, candidates)
+    for row in range(5):
+        assert best_bin(counts[row : row + 1], beyond[row : row + 1], 4, candidates[:1]).item() == together[row].item()
+        assert reference_bin(counts[row].tolist(), beyond[row].item(), 4)[0] == together[row].item()
+
+
+def normal(n=500_000, seed=0):
+    return torch.randn(1, n, generator=torch.Generator().manual_seed(seed))
+
+
+def samples(x):
+    histogram = Histogram()
+    for part in x.chunk(4, dim=1):
+        histogram.update(part)
+    return {"values": Sample.from_tensor(x, max_points=2**24), "histogram": histogram.sample()}
+
+
+@pytest.mark.parametrize("kind", ["values", "histogram"])
+def test_relu_zeros_do_not_make_it_collapse(kind):
+    """With the zeros in bin 0 the published routine returns 1.77; without them about 4.65."""
+    sample = samples(normal().relu())[kind]
+    for spec in ("int8", "uint8"):
+        assert 4.2 <= estimate_range("kl", sample, QuantSpec.parse(spec).grid)[1].item() <= 5.0
+
+
+@pytest.mark.parametrize("kind", ["values", "histogram"])
+def test_low_bit_widths(kind):
+    """At 4 bits KL covers too much (3.56 against 2.48), but it clips."""
+    sample = samples(normal())[kind]
+    assert 3.2 <= estimate_range("kl", sample, IntegerGrid(-7, 7))[1].item() <= 3.8
+    two_bits = estimate_range("kl", sample, IntegerGrid(-1, 1))[1].item()
+    assert 1.5 <= two_bits <= 3.4
+
+
+@pytest.mark.parametrize("kind", ["values", "histogram"])
+@pytest.mark.parametrize("spec", ["int4", "int8"])
+def test_one_outlier_at_80_sigma(kind, spec):
+    clean, dirty = normal(), normal()
+    dirty[0, 1000] = 80.0
+    grid = QuantSpec.parse(spec).grid
+    expected = -estimate_range("kl", samples(clean)[kind], grid)[0].item()
+    assert -estimate_range("kl", samples(dirty)[kind], grid)[0].item() == pytest.approx(expected, rel=0.25)
+
+
+def test_unsigned_has_twice_the_levels():
+    """With 2^b levels the threshold lies further out than with 2^(b-1)."""
+    sample = samples(normal().relu())["values"]
+    assert estimate_range("kl", sample, IntegerGrid(0, 15))[1] > estimate_range("kl", sample, IntegerGrid(-8, 7))[1]
+
+
+def test_few_values_still_get_clipped_at_low_bits_and_many_bits_get_the_range():
+    x = torch.randn(32, 576, generator=torch.Generator().manual_seed(1))
+    low, high = estimate_range("kl", Sample.from_tensor(x), IntegerGrid(-7, 7))
+    assert (high < 0.999 * x.abs().amax(1)).float().mean() > 0.5
+    _, high = estimate_range("kl", Sample.from_tensor(x), QuantSpec.parse("int16 narrow").grid)
+    torch.testing.assert_close(high, x.abs().amax(1))
+    torch.testing.assert_close(low, -low.neg())

@@ -1,0 +1,82 @@
+"""What is installed: the wheel has everything, and Hydra's plugin costs nothing."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def configs(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    # A copy: a build leaves folders behind in its source.
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "conf", "hydra_plugins", "lq_plugin", "tests"):
+        copy = subprocess.run(["cp", "-r", "--parents", name, str(_made(source))], cwd=ROOT, check=False)
+        assert copy.returncode == 0
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
+    built = subprocess.run(pip, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_the_wheel_holds_everything_and_nothing_else(wheel):
+    names = set(ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT).as_posix() for room in ("lq_plugin", "hydra_plugins") for path in (ROOT / room).rglob("*.py")}
+    assert modules <= names
+    assert {f"lq_plugin/conf/{name}" for name in configs(ROOT / "conf")} <= names
+    assert {"lq_plugin/py.typed", "lq_plugin/conf/__init__.py"} <= names
+    assert "hydra_plugins/__init__.py" not in names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_installed_configs_are_those_of_the_repository():
+    assert configs(Path(str(files("lq_plugin.conf")))) == configs(ROOT / "conf")
+
+
+def test_commands_exist():
+    commands = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")}
+    assert set(commands) == {"lq-search", "lq-train"}
+    assert all(callable(entry.load()) for entry in commands.values())
+
+
+@pytest.mark.slow
+def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    assert subprocess.run(pip, check=False).returncode == 0
+    # -P and PYTHONPATH: the wheel's files come before those of the environment.
+    code = "import lq_plugin; from lq_plugin.cli import train; print('#', lq_plugin.__file__); train()"
+    command = [sys.executable, "-c", code, "experiment=digits_qat", "--cfg", "job"]
+    env = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"# {target}")
+    assert "_target_: lq_plugin.QAT" in done.stdout
+    info = subprocess.run([*command[:3], "--info", "searchpath"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert info.stdout.count("pkg://lq_plugin.conf") == 1
+
+
+@pytest.mark.parametrize("module", ["hydra_plugins.lq_plugin_searchpath", "lq_plugin.conf", "lq_plugin.cli"])
+def test_what_hydra_imports_at_each_start_is_light(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'lightning', 'optuna', 'wandb', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
