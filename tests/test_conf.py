@@ -17,7 +17,7 @@ from lq_plugin.cli import load_float_weights, optimized_metric, require_lq_confi
 from lq_plugin.demo.digits import DigitsCNN
 
 CONF = Path(__file__).parents[1] / "conf"
-QUIET = ["callbacks=none", "logger=none", "+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false"]
+QUIET = ["callbacks=none", "+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false"]
 
 
 def composed(*overrides: str, config_name: str = "train", output_dir: Path = Path("nowhere")) -> DictConfig:
@@ -89,7 +89,7 @@ def test_the_schedule_is_changed_by_group_or_by_moment():
 
 
 def test_ptq_is_there_for_a_trainer_with_and_without_callbacks_of_its_own():
-    cfg = composed("+lq=ptq", *QUIET, "trainer=cpu")
+    cfg = composed("+lq=ptq", "trainer=cpu")
     quiet = {"enable_checkpointing": False, "logger": False}
     (alone,) = [c for c in instantiate(cfg.trainer, **quiet).callbacks if isinstance(c, PTQ)]
     given = instantiate(cfg.callbacks.lq_ptq)
@@ -99,9 +99,9 @@ def test_ptq_is_there_for_a_trainer_with_and_without_callbacks_of_its_own():
 
 
 def test_unknown_options_say_what_there_is():
-    with pytest.raises(MissingConfigException, match="Could not find 'quantization/w9a9'(.|\n)*w4a4"):
+    with pytest.raises(MissingConfigException, match=r"Could not find 'quantization/w9a9'(.|\n)*w4a4"):
         composed("+lq=qat", "quantization=w9a9")
-    with pytest.raises(MissingConfigException, match="Could not find 'lq/qta'(.|\n)*qat"):
+    with pytest.raises(MissingConfigException, match=r"Could not find 'lq/qta'(.|\n)*qat"):
         composed("+lq=qta")
     # Without a callback that reads it a plan would be ignored.
     with pytest.raises(ConfigCompositionException, match="quantization"):
@@ -109,7 +109,7 @@ def test_unknown_options_say_what_there_is():
 
 
 def test_a_string_in_the_place_of_the_lq_group_is_refused():
-    with pytest.raises(ValueError, match="lq=qat was read as a plain string.*installed"):
+    with pytest.raises(ValueError, match=r"lq=qat was read as a plain string.*installed"):
         require_lq_configs(OmegaConf.create({"lq": "qat"}))
     require_lq_configs(composed("+lq=qat"))
 
@@ -147,7 +147,8 @@ def test_the_float_checkpoint_of_one_run_is_the_start_of_another(ptq_run, tmp_pa
     folder, metrics = ptq_run
     load = f"float_checkpoint={folder / 'float.ckpt'}"
     again = run(composed("experiment=digits_ptq", "float_epochs=0", load, "quantization=w4a8", *QUIET, output_dir=tmp_path))
-    assert again["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)
+    # Near, not equal: the calibration batches are shuffled. Weights left as they were initialized give about 2.3.
+    assert again["val/loss"] == pytest.approx(metrics["val/loss"], rel=0.05)
 
 
 def test_qat_run_trains_quantized(ptq_run, tmp_path):

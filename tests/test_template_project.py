@@ -42,7 +42,7 @@ def test_the_project_does_not_know_the_library():
 def test_the_config_shows_the_callback():
     job = yaml.safe_load(script("train.py", "+lq=qat", "quantization=w4a4", "--cfg", "job"))
     assert job["callbacks"]["lq_qat"]["_target_"] == "lq_plugin.QAT"
-    assert set(job["callbacks"]) == {"model_checkpoint", "early_stopping", "lq_qat"}
+    assert set(job["callbacks"]) == {"model_checkpoint", "early_stopping", "lq_qat", "lq_monitor"}
     assert job["quantization"]["rules"][0]["weight"] == "int4 per_channel mse"
 
 

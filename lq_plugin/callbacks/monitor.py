@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -37,9 +38,10 @@ class QuantMonitor(Callback):
     * `TensorBoardLogger`: pictures, and the plan and the ledger as text;
     * `CSVLogger`: files in `<log_dir>/quant`.
 
-    Weights are measured as they are. Activations are measured on batches that run anyway: the first and the
-    last of an epoch (the last before a log by steps), the first of an evaluation; before that, on the statistics of
+    Weights are measured as they are. Activations are measured on a batch that runs anyway: the last before the
+    log (the first of an epoch whose length is not known), the first of an evaluation; before that, on the statistics of
     the calibration. No forward pass is added, no random number is drawn, nothing of the Trainer's metrics is touched.
+    A compiled model runs that one batch uncompiled.
     Infinite numbers, such as the SQNR of an all-zero weight, stay in the tables and out of the scalars.
 
     Args:
@@ -82,7 +84,8 @@ class QuantMonitor(Callback):
         self._log(trainer, pl_module, "start")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        by_epoch = self._epoch_is_due(trainer) and (batch_idx == 0 or batch_idx + 1 == trainer.num_training_batches)
+        batches = trainer.num_training_batches
+        by_epoch = self._epoch_is_due(trainer) and batch_idx == (0 if batches == float("inf") else batches - 1)
         by_step = self.every_n_steps is not None and (trainer.global_step + 1) % self.every_n_steps == 0
         if by_epoch or by_step:
             self._start_watching(trainer, pl_module)
@@ -134,6 +137,8 @@ class QuantMonitor(Callback):
     def _start_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.loggers:
             self._watch.close()
+            # Compiled code would not see the hooks.
+            self._watch.enter_context(torch.compiler.set_stance("force_eager"))
             self._measured = self._watch.enter_context(watching(pl_module))
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, moment: str) -> None:

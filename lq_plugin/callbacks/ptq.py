@@ -58,13 +58,17 @@ class PTQ(QuantizationCallback):
         super().__init__(plan, min_coverage, dataloader, calibration_step)
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
+        phases = tuple(phases)
         unknown = [phase for phase in phases if phase not in PHASES]
         if unknown or not phases:
             raise PlanError(f"unknown phases {unknown}; valid: {', '.join(PHASES)}.{did_you_mean(str((unknown or [''])[0]), PHASES)}")
         if "calibrate" not in phases:
             raise PlanError(f"phases {list(phases)} lack 'calibrate': without it there are no ranges")
+        folded = phases.index("fold_batch_norm") if "fold_batch_norm" in phases else len(phases)
+        if "reestimate_batch_norm" in phases[folded:]:
+            raise PlanError(f"phases {list(phases)}: put reestimate_batch_norm before fold_batch_norm; a folded one has no statistics left")
         self.calibration_batches = calibration_batches
-        self.phases = tuple(phases)
+        self.phases = phases
         self.recalibrate = recalibrate
         self.folded: FoldedBatchNorms | None = None
 

@@ -13,7 +13,7 @@ from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.errors import PlanError
-from lq_plugin.model.batch_norm import freeze_batch_norm
+from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.observe import commit_observers
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
@@ -55,6 +55,7 @@ class QAT(QuantizationCallback):
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
         self.init_batches = init_batches
         self.phase: Phase | None = None
+        self.frozen: FrozenBatchNorms | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phase = None
@@ -95,6 +96,9 @@ class QAT(QuantizationCallback):
         commit_observers(quantizers(pl_module), all_reduce_max(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.frozen is not None:
+            self.frozen.release()
+            self.frozen = None
         for quantizer in quantizers(pl_module):
             quantizer.observing = False
 
@@ -102,7 +106,8 @@ class QAT(QuantizationCallback):
         phase = self.plan.schedule.at(trainer.current_epoch, trainer.global_step)
         if phase.freeze_batch_norm:
             # Again at each batch: model.train() after a validation switches it back on.
-            freeze_batch_norm(pl_module)
+            self.frozen = self.frozen or freeze_batch_norm(pl_module)
+            self.frozen.apply()
         if phase == self.phase:
             return
         for quantizer in quantizers(pl_module):

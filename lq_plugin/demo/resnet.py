@@ -103,7 +103,7 @@ def load_resnet(weights: str | Path, depth: int = 20) -> CifarResNet:
 
 
 class LitClassifier(LightningModule):
-    """Any classifier with cross-entropy, SGD and a one-cycle learning rate; logs `train_loss`, `val_acc`, `test_acc`.
+    """Any classifier with cross-entropy, SGD and a one-cycle learning rate; logs `train/loss`, `val/acc`, `test/acc`.
 
     Args:
         net: maps inputs `[N, ...]` to logits `[N, classes]`.
@@ -121,14 +121,14 @@ class LitClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_accuracy("val_acc", batch)
+        self._log_accuracy("val/acc", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_accuracy("test_acc", batch)
+        self._log_accuracy("test/acc", batch)
 
     def _log_accuracy(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch

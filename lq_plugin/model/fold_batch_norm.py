@@ -309,8 +309,7 @@ def fold_batch_norm(model: nn.Module, pairs: Iterable[Pair]) -> FoldedBatchNorms
         times = Counter(getattr(pair, role) for pair in pairs)
         faults += [f"{name!r} is the {role} of {n} pairs" for name, n in times.items() if n > 1]
     raise_all(QuantizationError, "cannot fold batch norm", faults)
-    # Normal tensors, also when the caller is in inference mode: they are for later use outside it.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         changes: list[tuple[Tensor, Tensor]] = []
         exact = {}
         for pair in pairs:

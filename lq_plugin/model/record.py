@@ -74,9 +74,10 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
     """Record what `run()` does with `model`.
 
     The caller decides eval or train and whether gradients are on; in train mode batch norms move as
-    they always do. During the pass transformer encoders take their ordinary path (their fused
-    path bypasses the submodules) and compiled modules run eagerly; both are restored, and all
-    hooks removed, also when `run` raises. Activations of the one batch stay alive until the end.
+    they always do. During the pass compiled modules run eagerly, and transformer encoders take their
+    ordinary path: the fused one, which bypasses the submodules, gives way to an active function mode
+    and to hooks. All hooks are gone afterwards, also when `run` raises. Activations of the one batch
+    stay alive until the end.
 
     Args:
         model: any module.
@@ -92,22 +93,12 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
     ])  # fmt: skip
     recorder = _Recorder(model, is_leaf)
     try:
-        with recorder.attached(), _without_fused_attention(), without_compile(), recorder:
+        with recorder.attached(), without_compile(), recorder:
             result = run()
         recorder.add_outputs(result)
         return recorder.finish()
     finally:
         recorder.release()
-
-
-@contextmanager
-def _without_fused_attention() -> Iterator[None]:
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

@@ -103,12 +103,23 @@ def _layer_axes(names: Sequence[str]) -> tuple[Figure, Axes]:
         raise ValueError("no layer to draw")
     each = 0.26 if len(names) <= 60 else 0.16
     figure, axes = new_figure(8.0, min(1.7 + each * len(names), 40.0))
-    axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8.5 if len(names) <= 60 else 6.5)
+    axes.set_yticks(range(len(names)), _telling(names), fontsize=8.5 if len(names) <= 60 else 6.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.yaxis.label.set_color(INK)
     return figure, axes
+
+
+def _telling(names: Sequence[str]) -> list[str]:
+    """Names as short as they stay different: without the modules that all are in, long ones without their middle."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    bare = [".".join(part[shared:]) for part in parts]
+    cut = [short(name, 44) for name in bare]
+    return cut if len(set(cut)) == len(set(bare)) else bare
 
 
 def _swatch(axes: Axes, color: str, label: str):

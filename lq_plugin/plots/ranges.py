@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
 
-from lq_plugin.plots.style import FILL, INK, MARKERS, MUTED, PALETTE, new_figure, short, spread, styled
+from lq_plugin.plots.style import FILL, INK, MARKERS, PALETTE, new_figure, short, spread, styled
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
 from lq_plugin.spec import QuantSpec
 
@@ -50,14 +51,17 @@ def activation_histogram(
     one = sample.row(channel)
     table = compare_ranges(one, spec, ranges)
     entries = table.entries()
-    figure, axes = new_figure(9.0, 5.2)
+    figure, axes = new_figure(9.8, 4.4)
     zeros = _draw_histogram(axes, one)
-    marks = [(entry.range, entry.minimum, entry.maximum, f"{entry.sqnr_db:.1f} dB", entry.wins) for entry in entries]
+    marks = [_Mark(entry.range, entry.minimum, entry.maximum, f"{entry.sqnr_db:.1f} dB", entry.wins) for entry in entries]
     if in_force is not None:
-        marks.append(("in force", *in_force, "", False))
-    _draw_thresholds(axes, marks, float(one.minimum))
+        marks.append(_Mark("in force", *in_force, "", False))
+    handles = _draw_thresholds(axes, marks, float(one.minimum))
+    notes = ["", f"best   {table.best}", f"shape  {table.distribution}", zeros]
+    handles += [Line2D([], [], linestyle="", label=note) for note in notes]
+    figure.legend(handles=handles, loc="outside right upper", prop={"family": "monospace", "size": 8})
     place = f", channel {channel} of {sample.rows}" if sample.rows > 1 else ""
-    axes.set_xlabel(f"value   (best: {table.best}; shape: {table.distribution}{zeros})")
+    axes.set_xlabel("value")
     axes.set_ylabel("elements a bin")
     figure.suptitle(f"{short(name, 52)}   {spec}{place}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
@@ -86,35 +90,58 @@ def _draw_histogram(axes: Axes, sample: Sample) -> str:
     many = zeros > 0.1 * total
     keep = ~at_zero if many else np.ones_like(at_zero)
     counts += np.histogram(points[keep], edges, weights=weights[keep])[0]
+    shown = np.where(counts >= 0.5, counts, 0.0)
+    # The limits come first: a constant of zero leaves nothing to scale by.
+    axes.set_ylim(0.5, max(shown.max() * 1.6, 2.0))
     axes.set_yscale("log")
-    shown = np.where(counts >= 0.5, counts, np.nan)
-    axes.stairs(np.nan_to_num(shown, nan=0.0), edges, fill=True, facecolor=FILL, edgecolor="none", zorder=1)
-    axes.set_ylim(0.5, max(np.nanmax(shown, initial=1.0) * 1.6, 2.0))
+    axes.stairs(shown, edges, baseline=0.5, fill=True, facecolor=FILL, edgecolor="none", zorder=1)
     margin = 0.02 * (high - low)
     axes.set_xlim(low - margin, high + margin)
-    return f"; {zeros / total:.0%} exact zeros left out" if many else ""
+    return f"{zeros / total:.0%} exact zeros, not drawn" if many else ""
 
 
-def _draw_thresholds(axes: Axes, marks: list[tuple[str, float, float, str, bool]], smallest: float) -> None:
-    """A line for each bound; labels above the axes, spread so that they do not overlap, led to their lines."""
+class _Mark(NamedTuple):
+    label: str
+    low: float
+    high: float
+    note: str
+    wins: bool
+
+
+def _draw_thresholds(axes: Axes, marks: list[_Mark], smallest: float) -> list[Line2D]:
+    """A line for each bound; names above the axes, spread so that they do not overlap, and led to their lines.
+
+    Returns the legend's entries, with the numbers.
+    """
     left, right = axes.get_xlim()
+    # A threshold a little beyond the data is shown, one far beyond would squeeze the data.
+    right = max([right, *(1.02 * mark.high for mark in marks if mark.high <= 1.5 * right)])
+    axes.set_xlim(left, right)
     transform = blended_transform_factory(axes.transData, axes.transAxes)
-    # A label stands upright: its width is one line of text, 0.2 of 9 inches.
-    positions = spread([high for _, _, high, _, _ in marks], 0.026 * (right - left), left, right)
-    for index, ((label, low, high, note, wins), x) in enumerate(zip(marks, positions, strict=True)):
-        current = label == "in force"
+    # A name stands upright: it is one line of text wide, and the axes are about 40 lines.
+    positions = spread([mark.high for mark in marks], 0.028 * (right - left), left, right)
+    handles = [Line2D([], [], linestyle="", label=_columns("", "bounds", "SQNR"))]
+    for index, (mark, x) in enumerate(zip(marks, positions, strict=True)):
+        current = mark.label == "in force"
         color = INK if current else PALETTE[index % (len(PALETTE) - 1)]
-        style: Any = {"color": color, "linewidth": 2.0 if wins else 1.3, "linestyle": (0, (4, 2)) if current else "-", "zorder": 4 + wins}
-        axes.axvline(high, **style)
-        if low < 0 and smallest < 0:
-            axes.axvline(low, **style)
-        marker = MARKERS[index % len(MARKERS)]
+        style: Any = {"color": color, "linewidth": 2.0 if mark.wins else 1.3, "linestyle": (0, (4, 2)) if current else "-"}
+        bounds = [mark.high] + [mark.low] * (mark.low < 0 and smallest < 0)
+        for bound in bounds:
+            axes.axvline(bound, zorder=4 + mark.wins, **style)
         # The same marker on both bounds of one estimator, at a height of its own.
-        height = 0.97 - 0.05 * index
-        inside = [bound for bound in ((low, high) if low < 0 and smallest < 0 else (high,)) if left <= bound <= right]
-        axes.plot(inside, [height] * len(inside), linestyle="", marker=marker, markersize=4.5, color=color, transform=transform, zorder=6)
-        axes.plot([high, x], [1.0, 1.05], color=color, linewidth=0.9, transform=transform, clip_on=False)
-        text = f"{label}  {high:.3g}" + (f"  {note}" if note else "")
-        weight = "bold" if wins else "normal"
-        axes.text(x, 1.06, text, rotation=90, ha="center", va="bottom", color=color, fontsize=8.5, fontweight=weight, transform=transform)
-    axes.tick_params(axis="x", color=MUTED)
+        marker: Any = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        inside = [bound for bound in bounds if left <= bound <= right]
+        heights = [0.96 - 0.06 * index] * len(inside)
+        axes.plot(inside, heights, linestyle="", color=color, transform=transform, zorder=6, **marker)
+        # A range in force may reach far beyond the data: its name points there.
+        foot, name = (mark.high, mark.label) if mark.high <= right else (right, f"{mark.label} →")
+        axes.plot([foot, x], [1.0, 1.05], color=color, linewidth=0.9, transform=transform, clip_on=False)
+        weight = "bold" if mark.wins else "normal"
+        axes.text(x, 1.06, name, rotation=90, ha="center", va="bottom", color=color, fontweight=weight, transform=transform)
+        reach = f"{mark.low:.3g}…{mark.high:.3g}"
+        handles.append(Line2D([], [], label=_columns(mark.label, reach, mark.note), **style, **marker))
+    return handles
+
+
+def _columns(name: str, reach: str, note: str) -> str:
+    return f"{name:<10} {reach:>13} {note:>8}"

@@ -107,20 +107,16 @@ def _limit_y(
 
 def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
     """Named points; labels to their upper left, where no trial of a good front is, spread until none overlaps."""
-    if not named:
-        return
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     gap = 0.048 * (high - low)
-    # Labels only meet when they stand side by side: spread those that are near each other horizontally.
-    columns: list[list[str]] = []
-    for name in sorted(named, key=lambda n: named[n][0]):
-        if columns and named[name][0] - named[columns[-1][-1]][0] < 0.2 * (right - left):
-            columns[-1].append(name)
-        else:
-            columns.append([name])
+    aside, letter = 0.02 * (right - left), 0.0115 * (right - left)
+    # A label that would leave the axes on the left goes to the other side.
+    width = {name: aside + letter * len(name) for name in named}
+    on_left = {name: x - width[name] > left for name, (x, _) in named.items()}
     order = list(named)
-    for names in columns:
+    extents = {name: (x - width[name], x) if on_left[name] else (x, x + width[name]) for name, (x, _) in named.items()}
+    for names in _side_by_side(extents):
         heights = spread([named[name][1] + gap for name in names], gap, low + gap / 2, high - gap / 2)
         for name, height in zip(names, heights, strict=True):
             index = order.index(name)
@@ -130,8 +126,8 @@ def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
             axes.annotate(
                 name,
                 (x, y),
-                (max(x - 0.02 * (right - left), left + 0.1 * (right - left)), height),
-                ha="right",
+                (x - aside if on_left[name] else x + aside, height),
+                ha="right" if on_left[name] else "left",
                 va="center",
                 fontsize=8.5,
                 color=color,
@@ -140,3 +136,19 @@ def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
             )
+
+
+def _side_by_side(extents: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Names in groups whose horizontal extents `(left, right)` do not touch each other's.
+
+    >>> _side_by_side({"a": (0, 2), "b": (5, 6), "c": (1, 3)})
+    [['a', 'c'], ['b']]
+    """
+    groups: list[list[str]] = []
+    reach = -np.inf
+    for name in sorted(extents, key=lambda n: extents[n][0]):
+        if extents[name][0] >= reach:
+            groups.append([])
+        groups[-1].append(name)
+        reach = max(reach, extents[name][1])
+    return groups

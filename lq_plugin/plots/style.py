@@ -99,6 +99,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     count = len(wanted)
     if count > 1:
         gap = min(gap, (high - low) / (count - 1))
+    wanted = [float(x) for x in wanted]
     order = sorted(range(count), key=lambda i: wanted[i])
     pools: list[tuple[float, int]] = []  # mean, size
     for rank, i in enumerate(order):

@@ -60,6 +60,8 @@ class Histogram:
     (2, -3.0, 1.0)
     """
 
+    # Calibration runs under inference mode; tensors made there could not be updated outside of it.
+    @torch.inference_mode(False)
     def __init__(
         self,
         rows: int = 1,
@@ -80,8 +82,10 @@ class Histogram:
         self.maximum = torch.full((rows,), -torch.inf, device=device)
         self.octave = torch.zeros(rows, dtype=torch.int64, device=device)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in one batch.
+        """Take in one batch; the state follows it to its device.
 
         Args:
             x: floating point `[rows, n]`; with `rows=1` any shape, read in memory order without a copy.
@@ -94,6 +98,9 @@ class Histogram:
             return
         minimum, maximum = x.amin(dim=1).float(), x.amax(dim=1).float()
         refuse_non_finite(minimum, maximum, self.name)
+        if x.device != self.counts.device:
+            for key, value in self.state_dict().items():
+                setattr(self, key, value.to(x.device))
         nonzero = _count_nonzero(x, signed=bool((minimum < 0).any()))
         self.minimum = torch.minimum(self.minimum, minimum)
         self.maximum = torch.maximum(self.maximum, maximum)
@@ -138,7 +145,7 @@ class Histogram:
         index.add_((bits >> 31).add_(1), alpha=self.bins)
         if self.rows > 1:
             index = index + torch.arange(self.rows, device=index.device).unsqueeze(1) * (2 * self.bins)
-        counted = torch.bincount(index.view(-1), minlength=self.counts.numel()).view_as(self.counts)
+        counted = torch.bincount(index.reshape(-1), minlength=self.counts.numel()).view_as(self.counts)
         # Zeros fell into the lowest positive bin; they are counted apart.
         counted[:, self.bins] -= (bits == 0).sum(dim=1)
         return counted
@@ -147,6 +154,8 @@ class Histogram:
         """What histograms must agree on before their counts are added: the maximum of it, `[rows]`."""
         return self.octave.clone()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def rebin(self, octave: Tensor) -> None:
         """Raise the window to `octave [rows]`, folding bins that fall out of it into the lowest one.
 
@@ -165,6 +174,8 @@ class Histogram:
         per_sign = self.counts.view(2 * self.rows, self.bins)
         self.counts = torch.zeros_like(per_sign).scatter_add_(1, position, per_sign).view_as(self.counts)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, other: Histogram) -> None:
         """Add another stream's statistics; the result is that of one stream with all the data.
 
@@ -218,6 +229,8 @@ class Histogram:
         """The statistics as tensors, copied."""
         return {key: getattr(self, key).clone() for key in ("counts", "zeros", "total", "minimum", "maximum", "octave")}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over the statistics of `state_dict()`.
 

@@ -9,7 +9,8 @@ What departs from the slides, and why:
 * exact zeros are left out (they are exact on every grid; kept, they make a ReLU output collapse);
 * the search starts at as many bins as levels, not at 128, which is a constant for 8 bits;
 * the histogram ends at twice the 99.9 % quantile, so one outlier does not cost all resolution;
-* few values get fewer bins, else each lies alone in its bin and nothing is ever clipped;
+* few values get fewer bins, else each lies alone in its bin and nothing is ever clipped; with
+  less than 8 values for each level there is no distribution to compare, and nothing is clipped;
 * a candidate that leaves Q = 0 where P > 0 has infinite divergence and never wins.
 
 It ignores the size of errors and covers too much at 4 bits and below; above 10 bits a level is finer
@@ -34,8 +35,8 @@ BINS = 2048
 MOST_LEVELS = 512
 #: The histogram ends at this multiple of this quantile of the magnitudes.
 TAIL_QUANTILE, TAIL_FACTOR = 0.999, 2.0
-#: Values per bin, at least, when there are few.
-VALUES_PER_BIN = 8
+#: Values for each bin and for each level, at least, when there are few.
+VALUES_EACH = 8
 #: Thresholds tried before the neighbourhood of the best is searched bin by bin.
 _CANDIDATES = 64
 _CHUNK = 2**20
@@ -48,7 +49,8 @@ def kl(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Te
     folded = fold(sample, grid)
     threshold = folded.limit.double()
     for levels in folded.levels.unique().tolist():
-        if levels > MOST_LEVELS:
+        few = sample.edges is None and sample.values.shape[1] < VALUES_EACH * levels
+        if levels > MOST_LEVELS or few:
             continue
         rows = (folded.levels == levels) & (folded.mass.sum(1) > 0)
         if bool(rows.any()):
@@ -60,12 +62,10 @@ def _thresholds(folded: Folded, rows: Tensor, levels: int) -> Tensor:
     mass = folded.mass[rows]
     end = TAIL_FACTOR * quantile(folded.magnitude[rows], mass, TAIL_QUANTILE)
     end = torch.minimum(end, folded.limit[rows]).double()
-    seen = BINS * VALUES_PER_BIN
-    if folded.sample.edges is None:
-        seen = mass.shape[1]
     bins = BINS
-    while bins > 4 * levels and bins * VALUES_PER_BIN > seen:
-        bins //= 2
+    if folded.sample.edges is None:
+        while bins > 4 * levels and bins * VALUES_EACH > mass.shape[1]:
+            bins //= 2
     counts = _histogram(folded, rows, end, bins)
     beyond = (mass.sum(1, dtype=torch.float64) - counts.sum(1)).clamp(min=0.0)
     # Rounding of the sums is no outlier.

@@ -251,7 +251,8 @@ class Calibration(PTQ):
     seed = 0
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with _seeded(self.seed):
+        # The statistics outlive the validation and its inference mode.
+        with _seeded(self.seed), torch.inference_mode(False), torch.no_grad():
             super().quantize(trainer, pl_module)
 
 

@@ -62,7 +62,7 @@ class Candidate:
 
 
 class SearchResult:
-    """The complete trials of a study, of all workers and earlier runs, as they are when first looked at.
+    """The complete trials of a study, of all workers and earlier runs, as they are now.
 
     Args:
         study: two objectives, the metric and the cost.
@@ -70,6 +70,9 @@ class SearchResult:
         maximize: whether more of the metric is better.
         float_metrics: what the float model scores.
         float_bytes: size of the float model.
+
+    Attributes:
+        candidates: every complete trial, by number.
     """
 
     def __init__(
@@ -77,11 +80,7 @@ class SearchResult:
     ) -> None:
         self.study, self.metric, self.cost, self.maximize = study, metric, cost, maximize
         self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
-
-    @cached_property
-    def candidates(self) -> list[Candidate]:
-        """Every complete trial, by number."""
-        return [Candidate.of(trial) for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+        self.candidates = [Candidate.of(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
 
     @cached_property
     def front(self) -> list[Candidate]:

@@ -31,6 +31,8 @@ Choices: TypeAlias = "QuantSpec | str | Mapping[str, Any] | Sequence[QuantSpec |
 
 #: Lists of a product, and the field of a `QuantSpec` that each one fills.
 _PRODUCT = {"bit_widths": "bit_width", "granularities": "granularity", "ranges": "range"}
+#: Patterns and specs are checked by `QuantPlan.resolve`; this stands before what it says.
+_PLAN_TITLE = "the plan does not fit the model: "
 _CONSTANT = ("format", "signed", "affine", "narrow_range", "rounding")
 
 
@@ -142,7 +144,7 @@ class Space:
             try:
                 QuantPlan([Rule(pattern, weight=FLOAT) for pattern in patterns]).resolve(layers, others)
             except PlanError as error:
-                raise PlanError(f"search space: {error}") from None
+                raise PlanError(f"search space: {str(error).removeprefix(_PLAN_TITLE)}") from None
         faults: list[str] = []
         excluded: dict[str, list[str]] = {}
         allowed: dict[tuple[str, str], tuple[Choice, ...]] = {}
@@ -197,7 +199,7 @@ def _possible(layer: LayerInfo, slot: str, choices: Sequence[Choice], excluded: 
             possible.append(choice)
         except PlanError as error:
             reasons = excluded.setdefault(f"{layer.name}.{slot}", [])
-            if (reason := str(error).removeprefix("the plan does not fit the model: ")) not in reasons:
+            if (reason := str(error).removeprefix(_PLAN_TITLE)) not in reasons:
                 reasons.append(reason)
     return tuple(possible)
 

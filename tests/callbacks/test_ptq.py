@@ -148,6 +148,7 @@ def test_reestimated_batch_norm_is_the_quantized_models_statistics(trained, trai
         ({"phases": ["calibrte"]}, "Did you mean 'calibrate'"),
         ({"phases": []}, "valid: "),
         ({"phases": ["fold_batch_norm"]}, "lack 'calibrate'"),
+        ({"phases": ["fold_batch_norm", "calibrate", "reestimate_batch_norm"]}, "put reestimate_batch_norm before"),
         ({"min_coverage": 90}, "share in 0..1, got 90"),
     ],
 )

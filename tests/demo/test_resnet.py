@@ -71,4 +71,4 @@ def test_trains_and_weighs_a_shorter_last_batch_by_its_size(data_folder: Path, t
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in data.val_dataloader())
-    assert metrics["val_acc"] == pytest.approx(right / 32)
+    assert metrics["val/acc"] == pytest.approx(right / 32)

@@ -286,14 +286,15 @@ def test_custom_forwards_are_tried_out():
     assert "could not be tried out" in reason(model, IMAGE)
 
 
-def test_a_swapped_class_counts_as_the_float_class_it_stands_for():
-    class QuantizedConv2d(nn.Conv2d):
-        float_class = nn.Conv2d
+@pytest.mark.parametrize("base", [nn.Conv2d, SamePadConv])
+def test_a_swapped_class_counts_as_the_float_class_it_stands_for(base: type[nn.Conv2d]):
+    class QuantizedConv2d(base):
+        float_class = base
 
         def forward(self, x):
             return super().forward(x).round() if self.on else super().forward(x)
 
-    model = conv_bn()
+    model = behind(base(3, 6, 3), nn.BatchNorm2d(6))
     model[0].__class__ = QuantizedConv2d
     model[0].on = False
     with torch.no_grad():

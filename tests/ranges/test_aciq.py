@@ -1,5 +1,7 @@
 """The analytic ranges against the authors' numbers, numeric integration and the sample itself."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -78,7 +80,7 @@ def test_closed_form_error_equals_integration(name, one_sided, quant_min, quant_
     expected = 0.0
     for level, low, high in zip(levels, cells[:-1], cells[1:], strict=True):
         breaks = [b for b in (low, *np.arange(-30.0, 31.0, 1.0), high) if low <= b <= high and not (one_sided and b < 0)]
-        for a, b in zip(breaks[:-1], breaks[1:], strict=True):
+        for a, b in itertools.pairwise(breaks):
             expected += scipy.integrate.quad(lambda x, q=level: (x - q) ** 2 * density(x), a, b, epsabs=1e-12)[0]
     got = expected_error(name, *torch.tensor([[scale], [quant_max * scale]], dtype=torch.float64), len(levels), one_sided)
     assert got.item() == pytest.approx(expected, rel=1e-7)

@@ -46,7 +46,8 @@ def test_newton_sequence_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("bits", "normal", "laplace", "relu"), [(2, 1.739, 2.871, 2.162), (3, 2.162, 3.910, 2.565), (4, 2.564, 5.032, 2.945), (8, 3.926, 9.79, 4.219)]
+    ("bits", "normal", "laplace", "relu"),
+    [(2, 1.739, 2.871, 2.162), (3, 2.162, 3.910, 2.565), (4, 2.564, 5.032, 2.945), (8, 3.926, 9.79, 4.219)],
 )
 def test_optima(bits, normal, laplace, relu):
     signed, unsigned = IntegerGrid(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1), IntegerGrid(0, 2**bits - 1)
@@ -93,7 +94,9 @@ def test_pruned_weights_are_judged_by_what_is_left():
     x = quantiles(scipy.stats.norm, 20_000)
     pruned = torch.cat([x, torch.zeros(1, 180_000)], dim=1)
     grid = IntegerGrid(-7, 7)
-    assert estimate_range("octav", exact(pruned), grid)[1].item() == pytest.approx(estimate_range("octav", exact(x), grid)[1].item(), rel=1e-5)
+    assert estimate_range("octav", exact(pruned), grid)[1].item() == pytest.approx(
+        estimate_range("octav", exact(x), grid)[1].item(), rel=1e-5
+    )
 
 
 def test_outlier_does_not_move_it_far():

@@ -1,0 +1,1 @@
+"""Benchmarks: one command each, `python -m benchmarks.NAME --json out.json`. See README.md."""

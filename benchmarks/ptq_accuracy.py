@@ -1,0 +1,192 @@
+"""Accuracy of ResNet-20 on CIFAR-10 after quantization without training: bits x range estimator.
+
+    python -m benchmarks.ptq_accuracy --json out.json
+
+All layers are quantized, the first and the last too: weights per channel, inputs per tensor, nearest
+rounding, batch norm corrected. A row named after an estimator uses it for weights and inputs alike; the row
+`default` uses the library's recipe, which was tuned on train images that no row is scored on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import common
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin.demo.cifar10 import load_images, normalize
+from lq_plugin.demo.resnet import load_resnet
+from lq_plugin.model import collect_statistics, weight_samples
+from lq_plugin.model.correct_batch_norm import correct_batch_norm
+from lq_plugin.model.prepare import quantizers
+from lq_plugin.ranges import estimate_range
+from lq_plugin.ranges.laboratory import COMPARED
+
+#: Bits of weights and of inputs.
+BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
+CALIBRATION_IMAGES = 1024
+BATCH_SIZE = 128
+DEFAULT = "default"
+
+
+def specs(bits: str, range_name: str) -> tuple[str, str]:
+    """Weight spec and input spec of a row.
+
+    >>> specs("W4A8", "mse")
+    ('int4 per_channel mse', 'uint8 affine mse')
+    """
+    weight_bits, input_bits = BITS[bits]
+    weight_range, input_range = default_ranges(weight_bits) if range_name == DEFAULT else (range_name, range_name)
+    return f"int{weight_bits} per_channel {weight_range}", f"uint{input_bits} affine {input_range}"
+
+
+def default_ranges(weight_bits: int) -> tuple[str, str]:
+    """Range of the weights and of the inputs in the tuned recipe."""
+    return "mse", "mse"
+
+
+def quantized(model: nn.Module, weight: str, inputs: str, batches: list[Tensor]) -> nn.Module:
+    """A quantized copy of a float model: all that a user's PTQ run does."""
+    result = copy.deepcopy(model)
+    prepare(result, QuantPlan([Rule("*", weight=weight, input=inputs)]))
+    calibrate(result, batches)
+    correct_batch_norm(result, batches)
+    return result
+
+
+def all_estimates(model: nn.Module, batches: list[Tensor], ranges: tuple[str, ...] = COMPARED) -> int:
+    """Every estimator for every input and weight of a prepared model, from one pass; how many ranges that were."""
+    grids = {quantizer.name: quantizer.spec.grid for quantizer in quantizers(model)}
+    samples = {name: histogram.sample() for name, histogram in collect_statistics(model, batches).items()}
+    samples |= weight_samples(model)
+    bounds = [estimate_range(name, sample, grids[key]) for key, sample in samples.items() for name in ranges]
+    return sum(minimum.numel() for minimum, _ in bounds)
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of right predictions in percent."""
+    with torch.inference_mode():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+    return 100.0 * right / len(labels)
+
+
+def forward_pass(model: nn.Module, batches: list[Tensor]) -> None:
+    """The unit that calibration is measured in: the float model over the calibration images."""
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch)
+
+
+def measure_rows(
+    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], bits: list[str], ranges: list[str]
+) -> Iterator[dict[str, Any]]:
+    """One row for each width and estimator, as they are done; several calibration sets are averaged."""
+    for width in bits:
+        for name in ranges:
+            weight, inputs = specs(width, name)
+            scores, seconds, passes = [], [], []
+            for batches in calibration:
+                passes.append(common.timed(lambda: forward_pass(model, batches)))  # noqa: B023
+                with common.Stopwatch() as watch:
+                    result = quantized(model, weight, inputs, batches)
+                seconds.append(watch.seconds)
+                scores.append(accuracy(result, *test))
+            yield {
+                "bits": width,
+                "range": name,
+                "rounding": "nearest",
+                "accuracy": round(statistics.mean(scores), 3),
+                "seconds": statistics.median(seconds),
+                "forward_pass_seconds": statistics.median(passes),
+                "accuracies": scores,
+                "weight": weight,
+                "input": inputs,
+            }
+
+
+def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
+    """What all estimators together cost, in plain forward passes over the same images."""
+    prepared = copy.deepcopy(model)
+    prepare(prepared, QuantPlan([Rule("*", weight="int4 per_channel", input="uint4 affine")]))
+    times = common.interleaved(
+        {
+            "forward_pass": lambda: forward_pass(model, batches),
+            "one_pass": lambda: collect_statistics(prepared, batches),
+            "all_estimators": lambda: all_estimates(prepared, batches),
+        },
+        rounds=5,
+    )
+    return {
+        "images": sum(map(len, batches)),
+        "batch_size": BATCH_SIZE,
+        "estimators": list(COMPARED),
+        "forward_pass_seconds": statistics.median(times["forward_pass"]),
+        "statistics_over_forward_pass": common.ratio(times, "one_pass", "forward_pass"),
+        "all_estimators_over_forward_pass": common.ratio(times, "all_estimators", "forward_pass"),
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
+    parser.add_argument("--ranges", nargs="+", choices=[DEFAULT, *COMPARED], default=[DEFAULT, *COMPARED], help="estimators (default: all)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)")
+    parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
+    parser.add_argument("--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)")
+    parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    common.start(options)
+    console = Console()
+    model = load_resnet(options.data / options.weights, options.depth)
+    train, _ = load_images(options.data, "train", 0, options.seeds * CALIBRATION_IMAGES)
+    calibration = [list(part.split(BATCH_SIZE)) for part in normalize(train).split(CALIBRATION_IMAGES)]
+    images, labels = load_images(options.data, "test", 0, options.test_images)
+    test = normalize(images), labels
+    results: dict[str, Any] = {
+        "float": accuracy(model, *test),
+        "test_images": len(labels),
+        "calibration": measure_calibration(model, calibration[0]),
+        "results": [],
+    }
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("quantizing", total=len(options.bits) * len(options.ranges))
+        for row in measure_rows(model, calibration, test, options.bits, options.ranges):
+            results["results"].append(row)
+            progress.update(task, advance=1, description=f"{row['bits']} {row['range']} {row['accuracy']:.2f} %")
+    common.write_json(options.json, results)
+    console.print(table(results))
+    return results
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Estimators down, widths across, the best of a width in bold."""
+    rows = results["results"]
+    widths = list(dict.fromkeys(row["bits"] for row in rows))
+    best = {width: max(row["accuracy"] for row in rows if row["bits"] == width) for width in widths}
+    ratio = results["calibration"]["all_estimators_over_forward_pass"]["ratio"]
+    result = Table(title=f"ResNet-20, CIFAR-10: float {results['float']:.2f} %", caption=f"all estimators: {ratio:.2f} forward passes")
+    result.add_column("range")
+    for width in widths:
+        result.add_column(width, justify="right")
+    for name in dict.fromkeys(row["range"] for row in rows):
+        scores = {row["bits"]: row["accuracy"] for row in rows if row["range"] == name}
+        cells = [f"[bold]{scores[w]:.2f}[/]" if scores[w] == best[w] else f"{scores[w]:.2f}" for w in widths]
+        result.add_row(name, *cells)
+    return result
+
+
+if __name__ == "__main__":
+    main()

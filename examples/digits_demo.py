@@ -1,0 +1,162 @@
+"""The main job from end to end, on data that comes with scikit-learn: `make demo`.
+
+1. trains a small CNN, float;
+2. calibrates it to 4 bits with each range estimator (PTQ);
+3. searches bits, granularity and clipping of every layer with Optuna;
+4. trains on with the best plan that fits the budget (QAT), tracked by W&B, offline;
+5. loads the checkpoint into a new model and scores it.
+
+    python examples/digits_demo.py --output runs/digits_demo --trials 80
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from lq_plugin.model.cost import cost
+from lq_plugin.search import Space, search
+
+ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
+console = Console()
+
+
+def main() -> None:
+    args = arguments()
+    start = time.perf_counter()
+    quiet()
+    output: Path = args.output
+    output.mkdir(parents=True, exist_ok=True)
+    data = DigitsDataModule()
+
+    console.rule("1. the float model")
+    seed_everything(args.seed, verbose=False)
+    model = DigitsCNN(width=args.width)
+    trainer(args.float_epochs).fit(model, datamodule=data)
+    torch.save(model.state_dict(), output / "float.pt")
+    rows = [("float", test(model, data), 32.0, float_bytes(model), "-")]
+
+    console.rule("2. PTQ: int4 weights, uint4 activations, each range estimator")
+    table = Table("range", "val/acc", "test/acc", title="PTQ at 4 bits")
+    uniform = {}
+    for name in ESTIMATORS:
+        calibrated = copy.deepcopy(model)
+        ptq = PTQ(f"w4 {name} a4 {name}")
+        (result,) = trainer(callbacks=[ptq], enable_progress_bar=False).validate(calibrated, datamodule=data, verbose=False)
+        uniform[name] = (result["val/acc"], test(calibrated, data), calibrated)
+        table.add_row(name, percent(result["val/acc"]), percent(uniform[name][1]))
+    console.print(table)
+    chosen = max(uniform, key=lambda name: uniform[name][0])
+    price = cost(uniform[chosen][2])
+    rows.append((f"PTQ, all layers 4 bits, {chosen}", uniform[chosen][1], price.effective_bits, price.bytes, "w4a4"))
+
+    console.rule(f"3. search: {args.trials} trials, at most {args.budget} effective bits")
+    space = Space(weight={"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}, input=["uint4 affine mse", "uint8 affine mse"])
+    result = search(model, data, space, metric="val/acc", n_trials=args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
+    console.print(result.table())
+    best = result.best(args.budget)
+    plan_path = output / "plan.yaml"
+    best.plan.to_yaml(plan_path)
+    searched = copy.deepcopy(model)
+    trainer(callbacks=[PTQ(plan_path)], enable_progress_bar=False).validate(searched, datamodule=data, verbose=False)
+    price = cost(searched)
+    rows.append((f"searched, trial {best.number}", test(searched, data), price.effective_bits, price.bytes, plan_path.name))
+
+    console.rule("4. QAT of that plan, from the float weights")
+    tuned = DigitsCNN(width=args.width, lr=2e-3)
+    tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
+    logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
+    fit = trainer(args.qat_epochs, callbacks=[QAT(QuantPlan.from_yaml(plan_path)), QuantMonitor()], logger=logger)
+    fit.fit(tuned, datamodule=data)
+    fit.save_checkpoint(output / "quantized.ckpt")
+    logger.experiment.finish(quiet=True)
+
+    # A new model, as another program would load it.
+    loaded = DigitsCNN(width=args.width)
+    load_checkpoint(loaded, output / "quantized.ckpt")
+    price = cost(loaded)
+    rows.append(("QAT of the searched plan", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
+
+    show(rows, output, time.perf_counter() - start)
+
+
+def trainer(max_epochs: int = 1, callbacks: list | None = None, logger: WandbLogger | bool = False, **options) -> Trainer:
+    """An ordinary Trainer; a search trial brings its own options."""
+    progress = [RichProgressBar(leave=False)] if options.get("enable_progress_bar", True) else []
+    defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 5}
+    return Trainer(max_epochs=max_epochs, accelerator="cpu", callbacks=[*(callbacks or []), *progress], logger=logger, **(defaults | options))
+
+
+def test(model: DigitsCNN, data: DigitsDataModule) -> float:
+    """Accuracy on the test split; a quantized model is scored quantized."""
+    (result,) = trainer(enable_progress_bar=False).test(model, datamodule=data, verbose=False)
+    return result["test/acc"]
+
+
+def float_bytes(model: torch.nn.Module) -> int:
+    return sum(4 * tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+def show(rows: list[tuple[str, float, float, int, str]], output: Path, seconds: float) -> None:
+    table = Table("model", title="digits: 360 test images")
+    for column in ("accuracy", "effective bits", "bytes", "smaller", "plan"):
+        table.add_column(column, justify="right")
+    for name, accuracy, bits, size, plan in rows:
+        table.add_row(name, percent(accuracy), f"{bits:.2f}", f"{size:,}", f"{rows[0][3] / size:.1f} x", plan)
+    console.print(table)
+    for what, path in (
+        ("Pareto picture", "search/pareto.png"),
+        ("best plans", "search/plans"),
+        ("chosen plan", "plan.yaml"),
+        ("quantized checkpoint", "quantized.ckpt"),
+        ("W&B offline run", "wandb/latest-run"),
+    ):
+        found = output / path
+        if not found.exists():
+            raise FileNotFoundError(f"{found} was not written")
+        console.print(f"{what:>22}: {found}", highlight=False, soft_wrap=True)
+    console.print(f"{'took':>22}: {seconds:.0f} s")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def quiet() -> None:
+    """Lightning's notes on hardware and loader workers say nothing new here."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/digits_demo"), help="where everything is written")
+    parser.add_argument("--trials", type=int, default=80)
+    parser.add_argument("--budget", type=float, default=2.5, help="largest effective bits of the chosen plan")
+    parser.add_argument("--float-epochs", type=int, default=12)
+    parser.add_argument("--qat-epochs", type=int, default=8)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+
+CPU = partial(Trainer, accelerator="cpu", devices=1)
+
+
+@pytest.fixture(scope="session")
+def trained() -> DigitsCNN:
+    """A small CNN after three epochs: good enough for plans to differ. Tests get copies of it."""
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    model = DigitsCNN(width=8)
+    trainer = CPU(max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(model, datamodule=DigitsDataModule())
+    return model
+
+
+@pytest.fixture
+def model(trained: DigitsCNN) -> DigitsCNN:
+    fresh = DigitsCNN(width=8)
+    fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
+    return fresh
+
+
+@pytest.fixture
+def datamodule() -> DigitsDataModule:
+    return DigitsDataModule(batch_size=120)

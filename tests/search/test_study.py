@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from lq_plugin import PTQ, QuantPlan
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search import Evaluator, SearchResult, Space, StudyError, search
+from lq_plugin.search.interrupt import stop_on_signal
+from lq_plugin.search.storage import FINGERPRINT, differences, open_study
+
+from .conftest import CPU
+from .test_evaluator import Batches, quiet_trainer
+
+SPACE = {"weight": {"bit_widths": [2, 3, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse"]}, "input": "uint8 affine mse"}
+
+
+def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
+    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "calibration_batches": 1, "progress": False} | options
+    return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, **given)
+
+
+def test_a_search_writes_its_front_and_every_plan_reproduces_its_metric(model: DigitsCNN, tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batches = Batches(2)
+    result = run(model, 8, output_dir=tmp_path, dataloader=batches, calibration_batches=2)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    assert len(result.candidates) == 8
+    assert [c.origin for c in result.candidates[:3]] == ["uniform 2 bits", "uniform 3 bits", "uniform 8 bits"]
+    assert {c.origin for c in result.candidates[3:]} == {"sampled"}
+    assert [c.cost for c in result.front] == sorted(c.cost for c in result.front)
+    for c in result.front:
+        better = [o for o in result.candidates if o.metric >= c.metric and o.cost <= c.cost and (o.metric, o.cost) != (c.metric, c.cost)]
+        assert not better
+
+    rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
+    assert [row["plan"] for row in rows] == [c.file_name for c in result.front]
+    assert {path.name for path in (tmp_path / "plans").iterdir()} == {row["plan"] for row in rows}
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+    for row, c in zip(rows, result.front, strict=True):
+        path = tmp_path / "plans" / row["plan"]
+        assert QuantPlan.from_yaml(path) == c.plan
+        trainer = quiet_trainer(callbacks=[PTQ(path, calibration_batches=2, dataloader=batches)])
+        fresh = DigitsCNN(width=8)
+        fresh.load_state_dict(before)
+        (reported,) = trainer.validate(fresh, datamodule=DigitsDataModule(batch_size=120), verbose=False)
+        assert reported["val/acc"] == float(row["val/acc"]) == c.metric
+        assert reported["val/loss"] == float(row["val/loss"])
+
+
+def test_a_study_goes_on_where_it_stopped_and_counts_all_its_trials(model: DigitsCNN, tmp_path: Path) -> None:
+    first = run(model, 4, output_dir=tmp_path)
+    second = run(model, 7, output_dir=tmp_path)
+    assert [c.number for c in second.candidates] == list(range(7))
+    assert [(c.plan, c.metric) for c in second.candidates[:4]] == [(c.plan, c.metric) for c in first.candidates]
+    sampled = [c.plan for c in second.candidates[3:]]
+    assert len(set(map(str, sampled))) == 4, "the sampler started from its first seed again"
+    third = run(model, 7, output_dir=tmp_path)
+    assert len(third.study.trials) == 7, "a study that is complete evaluates nothing"
+
+
+def test_the_same_seed_finds_the_same(model: DigitsCNN) -> None:
+    one, other = run(model, 6), run(model, 6)
+    assert [(c.plan, c.metric, c.cost) for c in one.candidates] == [(c.plan, c.metric, c.cost) for c in other.candidates]
+    worker = run(model, 6, worker=1)
+    assert [c.plan for c in worker.candidates[3:]] != [c.plan for c in one.candidates[3:]]
+
+
+def test_best_and_its_errors(model: DigitsCNN) -> None:
+    result = run(model, 5)
+    assert result.best().metric == max(c.metric for c in result.candidates)
+    small = result.best(3.5)
+    assert small.cost <= 3.5
+    assert small.metric == max(c.metric for c in result.candidates if c.cost <= 3.5)
+    with pytest.raises(QuantizationError, match=r"no plan with effective_bits <= 1\.0: the smallest has 2"):
+        result.best(1.0)
+    assert result.table().row_count == len(result.front) + 1
+
+
+def test_the_smallest_loss_and_other_costs_can_be_searched_for(model: DigitsCNN) -> None:
+    result = run(model, 4, metric="val/loss", mode="min", cost="bytes", space={"weight": ["int2 mse", "int8", "float"]})
+    assert result.study.directions == [optuna.study.StudyDirection.MINIMIZE] * 2
+    assert result.best().metric == min(c.metric for c in result.candidates)
+    assert all(c.cost == c.metrics["bytes"] for c in result.candidates)
+
+
+def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(model: DigitsCNN, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    original, calls = Evaluator.evaluate_layers, []
+
+    def sometimes(self: Evaluator, plans: Any) -> Any:
+        calls.append(plans)
+        if len(calls) in (2, 4):
+            raise RuntimeError("out of something")
+        return original(self, plans)
+
+    monkeypatch.setattr(Evaluator, "evaluate_layers", sometimes)
+    result = run(model, 4, output_dir=tmp_path)
+    failed = [t for t in result.study.trials if t.state == TrialState.FAIL]
+    assert [t.number for t in failed] == [1, 3]
+    assert "out of something" in failed[0].user_attrs["error"]
+    assert "Traceback" in failed[0].user_attrs["error"]
+    assert QuantPlan.from_dict(failed[0].user_attrs["plan"])
+    assert len(result.candidates) == 4
+    assert "trial 1 failed: RuntimeError: out of something" in caplog.text
+
+
+def test_too_many_failures_end_it_with_the_last_traceback(model: DigitsCNN, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Evaluator, "evaluate_layers", lambda self, plans: 1 / 0)
+    with pytest.raises(StudyError, match=r"3 trials of this run failed, max_failures is 2.*(.|\n)*ZeroDivisionError"):
+        run(model, 20, output_dir=tmp_path, max_failures=2)
+    assert (tmp_path / "front.csv").exists()
+
+
+def test_a_metric_that_is_nan_fails_the_trial(model: DigitsCNN, monkeypatch: Any) -> None:
+    original = Evaluator._validate
+    calls = []
+
+    def nan(self: Evaluator) -> dict[str, float]:
+        calls.append(0)
+        return original(self) | ({"val/acc": float("nan")} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(Evaluator, "_validate", nan)
+    (failed,) = [t for t in run(model, 3).study.trials if t.state == TrialState.FAIL]
+    assert "metric 'val/acc' is nan" in failed.user_attrs["error"]
+
+
+def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any) -> None:
+    original, calls = Evaluator.evaluate_layers, []
+    monkeypatch.setattr(Evaluator, "evaluate_layers", lambda self, plans: calls.append(0) or original(self, plans))
+    space = {"rules": [{"match": "head.2", "weight": ["int2", "int8"]}]}
+    result = run(model, 6, space=space)
+    assert len(calls) == 2
+    repeats = [t for t in result.study.trials if "repeats" in t.user_attrs]
+    assert len(repeats) == 4
+    assert all(t.values == result.study.trials[t.user_attrs["repeats"]].values for t in repeats)
+
+
+def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, tmp_path: Path) -> None:
+    run(model, 3, output_dir=tmp_path)
+    other = {**SPACE, "rules": [{"match": "stem.0", "weight": ["int8", "int4 per_channel mse", "int2 mse"]}]}
+    with pytest.raises(StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4 per_channel mse"):
+        run(model, 5, output_dir=tmp_path, space=other)
+    with pytest.raises(StudyError, match="metric: val/acc in the study, val/loss now"):
+        run(model, 5, output_dir=tmp_path, metric="val/loss")
+    with pytest.raises(StudyError, match="calibration batches: 1 in the study, 2 now"):
+        run(model, 5, output_dir=tmp_path, calibration_batches=2)
+    with torch.no_grad():
+        model.head[2].bias.add_(1e-3)
+    with pytest.raises(StudyError, match="weights of the model"):
+        run(model, 5, output_dir=tmp_path)
+    assert len(run(model, 3, output_dir=tmp_path, study_name="another").candidates) == 3
+
+
+def test_studies_of_other_programs_are_left_alone() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(study_name="theirs", storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(StudyError, match="was not made by lq_plugin"):
+        open_study("theirs", storage, ["minimize"], {})
+
+
+def test_differences_are_named_one_by_one() -> None:
+    assert differences({"a": {"b": [1, 2], "c": 1}, "d": 0}, {"a": {"b": [2, 1], "c": 2}, "e": 1}) == [
+        "a b: order in the study [1, 2], now [2, 1]",
+        "a c: 1 in the study, 2 now",
+        "d: only in the study: 0",
+        "e: only now: 1",
+    ]
+
+
+def test_an_unknown_metric_names_what_is_logged(model: DigitsCNN) -> None:
+    with pytest.raises(QuantizationError, match=r"metric 'val/ac' is not logged in validation; logged: val/acc, val/loss\. Did you mean 'val/acc'"):
+        run(model, 3, metric="val/ac")
+    with pytest.raises(QuantizationError, match=r"unknown cost 'bits'.*effective_bits"):
+        run(model, 3, cost="bits")
+    with pytest.raises(QuantizationError, match="mode is 'max' or 'min'"):
+        run(model, 3, mode="maximum")
+
+
+def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) -> None:
+    sampler = optuna.samplers.RandomSampler(seed=5)
+    assert run(model, 4, sampler=sampler).study.sampler is sampler
+    assert isinstance(run(model, 4, sampler=optuna.samplers.NSGAIISampler).study.sampler, optuna.samplers.NSGAIISampler)
+
+
+def test_the_first_signal_asks_and_the_second_one_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signal() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(model: DigitsCNN, tmp_path: Path, monkeypatch: Any) -> None:
+    original, calls = Evaluator.evaluate_layers, []
+
+    def interrupted(self: Evaluator, plans: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, plans)
+
+    monkeypatch.setattr(Evaluator, "evaluate_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, 20, output_dir=tmp_path)
+    study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert len(list((tmp_path / "plans").iterdir())) == len(list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines())))
+
+
+def test_ctrl_c_twice_gives_the_trial_up_and_the_next_run_takes_it_up(model: DigitsCNN, tmp_path: Path, monkeypatch: Any) -> None:
+    original, calls = DigitsCNN.validation_step, []
+
+    def interrupted(self: DigitsCNN, batch: Any, batch_idx: int) -> None:
+        calls.append(0)
+        if len(calls) == 15:  # in the loop of Lightning, which turns it into an exit
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DigitsCNN, "validation_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, 8, output_dir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    trials = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db").trials
+    (lost,) = [t for t in trials if t.state == TrialState.FAIL]
+    assert (tmp_path / "front.csv").exists()
+    result = run(model, 8, output_dir=tmp_path)
+    (retried,) = [t for t in result.study.trials if t.user_attrs.get("retries") == lost.number]
+    assert (retried.state, retried.params) == (TrialState.COMPLETE, lost.params)
+    assert not [t for t in result.study.trials if t.state == TrialState.RUNNING]
+    assert len(result.candidates) == 8
+
+
+def test_importing_the_command_line_imports_neither_lightning_nor_optuna() -> None:
+    code = "import sys, lq_plugin.cli; print([m for m in ('lightning', 'optuna', 'matplotlib', 'wandb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_fingerprint_is_plain(model: DigitsCNN) -> None:
+    study = run(model, 3).study
+    assert study.user_attrs[FINGERPRINT]["space"]["head.2.weight"] == [
+        *("int2 per_channel mse", "int3 per_channel mse", "int8 per_channel mse", "int2 mse", "int3 mse", "int8 mse")
+    ]
+    assert Space.parse(SPACE) == Space(**SPACE)
