@@ -65,8 +65,9 @@ def main() -> None:
     rows.append((f"PTQ, all layers 4 bits, {chosen}", uniform[chosen][1], price.effective_bits, price.bytes, "w4a4"))
 
     console.rule(f"3. search: {args.trials} trials, at most {args.budget} effective bits")
-    space = Space(weight={"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}, input=["uint4 affine mse", "uint8 affine mse"])
-    result = search(model, data, space, metric="val/acc", n_trials=args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
+    weight = {"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}
+    space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
+    result = search(model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
     console.print(result.table())
     best = result.best(args.budget)
     plan_path = output / "plan.yaml"
@@ -98,7 +99,9 @@ def trainer(max_epochs: int = 1, callbacks: list | None = None, logger: WandbLog
     """An ordinary Trainer; a search trial brings its own options."""
     progress = [RichProgressBar(leave=False)] if options.get("enable_progress_bar", True) else []
     defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 5}
-    return Trainer(max_epochs=max_epochs, accelerator="cpu", callbacks=[*(callbacks or []), *progress], logger=logger, **(defaults | options))
+    return Trainer(
+        max_epochs=max_epochs, accelerator="cpu", callbacks=[*(callbacks or []), *progress], logger=logger, **(defaults | options)
+    )
 
 
 def test(model: DigitsCNN, data: DigitsDataModule) -> float:

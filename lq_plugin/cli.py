@@ -45,6 +45,8 @@ def run(cfg: DictConfig) -> Metrics:
     """The stages that `cfg` switches on, in order; returns every metric they logged."""
     from lightning import seed_everything
 
+    from lq_plugin.model.checkpoint import load_float_weights
+
     # Lightning's own console handler would show each line a second time, beside Hydra's.
     logging.getLogger("lightning").handlers.clear()
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -104,24 +106,6 @@ def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDa
             evaluate(model, datamodule=datamodule)
             metrics |= {f"float/{name}": value for name, value in logged(trainer).items()}
     return metrics
-
-
-def load_float_weights(model: LightningModule, path: Path) -> None:
-    """Load a Lightning checkpoint or a `.safetensors` state dict into `model`, strictly.
-
-    Raises:
-        FileNotFoundError, RuntimeError: when there is no such file, or its keys or shapes are not the model's.
-    """
-    import torch
-
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
-    model.load_state_dict(state)
 
 
 def logged(trainer: Trainer) -> Metrics:

@@ -92,7 +92,7 @@ class IntegerGrid:
 #: `lq_plugin.ranges.register_range` adds to it.
 RANGES: dict[str, str] = {
     "minmax": "smallest and largest value",
-    "ema": "exponential moving average of each batch's min and max; ema:0.99 sets the momentum",
+    "ema": "exponential moving average of each batch's min and max; ema:0.99 sets the momentum it grows to",
     "percentile": "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
     "mse": "smallest mean squared error, by search on the real grid",
     "kl": "smallest KL divergence of the histograms (TensorRT)",

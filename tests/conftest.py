@@ -6,3 +6,9 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import settings
+
+# Examples are timed by wall clock, which other processes share.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")

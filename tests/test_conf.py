@@ -13,8 +13,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lq_plugin import PTQ, QAT, QuantPlan
-from lq_plugin.cli import load_float_weights, optimized_metric, require_lq_configs, run
+from lq_plugin.cli import optimized_metric, require_lq_configs, run
 from lq_plugin.demo.digits import DigitsCNN
+from lq_plugin.model.checkpoint import load_float_weights
 
 CONF = Path(__file__).parents[1] / "conf"
 QUIET = ["callbacks=none", "+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false"]

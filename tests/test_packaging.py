@@ -77,8 +77,8 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     ("module", "heavy"),
     [
         ("hydra_plugins.lq_plugin_searchpath", ["torch"]),
-        ("lq_plugin.conf", ["lightning", "optuna", "wandb", "matplotlib"]),
-        ("lq_plugin.cli", ["lightning", "optuna", "wandb", "matplotlib"]),
+        ("lq_plugin.conf", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
+        ("lq_plugin.cli", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
     ],
 )
 def test_what_hydra_imports_at_each_start_is_light(module, heavy):

@@ -10,6 +10,7 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv 1712.05877); Krishnamoorthi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,15 +100,52 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.quant_min, ctx.quant_max = quant_min, quant_max
-        y = (x.float() * scale.reciprocal()).round_()
         # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are whole numbers, exact in float32.
-        y = torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale)
-        return y.to(x.dtype)
+        if _has_cheap_scalars(x, scale, zero_point):
+            low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
+            return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
+        y = (x.float() * scale.reciprocal()).round_()
+        return torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
+        # From the saved input: no mask tensor is kept between forward and backward.
         x, scale, zero_point = ctx.saved_tensors
-        # Recomputed from the input: no mask tensor is kept between forward and backward.
+        if _has_cheap_scalars(x, scale, zero_point):
+            low, high = _pass_band(scale.item(), ctx.quant_min - zero_point.item(), ctx.quant_max - zero_point.item())
+            # One vectorised kernel for grad · 1{low < x < high}.
+            return torch.ops.aten.hardtanh_backward(grad, x, low, high), None, None, None, None
         r = (x.float() * scale.reciprocal()).round_()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)
         return grad.masked_fill(outside, 0.0), None, None, None, None
+
+
+def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether Python numbers may stand for the qparams: kernels with scalars are several times faster on CPU.
+
+    On other devices reading them would wait for the device, and under torch.compile it breaks the graph.
+    """
+    if torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return False
+    return scale.numel() == 1 and zero_point.numel() == 1 and scale.device.type == x.device.type == "cpu"
+
+
+def _pass_band(scale: float, low: float, high: float) -> tuple[float, float]:
+    """The float32 numbers next to those that round to `low..high`: round(x / scale) is in it where a < x < b.
+
+    >>> _pass_band(1.0, -2, 2)  # 2.5 rounds to the even 2, so it is inside
+    (-2.500000238418579, 2.500000238418579)
+    """
+    inverse = np.float32(1.0) / np.float32(scale)
+    return _first_beyond(inverse, low, np.float32(-np.inf)), _first_beyond(inverse, high, np.float32(np.inf))
+
+
+def _first_beyond(inverse: np.float32, level: float, direction: np.float32) -> float:
+    sign = np.sign(direction)
+    with np.errstate(over="ignore"):
+        x = np.float32((level + 0.5 * sign) / np.float64(inverse))
+        while sign * (np.rint(x * inverse) - level) > 0:
+            x = np.nextafter(x, -direction)
+        while sign * (np.rint(x * inverse) - level) <= 0 and np.isfinite(x):
+            x = np.nextafter(x, direction)
+    return float(x)

@@ -1,4 +1,4 @@
-"""Load a quantized checkpoint into a model, with or without a Trainer."""
+"""Load checkpoints, float or quantized, into a model. No code in a file is executed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lq_plugin.errors import PlanError
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.prepare import prepare, quantizers
 from lq_plugin.plan import QuantPlan
+
+
+def load_float_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a Lightning checkpoint or a `.safetensors` state dict into a float `model`, strictly.
+
+    Raises:
+        FileNotFoundError, RuntimeError: when there is no such file, or its keys or shapes are not the model's.
+    """
+    path = Path(path)
+    content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(content.get("state_dict", content))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger:

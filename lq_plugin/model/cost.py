@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
 from lq_plugin.layers import QuantizedLayer, quantized_class
-from lq_plugin.model.prepare import _float_class, _Survey
 from lq_plugin.model.record import Recording
+from lq_plugin.model.survey import Survey, float_class
 from lq_plugin.plan import LayerPlan
 from lq_plugin.quantizers import Quantizer
 from lq_plugin.spec import PerChannel, QuantSpec
@@ -201,7 +201,7 @@ def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
     >>> cost(net).effective_bits, cost(net)["0"].weight_bits
     (6.0, 4)
     """
-    survey = _Survey.of(model)
+    survey = Survey.of(model)
     plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
     return _price(model, survey, plans, recording)
 
@@ -222,14 +222,14 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
     >>> plan_cost(net, {"0": LayerPlan(weight=QuantSpec.parse("int8"))})["0"].weight_bits
     8
     """
-    survey = _Survey.of(model)
+    survey = Survey.of(model)
     names = list(survey.candidates)
     faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in layer_plans if name not in survey.candidates]
     raise_all(PlanError, "cannot price the plan", faults)
     return _price(model, survey, layer_plans, recording)
 
 
-def _price(model: nn.Module, survey: _Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> Cost:
+def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> Cost:
     rows: list[CostRow] = []
     owners: dict[int, str] = {}
     stored: set[tuple[int, Any]] = set()
@@ -244,7 +244,7 @@ def _price(model: nn.Module, survey: _Survey, plans: Mapping[str, LayerPlan], re
         rows.append(
             CostRow(
                 name=name,
-                kind=_float_class(module).__name__,
+                kind=float_class(module).__name__,
                 elements=weight.numel(),
                 weight_bits=plan.weight.bit_width if plan.weight else FLOAT_BITS,
                 storage_bits=bits,

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.record import Call, Recording
+from lq_plugin.model.survey import float_class
 
 #: Their own forwards are known to be linear in the weight, or a batch norm; any other is tried out.
 _KNOWN = (
@@ -170,15 +171,15 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | None:
     """Try folding on double copies where a forward is not torch's own."""
-    suspects = [m for m in (producer, bn) if _float_class(m) not in _KNOWN or "forward" in m.__dict__]
+    suspects = [m for m in (producer, bn) if float_class(m) not in _KNOWN or "forward" in m.__dict__]
     if not suspects:
         return None
-    names = ", ".join(dict.fromkeys(_float_class(m).__name__ for m in suspects))
+    names = ", ".join(dict.fromkeys(float_class(m).__name__ for m in suspects))
     generator = torch.Generator().manual_seed(0)
     try:
         plain = [copy.deepcopy(m).double().eval() for m in (producer, bn)]
         for module in plain:
-            module.__class__ = _float_class(module)
+            module.__class__ = float_class(module)
         folded = [copy.deepcopy(m) for m in plain]
         with torch.no_grad():
             for tensor, value in _folded_values(folded[0], folded[1]):
@@ -190,11 +191,6 @@ def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | N
     except Exception as error:  # the reason goes to the caller, with whatever a foreign forward raised
         return f"folding could not be tried out: the forward of {names} raised {error!r}"
     return None if same else f"the forward of {names} computes something else after folding"
-
-
-def _float_class(module: nn.Module) -> type[nn.Module]:
-    """The class a quantized layer stands for (it was swapped in place), or the module's own."""
-    return getattr(type(module), "float_class", type(module))
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -250,9 +246,7 @@ class FoldedBatchNorms:
         pairs: the folded pairs.
     """
 
-    def __init__(
-        self, model: nn.Module, originals: list[tuple[Tensor, Tensor]], exact: dict[Pair, tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, model: nn.Module, originals: list[tuple[Tensor, Tensor]], exact: dict[Pair, tuple[Tensor, Tensor]]) -> None:
         self.pairs = tuple(exact)
         self._model, self._originals, self._exact = model, originals, exact
 

@@ -7,22 +7,17 @@ layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_qua
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lq_plugin.errors import PlanError
-from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class, why_unsupported
+from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
 from lq_plugin.model.ledger import Entry, Ledger
-from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
+from lq_plugin.model.survey import OPAQUE, Survey
+from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.quantizers import Quantizer
-
-#: Modules that compute with their children's parameters without calling the children.
-_OPAQUE = (nn.MultiheadAttention,)
-_NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Ledger:
@@ -47,7 +42,7 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
     ('QuantizedLinear', True, '2 quantized, 0 float; coverage 100.0% of parameters')
     """
     plan = QuantPlan.parse(plan)
-    survey = _Survey.of(model)
+    survey = Survey.of(model)
     layer_plans = plan.resolve(survey.infos(), survey.others())
     ledger = _ledger(model, survey, layer_plans)
     if not ledger.quantized:
@@ -80,59 +75,11 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
     return [module for module in model.modules() if isinstance(module, Quantizer)]
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What stands in a model: layers that can hold quantizers, and everything else that has parameters."""
-
-    candidates: dict[str, nn.Module]
-    reasons: dict[str, str]
-    kinds: dict[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Survey:
-        candidates: dict[str, nn.Module] = {}
-        reasons: dict[str, str] = {}
-        kinds: dict[str, str] = {}
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
-            if isinstance(module, Quantizer) or name.startswith(inside):
-                continue
-            kinds[name] = _float_class(module).__name__
-            if isinstance(module, _OPAQUE):
-                inside += (f"{name}.",)
-            elif quantized_class(module) is not None:
-                if reason := why_unsupported(module):
-                    reasons[name] = reason
-                else:
-                    candidates[name] = module
-                continue
-            if any(True for _ in module.parameters(recurse=isinstance(module, _OPAQUE))):
-                reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
-        return cls(candidates, reasons, kinds)
-
-    def infos(self) -> list[LayerInfo]:
-        return [_info(name, module) for name, module in self.candidates.items()]
-
-    def others(self) -> dict[str, str]:
-        return {name: kind for name, kind in self.kinds.items() if name not in self.candidates}
-
-
-def _info(name: str, module: nn.Module) -> LayerInfo:
-    types = tuple(kind.__name__ for kind in _float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module)
-    quantized: Any = quantized_class(module)
-    # Called on the float module: `canonical` uses nothing but attributes of the float class.
-    return LayerInfo(name, types, reduction=quantized.canonical(module, module.weight).shape[1], slots=quantized.slots)
-
-
-def _float_class(module: nn.Module) -> type[nn.Module]:
-    return module.float_class if isinstance(module, QuantizedLayer) else type(module)
-
-
-def _ledger(model: nn.Module, survey: _Survey, plans: dict[str, LayerPlan]) -> Ledger:
+def _ledger(model: nn.Module, survey: Survey, plans: dict[str, LayerPlan]) -> Ledger:
     entries = []
     for name, kind in survey.kinds.items():
         module = model.get_submodule(name)
-        size = sum(p.numel() for p in module.parameters(recurse=isinstance(module, _OPAQUE)))
+        size = sum(p.numel() for p in module.parameters(recurse=isinstance(module, OPAQUE)))
         if name in survey.candidates:
             entries.append(Entry(name, kind, plans[name], _missing(plans[name], cast(Any, quantized_class(module)).slots), size))
         elif name in survey.reasons:

@@ -16,7 +16,6 @@ something freed. Unseen are calls into scripted functions and C++ extensions.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs
+from lq_plugin.model.op_names import COPIES, ELEMENTWISE, METADATA, normalize
 from lq_plugin.model.recording import Call, Recording, Source
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
@@ -41,21 +41,6 @@ _OPAQUE = (
     nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
     _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule,
 )  # fmt: skip
-#: Calls that read shapes and flags, not values.
-_METADATA = frozenset(
-    ("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "untyped_storage",
-     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "has_names", "requires_grad_",
-     "retain_grad", "register_hook", "result_type", "__len__", "__repr__")
-)  # fmt: skip
-#: The same values elsewhere: the producer passes through.
-_COPIES = frozenset(
-    ("contiguous", "clone", "reshape", "flatten", "ravel", "to", "type", "float", "double", "half", "bfloat16", "type_as",
-     "cuda", "cpu", "detach")
-)  # fmt: skip
-#: Two activations meet here, so a quantized model needs a scale for it.
-_ELEMENTWISE = frozenset(("add", "sub", "mul"))
-_SYNONYMS = {"multiply": "mul", "subtract": "sub", "rsub": "sub", "concat": "cat", "concatenate": "cat"}
-_OPERATOR = re.compile(r"__([ir]?)(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__$")
 
 
 def default_is_leaf(module: nn.Module) -> bool:
@@ -215,14 +200,14 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._busy or self._frames[-1].opaque or name in _METADATA:
+        if self._busy or self._frames[-1].opaque or name in METADATA:
             return func(*args, **kwargs)
         if name in ("", "fn"):  # torch hides some functions behind a dispatcher
             name = (resolve_name(func) or "call").rpartition(".")[2]
         written = list(_tensors(kwargs.get("out")))
         inputs = list(_tensors((args, {key: value for key, value in kwargs.items() if key != "out"})))
         sources = tuple(self._source(t) for t in inputs)
-        op, in_place = _normalize(name.partition(".")[0])
+        op, in_place = normalize(name.partition(".")[0])
         if inputs and (in_place or kwargs.get("inplace") is True):
             written.append(inputs[0])
         activations = [self._values[_storage(t)[0]].activation for t in inputs]
@@ -236,7 +221,7 @@ class _Recorder(TorchFunctionMode):
         keys = {_storage(t)[0] for t in inputs}
         if not written and outputs and all(_storage(t)[0] in keys for t in outputs):
             return result  # a view: same storage, same producer
-        if not written and op in _COPIES and not sources[0].parameters:
+        if not written and op in COPIES and not sources[0].parameters:
             original = self._values[_storage(inputs[0])[0]]
             for t in outputs:
                 key, holder = _storage(t)
@@ -253,13 +238,13 @@ class _Recorder(TorchFunctionMode):
         """`real` says which inputs are floating-point activations."""
         if op in PRODUCTS:
             counts = any(real)
-        elif op in _ELEMENTWISE:
+        elif op in ELEMENTWISE:
             counts = len(real) > 1 and all(real[:2]) and outputs[0].dim() > 0
         else:
             counts = op == "cat" and sum(real) > 1
         macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
         # Indices of the listed calls must not depend on how many constants are added in between.
-        label = op if counts or op not in PRODUCTS | _ELEMENTWISE | {"cat"} else f"other_{op}"
+        label = op if counts or op not in PRODUCTS | ELEMENTWISE | {"cat"} else f"other_{op}"
         frame = self._frames[-1]
         name = ".".join(filter(None, (frame.name, f"{label}_{frame.counters[label]}")))
         frame.counters[label] += 1
@@ -310,19 +295,6 @@ class _Recorder(TorchFunctionMode):
         self._values.clear()
         self._parameters.clear()
         del self._frames[:]
-
-
-def _normalize(name: str) -> tuple[str, bool]:
-    """Bare name of an operation and whether it writes to its first argument.
-
-    >>> _normalize("__iadd__"), _normalize("relu_"), _normalize("__rmatmul__"), _normalize("concat")
-    (('add', True), ('relu', True), ('matmul', False), ('cat', False))
-    """
-    if operator := _OPERATOR.match(name):
-        return operator[2], operator[1] == "i"
-    in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-    bare = name.strip("_")
-    return _SYNONYMS.get(bare, bare), in_place
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -94,7 +94,8 @@ class InputQuantizer(Quantizer):
     The range comes from calibration (`collector`, `load_sample`). With range `ema` it keeps moving
     in training: `observe` gathers the extremes of one batch, however often it runs over the same
     data (gradient checkpointing), and `commit` folds them into the average once the batch is over:
-    r ← m·r + (1 - m)·batch.
+    r ← mₜ·r + (1 - mₜ)·batch with mₜ = min(m, (1 + t) / (10 + t)) after t batches. Without the ramp a
+    network trained from scratch would outrun an average of the last hundred batches.
 
     Args:
         spec: how to quantize; per tensor or per channel.
@@ -107,6 +108,7 @@ class InputQuantizer(Quantizer):
     zero_point: Tensor
     running_min: Tensor
     running_max: Tensor
+    batches: Tensor
     batch_min: Tensor
     batch_max: Tensor
 
@@ -128,6 +130,7 @@ class InputQuantizer(Quantizer):
         if self.moving:
             self.register_buffer("running_min", float32(0.0, (self.channels,)))
             self.register_buffer("running_max", float32(0.0, (self.channels,)))
+            self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
             self.register_buffer("batch_min", float32(torch.inf, (self.channels,)), persistent=False)
             self.register_buffer("batch_max", float32(-torch.inf, (self.channels,)), persistent=False)
 
@@ -163,6 +166,7 @@ class InputQuantizer(Quantizer):
             with torch.no_grad():
                 self.running_min.copy_(minimum)
                 self.running_max.copy_(maximum)
+                self.batches.zero_()
         self._store(minimum, maximum)
         self.set_calibrated()
 
@@ -195,8 +199,10 @@ class InputQuantizer(Quantizer):
             raise CalibrationError(f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})")
         with torch.no_grad():
             if self._calibrated:
-                self.running_min.lerp_(batch_min, 1.0 - self.momentum)
-                self.running_max.lerp_(batch_max, 1.0 - self.momentum)
+                share = 1.0 - ((1.0 + self.batches) / (10.0 + self.batches)).clamp(max=self.momentum)
+                self.running_min.lerp_(batch_min, share)
+                self.running_max.lerp_(batch_max, share)
+                self.batches.add_(1)
             else:
                 self.running_min.copy_(batch_min)
                 self.running_max.copy_(batch_max)

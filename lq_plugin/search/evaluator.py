@@ -31,8 +31,9 @@ from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
-from lq_plugin.model.prepare import _Survey, quantized_layers, remove
+from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.record import Recording
+from lq_plugin.model.survey import Survey
 from lq_plugin.plan import SLOTS, LayerPlan, QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Sample
@@ -138,7 +139,7 @@ class Evaluator:
         self.float_metrics = self._validate()
         self.weights = _digest(self.model)
         # After a validation: only now has `configure_model` built every layer.
-        survey = _Survey.of(self.model)
+        survey = Survey.of(self.model)
         self.space = Space.parse(space).bind(survey.infos(), survey.others())
         for plan in _statistics_plans(self.space):
             remove(self.model)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lq_plugin import plots
+from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
 from lq_plugin.search.study import search
@@ -70,8 +71,6 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
 
     Workers that start together train once: the others wait and load what the first has trained.
     """
-    from lq_plugin.cli import load_float_weights
-
     seed_everything(cfg.seed, workers=True, verbose=False)
     model: LightningModule = instantiate(cfg.model)
     path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None

@@ -144,7 +144,9 @@ class SearchResult:
         plans.mkdir(parents=True, exist_ok=True)
         wanted = {c.file_name: c for c in self.front}
         for name, c in wanted.items():
-            comment = f"# Trial {c.number} of {self.study.study_name}: {self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits\n"
+            comment = (
+                f"# Trial {c.number} of {self.study.study_name}: {self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits\n"
+            )
             _write(plans / name, (comment + c.plan.to_yaml()).encode())
         for path in plans.glob("plan_*bits.yaml"):
             if path.name not in wanted:

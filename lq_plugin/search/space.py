@@ -74,7 +74,9 @@ def _product(entry: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]
     # Bit-widths vary fastest: the first granularity and range written are the preferred ones.
     axes = [key for key in reversed(_PRODUCT) if key in entry]
     lists = [[item] if isinstance(item := entry[key], (str, int)) else list(item) for key in axes]
-    return [{_PRODUCT[key]: item for key, item in zip(axes, combination, strict=True)} | constant for combination in itertools.product(*lists)]
+    return [
+        {_PRODUCT[key]: item for key, item in zip(axes, combination, strict=True)} | constant for combination in itertools.product(*lists)
+    ]
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,7 @@ class Space:
                 chosen = getattr(rule, slot)
         return (FLOAT,) if chosen is None else chosen
 
-    def _units(
-        self, layers: Sequence[LayerInfo], allowed: dict[tuple[str, str], tuple[Choice, ...]], faults: list[str]
-    ) -> Iterable[Unit]:
+    def _units(self, layers: Sequence[LayerInfo], allowed: dict[tuple[str, str], tuple[Choice, ...]], faults: list[str]) -> Iterable[Unit]:
         """One unit for each tensor, or for each set of tied ones, in the model's order."""
         groups: dict[tuple[str, str], list[str]] = {}
         for layer in layers:

@@ -178,9 +178,7 @@ def test_wandb_has_numbers_tables_pictures_plan_and_artifact(run: Run) -> None:
     assert [row["trainer/global_step"] for row in shown] == [0, 6]
     for name in ("ledger", "cost", "fidelity", "ranges"):
         assert shown[0][f"quant/{name}._type"] == "table-file"
-    captions = [
-        {key.removeprefix("quant/").removesuffix("._type") for key, value in row.items() if value == "image-file"} for row in shown
-    ]
+    captions = [{key.removeprefix("quant/").removesuffix("._type") for key, value in row.items() if value == "image-file"} for row in shown]
     weights = {f"weights/{layer}.weight" for layer in ("block.conv1", "block.conv2")}
     activations = {f"activations/{layer}.input" for layer in ("block.conv1", "block.conv2")}
     assert captions == [{"bits", "sqnr"} | weights | activations, {"bits", "sqnr"} | weights]
@@ -305,14 +303,19 @@ def test_training_is_not_disturbed() -> None:
 def test_hooks_are_gone_after_a_failure() -> None:
     class Failing(DigitsCNN):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            super().training_step(batch, batch_idx)
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx < 2:
+                return loss
+            # The last batch is the one that is watched.
+            seen.append(sum(len(quantizer._forward_pre_hooks) for quantizer in quantizers(self)))
             raise RuntimeError("out of luck")
 
+    seen: list[int] = []
     model = Failing(width=4)
     trainer = make_trainer(Recorder(), [QAT(PLAN), QuantMonitor(images=False)])
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.fit(model, datamodule=DigitsDataModule())
-    assert quantizers(model)
+    assert seen == [len(LAYERS)]
     assert not any(quantizer._forward_pre_hooks for quantizer in quantizers(model))
 
 

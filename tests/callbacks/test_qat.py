@@ -65,15 +65,16 @@ def test_training_forward_is_really_quantized(trainer, module, data):
 
 
 def test_ema_is_the_formula_on_the_training_batches_only(trainer, data):
-    """r ← m·r + (1 - m)·batch over training batches, from the first calibration batch; validation moves nothing."""
+    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)), over training batches, from the first calibration batch; validation moves nothing."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     data.x[64:] *= 1000  # the validation part: would be seen at once
-    trainer(QAT("int8 / uint8 affine ema:0.8"), max_epochs=2).fit(module, datamodule=data)
+    trainer(QAT("int8 / uint8 affine ema:0.3"), max_epochs=2).fit(module, datamodule=data)
     batches = [batch[0] for batch in data.train_dataloader()]
     low, high = batches[0].min(), batches[0].max()
-    for batch in batches * 2:
-        low, high = 0.8 * low + 0.2 * batch.min(), 0.8 * high + 0.2 * batch.max()
+    for t, batch in enumerate(batches * 2):
+        m = min(0.3, (1 + t) / (10 + t))
+        low, high = m * low + (1 - m) * batch.min(), m * high + (1 - m) * batch.max()
     quantizer = module.net.conv.input_quantizer
     torch.testing.assert_close(quantizer.running_min, low.reshape(1))
     torch.testing.assert_close(quantizer.running_max, high.reshape(1))
@@ -308,8 +309,9 @@ def test_ddp_ranges_are_equal_on_all_ranks(tmp_path):
     low, high = x[:16].min(), x[:16].max()
     assert torch.equal(first["bounds"][0].flatten(), torch.stack([low, high]))
     assert not torch.equal(first["bounds"][1:], second["bounds"][1:])
-    for mine, theirs in zip(first["bounds"][1:], second["bounds"][1:], strict=True):
-        low = 0.5 * low + 0.5 * torch.minimum(mine[0], theirs[0])
-        high = 0.5 * high + 0.5 * torch.maximum(mine[1], theirs[1])
+    for t, (mine, theirs) in enumerate(zip(first["bounds"][1:], second["bounds"][1:], strict=True)):
+        m = (1 + t) / (10 + t)
+        low = m * low + (1 - m) * torch.minimum(mine[0], theirs[0])
+        high = m * high + (1 - m) * torch.maximum(mine[1], theirs[1])
     torch.testing.assert_close(first["state"]["net.conv.input_quantizer.running_min"], low)
     torch.testing.assert_close(first["state"]["net.conv.input_quantizer.running_max"], high)

@@ -1,0 +1,75 @@
+"""What stands in a model: which layers can hold quantizers, and why others cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lq_plugin.layers import quantized_class, why_unsupported
+from lq_plugin.plan import LayerInfo
+from lq_plugin.quantizers import Quantizer
+
+#: Modules that compute with their children's parameters without calling the children.
+OPAQUE = (nn.MultiheadAttention,)
+_NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What stands in a model.
+
+    Args:
+        candidates: layers that can hold quantizers, by name.
+        reasons: other modules with parameters, and why they stay float.
+        kinds: float types of all modules.
+    """
+
+    candidates: dict[str, nn.Module]
+    reasons: dict[str, str]
+    kinds: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Survey:
+        """Look at every module of `model`; quantizers in it are passed over."""
+        candidates: dict[str, nn.Module] = {}
+        reasons: dict[str, str] = {}
+        kinds: dict[str, str] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if isinstance(module, Quantizer) or name.startswith(inside):
+                continue
+            kinds[name] = float_class(module).__name__
+            if isinstance(module, OPAQUE):
+                inside += (f"{name}.",)
+            elif quantized_class(module) is not None:
+                if reason := why_unsupported(module):
+                    reasons[name] = reason
+                else:
+                    candidates[name] = module
+                continue
+            if any(True for _ in module.parameters(recurse=isinstance(module, OPAQUE))):
+                reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
+        return cls(candidates, reasons, kinds)
+
+    def infos(self) -> list[LayerInfo]:
+        """What a plan must know of the candidates."""
+        return [_info(name, module) for name, module in self.candidates.items()]
+
+    def others(self) -> dict[str, str]:
+        """Names and types of the modules that hold no quantizers."""
+        return {name: kind for name, kind in self.kinds.items() if name not in self.candidates}
+
+
+def _info(name: str, module: nn.Module) -> LayerInfo:
+    types = tuple(kind.__name__ for kind in float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module)
+    quantized: Any = quantized_class(module)
+    # Called on the float module: `canonical` uses nothing but attributes of the float class.
+    return LayerInfo(name, types, reduction=quantized.canonical(module, module.weight).shape[1], slots=quantized.slots)
+
+
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """The type the user gave a module, quantized or not."""
+    return getattr(type(module), "float_class", type(module))
