@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, in
     rows.append((f"PTQ {args.plan}", accuracy, cost(model).effective_bits, cost(model).bytes))
 
     if args.qat_epochs:
+        model.train()
         make_trainer(QAT(args.plan), max_epochs=args.qat_epochs).fit(model, datamodule=data)
         accuracy = test(model, data)
         rows.append((f"then QAT, {args.qat_epochs} epochs", accuracy, cost(model).effective_bits, cost(model).bytes))
@@ -65,7 +66,7 @@ def make_trainer(*callbacks: Callback, max_epochs: int = 1) -> Trainer:
     shown = [RichProgressBar(leave=False)] if sys.stderr.isatty() else []
     return Trainer(
         max_epochs=max_epochs,
-        accelerator="cpu",
+        accelerator="auto",
         callbacks=[*callbacks, *shown],
         logger=False,
         enable_checkpointing=False,

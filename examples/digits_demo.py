@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import wandb
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
@@ -39,6 +40,8 @@ def main() -> None:
     args = arguments()
     start = time.perf_counter()
     quiet()
+    # Images this small are not worth a second thread.
+    torch.set_num_threads(1)
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     data = DigitsDataModule()
@@ -51,7 +54,7 @@ def main() -> None:
     rows = [("float", test(model, data), 32.0, float_bytes(model), "-")]
 
     console.rule("2. PTQ: int4 weights, uint4 activations, each range estimator")
-    table = Table("range", "val/acc", "test/acc", title="PTQ at 4 bits")
+    table = Table("range", "val/acc", "test/acc")
     uniform = {}
     for name in ESTIMATORS:
         calibrated = copy.deepcopy(model)
@@ -62,7 +65,7 @@ def main() -> None:
     console.print(table)
     chosen = max(uniform, key=lambda name: uniform[name][0])
     price = cost(uniform[chosen][2])
-    rows.append((f"PTQ, all layers 4 bits, {chosen}", uniform[chosen][1], price.effective_bits, price.bytes, "w4a4"))
+    rows.append((f"PTQ, {chosen}", uniform[chosen][1], price.effective_bits, price.bytes, "w4a4"))
 
     console.rule(f"3. search: {args.trials} trials, at most {args.budget} effective bits")
     weight = {"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}
@@ -75,7 +78,7 @@ def main() -> None:
     searched = copy.deepcopy(model)
     trainer(callbacks=[PTQ(plan_path)], enable_progress_bar=False).validate(searched, datamodule=data, verbose=False)
     price = cost(searched)
-    rows.append((f"searched, trial {best.number}", test(searched, data), price.effective_bits, price.bytes, plan_path.name))
+    rows.append(("PTQ, searched", test(searched, data), price.effective_bits, price.bytes, plan_path.name))
 
     console.rule("4. QAT of that plan, from the float weights")
     tuned = DigitsCNN(width=args.width, lr=2e-3)
@@ -84,13 +87,13 @@ def main() -> None:
     fit = trainer(args.qat_epochs, callbacks=[QAT(QuantPlan.from_yaml(plan_path)), QuantMonitor()], logger=logger)
     fit.fit(tuned, datamodule=data)
     fit.save_checkpoint(output / "quantized.ckpt")
-    logger.experiment.finish(quiet=True)
+    wandb.finish()
 
     # A new model, as another program would load it.
     loaded = DigitsCNN(width=args.width)
     load_checkpoint(loaded, output / "quantized.ckpt")
     price = cost(loaded)
-    rows.append(("QAT of the searched plan", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
+    rows.append(("QAT of it", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
 
     show(rows, output, time.perf_counter() - start)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from optuna import Study, Trial
-from optuna.trial import TrialState
+from optuna import Trial
+from optuna.trial import FrozenTrial, TrialState
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.cost import Cost
@@ -46,7 +46,14 @@ class Objective:
         self.metric = metric
         self.cost = cost
         self.interrupted: Trial | None = None
+        self._known: dict[frozenset[tuple[str, Any]], tuple[int, dict[str, float]]] = {}
         self._read(evaluator.float_metrics, metric)
+
+    def remember(self, trials: Iterable[FrozenTrial]) -> None:
+        """Take these trials for evaluated: earlier ones of the same study."""
+        for trial in trials:
+            if trial.state == TrialState.COMPLETE:
+                self._known.setdefault(frozenset(trial.params.items()), (trial.number, dict(trial.user_attrs[METRICS])))
 
     def __call__(self, trial: Trial) -> tuple[float, float]:
         started = time.perf_counter()
@@ -55,15 +62,16 @@ class Objective:
             assert space is not None
             params = space.suggest(trial)
             trial.set_user_attr(PLAN, space.plan(params).to_dict())
-            earlier = _same_params(trial.study, params)
-            if earlier is not None:
-                trial.set_user_attr(REPEATS, earlier.number)
-                metrics = dict(earlier.user_attrs[METRICS])
+            key = frozenset(params.items())
+            if key in self._known:
+                number, metrics = self._known[key]
+                trial.set_user_attr(REPEATS, number)
             else:
                 evaluation = self.evaluator.evaluate_layers(space.layer_plans(params))
                 metrics = evaluation.metrics | cost_totals(evaluation.cost)
             values = self._read(metrics, self.metric), self._read(metrics, self.cost)
             trial.set_user_attr(METRICS, metrics)
+            self._known.setdefault(key, (trial.number, metrics))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 self.interrupted = trial
@@ -86,9 +94,3 @@ class Objective:
 def cost_totals(cost: Cost) -> dict[str, float]:
     """The totals that trials carry beside the metrics."""
     return {name: value for name in COSTS if (value := getattr(cost, name)) is not None}
-
-
-def _same_params(study: Study, params: Mapping[str, Any]) -> Any:
-    """The first complete trial with these parameters, or None."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((trial for trial in complete if trial.params == params and METRICS in trial.user_attrs), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optuna import Study
+from optuna.trial import FrozenTrial
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -31,8 +31,7 @@ class SearchProgress:
     def __exit__(self, *exception: Any) -> None:
         self._progress.stop()
 
-    def update(self, study: Study, complete: int, failed: int) -> None:
+    def update(self, complete: int, last: FrozenTrial | None = None, failed: int = 0) -> None:
         """Show the state after a trial."""
-        last = study.get_trials(deepcopy=False)[-1:]
-        text = f"{self.metric} {last[0].values[0]:.4g} at {last[0].values[1]:.4g}" if last and last[0].values else ""
+        text = f"{self.metric} {last.values[0]:.4g} at {last.values[1]:.4g}" if last is not None and last.values else ""
         self._progress.update(self._task, completed=complete, description=text + (f", {failed} failed" if failed else ""))

@@ -109,12 +109,16 @@ def search(
         objective = Objective(evaluator, metric, cost)
         directions = ["maximize" if mode == "max" else "minimize", "minimize"]
         study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, cost))
+        earlier = study.get_trials(deepcopy=False)
+        objective.remember(earlier)
         # With the same seed again it would propose the same plans again.
-        entropy = np.random.SeedSequence([seed, worker, len(study.get_trials(deepcopy=False))])
-        study.sampler = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
+        entropy = np.random.SeedSequence([seed, worker, len(earlier)])
+        with quiet():
+            study.sampler = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
         if uniform:
-            for bits in bound.bit_widths:
-                study.enqueue_trial(bound.uniform(bits), user_attrs={ORIGIN: f"uniform {bits} bits"}, skip_if_exists=True)
+            with quiet():
+                for bits in bound.bit_widths:
+                    study.enqueue_trial(bound.uniform(bits), user_attrs={ORIGIN: f"uniform {bits} bits"}, skip_if_exists=True)
         float_bytes = evaluator.cost({}).bytes
 
         def result() -> SearchResult:
@@ -143,17 +147,17 @@ def _optimize(
 
         def after(study: Study, trial: FrozenTrial) -> None:
             count = complete()
-            if shown is not None:
-                shown.update(study, count, len(failed))
             if trial.state == TrialState.FAIL:
                 failed.append(trial)
                 log.warning("trial %d failed: %s", trial.number, _last_line(trial))
+            if shown is not None:
+                shown.update(count, trial, len(failed))
             if stop or count >= n_trials or len(failed) > max_failures:
                 study.stop()
 
         count = complete()
         if shown is not None:
-            shown.update(study, count, 0)
+            shown.update(count)
         if count < n_trials and not stop:
             try:
                 study.optimize(objective, catch=(Exception,), callbacks=[after])
