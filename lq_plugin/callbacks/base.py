@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lq_plugin.callbacks.data import calibration_batches, merge_statistics, step_runner, with_progress, without_traces
+from lq_plugin.callbacks.data import calibration_batches, statistics_merger, step_runner, with_progress, without_traces
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.model.calibrate import Statistics, calibrate, evaluating, float_forward, never_reached
 from lq_plugin.model.ledger import Ledger
@@ -34,6 +34,9 @@ class QuantizationCallback(Callback):
         dataloader: calibration data; the datamodule's train dataloader when None.
         calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step) when None.
     """
+
+    #: What happens to tensors that no calibration batch reached.
+    unreached = "using them raises an error"
 
     def __init__(
         self,
@@ -98,10 +101,10 @@ class QuantizationCallback(Callback):
         batches = calibration_batches(trainer, pl_module, self.dataloader, count)
         batches = with_progress(trainer, "calibrate", batches, count)
         with without_traces(pl_module):
-            merge = merge_statistics if trainer.world_size > 1 else None
-            self.statistics = calibrate(pl_module, batches, step_runner(trainer, pl_module, self.calibration_step), merge)
+            run = step_runner(trainer, pl_module, self.calibration_step)
+            self.statistics = calibrate(pl_module, batches, run, statistics_merger(trainer))
         if missed := never_reached(self.statistics):
-            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; using them raises an error")
+            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.unreached}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A run that failed before configure_model must not leave the patch behind.

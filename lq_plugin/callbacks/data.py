@@ -134,7 +134,12 @@ def all_reduce_max(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] |
     return reduce
 
 
-def merge_statistics(statistics: Statistics) -> None:
+def statistics_merger(trainer: Trainer) -> Callable[[Statistics], None] | None:
+    """What joins the statistics of the Trainer's ranks, or None when it has one process."""
+    return None if all_reduce_max(trainer) is None else _merge_statistics
+
+
+def _merge_statistics(statistics: Statistics) -> None:
     """Join the statistics of all ranks, in place, with one bucketed all-reduce for each kind of tensor."""
     histograms = list(statistics.values())
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
-from lq_plugin.callbacks.data import all_reduce_max
+from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.errors import PlanError
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
@@ -38,6 +38,8 @@ class QAT(QuantizationCallback):
     >>> from lightning import Trainer
     >>> trainer = Trainer(callbacks=[QAT("w4a8", schedule={"activations_start": "epoch 1"})], logger=False, accelerator="cpu")
     """
+
+    unreached = "their first training batch gives them a range"
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class QAT(QuantizationCallback):
         self._apply_schedule(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.init_batches:
+            return
         missing = [q for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated]
         if missing:
             rank_zero_warn(f"QAT: the sanity check runs {len(missing)} tensors float, they have no range yet (first: {missing[0].name})")
@@ -93,7 +97,7 @@ class QAT(QuantizationCallback):
         self._apply_schedule(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        commit_observers(quantizers(pl_module), all_reduce_max(trainer))
+        commit_observers(quantizers(pl_module), all_reduce_max(trainer), statistics_merger(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.frozen is not None:

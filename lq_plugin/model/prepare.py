@@ -14,6 +14,7 @@ from torch import nn
 
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
+from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.survey import OPAQUE, Survey
 from lq_plugin.plan import LayerPlan, QuantPlan
@@ -56,6 +57,7 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
             assert swapped is not None
             module.__class__ = swapped
             attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
+    disable_fast_paths(model)
     return ledger
 
 
@@ -63,6 +65,7 @@ def remove(model: nn.Module) -> None:
     """Take all quantizers out of `model`: the float model is back, bit for bit as trained."""
     for _, layer in quantized_layers(model):
         detach_quantizers(layer)
+    restore_fast_paths(model)
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:

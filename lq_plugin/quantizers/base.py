@@ -3,8 +3,8 @@
 A quantizer has one `spec`, belongs to one tensor of one layer (`name`, for messages), and is in one of
 these states, all of which live in its `state_dict`:
 
-* not calibrated: it has no range yet. In training it passes its input on and watches it, in
-  evaluation it raises: a network is never silently float;
+* not calibrated: it has no range yet. In training it passes its input on and gathers what the first
+  range comes from, once the batch is over; in evaluation it raises: a network is never silently float;
 * calibrated: it quantizes while `enabled`;
 * disabled: it passes its input on unchanged, bit for bit.
 
@@ -96,8 +96,11 @@ class Quantizer(nn.Module):
         if not self._enabled:
             return self.pass_on(x)
         if self.needs_calibration and not self._calibrated:
-            if self.training or self.allow_uncalibrated:
+            if self.training:
+                self.collect_first(x)
                 return self.pass_on(x)
+            if self.allow_uncalibrated:
+                return x
             raise CalibrationError(
                 f"{self.name} ({self.spec}) has no range yet: calibrate first (PTQ(...) with trainer.validate, or "
                 "lq_plugin.calibrate), train with QAT(...), or load a quantized checkpoint"
@@ -115,6 +118,9 @@ class Quantizer(nn.Module):
     def collect(self, x: Tensor) -> None:
         """Add a batch to the collector (calibration)."""
         raise NotImplementedError
+
+    def collect_first(self, x: Tensor) -> None:
+        """Gather what the first range comes from, in training; no effect on quantizers that need no data."""
 
     def observe(self, x: Tensor) -> None:
         """Watch a training batch; no effect on quantizers without a moving range."""

@@ -121,6 +121,7 @@ class InputQuantizer(Quantizer):
             self.axis = granularity.axis
         self.channels = channels if self.per_channel else 1
         self.moving = spec.range_name == "ema"
+        self.pending: Histogram | None = None
         self.momentum = float(spec.range_option or DEFAULT_MOMENTUM)
         self._make_qparams()
 
@@ -159,6 +160,11 @@ class InputQuantizer(Quantizer):
     def collect(self, x: Tensor) -> None:
         assert self.collector is not None
         self.collector.update(self._rows(x) if self.per_channel else x)
+
+    def collect_first(self, x: Tensor) -> None:
+        if not self.moving:
+            self.pending = self.pending or self.new_collector()
+            self.pending.update(self._rows(x.detach()) if self.per_channel else x.detach())
 
     def load_sample(self, sample: Sample) -> None:
         minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)

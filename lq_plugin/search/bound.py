@@ -83,7 +83,7 @@ class Unit:
         if choice not in self.choices:
             raise PlanError(f"{self.name}: '{choice}' is not in the search space; choices: {', '.join(map(str, self.choices))}")
         if self._table is None or not isinstance(choice, QuantSpec):
-            values = {self.name: str(choice)}
+            values: Params = {self.name: str(choice)}
         else:
             values = {f"{self.name}.bits": choice.bit_width, f"{self.name}.scheme": _scheme(choice)}
         return {name: value for name, value in values.items() if name in self.distributions}

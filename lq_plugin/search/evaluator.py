@@ -24,13 +24,11 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from lq_plugin.callbacks import PTQ
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.model.cost import Cost, plan_cost
-from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey
@@ -44,7 +42,7 @@ from lq_plugin.spec import Granularity, PerChannel, QuantSpec
 
 _QUIET = {
     "logger": False,
-    "callbacks": [],
+    "callbacks": None,
     "enable_progress_bar": False,
     "enable_checkpointing": False,
     "enable_model_summary": False,
@@ -104,7 +102,7 @@ class Evaluator:
         self.weights = ""
         self.space: BoundSpace | None = None
         self.recording: Recording | None = None
-        self._folded: FoldedBatchNorms | None = None
+        self._float_state: dict[str, torch.Tensor] = {}
         self._samples: dict[tuple[str, Granularity], Sample] = {}
         self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
         self._layers: dict[str, QuantizedLayer] = {}
@@ -120,9 +118,11 @@ class Evaluator:
     def close(self) -> None:
         """Give the float model back."""
         remove(self.model)
-        if self._folded is not None:
-            self._folded.undo()
-            self._folded = None
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                if name in self._float_state:
+                    tensor.copy_(self._float_state[name])
+        self._float_state.clear()
         self._quantizers.clear()
         self._layers.clear()
         self._data.close()
@@ -137,7 +137,8 @@ class Evaluator:
             QuantizationError: a space that does not fit the model, or no calibration data.
         """
         self.float_metrics = self._validate()
-        self.weights = _digest(self.model)
+        self._float_state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+        self.weights = _digest(self._float_state)
         # After a validation: only now has `configure_model` built every layer.
         survey = Survey.of(self.model)
         self.space = Space.parse(space).bind(survey.infos(), survey.others())
@@ -146,13 +147,13 @@ class Evaluator:
             first = self.recording is None
             ptq = Calibration(plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader)
             ptq.seed = self.seed
-            self.trainer.callbacks.append(ptq)
+            callbacks: list[Any] = vars(self.trainer)["callbacks"]
+            callbacks.append(ptq)
             try:
                 self._validate()
             finally:
-                self.trainer.callbacks.remove(ptq)
-            if first:
-                self.recording, self._folded = ptq.recording, ptq.folded
+                callbacks.remove(ptq)
+            self.recording = self.recording or ptq.recording
             self._keep_samples(ptq)
         self._layers = dict(quantized_layers(self.model))
         return self.space
@@ -252,6 +253,10 @@ class Calibration(PTQ):
     seed = 0
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        datamodule = getattr(trainer, "datamodule", None)
+        if self.dataloader is None and datamodule is not None:
+            # A validation has set up its own stage only.
+            datamodule.setup(stage="fit")
         # The statistics outlive the validation and its inference mode.
         with _seeded(self.seed), torch.inference_mode(False), torch.no_grad():
             super().quantize(trainer, pl_module)
@@ -288,11 +293,10 @@ def _plain(spec: QuantSpec) -> QuantSpec:
     return QuantSpec(bit_width=8, granularity=spec.granularity if channel else QuantSpec().granularity)
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(state: Mapping[str, torch.Tensor]) -> str:
     """A hash of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

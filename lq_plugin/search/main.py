@@ -13,10 +13,12 @@ import torch
 from filelock import FileLock
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lq_plugin import plots
+from lq_plugin.callbacks.loggers import Picture, Report, report_to
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
@@ -97,14 +99,16 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
 
 
 def log_to(cfg: DictConfig, result: SearchResult) -> None:
-    """Give every trial to the config's loggers, one step a trial, and the picture to those that take pictures."""
+    """Give every trial to the config's loggers, one step a trial, then the front and its picture."""
     for entry in (cfg.get("logger") or {}).values():
-        logger: Any = instantiate(entry)
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger: Logger = instantiate(entry)
+        logger.log_hyperparams(_plain(cfg))
         for candidate in result.candidates:
             logger.log_metrics({f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number)
-        if result.candidates and hasattr(logger, "log_image"):
-            logger.log_image(key="search/pareto", images=[plots.to_array(result.figure())])
+        if result.candidates:
+            picture = Picture("pareto", "pareto", plots.to_png(result.figure()))
+            step = result.candidates[-1].number
+            report_to(logger, Report(step, tables={"front": result.rows()}, pictures=[picture], plan=result.best().plan, final=True))
         logger.finalize("success")
 
 

@@ -18,10 +18,8 @@ class SearchProgress:
 
     def __init__(self, n_trials: int, metric: str) -> None:
         self.metric = metric
-        columns = (
-            TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-        )  # fmt: skip
-        self._progress = Progress(*columns)
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        self._progress = Progress(TextColumn("search"), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}"))
         self._task = self._progress.add_task("", total=n_trials)
 
     def __enter__(self) -> SearchProgress:

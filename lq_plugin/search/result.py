@@ -124,14 +124,21 @@ class SearchResult:
             table.add_row(str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}", c.origin)
         return table
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The front as plain rows; `plan` is the name of its file."""
+        return [
+            {"trial": c.number, **c.metrics, "origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name} for c in self.front
+        ]
+
     def to_csv(self) -> str:
-        """The front as CSV text with a header; `plan` is the name of its file."""
-        names = sorted({name for c in self.front for name in c.metrics})
+        """The rows as CSV text with a header."""
         stream = io.StringIO()
-        writer = csv.writer(stream)
-        writer.writerow(["trial", *names, "origin", "seconds", "plan"])
-        for c in self.front:
-            writer.writerow([c.number, *(c.metrics.get(name, "") for name in names), c.origin, round(c.seconds, 4), c.file_name])
+        rows = self.rows()
+        # Trials of one study log the same; should one not, its place is empty.
+        columns = list(dict.fromkeys(name for row in rows for name in row)) or ["trial"]
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
         return stream.getvalue()
 
     def write(self, folder: str | Path) -> Path:

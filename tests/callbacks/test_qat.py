@@ -217,6 +217,28 @@ def test_without_first_batches_the_sanity_check_says_it_is_float(trainer, module
     assert all(q.is_calibrated for q in quantizers(module) if q.needs_calibration)
 
 
+@pytest.mark.parametrize("plan", ["w4 lsq a4 lsq", "w8a8 mse", "w8a8"])
+def test_layer_that_only_training_reaches_gets_its_range_from_its_first_batch(plan, trainer, data):
+    """As in a GAN whose generator no validation step calls: it must not stay float."""
+
+    class Auxiliary(Module):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = torch.nn.Linear(36, 4)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.auxiliary(batch[0].flatten(1)).square().mean()
+
+    module = Auxiliary()
+    with pytest.warns(UserWarning, match=r"reached auxiliary.input; their first training batch gives them a range"):
+        trainer(QAT(plan), max_epochs=1).fit(module, datamodule=data)
+    quantizer = module.auxiliary.input_quantizer
+    assert quantizer.is_calibrated
+    assert quantizer.pending is None
+    x = data.x[:16].flatten(1)
+    assert len(quantizer.train()(x).unique()) <= quantizer.spec.grid.levels
+
+
 def test_coverage_below_the_minimum_fails_before_training(trainer, module, data):
     plan = QuantPlan([Rule("net.fc", weight="int4", input="uint8 affine")])
     before = copy.deepcopy(module.state_dict())

@@ -91,7 +91,9 @@ def test_yaml_and_python_are_the_same_space() -> None:
 
 def test_two_parameters_a_tensor_and_none_for_what_is_fixed() -> None:
     space = Space(weight=BITS, input="uint8 affine mse", rules=[SpaceRule("stem", weight="int8")]).bind(LAYERS)
-    assert set(space.distributions) == {f"{n}.weight.{p}" for n in ("block.0.conv", "block.1.conv", "embed", "head") for p in ("bits", "scheme")}
+    assert set(space.distributions) == {
+        f"{n}.weight.{p}" for n in ("block.0.conv", "block.1.conv", "embed", "head") for p in ("bits", "scheme")
+    }
     assert space.distributions["head.weight.bits"] == IntDistribution(2, 4)
     assert space.distributions["head.weight.scheme"].choices == (  # type: ignore[attr-defined]
         *("int per_channel mse", "int per_tensor mse", "int per_channel minmax", "int per_tensor minmax"),

@@ -23,7 +23,10 @@ from lq_plugin.search.storage import FINGERPRINT, differences, open_study
 from .conftest import CPU
 from .test_evaluator import Batches, quiet_trainer
 
-SPACE = {"weight": {"bit_widths": [2, 3, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse"]}, "input": "uint8 affine mse"}
+SPACE = {
+    "weight": {"bit_widths": [2, 3, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse"]},
+    "input": "uint8 affine mse",
+}
 
 
 def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
@@ -151,7 +154,7 @@ def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any) -> 
 def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, tmp_path: Path) -> None:
     run(model, 3, output_dir=tmp_path)
     other = {**SPACE, "rules": [{"match": "stem.0", "weight": ["int8", "int4 per_channel mse", "int2 mse"]}]}
-    with pytest.raises(StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4 per_channel mse"):
+    with pytest.raises(StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4"):
         run(model, 5, output_dir=tmp_path, space=other)
     with pytest.raises(StudyError, match="metric: val/acc in the study, val/loss now"):
         run(model, 5, output_dir=tmp_path, metric="val/loss")
@@ -181,7 +184,7 @@ def test_differences_are_named_one_by_one() -> None:
 
 
 def test_an_unknown_metric_names_what_is_logged(model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match=r"metric 'val/ac' is not logged in validation; logged: val/acc, val/loss\. Did you mean 'val/acc'"):
+    with pytest.raises(QuantizationError, match=r"metric 'val/ac' is not logged .*: val/acc, val/loss\. Did you mean 'val/acc'"):
         run(model, 3, metric="val/ac")
     with pytest.raises(QuantizationError, match=r"unknown cost 'bits'.*effective_bits"):
         run(model, 3, cost="bits")
@@ -248,9 +251,10 @@ def test_ctrl_c_twice_gives_the_trial_up_and_the_next_run_takes_it_up(model: Dig
     assert len(result.candidates) == 8
 
 
-def test_importing_the_command_line_imports_neither_lightning_nor_optuna() -> None:
-    code = "import sys, lq_plugin.cli; print([m for m in ('lightning', 'optuna', 'matplotlib', 'wandb') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, lq_plugin.cli; print([m for m in ('torch', 'lightning', 'optuna', 'wandb') if m in sys.modules])"
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"
 
 

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from optuna.trial import TrialState
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search import Space
+from lq_plugin.search.main import run
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false"]
+
+
+def composed(tmp_path: Path, *overrides: str, name: str = "search") -> Any:
+    with initialize_config_module("lq_plugin.conf", version_base="1.3"):
+        log_dir = f"paths.log_dir={tmp_path}"
+        cfg = compose(name, ["experiment=digits_search", *SMALL, log_dir, *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra")
+    return cfg
+
+
+def states(folder: Path, name: str = "digits_search") -> list[TrialState]:
+    return [trial.state for trial in optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/study.db").trials]
+
+
+def test_the_experiment_trains_once_searches_and_goes_on(tmp_path: Path, capsys: Any) -> None:
+    first = run(composed(tmp_path, "search.n_trials=3"))
+    folder = tmp_path / "digits_search"
+    (checkpoint,) = folder.glob("float_*.ckpt")
+    written = checkpoint.stat().st_mtime_ns
+    assert "front of 3 trials" in capsys.readouterr().out
+    second = run(composed(tmp_path, "search.n_trials=5"))
+    assert checkpoint.stat().st_mtime_ns == written, "trained anew"
+    assert [c.metric for c in second.candidates[:3]] == [c.metric for c in first.candidates]
+    assert states(folder) == [TrialState.COMPLETE] * 5 + [TrialState.WAITING] * 2
+    rows = list(csv.DictReader((folder / "front.csv").read_text().splitlines()))
+    assert [row["plan"] for row in rows] == [c.file_name for c in second.front]
+
+
+def test_a_longer_training_is_another_model_and_another_study(tmp_path: Path) -> None:
+    run(composed(tmp_path, "search.n_trials=2"))
+    with pytest.raises(QuantizationError, match="weights of the model"):
+        run(composed(tmp_path, "search.n_trials=2", "float_epochs=1"))
+
+
+def test_loggers_get_every_trial_and_the_picture(tmp_path: Path) -> None:
+    run(composed(tmp_path, "search.n_trials=3", "logger=csv"))
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert all(0 <= float(row["search/val/acc"]) <= 1 for row in rows)
+    (picture,) = metrics.parent.rglob("pareto.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("space", ["weights", "weights_and_inputs"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_every_space_and_sampler_of_the_configs_is_readable(tmp_path: Path, space: str, sampler: str) -> None:
+    from hydra.utils import instantiate
+
+    cfg = composed(tmp_path, f"search/space={space}", f"search/sampler={sampler}")
+    assert Space.parse(cfg.search.space).weight
+    assert isinstance(instantiate(cfg.search.sampler, seed=1), optuna.samplers.BaseSampler)
+
+
+def lq_search(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from lq_plugin.cli import search; search()", *arguments, *SMALL, f"paths.log_dir={tmp_path}/logs"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
+    # A folder of its own: `python -c` would otherwise find lq_plugin without its installed configs.
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(tmp_path: Path) -> None:
+    sweep = ["--config-dir", "sweeps", "--config-name", "digits", "-m", "worker=0,1", "hydra/launcher=joblib", "search.n_trials=14"]
+    process = lq_search(tmp_path, *sweep)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    folder = tmp_path / "logs" / "digits"
+    study = optuna.load_study(study_name="digits", storage=f"sqlite:///{folder}/study.db")
+    assert 14 <= len(study.trials) <= 15, "the last trial of the other worker may come on top"
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+    assert len({str(sorted(t.params.items())) for t in study.trials}) == len(study.trials), "the workers tried the same plan"
+    assert len(list(folder.glob("float_*.ckpt"))) == 1
+    assert len(list((folder / "plans").iterdir())) == len((folder / "front.csv").read_text().splitlines()) - 1
+    assert (folder / "worker_0" / "lq-search.log").exists()
+    assert (folder / "worker_1" / "lq-search.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_best_plans_and_the_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    process = lq_search(tmp_path, "experiment=digits_search", "search.n_trials=100000")
+    folder = tmp_path / "logs" / "digits_search"
+    for _ in range(600):
+        time.sleep(0.1)
+        if (folder / "study.db").exists() and TrialState.COMPLETE in states_or_none(folder):
+            break
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert TrialState.RUNNING not in states(folder)
+    assert list((folder / "plans").iterdir())
+    done = states(folder).count(TrialState.COMPLETE)
+    output, _ = (process := lq_search(tmp_path, "experiment=digits_search", f"search.n_trials={done + 1}")).communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert states(folder).count(TrialState.COMPLETE) == done + 1
+
+
+def states_or_none(folder: Path) -> list[TrialState]:
+    try:
+        return states(folder)
+    except (KeyError, optuna.exceptions.StorageInternalError):
+        return []
