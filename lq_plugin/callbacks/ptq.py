@@ -13,6 +13,7 @@ from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.data import calibration_batches, step_runner, with_progress, without_traces
 from lq_plugin.errors import PlanError, did_you_mean
 from lq_plugin.model.batch_norm import reestimate_batch_norm
+from lq_plugin.model.correct_batch_norm import correct_batch_norm
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms, find_batch_norm_pairs, fold_batch_norm
 from lq_plugin.model.prepare import quantizers
 from lq_plugin.plan import QuantPlan
@@ -40,7 +41,8 @@ class PTQ(QuantizationCallback):
     Args:
         plan: a short string (`"w4a8"`), a YAML path, a mapping or a `QuantPlan`.
         calibration_batches: how many batches the ranges come from.
-        phases: names from `PHASES`, run in this order.
+        phases: what to do, in this order: `fold_batch_norm`, `calibrate` (always), `correct_batch_norm` (repairs what
+            quantization did to means and variances, worth points below 8 bits), `reestimate_batch_norm` (before folding).
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
     """
@@ -115,3 +117,11 @@ def _reestimate_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModul
     batches = with_progress(trainer, "re-estimate batch norm", batches, ptq.calibration_batches)
     with without_traces(pl_module):
         reestimate_batch_norm(pl_module, batches, step_runner(trainer, pl_module, ptq.calibration_step))
+
+
+@register_phase("correct_batch_norm")
+def _correct_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
+    batches = calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches)
+    batches = with_progress(trainer, "correct batch norm", batches, ptq.calibration_batches)
+    with without_traces(pl_module):
+        correct_batch_norm(pl_module, batches, step_runner(trainer, pl_module, ptq.calibration_step))

@@ -141,6 +141,17 @@ def test_reestimated_batch_norm_is_the_quantized_models_statistics(trained, trai
     torch.testing.assert_close(trained.net.bn.running_var, out.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("phases", [["calibrate", "correct_batch_norm"], ["fold_batch_norm", "calibrate", "correct_batch_norm"]])
+def test_corrected_batch_norm_restores_each_channels_mean(phases, trained, trainer, data):
+    x = data.x[:64]
+    with torch.no_grad():
+        want = trained.eval().net.bn(trained.net.conv(x)).mean((0, 2, 3))
+    ptq = PTQ("int2 per_channel mse", calibration_batches=4, phases=phases)
+    trainer(ptq).validate(trained, datamodule=data, verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.net.bn(trained.net.conv(x)).mean((0, 2, 3)), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lq_plugin import CalibrationError, QuantPlan, Rule, calibrate, prepare, remove
+from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model import float_forward
 
@@ -235,3 +236,44 @@ def test_frozen_layer_gets_no_trainable_scales():
     prepare(net, QuantPlan([Rule("*", weight="int4 lsq", input="int4 lsq")]))
     trainable = [name for name, p in net.named_parameters() if p.requires_grad]
     assert trainable == ["1.weight", "1.bias", "1.weight_quantizer.scale", "1.input_quantizer.scale"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Conv2d(5, 3, 1, bias=False), (4, 5, 6, 7), 1),
+        (nn.Conv1d(5, 3, 1, bias=False), (5, 9), 0),  # unbatched
+        (nn.Linear(5, 3, bias=False), (4, 6, 5), 2),
+        (nn.ConvTranspose2d(5, 3, 1, bias=False), (4, 5, 6, 7), 1),
+    ],
+)
+def test_per_channel_inputs_have_one_scale_for_each_channel(layer, shape, axis):
+    torch.manual_seed(0)
+    spread = torch.tensor([0.01, 1.0, 50.0, 3.0, 0.3])
+    x = torch.randn(shape) * spread.view([-1 if d == axis else 1 for d in range(len(shape))])
+    net = nn.Sequential(copy.deepcopy(layer)).eval()
+    prepare(net, QuantPlan([Rule("*", input="int8 per_channel")]))
+    calibrate(net, [x])
+    rows = x.transpose(0, axis).flatten(1)
+    scale = torch.maximum(rows.amax(1) / 127, rows.amin(1) / -128)
+    xq = torch.fake_quantize_per_channel_affine(x, scale, torch.zeros(5, dtype=torch.int32), axis, -128, 127)
+    torch.testing.assert_close(net(x), layer(xq))
+
+
+@pytest.mark.parametrize("range_name", ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav", "lsq"])
+def test_every_range_serves_weights_and_inputs_at_every_granularity(range_name):
+    """At 8 bits each of them keeps most of the signal; the levels used are those of the grid."""
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(64, 16, 8, 8))
+    for granularity in ("per_tensor", "per_channel", "group8"):
+        layer = nn.Conv2d(16, 8, 3, bias=False)
+        net = nn.Sequential(copy.deepcopy(layer)).eval()
+        inputs = "per_tensor" if granularity == "group8" else granularity
+        prepare(net, f"int8 {granularity} {range_name} / uint8 {inputs} {range_name}")
+        calibrate(net, [x])
+        with torch.no_grad():
+            want, got = layer(x), net(x)
+        error = 10 * torch.log10(want.square().sum() / (want - got).square().sum())
+        assert error > 25, f"{granularity}: {error:.1f} dB"
+        scale, _ = net[0].weight_quantizer.qparams(blocks(net[0].weight, net[0].weight_quantizer.spec.granularity))
+        assert scale.numel() == {"per_tensor": 1, "per_channel": 8, "group8": 8 * 2 * 9}[granularity]
