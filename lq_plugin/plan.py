@@ -283,8 +283,14 @@ def _layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
     if plan.weight and isinstance(channel := plan.weight.granularity, PerChannel) and channel.axis not in (None, 0):
         faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")
     for slot in ("input", "output"):
-        if (spec := getattr(plan, slot)) and isinstance(spec.granularity, PerGroup):
-            faults.append(f"{layer.name}: {slot} spec '{spec}': groups of activations need run-time scales; use per_tensor or per_channel")
+        spec = getattr(plan, slot)
+        if spec is None or not isinstance(group := spec.granularity, PerGroup):
+            continue
+        where = f"{layer.name}: {slot} spec '{spec}'"
+        if group.scale_bits is None or group.coarse != "tensor":
+            faults.append(f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4")
+        if spec.affine:
+            faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
     return faults
 
 

@@ -5,6 +5,7 @@ A spec is one line to write and reads back from it::
     int4 per_channel mse          signed 4 bit, one scale per output channel, MSE clipping
     uint8 affine ema:0.99         unsigned 8 bit with a zero point, ranges by EMA while training
     int4 group16 octav            one scale per 16 elements along the reduction dim
+    int4 group16:4                the same with 4-bit integer scales under one float scale: 4.25 bits
     int3 per_channel lsq narrow   learned step size on the levels -3..3
 
 Nothing here imports torch.
@@ -50,13 +51,20 @@ class PerGroup:
     The reduction dim is the input-channel dim: a Linear weight `[O, I]` has `I / group_size`
     scales a row; a convolution weight `[O, I, kh, kw]` has them for each `(kh, kw)` apart.
     `ragged=True` allows a last group with fewer elements.
+
+    With `scale_bits` the scales of the groups are integers of so many bits under one float scale, per tensor or,
+    with `coarse="channel"`, per output channel (VS-Quant's two levels): `group16:4`, `group16:4:channel`.
     """
 
     group_size: int
     ragged: bool = False
+    scale_bits: int | None = None
+    coarse: str = "tensor"
 
     def __str__(self) -> str:
-        return f"group{self.group_size}" + (" ragged" if self.ragged else "")
+        scales = "" if self.scale_bits is None else f":{self.scale_bits}"
+        coarse = "" if self.coarse == "tensor" else f":{self.coarse}"
+        return f"group{self.group_size}{scales}{coarse}" + (" ragged" if self.ragged else "")
 
 
 Granularity: TypeAlias = PerTensor | PerChannel | PerGroup
@@ -108,7 +116,7 @@ ROUNDINGS: dict[str, str] = {"nearest": "round half to even"}
 FORMATS: dict[str, str] = {"int": "uniform integer levels"}
 
 _FORMAT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d+)$")
-_GROUP_TOKEN = re.compile(r"group:?(?P<size>-?\d+)$")
+_GROUP_TOKEN = re.compile(r"group(?P<size>-?\d+)(:(?P<scale_bits>\d+)(:(?P<coarse>\w+))?)?$")
 _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d+))?$")
 
 
@@ -170,9 +178,23 @@ class QuantSpec:
             size = self.granularity.group_size
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 faults.append(f"group_size must be a positive int, got {size!r}")
+            faults += self._scale_faults(self.granularity)
         elif not isinstance(self.granularity, (PerTensor, PerChannel)):
             faults.append(f"granularity must be PerTensor, PerChannel or PerGroup, got {self.granularity!r}")
         raise_all(SpecError, "impossible QuantSpec", faults)
+
+    def _scale_faults(self, group: PerGroup) -> list[str]:
+        faults = []
+        bits = group.scale_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BIT_WIDTH):
+            faults.append(f"scale_bits of a group must be 1..{MAX_BIT_WIDTH}, got {bits!r}")
+        if group.coarse not in ("tensor", "channel"):
+            faults.append(f"the float scale above a group's integer scales is per 'tensor' or 'channel', got {group.coarse!r}")
+        if bits is None and group.coarse != "tensor":
+            faults.append("coarse='channel' belongs to integer scales: group16:4:channel")
+        if bits is not None and isinstance(self.range, str) and self.learned:
+            faults.append(f"range {self.range!r} learns float scales, group{group.group_size}:{bits} has integer ones")
+        return faults
 
     def _range_faults(self) -> list[str]:
         if not isinstance(self.range, str) or self.range_name not in RANGES:
@@ -266,7 +288,8 @@ class QuantSpec:
                 choose("bit_width", int(match["bits"]), word)
                 chosen["signed"] = not match["unsigned"]
             elif match := _GROUP_TOKEN.match(word):
-                choose("granularity", PerGroup(int(match["size"])), word)
+                scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
+                choose("granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word)
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
             elif word == "per_tensor":

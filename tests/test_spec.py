@@ -11,6 +11,7 @@ granularities = st.one_of(
     st.just(PerTensor()),
     st.builds(PerChannel, st.one_of(st.none(), st.integers(-3, 3))),
     st.builds(PerGroup, st.integers(1, 512), st.booleans()),
+    st.builds(PerGroup, st.integers(1, 512), st.booleans(), st.integers(1, 16), st.sampled_from(["tensor", "channel"])),
 )
 ranges = st.sampled_from([name for name in RANGES if name not in ("lsq", "pact")] + ["ema:0.9", "percentile:99.99", "aciq:gauss"])
 
@@ -55,6 +56,9 @@ def test_grid(text, low, high):
         ("int4 group0", "positive int, got 0"),
         ("int4 minmx", "Did you mean 'minmax'"),
         ("int4 mse kl", "'kl' sets range a second time"),
+        ("int4 group16:0", "scale_bits of a group must be 1..16"),
+        ("int4 group16:4:row", "per 'tensor' or 'channel', got 'row'"),
+        ("int4 group16:4 lsq", "learns float scales"),
         ("int4 ragged", "belongs to a group size"),
         ("per_channel", "no format"),
         ("int4 percentile:101", "50..100"),

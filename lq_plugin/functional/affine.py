@@ -46,14 +46,20 @@ def qparams_from_bounds(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> 
         # Divided before the difference is taken: max - min may overflow float32.
         steps = grid.levels - 1
         scale = (maximum / steps - minimum / steps).clamp(min=MIN_SCALE)
-        zero_point = (grid.quant_min - torch.round(minimum / scale)).clamp(grid.quant_min, grid.quant_max)
-        return scale, zero_point
+        return scale, zero_point_from(minimum, scale, grid)
     scale = torch.zeros_like(maximum)
     if grid.quant_max > 0:
         scale = maximum / grid.quant_max
     if grid.quant_min < 0:
         scale = torch.maximum(scale, minimum / grid.quant_min)
     return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
+
+
+def zero_point_from(minimum: Tensor, scale: Tensor, grid: IntegerGrid) -> Tensor:
+    """The level that stands for 0 where `minimum` (≤ 0) falls on the lowest one; 0 on a grid without zero point."""
+    if not grid.affine:
+        return torch.zeros_like(scale)
+    return (grid.quant_min - torch.round(minimum / scale)).clamp(grid.quant_min, grid.quant_max)
 
 
 def bounds_from_qparams(scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:

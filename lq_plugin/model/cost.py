@@ -26,7 +26,7 @@ from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey, float_class
 from lq_plugin.plan import LayerPlan
 from lq_plugin.quantizers import Quantizer
-from lq_plugin.spec import PerChannel, QuantSpec
+from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
 FLOAT_BITS = 32
 
@@ -42,12 +42,18 @@ def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
     6.0
     >>> spec_bits(QuantSpec.parse("int4 per_channel affine"), (1, 18))  # 18 · 4 + 32 + 4
     108
+    >>> spec_bits(QuantSpec.parse("int4 group16:4"), (64, 64)) / 64**2  # 4 + 4 / 16, and one float scale
+    4.2578125
     """
-    return prod(weight_shape) * spec.bit_width + _qparams_bits(spec, prod(scale_shape(weight_shape, spec.granularity)))
+    return prod(weight_shape) * spec.bit_width + _qparams_bits(spec, prod(scale_shape(weight_shape, spec.granularity)), weight_shape[0])
 
 
-def _qparams_bits(spec: QuantSpec, scales: int) -> int:
-    return scales * (FLOAT_BITS + (spec.bit_width if spec.affine else 0))
+def _qparams_bits(spec: QuantSpec, scales: int, channels: int = 1) -> int:
+    zero_points = scales * spec.bit_width if spec.affine else 0
+    group = spec.granularity
+    if isinstance(group, PerGroup) and group.scale_bits is not None:
+        return scales * group.scale_bits + FLOAT_BITS * (channels if group.coarse == "channel" else 1) + zero_points
+    return scales * FLOAT_BITS + zero_points
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lq_plugin.quantizers.base import Quantizer
 from lq_plugin.quantizers.learned import LSQInputQuantizer, LSQWeightQuantizer, PACTInputQuantizer
 from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
-from lq_plugin.spec import QuantSpec
+from lq_plugin.quantizers.vector import VectorInputQuantizer
+from lq_plugin.spec import PerGroup, QuantSpec
 
 _WEIGHT = {"lsq": LSQWeightQuantizer}
 _INPUT = {"lsq": LSQInputQuantizer, "pact": PACTInputQuantizer}
@@ -18,7 +19,8 @@ def make_weight_quantizer(spec: QuantSpec, name: str, shape: tuple[int, ...]) ->
 
 def make_input_quantizer(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> InputQuantizer:
     """The quantizer for an activation with this many channels on this axis."""
-    return _INPUT.get(spec.range_name, InputQuantizer)(spec, name, channels, channel_axis)
+    kind = VectorInputQuantizer if isinstance(spec.granularity, PerGroup) else _INPUT.get(spec.range_name, InputQuantizer)
+    return kind(spec, name, channels, channel_axis)
 
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "LSQWeightQuantizer",
     "PACTInputQuantizer",
     "Quantizer",
+    "VectorInputQuantizer",
     "WeightQuantizer",
     "make_input_quantizer",
     "make_weight_quantizer",

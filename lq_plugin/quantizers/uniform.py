@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds, zero_point_from
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
+from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.quantizers.base import Quantizer, float32
 from lq_plugin.ranges import Histogram, Sample, estimate_range
-from lq_plugin.spec import PerChannel, QuantSpec
+from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
@@ -54,7 +55,16 @@ class WeightQuantizer(Quantizer):
         dims = reduced_dims(self.scale_shape)
         w = x.detach()
         # Zero padding of a ragged group does no harm here: every range includes zero.
-        return qparams_from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True), self.spec.grid)
+        return self._from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True))
+
+    def _from_bounds(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        group = self.spec.granularity
+        if isinstance(group, PerGroup) and group.scale_bits is not None:
+            coarse = coarse_scale(scale, group.scale_bits, group.coarse == "channel")
+            scale = integer_scale(scale, coarse, group.scale_bits) * coarse
+            zero_point = zero_point_from(minimum.float().clamp(max=0.0), scale, self.spec.grid)
+        return scale, zero_point
 
     def quantize_values(self, x: Tensor) -> Tensor:
         w = blocks(x, self.spec.granularity)
@@ -82,10 +92,10 @@ class WeightQuantizer(Quantizer):
         self.set_calibrated()
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
-        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        scale, zero_point = self._from_bounds(minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape))
         with torch.no_grad():
-            self.scale.copy_(scale.reshape(self.scale_shape))
-            self.zero_point.copy_(zero_point.reshape(self.scale_shape))
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
 
 
 class InputQuantizer(Quantizer):

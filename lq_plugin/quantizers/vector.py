@@ -1,0 +1,45 @@
+"""Activations with a scale for each short vector, found at run time."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.vs_quant import integer_scale
+from lq_plugin.quantizers.uniform import InputQuantizer
+from lq_plugin.spec import PerGroup, QuantSpec
+
+
+class VectorInputQuantizer(InputQuantizer):
+    """VS-Quant for activations (see `lq_plugin.functional.vs_quant`): vectors of `group_size` channels.
+
+    γ is fixed before the forward pass, by calibration or EMA, so that what a sample gets does not depend on the
+    batch it is in; the integer scale of each vector is found from the vector itself. A range smaller than the data
+    clips its largest vectors.
+
+    Args:
+        spec: `int` or `uint` without zero point, per group with `scale_bits`.
+        name: for messages.
+        channels: size of the channel axis.
+        channel_axis: the layer's channel axis of this activation.
+    """
+
+    def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
+        super().__init__(spec, name, channels, channel_axis)
+        self.group = cast(PerGroup, spec.granularity)
+        self.scale_bits = cast(int, self.group.scale_bits)
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        # Channels to dim 1, as in a weight: [N, C, *spatial].
+        rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
+        vectors = blocks(rows, self.group)
+        values = vectors.detach()
+        scale, _ = qparams_from_bounds(values.amin(2, keepdim=True), values.amax(2, keepdim=True), self.spec.grid)
+        coarse = self.scale / (2**self.scale_bits - 1)
+        scale = integer_scale(scale, coarse, self.scale_bits) * coarse
+        y = unblocks(fake_quantize(vectors, scale, torch.zeros_like(scale), self.spec.grid), rows.shape, self.group)
+        return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
