@@ -27,7 +27,7 @@ import yaml
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.schedule import Schedule
-from lq_plugin.spec import RANGES, PerChannel, PerGroup, QuantSpec
+from lq_plugin.spec import MX_FORMATS, RANGES, PerChannel, PerGroup, QuantSpec
 
 #: In a rule: leave this tensor float, whatever earlier rules said.
 FLOAT = "float"
@@ -284,7 +284,7 @@ def _layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
         faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")
     for slot in ("input", "output"):
         spec = getattr(plan, slot)
-        if spec is None or not isinstance(group := spec.granularity, PerGroup):
+        if spec is None or spec.format in MX_FORMATS or not isinstance(group := spec.granularity, PerGroup):
             continue
         where = f"{layer.name}: {slot} spec '{spec}'"
         if group.scale_bits is None or group.coarse != "tensor":

@@ -7,6 +7,7 @@ A spec is one line to write and reads back from it::
     int4 group16 octav            one scale per 16 elements along the reduction dim
     int4 group16:4                the same with 4-bit integer scales under one float scale: 4.25 bits
     int3 per_channel lsq narrow   learned step size on the levels -3..3
+    mx6                           shared exponents and microexponents, nothing to calibrate
 
 Nothing here imports torch.
 """
@@ -14,60 +15,15 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 from lq_plugin.errors import SpecError, did_you_mean, raise_all
+from lq_plugin.granularity import Granularity, PerChannel, PerGroup, PerTensor
+
+__all__ = ["Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
 
 MAX_BIT_WIDTH = 16
-
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-    def __str__(self) -> str:
-        return "per_tensor"
-
-
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale per slice along `axis`, the axis that is kept.
-
-    `axis=None` is the layer's own channel axis: output channels of a weight, dim 1 of a
-    convolution's input, the last dim of a linear layer's input.
-    """
-
-    axis: int | None = None
-
-    def __str__(self) -> str:
-        return "per_channel" if self.axis is None else f"per_channel:{self.axis}"
-
-
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale per `group_size` consecutive elements along the reduction dim.
-
-    The reduction dim is the input-channel dim: a Linear weight `[O, I]` has `I / group_size`
-    scales a row; a convolution weight `[O, I, kh, kw]` has them for each `(kh, kw)` apart.
-    `ragged=True` allows a last group with fewer elements.
-
-    With `scale_bits` the scales of the groups are integers of so many bits under one float scale, per tensor or,
-    with `coarse="channel"`, per output channel (VS-Quant's two levels): `group16:4`, `group16:4:channel`.
-    """
-
-    group_size: int
-    ragged: bool = False
-    scale_bits: int | None = None
-    coarse: str = "tensor"
-
-    def __str__(self) -> str:
-        scales = "" if self.scale_bits is None else f":{self.scale_bits}"
-        coarse = "" if self.coarse == "tensor" else f":{self.coarse}"
-        return f"group{self.group_size}{scales}{coarse}" + (" ragged" if self.ragged else "")
-
-
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup
 
 
 @dataclass(frozen=True)
@@ -113,7 +69,11 @@ RANGES: dict[str, str] = {
 #: Ranges whose bounds are parameters trained by the optimizer.
 LEARNED_RANGES = frozenset({"lsq", "pact"})
 ROUNDINGS: dict[str, str] = {"nearest": "round half to even"}
-FORMATS: dict[str, str] = {"int": "uniform integer levels"}
+#: Shared microexponents: the format, and the bits of its elements (sign and mantissa).
+MX_FORMATS = {"mx9": 8, "mx6": 5, "mx4": 3}
+FORMATS: dict[str, str] = {"int": "uniform integer levels"} | {
+    name: f"{name[2:]} bits with an exponent for 16 elements and a microexponent for 2" for name in MX_FORMATS
+}
 
 _FORMAT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d+)$")
 _GROUP_TOKEN = re.compile(r"group(?P<size>-?\d+)(:(?P<scale_bits>\d+)(:(?P<coarse>\w+))?)?$")
@@ -125,7 +85,7 @@ class QuantSpec:
     """How one tensor is quantized. Immutable, hashable, checked on construction.
 
     Args:
-        format: kind of levels; `"int"`.
+        format: kind of levels, a name in `FORMATS`. The MX formats fix every other field.
         bit_width: bits an element takes, 1..16.
         signed: levels on both sides of zero (`int4`) or from zero up (`uint4`).
         affine: a zero point is allowed (asymmetric quantization).
@@ -161,6 +121,15 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         faults: list[str] = []
+        if self.format in MX_FORMATS:
+            fixed = {"bit_width": MX_FORMATS[self.format], "narrow_range": True, "granularity": PerGroup(16, ragged=True)}
+            for f in fields(self):
+                value, wanted = getattr(self, f.name), fixed.get(f.name, f.default)
+                plain = f.default_factory() if f.default_factory is not MISSING else f.default
+                if f.name != "format" and value != wanted and value != plain:
+                    faults.append(f"{self.format} has no choice of {f.name}, got {value}")
+                if f.name in fixed:
+                    object.__setattr__(self, f.name, wanted)
         if self.format not in FORMATS:
             faults.append(f"unknown format {self.format!r}; valid: {', '.join(FORMATS)}.{did_you_mean(self.format, FORMATS)}")
         if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
@@ -292,6 +261,9 @@ class QuantSpec:
                 choose("granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word)
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
+            elif word in MX_FORMATS:
+                choose("format", word, word)
+                chosen["bit_width"] = MX_FORMATS[word]
             elif word == "per_tensor":
                 choose("granularity", PerTensor(), word)
             elif word == "affine":
@@ -305,7 +277,7 @@ class QuantSpec:
             elif word in ROUNDINGS:
                 choose("rounding", word, word)
             else:
-                known = ["int8", "uint8", "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS]
+                known = ["int8", "uint8", *MX_FORMATS, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS]
                 faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
         if "bit_width" not in chosen and not faults:
             faults.append("no format; start with int4, uint8, ...")
@@ -333,6 +305,8 @@ class QuantSpec:
         return cls(**chosen)
 
     def __str__(self) -> str:
+        if self.format in MX_FORMATS:
+            return self.format
         words = [f"{'' if self.signed else 'u'}{self.format}{self.bit_width}"]
         if self.granularity != PerTensor():
             words.append(str(self.granularity))

@@ -31,15 +31,18 @@ class VectorInputQuantizer(InputQuantizer):
     def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
         super().__init__(spec, name, channels, channel_axis)
         self.group = cast(PerGroup, spec.granularity)
-        self.scale_bits = cast(int, self.group.scale_bits)
 
     def quantize_values(self, x: Tensor) -> Tensor:
         # Channels to dim 1, as in a weight: [N, C, *spatial].
         rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         vectors = blocks(rows, self.group)
-        values = vectors.detach()
-        scale, _ = qparams_from_bounds(values.amin(2, keepdim=True), values.amax(2, keepdim=True), self.spec.grid)
-        coarse = self.scale / (2**self.scale_bits - 1)
-        scale = integer_scale(scale, coarse, self.scale_bits) * coarse
+        scale = self.vector_scale(vectors.detach())
         y = unblocks(fake_quantize(vectors, scale, torch.zeros_like(scale), self.spec.grid), rows.shape, self.group)
         return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
+
+    def vector_scale(self, vectors: Tensor) -> Tensor:
+        """Scales for `[N, G, V, *spatial]`, broadcastable to it."""
+        bits = cast(int, self.group.scale_bits)
+        scale, _ = qparams_from_bounds(vectors.amin(2, keepdim=True), vectors.amax(2, keepdim=True), self.spec.grid)
+        coarse = self.scale / (2**bits - 1)
+        return integer_scale(scale, coarse, bits) * coarse

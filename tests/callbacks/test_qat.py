@@ -65,7 +65,7 @@ def test_training_forward_is_really_quantized(trainer, module, data):
 
 
 def test_ema_is_the_formula_on_the_training_batches_only(trainer, data):
-    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)), over training batches, from the first calibration batch; validation moves nothing."""
+    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)), from the first calibration batch; validation moves nothing."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     data.x[64:] *= 1000  # the validation part: would be seen at once

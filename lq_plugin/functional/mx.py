@@ -1,0 +1,57 @@
+"""MX4, MX6, MX9: a shared exponent for 16 elements and a one-bit microexponent for each pair of them.
+
+For a block of k1 = 16 elements along the reduction dim, its pairs (k2 = 2), and m mantissa bits (sign apart):
+
+    E = floor(log2 max|x_block|),   τ = min(1, E - floor(log2 max|x_pair|))   (1 for a pair of zeros)
+    Δ = 2^(E - τ - (m - 1)),        x̂ = Δ · clip(round(x / Δ), -(2^m - 1), 2^m - 1)
+
+| format | m | bits an element: m + 1 + 8 / 16 + 1 / 2 |
+|---|---|---|
+| MX9 | 7 | 9 |
+| MX6 | 4 | 6 |
+| MX4 | 2 | 4 |
+
+There is no implicit leading one, and the levels are sign and magnitude. Values in the last half step below 2^(E+1)
+saturate. Steps below 2^-126, the smallest normal float32, are that. Backward: straight through inside the levels.
+
+Reference: Darvish Rouhani et al., "With Shared Microexponents, A Little Shifting Goes a Long Way", ISCA 2023
+(arXiv 2302.08007), section 3 and table 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Elements that share an exponent, and that share a microexponent.
+BLOCK, PAIR = 16, 2
+#: Bits of a block's exponent and of a pair's.
+EXPONENT_BITS, MICRO_BITS = 8, 1
+
+
+def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tensor:
+    """Δ of every element.
+
+    Args:
+        x: `[O, G, 16, *k]`, one block along dim 2, padded with zeros where it is ragged.
+        mantissa_bits: m.
+        micro_bits: bits of a pair's exponent; 0 leaves it out, which makes the block floating point of the same m.
+
+    Returns:
+        Float32, the shape of `x`; powers of two.
+
+    >>> mx_step(torch.tensor([1.5, 0.5, 0.25, 0.1] + 12 * [0.0]).reshape(1, 1, 16), 2)[0, 0, :4]
+    tensor([0.5000, 0.5000, 0.2500, 0.2500])
+    """
+    magnitude = x.float().abs()
+    exponent = _floor_log2(magnitude.amax(2, keepdim=True)).clamp(-127, 127)
+    pairs = magnitude.unflatten(2, (BLOCK // PAIR, PAIR)).amax(3)
+    # A pair of zeros has no exponent of its own and takes the finest step.
+    shift = torch.where(pairs > 0, exponent - _floor_log2(pairs), 2**micro_bits - 1).clamp(max=2**micro_bits - 1)
+    step = (exponent - shift - (mantissa_bits - 1)).clamp(min=-126)
+    return torch.exp2(step.float()).repeat_interleave(PAIR, dim=2)
+
+
+def _floor_log2(x: Tensor) -> Tensor:
+    """Exact for every float32; frexp's mantissa lies in [0.5, 1)."""
+    return torch.frexp(x).exponent - 1

@@ -1,0 +1,54 @@
+"""What shares a scale: a whole tensor, a channel, or a group along the reduction dim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def __str__(self) -> str:
+        return "per_tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per slice along `axis`, the axis that is kept.
+
+    `axis=None` is the layer's own channel axis: output channels of a weight, dim 1 of a
+    convolution's input, the last dim of a linear layer's input.
+    """
+
+    axis: int | None = None
+
+    def __str__(self) -> str:
+        return "per_channel" if self.axis is None else f"per_channel:{self.axis}"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per `group_size` consecutive elements along the reduction dim.
+
+    The reduction dim is the input-channel dim: a Linear weight `[O, I]` has `I / group_size`
+    scales a row; a convolution weight `[O, I, kh, kw]` has them for each `(kh, kw)` apart.
+    `ragged=True` allows a last group with fewer elements.
+
+    With `scale_bits` the scales of the groups are integers of so many bits under one float scale, per tensor or,
+    with `coarse="channel"`, per output channel (VS-Quant's two levels): `group16:4`, `group16:4:channel`.
+    """
+
+    group_size: int
+    ragged: bool = False
+    scale_bits: int | None = None
+    coarse: str = "tensor"
+
+    def __str__(self) -> str:
+        scales = "" if self.scale_bits is None else f":{self.scale_bits}"
+        coarse = "" if self.coarse == "tensor" else f":{self.coarse}"
+        return f"group{self.group_size}{scales}{coarse}" + (" ragged" if self.ragged else "")
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup

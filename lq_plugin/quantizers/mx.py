@@ -1,0 +1,30 @@
+"""MX formats as quantizers: the scales follow from the values, so nothing is calibrated or stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.mx import mx_step
+from lq_plugin.quantizers.uniform import WeightQuantizer
+from lq_plugin.quantizers.vector import VectorInputQuantizer
+
+
+class MXWeightQuantizer(WeightQuantizer):
+    """Weights in MX4, MX6 or MX9 (see `lq_plugin.functional.mx`)."""
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The step of each element of the blocks `x`; there is no zero point."""
+        if x is None:
+            raise ValueError(f"{self.name}: the steps of {self.spec} follow the weight; pass its blocks to qparams")
+        step = mx_step(x.detach(), self.spec.bit_width - 1)
+        return step, torch.zeros_like(step)
+
+
+class MXInputQuantizer(VectorInputQuantizer):
+    """Activations in MX4, MX6 or MX9, blocks along the channels."""
+
+    needs_calibration = False
+
+    def vector_scale(self, vectors: Tensor) -> Tensor:
+        return mx_step(vectors, self.spec.bit_width - 1)
