@@ -3,8 +3,8 @@
     python -m benchmarks.ptq_accuracy --json out.json
 
 All layers are quantized, the first and the last too: weights per channel, inputs per tensor, nearest
-rounding, batch norm corrected. A row named after an estimator uses it for weights and inputs alike; the row
-`default` uses the library's recipe, which was tuned on train images that no row is scored on.
+rounding, batch norm corrected. A row's estimator finds the ranges of weights and inputs alike. The recipe was chosen on
+train images 10,000 to 12,000, with `mse` the best estimator at 4 and 8 bits; the test images only score it.
 """
 
 from __future__ import annotations
@@ -35,23 +35,17 @@ from lq_plugin.ranges.laboratory import COMPARED
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 CALIBRATION_IMAGES = 1024
 BATCH_SIZE = 128
-DEFAULT = "default"
 
 
-def specs(bits: str, range_name: str) -> tuple[str, str]:
+def specs(bits: str, range_name: str, affine_weights: bool = False) -> tuple[str, str]:
     """Weight spec and input spec of a row.
 
     >>> specs("W4A8", "mse")
     ('int4 per_channel mse', 'uint8 affine mse')
     """
     weight_bits, input_bits = BITS[bits]
-    weight_range, input_range = default_ranges(weight_bits) if range_name == DEFAULT else (range_name, range_name)
-    return f"int{weight_bits} per_channel {weight_range}", f"uint{input_bits} affine {input_range}"
-
-
-def default_ranges(weight_bits: int) -> tuple[str, str]:
-    """Range of the weights and of the inputs in the tuned recipe."""
-    return "mse", "mse"
+    affine = " affine" if affine_weights else ""
+    return f"int{weight_bits} per_channel{affine} {range_name}", f"uint{input_bits} affine {range_name}"
 
 
 def quantized(model: nn.Module, weight: str, inputs: str, batches: list[Tensor]) -> nn.Module:
@@ -87,30 +81,30 @@ def forward_pass(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def measure_rows(
-    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], bits: list[str], ranges: list[str]
+    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], rows: list[tuple[str, str, str, str]]
 ) -> Iterator[dict[str, Any]]:
-    """One row for each width and estimator, as they are done; several calibration sets are averaged."""
-    for width in bits:
-        for name in ranges:
-            weight, inputs = specs(width, name)
-            scores, seconds, passes = [], [], []
-            for batches in calibration:
-                passes.append(common.timed(lambda: forward_pass(model, batches)))  # noqa: B023
-                with common.Stopwatch() as watch:
-                    result = quantized(model, weight, inputs, batches)
-                seconds.append(watch.seconds)
-                scores.append(accuracy(result, *test))
-            yield {
-                "bits": width,
-                "range": name,
-                "rounding": "nearest",
-                "accuracy": round(statistics.mean(scores), 3),
-                "seconds": statistics.median(seconds),
-                "forward_pass_seconds": statistics.median(passes),
-                "accuracies": scores,
-                "weight": weight,
-                "input": inputs,
-            }
+    """Score `(bits, range, weight spec, input spec)` rows as they are done; several calibration sets are averaged."""
+    for bits, name, weight, inputs in rows:
+        scores, seconds, passes = [], [], []
+        for batches in calibration:
+            with common.Stopwatch() as watch:
+                forward_pass(model, batches)
+            passes.append(watch.seconds)
+            with common.Stopwatch() as watch:
+                result = quantized(model, weight, inputs, batches)
+            seconds.append(watch.seconds)
+            scores.append(accuracy(result, *test))
+        yield {
+            "bits": bits,
+            "range": name,
+            "rounding": "nearest",
+            "accuracy": round(statistics.mean(scores), 3),
+            "seconds": statistics.median(seconds),
+            "forward_pass_seconds": statistics.median(passes),
+            "accuracies": scores,
+            "weight": weight,
+            "input": inputs,
+        }
 
 
 def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
@@ -138,7 +132,8 @@ def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, An
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
-    parser.add_argument("--ranges", nargs="+", choices=[DEFAULT, *COMPARED], default=[DEFAULT, *COMPARED], help="estimators (default: all)")
+    parser.add_argument("--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)")
+    parser.add_argument("--affine-weights", action="store_true", help="weights with zero points (default: symmetric)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)")
     parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
     parser.add_argument("--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)")
@@ -161,9 +156,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "calibration": measure_calibration(model, calibration[0]),
         "results": [],
     }
+    rows = [(bits, name, *specs(bits, name, options.affine_weights)) for bits in options.bits for name in options.ranges]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("quantizing", total=len(options.bits) * len(options.ranges))
-        for row in measure_rows(model, calibration, test, options.bits, options.ranges):
+        task = progress.add_task("quantizing", total=len(rows))
+        for row in measure_rows(model, calibration, test, rows):
             results["results"].append(row)
             progress.update(task, advance=1, description=f"{row['bits']} {row['range']} {row['accuracy']:.2f} %")
     common.write_json(options.json, results)

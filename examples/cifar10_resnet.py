@@ -11,27 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
 from lq_plugin import PTQ, QAT
-from lq_plugin.callbacks import register_phase
 from lq_plugin.demo.cifar10 import Cifar10DataModule, DataError
 from lq_plugin.demo.resnet import LitClassifier, load_resnet
-from lq_plugin.model.correct_batch_norm import correct_batch_norm
 from lq_plugin.model.cost import cost
-
-
-@register_phase("correct_batch_norm")
-def correct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
-    """A step of one's own in PTQ: each channel keeps the mean and variance it had in the float model."""
-    images = (batch[0] for batch in trainer.datamodule.train_dataloader())
-    correct_batch_norm(pl_module, islice(images, ptq.calibration_batches))
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, int]]:
@@ -47,6 +37,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, in
 
     rows.append(("float", test(model, data), 32.0, sum(4 * p.numel() for p in model.parameters())))
 
+    # Corrected batch norms: each channel keeps the mean and variance it had in the float model.
     ptq = PTQ(args.plan, args.calibration_batches, phases=("calibrate", "correct_batch_norm"))
     accuracy = test(model, data, ptq)
     rows.append((f"PTQ {args.plan}", accuracy, cost(model).effective_bits, cost(model).bytes))

@@ -60,9 +60,13 @@ def load_images(folder: str | Path, split: str, start: int = 0, stop: int | None
 
     Raises:
         DataError: when the files are absent, or hold fewer rows than were asked for.
+        ImportError: without pyarrow or pillow.
     """
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    from PIL import Image
+    try:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("CIFAR-10 in parquet form is read with two more packages: pip install pyarrow pillow") from error
 
     files = find_parquet(folder, split)
     table = pq.ParquetDataset(files).read(columns=["img", "label"])

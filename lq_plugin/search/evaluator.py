@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq_plugin.callbacks import PTQ
@@ -38,7 +39,7 @@ from lq_plugin.ranges import Sample
 from lq_plugin.search.bound import BoundSpace, as_plan
 from lq_plugin.search.once import SetUpOnce
 from lq_plugin.search.space import Space
-from lq_plugin.spec import Granularity, PerChannel, QuantSpec
+from lq_plugin.spec import Granularity, PerChannel, PerTensor, QuantSpec
 
 _QUIET = {
     "logger": False,
@@ -221,10 +222,11 @@ class Evaluator:
             if slot == "weight":
                 layer.calibrate_weight()
             else:
-                sample = self._samples.get((quantizer.name, spec.granularity))
-                if sample is None:
+                sample = self._samples.get((quantizer.name, _statistics_of(spec)))
+                if sample is not None:
+                    quantizer.load_sample(sample)
+                elif quantizer.needs_calibration:
                     raise CalibrationError(f"{quantizer.name}: no statistics for '{spec}': no batch reached it, or it is not in the space")
-                quantizer.load_sample(sample)
             self._quantizers[key] = quantizer
         # A Trainer on a GPU brings the model back to the CPU after each validation, with what it holds then.
         return self._quantizers[key].to(layer.weight.device)
@@ -239,8 +241,8 @@ class Evaluator:
         try:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):
-                # Lightning turns Ctrl-C into an exit that Optuna would not notice, and ignores the next ones.
+            if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+                # Lightning turns both signals into an exit that Optuna would not notice, and ignores the next Ctrl-C.
                 signal.signal(signal.SIGINT, interrupt)
                 raise KeyboardInterrupt from None
             raise
@@ -275,7 +277,7 @@ def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
     """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in addition."""
     wanted: dict[str, dict[str, list[QuantSpec]]] = {}
     for unit in space.units:
-        kinds = {spec.granularity: spec for spec in unit.choices if isinstance(spec, QuantSpec)}
+        kinds = {_statistics_of(spec): spec for spec in unit.choices if isinstance(spec, QuantSpec)}
         for name in unit.layers:
             # One weight spec is enough: weights need no data.
             wanted.setdefault(name, {})[unit.slot] = list(kinds.values())[: 1 if unit.slot == "weight" else None]
@@ -289,8 +291,12 @@ def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
 
 def _plain(spec: QuantSpec) -> QuantSpec:
     """A spec that takes the same statistics and is quick to estimate."""
-    channel = isinstance(spec.granularity, PerChannel)
-    return QuantSpec(bit_width=8, granularity=spec.granularity if channel else QuantSpec().granularity)
+    return QuantSpec(bit_width=8, granularity=_statistics_of(spec))
+
+
+def _statistics_of(spec: QuantSpec) -> PerChannel | PerTensor:
+    """What an activation's statistics are gathered for: scales of groups are found at run time, from one range."""
+    return spec.granularity if isinstance(spec.granularity, PerChannel) else PerTensor()
 
 
 def _digest(state: Mapping[str, torch.Tensor]) -> str:

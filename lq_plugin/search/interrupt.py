@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a search between two trials; a second one ends it at once."""
+"""Ctrl-C ends a search after the running trial, a second one at once; SIGTERM with the running batch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Take over SIGINT and SIGTERM inside; the handlers from before are back afterwards.
 
+    Lightning notices SIGTERM as well, and leaves its loop after the running batch.
+
     Python delivers signals to the main thread only: elsewhere nothing is changed.
     """
     request = StopRequest()
@@ -37,7 +39,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if request:
             raise KeyboardInterrupt
         request.received = signal.Signals(number)
-        log.warning("%s: the search stops after the running trial; once more stops it now", request.received.name)
+        log.warning("%s: the search stops after this trial; once more stops it at once", request.received.name)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -33,7 +33,7 @@ Choices: TypeAlias = "QuantSpec | str | Mapping[str, Any] | Sequence[QuantSpec |
 _PRODUCT = {"bit_widths": "bit_width", "granularities": "granularity", "ranges": "range"}
 #: Patterns and specs are checked by `QuantPlan.resolve`; this stands before what it says.
 _PLAN_TITLE = "the plan does not fit the model: "
-_CONSTANT = ("format", "signed", "affine", "narrow_range", "rounding")
+_CONSTANT = tuple(f.name for f in fields(QuantSpec) if f.name not in _PRODUCT.values())
 
 
 def parse_choices(value: Choices) -> tuple[Choice, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ class StudyError(QuantizationError):
     """A study that cannot go on: it was made for something else, or too many of its trials failed."""
 
 
-def open_study(name: str, storage: BaseStorage | str | None, directions: list[Any], fingerprint: Mapping[str, Any]) -> Study:
+def open_study(
+    name: str,
+    storage: BaseStorage | str | None,
+    directions: list[Any],
+    fingerprint: Mapping[str, Any],
+    first: Iterable[tuple[dict[str, Any], dict[str, Any]]] = (),
+) -> Study:
     """The study `name` in `storage`, new or with all its trials.
 
     Args:
@@ -35,6 +41,7 @@ def open_study(name: str, storage: BaseStorage | str | None, directions: list[An
         storage: an Optuna storage or its URL; None keeps the study in memory.
         directions: one for each objective.
         fingerprint: nested mappings of plain values; trials may only be compared where these are equal.
+        first: parameters and user attributes of trials to enqueue, unless the study has them.
 
     Raises:
         StudyError: naming each difference to the study that is there.
@@ -55,6 +62,9 @@ def open_study(name: str, storage: BaseStorage | str | None, directions: list[An
                 f"study {name!r} was made for something else, and its trials cannot be compared with new ones:\n{listing}\n"
                 "  choose another study name, or go back to what the study was made for"
             )
+        with quiet():
+            for params, attrs in first:
+                study.enqueue_trial(params, user_attrs=attrs, skip_if_exists=True)
     return study
 
 

@@ -108,17 +108,14 @@ def search(
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
         objective = Objective(evaluator, metric, cost)
         directions = ["maximize" if mode == "max" else "minimize", "minimize"]
-        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, cost))
+        first = [(bound.uniform(bits), {ORIGIN: f"uniform {bits} bits"}) for bits in bound.bit_widths if uniform]
+        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, cost), first)
         earlier = study.get_trials(deepcopy=False)
         objective.remember(earlier)
         # With the same seed again it would propose the same plans again.
         entropy = np.random.SeedSequence([seed, worker, len(earlier)])
         with quiet():
             study.sampler = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
-        if uniform:
-            with quiet():
-                for bits in bound.bit_widths:
-                    study.enqueue_trial(bound.uniform(bits), user_attrs={ORIGIN: f"uniform {bits} bits"}, skip_if_exists=True)
         float_bytes = evaluator.cost({}).bytes
 
         def result() -> SearchResult:

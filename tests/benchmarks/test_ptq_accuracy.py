@@ -25,17 +25,18 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--json", str(out), "--seeds", "2"]
-    ptq_accuracy.main([*arguments, "--bits", "W4A8", "W2A8", "--ranges", "default", "mse"])
+    ptq_accuracy.main([*arguments, "--bits", "W4A8", "W2A8", "--ranges", "minmax", "mse"])
     content = json.loads(out.read_text())
     assert 0.0 <= content["float"] <= 100.0
     assert content["test_images"] == 24
     assert [(row["bits"], row["range"]) for row in content["results"]] == [
-        ("W4A8", "default"), ("W4A8", "mse"), ("W2A8", "default"), ("W2A8", "mse")
+        ("W4A8", "minmax"), ("W4A8", "mse"), ("W2A8", "minmax"), ("W2A8", "mse")
     ]  # fmt: skip
     for row in content["results"]:
         assert row["rounding"] == "nearest"
         assert row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2, abs=1e-3)
         assert row["seconds"] > row["forward_pass_seconds"] > 0
+        assert (row["weight"], row["input"]) == ptq_accuracy.specs(row["bits"], row["range"])
     assert content["calibration"]["images"] == 32
     assert content["calibration"]["estimators"] == list(COMPARED)
     assert content["calibration"]["all_estimators_over_forward_pass"]["ratio"] > 1.0
@@ -46,7 +47,7 @@ def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, capsys: p
 def test_defaults_cover_every_width_and_estimator() -> None:
     options = ptq_accuracy.parse([])
     assert options.bits == ["W8A8", "W4A8", "W4A4", "W3A8", "W2A8"]
-    assert set(options.ranges) == {"default", *COMPARED}
+    assert options.ranges == list(COMPARED)
     assert options.test_images is None
 
 

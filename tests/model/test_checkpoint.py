@@ -12,7 +12,13 @@ from tests.callbacks.conftest import Data, Module
 def fitted(tmp_path):
     L.seed_everything(0, verbose=False)
     module = Module()
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
     trainer = L.Trainer(callbacks=[QAT("w4 lsq a4 ema")], max_epochs=1, enable_checkpointing=False, **options)
     trainer.fit(module, datamodule=Data())
     trainer.save_checkpoint(tmp_path / "full.ckpt")

@@ -206,3 +206,16 @@ def test_layers_built_in_setup_are_found_and_ones_built_anew_are_refused(datamod
         evaluator.calibrate(space)
         with pytest.raises(PlanError, match=r"built 1 layers anew .*net\.1"):
             evaluator.evaluate("int2 mse")
+
+
+def test_activations_of_every_granularity_and_format_report_what_ptq_reports(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
+    batches, fresh = Batches(2), copy_of(model)
+    inputs = ["uint4 affine mse", "uint4 affine per_channel", "int4 group16:4 ragged", "mx4"]
+    with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2, dataloader=batches) as evaluator:
+        evaluator.calibrate(Space(weight=["int8", "int4", "mx6"], input=inputs))
+        found = {spec: evaluator.evaluate(f"mx6 / {spec}").metrics for spec in inputs}
+    assert len({metrics["val/loss"] for metrics in found.values()}) == len(inputs)
+    for spec, metrics in found.items():
+        trainer = quiet_trainer(callbacks=[PTQ(f"mx6 / {spec}", calibration_batches=2, dataloader=batches)])
+        (expected,) = trainer.validate(copy_of(fresh), datamodule=DigitsDataModule(batch_size=120), verbose=False)
+        assert metrics == expected

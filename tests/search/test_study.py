@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from lq_plugin import PTQ, QuantPlan
@@ -27,6 +28,11 @@ SPACE = {
     "weight": {"bit_widths": [2, 3, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse"]},
     "input": "uint8 affine mse",
 }
+
+
+@pytest.fixture
+def storage() -> InMemoryStorage:
+    return InMemoryStorage()
 
 
 def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
@@ -100,7 +106,7 @@ def test_the_smallest_loss_and_other_costs_can_be_searched_for(model: DigitsCNN)
     assert all(c.cost == c.metrics["bytes"] for c in result.candidates)
 
 
-def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(model: DigitsCNN, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(model: DigitsCNN, monkeypatch: Any, caplog: Any) -> None:
     original, calls = Evaluator.evaluate_layers, []
 
     def sometimes(self: Evaluator, plans: Any) -> Any:
@@ -110,7 +116,7 @@ def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(model: DigitsCNN
         return original(self, plans)
 
     monkeypatch.setattr(Evaluator, "evaluate_layers", sometimes)
-    result = run(model, 4, output_dir=tmp_path)
+    result = run(model, 4)
     failed = [t for t in result.study.trials if t.state == TrialState.FAIL]
     assert [t.number for t in failed] == [1, 3]
     assert "out of something" in failed[0].user_attrs["error"]
@@ -151,24 +157,23 @@ def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any) -> 
     assert all(t.values == result.study.trials[t.user_attrs["repeats"]].values for t in repeats)
 
 
-def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, tmp_path: Path) -> None:
-    run(model, 3, output_dir=tmp_path)
+def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, storage: InMemoryStorage) -> None:
+    run(model, 3, storage=storage)
     other = {**SPACE, "rules": [{"match": "stem.0", "weight": ["int8", "int4 per_channel mse", "int2 mse"]}]}
     with pytest.raises(StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4"):
-        run(model, 5, output_dir=tmp_path, space=other)
+        run(model, 5, storage=storage, space=other)
     with pytest.raises(StudyError, match="metric: val/acc in the study, val/loss now"):
-        run(model, 5, output_dir=tmp_path, metric="val/loss")
+        run(model, 5, storage=storage, metric="val/loss")
     with pytest.raises(StudyError, match="calibration batches: 1 in the study, 2 now"):
-        run(model, 5, output_dir=tmp_path, calibration_batches=2)
+        run(model, 5, storage=storage, calibration_batches=2)
     with torch.no_grad():
         model.head[2].bias.add_(1e-3)
     with pytest.raises(StudyError, match="weights of the model"):
-        run(model, 5, output_dir=tmp_path)
-    assert len(run(model, 3, output_dir=tmp_path, study_name="another").candidates) == 3
+        run(model, 5, storage=storage)
+    assert len(run(model, 3, storage=storage, study_name="another").candidates) == 3
 
 
-def test_studies_of_other_programs_are_left_alone() -> None:
-    storage = optuna.storages.InMemoryStorage()
+def test_studies_of_other_programs_are_left_alone(storage: InMemoryStorage) -> None:
     optuna.create_study(study_name="theirs", storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
     with pytest.raises(StudyError, match="was not made by lq_plugin"):
         open_study("theirs", storage, ["minimize"], {})
@@ -226,14 +231,17 @@ def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(model: DigitsCNN, tm
     assert len(list((tmp_path / "plans").iterdir())) == len(list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines())))
 
 
-def test_ctrl_c_twice_gives_the_trial_up_and_the_next_run_takes_it_up(model: DigitsCNN, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
+def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(
+    model: DigitsCNN, tmp_path: Path, monkeypatch: Any, signals: tuple[signal.Signals, ...]
+) -> None:
     original, calls = DigitsCNN.validation_step, []
 
     def interrupted(self: DigitsCNN, batch: Any, batch_idx: int) -> None:
         calls.append(0)
         if len(calls) == 15:  # in the loop of Lightning, which turns it into an exit
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            for number in signals:
+                signal.raise_signal(number)
         original(self, batch, batch_idx)
 
     monkeypatch.setattr(DigitsCNN, "validation_step", interrupted)
