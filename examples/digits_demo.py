@@ -6,7 +6,7 @@
 4. trains on with the best plan that fits the budget (QAT), tracked by W&B, offline;
 5. loads the checkpoint into a new model and scores it.
 
-    python examples/digits_demo.py --output runs/digits_demo --trials 80
+    python examples/digits_demo.py --output runs/digits_demo --trials 160
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def quiet() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/digits_demo"), help="where everything is written")
-    parser.add_argument("--trials", type=int, default=80)
-    parser.add_argument("--budget", type=float, default=2.5, help="largest effective bits of the chosen plan")
+    parser.add_argument("--trials", type=int, default=160)
+    parser.add_argument("--budget", type=float, default=3.0, help="largest effective bits of the chosen plan")
     parser.add_argument("--float-epochs", type=int, default=12)
     parser.add_argument("--qat-epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
