@@ -26,13 +26,16 @@ from typing import Any, TypeAlias
 import yaml
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
-from lq_plugin.schedule import Schedule
-from lq_plugin.spec import MX_FORMATS, RANGES, PerChannel, PerGroup, QuantSpec
+from lq_plugin.formats import RANGES, SLOTS
+from lq_plugin.layer_plan import LayerInfo, LayerPlan, Stage, layer_faults, layer_plan
+from lq_plugin.schedule import Moment, Schedule
+from lq_plugin.spec import QuantSpec
+
+__all__ = ["FLOAT", "LayerInfo", "LayerPlan", "QuantPlan", "Rule", "Stage", "matches"]
 
 #: In a rule: leave this tensor float, whatever earlier rules said.
 FLOAT = "float"
 SpecOrFloat: TypeAlias = "QuantSpec | str | None"
-SLOTS = ("weight", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,23 @@ class Rule:
     Args:
         match: name, glob, `re:regex` or `type:ClassName`.
         weight, input, output: a spec (or its string), `"float"`, or None to leave it as earlier rules say.
+        start: the moment of a training run from which the rule holds (`"epoch 2"`, `"step 500"`); None: always.
+            `Rule("*", weight="int8"), Rule("*", weight="int4", start="epoch 2")` lowers the precision on the way.
     """
 
     match: str
     weight: SpecOrFloat = None
     input: SpecOrFloat = None
     output: SpecOrFloat = None
+    start: Moment | str | int | None = None
 
     def __post_init__(self) -> None:
         faults = []
+        if self.start is not None:
+            try:
+                object.__setattr__(self, "start", Moment.parse(self.start))
+            except PlanError as error:
+                faults.append(f"start: {error}")
         if not isinstance(self.match, str) or not self.match.strip():
             faults.append(f"match must be a name, a glob, 're:...' or 'type:...', got {self.match!r}")
         elif self.match.startswith("re:"):
@@ -70,36 +81,7 @@ class Rule:
 
     def to_dict(self) -> dict[str, str]:
         """Plain strings, ready for YAML."""
-        return {"match": self.match} | {slot: str(getattr(self, slot)) for slot in SLOTS if getattr(self, slot) is not None}
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """What a plan must know of a layer to be checked against it.
-
-    Args:
-        name: qualified name in the model.
-        types: class names of the layer, most derived first.
-        reduction: number of input channels of the weight, the dim that groups divide.
-        slots: the tensors it has; an embedding has no float input.
-    """
-
-    name: str
-    types: tuple[str, ...]
-    reduction: int = 0
-    slots: tuple[str, ...] = SLOTS
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """The specs one layer gets; None stays float."""
-
-    weight: QuantSpec | None = None
-    input: QuantSpec | None = None
-    output: QuantSpec | None = None
-
-    def __bool__(self) -> bool:
-        return any((self.weight, self.input, self.output))
+        return {key: str(value) for key in ("match", *SLOTS, "start") if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)
@@ -241,20 +223,22 @@ class QuantPlan:
         Raises:
             PlanError: listing each pattern that matches nothing, with near names, and each spec that a layer cannot take.
         """
-        chosen: dict[str, dict[str, SpecOrFloat]] = {layer.name: {} for layer in layers}
+        chosen: dict[str, dict[str, list[Stage]]] = {layer.name: {} for layer in layers}
         faults: list[str] = []
         for rule in self.rules:
             hits = [layer for layer in layers if matches(rule.match, layer.name, layer.types)]
             if not hits:
                 faults.append(_nothing_matches(rule.match, layers, others or {}))
             for layer in hits:
-                chosen[layer.name] |= {slot: value for slot in layer.slots if (value := getattr(rule, slot)) is not None}
-        plans = {
-            name: LayerPlan(**{slot: value for slot, value in specs.items() if isinstance(value, QuantSpec)})
-            for name, specs in chosen.items()
-        }
+                for slot in layer.slots:
+                    if (value := getattr(rule, slot)) is not None:
+                        stage = Stage(slot, rule.start, value if isinstance(value, QuantSpec) else None)  # type: ignore[arg-type]
+                        # A rule that always holds makes all before it meaningless.
+                        before = chosen[layer.name].get(slot, [Stage(slot, None, None)]) if rule.start else []
+                        chosen[layer.name][slot] = [*before, stage]
+        plans = {name: layer_plan(name, stages, faults) for name, stages in chosen.items()}
         for layer in layers:
-            faults += _layer_faults(layer, plans[layer.name])
+            faults += layer_faults(layer, plans[layer.name])
         raise_all(PlanError, "the plan does not fit the model", faults)
         return plans
 
@@ -269,29 +253,6 @@ def matches(pattern: str, name: str, types: Sequence[str]) -> bool:
         return pattern[5:] in types
     expression = pattern[3:] if pattern.startswith("re:") else translate(pattern)
     return re.fullmatch(expression, name) is not None
-
-
-def _layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
-    faults = []
-    if plan.weight and isinstance(group := plan.weight.granularity, PerGroup) and layer.reduction % group.group_size and not group.ragged:
-        faults.append(
-            f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels; "
-            f"'{group} ragged' allows a shorter last group"
-        )
-    if plan.weight and plan.weight.range_name in ("ema", "pact"):
-        faults.append(f"{layer.name}: weight range {plan.weight.range!r} is for activations; weights take minmax, mse, octav, lsq, ...")
-    if plan.weight and isinstance(channel := plan.weight.granularity, PerChannel) and channel.axis not in (None, 0):
-        faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")
-    for slot in ("input", "output"):
-        spec = getattr(plan, slot)
-        if spec is None or spec.format in MX_FORMATS or not isinstance(group := spec.granularity, PerGroup):
-            continue
-        where = f"{layer.name}: {slot} spec '{spec}'"
-        if group.scale_bits is None or group.coarse != "tensor":
-            faults.append(f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4")
-        if spec.affine:
-            faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
-    return faults
 
 
 def _nothing_matches(pattern: str, layers: Sequence[LayerInfo], others: Mapping[str, str]) -> str:

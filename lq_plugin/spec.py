@@ -7,7 +7,9 @@ A spec is one line to write and reads back from it::
     int4 group16 octav            one scale per 16 elements along the reduction dim
     int4 group16:4                the same with 4-bit integer scales under one float scale: 4.25 bits
     int3 per_channel lsq narrow   learned step size on the levels -3..3
-    mx6                           shared exponents and microexponents, nothing to calibrate
+    uint8 mse stochastic          rounded up or down at random in training
+    mx6, mxfp4:rceil, nvfp4       shared exponents or scales found from the values, nothing to calibrate
+    bwn, twn, ttq, kmeans2        binary, ternary and codebook weights
 
 Nothing here imports torch.
 """
@@ -15,67 +17,33 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, cast
 
 from lq_plugin.errors import SpecError, did_you_mean, raise_all
+from lq_plugin.formats import (
+    ALIASES,
+    FORMATS,
+    GRADIENTS,
+    LEARNED_FORMATS,
+    LEARNED_RANGES,
+    MAX_BIT_WIDTH,
+    MX_FORMATS,
+    RANGES,
+    ROUNDINGS,
+    Format,
+    IntegerGrid,
+    gradient_fault,
+    name_fault,
+    range_fault,
+    rounding_fault,
+)
 from lq_plugin.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
-__all__ = ["Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
+__all__ = ["MX_FORMATS", "RANGES", "Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
 
-MAX_BIT_WIDTH = 16
-
-
-@dataclass(frozen=True)
-class IntegerGrid:
-    """The integer levels `quant_min..quant_max` that a tensor is rounded to.
-
-    `affine=True` lets a zero point shift them; otherwise integer 0 stands for real 0.
-    """
-
-    quant_min: int
-    quant_max: int
-    affine: bool = False
-
-    @property
-    def levels(self) -> int:
-        """Number of levels.
-
-        >>> IntegerGrid(-7, 7).levels
-        15
-        """
-        return self.quant_max - self.quant_min + 1
-
-    @property
-    def signed(self) -> bool:
-        """Whether negative values can be represented without a zero point."""
-        return self.quant_min < 0
-
-
-#: Every way to find a clipping range, with the line that error messages and docs show.
-#: `lq_plugin.ranges.register_range` adds to it.
-RANGES: dict[str, str] = {
-    "minmax": "smallest and largest value",
-    "ema": "exponential moving average of each batch's min and max; ema:0.99 sets the momentum it grows to",
-    "percentile": "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
-    "mse": "smallest mean squared error, by search on the real grid",
-    "kl": "smallest KL divergence of the histograms (TensorRT)",
-    "aciq": "analytic, Gauss or Laplace, the paper's constants; aciq:gauss or aciq:laplace forces one",
-    "aciq_exact": "the same for the grid that is really used",
-    "octav": "Newton iteration on the clipping MSE",
-    "lsq": "learned step size",
-    "pact": "learned upper bound of a non-negative activation",
-}
-#: Ranges whose bounds are parameters trained by the optimizer.
-LEARNED_RANGES = frozenset({"lsq", "pact"})
-ROUNDINGS: dict[str, str] = {"nearest": "round half to even"}
-#: Shared microexponents: the format, and the bits of its elements (sign and mantissa).
-MX_FORMATS = {"mx9": 8, "mx6": 5, "mx4": 3}
-FORMATS: dict[str, str] = {"int": "uniform integer levels"} | {
-    name: f"{name[2:]} bits with an exponent for 16 elements and a microexponent for 2" for name in MX_FORMATS
-}
-
-_FORMAT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d+)$")
+_INT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d+)$")
+_BITS_TOKEN = re.compile(r"(?P<name>kmeans)(?P<bits>\d+)(:(?P<option>.+))?$")
 _GROUP_TOKEN = re.compile(r"group(?P<size>-?\d+)(:(?P<scale_bits>\d+)(:(?P<coarse>\w+))?)?$")
 _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d+))?$")
 
@@ -85,15 +53,17 @@ class QuantSpec:
     """How one tensor is quantized. Immutable, hashable, checked on construction.
 
     Args:
-        format: kind of levels, a name in `FORMATS`. The MX formats fix every other field.
-        bit_width: bits an element takes, 1..16.
+        format: kind of levels, a name in `lq_plugin.formats.FORMATS`, with options after colons where it takes some
+            (`"twn:exact"`). Most formats other than `int` fix the fields below.
+        bit_width: bits an element takes, 1..16; 8 unless the format fixes it.
         signed: levels on both sides of zero (`int4`) or from zero up (`uint4`).
         affine: a zero point is allowed (asymmetric quantization).
         narrow_range: drop the most negative level, so that the levels are symmetric.
-        granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`.
+        granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`; None is the format's own.
         range: how the clipping range is found, a name in `RANGES`, with an option after a colon
             where it takes one (`"percentile:99.9"`).
-        rounding: a name in `ROUNDINGS`.
+        rounding: a name in `ROUNDINGS`, with a seed after a colon where it takes one.
+        gradient: what passes back through the rounding, a name in `GRADIENTS`.
 
     Raises:
         SpecError: listing everything that is impossible about it.
@@ -105,13 +75,14 @@ class QuantSpec:
     """
 
     format: str = "int"
-    bit_width: int = 8
+    bit_width: int = cast(int, None)
     signed: bool = True
     affine: bool = False
     narrow_range: bool = False
-    granularity: Granularity = field(default_factory=PerTensor)
+    granularity: Granularity = cast(Granularity, None)  # noqa: RUF009  (None, typed as what it becomes)
     range: str = "minmax"
     rounding: str = "nearest"
+    gradient: str = "clipped"
 
     _FLAGS: ClassVar[dict[str, str]] = {
         "affine": "a zero point",
@@ -120,29 +91,23 @@ class QuantSpec:
     }
 
     def __post_init__(self) -> None:
-        faults: list[str] = []
-        if self.format in MX_FORMATS:
-            fixed = {"bit_width": MX_FORMATS[self.format], "narrow_range": True, "granularity": PerGroup(16, ragged=True)}
-            for f in fields(self):
-                value, wanted = getattr(self, f.name), fixed.get(f.name, f.default)
-                plain = f.default_factory() if f.default_factory is not MISSING else f.default
-                if f.name != "format" and value != wanted and value != plain:
-                    faults.append(f"{self.format} has no choice of {f.name}, got {value}")
-                if f.name in fixed:
-                    object.__setattr__(self, f.name, wanted)
-        if self.format not in FORMATS:
-            faults.append(f"unknown format {self.format!r}; valid: {', '.join(FORMATS)}.{did_you_mean(self.format, FORMATS)}")
+        if not isinstance(self.format, str) or self.format_name not in FORMATS:
+            raise_all(SpecError, "impossible QuantSpec", [name_fault("format", str(self.format), FORMATS)])
+        kind = self.kind
+        faults = self._fill_in(kind)
+        if fault := kind.option_fault(self.format_name, self.format.partition(":")[2] or None):
+            faults.append(fault)
         if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
             faults.append(f"bit_width must be an int, got {self.bit_width!r}")
-        elif not 1 <= self.bit_width <= MAX_BIT_WIDTH:
-            faults.append(f"bit_width must be 1..{MAX_BIT_WIDTH}, got {self.bit_width}")
+        elif self.bit_width not in kind.bit_widths:
+            low, high = kind.bit_widths[0], kind.bit_widths[-1]
+            faults.append(f"bit_width must be {low if low == high else f'{low}..{high}'}, got {self.bit_width}")
         elif self.bit_width == 1 and self.signed and self.narrow_range:
             faults.append("int1 with narrow_range has the single level 0; use int1, uint1 or at least int2 narrow")
         if self.narrow_range and not self.signed:
             faults.append("narrow_range drops the most negative level, an unsigned format has none")
         faults += self._range_faults()
-        if self.rounding not in ROUNDINGS:
-            faults.append(f"unknown rounding {self.rounding!r}; valid: {', '.join(ROUNDINGS)}.{did_you_mean(self.rounding, ROUNDINGS)}")
+        faults += self._rounding_faults(kind)
         if isinstance(self.granularity, PerGroup):
             size = self.granularity.group_size
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -151,6 +116,41 @@ class QuantSpec:
         elif not isinstance(self.granularity, (PerTensor, PerChannel)):
             faults.append(f"granularity must be PerTensor, PerChannel or PerGroup, got {self.granularity!r}")
         raise_all(SpecError, "impossible QuantSpec", faults)
+
+    def _fill_in(self, kind: Format) -> list[str]:
+        """Set what the format decides; what it leaves no choice of is a fault."""
+        faults = []
+        width = 8 if len(kind.bit_widths) > 1 else kind.bit_widths[0]
+        own: dict[str, Any] = {"bit_width": width, "granularity": kind.granularity}
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.format_name != "int":
+            object.__setattr__(self, "narrow_range", self.narrow_range or kind.sign_magnitude)
+            own |= {"signed": True, "affine": False, "range": "minmax", "narrow_range": kind.sign_magnitude}
+            free = set() if kind.fixed else {"granularity"}
+            free |= {"bit_width"} if len(kind.bit_widths) > 1 else set()
+            wrong = [name for name in own if name not in free and getattr(self, name) != own[name]]
+            faults += [f"{self.format} has no choice of {name}, got {getattr(self, name)}" for name in wrong]
+            group = self.granularity
+            if not kind.groups and isinstance(group, PerGroup):
+                faults.append(f"{self.format} is per_tensor or per_channel, got {group}")
+            elif not kind.fixed and isinstance(group, PerGroup) and group.scale_bits is not None:
+                faults.append(f"{self.format} has float scales, got integer ones: {group}")
+        return faults
+
+    def _rounding_faults(self, kind: Format) -> list[str]:
+        faults = []
+        learned = isinstance(self.range, str) and self.range_name in LEARNED_RANGES
+        if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(str(self.gradient), kind, self.format):
+            faults.append(fault)
+        elif self.stochastic and self.gradient != "clipped":
+            faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
+        elif learned and (self.gradient != "clipped" or self.stochastic):
+            faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
+        if self.format_name == "sign" and "float_eval" in self.format_options and not self.stochastic:
+            faults.append("sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'")
+        return faults
 
     def _scale_faults(self, group: PerGroup) -> list[str]:
         faults = []
@@ -166,28 +166,45 @@ class QuantSpec:
         return faults
 
     def _range_faults(self) -> list[str]:
-        if not isinstance(self.range, str) or self.range_name not in RANGES:
-            got = str(self.range)
-            return [f"unknown range {got!r}; valid: {', '.join(RANGES)}.{did_you_mean(got, RANGES)}"]
+        if fault := range_fault(str(self.range)):
+            return [fault]
         faults = []
-        name, option = self.range_name, self.range_option
-        if name in ("ema", "percentile") and option is not None:
-            low, high = (0.0, 1.0) if name == "ema" else (50.0, 100.0)
-            try:
-                ok = low <= float(option) <= high
-            except ValueError:
-                ok = False
-            if not ok:
-                faults.append(f"range {self.range!r}: the option must be a number in {low:g}..{high:g}")
-        elif name in ("aciq", "aciq_exact") and option not in (None, "gauss", "laplace"):
-            faults.append(f"range {self.range!r}: the option must be gauss or laplace")
-        elif name in ("minmax", "mse", "kl", "octav", "lsq", "pact") and option is not None:
-            faults.append(f"range {name!r} takes no option, got {option!r}")
+        name = self.range_name
         if name == "pact" and (self.signed or self.affine):
             faults.append("range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine")
-        if name == "lsq" and isinstance(self.bit_width, int) and self.bit_width >= 1 and self.grid.quant_max == 0:
+        if name == "lsq" and isinstance(self.bit_width, int) and self.bit_width == 1 and self.signed:
             faults.append("range 'lsq' needs a positive level: int1 has none, use uint1 or at least int2")
         return faults
+
+    @property
+    def format_name(self) -> str:
+        """The format without its options."""
+        return self.format.partition(":")[0]
+
+    @property
+    def format_options(self) -> tuple[str, ...]:
+        """The words behind the format's colon."""
+        return tuple(filter(None, self.format.split(":")[1:]))
+
+    @property
+    def kind(self) -> Format:
+        """What is known of the format."""
+        return FORMATS[self.format_name]
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the levels are those of an `IntegerGrid`, times a scale."""
+        return self.format_name == "int" or self.kind.sign_magnitude
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether values are rounded at random in training."""
+        return self.rounding.startswith("stochastic")
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return int(self.rounding.partition(":")[2] or 0)
 
     @property
     def range_name(self) -> str:
@@ -201,16 +218,21 @@ class QuantSpec:
 
     @property
     def learned(self) -> bool:
-        """Whether the optimizer trains the range."""
-        return self.range_name in LEARNED_RANGES
+        """Whether the optimizer trains the range or the levels."""
+        return self.range_name in LEARNED_RANGES or self.format_name in LEARNED_FORMATS
 
     @property
     def grid(self) -> IntegerGrid:
         """The integer levels of this spec.
 
+        Raises:
+            SpecError: for a format whose levels are no whole numbers times a scale.
+
         >>> QuantSpec.parse("uint4").grid.quant_max
         15
         """
+        if not self.has_grid:
+            raise SpecError(f"{self} has no integer grid")
         if not self.signed:
             return IntegerGrid(0, 2**self.bit_width - 1, self.affine)
         half = 2 ** (self.bit_width - 1)
@@ -253,17 +275,20 @@ class QuantSpec:
             chosen[key] = value
 
         for word in words:
-            if match := _FORMAT_TOKEN.match(word):
-                choose("bit_width", int(match["bits"]), word)
+            if match := _INT_TOKEN.match(word):
+                choose("format", "int", word)
+                chosen["bit_width"] = int(match["bits"])
                 chosen["signed"] = not match["unsigned"]
             elif match := _GROUP_TOKEN.match(word):
                 scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
                 choose("granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word)
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
-            elif word in MX_FORMATS:
-                choose("format", word, word)
-                chosen["bit_width"] = MX_FORMATS[word]
+            elif match := _BITS_TOKEN.match(word):
+                choose("format", f"{match['name']}:{match['option']}" if match["option"] else match["name"], word)
+                chosen["bit_width"] = int(match["bits"])
+            elif (name := ALIASES.get(word.partition(":")[0], word.partition(":")[0])) in FORMATS and name not in ("int", "kmeans"):
+                choose("format", ":".join([name, *word.split(":")[1:]]), word)
             elif word == "per_tensor":
                 choose("granularity", PerTensor(), word)
             elif word == "affine":
@@ -274,12 +299,15 @@ class QuantSpec:
                 ragged = True
             elif word.partition(":")[0] in RANGES:
                 choose("range", word, word)
-            elif word in ROUNDINGS:
+            elif word.partition(":")[0] in ROUNDINGS:
                 choose("rounding", word, word)
+            elif word in GRADIENTS:
+                choose("gradient", word, word)
             else:
-                known = ["int8", "uint8", *MX_FORMATS, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS]
+                formats = ["int8", "uint8", "kmeans2", *(name for name in (*FORMATS, *ALIASES) if name not in ("int", "kmeans"))]
+                known = [*formats, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS]
                 faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
-        if "bit_width" not in chosen and not faults:
+        if "format" not in chosen and not faults:
             faults.append("no format; start with int4, uint8, ...")
         if ragged:
             if isinstance(group := chosen.get("granularity"), PerGroup):
@@ -305,16 +333,16 @@ class QuantSpec:
         return cls(**chosen)
 
     def __str__(self) -> str:
-        if self.format in MX_FORMATS:
-            return self.format
-        words = [f"{'' if self.signed else 'u'}{self.format}{self.bit_width}"]
-        if self.granularity != PerTensor():
+        if self.format_name == "int":
+            words = [f"{'' if self.signed else 'u'}int{self.bit_width}"]
+        else:
+            bits = str(self.bit_width) if len(self.kind.bit_widths) > 1 else ""
+            words = [":".join([self.format_name + bits, *self.format_options])]
+        if self.granularity != self.kind.granularity:
             words.append(str(self.granularity))
-        words += ["affine"] * self.affine + ["narrow"] * self.narrow_range
-        if self.range != "minmax":
-            words.append(self.range)
-        if self.rounding != "nearest":
-            words.append(self.rounding)
+        words += ["affine"] * self.affine + ["narrow"] * (self.narrow_range and not self.kind.sign_magnitude)
+        plain = {"range": "minmax", "rounding": "nearest", "gradient": "clipped"}
+        words += [getattr(self, name) for name, value in plain.items() if getattr(self, name) != value]
         return " ".join(words)
 
     def __repr__(self) -> str:

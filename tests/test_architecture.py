@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "errors", "schedule", "granularity", "spec", "plan", "functional", "metrics", "ranges", "quantizers", "layers", "model", "plots",
+    "errors", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "functional", "metrics", "ranges", "quantizers", "layers",
+    "model", "plots",
     "callbacks", "search", "demo", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 350

@@ -247,7 +247,7 @@ class _State:
         """Activations with statistics, by name."""
         known = self.callback.statistics
         chosen = [q for q in quantizers(self.model) if isinstance(q, InputQuantizer)]
-        return {q.name: (q, known[q.name]) for q in chosen if q.name in known and known[q.name].total.all()}
+        return {q.name: (q, known[q.name]) for q in chosen if q.spec.has_grid and q.name in known and known[q.name].total.all()}
 
 
 def _box_plot(name: str, layer: QuantizedLayer) -> Figure:

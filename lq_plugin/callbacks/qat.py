@@ -8,13 +8,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
+from lq_plugin.callbacks.distill import Distillation, Teacher
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.errors import PlanError
+from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
-from lq_plugin.model.observe import commit_observers
+from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
@@ -33,6 +36,8 @@ class QAT(QuantizationCallback):
         plan: a short string (`"w4a8"`), a YAML path, a mapping or a `QuantPlan`.
         schedule: a `Schedule` or a mapping of its moments; the plan's own when None.
         init_batches: batches for the first ranges; 0 leaves layers float until the first training batch is over.
+        distill: share of the loss that comes from the float copy's answers, or a `Distillation` (or a mapping of its
+            fields); None: the module's own loss alone.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
 
     >>> from lightning import Trainer
@@ -46,6 +51,7 @@ class QAT(QuantizationCallback):
         plan: QuantPlan | str | Path | Mapping[str, Any],
         schedule: Schedule | Mapping[str, Any] | None = None,
         init_batches: int = 1,
+        distill: Distillation | Mapping[str, Any] | float | None = None,
         min_coverage: float | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
@@ -56,7 +62,11 @@ class QAT(QuantizationCallback):
         if not isinstance(init_batches, int) or init_batches < 0:
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
         self.init_batches = init_batches
+        self.distill = Distillation.parse(distill)
+        self.teacher: Teacher | None = None
+        self.teacher_state: Mapping[str, Tensor] | None = None
         self.phase: Phase | None = None
+        self.resumed = False
         self.frozen: FrozenBatchNorms | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,8 +74,13 @@ class QAT(QuantizationCallback):
         uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated]
         if uncalibrated and self.init_batches:
             self.calibrate(trainer, pl_module, self.init_batches)
+        if self.distill is not None:
+            self.teacher = Teacher(self.distill, trainer, pl_module, self.calibration_step, self.teacher_state)
+            self.teacher.attach(pl_module)
         for name in adopt_learned_ranges(trainer, pl_module):
             rank_zero_info(f"QAT: added {name} to the optimizer")
+        if not self.resumed:
+            enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate=False)
         self._apply_schedule(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,23 +103,49 @@ class QAT(QuantizationCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Resumed in the middle of an epoch, the ranges found at its start are in the checkpoint.
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
-            for _, layer in quantized_layers(pl_module):
-                quantizer = layer.weight_quantizer
-                if quantizer is not None and quantizer.needs_calibration and not quantizer.spec.learned:
-                    layer.calibrate_weight()
+            for layer in self._layers(pl_module):
+                for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
+                    if isinstance(stage, WeightQuantizer):
+                        stage.new_epoch(layer.canonical(layer.weight))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Only here: the state that a resumed run starts with is that of its last batch.
+        changed = enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate=True)
+        if changed:
+            rank_zero_info(f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {len(changed)} tensors enter their next stage")
         self._apply_schedule(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        clip_latent_weights(self._layers(pl_module))
         commit_observers(quantizers(pl_module), all_reduce_max(trainer), statistics_merger(trainer))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.teacher_state = state_dict.get("teacher")
+        self.resumed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        # The resumed module's weights are trained already: its float copy would be another teacher.
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.module.state_dict()}
+        return super().state_dict() | teacher
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.frozen is not None:
             self.frozen.release()
             self.frozen = None
+        self.resumed = False
         for quantizer in quantizers(pl_module):
             quantizer.observing = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self.teacher is not None:
+            Teacher.detach(pl_module)
+            self.teacher = self.teacher_state = None
+
+    @staticmethod
+    def _layers(pl_module: LightningModule) -> list[QuantizedLayer]:
+        return [layer for _, layer in quantized_layers(pl_module)]
 
     def _apply_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
         phase = self.plan.schedule.at(trainer.current_epoch, trainer.global_step)

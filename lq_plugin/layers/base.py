@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from lq_plugin.plan import SLOTS, LayerPlan
-from lq_plugin.quantizers import InputQuantizer, WeightQuantizer, make_input_quantizer, make_weight_quantizer
+from lq_plugin.formats import SLOTS
+from lq_plugin.plan import LayerPlan, Stage
+from lq_plugin.quantizers import (
+    InputQuantizer,
+    Quantizer,
+    WeightQuantizer,
+    XNORInputQuantizer,
+    in_stages,
+    make_input_quantizer,
+    make_weight_quantizer,
+)
+from lq_plugin.spec import QuantSpec
 
 
 class QuantizedLayer(nn.Module):
@@ -48,20 +59,37 @@ class QuantizedLayer(nn.Module):
         """The input as the forward pass uses it."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
+    def output_scale(self, x: Tensor) -> Tensor | None:
+        """XNOR-Net's K for the output that input `x` leads to, broadcastable to it; None for every other input format."""
+        return None
+
     def quantized_output(self, y: Tensor) -> Tensor:
         """The output as the next layer sees it."""
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def calibrate_weight(self) -> None:
-        """Find the weight's range from the weight."""
+        """Find the weight's range from the weight, for every stage."""
         if self.weight_quantizer is not None:
-            self.weight_quantizer.calibrate(self.canonical(self.weight))
+            for stage in self.weight_quantizer.stages():
+                if isinstance(stage, WeightQuantizer):
+                    stage.calibrate(self.canonical(self.weight))
 
     @property
     def layer_plan(self) -> LayerPlan:
-        """The specs in force."""
-        chosen = {slot: getattr(self, f"{slot}_quantizer") for slot in SLOTS}
-        return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items() if quantizer is not None})
+        """The specs it was prepared with."""
+        chosen = {slot: quantizer for slot in SLOTS if (quantizer := getattr(self, f"{slot}_quantizer")) is not None}
+        stages = [
+            Stage(slot, start, stage.spec if isinstance(stage, Quantizer) else None)
+            for slot, quantizer in chosen.items()
+            for start, stage in zip(quantizer.starts, quantizer.stages(), strict=False)
+        ]
+        return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items()}, stages=tuple(stages))
+
+
+def scales_output(quantizer: InputQuantizer | None) -> bool:
+    """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
+    current = None if quantizer is None else quantizer.current
+    return isinstance(current, XNORInputQuantizer) and current.is_enabled and current.collector is None
 
 
 class ShadowedForward(nn.Module):
@@ -105,12 +133,15 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
     """Give a layer (whose class is swapped already) the quantizers its plan asks for."""
     layer.weight_quantizer = layer.input_quantizer = layer.output_quantizer = None
     c_in, c_out = layer.channels()
-    if plan.weight is not None:
-        layer.weight_quantizer = make_weight_quantizer(plan.weight, f"{name}.weight", tuple(layer.canonical(layer.weight).shape))
-    if plan.input is not None:
-        layer.input_quantizer = make_input_quantizer(plan.input, f"{name}.input", c_in, layer.input_axis)
-    if plan.output is not None:
-        layer.output_quantizer = make_input_quantizer(plan.output, f"{name}.output", c_out, layer.input_axis)
+    shape = tuple(layer.canonical(layer.weight).shape)
+    makers: dict[str, Callable[[QuantSpec, str], Quantizer]] = {
+        "weight": lambda spec, name: make_weight_quantizer(spec, name, shape),
+        "input": lambda spec, name: make_input_quantizer(spec, name, c_in, layer.input_axis),
+        "output": lambda spec, name: make_input_quantizer(spec, name, c_out, layer.input_axis),
+    }
+    for slot in SLOTS:
+        if getattr(plan, slot) is not None:
+            setattr(layer, f"{slot}_quantizer", in_stages(makers[slot], f"{name}.{slot}", plan.stages_of(slot)))
     for quantizer in (layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer):
         if quantizer is None:
             continue

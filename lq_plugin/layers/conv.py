@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, scales_output
 from lq_plugin.layers.registry import register_layer
 
 
@@ -25,8 +26,17 @@ class _QuantizedConv(QuantizedLayer):
         return self.in_channels, self.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-        return self.quantized_output(y)
+        scale = self.output_scale(input)
+        if scale is None:
+            return self.quantized_output(self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias))
+        y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), None) * scale
+        return self.quantized_output(y if self.bias is None else y + self.bias.view(-1, *[1] * (-self.input_axis - 1)))
+
+    def output_scale(self, x: Tensor) -> Tensor | None:
+        if not scales_output(self.input_quantizer):
+            return None
+        box = torch.full_like(self.weight[:1, :1], 1.0 / self.weight[0, 0].numel())
+        return self._conv_forward(x.abs().mean(self.input_axis, keepdim=True), box, None)
 
 
 @register_layer(nn.Conv1d)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lq_plugin.layers.base import QuantizedLayer
+from lq_plugin.layers.base import QuantizedLayer, scales_output
 from lq_plugin.layers.registry import register_layer, register_layer_name
 
 
@@ -19,7 +19,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self.in_features, self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+        scale = self.output_scale(input)
+        if scale is None:
+            return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+        y = F.linear(self.quantized_input(input), self.quantized_weight()) * scale
+        return self.quantized_output(y if self.bias is None else y + self.bias)
+
+    def output_scale(self, x: Tensor) -> Tensor | None:
+        return x.abs().mean(-1, keepdim=True) if scales_output(self.input_quantizer) else None
 
 
 @register_layer_name("transformers.pytorch_utils.Conv1D")

@@ -21,13 +21,12 @@ from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
-from lq_plugin.functional.mx import BLOCK, EXPONENT_BITS, MICRO_BITS, PAIR
 from lq_plugin.layers import QuantizedLayer, quantized_class
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey, float_class
 from lq_plugin.plan import LayerPlan
 from lq_plugin.quantizers import Quantizer
-from lq_plugin.spec import MX_FORMATS, PerChannel, PerGroup, QuantSpec
+from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
 FLOAT_BITS = 32
 
@@ -47,6 +46,8 @@ def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
     4.2578125
     >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in ("mx9", "mx6", "mx4")]
     [9.0, 6.0, 4.0]
+    >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in ("mxfp4", "nvfp4", "sign", "bwn", "twn", "kmeans2")]
+    [4.25, 4.5078125, 1.0, 1.5, 2.0078125, 2.03125]
     """
     return prod(weight_shape) * spec.bit_width + _qparams_bits(spec, prod(scale_shape(weight_shape, spec.granularity)), weight_shape[0])
 
@@ -54,8 +55,9 @@ def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
 def _qparams_bits(spec: QuantSpec, scales: int, channels: int = 1) -> int:
     zero_points = scales * spec.bit_width if spec.affine else 0
     group = spec.granularity
-    if spec.format in MX_FORMATS:
-        return scales * (EXPONENT_BITS + BLOCK // PAIR * MICRO_BITS)
+    if (bits := spec.kind.scale_bits) is not None:
+        tables = scales * FLOAT_BITS * 2**spec.bit_width if spec.kind.codebook else 0
+        return scales * bits + tables + spec.kind.tensor_bits
     if isinstance(group, PerGroup) and group.scale_bits is not None:
         return scales * group.scale_bits + FLOAT_BITS * (channels if group.coarse == "channel" else 1) + zero_points
     return scales * FLOAT_BITS + zero_points

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.functional.affine import bounds_from_qparams
+from lq_plugin.formats import SLOTS
 from lq_plugin.functional.error import clipped_count, decibel, energy
 from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.plan import SLOTS
-from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
+from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers.base import Levels
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
 
 
@@ -66,7 +66,7 @@ class FidelityRow:
         sqnr_db: signal to quantization noise ratio; None while it has no range or nothing was measured.
         clipping_share: share of the elements that round to a level outside the grid, 0..1.
         minimum, maximum: outermost values the levels stand for, over all channels and groups; None without a range.
-        scale_min, scale_max: smallest and largest scale.
+        scale_min, scale_max: smallest and largest scale, or step between levels where they are no multiples of one.
     """
 
     layer: str
@@ -130,8 +130,8 @@ def watching(model: nn.Module) -> Iterator[Measurements]:
         measured[quantizer.name] = Errors()
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if quantizer.is_calibrated and quantizer.collector is None:
-                _measure(quantizer, args[0], measured[quantizer.name])
+            if quantizer.collector is None and (current := _in_force(quantizer)) is not None:
+                _measure(current, args[0], measured[quantizer.name])
 
         handles.append(quantizer.register_forward_pre_hook(hook))
 
@@ -152,6 +152,8 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
         histogram = statistics.get(quantizer.name)
         if not isinstance(quantizer, InputQuantizer) or histogram is None or not quantizer.is_calibrated or not histogram.total.all():
             continue
+        if not quantizer.needs_calibration:
+            continue  # its levels follow the values, which statistics do not hold
         sample, grid = histogram.sample(), quantizer.spec.grid
         scale, zero_point = (value.detach().float().reshape(-1) for value in quantizer.qparams())
         unit, factor = sample.normalized()
@@ -167,60 +169,61 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
 @torch.no_grad()
 def weight_errors(layer: QuantizedLayer) -> Errors | None:
     """Errors of a layer's weight; None while it has no range."""
-    quantizer = layer.weight_quantizer
-    if quantizer is None or (quantizer.needs_calibration and not quantizer.is_calibrated):
+    quantizer = _in_force(layer.weight_quantizer)
+    if quantizer is None:
         return None
     weight = layer.canonical(layer.weight).detach()
     grouped = blocks(weight, quantizer.spec.granularity)
-    scale, zero_point = quantizer.qparams(grouped)
     errors = Errors()
-    _add(errors, quantizer, weight, quantizer.quantize_values(weight), grouped, scale, zero_point)
+    _add(errors, weight, quantizer.quantize_values(weight), grouped, quantizer.levels(grouped))
     return errors
 
 
 @torch.no_grad()
 def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
     """Smallest and largest value the levels of a weight stand for, `[C_out]`, of a channel's widest group."""
-    quantizer = layer.weight_quantizer
-    if quantizer is None or (quantizer.needs_calibration and not quantizer.is_calibrated):
+    quantizer = _in_force(layer.weight_quantizer)
+    if quantizer is None:
         return None
     weight = layer.canonical(layer.weight).detach()
-    minimum, maximum = bounds_from_qparams(*quantizer.qparams(blocks(weight, quantizer.spec.granularity)), quantizer.spec.grid)
+    minimum, maximum, _ = quantizer.levels(blocks(weight, quantizer.spec.granularity))
     rows = len(weight)
     return minimum.reshape(minimum.shape[0], -1).amin(1).expand(rows), maximum.reshape(maximum.shape[0], -1).amax(1).expand(rows)
+
+
+def _in_force(quantizer: Quantizer | None) -> Any:
+    """The quantizer of the current stage, once it has its range."""
+    current = None if quantizer is None else quantizer.current
+    return None if current is None or (current.needs_calibration and not current.is_calibrated) else current
 
 
 @torch.no_grad()
 def _measure(quantizer: InputQuantizer, x: Tensor, errors: Errors) -> None:
     x = x.detach()
-    scale, zero_point = (quantizer._view(value, x.ndim) for value in quantizer.qparams())
-    _add(errors, quantizer, x, quantizer.quantize_values(x), x, scale, zero_point)
+    _add(errors, x, quantizer.quantize_values(x), x, quantizer.levels(x))
 
 
-def _add(
-    errors: Errors,
-    quantizer: InputQuantizer | WeightQuantizer,
-    x: Tensor,
-    x_hat: Tensor,
-    grouped: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-) -> None:
-    """`grouped` is `x` in the view that `scale` broadcasts against, maybe padded with zeros, which are never clipped."""
-    low, high = bounds_from_qparams(scale, zero_point, quantizer.spec.grid)
+def _add(errors: Errors, x: Tensor, x_hat: Tensor, grouped: Tensor, levels: Levels | None) -> None:
+    """`grouped` is `x` in the view that the levels broadcast against, maybe padded with zeros, which are never clipped."""
     # Half a step beyond the outermost level still rounds to it.
-    clipped = clipped_count(grouped, low - scale / 2, high + scale / 2)
+    clipped = x.new_zeros(()) if levels is None else clipped_count(grouped, levels.low - levels.step / 2, levels.high + levels.step / 2)
     errors.add(energy(x), energy(x.float() - x_hat.float()), clipped, x.numel())
 
 
 @torch.no_grad()
 def _row(name: str, slot: str, quantizer: InputQuantizer | WeightQuantizer, layer: QuantizedLayer, errors: Errors | None) -> FidelityRow:
     row: dict[str, Any] = {"layer": name, "slot": slot, "spec": str(quantizer.spec)}
-    if quantizer.is_calibrated or not quantizer.needs_calibration:
-        weight = layer.canonical(layer.weight).detach() if isinstance(quantizer, WeightQuantizer) else None
-        scale, zero_point = quantizer.qparams(None if weight is None else blocks(weight, quantizer.spec.granularity))
-        low, high = bounds_from_qparams(scale, zero_point, quantizer.spec.grid)
-        row |= {"minimum": float(low.min()), "maximum": float(high.max()), "scale_min": float(scale.min()), "scale_max": float(scale.max())}
+    if (current := _in_force(quantizer)) is not None:
+        row["spec"] = str(current.spec)
+        weight = layer.canonical(layer.weight).detach() if isinstance(current, WeightQuantizer) else None
+        if (levels := current.levels(None if weight is None else blocks(weight, current.spec.granularity))) is not None:
+            low, high, step = levels
+            row |= {
+                "minimum": float(low.min()),
+                "maximum": float(high.max()),
+                "scale_min": float(step.min()),
+                "scale_max": float(step.max()),
+            }
         if errors is not None and errors.elements:
             row |= {"sqnr_db": errors.sqnr_db, "clipping_share": errors.clipping_share}
     return FidelityRow(**row)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lq_plugin.errors import CoverageError
+from lq_plugin.formats import SLOTS
 from lq_plugin.model.record import Recording
-from lq_plugin.plan import SLOTS, LayerPlan
+from lq_plugin.plan import LayerPlan
 
 
 @dataclass

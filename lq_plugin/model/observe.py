@@ -1,14 +1,16 @@
-"""Commit what the quantizers saw during one training batch: one bucketed all-reduce for the whole model."""
+"""What happens to quantizers between two training batches: one bucketed all-reduce commits what they saw in the last one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from lq_plugin.formats import SLOTS
+from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics
-from lq_plugin.quantizers import InputQuantizer, Quantizer
+from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 
 
 def commit_observers(
@@ -18,6 +20,8 @@ def commit_observers(
 ) -> None:
     """Fold the batch's extremes of every observing quantizer into its moving range, and give others their first range.
 
+    Stochastic rounding draws new numbers afterwards.
+
     Args:
         chosen: the model's quantizers.
         all_reduce_max: elementwise maximum over all ranks; None in a single process.
@@ -26,6 +30,8 @@ def commit_observers(
     Raises:
         CalibrationError: naming the layer that saw NaN or Inf.
     """
+    for quantizer in chosen:
+        quantizer.next_draw()
     inputs = [q for q in chosen if isinstance(q, InputQuantizer)]
     _commit_moving([q for q in inputs if q.moving and q.observing], all_reduce_max)
     _commit_first([q for q in inputs if not q.moving and not q.is_calibrated], merge)
@@ -57,3 +63,35 @@ def _commit_first(waiting: list[InputQuantizer], merge: Callable[[Statistics], N
         quantizer.pending = None
         if statistics[quantizer.name].total.any():
             quantizer.load_sample(statistics[quantizer.name].sample())
+
+
+@torch.no_grad()
+def clip_latent_weights(layers: Iterable[QuantizedLayer]) -> None:
+    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section 2.4)."""
+    for layer in layers:
+        current = None if layer.weight_quantizer is None else layer.weight_quantizer.current
+        if current is not None and current.latent_bound is not None and current.is_enabled:
+            layer.weight.clamp_(-current.latent_bound, current.latent_bound)
+
+
+def enter_stage(layers: Iterable[QuantizedLayer], epoch: int, step: int, calibrate: bool) -> list[str]:
+    """Bring every quantizer to its stage at this moment.
+
+    Args:
+        layers: quantized layers.
+        epoch, step: of the training run.
+        calibrate: find the range of a weight whose stage begins; a resumed run has it already.
+
+    Returns:
+        Names of the tensors that changed.
+    """
+    changed = []
+    for layer in layers:
+        for slot in SLOTS:
+            quantizer = getattr(layer, f"{slot}_quantizer")
+            if quantizer is None or not quantizer.set_stage(epoch, step):
+                continue
+            changed.append(quantizer.name)
+            if calibrate and isinstance(current := quantizer.current, WeightQuantizer):
+                current.calibrate(layer.canonical(layer.weight))
+    return changed

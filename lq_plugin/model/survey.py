@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lq_plugin.layers import quantized_class, why_unsupported
+from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.plan import LayerInfo
 from lq_plugin.quantizers import Quantizer
 
@@ -39,7 +40,10 @@ class Survey:
         kinds: dict[str, str] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if isinstance(module, Quantizer) or name.startswith(inside):
+            if name.startswith(inside):
+                continue
+            if isinstance(module, Quantizer):
+                inside += (f"{name}.",)
                 continue
             kinds[name] = float_class(module).__name__
             if isinstance(module, OPAQUE):
@@ -67,7 +71,9 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     types = tuple(kind.__name__ for kind in float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module)
     quantized: Any = quantized_class(module)
     # Called on the float module: `canonical` uses nothing but attributes of the float class.
-    return LayerInfo(name, types, reduction=quantized.canonical(module, module.weight).shape[1], slots=quantized.slots)
+    plain = quantized.output_scale is not QuantizedLayer.output_scale and getattr(module, "groups", 1) == 1
+    plain = plain and not issubclass(quantized, ShadowedForward)
+    return LayerInfo(name, types, quantized.canonical(module, module.weight).shape[1], quantized.slots, plain)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:

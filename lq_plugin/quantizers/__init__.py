@@ -2,32 +2,79 @@
 
 from __future__ import annotations
 
-from lq_plugin.quantizers.base import Quantizer
+from collections.abc import Callable
+from typing import Any
+
+from lq_plugin.functional.ocp_mx import ELEMENTS
+from lq_plugin.quantizers.base import Quantizer, Unquantized
+from lq_plugin.quantizers.binary import BWNWeightQuantizer, SignInputQuantizer, SignWeightQuantizer, XNORInputQuantizer
+from lq_plugin.quantizers.blockwise import NVFP4InputQuantizer, NVFP4WeightQuantizer, OCPInputQuantizer, OCPWeightQuantizer
+from lq_plugin.quantizers.codebook import CodebookWeightQuantizer
 from lq_plugin.quantizers.learned import LSQInputQuantizer, LSQWeightQuantizer, PACTInputQuantizer
 from lq_plugin.quantizers.mx import MXInputQuantizer, MXWeightQuantizer
+from lq_plugin.quantizers.ternary import TTQWeightQuantizer, TWNWeightQuantizer
 from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
 from lq_plugin.quantizers.vector import VectorInputQuantizer
+from lq_plugin.schedule import Moment
 from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
 
-_WEIGHT = {"lsq": LSQWeightQuantizer}
-_INPUT = {"lsq": LSQInputQuantizer, "pact": PACTInputQuantizer}
+#: By format; integer formats with a learned range by that.
+_WEIGHT: dict[str, type[WeightQuantizer]] = {
+    **dict.fromkeys(MX_FORMATS, MXWeightQuantizer),
+    **dict.fromkeys(ELEMENTS, OCPWeightQuantizer),
+    "nvfp4": NVFP4WeightQuantizer,
+    "sign": SignWeightQuantizer,
+    "bwn": BWNWeightQuantizer,
+    "twn": TWNWeightQuantizer,
+    "ttq": TTQWeightQuantizer,
+    "kmeans": CodebookWeightQuantizer,
+    "lsq": LSQWeightQuantizer,
+}
+_INPUT: dict[str, type[InputQuantizer]] = {
+    **dict.fromkeys(MX_FORMATS, MXInputQuantizer),
+    **dict.fromkeys(ELEMENTS, OCPInputQuantizer),
+    "nvfp4": NVFP4InputQuantizer,
+    "sign": SignInputQuantizer,
+    "xnor": XNORInputQuantizer,
+    "lsq": LSQInputQuantizer,
+    "pact": PACTInputQuantizer,
+}
 
 
 def make_weight_quantizer(spec: QuantSpec, name: str, shape: tuple[int, ...]) -> WeightQuantizer:
     """The quantizer for a weight of this (canonical) shape."""
-    kind = MXWeightQuantizer if spec.format in MX_FORMATS else _WEIGHT.get(spec.range_name, WeightQuantizer)
-    return kind(spec, name, shape)
+    return _WEIGHT.get(_key(spec), WeightQuantizer)(spec, name, shape)
 
 
 def make_input_quantizer(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> InputQuantizer:
     """The quantizer for an activation with this many channels on this axis."""
-    if spec.format in MX_FORMATS:
-        return MXInputQuantizer(spec, name, channels, channel_axis)
-    kind = VectorInputQuantizer if isinstance(spec.granularity, PerGroup) else _INPUT.get(spec.range_name, InputQuantizer)
-    return kind(spec, name, channels, channel_axis)
+    plain = VectorInputQuantizer if isinstance(spec.granularity, PerGroup) else InputQuantizer
+    return _INPUT.get(_key(spec), plain)(spec, name, channels, channel_axis)
+
+
+def in_stages(make: Callable[[QuantSpec, str], Quantizer], name: str, stages: list[tuple[Moment | None, QuantSpec | None]]) -> Any:
+    """The quantizer of a tensor whose spec changes while it is trained.
+
+    Args:
+        make: makes a quantizer from a spec and a name.
+        name: of the tensor.
+        stages: when each spec comes into force; a spec of None is float. The last one is not.
+    """
+    *earlier, (_, last) = stages
+    assert last is not None
+    quantizer = make(last, name)
+    if earlier:
+        before = [make(spec, f"{name} (stage {index})") if spec else Unquantized() for index, (_, spec) in enumerate(earlier)]
+        quantizer.add_earlier(before, [start for start, _ in stages])
+    return quantizer
+
+
+def _key(spec: QuantSpec) -> str:
+    return spec.range_name if spec.format_name == "int" else spec.format_name
 
 
 __all__ = [
+    "BWNWeightQuantizer",
     "InputQuantizer",
     "LSQInputQuantizer",
     "LSQWeightQuantizer",
@@ -35,8 +82,14 @@ __all__ = [
     "MXWeightQuantizer",
     "PACTInputQuantizer",
     "Quantizer",
+    "SignInputQuantizer",
+    "SignWeightQuantizer",
+    "TTQWeightQuantizer",
+    "TWNWeightQuantizer",
     "VectorInputQuantizer",
     "WeightQuantizer",
+    "XNORInputQuantizer",
+    "in_stages",
     "make_input_quantizer",
     "make_weight_quantizer",
 ]

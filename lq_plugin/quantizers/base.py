@@ -10,18 +10,35 @@ these states, all of which live in its `state_dict`:
 
 Two attributes steer it in one process only: `collector` (calibration in progress: gather statistics,
 pass on) and `observing` (training: keep a running range, committed once a batch).
+
+Where a plan lowers the precision step by step, the quantizer of the last stage holds those of the `earlier`
+ones. All of them watch the data, one quantizes; which one is in the `state_dict`, too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError
+from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize
+from lq_plugin.functional.mad import fake_quantize_mad
+from lq_plugin.functional.stochastic import fake_quantize_stochastic
 from lq_plugin.ranges import Histogram, Sample
+from lq_plugin.schedule import Moment
 from lq_plugin.spec import QuantSpec
+
+
+class Levels(NamedTuple):
+    """The outermost values that the levels stand for, and the step between levels there."""
+
+    low: Tensor
+    high: Tensor
+    step: Tensor
 
 
 class Quantizer(nn.Module):
@@ -34,6 +51,9 @@ class Quantizer(nn.Module):
 
     enabled: Tensor
     calibrated: Tensor
+    draws: Tensor
+    stage: Tensor
+    earlier: nn.ModuleList
     #: Whether it must be calibrated before it can quantize.
     needs_calibration = True
     #: Parameters that weight decay would pull to zero for no good.
@@ -46,6 +66,10 @@ class Quantizer(nn.Module):
         self.observing = False
         self.allow_uncalibrated = False
         self.collector: Histogram | None = None
+        self.starts: tuple[Moment | None, ...] = ()
+        if spec.stochastic:
+            self.register_buffer("draws", torch.zeros(1, dtype=torch.int64))
+        self._draws = 0
         # Tensors of shape [1], not Python flags: they travel with the state_dict, and sharding refuses 0-dim.
         self.register_buffer("enabled", torch.ones(1, dtype=torch.bool))
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
@@ -60,6 +84,11 @@ class Quantizer(nn.Module):
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point now in force, of the shape that broadcasts against the blocks of the tensor."""
         raise NotImplementedError
+
+    def levels(self, x: Tensor | None = None) -> Levels | None:
+        """Outermost levels and their step, broadcastable against the blocks `x` of the tensor; None where they follow each vector."""
+        scale, zero_point = self.qparams(x)
+        return Levels(*bounds_from_qparams(scale, zero_point, self.spec.grid), scale)
 
     def load_sample(self, sample: Sample) -> None:
         """Set the range from statistics, in place; the quantizer is calibrated afterwards."""
@@ -88,16 +117,34 @@ class Quantizer(nn.Module):
         return self._calibrated
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.starts:
+            self.watch(x)
+            return self.apply_to(x)
+        stages = list(self.stages())
+        for stage in stages:
+            stage.watch(x)
+        for index, stage in enumerate(stages):
+            x = stage.apply_to(x) if index == self._stage else stage.pass_on(x)
+        return x
+
+    def watch(self, x: Tensor) -> None:
+        """Gather what ranges come from: always in a calibration, where told to in training."""
         if self.collector is not None:
             self.collect(x)
+        elif self.training:
+            if self.observing:
+                self.observe(x)
+            if self._enabled and self.needs_calibration and not self._calibrated:
+                self.collect_first(x)
+
+    def apply_to(self, x: Tensor) -> Tensor:
+        """`x` as this quantizer's state wants it: quantized, or as it is."""
+        if self.collector is not None:
             return x
-        if self.training and self.observing:
-            self.observe(x)
         if not self._enabled:
             return self.pass_on(x)
         if self.needs_calibration and not self._calibrated:
             if self.training:
-                self.collect_first(x)
                 return self.pass_on(x)
             if self.allow_uncalibrated:
                 return x
@@ -110,10 +157,64 @@ class Quantizer(nn.Module):
     def pass_on(self, x: Tensor) -> Tensor:
         """`x` as it is. While gradients flow, learned ranges are touched with weight 0: DDP refuses parameters without gradient."""
         if self.training and torch.is_grad_enabled():
-            for parameter in self.parameters():
+            for parameter in self.parameters(recurse=False):
                 if parameter.requires_grad:
                     x = x + 0.0 * parameter.sum().to(x.dtype)
         return x
+
+    def rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Fake-quantized `x` on the spec's integer grid, with the spec's rounding and gradient."""
+        if self.spec.stochastic and self.training:
+            return fake_quantize_stochastic(x, scale, zero_point, self.spec.grid, self.noise(x))
+        function = fake_quantize_mad if self.spec.gradient == "mad" else fake_quantize
+        return function(x, scale, zero_point, self.spec.grid)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) shaped like `x`: a function of the seed, the tensor's name and the batches so far.
+
+        Gradient checkpointing repeats them, a resumed run continues them, and all ranks draw the same for a weight.
+        """
+        digest = hashlib.blake2b(f"{self.spec.seed}:{self.name}:{self._draws}".encode(), digest_size=7).digest()
+        generator = torch.Generator(device=x.device).manual_seed(int.from_bytes(digest, "big"))
+        return torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+
+    def next_draw(self) -> None:
+        """A training batch is over: stochastic rounding draws new numbers."""
+        if self.spec.stochastic:
+            self._draws += 1
+            self.draws.fill_(self._draws)
+
+    def add_earlier(self, earlier: Sequence[Quantizer | Unquantized], starts: Sequence[Moment | None]) -> None:
+        """Make this the last of several stages.
+
+        Args:
+            earlier: what comes before, in order.
+            starts: the moment each stage begins, this one last; None: from the beginning.
+        """
+        self.earlier = nn.ModuleList(earlier)
+        self.starts = tuple(starts)
+        self._stage = len(earlier)
+        self.register_buffer("stage", torch.full((1,), self._stage, dtype=torch.int64))
+
+    def stages(self) -> Iterator[Any]:
+        """The quantizers of all stages, this one last."""
+        yield from self.earlier if self.starts else ()
+        yield self
+
+    def set_stage(self, epoch: int, step: int) -> bool:
+        """Go to the stage of this moment; whether that changed anything."""
+        reached = [index for index, start in enumerate(self.starts) if start is None or start.reached(epoch, step)]
+        if not reached or reached[-1] == self._stage:
+            return False
+        self._stage = reached[-1]
+        self.stage.fill_(self._stage)
+        return True
+
+    @property
+    def current(self) -> Any:
+        """The quantizer in force: itself unless an earlier stage is; None where that one is float."""
+        stage = self.earlier[self._stage] if self.starts and self._stage < len(self.earlier) else self
+        return stage if isinstance(stage, Quantizer) else None
 
     def collect(self, x: Tensor) -> None:
         """Add a batch to the collector (calibration)."""
@@ -142,9 +243,24 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._enabled = bool(self.enabled)
         self._calibrated = bool(self.calibrated)
+        self._draws = int(self.draws) if self.spec.stochastic else 0
+        self._stage = int(self.stage) if self.starts else 0
 
     def extra_repr(self) -> str:
         return f"{self.spec}{'' if self._calibrated else ', not calibrated'}{'' if self._enabled else ', disabled'}"
+
+
+class Unquantized(nn.Module):
+    """A stage that leaves the tensor float."""
+
+    def watch(self, x: Tensor) -> None:
+        """Nothing to see."""
+
+    def apply_to(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
+
+    pass_on = apply_to
 
 
 def float32(value: float, shape: tuple[int, ...]) -> Tensor:

@@ -28,3 +28,6 @@ class MXInputQuantizer(VectorInputQuantizer):
 
     def vector_scale(self, vectors: Tensor) -> Tensor:
         return mx_step(vectors, self.spec.bit_width - 1)
+
+    def levels(self, x: Tensor | None = None) -> None:
+        return None

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds, zero_point_from
+from lq_plugin.functional.affine import qparams_from_bounds, zero_point_from
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
-from lq_plugin.quantizers.base import Quantizer, float32
+from lq_plugin.quantizers.base import Levels, Quantizer, float32
 from lq_plugin.ranges import Histogram, Sample, estimate_range
-from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
+from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, QuantSpec
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
@@ -23,6 +23,7 @@ class WeightQuantizer(Quantizer):
 
     A `minmax` range is taken from the weight at every call. Other ranges are estimated by
     `calibrate(weight)` and stay until the next call; `QAT` calls it at the start of each epoch.
+    `fix(scale, zero_point)` ends both: from then on the qparams are those, whatever the weight becomes.
 
     Args:
         spec: how to quantize.
@@ -32,9 +33,15 @@ class WeightQuantizer(Quantizer):
 
     scale: Tensor
     zero_point: Tensor
+    fixed: Tensor
+    #: The weight itself is kept in ±this while it is trained, where a format asks for it.
+    latent_bound: float | None = None
 
     def __init__(self, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(spec, name)
+        # In the state_dict once it is True: what follows the weight is nobody's to load.
+        self.register_buffer("fixed", torch.zeros(1, dtype=torch.bool), persistent=False)
+        self._fixed = False
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
         self.scale_shape = scale_shape(self.shape, spec.granularity)
@@ -42,13 +49,37 @@ class WeightQuantizer(Quantizer):
         self._make_qparams()
 
     def _make_qparams(self) -> None:
-        if not self.live:
-            self.register_buffer("scale", float32(1.0, self.scale_shape))
-            self.register_buffer("zero_point", float32(0.0, self.scale_shape))
+        self.register_buffer("scale", float32(1.0, self.scale_shape), persistent=not self.live)
+        self.register_buffer("zero_point", float32(0.0, self.scale_shape), persistent=not self.live)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the qparams were set by `fix`."""
+        return self._fixed
+
+    def fix(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set the qparams for good; `calibrate` no longer changes them. Shapes as `self.scale`."""
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        self._set_fixed(True)
+        self.set_calibrated()
+
+    def _set_fixed(self, fixed: bool) -> None:
+        self.fixed.fill_(fixed)
+        self._fixed = fixed
+        keys = {"fixed", "scale", "zero_point"} if self.live else {"fixed"}
+        hidden = self._non_persistent_buffers_set
+        self._non_persistent_buffers_set = hidden - keys if fixed else hidden | keys
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if any(key.startswith(prefix) for key in state_dict):
+            self._set_fixed(prefix + "fixed" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point; a live range needs `x`, the blocks of the weight."""
-        if not self.live:
+        if self._fixed or not self.live:
             return self.scale, self.zero_point
         if x is None:
             raise ValueError(f"{self.name}: the range {self.spec.range!r} follows the weight; pass it to qparams")
@@ -69,13 +100,18 @@ class WeightQuantizer(Quantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         w = blocks(x, self.spec.granularity)
         scale, zero_point = self.qparams(w)
-        return unblocks(fake_quantize(w, scale, zero_point, self.spec.grid), self.shape, self.spec.granularity)
+        return unblocks(self.rounded(w, scale, zero_point), self.shape, self.spec.granularity)
 
     def sample(self, weight: Tensor) -> Sample:
         """The weight's values, one row for each scale; padding does not enter."""
         rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
         mask = block_mask(self.shape, self.spec.granularity)
         return Sample.from_tensor(rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name)
+
+    def counts(self, device: torch.device) -> Tensor | None:
+        """How many elements share each scale, shaped like the scales; None where no ragged group makes them differ."""
+        mask = block_mask(self.shape, self.spec.granularity)
+        return None if mask is None else mask.to(device).sum(reduced_dims(self.scale_shape), keepdim=True)
 
     def calibrate(self, weight: Tensor) -> None:
         """Find the range from the weight.
@@ -85,8 +121,13 @@ class WeightQuantizer(Quantizer):
         """
         self.load_sample(self.sample(weight))
 
+    def new_epoch(self, weight: Tensor) -> None:
+        """Follow the weight once an epoch: a range that is estimated and not learned is found anew."""
+        if self.needs_calibration and not self.spec.learned:
+            self.calibrate(weight)
+
     def load_sample(self, sample: Sample) -> None:
-        if not self.live:
+        if not self.live and not self._fixed:
             minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
             self._store(minimum, maximum)
         self.set_calibrated()
@@ -161,7 +202,11 @@ class InputQuantizer(Quantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         scale, zero_point = self.qparams()
-        return fake_quantize(x, self._view(scale, x.ndim), self._view(zero_point, x.ndim), self.spec.grid)
+        return self.rounded(x, self._view(scale, x.ndim), self._view(zero_point, x.ndim))
+
+    def levels(self, x: Tensor | None = None) -> Levels | None:
+        found = super().levels()
+        return found if x is None or found is None else Levels(*(self._view(value, x.ndim) for value in found))
 
     def new_collector(self) -> Histogram:
         """Empty statistics for one calibration."""
@@ -177,7 +222,12 @@ class InputQuantizer(Quantizer):
             self.pending.update(self._rows(x.detach()) if self.per_channel else x.detach())
 
     def load_sample(self, sample: Sample) -> None:
-        minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
+        if not self.needs_calibration:
+            self.set_calibrated()
+            return
+        # Formats without a grid have the range minmax, which does not look at it.
+        grid = self.spec.grid if self.spec.has_grid else IntegerGrid(-1, 1)
+        minimum, maximum = estimate_range(self.spec.range, sample, grid)
         if self.moving:
             with torch.no_grad():
                 self.running_min.copy_(minimum)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.vs_quant import integer_scale
 from lq_plugin.quantizers.uniform import InputQuantizer
@@ -36,9 +36,13 @@ class VectorInputQuantizer(InputQuantizer):
         # Channels to dim 1, as in a weight: [N, C, *spatial].
         rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         vectors = blocks(rows, self.group)
-        scale = self.vector_scale(vectors.detach())
-        y = unblocks(fake_quantize(vectors, scale, torch.zeros_like(scale), self.spec.grid), rows.shape, self.group)
+        y = unblocks(self.rounded_vectors(vectors), rows.shape, self.group)
         return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
+
+    def rounded_vectors(self, vectors: Tensor) -> Tensor:
+        """Fake-quantized `[N, G, V, *spatial]`."""
+        scale = self.vector_scale(vectors.detach())
+        return self.rounded(vectors, scale, torch.zeros_like(scale))
 
     def vector_scale(self, vectors: Tensor) -> Tensor:
         """Scales for `[N, G, V, *spatial]`, broadcastable to it."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -144,7 +144,7 @@ class BoundSpace:
             if isinstance(choice, QuantSpec):
                 for name in unit.layers:
                     chosen[name][unit.slot] = choice
-        return {name: LayerPlan(**specs) for name, specs in chosen.items()}
+        return {name: LayerPlan(**cast(dict[str, Any], specs)) for name, specs in chosen.items()}
 
     def plan(self, params: Mapping[str, Any]) -> QuantPlan:
         """The same as a plan, one rule a layer."""

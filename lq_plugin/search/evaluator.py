@@ -28,12 +28,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq_plugin.callbacks import PTQ
 from lq_plugin.errors import CalibrationError, PlanError
+from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey
-from lq_plugin.plan import SLOTS, LayerPlan, QuantPlan
+from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.bound import BoundSpace, as_plan
@@ -217,7 +218,8 @@ class Evaluator:
         key = (name, slot, spec)
         layer = self._layers[name]
         if key not in self._quantizers:
-            attach_quantizers(layer, LayerPlan(**{slot: spec}), name)
+            only: dict[str, Any] = {slot: spec}
+            attach_quantizers(layer, LayerPlan(**only), name)
             quantizer: Quantizer = getattr(layer, f"{slot}_quantizer")
             if slot == "weight":
                 layer.calibrate_weight()
@@ -285,7 +287,8 @@ def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
     plans = []
     for index in range(passes):
         chosen = {name: {slot: specs[min(index, len(specs) - 1)] for slot, specs in slots.items()} for name, slots in wanted.items()}
-        plans.append(as_plan({name: LayerPlan(**{slot: _plain(spec) for slot, spec in slots.items()}) for name, slots in chosen.items()}))
+        layers: dict[str, dict[str, Any]] = {name: {slot: _plain(spec) for slot, spec in slots.items()} for name, slots in chosen.items()}
+        plans.append(as_plan({name: LayerPlan(**specs) for name, specs in layers.items()}))
     return plans
 
 

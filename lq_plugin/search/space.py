@@ -22,7 +22,8 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
-from lq_plugin.plan import FLOAT, SLOTS, LayerInfo, QuantPlan, Rule, matches
+from lq_plugin.formats import SLOTS
+from lq_plugin.plan import FLOAT, LayerInfo, QuantPlan, Rule, matches
 from lq_plugin.search.bound import BoundSpace, Choice, Unit
 from lq_plugin.spec import QuantSpec
 
@@ -195,7 +196,8 @@ def _possible(layer: LayerInfo, slot: str, choices: Sequence[Choice], excluded: 
     possible = []
     for choice in choices:
         try:
-            QuantPlan([Rule("*", **{slot: choice})]).resolve([layer])
+            rule: dict[str, Any] = {slot: choice}
+            QuantPlan([Rule("*", **rule)]).resolve([layer])
             possible.append(choice)
         except PlanError as error:
             reasons = excluded.setdefault(f"{layer.name}.{slot}", [])

@@ -1,0 +1,67 @@
+"""BinaryConnect and BNN: -1 and +1 without a scale.
+
+    deterministic   b = +1 where x ≥ 0, else -1                 (sign(0) = +1: there are two levels, not three)
+    stochastic      b = +1 with probability σ(x), else -1,      σ(x) = clip((x + 1) / 2, 0, 1), the hard sigmoid
+
+Backward (both):    ∂b/∂x = 1 where |x| ≤ 1, else 0             (BNN's hard-tanh gradient)
+
+BinaryConnect passes the gradient on everywhere and keeps its weights in [-1, 1] by clipping them after each update;
+inside that interval the two agree.
+
+Reference: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015 (arXiv 1511.00363), section 2;
+Hubara et al., "Binarized Neural Networks", NIPS 2016 (arXiv 1602.02830), eqs. 1-4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Latent weights live in [-LATENT_BOUND, LATENT_BOUND]: beyond it they get no gradient.
+LATENT_BOUND = 1.0
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """σ(x) = clip((x + 1) / 2, 0, 1): the probability of +1.
+
+    >>> hard_sigmoid(torch.tensor([-2.0, 0.0, 0.5]))
+    tensor([0.0000, 0.5000, 0.7500])
+    """
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def sign(x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """-1 and +1, with the straight-through gradient.
+
+    Args:
+        x: float tensor of any shape.
+        noise: uniform in [0, 1), shaped like `x`, for stochastic binarization; None: deterministic.
+
+    Returns:
+        Tensor like `x`.
+
+    >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
+    tensor([-1.,  1.,  1.])
+    """
+    return _Sign.apply(x, noise)
+
+
+def plain_sign(x: Tensor) -> Tensor:
+    """-1 and +1, sign(0) = +1, without a gradient.
+
+    >>> plain_sign(torch.tensor([-0.0, 0.0]))
+    tensor([1., 1.])
+    """
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, noise):
+        ctx.save_for_backward(x)
+        return plain_sign(x if noise is None else hard_sigmoid(x) - noise)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad.masked_fill(x.abs() > LATENT_BOUND, 0.0), None

@@ -1,0 +1,290 @@
+"""k-means codebooks: each weight is one of k = 2^b shared numbers, of which only the index is stored.
+
+    i_j = argmin_k |w_j - C_k|  (ties to the lower),        ŵ_j = C_{i_j}
+
+| method | centroids start | then |
+|---|---|---|
+| `linear` | evenly over [min, max] | Lloyd |
+| `quantile` | at the quantiles (k + 1/2) / levels | Lloyd |
+| `kmeans++` | at weights drawn with probability ∝ squared distance to the nearest one drawn before | Lloyd |
+| `exact` | at the optimum of Σ (w - ŵ)² (`lq_plugin.functional.exact_kmeans`) | Lloyd, where it saw a summary only |
+
+Lloyd's iteration assigns, then moves each centroid to the mean of its members. One that has none moves to the weight
+that is farthest from its own centroid (several to the several farthest), so that the error never grows. With fewer
+distinct weights than levels the centroids left over stay where they were, and nothing is assigned to them.
+
+Backward (g = ∂L/∂ŵ):
+
+    ∂L/∂C_k = Σ_j g_j · 1{i_j = k}          (`sum`, the paper's; `mean` divides it by the number of members)
+    ∂L/∂w_j = g_j                           (straight through, in `fake_quantize_codebook`)
+
+n weights take n · b bits and 32 · k for the codebook.
+
+Reference: Han, Mao, Dally, "Deep Compression", ICLR 2016 (arXiv 1510.00149), section 3; it finds `linear` best for
+accuracy after fine-tuning. Arthur, Vassilvitskii, "k-means++", SODA 2007.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.exact_kmeans import exact_centroids
+
+Method = Literal["exact", "linear", "quantile", "kmeans++"]
+Gradient = Literal["sum", "mean"]
+METHODS: tuple[str, ...] = get_args(Method)
+#: Lloyd iterations at most; in one dimension tens are enough for the error to settle.
+ITERATIONS = 100
+#: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
+MAX_POINTS = 4096
+
+
+def codebook_kmeans(
+    rows: Tensor,
+    levels: int,
+    method: Method = "linear",
+    generator: torch.Generator | None = None,
+    iterations: int = ITERATIONS,
+    max_points: int = MAX_POINTS,
+) -> Tensor:
+    """Centroids of each row.
+
+    Args:
+        rows: `[R, n]`, finite; what shares a codebook in a row (`lq_plugin.functional.grouping.to_rows`).
+        levels: k, at least 1.
+        method: how they are found.
+        generator: of the random draws; `kmeans++` needs one.
+        iterations: of Lloyd, at most.
+        max_points: of `exact`, see `exact_centroids`.
+
+    Returns:
+        Float32 `[R, levels]`, ascending.
+
+    Raises:
+        ValueError: listing all of: an unknown method, no levels, no weights or non-finite ones, no generator.
+
+    >>> codebook_kmeans(torch.tensor([[0.0, 0.1, 1.0, 1.2, 5.0]]), 3)
+    tensor([[0.0500, 1.1000, 5.0000]])
+    """
+    _check(rows, levels, method, generator)
+    ordered = rows.detach().float().sort(1).values
+    if method == "exact":
+        centroids, optimal = exact_centroids(ordered, levels, max_points)
+        iterations = 0 if optimal else iterations
+    elif method == "linear":
+        low, high = ordered[:, :1], ordered[:, -1:]
+        ramp = torch.linspace(0, 1, levels, device=rows.device)
+        centroids = low * (1 - ramp) + high * ramp
+    elif method == "quantile":
+        position = ((torch.arange(levels, device=rows.device) + 0.5) / levels * ordered.shape[1]).long()
+        centroids = ordered[:, position]
+    else:
+        assert generator is not None
+        centroids = _plus_plus(ordered, levels, generator)
+    return lloyd(ordered, centroids, iterations)
+
+
+def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """Lloyd's iteration until nothing moves, or so many times.
+
+    Args:
+        ordered: `[R, n]`, each row ascending.
+        centroids: `[R, levels]`, where to start; ascending.
+
+    Returns:
+        Float32 `[R, levels]`, ascending.
+
+    >>> lloyd(torch.tensor([[0.0, 1.0, 8.0, 9.0]]), torch.tensor([[-5.0, 4.0]]))  # -5 has no members at first
+    tensor([[0.5000, 8.5000]])
+    """
+    count = ordered.shape[1]
+    sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
+    for _ in range(iterations):
+        inner = torch.searchsorted(ordered, midpoints(centroids), right=True)
+        edges = torch.nn.functional.pad(inner, (1, 0))
+        edges = torch.cat([edges, torch.full_like(edges[:, :1], count)], 1)
+        first, last = edges[:, :-1], edges[:, 1:]
+        members = last - first
+        means = ((sums.gather(1, last) - sums.gather(1, first)) / members.clamp(min=1)).float()
+        # The difference of two long sums may miss its members by a rounding.
+        means = means.clamp(ordered.gather(1, first.clamp(max=count - 1)), ordered.gather(1, (last - 1).clamp(min=0)))
+        moved = torch.where(members > 0, means, centroids)
+        if (members == 0).any():
+            moved = _refill(ordered, moved, first, last)
+        moved = moved.sort(1).values
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids
+
+
+def midpoints(centroids: Tensor) -> Tensor:
+    """The largest float32 not above the middle of two neighbours: w ≤ it exactly where w is not nearer to the upper one.
+
+    >>> midpoints(torch.tensor([[0.0, 1.0, 4.0]]))
+    tensor([[0.5000, 2.5000]])
+    """
+    exact = (centroids[:, :-1].double() + centroids[:, 1:].double()) / 2
+    rounded = exact.float()
+    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.double() > exact, below, rounded).contiguous()
+
+
+def assign(rows: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid, ties to the lower.
+
+    Args:
+        rows: `[R, n]`.
+        centroids: `[R, levels]`, ascending.
+
+    Returns:
+        `[R, n]`, uint8 up to 256 levels, int64 above.
+
+    >>> assign(torch.tensor([[0.1, 0.5, 9.0]]), torch.tensor([[0.0, 1.0, 4.0]]))
+    tensor([[0, 0, 2]], dtype=torch.uint8)
+    """
+    indices = torch.searchsorted(midpoints(centroids.detach().float()), rows.detach().float().contiguous())
+    return indices.to(torch.uint8) if centroids.shape[1] <= 256 else indices
+
+
+def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "sum") -> Tensor:
+    """Values of indices; the gradient of a centroid is the sum, or the mean, of its members'.
+
+    Args:
+        centroids: `[R, levels]`.
+        indices: `[R, n]`, whole numbers.
+        gradient: `sum` or `mean`.
+
+    Returns:
+        `[R, n]`, in the dtype of the centroids.
+
+    Raises:
+        ValueError: for another `gradient`.
+
+    >>> c = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    >>> lookup(c, torch.tensor([[1, 1, 0]])).backward(torch.tensor([[1.0, 2.0, 5.0]]))
+    >>> c.grad
+    tensor([[5., 3.]])
+    """
+    _check_gradient(gradient)
+    return _Lookup.apply(centroids, indices, gradient)
+
+
+def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradient: Gradient = "sum") -> Tensor:
+    """`lookup` that also passes the gradient straight through to the latent weights.
+
+    Forward:  x̂_j = C_{i_j}
+
+    Backward: ∂L/∂C_k = Σ_j g_j · 1{i_j = k}, or the mean over the members;  ∂L/∂x_j = g_j
+
+    Args:
+        x: `[R, n]`, the weights that the indices stand for; only their gradient depends on them.
+        centroids: `[R, levels]`.
+        indices: `[R, n]`, whole numbers.
+        gradient: `sum` or `mean`.
+
+    Returns:
+        `[R, n]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: for another `gradient`.
+
+    >>> x = torch.tensor([[0.9, 0.2]], requires_grad=True)
+    >>> c = torch.tensor([[0.0, 1.0]])
+    >>> fake_quantize_codebook(x, c, assign(x, c)).sum().backward()
+    >>> x.grad
+    tensor([[1., 1.]])
+    """
+    _check_gradient(gradient)
+    return _FakeQuantizeCodebook.apply(x, centroids, indices, gradient)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, centroids, indices, gradient):
+        ctx.save_for_backward(indices)
+        ctx.levels, ctx.gradient = centroids.shape[1], gradient
+        return centroids.gather(1, indices.long())
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        return _to_centroids(grad, indices, ctx.levels, ctx.gradient).to(grad.dtype), None, None
+
+
+class _FakeQuantizeCodebook(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, centroids, indices, gradient):
+        ctx.save_for_backward(indices)
+        ctx.levels, ctx.gradient, ctx.dtype = centroids.shape[1], gradient, centroids.dtype
+        return centroids.gather(1, indices.long()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,), to_centroids = ctx.saved_tensors, None
+        if ctx.needs_input_grad[1]:
+            to_centroids = _to_centroids(grad, indices, ctx.levels, ctx.gradient).to(ctx.dtype)
+        return grad, to_centroids, None, None
+
+
+def _to_centroids(grad: Tensor, indices: Tensor, levels: int, gradient: str) -> Tensor:
+    grad, indices = grad.to(torch.promote_types(grad.dtype, torch.float32)), indices.long()
+    total = grad.new_zeros(grad.shape[0], levels).scatter_add_(1, indices, grad)
+    if gradient == "mean":
+        members = torch.zeros_like(total).scatter_add_(1, indices, torch.ones_like(grad))
+        total /= members.clamp_(min=1)
+    return total
+
+
+def _refill(ordered: Tensor, centroids: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Centroids without members moved to the weights farthest from their centroids.
+
+    In a sorted cluster these are its ends, so that two candidates a cluster are all there is to look at.
+    """
+    members = last > first
+    ends = torch.stack([first, last - 1], 2).clamp(0, ordered.shape[1] - 1)
+    values = ordered.gather(1, ends.flatten(1))
+    distance = (values - centroids.repeat_interleave(2, 1)).abs() * members.repeat_interleave(2, 1)
+    farthest, order = distance.sort(stable=True, dim=1, descending=True)
+    rank = (~members).cumsum(1) - 1  # the first without members takes the farthest weight
+    rank = rank.clamp(min=0)
+    replace = ~members & (farthest.gather(1, rank) > 0)
+    return torch.where(replace, values.gather(1, order.gather(1, rank)), centroids)
+
+
+def _plus_plus(ordered: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    rows, count = ordered.shape
+    draws = torch.rand(levels, rows, 1, generator=generator, device=generator.device, dtype=torch.float64).to(ordered.device)
+    chosen = [ordered.gather(1, (draws[0] * count).long().clamp(max=count - 1))]
+    distance = (ordered - chosen[0]).double().square()
+    for draw in draws[1:]:
+        cumulative = distance.cumsum(1)
+        # right=True: never a weight of probability 0, which does not raise the sum.
+        index = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=count - 1)
+        chosen.append(ordered.gather(1, index))
+        distance = torch.minimum(distance, (ordered - chosen[-1]).double().square())
+    return torch.cat(chosen, 1).sort(1).values
+
+
+def _check(rows: Tensor, levels: int, method: str, generator: torch.Generator | None) -> None:
+    faults = []
+    if method not in METHODS:
+        faults.append(f"no method {method!r}, it is one of {', '.join(METHODS)}")
+    if levels < 1:
+        faults.append(f"levels must be at least 1, got {levels}")
+    if rows.ndim != 2 or not rows.shape[1]:
+        faults.append(f"rows must be [R, n] with n ≥ 1, got {list(rows.shape)}")
+    elif not rows.isfinite().all():
+        faults.append("rows must be finite")
+    if method == "kmeans++" and generator is None:
+        faults.append("kmeans++ draws at random and needs a generator")
+    if faults:
+        raise ValueError("codebook_kmeans: " + "; ".join(faults))
+
+
+def _check_gradient(gradient: str) -> None:
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient!r}")

@@ -1,0 +1,61 @@
+"""TTQ: ternary weights with two learned scales.
+
+Forward:   w̃ = +Wp where w > Δ,   -Wn where w < -Δ,   else 0;      Δ = t · max|w|
+
+Backward (g = ∂L/∂w̃):
+
+    ∂L/∂Wp = Σ g over w > Δ          ∂L/∂Wn = -Σ g over w < -Δ
+    ∂L/∂w  = Wp · g,   g,   Wn · g   where w > Δ, between, w < -Δ
+
+(The paper prints ∂L/∂Wn without the minus sign; it follows from the forward formula, and the authors' code has it.)
+
+Reference: Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017 (arXiv 1612.01064), eqs. 6-9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.grouping import reduced_dims
+from lq_plugin.functional.twn import ternary_signs
+
+#: t: Δ over the largest magnitude.
+THRESHOLD = 0.05
+
+
+def ternarize_learned(x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor, gradient_factor: float = 1.0) -> Tensor:
+    """-Wn, 0, +Wp with gradients for `x` and both scales.
+
+    Args:
+        x: float tensor.
+        threshold: Δ, broadcastable to it; a constant.
+        positive, negative: Wp and Wn, of one shape that broadcasts to `x`.
+        gradient_factor: multiplies the gradients of the scales; a sum over thousands of weights is large.
+
+    >>> x = torch.tensor([0.9, -0.8, 0.01], requires_grad=True)
+    >>> ternarize_learned(x, torch.tensor([0.1]), torch.tensor([0.5]), torch.tensor([2.0])).detach()
+    tensor([ 0.5000, -2.0000,  0.0000])
+    """
+    return _LearnedTernary.apply(x, threshold, positive, negative, gradient_factor)
+
+
+class _LearnedTernary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, threshold, positive, negative, factor):
+        ctx.save_for_backward(x, threshold, positive, negative)
+        ctx.factor = factor
+        signs = ternary_signs(x.float(), threshold)
+        return torch.where(signs > 0, positive, torch.where(signs < 0, -negative, 0.0)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, threshold, positive, negative = ctx.saved_tensors
+        g = grad.float()
+        signs = ternary_signs(x.float(), threshold)
+        above, below = signs > 0, signs < 0
+        dims = reduced_dims(tuple(positive.shape))
+        to_positive = ctx.factor * (g * above).sum(dims, keepdim=True)
+        to_negative = -ctx.factor * (g * below).sum(dims, keepdim=True)
+        to_x = torch.where(above, positive * g, torch.where(below, negative * g, g)).to(grad.dtype)
+        return to_x, None, to_positive, to_negative, None

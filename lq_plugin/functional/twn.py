@@ -1,0 +1,94 @@
+"""TWN: ternary weights -α, 0, +α that minimise ‖W - α·T‖².
+
+    T = +1 where W > Δ, -1 where W < -Δ, else 0;        α = mean of |W| over |W| > Δ
+
+For a given Δ that α is optimal; the optimal threshold maximises
+
+    (Σ_{|W| > Δ} |W|)² / #{|W| > Δ}                     (eq. 6)
+
+which one sort and a cumulative sum solve exactly. The paper approximates it by Δ = 0.7 · E|W|, right for a uniform
+or normal distribution; for a Laplace one the optimum is E|W| itself. Backward: straight through, ∂T·α/∂W = 1.
+
+Reference: Li, Zhang, Liu, "Ternary Weight Networks", 2016 (arXiv 1605.04711).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Δ over E|W|, in the paper; the authors' later code takes 0.75.
+THRESHOLD = 0.7
+
+
+def approximate_threshold(rows: Tensor, factor: float = THRESHOLD, count: Tensor | None = None) -> Tensor:
+    """Δ = factor · E|W| of each row.
+
+    Args:
+        rows: `[R, n]`, what shares a scale in a row.
+        factor: 0.7 in the paper.
+        count: `[R]`, weights of each row, where some of its elements are padding with zeros.
+
+    >>> approximate_threshold(torch.tensor([[1.0, -3.0]]))
+    tensor([1.4000])
+    """
+    return factor * rows.float().abs().sum(1) / (rows.shape[1] if count is None else count)
+
+
+def exact_threshold(rows: Tensor) -> Tensor:
+    """The Δ of each row that minimises the squared error, half way between two magnitudes.
+
+    Args:
+        rows: `[R, n]`.
+
+    >>> exact_threshold(torch.tensor([[0.1, 1.0, -1.0, 0.2]]))
+    tensor([0.6000])
+    """
+    magnitude = rows.float().abs().sort(1, descending=True).values
+    count = torch.arange(1, magnitude.shape[1] + 1, device=rows.device)
+    gain = magnitude.double().cumsum(1).square() / count
+    best = gain.argmax(1, keepdim=True)
+    kept = magnitude.gather(1, best)
+    # 0 stands after the last one: then every weight is kept.
+    following = torch.cat([magnitude, torch.zeros_like(magnitude[:, :1])], 1).gather(1, best + 1)
+    return ((kept + following) / 2).squeeze(1)
+
+
+def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
+    """α of each row: the mean magnitude above the threshold; 0 where nothing is.
+
+    >>> ternary_scale(torch.tensor([[0.1, 1.0, -2.0]]), torch.tensor([0.5]))
+    tensor([1.5000])
+    """
+    magnitude = rows.float().abs()
+    kept = magnitude > threshold.unsqueeze(1)
+    return (magnitude * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+    """-α, 0, +α with the straight-through gradient.
+
+    Args:
+        x: float tensor.
+        threshold, scale: Δ and α, broadcastable to it.
+    """
+    return _Ternarize.apply(x, threshold, scale)
+
+
+def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
+    """-1, 0 and +1, float32.
+
+    >>> ternary_signs(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
+    tensor([-1.,  0.,  1.])
+    """
+    return (x > threshold).float() - (x < -threshold).float()
+
+
+class _Ternarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, threshold, scale):
+        return (ternary_signs(x.float(), threshold) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None

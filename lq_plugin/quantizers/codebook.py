@@ -1,0 +1,81 @@
+"""Weights that share a few trained numbers: k-means codebooks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.formats import CODEBOOK_METHODS
+from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
+from lq_plugin.functional.grouping import to_rows
+from lq_plugin.quantizers.base import Levels, float32
+from lq_plugin.quantizers.uniform import WeightQuantizer
+from lq_plugin.ranges import Sample
+
+
+class CodebookWeightQuantizer(WeightQuantizer):
+    """A table of 2^b centroids and an index for each weight (see `lq_plugin.functional.codebook`).
+
+    `calibrate` finds both from the weight. The optimizer then trains the centroids; the indices stay (`fixed`, the
+    paper's), or the weight under them is trained on and each epoch starts with the nearest centroid (`reassign`).
+    """
+
+    no_weight_decay = ("centroids",)
+    indices: Tensor
+
+    def _make_qparams(self) -> None:
+        self.needs_calibration = True
+        units = torch.Size(self.scale_shape).numel()
+        self.centroids = nn.Parameter(float32(0.0, (units, 2**self.spec.bit_width)))
+        members = torch.Size(self.shape).numel() // units
+        self.register_buffer("indices", torch.zeros(units, members, dtype=torch.uint8))
+        words = self.spec.format_options
+        self.method = cast(Method, next((word for word in words if word in CODEBOOK_METHODS), "exact"))
+        self.gradient = cast(Gradient, "mean" if "mean" in words else "sum")
+        self.reassign = "reassign" in words
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The largest magnitude of each table; there is no zero point."""
+        largest = self.centroids.detach().abs().amax(1).reshape(self.scale_shape)
+        return largest, torch.zeros_like(largest)
+
+    def levels(self, x: Tensor | None = None) -> Levels:
+        table = self.centroids.detach().sort(1).values
+        step = (table[:, -1] - table[:, 0]) / max(table.shape[1] - 1, 1)
+        return Levels(*(value.reshape(self.scale_shape) for value in (table[:, 0], table[:, -1], step)))
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        rows = to_rows(x, self.scale_shape)
+        if self.reassign:
+            values = fake_quantize_codebook(rows, self.centroids, self.indices, self.gradient)
+        else:
+            # The weight takes part with factor 0: DDP refuses parameters without a gradient.
+            values = lookup(self.centroids, self.indices, self.gradient).to(x.dtype) + 0.0 * rows
+        return self._from_rows(values)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """Inverse of `to_rows`: channels are dim 0, the one dim a codebook may be kept along."""
+        return rows.reshape(self.shape)
+
+    def calibrate(self, weight: Tensor) -> None:
+        super().calibrate(weight)  # checks for NaN and Inf
+        rows = to_rows(weight.detach().float(), self.scale_shape)
+        seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest(), "big")
+        generator = torch.Generator(device=rows.device).manual_seed(seed)
+        with torch.no_grad():
+            self.centroids.copy_(codebook_kmeans(rows, self.centroids.shape[1], self.method, generator))
+            self.indices.copy_(assign(rows, self.centroids))
+
+    def new_epoch(self, weight: Tensor) -> None:
+        if self.reassign:
+            rows = to_rows(weight.detach().float(), self.scale_shape)
+            with torch.no_grad():
+                # Training may have changed their order; momentum belongs to the centroid, so the table stays as it is.
+                ordered, order = self.centroids.sort(1)
+                self.indices.copy_(order.gather(1, assign(rows, ordered).long()))
+
+    def load_sample(self, sample: Sample) -> None:
+        self.set_calibrated()

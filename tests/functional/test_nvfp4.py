@@ -1,0 +1,107 @@
+"""NVFP4 against torchao, the formula in numpy, and known signal to noise ratios."""
+
+import numpy as np
+import pytest
+import torch
+
+from lq_plugin.functional.error import sqnr_db
+from lq_plugin.functional.minifloat import E2M1, E4M3
+from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
+
+
+def data(rows: int = 500, spread: float = 2.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, 4, 16, generator=generator) * torch.exp2(spread * torch.randn(rows, 4, 1, generator=generator))
+
+
+def nearest(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Half to even code, saturating, by a search of all values."""
+    distance = np.abs(np.minimum(np.abs(x), values[-1])[..., None] - values)
+    tied = distance == distance.min(-1, keepdims=True)
+    weight = tied * (2 - np.arange(len(values)) % 2)
+    return np.copysign(values[weight.argmax(-1)], x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_equals_torchao(factor):
+    nvfp4_tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    x = data(spread=4.0)
+    flat = x.reshape(len(x), 64)
+    g = nvfp4_tensor.per_tensor_amax_to_scale(x.abs().max()) * factor
+    if factor == 1.0:
+        assert torch.equal(g, nvfp4_tensor_scale(x.abs().max()))
+    want = nvfp4_tensor.NVFP4Tensor.to_nvfp4(flat, per_tensor_scale=g).dequantize(torch.float32)
+    block, _ = nvfp4_scales(x, g)
+    # torchao does not go below 2^-6, the smallest normal E4M3: blocks with a subnormal scale differ, as documented here.
+    normal = (block >= 2.0**-6).expand_as(x).reshape(flat.shape)
+    assert 0.3 < normal.float().mean() < 1
+    got = fake_quantize_nvfp4(x, g).reshape(flat.shape)
+    assert torch.equal(got[normal], want[normal])
+    assert sqnr_db(x, got.reshape(x.shape)) >= sqnr_db(x, want.reshape(x.shape))
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 6.0])
+def test_equals_the_formula_in_numpy(spread):
+    x = data(300, spread)
+    array = x.numpy()
+    g = np.abs(array).max() / np.float32(6 * 448)
+    s = nearest(np.abs(array).max(2, keepdims=True) / np.float32(6) / g, E4M3.values().numpy())
+    s = np.maximum(s, np.float32(2.0**-9))
+    block, tensor = nvfp4_scales(x)
+    assert tensor.item() == g
+    np.testing.assert_array_equal(block.numpy(), s)
+    want = nearest(array * (np.float32(1) / g / s), E2M1.values().numpy()) * (s * g)
+    np.testing.assert_array_equal(fake_quantize_nvfp4(x).numpy(), want)
+
+
+def test_tiny_blocks_keep_what_they_can():
+    x = torch.zeros(1, 3, 16)
+    x[0, 0, 0], x[0, 1, 0] = 2688.0, 2.0**-9  # wants s = 2^-9 / 6, which rounds to 0
+    block, tensor = nvfp4_scales(x)
+    assert tensor.item() == 1.0
+    assert block.flatten().tolist() == [448.0, 2.0**-9, 2.0**-9]
+    assert fake_quantize_nvfp4(x)[0, :, 0].tolist() == [2688.0, 2.0**-9, 0.0]
+
+
+def test_zeros_and_the_ends_of_float32():
+    assert torch.equal(fake_quantize_nvfp4(torch.zeros(2, 1, 16)), torch.zeros(2, 1, 16))
+    for size in (1e-25, 1e30, 3.4e38):
+        y = fake_quantize_nvfp4(torch.full((1, 1, 16), size))
+        torch.testing.assert_close(y, torch.full((1, 1, 16), size), rtol=1e-5, atol=0.0)
+
+
+def test_gradient_stops_where_the_tensor_scale_is_too_small():
+    x = torch.randn(50, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    # Block scales end at 448: beyond 6 · 448 · g elements saturate, at the 7 that would round to 8.
+    g = nvfp4_tensor_scale(torch.tensor(1.5))
+    upstream = torch.randn_like(x)
+    fake_quantize_nvfp4(x, g).backward(upstream)
+    block, _ = nvfp4_scales(x, g)
+    inside = (x.detach() / (block * g)).abs() < 7
+    assert 0 < (~inside).sum() < 400
+    assert torch.equal(x.grad, upstream * inside)
+    x.grad = None
+    fake_quantize_nvfp4(x).backward(upstream)
+    assert torch.equal(x.grad, upstream)
+
+
+def test_a_given_tensor_scale_per_channel():
+    x = data(4)
+    g = nvfp4_tensor_scale(x.abs().amax((1, 2), keepdim=True))
+    want = torch.cat([fake_quantize_nvfp4(row.unsqueeze(0)) for row in x])
+    assert torch.equal(fake_quantize_nvfp4(x, g), want)
+
+
+def test_not_a_number_is_not_hidden():
+    x = torch.ones(1, 2, 16)
+    x[0, 0, 3] = torch.nan
+    assert fake_quantize_nvfp4(x, nvfp4_tensor_scale(torch.tensor(1.0)))[0, 0].isnan().all()
+
+
+def test_known_signal_to_noise_ratios():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(16384, 4, 16, generator=generator)
+    double_exponential = torch.empty_like(normal).exponential_(generator=generator) * normal.sign()
+    assert sqnr_db(normal, fake_quantize_nvfp4(normal)).item() == pytest.approx(20.4, abs=0.1)
+    assert sqnr_db(double_exponential, fake_quantize_nvfp4(double_exponential)).item() == pytest.approx(20.7, abs=0.1)
