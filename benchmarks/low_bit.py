@@ -30,6 +30,10 @@ from lq_plugin.demo.resnet import LitClassifier, load_resnet
 from lq_plugin.model.cost import cost
 
 
+#: Train images that --tune keeps for scoring.
+HELD_OUT = 5_000
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a format is trained: its spec, the highest learning rate, the share of distillation."""
@@ -64,7 +68,6 @@ def train(name: str, recipe: Recipe, model: LitClassifier, data: Cifar10DataModu
     seed_everything(options.seed, verbose=False)
     tuned = copy.deepcopy(model)
     tuned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
-    tuned.train()  # what was loaded in evaluation mode stays in it
     tuned.lr, tuned.weight_decay = recipe.lr, recipe.weight_decay
     qat = [] if recipe.weight is None else [QAT(plan(recipe), distill=recipe.distill)]
     trainer = Trainer(
@@ -119,7 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     common.start(options)
     quiet()
     model = LitClassifier(load_resnet(options.data / options.weights, options.depth))
-    data = Cifar10DataModule(options.data, train_size=options.train_size, held_out=5_000 if options.tune else 0)
+    data = Cifar10DataModule(options.data, train_size=options.train_size, held_out=HELD_OUT if options.tune else 0)
     if not options.tune:
         load_images(options.data, "test", 0, 1)  # a missing file is said before hours of work
     results: dict[str, Any] = {"float": None, "results": []}

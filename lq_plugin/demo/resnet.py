@@ -113,7 +113,8 @@ class LitClassifier(LightningModule):
 
     def __init__(self, net: nn.Module, lr: float = 0.04, weight_decay: float = 1e-4) -> None:
         super().__init__()
-        self.net, self.lr, self.weight_decay = net, lr, weight_decay
+        # Lightning leaves each module in the mode it is in, and weights are loaded in evaluation mode.
+        self.net, self.lr, self.weight_decay = net.train(), lr, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

@@ -126,6 +126,11 @@ def test_an_iteration_never_raises_the_error(array, levels, method):
         assert (after <= before * (1 + 1e-5) + 1e-8).all()
 
 
+def test_a_tie_belongs_to_the_lower_centroid():
+    row = torch.tensor([[0.0, 1.0, 2.0]])
+    assert lloyd(row, torch.tensor([[0.0, 2.0]]), iterations=1).tolist() == [[0.5, 2.0]]
+
+
 def test_centroids_without_members_move_to_the_farthest_weights():
     row = torch.tensor([[0.0, 1.0, 2.0, 10.0, 14.0]])
     # Means 1 and 12, both others are unused: 10 and 14 are the farthest, the lower first.

@@ -118,6 +118,15 @@ def test_what_the_modes_promise(name):
 
 
 @formats
+def test_modes_where_the_largest_magnitude_needs_no_rounding(name):
+    fmt = ELEMENTS[name]
+    for exponent in (-20, 0, 13):
+        largest, power = one_block([-fmt.max_value * 2.0**exponent]), one_block([2.0 ** (fmt.max_exponent + exponent)])
+        assert mx_scale(largest, fmt, "floor").item() == mx_scale(largest, fmt, "rceil").item() == 2.0**exponent
+        assert mx_scale(power, fmt, "floor").item() == mx_scale(power, fmt, "ceil").item() == 2.0**exponent
+
+
+@formats
 def test_values_of_mode_floor_are_fixed_points(name):
     torch.manual_seed(0)
     x = torch.randn(3000, 1, 32) * torch.exp2(6 * torch.randn(3000, 1, 1))
