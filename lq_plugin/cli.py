@@ -47,8 +47,7 @@ def run(cfg: DictConfig) -> Metrics:
 
     from lq_plugin.model.checkpoint import load_float_weights
 
-    # Lightning's own console handler would show each line a second time, beside Hydra's.
-    logging.getLogger("lightning").handlers.clear()
+    log_once()
     seed_everything(cfg.seed, workers=True, verbose=False)
     output_dir = Path(cfg.paths.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -146,6 +145,14 @@ def require_lq_configs(cfg: Any) -> None:
         )
 
 
+def log_once() -> None:
+    """Take away Lightning's own console handlers: they would show each line a second time, beside Hydra's."""
+    import lightning.pytorch  # noqa: F401  (adds them)
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+
+
 def close_wandb() -> None:
     """End the W&B run of this job: the next job of a multirun would go on writing into it."""
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
@@ -156,6 +163,7 @@ def close_wandb() -> None:
 def search(cfg: DictConfig) -> None:
     """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
     require_lq_configs(cfg)
+    log_once()
     from lq_plugin.search.main import run as run_search
 
     try:
