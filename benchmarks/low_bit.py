@@ -4,7 +4,7 @@
 
 The first convolution and the last linear layer stay float, as in the papers; every format starts from the same float
 weights and gets the same budget, and so does the float model. Every run is an ordinary Trainer with the callback
-QAT and the recipe of its format in `RECIPES`, which is that of conf/quantization.
+QAT and the recipe of conf/experiment/cifar10_low_bit.yaml and conf/quantization/cifar10_*.yaml.
 """
 
 from __future__ import annotations
@@ -14,62 +14,64 @@ import copy
 import logging
 import statistics
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 import torch
+import yaml
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
-from lq_plugin import QAT, QuantPlan, Rule
+from lq_plugin import QAT, QuantPlan
 from lq_plugin.demo.cifar10 import Cifar10DataModule, load_images
 from lq_plugin.demo.resnet import LitClassifier, load_resnet
 from lq_plugin.model.cost import cost
-
 
 #: Train images that --tune keeps for scoring.
 HELD_OUT = 5_000
 
 
+#: Formats, by the names of conf/quantization/cifar10_*.yaml.
+FORMATS = ("sign", "bwn", "twn", "ttq", "kmeans2", "mx4", "vsq4", "lsq2")
+CONF = files("lq_plugin.conf")
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a format is trained: its spec, the highest learning rate, the share of distillation."""
+    """How a format is trained: its plan (None: float), the highest learning rate, the share of distillation."""
 
-    weight: str | None
-    lr: float = 0.04
+    plan: QuantPlan | None
+    lr: float
     distill: float | None = None
     weight_decay: float = 1e-4
 
 
-RECIPES = {
-    "float": Recipe(None),
-    "sign": Recipe("sign"),
-    "bwn": Recipe("bwn"),
-    "twn": Recipe("twn"),
-    "ttq": Recipe("ttq"),
-    "kmeans2": Recipe("kmeans2"),
-    "mx4": Recipe("mx4"),
-    "vsq4": Recipe("int4 group16:4 ragged"),
-    "lsq2": Recipe("int2 per_channel lsq"),
-}
+def recipe_of(name: str) -> Recipe:
+    """The recipe of `conf/`; the float model has no teacher."""
+    experiment = yaml.safe_load((CONF / "experiment/cifar10_low_bit.yaml").read_text())
+    lr = experiment["model"]["lr"]
+    if name == "float":
+        return Recipe(None, lr)
+    rules = yaml.safe_load((CONF / f"quantization/cifar10_{name}.yaml").read_text())["rules"]
+    return Recipe(QuantPlan.from_dict({"rules": rules}), lr, experiment["callbacks"]["lq_qat"]["distill"])
 
 
-def plan(recipe: Recipe) -> QuantPlan:
-    """All weights but those of the first convolution and the last layer."""
-    assert recipe.weight is not None
-    return QuantPlan([Rule("*", weight=recipe.weight), Rule("net.conv1", weight="float"), Rule("net.linear", weight="float")])
+def with_weight(plan: QuantPlan, spec: str) -> QuantPlan:
+    """The same plan with another spec for all layers that are not float."""
+    return QuantPlan([replace(plan.rules[0], weight=spec), *plan.rules[1:]])
 
 
 def train(name: str, recipe: Recipe, model: LitClassifier, data: Cifar10DataModule, options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune a copy of `model` and score it."""
     seed_everything(options.seed, verbose=False)
     tuned = copy.deepcopy(model)
-    tuned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
+    tuned.to(memory_format=torch.channels_last)  # a quarter faster
     tuned.lr, tuned.weight_decay = recipe.lr, recipe.weight_decay
-    qat = [] if recipe.weight is None else [QAT(plan(recipe), distill=recipe.distill)]
+    qat = [] if recipe.plan is None else [QAT(recipe.plan, distill=recipe.distill)]
     trainer = Trainer(
         max_epochs=options.epochs,
         accelerator="gpu" if options.device == "cuda" else "cpu",
@@ -92,7 +94,7 @@ def train(name: str, recipe: Recipe, model: LitClassifier, data: Cifar10DataModu
         "effective_bits": round(cost(tuned).quantized_effective_bits, 4),
         "epochs": options.epochs,
         "seconds": round(watch.seconds, 1),
-        "spec": recipe.weight,
+        "spec": None if recipe.plan is None else str(recipe.plan.rules[0].weight),
         "lr": recipe.lr,
         "distill": recipe.distill,
         "split": split,
@@ -103,7 +105,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--formats", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all")
+    parser.add_argument("--formats", nargs="+", choices=["float", *FORMATS], default=["float", *FORMATS], help="default: all")
     parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
     parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: %(default)s)")
     parser.add_argument("--train-size", type=int, metavar="N", help="train images to use (default: all that are not held out)")
@@ -127,8 +129,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         load_images(options.data, "test", 0, 1)  # a missing file is said before hours of work
     results: dict[str, Any] = {"float": None, "results": []}
     for name in options.formats:
-        changes = {key: value for key in ("lr", "distill", "weight") if (value := getattr(options, key)) is not None}
-        recipe = Recipe(**{**vars(RECIPES[name]), **changes}) if name != "float" else RECIPES[name]
+        recipe = recipe_of(name)
+        if recipe.plan is not None:
+            changes = {key: value for key in ("lr", "distill") if (value := getattr(options, key)) is not None}
+            plan = recipe.plan if options.weight is None else with_weight(recipe.plan, options.weight)
+            recipe = replace(recipe, plan=plan, **changes)
         row = train(name, recipe, model, data, options)
         if name == "float":
             results["float"] = row["accuracy"]

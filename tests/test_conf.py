@@ -9,7 +9,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lq_plugin import PTQ, QAT, QuantPlan
@@ -44,14 +44,14 @@ def targets(node: object) -> list[str]:
 def test_every_option_composes_and_its_targets_exist(group):
     for option in options(group):
         cfg = composed(f"{'+' if group == 'lq' else ''}{group}={option}")
-        assert all(get_class(target) for target in targets(cfg))
+        assert all(get_object(target) for target in targets(cfg))
         OmegaConf.resolve(cfg)
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment):
     cfg = composed(f"experiment={experiment}", config_name="search" if "search" in experiment else "train")
-    assert all(get_class(target) for target in targets(cfg))
+    assert all(get_object(target) for target in targets(cfg))
     OmegaConf.resolve(cfg)
     assert cfg.task_name == experiment
 

@@ -32,10 +32,10 @@ def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, monkeypat
     assert content["environment"]["threads"] >= 1
 
 
-@pytest.mark.parametrize("name", [name for name in low_bit.RECIPES if name != "float"])
+@pytest.mark.parametrize("name", low_bit.FORMATS)
 def test_first_and_last_layer_stay_float(name: str) -> None:
     model = LitClassifier(CifarResNet(8))
-    ledger = prepare(model, low_bit.plan(low_bit.RECIPES[name]))
+    ledger = prepare(model, low_bit.recipe_of(name).plan)
     layers = [entry.name for entry in ledger if entry.kind in ("Conv2d", "Linear")]
     float_layers = [entry.name for entry in ledger if entry.kind in ("Conv2d", "Linear") and not entry.plan.weight]
     assert float_layers == [layers[0], layers[-1]] == ["net.conv1", "net.linear"]
