@@ -142,6 +142,8 @@ def statistics_merger(trainer: Trainer) -> Callable[[Statistics], None] | None:
 def _merge_statistics(statistics: Statistics) -> None:
     """Join the statistics of all ranks, in place, with one bucketed all-reduce for each kind of tensor."""
     histograms = list(statistics.values())
+    if not histograms:
+        return  # a plan for weights alone, on every rank
 
     def reduce(parts: list[torch.Tensor], operation: Any) -> list[torch.Tensor]:
         bucket = torch.cat([part.flatten() for part in parts])

@@ -166,3 +166,32 @@ def test_distillation_says_what_it_cannot_do(trainer, data):
 
     with pytest.raises(PlanError, match="optimizes by hand"):
         trainer(QAT("w4a8", distill=0.5), max_epochs=1).fit(ByHand(), datamodule=data)
+
+
+class SaveState(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), f"{self.path}/{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("weights", ["lowering", "kmeans2:linear:mean:reassign", "twn stochastic-input"])
+def test_ranks_stay_equal(weights, tmp_path):
+    rules = {
+        "lowering": LOWERING,
+        "kmeans2:linear:mean:reassign": [Rule("*", weight="kmeans2:linear:mean:reassign")],
+        "twn stochastic-input": [Rule("*", weight="twn", input="uint4 affine ema stochastic")],
+    }[weights]
+    L.seed_everything(0, verbose=False)
+    fit = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(QuantPlan(rules), distill=0.5), SaveState(str(tmp_path))],
+        max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    fit.fit(Module(), datamodule=Data(batch_size=8))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    # A batch norm's statistics are those of its rank's batches; everything that is trained or observed is shared.
+    shared = [key for key in first if ".running_" not in key or "quantizer" in key]
+    assert not [key for key in shared if not torch.equal(first[key], second[key])]
