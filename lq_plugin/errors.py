@@ -25,6 +25,10 @@ class CalibrationError(QuantizationError):
     """Ranges are missing, or the data they should come from is empty, NaN or Inf."""
 
 
+class ExportError(QuantizationError):
+    """A model that cannot be written to a file as it is, or a file that cannot be read."""
+
+
 class CoverageError(QuantizationError):
     """Less of the model is quantized than `min_coverage` asks for."""
 

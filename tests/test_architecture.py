@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
     "errors", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "functional", "metrics", "ranges", "quantizers", "layers",
-    "model", "plots",
+    "model", "plots", "export",
     "callbacks", "search", "demo", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 350

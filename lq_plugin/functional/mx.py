@@ -43,11 +43,21 @@ def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tens
     >>> mx_step(torch.tensor([1.5, 0.5, 0.25, 0.1] + 12 * [0.0]).reshape(1, 1, 16), 2)[0, 0, :4]
     tensor([0.5000, 0.5000, 0.2500, 0.2500])
     """
+    return step_of(*mx_exponents(x, micro_bits), mantissa_bits)
+
+
+def mx_exponents(x: Tensor, micro_bits: int = MICRO_BITS) -> tuple[Tensor, Tensor]:
+    """E of every block, `[O, G, 1, *k]`, and τ of every pair, `[O, G, 8, *k]`; int32."""
     magnitude = x.float().abs()
     exponent = _floor_log2(magnitude.amax(2, keepdim=True)).clamp(-127, 127)
     pairs = magnitude.unflatten(2, (BLOCK // PAIR, PAIR)).amax(3)
     # A pair of zeros has no exponent of its own and takes the finest step.
     shift = torch.where(pairs > 0, exponent - _floor_log2(pairs), 2**micro_bits - 1).clamp(max=2**micro_bits - 1)
+    return exponent, shift
+
+
+def step_of(exponent: Tensor, shift: Tensor, mantissa_bits: int) -> Tensor:
+    """Δ of every element from E and τ."""
     step = (exponent - shift - (mantissa_bits - 1)).clamp(min=-126)
     return torch.exp2(step.float()).repeat_interleave(PAIR, dim=2)
 

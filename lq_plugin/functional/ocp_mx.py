@@ -87,7 +87,7 @@ def mx_scale(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor
         exponent += m > 0.5
     elif mode == "even":
         exponent += m >= 1.0 - 2.0 ** -(element.mantissa_bits + 2)
-    scale = _power_of_two(torch.where(amax > 0, exponent, -127).clamp(-127, 127))
+    scale = power_of_two(torch.where(amax > 0, exponent, -127).clamp(-127, 127))
     return torch.where(amax.isnan(), amax, scale)
 
 
@@ -115,6 +115,6 @@ def fake_quantize_mx(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -
     return fake_quantize_minifloat(x, scale, scale.reciprocal(), element)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for int32 -127..127, from the bits: exp2 may flush 2^-127, a subnormal, to zero."""
     return torch.where(exponent > -127, (exponent + 127) << 23, 1 << 22).to(torch.int32).view(torch.float32)

@@ -1,0 +1,224 @@
+"""What a quantized weight is made of: whole numbers of few bits, and a few float numbers.
+
+`encode` takes a weight apart, `decode` puts it together, bit for bit. Every format stores exactly what
+`lq_plugin.model.cost` counts for it:
+
+| format | codes (bits an element) | beside them |
+|---|---|---|
+| int | level - quant_min (b) | scale; zero point - quant_min (b), where affine |
+| int, integer scales | the same | scale - 1 (M), the float scale above |
+| mx4, mx6, mx9 | level + 2^m - 1 (m + 1) | E + 127 (8) a block, τ (1) a pair |
+| mxfp*, mxint8 | sign, index of the magnitude | E + 127 (8) a block |
+| nvfp4 | the same | index of the E4M3 scale (8) a block, the tensor's scale |
+| sign, bwn | 1 for +1 (1) | bwn: scale |
+| twn, ttq | 0, 1, 2 for -, 0, + (2) | one or two scales |
+| kmeans | index (b) | the centroids |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import ExportError
+from lq_plugin.functional.affine import quantize
+from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, round_to_minifloat
+from lq_plugin.functional.mx import mx_exponents, step_of
+from lq_plugin.functional.nvfp4 import nvfp4_scales
+from lq_plugin.functional.ocp_mx import ELEMENTS, mx_scale, power_of_two
+from lq_plugin.functional.twn import ternary_signs
+from lq_plugin.quantizers import WeightQuantizer
+from lq_plugin.quantizers.blockwise import element_and_mode
+from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to be stored.
+
+    Args:
+        values: whole numbers, or float32 numbers.
+        bits: of each whole number; None: float.
+    """
+
+    values: Tensor
+    bits: int | None = None
+
+
+Parts = dict[str, Part]
+Values = Mapping[str, Tensor]
+
+
+def encode(quantizer: Any, weight: Tensor) -> Parts:
+    """The parts of a weight as its quantizer maps it in evaluation mode.
+
+    Args:
+        quantizer: calibrated.
+        weight: `[C_out, C_in / groups, *kernel]`.
+
+    Raises:
+        ExportError: for what is evaluated with float weights.
+    """
+    encoder, _ = _FORMATS[quantizer.spec.format_name]
+    granularity = quantizer.spec.granularity
+    with torch.no_grad():
+        parts = encoder(quantizer, blocks(weight.detach().float(), granularity))
+        # Without what pads a ragged group.
+        codes = unblocks(parts["codes"].values, tuple(weight.shape), granularity)
+    return parts | {"codes": Part(codes.reshape(weight.shape), parts["codes"].bits)}
+
+
+def decode(spec: QuantSpec, shape: tuple[int, ...], parts: Values) -> Tensor:
+    """The weight `[C_out, C_in / groups, *kernel]`, float32, of values by name (whole numbers int32)."""
+    _, decoder = _FORMATS[spec.format_name]
+    values = decoder(spec, {**parts, "codes": blocks(parts["codes"], spec.granularity)})
+    return unblocks(values, shape, spec.granularity)
+
+
+def _encode_int(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    spec, grid = quantizer.spec, quantizer.spec.grid
+    scale, zero_point = quantizer.qparams(w)
+    parts = {"codes": Part(quantize(w, scale, zero_point, grid) - grid.quant_min, spec.bit_width)}
+    if grid.affine:
+        parts["zero_point"] = Part(zero_point.to(torch.int32) - grid.quant_min, spec.bit_width)
+    if (levels := _integer_scales(spec)) is not None:
+        per_channel = cast(PerGroup, spec.granularity).coarse == "channel"
+        coarse, whole = _two_levels(quantizer.name, scale, levels, per_channel)
+        return parts | {"scale": Part(whole - 1, levels), "coarse": Part(coarse)}
+    return parts | {"scale": Part(scale)}
+
+
+def _decode_int(spec: QuantSpec, parts: Values) -> Tensor:
+    scale = parts["scale"]
+    if _integer_scales(spec) is not None:
+        scale = (scale + 1) * parts["coarse"]
+    q = parts["codes"] + spec.grid.quant_min
+    if "zero_point" in parts:
+        q = q - (parts["zero_point"] + spec.grid.quant_min)
+    return q * scale
+
+
+def _integer_scales(spec: QuantSpec) -> int | None:
+    return spec.granularity.scale_bits if isinstance(spec.granularity, PerGroup) else None
+
+
+def _two_levels(name: str, scale: Tensor, bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """γ and the whole numbers whose products are the scales, bit for bit.
+
+    The largest scale is γ · (2^M - 1), rounded once, so that γ is the quotient or a neighbour of it.
+    """
+    dims = list(range(1 if per_channel else 0, scale.ndim))
+    guess = scale.amax(dims, keepdim=True) / (2**bits - 1)
+    for direction in (guess, torch.full_like(guess, torch.inf), torch.zeros_like(guess)):
+        guess_here = torch.nextafter(guess, direction)
+        whole = (scale / guess_here).round()
+        if torch.equal(whole * guess_here, scale):
+            return guess_here, whole.to(torch.int32)
+    raise ExportError(f"{name}: its scales are no whole multiples of one float scale; calibrate it again")
+
+
+def _encode_mx(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    m = quantizer.spec.bit_width - 1
+    exponent, shift = mx_exponents(w)
+    codes = quantize(w, step_of(exponent, shift, m), torch.zeros(()), quantizer.spec.grid) + 2**m - 1
+    return {"codes": Part(codes, m + 1), "exponent": Part(exponent + 127, 8), "shift": Part(shift, 1)}
+
+
+def _decode_mx(spec: QuantSpec, parts: Values) -> Tensor:
+    m = spec.bit_width - 1
+    return (parts["codes"] - 2**m + 1) * step_of(parts["exponent"] - 127, parts["shift"], m)
+
+
+def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    element, mode = element_and_mode(quantizer.spec)
+    scale = mx_scale(w, element, mode)
+    codes = _minifloat_codes(w * scale.reciprocal(), element)
+    return {"codes": Part(codes, element.bit_width), "exponent": Part(torch.frexp(scale).exponent + 126, 8)}
+
+
+def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
+    return _minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
+
+
+def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    block, tensor_scale = nvfp4_scales(w)
+    codes = _minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
+    return {"codes": Part(codes, 4), "scale": Part(_minifloat_codes(block, E4M3), 8), "tensor_scale": Part(tensor_scale.reshape(1))}
+
+
+def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
+    return _minifloat_values(parts["codes"], E2M1) * (_minifloat_values(parts["scale"], E4M3) * parts["tensor_scale"])
+
+
+def _minifloat_codes(x: Tensor, fmt: Minifloat) -> Tensor:
+    """Sign in the highest bit, index of the magnitude below: the bits of the format itself."""
+    value = round_to_minifloat(x, fmt)
+    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous())
+    return (index + (value.signbit() << (fmt.bit_width - 1))).to(torch.int32)
+
+
+def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
+    half = 1 << (fmt.bit_width - 1)
+    magnitude = fmt.values().to(codes.device)[codes.long() % half]
+    return torch.where(codes >= half, -magnitude, magnitude)
+
+
+def _encode_sign(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    if "float_eval" in quantizer.spec.format_options:
+        raise ExportError(f"{quantizer.name}: '{quantizer.spec}' is evaluated with float weights, there is nothing to pack")
+    return {"codes": Part((w >= 0).to(torch.int32), 1)}
+
+
+def _encode_bwn(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    return _encode_sign(quantizer, w) | {"scale": Part(quantizer.qparams(w)[0])}
+
+
+def _decode_binary(spec: QuantSpec, parts: Values) -> Tensor:
+    return (2.0 * parts["codes"] - 1.0) * parts.get("scale", torch.ones(()))
+
+
+def _encode_twn(quantizer: Any, w: Tensor) -> Parts:
+    threshold, scale = quantizer.threshold_and_scale(w)
+    return {"codes": Part(ternary_signs(w, threshold).to(torch.int32) + 1, 2), "scale": Part(scale)}
+
+
+def _decode_twn(spec: QuantSpec, parts: Values) -> Tensor:
+    return (parts["codes"] - 1) * parts["scale"]
+
+
+def _encode_ttq(quantizer: Any, w: Tensor) -> Parts:
+    positive, negative = quantizer.scales()
+    codes = ternary_signs(w, quantizer.threshold(w)).to(torch.int32) + 1
+    return {"codes": Part(codes, 2), "positive": Part(positive), "negative": Part(negative)}
+
+
+def _decode_ttq(spec: QuantSpec, parts: Values) -> Tensor:
+    signs = parts["codes"] - 1
+    return torch.where(signs > 0, parts["positive"], torch.where(signs < 0, -parts["negative"], 0.0))
+
+
+def _encode_kmeans(quantizer: Any, w: Tensor) -> Parts:
+    return {"codes": Part(quantizer.indices.to(torch.int32), quantizer.spec.bit_width), "centroids": Part(quantizer.centroids)}
+
+
+def _decode_kmeans(spec: QuantSpec, parts: Values) -> Tensor:
+    centroids, codes = parts["centroids"], parts["codes"]
+    return centroids.gather(1, codes.reshape(len(centroids), -1).long()).reshape(codes.shape)
+
+
+_FORMATS: dict[str, tuple[Callable[[Any, Tensor], Parts], Callable[[QuantSpec, Values], Tensor]]] = {
+    "int": (_encode_int, _decode_int),
+    **dict.fromkeys(MX_FORMATS, (_encode_mx, _decode_mx)),
+    **dict.fromkeys(ELEMENTS, (_encode_ocp, _decode_ocp)),
+    "nvfp4": (_encode_nvfp4, _decode_nvfp4),
+    "sign": (_encode_sign, _decode_binary),
+    "bwn": (_encode_bwn, _decode_binary),
+    "twn": (_encode_twn, _decode_twn),
+    "ttq": (_encode_ttq, _decode_ttq),
+    "kmeans": (_encode_kmeans, _decode_kmeans),
+}

@@ -1,0 +1,38 @@
+"""The weight of a model that was read from a packed file."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.quantizers.base import Levels
+from lq_plugin.quantizers.uniform import WeightQuantizer
+
+
+class PackedWeightQuantizer(WeightQuantizer):
+    """Stands for the quantizer that made the weight: its values lie on the levels already and pass unchanged.
+
+    The file holds no latent weight, so that there is nothing to train.
+    """
+
+    needs_calibration = False
+
+    def _make_qparams(self) -> None:
+        self.needs_calibration = False
+        self.set_calibrated()
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise QuantizationError(f"{self.name} was read from a packed file, which holds its values; its scales are in the file")
+
+    def levels(self, x: Tensor | None = None) -> Levels | None:
+        return None
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        if self.training and x.requires_grad:
+            raise QuantizationError(
+                f"{self.name} was read from a packed file, which holds no latent weight to train; train from a checkpoint"
+            )
+        return x
+
+    def calibrate(self, weight: Tensor) -> None:
+        raise QuantizationError(f"{self.name} was read from a packed file: it has no range to find")
