@@ -1,5 +1,17 @@
 """Out of training: files that are really as small as the bits say."""
 
-from lq_plugin.export.packed import load_packed, save_packed
+from typing import Any
 
-__all__ = ["load_packed", "save_packed"]
+from lq_plugin.export.packed import load_packed, save_packed
+from lq_plugin.export.runtime import onnx_session
+
+__all__ = ["export_onnx", "load_packed", "onnx_session", "save_packed"]
+
+
+def __getattr__(name: str) -> Any:
+    # Packed files need no onnx.
+    if name == "export_onnx":
+        from lq_plugin.export.onnx import export_onnx
+
+        return export_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

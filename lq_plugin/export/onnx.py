@@ -1,0 +1,148 @@
+"""One ONNX file in the standard QDQ form, which ONNX Runtime, OpenVINO and TensorRT read.
+
+The float model is exported by `torch.onnx.export`, and then gets its quantization back: each quantized weight becomes
+whole numbers and a DequantizeLinear (or a Gather from its table), each quantized activation a QuantizeLinear and a
+DequantizeLinear. Batch norms after a quantized convolution move into its scales and bias, where their factors are
+positive: the whole numbers stay what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.codes import encode
+from lq_plugin.export.containers import Container, container
+from lq_plugin.export.graph import Graph
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.model.prepare import quantized_layers, quantizers, remove
+from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.spec import PerChannel, PerGroup
+
+#: The first one with 4-bit types and blocks of scales.
+OPSET = 21
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    path: str | Path,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> int:
+    """Write a prepared and calibrated model as ONNX.
+
+    Args:
+        model: prepared; it is not changed.
+        inputs: positional arguments of its forward, as an example; at least two samples where the batch is dynamic.
+        path: of the file.
+        dynamic_batch: dim 0 of every input may have any size.
+        input_names, output_names: of the graph.
+
+    Returns:
+        The size of the file, in bytes.
+
+    Raises:
+        ExportError: listing every tensor that ONNX cannot say exactly. No file is written then.
+        ImportError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
+    missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
+    raise_all(ExportError, "cannot export the model", missing)
+    weights, activations = _collect(layers)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
+    graph = Graph(_export_float(model, tuple(inputs), shapes, input_names, output_names))
+    faults: list[str] = []
+    for name, layer in layers:
+        try:
+            node, transposed = graph.consumer(name, layer)
+            if name in weights:
+                graph.put_weight(name, node, _oriented(weights[name], layer, name), transposed)
+        except ExportError as error:
+            faults.append(str(error))
+            continue
+        if name in activations:
+            graph.put_activation(node, *_activation(activations[name]))
+    raise_all(ExportError, "cannot export the model", faults)
+    graph.save(path)
+    return Path(path).stat().st_size
+
+
+def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Container], dict[str, InputQuantizer]]:
+    weights: dict[str, Container] = {}
+    activations: dict[str, InputQuantizer] = {}
+    faults: list[str] = []
+    for name, layer in layers:
+        if layer.weight_quantizer is not None:
+            quantizer = cast(Any, layer.weight_quantizer).current
+            try:
+                if quantizer is None:
+                    raise ExportError(f"{name}.weight is float at this stage of its plan")
+                weights[name] = container(quantizer.spec, encode(quantizer, layer.canonical(layer.weight)), f"{name}.weight")
+            except ExportError as error:
+                faults.append(str(error))
+        if layer.output_quantizer is not None:
+            faults.append(f"{name}.output: quantized outputs have no place in the file yet; quantize the input of the next layer")
+        if (found := layer.input_quantizer) is not None:
+            if found.spec.format_name != "int" or isinstance(found.spec.granularity, PerGroup):
+                faults.append(f"{name}.input ({found.spec}): its scales are found at run time, QuantizeLinear needs them fixed")
+            activations[name] = found
+    raise_all(ExportError, "cannot export the model", faults)
+    return weights, activations
+
+
+def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
+    """The container, and whether the layer keeps its weight with dims 0 and 1 exchanged."""
+    probe = torch.arange(content.q.numel()).reshape(content.q.shape)
+    held = layer.from_canonical(probe)
+    if torch.equal(held, probe):
+        return content, False
+    if held.shape == probe.transpose(0, 1).shape and torch.equal(held, probe.transpose(0, 1)):
+        return content, True
+    raise ExportError(f"{name}: a transposed convolution with groups holds its channels along no single axis of ONNX")
+
+
+def _activation(quantizer: InputQuantizer) -> tuple[Tensor, Tensor, Any, int | None]:
+    """Scale and zero point as ONNX has them, the grid, and the axis of per-channel ones."""
+    scale, zero_point = (value.detach().float() for value in quantizer.qparams())
+    axis = quantizer.axis if isinstance(quantizer.spec.granularity, PerChannel) else None
+    if axis is None:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return scale, zero_point, quantizer.spec.grid, axis
+
+
+def _export_float(
+    model: nn.Module, inputs: tuple[Any, ...], shapes: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None
+) -> Any:
+    """The float model as an ONNX graph whose initializers keep the names of the parameters."""
+    plain = copy.deepcopy(model)
+    remove(plain)
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    # It tells of every step on the console, and warns of packages it could use.
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                plain.eval().cpu(), inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+                input_names=input_names, output_names=output_names,
+            )  # fmt: skip
+    finally:
+        loud.setLevel(level)
+    assert program is not None
+    return program.model_proto
