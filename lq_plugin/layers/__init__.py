@@ -1,6 +1,16 @@
 """Quantized layers, one short file per family; importing this registers them."""
 
+from lq_plugin.layers.attention import QuantizedAttention
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, attach_quantizers, detach_quantizers
+from lq_plugin.layers.compound import (
+    CONTAINER,
+    CompoundWeight,
+    QuantizedCompound,
+    compound_family,
+    compound_weights,
+    register_compound,
+    why_unsupported_compound,
+)
 from lq_plugin.layers.conv import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -11,9 +21,14 @@ from lq_plugin.layers.conv import (
 )
 from lq_plugin.layers.embedding import QuantizedEmbedding
 from lq_plugin.layers.linear import QuantizedConv1D, QuantizedLinear
+from lq_plugin.layers.recurrent import QuantizedRecurrent
 from lq_plugin.layers.registry import quantized_class, register_layer, why_unsupported
 
 __all__ = [
+    "CONTAINER",
+    "CompoundWeight",
+    "QuantizedAttention",
+    "QuantizedCompound",
     "QuantizedConv1D",
     "QuantizedConv1d",
     "QuantizedConv2d",
@@ -24,10 +39,15 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedRecurrent",
     "ShadowedForward",
     "attach_quantizers",
+    "compound_family",
+    "compound_weights",
     "detach_quantizers",
     "quantized_class",
+    "register_compound",
     "register_layer",
     "why_unsupported",
+    "why_unsupported_compound",
 ]

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
-from lq_plugin.layers import QuantizedLayer, quantized_class
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, quantized_class
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey, float_class
 from lq_plugin.plan import LayerPlan
@@ -252,6 +252,7 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
         tied_to = owners.setdefault(id(weight), name)
         # Tied layers share their codes where they share the spec; a learned scale belongs to one layer.
         key = (id(weight), (plan.weight, name) if plan.weight and plan.weight.learned else plan.weight)
+        read = plans.get(_shared_input(name, module), LayerPlan()).input
         bits = 0 if key in stored else _weight_bits(module, plan.weight)
         stored.add(key)
         rows.append(
@@ -261,7 +262,7 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
                 elements=weight.numel(),
                 weight_bits=plan.weight.bit_width if plan.weight else FLOAT_BITS,
                 storage_bits=bits,
-                input_bits=plan.input.bit_width if plan.input else FLOAT_BITS,
+                input_bits=read.bit_width if read else FLOAT_BITS,
                 macs=None if recording is None else recording.macs.get(name, 0),
                 bytes=_bytes(bits) + _bytes(_activation_bits(module, plan)),
                 float_bytes=0 if tied_to != name else _bytes(weight.numel() * FLOAT_BITS),
@@ -270,6 +271,13 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
         )
     other_macs = None if recording is None else recording.total_macs - sum(row.macs or 0 for row in rows)
     return Cost(tuple(rows), _other_bytes(model, set(owners)), other_macs)
+
+
+def _shared_input(name: str, module: nn.Module) -> str:
+    """The layer whose input quantizer this layer's input goes through: itself, or another weight of the same module."""
+    if isinstance(module, CompoundWeight) and module.input_of is not None:
+        return name.removesuffix(module.key) + module.input_of
+    return name
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:

@@ -62,6 +62,27 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
     return 0
 
 
+def weight_macs(module: nn.Module, input_shapes: Sequence[Shape]) -> dict[str, int]:
+    """The share of each weight in one call of a module that holds several, by the weight's key; empty for other modules.
+
+    For recurrent modules the shares are all of `module_macs`; of attention, the products QKᵀ and with V are left.
+    """
+    if not input_shapes:
+        return {}
+    if isinstance(module, nn.RNNBase):
+        steps = prod(input_shapes[0][:-1])
+        names = [name for name in module._flat_weights_names if name.startswith("weight_")]
+        return {name: steps * getattr(module, name).numel() for name in names}
+    if isinstance(module, nn.MultiheadAttention):
+        query, key, embed = input_shapes[0], input_shapes[min(1, len(input_shapes) - 1)], module.embed_dim
+        per_row = {"q": prod(query[:-1]) * embed, "k": prod(key[:-1]) * module.kdim, "v": prod(key[:-1]) * module.vdim}
+        shares = {f"{which}_proj_weight": rows * embed for which, rows in per_row.items()}
+        return ({"in_proj_weight": sum(shares.values())} if module._qkv_same_embed_dim else shares) | {
+            "out_proj": prod(query[:-1]) * embed * embed
+        }
+    return {}
+
+
 def _recurrent_macs(module: nn.RNNBase, input_shape: Shape) -> int:
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     directions = 2 if module.bidirectional else 1

@@ -1,7 +1,8 @@
 """Put quantizers into a model, in place, and take them out again.
 
 Layers are swapped by class: modules, parameters, hooks and the key `weight` keep their identity; a
-layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`.
+layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`. A module with several weights
+(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from lq_plugin.errors import PlanError
-from lq_plugin.layers import QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
+from lq_plugin.layers import CONTAINER, CompoundWeight, QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.survey import OPAQUE, Survey
@@ -57,6 +58,8 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
             assert swapped is not None
             module.__class__ = swapped
             attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
+            if isinstance(module, CompoundWeight):
+                module.enter_owner()
     disable_fast_paths(model)
     return ledger
 
@@ -65,12 +68,14 @@ def remove(model: nn.Module) -> None:
     """Take all quantizers out of `model`: the float model is back, bit for bit as trained."""
     for _, layer in quantized_layers(model):
         detach_quantizers(layer)
+        if isinstance(layer, CompoundWeight):
+            layer.leave_owner()
     restore_fast_paths(model)
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
-    """Names and modules of the layers that hold quantizers."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    """Names and modules of the layers that hold quantizers; names are those of the plan."""
+    return [(name.replace(f"{CONTAINER}.", ""), module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
 
 
 def quantizers(model: nn.Module) -> list[Quantizer]:
@@ -80,12 +85,18 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 
 def _ledger(model: nn.Module, survey: Survey, plans: dict[str, LayerPlan]) -> Ledger:
     entries = []
+    weights = {id(layer.weight) for layer in survey.candidates.values() if isinstance(layer, CompoundWeight)}
     for name, kind in survey.kinds.items():
-        module = model.get_submodule(name)
-        size = sum(p.numel() for p in module.parameters(recurse=isinstance(module, OPAQUE)))
-        if name in survey.candidates:
-            entries.append(Entry(name, kind, plans[name], _missing(plans[name], cast(Any, quantized_class(module)).slots), size))
+        if (layer := survey.candidates.get(name)) is not None:
+            reason = _missing(plans[name], cast(Any, quantized_class(layer)).slots)
+            if isinstance(layer, CompoundWeight):
+                entries.append(Entry(name, kind, plans[name], reason or layer.remark, layer.weight.numel()))
+            else:
+                entries.append(Entry(name, kind, plans[name], reason, sum(p.numel() for p in layer.parameters(recurse=False))))
         elif name in survey.reasons:
+            module = model.get_submodule(name)
+            named = module.named_parameters(recurse=isinstance(module, OPAQUE))
+            size = sum(p.numel() for key, p in named if id(p) not in weights and not key.startswith(CONTAINER))
             entries.append(Entry(name, kind, reason=survey.reasons[name], parameters=size))
     return Ledger(entries)
 

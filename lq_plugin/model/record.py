@@ -30,7 +30,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs
+from lq_plugin.layers import why_unsupported_compound
+from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs, weight_macs
 from lq_plugin.model.op_names import COPIES, ELEMENTWISE, METADATA, normalize
 from lq_plugin.model.recording import Call, Recording, Source
 
@@ -192,8 +193,10 @@ class _Recorder(TorchFunctionMode):
             mutated += frame.inputs[:1]
         unchanged = not mutated and bool(outputs) and all(_storage(t)[0] in keys for t in outputs)
         shapes = tuple(tuple(t.shape) for t in outputs)
-        macs = module_macs(module, [source.shape for source in frame.sources], shapes)
-        self._add("module", frame.name, type(module).__name__, frame.sources, shapes, macs, unchanged)
+        inputs = [source.shape for source in frame.sources]
+        macs = module_macs(module, inputs, shapes)
+        parts = tuple(weight_macs(module, inputs).items()) if macs and why_unsupported_compound(module) is None else ()
+        self._add("module", frame.name, type(module).__name__, frame.sources, shapes, macs, unchanged, parts)
         if not unchanged:
             self._produce(outputs, mutated, activation=True)
 
@@ -251,9 +254,17 @@ class _Recorder(TorchFunctionMode):
         self._add("functional" if counts else "other", name, op, sources, tuple(tuple(t.shape) for t in outputs), macs, False)
 
     def _add(
-        self, kind: Any, name: str, op: str, sources: tuple[Source, ...], shapes: tuple[Shape, ...], macs: int, passthrough: bool
+        self,
+        kind: Any,
+        name: str,
+        op: str,
+        sources: tuple[Source, ...],
+        shapes: tuple[Shape, ...],
+        macs: int,
+        passthrough: bool,
+        parts: tuple[tuple[str, int], ...] = (),
     ) -> None:
-        self._calls.append(Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough))
+        self._calls.append(Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts))
         self._repeats[name] += 1
 
     def _produce(self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False) -> None:

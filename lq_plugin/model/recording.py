@@ -52,6 +52,7 @@ class Call:
         inputs: one `Source` a tensor argument, in order, keywords last.
         output_shapes: one a tensor in the result, however nested.
         macs: multiply-accumulates of this call.
+        weight_macs: the share of each weight, by its key, where the module holds several (LSTM, attention).
         passthrough: hands its input on unchanged (`nn.Identity`, `nn.Flatten`): no consumer of it.
     """
 
@@ -64,6 +65,12 @@ class Call:
     output_shapes: tuple[Shape, ...]
     macs: int = 0
     passthrough: bool = False
+    weight_macs: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """What the plan calls the weights of a module that holds several."""
+        return tuple(f"{self.name}.{key}" if self.name else key for key, _ in self.weight_macs)
 
     @property
     def input_shapes(self) -> tuple[Shape, ...]:
@@ -103,17 +110,20 @@ class Recording:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """MACs by name of module or functional call, summed over its calls."""
+        """MACs by name of module, weight or functional call, summed over its calls; what a weight does counts for it alone."""
         total: Counter[str] = Counter()
         for call in (*self.module_calls, *self.functional_calls):
-            total[call.name] += call.macs
+            total[call.name] += call.macs - sum(macs for _, macs in call.weight_macs)
+            for name, (_, macs) in zip(call.weight_names, call.weight_macs, strict=True):
+                total[name] += macs
         return dict(total)
 
     @cached_property
     def _by_name(self) -> dict[str, list[Call]]:
         named: dict[str, list[Call]] = {}
         for call in self.calls:
-            named.setdefault(call.name, []).append(call)
+            for name in (call.name, *call.weight_names):
+                named.setdefault(name, []).append(call)
         return named
 
     @cached_property
@@ -126,7 +136,7 @@ class Recording:
         return edges
 
     def calls_of(self, name: str) -> tuple[Call, ...]:
-        """All calls of a module or functional name; empty when it never ran."""
+        """All calls of a module or functional name, or of the module with a weight of that name; empty when it never ran."""
         return tuple(self._by_name.get(name, ()))
 
     def producer_of(self, call: Call | str, index: int = 0) -> Call | None:

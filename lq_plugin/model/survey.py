@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lq_plugin.layers import quantized_class, why_unsupported
+from lq_plugin.layers import (
+    CONTAINER,
+    CompoundWeight,
+    compound_family,
+    compound_weights,
+    quantized_class,
+    why_unsupported,
+    why_unsupported_compound,
+)
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.plan import LayerInfo
 from lq_plugin.quantizers import Quantizer
@@ -23,9 +31,9 @@ class Survey:
     """What stands in a model.
 
     Args:
-        candidates: layers that can hold quantizers, by name.
-        reasons: other modules with parameters, and why they stay float.
-        kinds: float types of all modules.
+        candidates: layers that can hold quantizers, by name; a module with several weights is one layer for each.
+        reasons: other modules with parameters, and why they (or what is left of them) stay float.
+        kinds: float types of all modules and layers.
     """
 
     candidates: dict[str, nn.Module]
@@ -46,15 +54,23 @@ class Survey:
                 inside += (f"{name}.",)
                 continue
             kinds[name] = float_class(module).__name__
-            if isinstance(module, OPAQUE):
-                inside += (f"{name}.",)
-            elif quantized_class(module) is not None:
+            if (family := compound_family(module)) is not None:
+                inside += (_join(name, "" if isinstance(module, OPAQUE) else f"{CONTAINER}."),)
+                if reason := why_unsupported_compound(module):
+                    reasons[name] = reason
+                    continue
+                weights = {_join(name, key): weight for key, weight in compound_weights(module).items()}
+                candidates |= weights
+                kinds |= dict.fromkeys(weights, kinds[name])
+                reasons[name] = family.remark
+                continue
+            if quantized_class(module) is not None:
                 if reason := why_unsupported(module):
                     reasons[name] = reason
                 else:
                     candidates[name] = module
                 continue
-            if any(True for _ in module.parameters(recurse=isinstance(module, OPAQUE))):
+            if any(True for _ in module.parameters(recurse=False)):
                 reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
         return cls(candidates, reasons, kinds)
 
@@ -77,5 +93,11 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """The type the user gave a module, quantized or not."""
+    """The type the user gave a module, quantized or not; of a weight, that of the module which has it."""
+    if isinstance(module, CompoundWeight):
+        module = module.owner
     return getattr(type(module), "float_class", type(module))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -193,7 +193,8 @@ class Evaluator:
         started = time.perf_counter()
         self.apply(layer_plans)
         metrics = self._validate()
-        rebuilt = [name for name, layer in self._layers.items() if self.model.get_submodule(name) is not layer]
+        now = dict(quantized_layers(self.model))
+        rebuilt = [name for name, layer in self._layers.items() if now.get(name) is not layer]
         if rebuilt:
             raise PlanError(
                 f"{type(self.model).__name__} built {len(rebuilt)} layers anew while validating (first: {rebuilt[0]}), so they ran float: "

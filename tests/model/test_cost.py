@@ -194,9 +194,9 @@ def test_other_parts_are_counted_as_they_are_saved() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(8, 2), "norm": nn.BatchNorm1d(4)})
     model["linear"].register_buffer("cache", torch.zeros(1000), persistent=False)
     model["norm"].bfloat16()  # float numbers are 32 bits, whatever they are kept in
-    rest = sum(p.numel() for p in model["attention"].parameters()) + 4 + 4 * 4
+    rest = 3 * 8 + 8 + 4 + 4 * 4  # biases of the attention, of the linear layer, and the norm
     assert cost(model).other_bytes == rest * 4 + 8  # num_batches_tracked is int64
-    assert [row.name for row in cost(model)] == ["linear"]
+    assert [row.name for row in cost(model)] == ["linear", "attention.in_proj_weight", "attention.out_proj"]
 
 
 def test_metrics_and_quantizers_do_not_enter_the_size() -> None:

@@ -74,6 +74,17 @@ def test_packed_sequence_counts_real_steps():
     assert call.macs == 5 * 24 * 11
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_weights_of_one_module_share_its_macs():
+    model = nn.Sequential(nn.LSTM(5, 6, proj_size=2, bidirectional=True))
+    recording = run(model, torch.randn(3, 2, 5))
+    (call,) = recording.module_calls
+    one = {"weight_ih_l0": 6 * 24 * 5, "weight_hh_l0": 6 * 24 * 2, "weight_hr_l0": 6 * 6 * 2}
+    assert dict(call.weight_macs) == one | {f"{name}_reverse": macs for name, macs in one.items()}
+    assert recording.macs == {"0": 0} | {f"0.{name}": macs for name, macs in call.weight_macs}
+    assert recording.calls_of("0.weight_hr_l0_reverse") == (call,)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_macs(batch_first: bool):
     model = Function(lambda m, q, k, v: m.attn(q, k, v)[0], attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=batch_first))
@@ -83,6 +94,10 @@ def test_multihead_attention_macs(batch_first: bool):
     (call,) = recording.module_calls
     assert call.name == "attn"
     assert call.macs == 3 * (7 * 8 * 8 + 11 * 6 * 8 + 11 * 5 * 8 + 2 * 7 * 11 * 8 + 7 * 8 * 8)
+    scores = 3 * 2 * 7 * 11 * 8
+    rows = {"q": 7 * 8, "k": 11 * 6, "v": 11 * 5}
+    shares = {f"attn.{which}_proj_weight": 3 * size * 8 for which, size in rows.items()}
+    assert recording.macs == {"attn": scores, "attn.out_proj": 3 * 7 * 8 * 8} | shares
     assert recording.functional_calls == ()  # out_proj and the products are inside
     assert recording.uncalled == ()
 
