@@ -14,7 +14,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lq_plugin.errors import did_you_mean
+from lq_plugin.errors import ExportError, did_you_mean
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
@@ -173,3 +173,62 @@ def search(cfg: DictConfig) -> None:
         sys.exit(130)
     finally:
         close_wandb()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
+def export(cfg: DictConfig) -> None:
+    """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX.
+
+    Raises:
+        ExportError: nothing to export, an unknown target, or a model that the file cannot hold.
+    """
+    log_once()
+    run_export(cfg)
+
+
+def run_export(cfg: DictConfig) -> Path:
+    """Build, load or calibrate the model; write and verify the file; returns its path."""
+    from lightning import seed_everything
+
+    from lq_plugin.export import export_onnx, save_packed, verify
+    from lq_plugin.export.verify import inputs_of
+    from lq_plugin.model.checkpoint import load_checkpoint
+
+    suffixes = {"packed": ".safetensors", "onnx": ".onnx"}
+    if cfg.to not in suffixes:
+        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(suffixes)}.{did_you_mean(str(cfg.to), suffixes)}")
+    if (cfg.ckpt_path is None) == (cfg.plan is None):
+        raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{suffixes[cfg.to]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model: LightningModule = instantiate(cfg.model)
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    if cfg.ckpt_path is not None:
+        load_checkpoint(model, cfg.ckpt_path)
+    else:
+        calibrate_plan(cfg, model, datamodule)
+    model.eval().cpu()
+    datamodule.setup("validate")
+    inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches)
+    size = save_packed(model, path) if cfg.to == "packed" else export_onnx(model, inputs[:1], path)
+    log.info("written to %s: %s bytes", path, f"{size:,}")
+    if cfg.verify:
+        result = verify(model, path, inputs, lambda: instantiate(cfg.model))
+        log.info(
+            "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output",
+            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference,
+        )  # fmt: skip
+    return path
+
+
+def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Load float weights and run PTQ with the config's plan."""
+    from lq_plugin import PTQ
+    from lq_plugin.model.checkpoint import load_float_weights
+
+    if cfg.float_checkpoint:
+        load_float_weights(model, Path(cfg.float_checkpoint))
+    ptq = PTQ(cfg.plan, cfg.calibration_batches, tuple(cfg.phases))
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=[ptq], logger=False, enable_checkpointing=False)
+    trainer.validate(model, datamodule=datamodule, verbose=False)

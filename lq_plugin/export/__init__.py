@@ -4,8 +4,9 @@ from typing import Any
 
 from lq_plugin.export.packed import load_packed, save_packed
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export.verify import Verification, verify
 
-__all__ = ["export_onnx", "load_packed", "onnx_session", "save_packed"]
+__all__ = ["Verification", "export_onnx", "load_packed", "onnx_session", "save_packed", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -129,12 +129,12 @@ def _export_float(
     model: nn.Module, inputs: tuple[Any, ...], shapes: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None
 ) -> Any:
     """The float model as an ONNX graph whose initializers keep the names of the parameters."""
-    plain = copy.deepcopy(model)
+    plain = _copied(model)
     remove(plain)
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    # It tells of every step on the console, and warns of packages it could use.
-    loud.setLevel(logging.ERROR)
+    # They tell of every step on the console, and warn of packages that could be installed.
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnx_ir", "onnxscript")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -143,6 +143,17 @@ def _export_float(
                 input_names=input_names, output_names=output_names,
             )  # fmt: skip
     finally:
-        loud.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     assert program is not None
     return program.model_proto
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy, without the Trainer that a LightningModule may hold."""
+    trainer = model.__dict__.pop("_trainer", None)
+    try:
+        return copy.deepcopy(model)
+    finally:
+        if trainer is not None:
+            model.__dict__["_trainer"] = trainer

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, PlanError, raise_all
@@ -102,7 +102,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
         "plan": plan,
         "effective_bits": f"{cost(model).effective_bits:.6f}",
     }
-    save_file(arrays, path, metadata)
+    Path(path).write_bytes(save(arrays, metadata))
     return Path(path).stat().st_size
 
 

@@ -176,3 +176,23 @@ def test_a_loaded_model_says_that_it_cannot_be_trained(tmp_path):
         net.train()(torch.randn(2, 8))
     with pytest.raises(QuantizationError, match="no range to find"):
         calibrate(net, [torch.randn(2, 8)])
+
+
+def test_modules_with_several_weights(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(16, 24, num_layers=2, bidirectional=True, batch_first=True)
+            self.attention = nn.MultiheadAttention(48, 4, batch_first=True)
+
+        def forward(self, x):
+            x, _ = self.lstm(x)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    net, x = Net().requires_grad_(False), torch.randn(2, 5, 16)
+    size = packed(net, x, tmp_path / "net.safetensors", "int4 per_channel mse", "uint8 affine mse")
+    assert size == pytest.approx(cost(net).bytes, rel=0.15)
+    other = Net().requires_grad_(False)
+    load_packed(other, tmp_path / "net.safetensors")
+    assert torch.equal(other(x), net(x))
