@@ -4,7 +4,7 @@
 2. calibrates it to 4 bits with each range estimator (PTQ);
 3. searches bits, granularity and clipping of every layer with Optuna;
 4. trains on with the best plan that fits the budget (QAT), tracked by W&B, offline;
-5. loads the checkpoint into a new model and scores it.
+5. loads the checkpoint into a new model, scores it, and writes it as a packed file.
 
     python examples/digits_demo.py --output runs/digits_demo --trials 160
 """
@@ -29,6 +29,7 @@ from rich.table import Table
 
 from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from lq_plugin.export import save_packed
 from lq_plugin.model.cost import cost
 from lq_plugin.search import Space, search
 
@@ -81,6 +82,7 @@ def main() -> None:
     rows.append(("PTQ, searched", test(searched, data), price.effective_bits, price.bytes, plan_path.name))
 
     console.rule("4. QAT of that plan, from the float weights")
+    seed_everything(args.seed, verbose=False)  # whatever the search drew
     tuned = DigitsCNN(width=args.width, lr=2e-3)
     tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
     logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
@@ -94,6 +96,7 @@ def main() -> None:
     load_checkpoint(loaded, output / "quantized.ckpt")
     price = cost(loaded)
     rows.append(("QAT of it", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
+    save_packed(loaded, output / "model.safetensors")
 
     show(rows, output, time.perf_counter() - start)
 
@@ -129,12 +132,14 @@ def show(rows: list[tuple[str, float, float, int, str]], output: Path, seconds: 
         ("best plans", "search/plans"),
         ("chosen plan", "plan.yaml"),
         ("quantized checkpoint", "quantized.ckpt"),
+        ("packed file", "model.safetensors"),
         ("W&B offline run", "wandb/latest-run"),
     ):
         found = output / path
         if not found.exists():
             raise FileNotFoundError(f"{found} was not written")
-        console.print(f"{what:>22}: {found}", highlight=False, soft_wrap=True)
+        size = f" ({found.stat().st_size:,} bytes)" if found.is_file() else ""
+        console.print(f"{what:>22}: {found}{size}", highlight=False, soft_wrap=True)
     console.print(f"{'took':>22}: {seconds:.0f} s")
 
 
