@@ -236,9 +236,11 @@ class _State:
         if not activations:
             return
         for name, (quantizer, histogram) in self._watched().items():
-            if name.rpartition(".")[0] in shown:
-                row = next(row for row in self.rows if f"{row.layer}.{row.slot}" == name)
-                known = not quantizer.per_channel and row.minimum is not None and row.maximum is not None
+            layer, _, slot = name.partition(" (stage")[0].rpartition(".")
+            if layer in shown:
+                row = next(row for row in self.rows if (row.layer, row.slot) == (layer, slot))
+                # Of several stages, one is in force.
+                known = not quantizer.per_channel and row.spec == str(quantizer.spec) and None not in (row.minimum, row.maximum)
                 in_force = (row.minimum or 0.0, row.maximum or 0.0) if known else None
                 figure = plots.activation_histogram(histogram, quantizer.spec, name, in_force=in_force)
                 yield Picture("activations", name, plots.to_png(figure))

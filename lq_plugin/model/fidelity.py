@@ -111,7 +111,8 @@ def layer_fidelity(
     for name, layer in quantized_layers(model):
         for slot in SLOTS:
             if isinstance(layer, QuantizedLayer) and (quantizer := getattr(layer, f"{slot}_quantizer")) is not None:
-                errors = weight_errors(layer) if isinstance(quantizer, WeightQuantizer) else known.get(quantizer.name)
+                current = quantizer.current or quantizer
+                errors = weight_errors(layer) if isinstance(quantizer, WeightQuantizer) else known.get(current.name)
                 rows.append(_row(name, slot, quantizer, layer, errors))
     return rows
 
@@ -131,7 +132,7 @@ def watching(model: nn.Module) -> Iterator[Measurements]:
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if quantizer.collector is None and (current := _in_force(quantizer)) is not None:
-                _measure(current, args[0], measured[quantizer.name])
+                _measure(current, args[0], measured.setdefault(current.name, Errors()))
 
         handles.append(quantizer.register_forward_pre_hook(hook))
 
@@ -152,7 +153,7 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
         histogram = statistics.get(quantizer.name)
         if not isinstance(quantizer, InputQuantizer) or histogram is None or not quantizer.is_calibrated or not histogram.total.all():
             continue
-        if not quantizer.needs_calibration:
+        if not quantizer.needs_calibration or not quantizer.spec.has_grid:
             continue  # its levels follow the values, which statistics do not hold
         sample, grid = histogram.sample(), quantizer.spec.grid
         scale, zero_point = (value.detach().float().reshape(-1) for value in quantizer.qparams())

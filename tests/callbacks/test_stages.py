@@ -6,9 +6,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lq_plugin import QAT, PlanError, QuantPlan, Rule, load_checkpoint, prepare
+from lq_plugin import QAT, PlanError, QuantMonitor, QuantPlan, Rule, load_checkpoint, prepare
 from lq_plugin.callbacks.distill import Distillation
 from lq_plugin.model import quantized_layers
 from tests.callbacks.conftest import Data, Module, ResumableLoader
@@ -195,3 +196,13 @@ def test_ranks_stay_equal(weights, tmp_path):
     # A batch norm's statistics are those of its rank's batches; everything that is trained or observed is shared.
     shared = [key for key in first if ".running_" not in key or "quantizer" in key]
     assert not [key for key in shared if not torch.equal(first[key], second[key])]
+
+
+@pytest.mark.parametrize("rules", [LOWERING, TO_BINARY, [Rule("*", weight="mxfp4", input="nvfp4")]], ids=["lowering", "binary", "nvfp4"])
+def test_the_monitor_follows_the_stages(rules, trainer, data, tmp_path):
+    rules = [*rules, Rule("net.fc", input="mx6")]
+    trainer(QAT(QuantPlan(rules)), QuantMonitor(), logger=CSVLogger(tmp_path), max_epochs=3).fit(Module(), datamodule=data)
+    tables = list(tmp_path.rglob("fidelity*.csv"))
+    assert tables
+    last = max(tables, key=lambda path: path.stat().st_mtime).read_text()
+    assert str(rules[-2].weight) in last, "the stage that is in force"
