@@ -88,7 +88,8 @@ class QuantizedLayer(nn.Module):
 
 def scales_output(quantizer: InputQuantizer | None) -> bool:
     """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
-    current = None if quantizer is None else quantizer.current
+    # Something else may stand in for a quantizer while roundings are learned.
+    current = quantizer.current if isinstance(quantizer, Quantizer) else None
     return isinstance(current, XNORInputQuantizer) and current.is_enabled and current.collector is None
 
 

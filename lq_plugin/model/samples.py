@@ -1,0 +1,136 @@
+"""What one unit is reconstructed from: its inputs and targets, drawn in small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from lq_plugin.model.activation_cache import ActivationCache, tree_bytes
+
+#: Inputs from the quantized and from the float model (or None), and the float model's outputs.
+Record = tuple[Any, Any, list[Tensor]]
+
+
+class Samples:
+    """Records of one unit, in a cache; `draw` takes some samples of one of them.
+
+    A sample is an index of dim 0. Whether the unit treats samples apart is tried out: a sequence-first transformer
+    does not, and is given whole batches then. Records of equal structure become a single one where memory allows.
+
+    Args:
+        cache: holds the records.
+        forward: the float unit, from its inputs to the list of its outputs.
+    """
+
+    def __init__(self, cache: ActivationCache, forward: Callable[[Any], list[Tensor]]) -> None:
+        self.cache, self.forward = cache, forward
+        self.sizes: list[int] = []
+        self.separable: bool | None = None
+        self.bytes = 0
+        self._merged: Record | None = None
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        targets = record[2]
+        if self.separable is None:
+            self.separable = self._is_separable(record)
+        self.cache.put(("sample", len(self.sizes)), record)
+        self.sizes.append(targets[0].shape[0] if targets[0].dim() else 1)
+        self.bytes += tree_bytes(record)
+
+    def _is_separable(self, record: Record) -> bool:
+        inputs, _, targets = record
+        if any(t.dim() == 0 or t.shape[0] != targets[0].shape[0] or not t.isfinite().all() for t in targets):
+            return False
+        count = targets[0].shape[0]
+        chosen = torch.tensor(sorted({0, count // 2}))
+        leaves = record[1] if record[1] is not None else inputs
+        # Outputs of the inputs' own float pass: the targets belong to the float inputs.
+        expected = targets if record[1] is not None else self.forward(tree_map(copied, inputs))
+        got = self.forward(_take(leaves, chosen, count))
+        return all(
+            g.shape[0] == len(chosen)
+            and torch.allclose(g.float(), e[chosen.to(e.device)].float(), rtol=1e-3, atol=1e-4 * float(e.abs().max()))
+            for g, e in zip(got, expected, strict=True)
+        )
+
+    def merge(self) -> None:
+        """Make one record of all, where they fit together and half the cache's budget holds them."""
+        if len(self.sizes) < 2 or not self.separable or 2 * self.bytes > self.cache.budget:
+            return
+        records = [self.cache.get(("sample", index)) for index in range(len(self.sizes))]
+        flat = [tree_flatten(record) for record in records]
+        if any(spec != flat[0][1] for _, spec in flat):
+            return
+        merged = []
+        for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+            joined = _join(leaves, self.sizes)
+            if joined is None:
+                return
+            merged.append(joined[0])
+        self.clear()
+        self._merged = tree_unflatten(merged, flat[0][1])
+        self.sizes = [sum(len(record[2][0]) for record in records)]
+
+    def clear(self) -> None:
+        """Drop the records from the cache."""
+        self.cache.drop_where(lambda key: key[0] == "sample")
+        self._merged = None
+
+    def draw(self, size: int, generator: torch.Generator) -> Record:
+        """`size` samples of one record, which is chosen at random by its number of samples; all of it if `size` is larger."""
+        index = int(torch.multinomial(torch.tensor(self.sizes, dtype=torch.float64), 1, generator=generator))
+        record = self._merged if self._merged is not None else self.cache.get(("sample", index))
+        count = self.sizes[index]
+        if not self.separable or size >= count:
+            return tree_map(copied, record) if self._merged is not None else record
+        chosen = torch.randperm(count, generator=generator)[:size]
+        return _take(record, chosen, count)
+
+    def records(self) -> list[Record]:
+        """All records, one after the other."""
+        return [self._merged] if self._merged is not None else [self.cache.get(("sample", i)) for i in range(len(self.sizes))]
+
+
+def _take(tree: Any, chosen: Tensor, count: int) -> Any:
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count:
+            return leaf.index_select(0, chosen.to(leaf.device))
+        return leaf
+
+    return tree_map(take, tree)
+
+
+def _join(leaves: tuple[Any, ...], sizes: list[int]) -> tuple[Any] | None:
+    """The leaf of a merged record, in a tuple; None where the records' leaves do not fit together."""
+    first = leaves[0]
+    if not isinstance(first, Tensor):
+        return (first,) if all(type(leaf) is type(first) and leaf == first for leaf in leaves) else None
+    if all(leaf.dim() and leaf.shape[0] == size for leaf, size in zip(leaves, sizes, strict=True)):
+        same = all(leaf.shape[1:] == first.shape[1:] for leaf in leaves)
+        return (torch.cat(leaves),) if same else None
+    return (first,) if all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in leaves) else None
+
+
+def copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def mixed(quantized: Any, floats: Any, share: float, generator: torch.Generator) -> Any:
+    """`quantized` with each element replaced by the one of `floats` with probability `share`."""
+
+    def mix(q: Any, f: Any) -> Any:
+        if not isinstance(q, Tensor) or not q.is_floating_point():
+            return q
+        return torch.where(torch.rand(q.shape, generator=generator).to(q.device) < share, f, q)
+
+    return tree_map(mix, quantized, floats)
+
+
+def float_leaves(tree: Any) -> list[Tensor]:
+    """The floating-point tensors in a nested value."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
