@@ -28,9 +28,12 @@ from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.model import collect_statistics, weight_samples
 from lq_plugin.model.correct_batch_norm import correct_batch_norm
 from lq_plugin.model.prepare import quantizers
+from lq_plugin.model.reconstruct import reconstruct
 from lq_plugin.ranges import estimate_range
 from lq_plugin.ranges.laboratory import COMPARED
 
+#: What learns its roundings together.
+UNITS = {"adaround": "layer", "brecq": "block"}
 #: Bits of weights and of inputs.
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 CALIBRATION_IMAGES = 1024
@@ -48,12 +51,18 @@ def specs(bits: str, range_name: str, affine_weights: bool = False) -> tuple[str
     return f"int{weight_bits} per_channel{affine} {range_name}", f"uint{input_bits} affine {range_name}"
 
 
-def quantized(model: nn.Module, weight: str, inputs: str, batches: list[Tensor]) -> nn.Module:
+def quantized(
+    model: nn.Module, weight: str, inputs: str, batches: list[Tensor], rounding: str = "nearest", iterations: int = 0, seed: int = 0
+) -> nn.Module:
     """A quantized copy of a float model: all that a user's PTQ run does."""
     result = copy.deepcopy(model)
     prepare(result, QuantPlan([Rule("*", weight=weight, input=inputs)]))
     calibrate(result, batches)
-    correct_batch_norm(result, batches)
+    if rounding == "nearest":
+        correct_batch_norm(result, batches)
+    else:
+        # It corrects the batch norms of each unit itself.
+        reconstruct(result, batches, by=UNITS[rounding], iterations=iterations, seed=seed)
     return result
 
 
@@ -107,6 +116,40 @@ def measure_rows(
         }
 
 
+def measure_reconstruction(
+    model: nn.Module, batches: list[Tensor], test: tuple[Tensor, Tensor], bits: list[str], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Score learned rounding: a row for each width and way, with the curve of accuracy over iterations; seeds are averaged."""
+    for rounding in options.rounding:
+        for width in bits:
+            weight, inputs = specs(width, "mse", options.affine_weights)
+            curve: list[list[float]] = []
+            for iterations in options.iterations:
+                scores, seconds, passes = [], [], []
+                for seed in range(options.seeds):
+                    with common.Stopwatch() as watch:
+                        forward_pass(model, batches)
+                    passes.append(watch.seconds)
+                    with common.Stopwatch() as watch:
+                        result = quantized(model, weight, inputs, batches, rounding, iterations, seed)
+                    seconds.append(watch.seconds)
+                    scores.append(accuracy(result, *test))
+                curve.append([iterations, round(statistics.mean(scores), 3), statistics.median(seconds)])
+            yield {
+                "bits": width,
+                "range": "mse",
+                "rounding": rounding,
+                "iterations": options.iterations[-1],
+                "accuracy": curve[-1][1],
+                "seconds": curve[-1][2],
+                "forward_pass_seconds": statistics.median(passes),
+                "accuracies": scores,
+                "curve": curve,
+                "weight": weight,
+                "input": inputs,
+            }
+
+
 def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
     """What all estimators together cost, in plain forward passes over the same images."""
     prepared = copy.deepcopy(model)
@@ -133,6 +176,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
     parser.add_argument("--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)")
+    parser.add_argument("--rounding", nargs="+", choices=UNITS, default=[], help="learn the rounding too (default: nearest only)")
+    parser.add_argument("--iterations", nargs="+", type=int, default=[100, 300, 1000], metavar="N", help="of learned rounding, a curve")
     parser.add_argument("--affine-weights", action="store_true", help="weights with zero points (default: symmetric)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)")
     parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
@@ -156,6 +201,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "calibration": measure_calibration(model, calibration[0]),
         "results": [],
     }
+    for row in measure_reconstruction(model, calibration[0], test, options.bits, options):
+        results["results"].append(row)
+        common.write_json(options.json, results)
+        console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
     rows = [(bits, name, *specs(bits, name, options.affine_weights)) for bits in options.bits for name in options.ranges]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("quantizing", total=len(rows))
@@ -177,10 +226,10 @@ def table(results: dict[str, Any]) -> Table:
     result.add_column("range")
     for width in widths:
         result.add_column(width, justify="right")
-    for name in dict.fromkeys(row["range"] for row in rows):
-        scores = {row["bits"]: row["accuracy"] for row in rows if row["range"] == name}
-        cells = [f"[bold]{scores[w]:.2f}[/]" if scores[w] == best[w] else f"{scores[w]:.2f}" for w in widths]
-        result.add_row(name, *cells)
+    for rounding, name in dict.fromkeys((row["rounding"], row["range"]) for row in rows):
+        scores = {row["bits"]: row["accuracy"] for row in rows if (row["rounding"], row["range"]) == (rounding, name)}
+        cells = [f"[bold]{scores[w]:.2f}[/]" if scores[w] == best[w] else f"{scores[w]:.2f}" for w in widths if w in scores]
+        result.add_row(name if rounding == "nearest" else rounding, *cells)
     return result
 
 

@@ -81,3 +81,16 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
     labels = torch.arange(300) % 10
     labels[:75] = (labels[:75] + 1) % 10
     assert ptq_accuracy.accuracy(torch.nn.Identity(), images, labels) == 75.0
+
+
+def test_learned_rounding_has_a_row_with_its_curve(data_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--json", str(out)]
+    ptq_accuracy.main([*arguments, "--bits", "W3A8", "--ranges", "mse", "--rounding", "brecq", "adaround", "--iterations", "2", "5"])
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["rounding"], row["range"]) for row in rows] == [("brecq", "mse"), ("adaround", "mse"), ("nearest", "mse")]
+    for row in rows[:2]:
+        assert row["iterations"] == 5
+        assert [point[0] for point in row["curve"]] == [2, 5]
+        assert row["curve"][-1][1:] == [row["accuracy"], row["seconds"]]
+        assert row["weight"] == "int3 per_channel mse"
