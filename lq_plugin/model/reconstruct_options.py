@@ -28,13 +28,13 @@ class ReconstructOptions:
         cache_bytes: memory for activations; what is more goes to disk.
     """
 
-    iterations: int = 500
+    iterations: int = 300
     batch_size: int = 32
-    learning_rate: float = 1e-2
+    learning_rate: float = 1e-1
     scale_learning_rate: float = 1e-3
     input_learning_rate: float = 1e-3
     bias_learning_rate: float = 1e-3
-    regularization: float = 1.0
+    regularization: float = 10.0
     beta: tuple[float, float] = (20.0, 2.0)
     warm_up: float = 0.2
     drop: float = 0.0
