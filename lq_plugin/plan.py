@@ -89,7 +89,7 @@ class QuantPlan:
     """Ordered rules and a schedule: all that search proposes, callbacks apply and exports read.
 
     >>> QuantPlan.parse("w4a8").rules[0]
-    Rule(match='*', weight=QuantSpec('int4 per_channel'), input=QuantSpec('uint8 affine ema'), output=None)
+    Rule(match='*', weight=QuantSpec('int4 per_channel'), input=QuantSpec('uint8 affine ema'), output=None, start=None)
     """
 
     rules: tuple[Rule, ...]
