@@ -88,6 +88,10 @@ class PTQ(QuantizationCallback):
                 raise PlanError(f"phase {name!r}: {error}") from error
         if "reconstruct" in phases[: phases.index("calibrate")]:
             raise PlanError(f"phases {list(phases)}: put reconstruct after calibrate, it starts from the ranges")
+        if "reconstruct" in phases and "correct_batch_norm" in phases[: phases.index("reconstruct")]:
+            raise PlanError(
+                f"phases {list(phases)}: reconstruct corrects batch norms itself, from the float ones; leave correct_batch_norm out"
+            )
         folded = phases.index("fold_batch_norm") if "fold_batch_norm" in phases else len(phases)
         if "reestimate_batch_norm" in phases[folded:]:
             raise PlanError(f"phases {list(phases)}: put reestimate_batch_norm before fold_batch_norm; a folded one has no statistics left")

@@ -194,5 +194,7 @@ def test_options_of_phases_are_checked_at_once():
         PTQ("w4a8", phases=["calibrate", {"reconstruct": {"itterations": 3}}])
     with pytest.raises(PlanError, match="phase 'calibrate' has no options"):
         PTQ("w4a8", phases=[{"calibrate": {"x": 1}}])
+    with pytest.raises(PlanError, match="leave correct_batch_norm out"):
+        PTQ("w4a8", phases=["calibrate", "correct_batch_norm", "reconstruct"])
     with pytest.raises(PlanError, match="put reconstruct after calibrate"):
         PTQ("w4a8", phases=["reconstruct", "calibrate"])
