@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.model.activation_cache import ActivationCache
 from lq_plugin.model.blocks import Unit, find_units
 from lq_plugin.model.calibrate import evaluating, float_forward
@@ -120,7 +120,7 @@ class _Reconstructor:
         with self.float_state():
             self.recording = record(self.model, lambda: self.run(self.cache.get(("batch", 0))))
         units, uncalled = find_units(self.model, self.recording, by)
-        result = Reconstruction(skipped=dict.fromkeys(uncalled, "no batch reached it"))
+        result = Reconstruction(skipped={name: self._why_uncalled(name) for name in uncalled})
         calls = self._count_calls({unit.name for unit in units})
         names = [name for unit in units for name in unit.layers]
         replays = [Replay(self.model, self.run, self.cache, kind, names) for kind in ("float", "quantized")]
@@ -133,6 +133,11 @@ class _Reconstructor:
             for replay in replays:
                 replay.finish(unit.layers)
         return result
+
+    def _why_uncalled(self, name: str) -> str:
+        if isinstance(self.layers[name], CompoundWeight):
+            return "a weight inside torch's kernel (LSTM, attention): there is no output of its own to compare"
+        return "no batch reached it"
 
     def _why_not(self, name: str) -> str | None:
         quantizer = self.layers[name].weight_quantizer

@@ -150,6 +150,23 @@ def test_formats_without_levels_to_choose_from_are_named():
     assert result.skipped == {"0": "bwn has no integer levels to choose from"}
 
 
+def test_weights_inside_a_kernel_keep_nearest_rounding():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    torch.manual_seed(0)
+    net, x = Net().requires_grad_(False), torch.randn(8, 4, 6)
+    prepared(net, [x])
+    result = reconstruct(net, [x], iterations=5)
+    assert list(result.units) == ["head"]
+    assert {name: "LSTM" in reason for name, reason in result.skipped.items()} == {"lstm.weight_ih_l0": True, "lstm.weight_hh_l0": True}
+
+
 def test_bad_input_is_refused():
     x = correlated(32, 8)
     net = prepared(nn.Sequential(nn.Linear(8, 8)), [x])
