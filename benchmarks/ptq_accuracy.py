@@ -117,16 +117,19 @@ def measure_rows(
 
 
 def measure_reconstruction(
-    model: nn.Module, batches: list[Tensor], test: tuple[Tensor, Tensor], bits: list[str], options: argparse.Namespace
+    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], bits: list[str], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Score learned rounding: a row for each width and way, with the curve of accuracy over iterations; seeds are averaged."""
+    """Score learned rounding: a row for each width and way, with the curve of accuracy over iterations.
+
+    Each calibration set comes with a random seed of its own; they are averaged.
+    """
     for rounding in options.rounding:
         for width in bits:
             weight, inputs = specs(width, "mse", options.affine_weights)
             curve: list[list[float]] = []
             for iterations in options.iterations:
                 scores, seconds, passes = [], [], []
-                for seed in range(options.seeds):
+                for seed, batches in enumerate(calibration):
                     with common.Stopwatch() as watch:
                         forward_pass(model, batches)
                     passes.append(watch.seconds)
@@ -201,7 +204,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "calibration": measure_calibration(model, calibration[0]),
         "results": [],
     }
-    for row in measure_reconstruction(model, calibration[0], test, options.bits, options):
+    for row in measure_reconstruction(model, calibration, test, options.bits, options):
         results["results"].append(row)
         common.write_json(options.json, results)
         console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)

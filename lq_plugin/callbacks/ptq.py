@@ -144,8 +144,6 @@ def _reconstruct_options(by: Any = "block", **options: Any) -> ReconstructOption
 
 @register_phase("reconstruct", _reconstruct_options)
 def _reconstruct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
-    if trainer.world_size > 1:
-        raise PlanError(f"reconstruct runs in one process, this Trainer has {trainer.world_size}: use devices=1 and save the result")
     options = dict(ptq.phase_options.get("reconstruct", {}))
     by = options.pop("by", "block")
     chosen = ReconstructOptions(**options)

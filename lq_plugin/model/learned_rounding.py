@@ -10,11 +10,9 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.adaround import beta_at, regularizer
+from lq_plugin.model.ranks import average
 from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.soft_unit import SoftUnit
-
-#: Brings gradients of several processes together, in place.
-GradientMerger = Callable[[list[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -40,18 +38,16 @@ def fit_rounding(
     draw: Callable[[], tuple[Callable[[], list[Tensor]], list[Tensor]]],
     norms: list[float],
     options: ReconstructOptions,
-    merge_gradients: GradientMerger | None = None,
     where: str = "",
     on_step: Callable[[int], None] | None = None,
 ) -> int:
-    """Minimise the error; how many iterations it took.
+    """Minimise the error, over the samples of all processes; how many iterations it took.
 
     Args:
         soft: what is trained.
         draw: `(forward, targets)` of some samples; `forward()` runs the soft unit on them.
         norms: error that counts as 1, of each output.
         options: how.
-        merge_gradients: averages gradients over processes.
         where: for messages.
         on_step: told the number of each iteration.
 
@@ -74,14 +70,14 @@ def fit_rounding(
             # Saturated weights have a span of 0.
             drawn = torch.stack([(regularizer(r.h(), beta) * r.free).sum() for r in soft.roundings.values()]).sum()
             loss = loss + options.regularization * drawn / total
+        optimizer.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        average([loss, *(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)])
         if not bool(loss.isfinite()):
             raise CalibrationError(
                 f"reconstruction of {where} met NaN or Inf in iteration {iteration}: lower the learning rate, or look at its inputs"
             )
-        optimizer.zero_grad()
-        loss.backward()
-        if merge_gradients is not None:
-            merge_gradients([p.grad for p in parameters if p.grad is not None])
         optimizer.step()
         if on_step is not None:
             on_step(iteration + 1)

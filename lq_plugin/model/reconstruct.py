@@ -13,16 +13,17 @@ Post Training Quantization With Small Calibration Sets", ICML 2021 (arXiv 2006.1
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
@@ -31,13 +32,16 @@ from lq_plugin.model.blocks import Unit, find_units
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.correct_batch_norm import _apply as apply_watches
 from lq_plugin.model.correct_batch_norm import _Watch as Watch
-from lq_plugin.model.learned_rounding import Fit, GradientMerger, fit_rounding
-from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.model.digest import digest
+from lq_plugin.model.learned_rounding import Fit, fit_rounding
+from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.ranks import averaged, gathered
 from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.record import Recording, record
 from lq_plugin.model.replay import Arguments, Replay
 from lq_plugin.model.samples import Samples, copied, float_leaves, mixed
 from lq_plugin.model.soft_unit import SoftUnit
+from lq_plugin.model.unit_store import UnitStore
 
 
 @dataclass
@@ -60,11 +64,13 @@ def reconstruct(
     by: str | Sequence[str] = "block",
     options: ReconstructOptions | None = None,
     *,
-    merge_gradients: GradientMerger | None = None,
     on_step: Callable[[str, int], None] | None = None,
     **changes: Any,
 ) -> Reconstruction:
     """Learn the roundings of a calibrated model, in place.
+
+    With several processes (`torch.distributed`) each brings its own batches; gradients and statistics are averaged, and
+    all end with the same model.
 
     Args:
         model: prepared and calibrated.
@@ -72,7 +78,6 @@ def reconstruct(
         run: runs the model on one batch; `model(batch)` when None.
         by: `"block"` (BRECQ), `"layer"` (AdaRound), or patterns of the names of blocks.
         options: how; `changes` replaces fields of it.
-        merge_gradients: averages gradients over processes, in place, so that all learn the same.
         on_step: told the unit's name and the iteration after each.
 
     Returns:
@@ -84,7 +89,7 @@ def reconstruct(
     """
     chosen = replace(options or ReconstructOptions(), **changes)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), _frozen(model), ActivationCache(chosen.cache_bytes) as cache:
-        worker = _Reconstructor(model, run or model, cache, chosen, merge_gradients, on_step)
+        worker = _Reconstructor(model, run or model, cache, chosen, on_step)
         worker.load(batches)
         return worker.reconstruct(by)
 
@@ -96,11 +101,10 @@ class _Reconstructor:
         run: Callable[[Any], Any],
         cache: ActivationCache,
         options: ReconstructOptions,
-        merge_gradients: GradientMerger | None,
         on_step: Callable[[str, int], None] | None,
     ) -> None:
         self.model, self.run, self.cache, self.options = model, run, cache, options
-        self.merge_gradients, self.on_step = merge_gradients, on_step
+        self.on_step = on_step
         self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
         self.count = 0
         #: Float values of the parameters and buffers that were changed.
@@ -113,14 +117,17 @@ class _Reconstructor:
         for batch in batches:
             self.cache.put(("batch", self.count), batch)
             self.count += 1
-        if not self.count:
-            raise CalibrationError("no calibration data: the loader gave 0 batches")
+        counts = gathered(self.count)
+        if not all(counts):
+            where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
+            raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
 
     def reconstruct(self, by: str | Sequence[str]) -> Reconstruction:
         with self.float_state():
             self.recording = record(self.model, lambda: self.run(self.cache.get(("batch", 0))))
         units, uncalled = find_units(self.model, self.recording, by)
         result = Reconstruction(skipped={name: self._why_uncalled(name) for name in uncalled})
+        store = self._store(units) if self.options.folder is not None else None
         calls = self._count_calls({unit.name for unit in units})
         names = [name for unit in units for name in unit.layers]
         replays = [Replay(self.model, self.run, self.cache, kind, names) for kind in ("float", "quantized")]
@@ -128,11 +135,52 @@ class _Reconstructor:
             for name in unit.layers:
                 if (reason := self._why_not(name)) is not None:
                     result.skipped[name] = reason
-            generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
-            result.units[str(unit)] = self._unit(unit, replays[0], replays[1], calls[unit.name], generator)
+            result.units[str(unit)] = self._restored(unit, index, store) or self._learned(unit, index, store, replays, calls[unit.name])
             for replay in replays:
                 replay.finish(unit.layers)
         return result
+
+    def _store(self, units: list[Unit]) -> UnitStore:
+        """The folder, for all that the result depends on."""
+        options = {key: value for key, value in asdict(self.options).items() if key not in ("cache_bytes", "folder")}
+        specs = {quantizer.name: str(quantizer.spec) for quantizer in quantizers(self.model)}
+        leaves = (
+            (f"{index}/{i}", t)
+            for index in range(self.count)
+            for i, t in enumerate(tree_leaves(self.cache.get(("batch", index))))
+            if isinstance(t, Tensor)
+        )
+        run = {
+            "options": json.dumps(options),
+            "units": json.dumps([str(unit) for unit in units]),
+            "specs": json.dumps(specs),
+            "weights or ranges": digest(self.model.state_dict().items()),
+            "data": " ".join(gathered(digest(leaves))),
+        }
+        return UnitStore(self.options.folder or "", run)
+
+    def _learned(self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int) -> Fit:
+        """Learn a unit, and keep it in the store."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
+        fit = self._unit(unit, replays[0], replays[1], calls, generator)
+        if store is not None:
+            store.save(index, str(unit), self._changing(unit), fit)
+        return fit
+
+    def _restored(self, unit: Unit, index: int, store: UnitStore | None) -> Fit | None:
+        """Take a unit from the store, if it is there."""
+        if store is None:
+            return None
+        modules = self._changing(unit)
+        self._keep_originals(t for module in modules.values() for t in (module.weight, module.bias))
+        self._keep_originals(t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var))
+        return store.load(index, str(unit), modules)
+
+    def _changing(self, unit: Unit) -> dict[str, Any]:
+        """The modules that learning a unit may change."""
+        biases = self._biases(unit)
+        behind = {name: m for name, m in self.model.named_modules() if any(getattr(m, "bias", None) is bias for bias in biases)}
+        return {name: self.layers[name] for name in unit.layers} | behind | self._batch_norms(unit)
 
     def _why_uncalled(self, name: str) -> str:
         if isinstance(self.layers[name], CompoundWeight):
@@ -215,9 +263,10 @@ class _Reconstructor:
         trial = samples.draw(8 * options.batch_size, generator)
 
         def error() -> list[float]:
-            return [float((y - t).float().square().mean()) for y, t in zip(forward(tree_map(copied, trial[0])), trial[2], strict=True)]
+            pairs = zip(forward(tree_map(copied, trial[0])), trial[2], strict=True)
+            return averaged([float((y - t).float().square().mean()) for y, t in pairs])
 
-        spread = [max(float(t.float().var()), 1e-20) for t in trial[2]]
+        spread = [max(variance, 1e-20) for variance in averaged([float(t.float().var()) for t in trial[2]])]
         nearest = error()
         if not all(math.isfinite(e) for e in nearest):
             raise CalibrationError(f"reconstruction of {unit}: its quantized or float output holds NaN or Inf")
@@ -238,7 +287,7 @@ class _Reconstructor:
                 self.on_step(unit.name, iteration)
 
         with soft, torch.enable_grad():
-            iterations = fit_rounding(soft, draw, norms, options, self.merge_gradients, str(unit), step)
+            iterations = fit_rounding(soft, draw, norms, options, str(unit), step)
         undecided = soft.undecided_share()
         before = soft.harden()
         learned = error()
@@ -251,7 +300,7 @@ class _Reconstructor:
     def _batch_norms(self, unit: Unit) -> dict[str, _BatchNorm]:
         """Batch norms with running statistics in the unit and its tail, by name."""
         roots = [unit.name, *(call.name for call in unit.tail if call.kind == "module")]
-        found = {f"{root}.{name}": module for root in roots for name, module in self.model.get_submodule(root).named_modules()}
+        found = {name: module for root in roots for name, module in self.model.get_submodule(root).named_modules(prefix=root)}
         return {name: m for name, m in found.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
     def _keep_originals(self, tensors: Iterable[Tensor | None]) -> None:

@@ -26,6 +26,7 @@ class ReconstructOptions:
         correct_batch_norm: first correct the statistics of batch norms, as `lq_plugin.model.correct_batch_norm` does.
         seed: of samples and of dropping.
         cache_bytes: memory for activations; what is more goes to disk.
+        folder: keeps what is finished, so that the same call again goes on after it, with the same result; None: nothing is kept.
     """
 
     iterations: int = 300
@@ -41,6 +42,7 @@ class ReconstructOptions:
     correct_batch_norm: bool = True
     seed: int = 0
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         faults = [
@@ -56,4 +58,6 @@ class ReconstructOptions:
         faults += [
             f"{name} is a share in 0..1, got {getattr(self, name)!r}" for name in ("warm_up", "drop") if not 0 <= getattr(self, name) < 1
         ]
+        if not isinstance(self.folder, str | None):
+            faults.append(f"folder is a path, got {self.folder!r}")
         raise_all(QuantizationError, "impossible ReconstructOptions", faults)

@@ -10,7 +10,6 @@ data, exactly: it is the Trainer's own validation loop.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import signal
 import time
@@ -31,6 +30,7 @@ from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.model.cost import Cost, plan_cost
+from lq_plugin.model.digest import digest
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey
@@ -140,7 +140,7 @@ class Evaluator:
         """
         self.float_metrics = self._validate()
         self._float_state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-        self.weights = _digest(self._float_state)
+        self.weights = digest(self._float_state.items())
         # After a validation: only now has `configure_model` built every layer.
         survey = Survey.of(self.model)
         self.space = Space.parse(space).bind(survey.infos(), survey.others())
@@ -301,12 +301,3 @@ def _plain(spec: QuantSpec) -> QuantSpec:
 def _statistics_of(spec: QuantSpec) -> PerChannel | PerTensor:
     """What an activation's statistics are gathered for: scales of groups are found at run time, from one range."""
     return spec.granularity if isinstance(spec.granularity, PerChannel) else PerTensor()
-
-
-def _digest(state: Mapping[str, torch.Tensor]) -> str:
-    """A hash of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -215,3 +218,65 @@ def test_options_of_phases_are_checked_at_once():
         PTQ("w4a8", phases=["calibrate", "correct_batch_norm", "reconstruct"])
     with pytest.raises(PlanError, match="put reconstruct after calibrate"):
         PTQ("w4a8", phases=["reconstruct", "calibrate"])
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the library may catch it."""
+
+
+@pytest.mark.parametrize("by", ["layer", "block"])
+def test_a_killed_run_goes_on_with_the_same_result(tmp_path, by):
+    torch.manual_seed(0)
+    net, batches = randomize(resnet20()), [torch.randn(16, 3, 8, 8) for _ in range(2)]
+    prepared(net, batches, inputs="uint4 affine")
+    whole, killed = copy.deepcopy(net), copy.deepcopy(net)
+    options = {"iterations": 6, "by": by, "folder": str(tmp_path / "units")}
+    expected = reconstruct(whole, batches, **{**options, "folder": None})
+    last = list(expected.units)[3]
+
+    def kill(unit, iteration):
+        if last.startswith(unit) and iteration == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        reconstruct(killed, batches, on_step=kill, **options)
+    assert len(list((tmp_path / "units").glob("unit_*"))) == 3
+    steps = []
+    resumed = copy.deepcopy(net)
+    result = reconstruct(resumed, batches, on_step=lambda unit, iteration: steps.append(unit), **options)
+    assert len(set(steps)) == len(expected.units) - 3, "the first three are not learned again"
+    assert result == expected
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+    with pytest.raises(CalibrationError, match=r"other data: choose another folder"):
+        reconstruct(copy.deepcopy(net), batches[:1], **options)
+    with pytest.raises(CalibrationError, match=r"other options, weights or ranges: choose"):
+        reconstruct(whole, batches, **{**options, "iterations": 7})
+    (tmp_path / "units" / "unit_0001.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(CalibrationError, match=r"unit_0001.safetensors is not a reconstructed unit"):
+        reconstruct(copy.deepcopy(net), batches, **options)
+
+
+def _rank(rank: int, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
+    x = correlated(256, 50).reshape(256, 2, 5, 5)
+    target = net(x).detach()
+    prepared(net, [x], "int3 per_channel mse", "uint4 affine")
+    nearest = (net(x) - target).square().mean()
+    reconstruct(net, [x[rank::2]], by="layer", iterations=100, folder=f"{path}/units")
+    assert (net(x) - target).square().mean() < 0.5 * nearest
+    torch.save(net.state_dict(), f"{path}/{rank}.pt")
+    with pytest.raises(CalibrationError, match=r"in the process of rank 1"):
+        reconstruct(net, [x] if rank == 0 else [])
+    with pytest.raises(CalibrationError, match=r"NaN or Inf"):
+        reconstruct(net, [x if rank == 0 else x * torch.nan], by="layer", iterations=3, correct_batch_norm=False)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_learn_the_same(tmp_path):
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list((tmp_path / "units").glob("unit_*"))) == 2

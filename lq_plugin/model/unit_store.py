@@ -1,0 +1,97 @@
+"""Reconstructed units on disk, so that a run which was killed goes on after them with the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import nn
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.model.learned_rounding import Fit
+from lq_plugin.model.ranks import gathered, is_first
+
+_RUN = "run.json"
+
+
+class UnitStore:
+    """One file for each unit in a folder. Of several processes the first one writes, all of them read.
+
+    Args:
+        folder: made when it is not there.
+        run: what the result depends on, as plain text by topic: only units of an equal run are taken up.
+
+    Raises:
+        CalibrationError: the folder holds units of another run; it says what differs.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, str]) -> None:
+        self.folder = Path(folder)
+        self.writes = is_first()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _RUN
+        if path.exists():
+            try:
+                known = json.loads(path.read_text())
+            except ValueError as error:
+                raise CalibrationError(f"{path} is not the record of a reconstruction: {error}") from error
+            differing = [key for key in sorted({*known, *run}) if known.get(key) != run.get(key)]
+            if differing:
+                raise CalibrationError(
+                    f"{self.folder} holds units that were reconstructed with other {', '.join(differing)}: "
+                    "choose another folder, or delete this one"
+                )
+        elif self.writes:
+            _write(path, lambda temporary: temporary.write_text(json.dumps(dict(run), indent=1)))
+
+    def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> Fit | None:
+        """Give the modules what unit number `index` has learned; None when not every process finds it in the folder.
+
+        Raises:
+            CalibrationError: a file that is damaged, or of another unit.
+        """
+        path = self._path(index)
+        if not all(gathered(path.exists())):
+            return None
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            fit = Fit(**json.loads(metadata["fit"]))
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} is not a reconstructed unit: {error}") from error
+        if metadata.get("unit") != unit:
+            raise CalibrationError(f"{path} is of unit {metadata.get('unit')!r}, not of {unit!r}")
+        for name, module in modules.items():
+            mine = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            try:
+                module.load_state_dict(mine)
+            except RuntimeError as error:
+                raise CalibrationError(f"{path} does not fit {name}: {error}") from error
+        return fit
+
+    def save(self, index: int, unit: str, modules: Mapping[str, nn.Module], fit: Fit) -> None:
+        """Keep what the modules have learned; the file appears when it is whole."""
+        if self.writes:
+            state = {
+                f"{name}/{key}": value.detach().cpu().clone()
+                for name, module in modules.items()
+                for key, value in module.state_dict().items()
+            }
+            metadata = {"unit": unit, "fit": json.dumps(asdict(fit))}
+            _write(self._path(index), lambda temporary: save_file(state, temporary, metadata))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"unit_{index:04d}.safetensors"
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)
