@@ -1,8 +1,8 @@
 """What is reconstructed together: a layer with what follows it, or a whole block.
 
-Blocks are found by what a recorded pass shows: the innermost modules that add two activations of their own (residual
-connections: ResNet blocks, transformer layers) and hold at least two quantized layers. Layers outside of blocks stay
-units by themselves.
+The weights of an LSTM or of an attention have no output of their own and are learned together. Blocks are found by what
+a recorded pass shows: the innermost modules that add two activations of their own (residual connections: ResNet blocks,
+transformer layers) and hold at least two quantized layers. Layers outside of blocks stay units by themselves.
 
 Reference: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021
 (arXiv 2102.05426), section 3.2, where the residual or transformer block is the best unit.
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.layers import CompoundWeight
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.recording import Call, Recording
 
@@ -69,9 +70,10 @@ def find_units(model: nn.Module, recording: Recording, by: str | Sequence[str] =
     Raises:
         QuantizationError: patterns that match no module with quantized layers.
     """
-    names = [name for name, layer in quantized_layers(model) if layer.weight_quantizer is not None]
+    # By layer: the module that is called for it.
+    owners = {name: owner_name(model, layer) or name for name, layer in quantized_layers(model) if layer.weight_quantizer is not None}
     first = {call.name: call.position for call in reversed(recording.calls) if call.kind == "module"}
-    called = [name for name in names if name in first]
+    called = [name for name, owner in owners.items() if owner in first]
     if by == "layer":
         roots = []
     elif by == "block":
@@ -84,11 +86,17 @@ def find_units(model: nn.Module, recording: Recording, by: str | Sequence[str] =
     for root in roots:
         units.append(Unit(root, tuple(name for name in called if _within(name, root))))
     inside = {name for unit in units for name in unit.layers}
-    for name in called:
-        if name not in inside:
-            units.append(Unit(name, (name,), _tail(model, recording, name)))
-    units.sort(key=lambda unit: min(first[name] for name in unit.layers))
-    return units, [name for name in names if name not in first]
+    for owner in dict.fromkeys(owners[name] for name in called if name not in inside):
+        together = tuple(name for name in called if owners[name] == owner)
+        units.append(Unit(owner, together, _tail(model, recording, owner) if together == (owner,) else ()))
+    units.sort(key=lambda unit: min(first[owners[name]] for name in unit.layers))
+    return units, [name for name in owners if name not in called]
+
+
+def owner_name(model: nn.Module, layer: nn.Module) -> str | None:
+    """Name of the LSTM or attention that a weight belongs to; None for a layer that is a module of its own."""
+    owner = layer.owner if isinstance(layer, CompoundWeight) else None
+    return next((name for name, module in model.named_modules() if module is owner), None) if owner is not None else None
 
 
 def _residual_blocks(recording: Recording, layers: list[str]) -> list[str]:

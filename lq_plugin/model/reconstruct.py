@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lq_plugin.errors import CalibrationError
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.model.activation_cache import ActivationCache
-from lq_plugin.model.blocks import Unit, find_units
+from lq_plugin.model.blocks import Unit, find_units, owner_name
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.correct_batch_norm import _apply as apply_watches
 from lq_plugin.model.correct_batch_norm import _Watch as Watch
@@ -126,7 +126,7 @@ class _Reconstructor:
         with self.float_state():
             self.recording = record(self.model, lambda: self.run(self.cache.get(("batch", 0))))
         units, uncalled = find_units(self.model, self.recording, by)
-        result = Reconstruction(skipped={name: self._why_uncalled(name) for name in uncalled})
+        result = Reconstruction(skipped=dict.fromkeys(uncalled, "no batch reached it"))
         store = self._store(units) if self.options.folder is not None else None
         calls = self._count_calls({unit.name for unit in units})
         names = [name for unit in units for name in unit.layers]
@@ -171,21 +171,19 @@ class _Reconstructor:
         """Take a unit from the store, if it is there."""
         if store is None:
             return None
-        modules = self._changing(unit)
-        self._keep_originals(t for module in modules.values() for t in (module.weight, module.bias))
+        self._keep_originals([*(self.layers[name].weight for name in unit.layers), *self._biases(unit)])
         self._keep_originals(t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var))
-        return store.load(index, str(unit), modules)
+        return store.load(index, str(unit), self._changing(unit))
 
-    def _changing(self, unit: Unit) -> dict[str, Any]:
+    def _changing(self, unit: Unit) -> dict[str, nn.Module]:
         """The modules that learning a unit may change."""
         biases = self._biases(unit)
         behind = {name: m for name, m in self.model.named_modules() if any(getattr(m, "bias", None) is bias for bias in biases)}
-        return {name: self.layers[name] for name in unit.layers} | behind | self._batch_norms(unit)
+        return {name: self.model.get_submodule(name) for name in map(self._owner, unit.layers)} | behind | self._batch_norms(unit)
 
-    def _why_uncalled(self, name: str) -> str:
-        if isinstance(self.layers[name], CompoundWeight):
-            return "a weight inside torch's kernel (LSTM, attention): there is no output of its own to compare"
-        return "no batch reached it"
+    def _owner(self, name: str) -> str:
+        """The module that has the weight of a layer: the layer itself, but for the weights of an LSTM or of attention."""
+        return owner_name(self.model, self.layers[name]) or name
 
     def _why_not(self, name: str) -> str | None:
         quantizer = self.layers[name].weight_quantizer
@@ -313,6 +311,8 @@ class _Reconstructor:
         assert self.recording is not None
         found = []
         for name in unit.layers:
+            if isinstance(self.layers[name], CompoundWeight):
+                continue
             bias = getattr(self.layers[name], "bias", None)
             readers = self.recording.consumers_of(self.recording.calls_of(name)[0])
             if bias is None and len(readers) == 1 and readers[0].kind == "module":

@@ -79,6 +79,7 @@ class SoftInput(nn.Module):
         super().__init__()
         # In a list: it is no part of this module's parameters.
         self.held = [quantizer]
+        self.name = quantizer.name
         self.drop, self.generator = drop, generator
         plain = type(quantizer) is InputQuantizer
         self.gain = nn.Parameter(torch.ones_like(quantizer.scale)) if learn_scale and plain else None

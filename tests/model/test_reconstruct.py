@@ -153,21 +153,39 @@ def test_formats_without_levels_to_choose_from_are_named():
     assert result.skipped == {"0": "bwn has no integer levels to choose from"}
 
 
-def test_weights_inside_a_kernel_keep_nearest_rounding():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 5, batch_first=True, bidirectional=True), nn.Linear(10, 2)
 
-        def forward(self, x):
-            return self.head(self.lstm(x)[0])
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
 
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("net", [Recurrent(), Attention(), nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, dropout=0.0)])
+@pytest.mark.parametrize("by", ["layer", "block"])
+def test_weights_inside_a_kernel_are_learned_together(net, by, tmp_path):
     torch.manual_seed(0)
-    net, x = Net().requires_grad_(False), torch.randn(8, 4, 6)
-    prepared(net, [x])
-    result = reconstruct(net, [x], iterations=5)
-    assert list(result.units) == ["head"]
-    assert {name: "LSTM" in reason for name, reason in result.skipped.items()} == {"lstm.weight_ih_l0": True, "lstm.weight_hh_l0": True}
+    net, x = copy.deepcopy(net), correlated(256, 24).reshape(256, 4, 6)
+    randomize(net)
+    target = net.eval()(x).detach()
+    prepared(net, [x], inputs="uint8 affine")
+    fresh, nearest = copy.deepcopy(net), (net(x) - target).square().mean()
+    result = reconstruct(net, [x], by=by, **FAST, folder=str(tmp_path))
+    assert not result.skipped
+    assert sum(fit.iterations > 0 for fit in result.units.values()) == len(result.units)
+    assert (net(x) - target).square().mean() < 0.7 * nearest
+    assert reconstruct(fresh, [x], by=by, **FAST, folder=str(tmp_path)) == result
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in fresh.state_dict().items())
 
 
 def test_bad_input_is_refused():
@@ -265,7 +283,7 @@ def _rank(rank: int, path: str) -> None:
     prepared(net, [x], "int3 per_channel mse", "uint4 affine")
     nearest = (net(x) - target).square().mean()
     reconstruct(net, [x[rank::2]], by="layer", iterations=100, folder=f"{path}/units")
-    assert (net(x) - target).square().mean() < 0.5 * nearest
+    assert (net(x) - target).square().mean() < 0.7 * nearest
     torch.save(net.state_dict(), f"{path}/{rank}.pt")
     with pytest.raises(CalibrationError, match=r"in the process of rank 1"):
         reconstruct(net, [x] if rank == 0 else [])
