@@ -65,7 +65,10 @@ def run(cfg: DictConfig) -> SearchResult:
 
 
 #: Keys of `cfg.search` that `search` takes by the same name.
-_OPTIONS = ("metric", "mode", "cost", "n_trials", "study_name", "uniform", "max_failures", "calibration_batches", "phases")
+_OPTIONS = (
+    "metric", "mode", "cost", "constraints", "n_trials", "study_name",
+    "uniform", "heartbeat", "max_failures", "calibration_batches", "phases",
+)  # fmt: skip
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:

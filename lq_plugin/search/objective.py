@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from optuna import Trial
+from optuna import Trial, TrialPruned
 from optuna.trial import FrozenTrial, TrialState
 
-from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.model.cost import Cost
+from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.evaluator import Evaluator
 
 #: Totals of the cost model that a search can minimize.
@@ -24,27 +25,36 @@ ORIGIN, RETRIES = "origin", "retries"
 
 
 class Objective:
-    """`(metric, cost)` of the plan that a trial stands for.
+    """`(metric, *costs)` of the plan that a trial stands for.
 
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
-    (all that was logged, and the cost), `seconds`, and `error` (the traceback) when it raised. A
-    trial with the parameters of an earlier one takes its values over, and `repeats` names it.
+    (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. A
+    trial with the parameters of an earlier one takes its values over, and `repeats` names it. A plan whose cost breaks a
+    constraint is pruned before it is evaluated.
 
     Args:
         evaluator: calibrated.
         metric: a name that the validation logs.
-        cost: one of `COSTS`.
+        costs: some of `COSTS`.
+        constraints: on costs and on logged metrics.
 
     Raises:
-        QuantizationError: when the float model did not log the metric, or the cost is unknown.
+        QuantizationError: when the float model did not log the metric, or a cost is unknown.
     """
 
-    def __init__(self, evaluator: Evaluator, metric: str, cost: str = "effective_bits") -> None:
-        if cost not in COSTS:
-            raise QuantizationError(f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}")
+    def __init__(
+        self, evaluator: Evaluator, metric: str, costs: Sequence[str] = ("effective_bits",), constraints: Sequence[Constraint] = ()
+    ) -> None:
+        faults = [f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}" for cost in costs if cost not in COSTS]
+        names = [*COSTS, *evaluator.float_metrics]
+        faults += [
+            f"constraint '{c}': there is no cost or logged metric {c.name!r}; valid: {', '.join(names)}.{did_you_mean(c.name, names)}"
+            for c in constraints
+            if c.name not in names
+        ]
+        raise_all(QuantizationError, "cannot search", faults)
         self.evaluator = evaluator
-        self.metric = metric
-        self.cost = cost
+        self.metric, self.costs, self.constraints = metric, tuple(costs), tuple(constraints)
         self.interrupted: Trial | None = None
         self._known: dict[frozenset[tuple[str, Any]], tuple[int, dict[str, float]]] = {}
         self._read(evaluator.float_metrics, metric)
@@ -55,31 +65,49 @@ class Objective:
             if trial.state == TrialState.COMPLETE:
                 self._known.setdefault(frozenset(trial.params.items()), (trial.number, dict(trial.user_attrs[METRICS])))
 
-    def __call__(self, trial: Trial) -> tuple[float, float]:
+    def __call__(self, trial: Trial) -> tuple[float, ...]:
         started = time.perf_counter()
+        noted: dict[str, Any] = {}
         try:
             space = self.evaluator.space
             assert space is not None
             params = space.suggest(trial)
-            trial.set_user_attr(PLAN, space.plan(params).to_dict())
+            layer_plans = space.layer_plans(params)
+            if PLAN not in trial.user_attrs:
+                trial.set_user_attr(PLAN, space.plan(params).to_dict())
+            costs = cost_totals(self.evaluator.cost(layer_plans))
             key = frozenset(params.items())
             if key in self._known:
-                number, metrics = self._known[key]
-                trial.set_user_attr(REPEATS, number)
+                noted[REPEATS], metrics = self._known[key]
             else:
-                evaluation = self.evaluator.evaluate_layers(space.layer_plans(params))
-                metrics = evaluation.metrics | cost_totals(evaluation.cost)
-            values = self._read(metrics, self.metric), self._read(metrics, self.cost)
-            trial.set_user_attr(METRICS, metrics)
+                if broken := self._check(trial, costs):
+                    raise TrialPruned(f"breaks {', '.join(broken)}")
+                metrics = self.evaluator.evaluate_layers(layer_plans).metrics | costs
+            values = tuple(self._read(metrics, name) for name in (self.metric, *self.costs))
+            noted[METRICS] = metrics
+            self._check(trial, metrics)
             self._known.setdefault(key, (trial.number, metrics))
+        except TrialPruned:
+            noted[METRICS] = costs
+            raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 self.interrupted = trial
-            trial.set_user_attr(ERROR, traceback.format_exc())
+            noted[ERROR] = traceback.format_exc()
             raise
         finally:
-            trial.set_user_attr(SECONDS, time.perf_counter() - started)
+            # Last, and few: each is a transaction of its own.
+            for name, value in (noted | {SECONDS: time.perf_counter() - started}).items():
+                trial.set_user_attr(name, value)
         return values
+
+    def _check(self, trial: Trial, values: Mapping[str, float]) -> list[str]:
+        """Note how far each constraint on `values` is kept; those that are broken."""
+        known = trial.study.get_trials(deepcopy=False)[trial.number].constraints if self.constraints else {}
+        excess = {str(c): c.violation(values) for c in self.constraints if c.name in values}
+        for constraint in excess.keys() - known.keys():
+            trial.set_constraint(constraint, excess[constraint])
+        return [constraint for constraint, value in excess.items() if value > 0]
 
     @staticmethod
     def _read(metrics: Mapping[str, float], name: str) -> float:

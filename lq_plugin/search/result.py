@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
@@ -28,7 +29,9 @@ class Candidate:
     Args:
         number: of the trial.
         plan: that it evaluated.
-        metric, cost: its two objectives.
+        metric: its first objective.
+        cost: its size: the second objective, or the effective bits where there is none.
+        values: all objectives.
         metrics: everything its validation logged, and all costs.
         origin: `"uniform 4 bits"`, or `"sampled"`.
         seconds: that it took.
@@ -41,6 +44,7 @@ class Candidate:
     metrics: Mapping[str, float]
     origin: str
     seconds: float
+    values: tuple[float, ...]
 
     @property
     def effective_bits(self) -> float:
@@ -53,40 +57,55 @@ class Candidate:
         return f"plan_{self.number:03d}_{self.effective_bits:.2f}bits.yaml"
 
     @classmethod
-    def of(cls, trial: FrozenTrial) -> Candidate:
-        """Read a complete trial."""
-        attrs = trial.user_attrs
-        metric, cost = trial.values
-        origin = attrs.get(ORIGIN, "sampled")
-        return cls(trial.number, QuantPlan.from_dict(attrs[PLAN]), metric, cost, attrs[METRICS], origin, attrs.get(SECONDS, 0.0))
+    def of(cls, trial: FrozenTrial, cost: str) -> Candidate:
+        """Read a complete trial; `cost` names its size."""
+        attrs, values = trial.user_attrs, tuple(trial.values)
+        plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
+        return cls(trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values)
 
 
 class SearchResult:
     """The complete trials of a study, of all workers and earlier runs, as they are now.
 
     Args:
-        study: two objectives, the metric and the cost.
-        metric, cost: their names.
+        study: the metric is its first objective, costs are the others.
+        metric, costs: their names.
         maximize: whether more of the metric is better.
         float_metrics: what the float model scores.
         float_bytes: size of the float model.
 
     Attributes:
-        candidates: every complete trial, by number.
+        candidates: every complete trial that keeps the constraints, by number.
     """
 
     def __init__(
-        self, study: Study, metric: str, cost: str, maximize: bool, float_metrics: Mapping[str, float], float_bytes: int | None = None
+        self,
+        study: Study,
+        metric: str,
+        costs: Sequence[str],
+        maximize: bool,
+        float_metrics: Mapping[str, float],
+        float_bytes: int | None = None,
     ) -> None:
-        self.study, self.metric, self.cost, self.maximize = study, metric, cost, maximize
+        self.study, self.metric, self.maximize = study, metric, maximize
+        #: What sizes are compared by.
+        self.cost = costs[0] if costs else "effective_bits"
         self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
-        self.candidates = [Candidate.of(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self.candidates = [
+            Candidate.of(trial, self.cost) for trial in complete if all(excess <= 0 for excess in trial.constraints.values())
+        ]
 
     @cached_property
     def front(self) -> list[Candidate]:
-        """The candidates that no other beats in both objectives, by cost; of equal ones the first."""
-        found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
-        return [self.candidates[index] for index in found]
+        """The candidates that no other beats in every objective, by cost; of equal ones the first."""
+        if len(self.study.directions) < 3:
+            found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
+            return [self.candidates[index] for index in found]
+        signs = [-1.0 if self.maximize else 1.0] + [1.0] * (len(self.study.directions) - 1)
+        losses = np.array([[sign * value for sign, value in zip(signs, c.values, strict=True)] for c in self.candidates])
+        distinct = [c for i, c in enumerate(self.candidates) if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))]
+        return sorted(distinct, key=lambda c: (c.cost, c.metric))
 
     def best(self, cost: float | None = None) -> Candidate:
         """The candidate with the best metric whose cost is at most `cost`.
@@ -94,7 +113,7 @@ class SearchResult:
         Raises:
             QuantizationError: when there is none.
         """
-        allowed = [c for c in self.front if cost is None or c.cost <= cost]
+        allowed = sorted((c for c in self.front if cost is None or c.cost <= cost), key=lambda c: c.metric, reverse=not self.maximize)
         if not allowed:
             least = f"the smallest has {self.front[0].cost:.4g}" if self.front else "no trial is complete"
             raise QuantizationError(f"no plan with {self.cost} <= {cost}: {least}")
@@ -162,6 +181,11 @@ class SearchResult:
         if self.candidates:
             _write(folder / "pareto.png", plots.to_png(self.figure()))
         return folder
+
+
+def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:
+    """No worse anywhere, and better somewhere or equal and earlier."""
+    return bool((mine <= other).all() and ((mine < other).any() or earlier))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,19 @@ import optuna
 from filelock import FileLock
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from lq_plugin.errors import QuantizationError
 
+log = logging.getLogger(__name__)
+
 #: User attribute of a study: what its trials have in common.
 FINGERPRINT = "lq_plugin"
+#: Seconds between signs of life of a running trial.
+HEARTBEAT = 10
 _SHOWN = 10
 
 
@@ -32,7 +40,7 @@ def open_study(
     storage: BaseStorage | str | None,
     directions: list[Any],
     fingerprint: Mapping[str, Any],
-    first: Iterable[tuple[dict[str, Any], dict[str, Any]]] = (),
+    heartbeat: int = HEARTBEAT,
 ) -> Study:
     """The study `name` in `storage`, new or with all its trials.
 
@@ -41,15 +49,20 @@ def open_study(
         storage: an Optuna storage or its URL; None keeps the study in memory.
         directions: one for each objective.
         fingerprint: nested mappings of plain values; trials may only be compared where these are equal.
-        first: parameters and user attributes of trials to enqueue, unless the study has them.
+        heartbeat: seconds between signs of life of a running trial, for a storage given by its URL.
 
     Raises:
         StudyError: naming each difference to the study that is there.
     """
-    with _lock(storage):
-        opened = sqlite_storage(storage) if isinstance(storage, str) and storage.startswith("sqlite") else storage
+    with locked(storage):
+        opened = rdb_storage(storage, heartbeat) if isinstance(storage, str) else storage
         with quiet():
             study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
+        if not (isinstance(opened, InMemoryStorage | None) or has_heartbeat(opened)):
+            log.warning(
+                "%s has no heartbeat: the trial of a killed worker stays RUNNING and is not tried again. SQLite and PostgreSQL have one",
+                type(opened).__name__,
+            )
         known = study.user_attrs.get(FINGERPRINT)
         if known is None and study.get_trials(deepcopy=False):
             raise StudyError(f"study {name!r} was not made by lq_plugin; choose another study name")
@@ -62,22 +75,36 @@ def open_study(
                 f"study {name!r} was made for something else, and its trials cannot be compared with new ones:\n{listing}\n"
                 "  choose another study name, or go back to what the study was made for"
             )
-        with quiet():
-            for params, attrs in first:
-                study.enqueue_trial(params, user_attrs=attrs, skip_if_exists=True)
     return study
 
 
-def sqlite_storage(url: str) -> RDBStorage:
-    """A SQLite storage that waits for other processes and writes ahead.
+def has_heartbeat(storage: BaseStorage | None) -> bool:
+    """Whether the trials of a killed worker are noticed, and tried again."""
+    interval = getattr(storage, "get_heartbeat_interval", None)
+    return interval is not None and interval() is not None
 
-    With the write-ahead log a transaction costs a third; a loss of power (not of the process) can
-    take the last trials with it.
+
+def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
+    """A database whose running trials give signs of life; one that is silent for three of them has failed and is tried again.
+
+    SQLite waits for other processes and writes ahead: with the write-ahead log a transaction costs a third; a loss of power
+    (not of the process) can take the last trials with it.
+
+    Raises:
+        StudyError: the database cannot be reached, or its driver is not installed.
     """
-    if (file := _sqlite_file(url)) is None:
-        return RDBStorage(url)
+    with quiet():
+        options: dict[str, Any] = {
+            "heartbeat_interval": heartbeat,
+            "grace_period": 3 * heartbeat,
+            "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(max_retry=3),
+        }
+    file = _sqlite_file(url)
+    if file is None:
+        return _connect(url, options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 100}})
+    with quiet():
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 100}}, **options)
 
     @event.listens_for(storage.engine, "connect")
     def write_ahead(connection: Any, record: Any) -> None:
@@ -88,8 +115,22 @@ def sqlite_storage(url: str) -> RDBStorage:
     return storage
 
 
+def _connect(url: str, options: dict[str, Any]) -> RDBStorage:
+    for attempt in itertools.count():
+        try:
+            with quiet():
+                # A connection that the server has closed is opened anew.
+                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True}, **options)
+        except (SQLAlchemyError, ImportError) as error:
+            # Two workers that make the tables of a new database at once: one of them is refused, and finds them then.
+            if attempt == 2 or isinstance(error, ImportError):
+                raise StudyError(f"cannot open the storage {make_url(url).render_as_string()}: {error}") from error
+            time.sleep(1.0 + attempt)
+    raise AssertionError
+
+
 @contextlib.contextmanager
-def _lock(storage: BaseStorage | str | None) -> Iterator[None]:
+def locked(storage: BaseStorage | str | None) -> Iterator[None]:
     """One process at a time: two that make the tables of a new SQLite file at once get in each other's way."""
     file = _sqlite_file(storage)
     if file is None:

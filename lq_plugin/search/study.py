@@ -11,28 +11,39 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import optuna
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from optuna import Study, Trial
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.search.bound import Params
+from lq_plugin.search.constraint import Constraint, parse_constraints
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
-from lq_plugin.search.objective import ERROR, ORIGIN, RETRIES, Objective
+from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective
 from lq_plugin.search.progress import SearchProgress
+from lq_plugin.search.proposer import Proposer, waiting_trial
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
-from lq_plugin.search.storage import StudyError, open_study, quiet
+from lq_plugin.search.storage import HEARTBEAT, StudyError, has_heartbeat, locked, open_study, quiet
 
 log = logging.getLogger(__name__)
+
+#: User attribute of a study whose first trials are in its queue.
+SEEDED = "seeded"
+_COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING
+#: Seconds between two looks at what other workers do.
+_POLL = 0.5
 
 #: A sampler, or what makes one from `seed=`.
 Sampler: TypeAlias = "BaseSampler | Callable[..., BaseSampler]"
@@ -52,7 +63,8 @@ def search(
     n_trials: int = 60,
     *,
     mode: str = "max",
-    cost: str = "effective_bits",
+    cost: str | Sequence[str] | None = "effective_bits",
+    constraints: str | Sequence[str] = (),
     study_name: str = "lq_search",
     storage: BaseStorage | str | None = None,
     output_dir: str | Path | None = None,
@@ -60,6 +72,7 @@ def search(
     seed: int = 0,
     worker: int = 0,
     uniform: bool = True,
+    heartbeat: int = HEARTBEAT,
     max_failures: int = 10,
     progress: bool = True,
     trainer: Callable[..., Trainer] = Trainer,
@@ -78,7 +91,8 @@ def search(
         metric: a name that the module logs in validation.
         n_trials: complete trials that the study shall have in the end, earlier runs and other workers included.
         mode: `"max"` or `"min"` of the metric.
-        cost: the other objective, minimized: `"effective_bits"`, `"bytes"` or `"bops"`.
+        cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, several of them, or None for the metric alone.
+        constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high is not evaluated.
         study_name: a study of that name goes on.
         storage: an Optuna storage or its URL. None: `study.db` (SQLite) in `output_dir`, in memory without one.
         output_dir: gets `front.csv`, `plans/*.yaml` and `pareto.png`, also when the search is interrupted.
@@ -86,6 +100,8 @@ def search(
         seed: of the sampler and of the order of calibration data.
         worker: tells processes on the same study apart.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
+        heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
+            worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
         progress: show a progress bar.
         trainer, calibration_batches, phases, dataloader: see `Evaluator`.
@@ -96,6 +112,8 @@ def search(
     """
     if mode not in ("max", "min"):
         raise QuantizationError(f"mode is 'max' or 'min', got {mode!r}")
+    costs = () if cost is None else (cost,) if isinstance(cost, str) else tuple(cost)
+    limits = parse_constraints(constraints)
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         storage = storage or f"sqlite:///{Path(output_dir).resolve() / 'study.db'}"
@@ -106,25 +124,31 @@ def search(
         bound = evaluator.calibrate(space)
         for tensor, reasons in bound.excluded.items():
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
-        objective = Objective(evaluator, metric, cost)
-        directions = ["maximize" if mode == "max" else "minimize", "minimize"]
-        first = [(bound.uniform(bits), {ORIGIN: f"uniform {bits} bits"}) for bits in bound.bit_widths if uniform]
-        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, cost), first)
+        objective = Objective(evaluator, metric, costs, limits)
+        directions = ["maximize" if mode == "max" else "minimize", *(["minimize"] * len(costs))]
+        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits), heartbeat)
         earlier = study.get_trials(deepcopy=False)
         objective.remember(earlier)
         # With the same seed again it would propose the same plans again.
         entropy = np.random.SeedSequence([seed, worker, len(earlier)])
         with quiet():
-            study.sampler = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
+            proposing = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
+        proposer = Proposer(study, proposing, evaluator, limits)
+        study.sampler = proposer
+        with locked(storage):
+            _publish_seeds(
+                study, evaluator, limits, [(bound.uniform(bits), f"uniform {bits} bits") for bits in bound.bit_widths if uniform]
+            )
         float_bytes = evaluator.cost({}).bytes
 
         def result() -> SearchResult:
-            return SearchResult(study, metric, cost, mode == "max", evaluator.float_metrics, float_bytes)
+            return SearchResult(study, metric, costs, mode == "max", evaluator.float_metrics, float_bytes)
 
         bar = SearchProgress(n_trials, metric) if progress else nullcontext()
         try:
-            _optimize(study, objective, n_trials, max_failures, stop, bar)
+            _Loop(study, objective, proposer, n_trials, max_failures, stop).run(bar)
         finally:
+            study.sampler = proposing
             if output_dir is not None:
                 _write(result, Path(output_dir))
     if stop.received is not None:
@@ -132,53 +156,87 @@ def search(
     return result()
 
 
-def _optimize(
-    study: Study, objective: Objective, n_trials: int, max_failures: int, stop: StopRequest, bar: AbstractContextManager[Any]
-) -> None:
-    failed: list[FrozenTrial] = []
+def _publish_seeds(study: Study, evaluator: Evaluator, limits: Sequence[Constraint], seeds: Iterable[tuple[Params, str]]) -> None:
+    """Put plans into the queue, once for the study."""
+    if study.user_attrs.get(SEEDED):
+        return
+    assert evaluator.space is not None
+    for params, origin in seeds:
+        study.add_trial(waiting_trial(evaluator.space, params, evaluator, limits, {ORIGIN: origin}))
+    study.set_user_attr(SEEDED, True)
 
-    def complete() -> int:
-        return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
-    with bar as shown, quiet():
+class _Loop:
+    """One worker's share of the trials."""
 
-        def after(study: Study, trial: FrozenTrial) -> None:
-            count = complete()
-            if trial.state == TrialState.FAIL:
-                failed.append(trial)
-                log.warning("trial %d failed: %s", trial.number, _last_line(trial))
-            if shown is not None:
-                shown.update(count, trial, len(failed))
-            if stop or count >= n_trials or len(failed) > max_failures:
-                study.stop()
+    def __init__(self, study: Study, objective: Objective, proposer: Proposer, n_trials: int, max_failures: int, stop: StopRequest) -> None:
+        self.study, self.objective, self.proposer = study, objective, proposer
+        self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
+        self.failed: list[FrozenTrial] = []
+        self.shown: Any = None
+        #: Only then do the trials of a killed worker end.
+        self.heartbeat = has_heartbeat(study._storage)
 
-        count = complete()
-        if shown is not None:
-            shown.update(count)
-        if count < n_trials and not stop:
-            try:
-                study.optimize(objective, catch=(Exception,), callbacks=[after])
-            except KeyboardInterrupt:
-                _try_again(study, objective.interrupted)
-                raise
-    if len(failed) > max_failures:
-        error = failed[-1].user_attrs.get(ERROR, "no traceback")
-        raise StudyError(f"{len(failed)} trials of this run failed, max_failures is {max_failures}; the last one:\n{error}")
+    def run(self, bar: AbstractContextManager[Any]) -> None:
+        with bar as self.shown, quiet():
+            self._show(None)
+            while not self.stop and len(self.failed) <= self.max_failures and (missing := self.n_trials - self._count(_COMPLETE)) > 0:
+                if self.heartbeat and self._count(_RUNNING) >= missing:
+                    # Others do the rest; should one of them have been killed, its trial comes back into the queue.
+                    optuna.storages.fail_stale_trials(self.study)
+                    time.sleep(_POLL)
+                    if not self._count(_WAITING):
+                        continue
+                if not self._count(_WAITING):
+                    self.proposer.publish()
+                try:
+                    self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
+                except KeyboardInterrupt:
+                    _try_again(self.study, self.objective.interrupted)
+                    raise
+            self._reap()
+        if len(self.failed) > self.max_failures:
+            error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
+            raise StudyError(f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last one:\n{error}")
+
+    def _count(self, state: TrialState) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(state,)))
+
+    def _after(self, study: Study, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.FAIL:
+            self.failed.append(trial)
+            log.warning("trial %d failed: %s", trial.number, _last_line(trial))
+        self._show(trial)
+
+    def _show(self, last: FrozenTrial | None) -> None:
+        if self.shown is not None:
+            self.shown.update(self._count(_COMPLETE), last, len(self.failed))
+
+    def _reap(self) -> None:
+        """Leave no trial of a killed worker running, if this worker is the last one."""
+        storage = self.study._storage
+        interval = storage.get_heartbeat_interval() if self.heartbeat else None  # type: ignore[attr-defined]
+        until = time.monotonic() + 4 * (interval or 0)
+        while not self.stop and self._count(_RUNNING) and time.monotonic() < until:
+            optuna.storages.fail_stale_trials(self.study)
+            time.sleep(_POLL)
 
 
 def _try_again(study: Study, trial: Trial | None) -> None:
     """Enqueue an interrupted trial, so that the next run takes it up."""
     if trial is not None and trial.params:
-        kept = {ORIGIN: trial.user_attrs[ORIGIN]} if ORIGIN in trial.user_attrs else {}
-        study.enqueue_trial(trial.params, user_attrs=kept | {RETRIES: trial.number})
+        kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN) if name in trial.user_attrs}
+        attrs = kept | {RETRIES: trial.number}
+        study.add_trial(create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs))
 
 
-def _fingerprint(evaluator: Evaluator, metric: str, mode: str, cost: str) -> dict[str, Any]:
+def _fingerprint(evaluator: Evaluator, metric: str, mode: str, costs: Sequence[str], limits: Sequence[Constraint]) -> dict[str, Any]:
     assert evaluator.space is not None
     return {
         "metric": metric,
         "mode": mode,
-        "cost": cost,
+        "cost": ", ".join(costs),
+        "constraints": [str(limit) for limit in limits],
         "weights of the model": evaluator.weights,
         "calibration": {"batches": evaluator.calibration_batches, "seed": evaluator.seed, "phases": list(evaluator.phases)},
         "space": evaluator.space.describe(),

@@ -1,0 +1,67 @@
+"""What a plan must keep: `"effective_bits <= 4.5"`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lq_plugin.errors import QuantizationError, raise_all
+
+_PATTERN = re.compile(r"\s*(\S+?)\s*(<=|>=)\s*([-+]?\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?)\s*")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on a cost or on a logged metric.
+
+    Args:
+        name: of the cost or metric.
+        relation: `"<="` or `">="`.
+        bound: the value that is still allowed.
+
+    >>> limit = Constraint.parse("effective_bits <= 4.5")
+    >>> limit.violation({"effective_bits": 5.0}), limit.violation({"effective_bits": 4.0})
+    (0.5, -0.5)
+    """
+
+    name: str
+    relation: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Constraint:
+        """Read `"name <= number"` or `"name >= number"`.
+
+        Raises:
+            QuantizationError: it is neither.
+        """
+        found = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise QuantizationError(f"a constraint is written 'effective_bits <= 4.5' or 'val/acc >= 0.9', got {text!r}")
+        return cls(found[1], found[2], float(found[3]))
+
+    def violation(self, values: Mapping[str, float]) -> float:
+        """How far the value is beyond the bound; 0 or less where the constraint is kept."""
+        excess = values[self.name] - self.bound
+        return excess if self.relation == "<=" else -excess
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.relation} {self.bound:g}"
+
+
+def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
+    """Several constraints; one may be a plain string.
+
+    Raises:
+        QuantizationError: listing every one that cannot be read.
+    """
+    found: list[Constraint] = []
+    faults: list[str] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        try:
+            found.append(Constraint.parse(text))
+        except QuantizationError as error:
+            faults.append(str(error))
+    raise_all(QuantizationError, "cannot read the constraints", faults)
+    return tuple(found)
