@@ -22,11 +22,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.vit import load_vit
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.model import collect_statistics, weight_samples
 from lq_plugin.model.correct_batch_norm import correct_batch_norm
+from lq_plugin.model.gptq import gptq
 from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.reconstruct import reconstruct
 from lq_plugin.ranges import estimate_range
@@ -34,6 +36,7 @@ from lq_plugin.ranges.laboratory import COMPARED
 
 #: What learns its roundings together.
 UNITS = {"adaround": "layer", "brecq": "block"}
+ROUNDINGS = (*UNITS, "gptq")
 #: Bits of weights and of inputs.
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 CALIBRATION_IMAGES = 1024
@@ -60,6 +63,8 @@ def quantized(
     calibrate(result, batches)
     if rounding == "nearest":
         correct_batch_norm(result, batches)
+    elif rounding == "gptq":
+        gptq(result, batches)
     else:
         # It corrects the batch norms of each unit itself.
         reconstruct(result, batches, by=UNITS[rounding], iterations=iterations, seed=seed)
@@ -127,7 +132,7 @@ def measure_reconstruction(
         for width in bits:
             weight, inputs = specs(width, "mse", options.affine_weights)
             curve: list[list[float]] = []
-            for iterations in options.iterations:
+            for iterations in options.iterations if rounding in UNITS else [0]:
                 scores, seconds, passes = [], [], []
                 for seed, batches in enumerate(calibration):
                     with common.Stopwatch() as watch:
@@ -142,7 +147,7 @@ def measure_reconstruction(
                 "bits": width,
                 "range": "mse",
                 "rounding": rounding,
-                "iterations": options.iterations[-1],
+                "iterations": curve[-1][0],
                 "accuracy": curve[-1][1],
                 "seconds": curve[-1][2],
                 "forward_pass_seconds": statistics.median(passes),
@@ -179,12 +184,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
     parser.add_argument("--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)")
-    parser.add_argument("--rounding", nargs="+", choices=UNITS, default=[], help="learn the rounding too (default: nearest only)")
+    parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=[], help="learn the rounding too (default: nearest only)")
     parser.add_argument("--iterations", nargs="+", type=int, default=[100, 300, 1000], metavar="N", help="of learned rounding, a curve")
     parser.add_argument("--affine-weights", action="store_true", help="weights with zero points (default: symmetric)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)")
     parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
     parser.add_argument("--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)")
+    parser.add_argument("--model", choices=("resnet", "vit"), default="resnet", help="vit: the one of benchmarks.vit, trained first")
     parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)")
     return parser.parse_args(arguments)
 
@@ -193,12 +199,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     common.start(options)
     console = Console()
-    model = load_resnet(options.data / options.weights, options.depth)
+    vit = options.model == "vit"
+    model = load_vit(options.data, console) if vit else load_resnet(options.data / options.weights, options.depth)
     train, _ = load_images(options.data, "train", 0, options.seeds * CALIBRATION_IMAGES)
     calibration = [list(part.split(BATCH_SIZE)) for part in normalize(train).split(CALIBRATION_IMAGES)]
     images, labels = load_images(options.data, "test", 0, options.test_images)
     test = normalize(images), labels
     results: dict[str, Any] = {
+        "model": "ViT" if vit else f"ResNet-{options.depth}",
         "float": accuracy(model, *test),
         "test_images": len(labels),
         "calibration": measure_calibration(model, calibration[0]),
@@ -225,7 +233,9 @@ def table(results: dict[str, Any]) -> Table:
     widths = list(dict.fromkeys(row["bits"] for row in rows))
     best = {width: max(row["accuracy"] for row in rows if row["bits"] == width) for width in widths}
     ratio = results["calibration"]["all_estimators_over_forward_pass"]["ratio"]
-    result = Table(title=f"ResNet-20, CIFAR-10: float {results['float']:.2f} %", caption=f"all estimators: {ratio:.2f} forward passes")
+    result = Table(
+        title=f"{results['model']}, CIFAR-10: float {results['float']:.2f} %", caption=f"all estimators: {ratio:.2f} forward passes"
+    )
     result.add_column("range")
     for width in widths:
         result.add_column(width, justify="right")

@@ -12,10 +12,10 @@ PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
     "errors", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "functional", "metrics", "ranges", "quantizers", "layers",
     "model", "plots", "export",
-    "callbacks", "search", "demo", "cli", "__init__",
+    "callbacks", "search", "report", "demo", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 350
-USES_LIGHTNING = {"callbacks", "search", "demo", "cli"}
+USES_LIGHTNING = {"callbacks", "search", "report", "demo", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from lq_plugin.errors import PlanError
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.prepare import prepare, quantizers
+from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.plan import QuantPlan
 
 
@@ -20,11 +23,14 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     """Load a Lightning checkpoint or a `.safetensors` state dict into a float `model`, strictly.
 
     Raises:
-        FileNotFoundError, RuntimeError: when there is no such file, or its keys or shapes are not the model's.
+        FileNotFoundError: there is no such file.
+        PlanError: it is truncated, has code in it, or is no checkpoint.
+        RuntimeError: its keys or shapes are not the model's, which is as before then.
     """
     path = Path(path)
-    content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content.get("state_dict", content))
+    content = _read(path)
+    with _unchanged_on_failure(model):
+        model.load_state_dict(_state_dict(content, path))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger:
@@ -40,23 +46,65 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
         The ledger; the model computes what it did when it was saved, bit for bit.
 
     Raises:
-        PlanError: there is no plan, or the checkpoint is of a float model.
+        FileNotFoundError: there is no such file.
+        PlanError: it is truncated, has code in it, is no checkpoint, or of a float model; or there is no plan.
         RuntimeError: its keys or shapes are not the model's.
+            After every error the model is as before.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content.get("state_dict", content)
-    if plan is None:
-        saved = [entry["plan"] for entry in content.get("callbacks", {}).values() if isinstance(entry, dict) and "plan" in entry]
-        if not saved:
-            raise PlanError(
-                f"{path} holds no plan: it was saved with weights only, or without QAT and PTQ; give load_checkpoint(..., plan=...)"
-            )
-        plan = QuantPlan.from_dict(saved[0])
+    path = Path(path)
+    content = _read(path)
+    state = _state_dict(content, path)
+    plan = _saved_plan(content, path) if plan is None else plan
     if not any(key.endswith("_quantizer.calibrated") for key in state):
         raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
-    ledger = prepare(model, plan)
-    model.load_state_dict(state)
-    missing = [quantizer.name for quantizer in quantizers(model) if quantizer.needs_calibration and not quantizer.is_calibrated]
-    if missing:
-        raise PlanError(f"{path} has no ranges for {', '.join(missing[:5])}: it was written before they were calibrated")
+    with _unchanged_on_failure(model):
+        ledger = prepare(model, plan)
+        model.load_state_dict(state)
+        missing = [quantizer.name for quantizer in quantizers(model) if quantizer.needs_calibration and not quantizer.is_calibrated]
+        if missing:
+            raise PlanError(f"{path} has no ranges for {', '.join(missing[:5])}: it was written before they were calibrated")
     return ledger
+
+
+def _read(path: Path) -> Any:
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PlanError(f"{path} cannot be read: it holds more than tensors and plain values, or is damaged: {error}") from error
+    except (EOFError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+        raise PlanError(f"{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
+    """The tensors of a Lightning checkpoint, or of a bare state dict."""
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise PlanError(f"{path} is no checkpoint: it holds {type(content).__name__} where a state dict is expected")
+    return state
+
+
+def _saved_plan(content: Mapping[str, Any], path: Path) -> QuantPlan:
+    callbacks = content.get("callbacks")
+    entries = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    # Other callbacks may keep a "plan" of their own.
+    plans = [entry["plan"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("plan"), Mapping)]
+    saved = [plan for plan in plans if "rules" in plan]
+    if not saved:
+        raise PlanError(
+            f"{path} holds no plan: it was saved with weights only, or without QAT and PTQ; give load_checkpoint(..., plan=...)"
+        )
+    return QuantPlan.from_dict(saved[0])
+
+
+@contextmanager
+def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Weights, buffers and quantizers are as before when something raises inside: `load_state_dict` copies what fits and then raises."""
+    prepared = bool(quantized_layers(model))
+    before = {key: value.detach().clone() if isinstance(value, torch.Tensor) else value for key, value in model.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        if not prepared:
+            remove(model)
+        model.load_state_dict(before)
+        raise

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -149,16 +149,26 @@ class Evaluator:
             first = self.recording is None
             ptq = Calibration(plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader)
             ptq.seed = self.seed
-            callbacks: list[Any] = vars(self.trainer)["callbacks"]
-            callbacks.append(ptq)
-            try:
-                self._validate()
-            finally:
-                callbacks.remove(ptq)
+            self.run(ptq)
             self.recording = self.recording or ptq.recording
             self._keep_samples(ptq)
         self._layers = dict(quantized_layers(self.model))
         return self.space
+
+    def run(self, callback: Callback) -> None:
+        """Validate with one more callback."""
+        callbacks: list[Any] = vars(self.trainer)["callbacks"]
+        callbacks.append(callback)
+        try:
+            self._validate()
+        finally:
+            callbacks.remove(callback)
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The layers that can hold quantizers, by name."""
+        self._calibrated()
+        return self._layers
 
     def _keep_samples(self, ptq: PTQ) -> None:
         for quantizer in (module for module in self.model.modules() if isinstance(module, InputQuantizer)):

@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> SearchResult:
 #: Keys of `cfg.search` that `search` takes by the same name.
 _OPTIONS = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name",
-    "uniform", "heartbeat", "max_failures", "calibration_batches", "phases",
+    "uniform", "seeds", "sensitivity", "sensitivity_batches", "heartbeat", "max_failures", "calibration_batches", "phases",
 )  # fmt: skip
 
 

@@ -24,13 +24,17 @@ PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", 
 ORIGIN, RETRIES = "origin", "retries"
 
 
+#: Trials whose plan is evaluated, or will be.
+_TAKEN = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+
+
 class Objective:
     """`(metric, *costs)` of the plan that a trial stands for.
 
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
-    (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. A
-    trial with the parameters of an earlier one takes its values over, and `repeats` names it. A plan whose cost breaks a
-    constraint is pruned before it is evaluated.
+    (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. Two kinds of trials are
+    pruned before they are evaluated: one with the parameters of an earlier trial, which `repeats` names, and one whose
+    cost breaks a constraint.
 
     Args:
         evaluator: calibrated.
@@ -56,14 +60,7 @@ class Objective:
         self.evaluator = evaluator
         self.metric, self.costs, self.constraints = metric, tuple(costs), tuple(constraints)
         self.interrupted: Trial | None = None
-        self._known: dict[frozenset[tuple[str, Any]], tuple[int, dict[str, float]]] = {}
         self._read(evaluator.float_metrics, metric)
-
-    def remember(self, trials: Iterable[FrozenTrial]) -> None:
-        """Take these trials for evaluated: earlier ones of the same study."""
-        for trial in trials:
-            if trial.state == TrialState.COMPLETE:
-                self._known.setdefault(frozenset(trial.params.items()), (trial.number, dict(trial.user_attrs[METRICS])))
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         started = time.perf_counter()
@@ -76,17 +73,15 @@ class Objective:
             if PLAN not in trial.user_attrs:
                 trial.set_user_attr(PLAN, space.plan(params).to_dict())
             costs = cost_totals(self.evaluator.cost(layer_plans))
-            key = frozenset(params.items())
-            if key in self._known:
-                noted[REPEATS], metrics = self._known[key]
-            else:
-                if broken := self._check(trial, costs):
-                    raise TrialPruned(f"breaks {', '.join(broken)}")
-                metrics = self.evaluator.evaluate_layers(layer_plans).metrics | costs
+            if (earlier := _same(trial.study.get_trials(deepcopy=False, states=_TAKEN), params, trial.number)) is not None:
+                noted[REPEATS] = earlier
+                raise TrialPruned(f"the plan of trial {earlier}")
+            if broken := self._check(trial, costs):
+                raise TrialPruned(f"breaks {', '.join(broken)}")
+            metrics = self.evaluator.evaluate_layers(layer_plans).metrics | costs
             values = tuple(self._read(metrics, name) for name in (self.metric, *self.costs))
             noted[METRICS] = metrics
             self._check(trial, metrics)
-            self._known.setdefault(key, (trial.number, metrics))
         except TrialPruned:
             noted[METRICS] = costs
             raise
@@ -117,6 +112,11 @@ class Objective:
         if not math.isfinite(metrics[name]):
             raise QuantizationError(f"metric {name!r} is {metrics[name]}")
         return metrics[name]
+
+
+def _same(trials: Iterable[FrozenTrial], params: Mapping[str, Any], before: int) -> int | None:
+    """Number of the earliest of these trials with the same parameters."""
+    return next((trial.number for trial in trials if trial.number < before and trial.params == params), None)
 
 
 def cost_totals(cost: Cost) -> dict[str, float]:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lq_plugin.search.bound import BoundSpace, Params
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.objective import METRICS, PLAN, cost_totals
+from lq_plugin.search.objective import METRICS, PLAN, REPEATS, cost_totals
 from lq_plugin.search.storage import StudyError, quiet
 
 #: Proposals in a row that may break a constraint before the search gives up.
@@ -73,7 +73,7 @@ class Proposer(BaseSampler):
         taken = set()
         for known in self.study.get_trials(deepcopy=False):
             taken.add(frozenset(known.params.items()))
-            if known.state in _FINISHED and known.number not in self._seen:
+            if known.state in _FINISHED and known.number not in self._seen and REPEATS not in known.user_attrs:
                 self._seen.add(known.number)
                 self._memory.add_trial(known)
         sampler = self._memory.sampler
@@ -117,7 +117,7 @@ def waiting_trial(
 ) -> FrozenTrial:
     """A trial for the queue, with its plan; or a pruned one, where the plan's cost breaks a constraint."""
     costs = cost_totals(evaluator.cost(space.layer_plans(params)))
-    excess = {str(constraint): constraint.violation(costs) for constraint in constraints}
+    excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}
     kept = all(value <= 0 for value in excess.values())
     attrs = {PLAN: space.plan(params).to_dict(), **(user_attrs or {})}
     return create_trial(

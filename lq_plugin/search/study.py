@@ -26,7 +26,6 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.bound import Params
 from lq_plugin.search.constraint import Constraint, parse_constraints
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
@@ -34,6 +33,8 @@ from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective
 from lq_plugin.search.progress import SearchProgress
 from lq_plugin.search.proposer import Proposer, waiting_trial
 from lq_plugin.search.result import SearchResult
+from lq_plugin.search.seeds import Seed, distinct, make_seeds, unit_costs
+from lq_plugin.search.sensitivity import measure_sensitivity
 from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, StudyError, has_heartbeat, locked, open_study, quiet
 
@@ -72,6 +73,9 @@ def search(
     seed: int = 0,
     worker: int = 0,
     uniform: bool = True,
+    seeds: int = 16,
+    sensitivity: str = "kl",
+    sensitivity_batches: int = 2,
     heartbeat: int = HEARTBEAT,
     max_failures: int = 10,
     progress: bool = True,
@@ -89,7 +93,8 @@ def search(
         datamodule: validation data to score plans on, training data to calibrate with.
         space: what may be chosen for which layer.
         metric: a name that the module logs in validation.
-        n_trials: complete trials that the study shall have in the end, earlier runs and other workers included.
+        n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There are fewer
+            where the space has fewer plans.
         mode: `"max"` or `"min"` of the metric.
         cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, several of them, or None for the metric alone.
         constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high is not evaluated.
@@ -100,6 +105,9 @@ def search(
         seed: of the sampler and of the order of calibration data.
         worker: tells processes on the same study apart.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
+        seeds: then try so many plans that the sensitivity of each tensor promises to be good (`lq_plugin.search.seeds`); 0: none.
+        sensitivity: what it is measured by, see `lq_plugin.search.sensitivity`.
+        sensitivity_batches: of calibration data that it is measured on.
         heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
             worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
@@ -128,17 +136,20 @@ def search(
         directions = ["maximize" if mode == "max" else "minimize", *(["minimize"] * len(costs))]
         study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits), heartbeat)
         earlier = study.get_trials(deepcopy=False)
-        objective.remember(earlier)
         # With the same seed again it would propose the same plans again.
         entropy = np.random.SeedSequence([seed, worker, len(earlier)])
         with quiet():
             proposing = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
         proposer = Proposer(study, proposing, evaluator, limits)
         study.sampler = proposer
+        uniform_plans = [Seed(bound.uniform(bits), f"uniform {bits} bits") for bits in bound.bit_widths if uniform]
         with locked(storage):
-            _publish_seeds(
-                study, evaluator, limits, [(bound.uniform(bits), f"uniform {bits} bits") for bits in bound.bit_widths if uniform]
-            )
+            if not study.user_attrs.get(SEEDED):
+                size = costs[0] if costs else "effective_bits"
+                promising = promising_plans(evaluator, seeds, size, limits, sensitivity, sensitivity_batches) if seeds else []
+                for plan in distinct([*uniform_plans, *promising]):
+                    study.add_trial(waiting_trial(bound, plan.params, evaluator, limits, {ORIGIN: plan.origin}))
+                study.set_user_attr(SEEDED, True)
         float_bytes = evaluator.cost({}).bytes
 
         def result() -> SearchResult:
@@ -156,14 +167,19 @@ def search(
     return result()
 
 
-def _publish_seeds(study: Study, evaluator: Evaluator, limits: Sequence[Constraint], seeds: Iterable[tuple[Params, str]]) -> None:
-    """Put plans into the queue, once for the study."""
-    if study.user_attrs.get(SEEDED):
-        return
+def promising_plans(
+    evaluator: Evaluator, count: int, cost: str, limits: Sequence[Constraint] = (), measure: str = "kl", batches: int = 2
+) -> list[Seed]:
+    """Measure the sensitivity of each tensor, and make up to `count` plans of it.
+
+    Raises:
+        QuantizationError: see `measure_sensitivity`.
+    """
     assert evaluator.space is not None
-    for params, origin in seeds:
-        study.add_trial(waiting_trial(evaluator.space, params, evaluator, limits, {ORIGIN: origin}))
-    study.set_user_attr(SEEDED, True)
+    table = measure_sensitivity(evaluator, measure, batches)
+    base, costs = unit_costs(evaluator, cost)
+    most = min((limit.bound for limit in limits if limit.name == cost and limit.relation == "<="), default=np.inf)
+    return make_seeds(evaluator.space, table.values, costs, base, count, most)
 
 
 class _Loop:
@@ -180,7 +196,9 @@ class _Loop:
     def run(self, bar: AbstractContextManager[Any]) -> None:
         with bar as self.shown, quiet():
             self._show(None)
-            while not self.stop and len(self.failed) <= self.max_failures and (missing := self.n_trials - self._count(_COMPLETE)) > 0:
+            while (missing := self.n_trials - self._count(_COMPLETE)) > 0:
+                if self.stop or len(self.failed) > self.max_failures or self._exhausted():
+                    break
                 if self.heartbeat and self._count(_RUNNING) >= missing:
                     # Others do the rest; should one of them have been killed, its trial comes back into the queue.
                     optuna.storages.fail_stale_trials(self.study)
@@ -198,6 +216,14 @@ class _Loop:
         if len(self.failed) > self.max_failures:
             error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
             raise StudyError(f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last one:\n{error}")
+
+    def _exhausted(self) -> bool:
+        """Whether every plan of the space has been tried."""
+        size = self.proposer.space.size
+        if size > 10_000:
+            return False
+        tried = self.study.get_trials(deepcopy=False, states=(_COMPLETE, TrialState.PRUNED))
+        return len({frozenset(trial.params.items()) for trial in tried}) >= size
 
     def _count(self, state: TrialState) -> int:
         return len(self.study.get_trials(deepcopy=False, states=(state,)))

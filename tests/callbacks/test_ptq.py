@@ -8,8 +8,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lq_plugin import PTQ, QAT, CalibrationError, PlanError, remove
-from lq_plugin.callbacks import register_phase
-from lq_plugin.callbacks.ptq import PHASES
+from lq_plugin.callbacks import PHASES, register_phase
 from lq_plugin.model import float_forward, quantizers
 from tests.callbacks.conftest import Data, Module
 

@@ -232,8 +232,12 @@ def test_options_of_phases_are_checked_at_once():
         PTQ("w4a8", phases=["calibrate", {"reconstruct": {"itterations": 3}}])
     with pytest.raises(PlanError, match="phase 'calibrate' has no options"):
         PTQ("w4a8", phases=[{"calibrate": {"x": 1}}])
-    with pytest.raises(PlanError, match="leave correct_batch_norm out"):
+    with pytest.raises(PlanError, match="use reconstruct or correct_batch_norm, not both"):
         PTQ("w4a8", phases=["calibrate", "correct_batch_norm", "reconstruct"])
+    with pytest.raises(PlanError, match=r"(?s)put reconstruct after calibrate.*put equalize before calibrate"):
+        PTQ("w4a8", phases=["reconstruct", "calibrate", "equalize"])
+    with pytest.raises(PlanError, match="phase 'equalize': iterations is a whole number from 1, got 0"):
+        PTQ("w4a8", phases=[{"equalize": {"iterations": 0}}, "calibrate"])
     with pytest.raises(PlanError, match="put reconstruct after calibrate"):
         PTQ("w4a8", phases=["reconstruct", "calibrate"])
 

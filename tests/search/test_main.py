@@ -23,7 +23,7 @@ from lq_plugin.search import Space
 from lq_plugin.search.main import run
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false"]
+SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false", "search.seeds=0"]
 
 
 def composed(tmp_path: Path, *overrides: str, name: str = "search") -> Any:

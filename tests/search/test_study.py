@@ -36,7 +36,7 @@ def storage() -> InMemoryStorage:
 
 
 def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
-    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "calibration_batches": 1, "progress": False} | options
+    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "calibration_batches": 1, "progress": False, "seeds": 0} | options
     return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, **given)
 
 
@@ -146,15 +146,65 @@ def test_a_metric_that_is_nan_fails_the_trial(model: DigitsCNN, monkeypatch: Any
     assert "metric 'val/acc' is nan" in failed.user_attrs["error"]
 
 
-def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any) -> None:
+def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any, storage: InMemoryStorage) -> None:
     original, calls = Evaluator.evaluate_layers, []
     monkeypatch.setattr(Evaluator, "evaluate_layers", lambda self, plans: calls.append(0) or original(self, plans))
-    space = {"rules": [{"match": "head.2", "weight": ["int2", "int8"]}]}
-    result = run(model, 6, space=space)
-    assert len(calls) == 2
-    repeats = [t for t in result.study.trials if "repeats" in t.user_attrs]
-    assert len(repeats) == 4
-    assert all(t.values == result.study.trials[t.user_attrs["repeats"]].values for t in repeats)
+    first = run(model, 3, storage=storage).study.trials[0]
+    twin = optuna.create_trial(state=TrialState.WAITING, params=first.params, distributions=first.distributions)
+    optuna.load_study(study_name="lq_search", storage=storage).add_trial(twin)
+    result = run(model, 4, storage=storage)
+    assert len(calls) == len(result.candidates) == 4
+    assert [(t.number, t.user_attrs["repeats"]) for t in result.study.trials if t.state == TrialState.PRUNED] == [(3, 0)]
+
+
+def test_a_small_space_is_searched_once_through(model: DigitsCNN, monkeypatch: Any) -> None:
+    original, calls = Evaluator.evaluate_layers, []
+    monkeypatch.setattr(Evaluator, "evaluate_layers", lambda self, plans: calls.append(0) or original(self, plans))
+    space = {"rules": [{"match": "head.2", "weight": ["int2", "int4", "int8"]}, {"match": "stem.0", "weight": ["int3", "int5"]}]}
+    result = run(model, 20, space=space)
+    assert len(calls) == len(result.candidates) == len({str(c.plan.to_dict()) for c in result.candidates}) == 6
+
+
+def test_plans_that_cost_too_much_are_never_evaluated(model: DigitsCNN, monkeypatch: Any) -> None:
+    original, seen = Evaluator.evaluate_layers, []
+
+    def evaluate(self: Evaluator, plans: Any) -> Any:
+        seen.append(self.cost(plans).effective_bits)
+        return original(self, plans)
+
+    monkeypatch.setattr(Evaluator, "evaluate_layers", evaluate)
+    result = run(model, 8, constraints=["effective_bits <= 3.0", "val/acc >= 0.2"])
+    assert len(seen) == 8
+    assert max(seen) <= 3.0
+    pruned = [t for t in result.study.trials if t.state == TrialState.PRUNED]
+    assert {t.user_attrs["origin"] for t in pruned if "origin" in t.user_attrs} >= {"uniform 8 bits"}
+    assert all(t.constraints["effective_bits <= 3"] > 0 and t.user_attrs["metrics"]["effective_bits"] > 3.0 for t in pruned)
+    assert all(c.metric >= 0.2 for c in result.candidates), "the metric's bound is known after evaluation only"
+    complete = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
+    assert all(t.constraints["val/acc >= 0.2"] == pytest.approx(0.2 - t.values[0]) for t in complete)
+
+
+def test_constraints_that_cannot_be_kept_are_refused(model: DigitsCNN) -> None:
+    with pytest.raises(QuantizationError, match="broke effective_bits <= 1"):
+        run(model, 3, constraints="effective_bits <= 1")
+    with pytest.raises(QuantizationError, match=r"(?s)constraint 'bits <= 3'.*constraint 'val/ac >= 1'.*Did you mean 'val/acc'"):
+        run(model, 3, constraints=["bits <= 3", "val/ac >= 1"])
+    with pytest.raises(QuantizationError, match=r"a constraint is written .*, got 'effective_bits < 3'"):
+        run(model, 3, constraints=["effective_bits < 3"])
+
+
+@pytest.mark.parametrize("cost", [None, ["effective_bits", "bops"]])
+def test_one_objective_or_three(model: DigitsCNN, cost: Any) -> None:
+    result = run(model, 8, cost=cost, constraints="effective_bits <= 4")
+    names = ["effective_bits", "bops"] if cost else []
+    assert all(c.values == (c.metric, *(c.metrics[name] for name in names)) for c in result.candidates)
+    assert len(result.study.directions) == 1 + len(names)
+    for c in result.front:
+        mine = [-c.metric, *(c.metrics[name] for name in names or ["effective_bits"])]
+        for other in result.candidates:
+            theirs = [-other.metric, *(other.metrics[name] for name in names or ["effective_bits"])]
+            assert theirs == mine or any(m < t for m, t in zip(mine, theirs, strict=True)), "nobody beats it"
+    assert result.best().metric == max(c.metric for c in result.candidates)
 
 
 def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, storage: InMemoryStorage) -> None:

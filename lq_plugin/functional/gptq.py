@@ -1,0 +1,138 @@
+"""GPTQ: round a weight column by column, each time moving the columns to come so that they make up for the error.
+
+With H = 2 X Xᵀ over the inputs X `[columns, samples]`, λ = dampening · mean(diag H) and the upper Cholesky factor U of the
+inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
+
+    ŵ_j = quantize(w_j),  e = (w_j - ŵ_j) / U_jj,  w_k ← w_k - e · U_jk  for k > j       (eqs. 2, 3 and algorithm 1)
+
+This minimises ‖W X - Ŵ X‖² greedily, for each row apart. Row j of U holds what eliminating columns 0..j-1 from the
+inverse leaves of its row j, so nothing is updated in place of the inverse. Within a block of columns the updates are
+applied at once, to all columns behind it when the block is done.
+
+`act_order` takes the columns in the order of falling diag H: those with large inputs are rounded while many others
+can still make up for it. It is no part of the paper but of the authors' code, as is the handling of dead columns, whose
+input is always 0: their weights become 0.
+
+Reference: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.functional.affine import fake_quantize
+from lq_plugin.spec import IntegerGrid
+
+
+@torch.no_grad()
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: IntegerGrid,
+    *,
+    dampening: float = 0.01,
+    act_order: bool = True,
+    block_columns: int = 128,
+) -> Tensor:
+    """Quantized values of a weight with a fixed scale and zero point for each element. The arithmetic is float64.
+
+    Args:
+        weight: `[..., rows, columns]`; leading dims are problems of their own (the groups of a convolution).
+        hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
+        scale, zero_point: float32, broadcastable to the weight.
+        grid: the integer levels.
+        dampening: λ as a share of the mean of diag H over live columns.
+        act_order: columns with larger diag H first; else in the order they have.
+        block_columns: how many columns are done before the others are updated; it changes the speed alone.
+
+    Returns:
+        (q - zero_point) · scale, float32, shaped like the weight.
+
+    Raises:
+        CalibrationError: NaN or Inf, or a Hessian that is not positive definite, dampened as asked.
+
+    >>> weight, inputs = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 1.0], [1.0, 0.9]])
+    >>> hessian = 2.0 * inputs.T @ inputs
+    >>> gptq_quantize(weight, hessian, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1))
+    tensor([[0., 1.]])
+    """
+    if not bool(hessian.isfinite().all() & weight.isfinite().all()):
+        raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
+    shape = weight.shape
+    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+    damped = _damped(hessian.double(), dead, dampening)
+    # [columns, rows]: a column is contiguous.
+    w = weight.double().masked_fill(dead.unsqueeze(-2), 0.0).mT
+    scales, zero_points = (t.to(weight.device).expand(shape).mT for t in (scale, zero_point))
+    order = None
+    if act_order:
+        order = damped.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        damped = damped.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
+        w, scales, zero_points = (t.take_along_dim(order.unsqueeze(-1), -2) for t in (w, scales, zero_points))
+    done = _solve(w.clone(), _inverse_factor(damped, dampening), scales, zero_points, grid, block_columns)
+    if order is not None:
+        done = done.take_along_dim(order.argsort(dim=-1).unsqueeze(-1), -2)
+    return done.mT.contiguous()
+
+
+def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """2 ‖d X‖² for each row d of W - Ŵ, float64 `[..., rows]`.
+
+    Args:
+        difference: `[..., rows, columns]`.
+        hessian: 2 X Xᵀ, `[..., columns, columns]`.
+
+    >>> output_errors(torch.tensor([[1.0, -1.0]]), 2 * torch.ones(2, 2))
+    tensor([0.], dtype=torch.float64)
+    """
+    d = difference.double()
+    return ((d @ hessian.double()) * d).sum(-1).clamp(min=0.0)
+
+
+def _damped(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor:
+    """H + λ I, with λ from the live columns; dead ones get their mean, for the order of columns and for the factor."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    diagonal += torch.where(dead, mean, 0.0) + dampening * mean
+    return damped
+
+
+def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
+    """Upper triangular U with H⁻¹ = Uᵀ U, without the inverse: with rows and columns reversed, H = L Lᵀ, and U is L⁻¹ reversed."""
+    reversed_ = damped.flip(-1, -2)
+    lower, info = torch.linalg.cholesky_ex(reversed_)
+    diagonal, pivots = (t.diagonal(dim1=-2, dim2=-1) for t in (reversed_, lower))
+    # A singular matrix may pass by rounding, with a pivot that is nothing but rounding.
+    noise = damped.shape[-1] * torch.finfo(torch.float64).eps
+    bad = (info != 0) | ~(pivots.square() > noise * diagonal).all(-1)
+    if bool(bad.any()):
+        some = f" ({int(bad.sum())} of {bad.numel()} groups)" if bad.numel() > 1 else ""
+        raise CalibrationError(
+            f"its Hessian is not positive definite{some}, with a dampening of {dampening:g}: raise the dampening or bring more inputs"
+        )
+    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
+
+
+def _solve(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, block_columns: int) -> Tensor:
+    """Quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
+    columns = w.shape[-2]
+    done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    for start in range(0, columns, block_columns):
+        end = min(start + block_columns, columns)
+        errors = torch.empty_like(w[..., start:end, :])
+        for j in range(start, end):
+            column = w[..., j, :]
+            done[..., j, :] = fake_quantize(column.float(), scale[..., j, :], zero_point[..., j, :], grid)
+            error = (column - done[..., j, :]) / factor[..., j, j, None]
+            errors[..., j - start, :] = error
+            w[..., j + 1 : end, :] -= factor[..., j, j + 1 : end, None] * error.unsqueeze(-2)
+        w[..., end:, :] -= factor[..., start:end, end:].mT @ errors
+    return done

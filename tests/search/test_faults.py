@@ -1,0 +1,118 @@
+"""Workers that are killed, on real databases: nothing is lost, nothing runs twice, nothing stays running."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lq_plugin.search import StudyError
+from lq_plugin.search.storage import open_study, rdb_storage
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    """URL of a PostgreSQL server of our own, behind a Unix socket in a temporary folder."""
+    # Not pytest's folder: a socket's path has at most 107 characters.
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        # pgserver warns where a login shell has not set it.
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        import pgserver
+
+        server = pgserver.get_server(f"{folder}/data")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("postgresql") if request.param == "postgresql" else f"sqlite:///{tmp_path / 'study.db'}"
+
+
+class Worker:
+    """A process, and what it prints."""
+
+    def __init__(self, folder: Path, url: str, n_trials: int, number: int, seconds: float, *hang: int) -> None:
+        self.output = folder / f"{number}_{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "tests.search.worker", url, str(n_trials), str(number), str(seconds), *map(str, hang)]
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self) -> None:
+        assert self.process.wait(timeout=180) == 0, self.output.read_text()
+
+
+def trials(url: str, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    try:
+        study = optuna.load_study(study_name="lq_search", storage=url)
+    except KeyError:
+        return []
+    return study.get_trials(deepcopy=False, states=states or None)
+
+
+def wait_for(url: str, state: TrialState, count: int, *workers: Worker) -> None:
+    until = time.monotonic() + 120
+    while len(trials(url, state)) < count:
+        assert time.monotonic() < until, "nothing happens"
+        for worker in workers:
+            assert worker.process.poll() is None, worker.output.read_text()
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_loses_nothing(url: str, tmp_path: Path) -> None:
+    first, second = Worker(tmp_path, url, 14, 0, 0.1, 2), Worker(tmp_path, url, 14, 1, 0.1)
+    # The other one does all the rest, and waits for the trial that hangs.
+    wait_for(url, TrialState.COMPLETE, 13, first, second)
+    (running,) = trials(url, TrialState.RUNNING)
+    first.kill()
+    second.finish()
+    assert not trials(url, TrialState.RUNNING)
+    (failed,) = trials(url, TrialState.FAIL)
+    assert failed.number == running.number
+    complete = trials(url, TrialState.COMPLETE)
+    assert len(complete) == 14
+    assert len({frozenset(trial.params.items()) for trial in complete}) == 14, "each plan once"
+    retried = [trial for trial in complete if trial.system_attrs.get("retry_history")]
+    assert [trial.system_attrs["retry_history"] for trial in retried] == [[failed.number]]
+    assert retried[0].params == failed.params
+    assert retried[0].user_attrs["plan"] == failed.user_attrs["plan"]
+
+
+def test_the_same_command_again_goes_on(url: str, tmp_path: Path) -> None:
+    """After a kill of the only worker, and with nothing left to do."""
+    name = "lq_search"
+    for study in optuna.get_all_study_names(url):
+        optuna.delete_study(study_name=study, storage=url)
+    worker = Worker(tmp_path, url, 12, 0, 0.3)
+    wait_for(url, TrialState.COMPLETE, 3, worker)
+    worker.kill()
+    for _ in range(2):
+        Worker(tmp_path, url, 12, 0, 0.0).finish()
+        complete = trials(url, TrialState.COMPLETE)
+        assert len(complete) == 12
+        assert len({frozenset(trial.params.items()) for trial in complete}) == 12
+        assert not trials(url, TrialState.RUNNING)
+    assert optuna.get_all_study_names(url) == [name]
+
+
+def test_a_database_that_is_not_there_is_named() -> None:
+    with pytest.raises(StudyError, match=r"cannot open the storage postgresql\+psycopg2://me:\*\*\*@127.0.0.1:1/none: "):
+        rdb_storage("postgresql+psycopg2://me:secret@127.0.0.1:1/none")
+
+
+def test_storages_without_heartbeat_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal.log"))
+    study = open_study("s", optuna.storages.JournalStorage(backend), ["maximize"], {})
+    assert "JournalStorage has no heartbeat: the trial of a killed worker stays RUNNING" in caplog.text
+    assert len(study.trials) == 0
