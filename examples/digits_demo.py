@@ -17,6 +17,7 @@ import logging
 import os
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.export import save_packed
 from lq_plugin.model.cost import cost
+from lq_plugin.report import model_report, study_report, write_page
 from lq_plugin.search import Space, search
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
@@ -86,7 +88,8 @@ def main() -> None:
     tuned = DigitsCNN(width=args.width, lr=2e-3)
     tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
     logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
-    fit = trainer(args.qat_epochs, callbacks=[QAT(QuantPlan.from_yaml(plan_path)), QuantMonitor()], logger=logger)
+    qat = QAT(QuantPlan.from_yaml(plan_path))
+    fit = trainer(args.qat_epochs, callbacks=[qat, QuantMonitor()], logger=logger)
     fit.fit(tuned, datamodule=data)
     fit.save_checkpoint(output / "quantized.ckpt")
     wandb.finish()
@@ -97,6 +100,8 @@ def main() -> None:
     price = cost(loaded)
     rows.append(("QAT of it", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
     save_packed(loaded, output / "model.safetensors")
+    trained = model_report(tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics)
+    write_page(replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html")
 
     show(rows, output, time.perf_counter() - start)
 
@@ -128,6 +133,7 @@ def show(rows: list[tuple[str, float, float, int, str]], output: Path, seconds: 
         table.add_row(name, percent(accuracy), f"{bits:.2f}", f"{size:,}", f"{rows[0][3] / size:.1f} x", plan)
     console.print(table)
     for what, path in (
+        ("report page", "report.html"),
         ("Pareto picture", "search/pareto.png"),
         ("best plans", "search/plans"),
         ("chosen plan", "plan.yaml"),

@@ -175,6 +175,20 @@ def search(cfg: DictConfig) -> None:
         close_wandb()
 
 
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
+def sensitivity(cfg: DictConfig) -> None:
+    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`.
+
+    Raises:
+        QuantizationError: an unknown measure, or one that does not fit the space or the module.
+    """
+    require_lq_configs(cfg)
+    log_once()
+    from lq_plugin.search.sensitivity_main import run as run_sensitivity
+
+    run_sensitivity(cfg)
+
+
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
 def export(cfg: DictConfig) -> None:
     """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX.
@@ -209,12 +223,16 @@ def run_export(cfg: DictConfig) -> Path:
     else:
         calibrate_plan(cfg, model, datamodule)
     model.eval().cpu()
-    datamodule.setup("validate")
+    datamodule.setup("fit" if cfg.round_sums else "validate")
     inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches)
-    size = save_packed(model, path) if cfg.to == "packed" else export_onnx(model, inputs[:1], path)
+    if cfg.to == "packed":
+        size = save_packed(model, path)
+    else:
+        sums_from = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if cfg.round_sums else None
+        size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest)
     log.info("written to %s: %s bytes", path, f"{size:,}")
     if cfg.verify:
-        result = verify(model, path, inputs, lambda: instantiate(cfg.model))
+        result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
         log.info(
             "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output",
             result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference,

@@ -40,7 +40,8 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     modules = {path.relative_to(source).as_posix() for room in ("lq_plugin", "hydra_plugins") for path in (source / room).rglob("*.py")}
     assert modules <= names
     assert {f"lq_plugin/conf/{name}" for name in configs(source / "conf")} <= names
-    assert {"lq_plugin/py.typed", "lq_plugin/conf/__init__.py"} <= names
+    assert {"lq_plugin/py.typed", "lq_plugin/conf/__init__.py", "lq_plugin/native/xnor.cpp"} <= names
+    assert {f"lq_plugin/report/assets/{path.name}" for path in (source / "lq_plugin" / "report" / "assets").iterdir()} <= names
     assert "hydra_plugins/__init__.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
@@ -52,7 +53,7 @@ def test_the_installed_configs_are_those_of_the_repository():
 
 def test_commands_exist():
     commands = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")}
-    assert set(commands) == {"lq-export", "lq-search", "lq-train"}
+    assert set(commands) == {"lq-explain", "lq-export", "lq-report", "lq-search", "lq-train"}
     assert all(callable(entry.load()) for entry in commands.values())
 
 

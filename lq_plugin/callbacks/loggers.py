@@ -50,6 +50,7 @@ class Report:
         pictures: drawings.
         plan: the plan in force.
         final: the last report of a run; files that are kept for good are written now.
+        pages: further files of the last report, by name.
     """
 
     step: int
@@ -58,13 +59,14 @@ class Report:
     pictures: Sequence[Picture] = ()
     plan: QuantPlan | None = None
     final: bool = False
+    pages: Mapping[str, bytes] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """Plan and tables as files, by name."""
         files = {f"{name}.csv": _csv(rows).encode() for name, rows in self.tables.items()}
         if self.plan is not None:
             files["plan.yaml"] = self.plan.to_yaml().encode()
-        return files
+        return files | dict(self.pages)
 
 
 def report_to(logger: Logger, report: Report) -> None:

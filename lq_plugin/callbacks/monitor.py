@@ -24,6 +24,7 @@ from lq_plugin.model.fidelity import FidelityRow, Measurements, errors_on_statis
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.ranges import compare_ranges
+from lq_plugin.report import model_report, render
 
 
 class QuantMonitor(Callback):
@@ -34,9 +35,9 @@ class QuantMonitor(Callback):
     `trainer.validate`, `test` and `predict` once, after the loop. Tables, the plan and pictures go to the loggers
     that take them, at the start and at the end only:
 
-    * `WandbLogger`: tables, pictures, the plan in the config, and one artifact with all files;
+    * `WandbLogger`: tables, pictures, the plan in the config, and one artifact with all files and the report page;
     * `TensorBoardLogger`: pictures, and the plan and the ledger as text;
-    * `CSVLogger`: files in `<log_dir>/quant`.
+    * `CSVLogger`: files and the report page in `<log_dir>/quant`.
 
     Weights are measured as they are. Activations are measured on a batch that runs anyway: the last before the
     log (the first of an epoch whose length is not known), the first of an evaluation; before that, on the statistics of
@@ -49,6 +50,7 @@ class QuantMonitor(Callback):
         every_n_steps: the same by optimizer steps.
         images: draw pictures.
         max_layers: the largest so many layers get a box plot and a histogram of their own.
+        page: add the report page (`lq_plugin.report`) to the files of the last report, about 0.2 s a layer.
 
     Raises:
         QuantizationError: impossible arguments; in `setup`, when the Trainer has neither `QAT` nor `PTQ`.
@@ -58,7 +60,9 @@ class QuantMonitor(Callback):
     >>> trainer = Trainer(callbacks=[QAT("w4a8"), QuantMonitor(every_n_epochs=5)], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, every_n_epochs: int | None = 1, every_n_steps: int | None = None, images: bool = True, max_layers: int = 8) -> None:
+    def __init__(
+        self, every_n_epochs: int | None = 1, every_n_steps: int | None = None, images: bool = True, max_layers: int = 8, page: bool = True
+    ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise QuantizationError(f"{name} is a number of 1 or more, or None, got {value!r}")
@@ -67,6 +71,7 @@ class QuantMonitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.images = images
+        self.page = page
         self.max_layers = max_layers
         self._measured: Measurements = {}
         self._watch = ExitStack()
@@ -154,6 +159,8 @@ class QuantMonitor(Callback):
             if self.images:
                 pictures = state.pictures(self.max_layers, activations=moment != "end")
                 report = replace(report, pictures=list(pictures))
+            if self.page and report.final:
+                report = replace(report, pages=state.pages(trainer))
         self._logged_step = report.step
         for logger in trainer.loggers:
             report_to(logger, report)
@@ -177,17 +184,30 @@ class _State:
     model: LightningModule
     priced: Cost
     rows: list[FidelityRow]
+    measured: Measurements
 
     @classmethod
     def of(cls, trainer: Trainer, model: LightningModule, measured: Measurements) -> _State:
         callback = _quantization(trainer)
         known = {name: errors for name, errors in measured.items() if errors.elements}
-        return cls(
-            callback,
-            model,
-            cost(model, callback.recording),
-            layer_fidelity(model, measured=known or errors_on_statistics(model, callback.statistics)),
+        known = known or errors_on_statistics(model, callback.statistics)
+        return cls(callback, model, cost(model, callback.recording), layer_fidelity(model, measured=known), known)
+
+    def pages(self, trainer: Trainer) -> dict[str, bytes]:
+        """The report page, and what it is made of."""
+        callback = self.callback
+        data = model_report(
+            self.model,
+            callback.plan,
+            ledger=callback.ledger,
+            recording=callback.recording,
+            statistics=callback.statistics,
+            measured=self.measured,
+            reconstruction=getattr(callback, "reconstruction", None),
+            float_weights=getattr(callback, "float_weights", None) or None,
+            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
         )
+        return {"report.json": data.to_json().encode(), "report.html": render(data).encode()}
 
     def scalars(self) -> dict[str, float]:
         chosen = quantizers(self.model)

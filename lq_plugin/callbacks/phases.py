@@ -196,6 +196,7 @@ def _reconstruct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None
                 tasks[unit] = progress.add_task(f"reconstruct {unit}", total=chosen.iterations)
             progress.update(tasks[unit], completed=iteration)
 
+        ptq.keep_float_weights(pl_module)
         run = step_runner(trainer, pl_module, ptq.calibration_step)
         ptq.reconstruction = reconstruct(pl_module, batches, run, by, chosen, on_step=on_step)
     for layer, reason in ptq.reconstruction.skipped.items():
@@ -219,6 +220,7 @@ def _with_batches(ptq: PTQ, trainer: Trainer, pl_module: LightningModule, title:
     "gptq", check_options, after=_RANGES, without=dict.fromkeys(("correct_batch_norm", "bias_correct", "reconstruct"), _FLOAT_MODEL)
 )
 def _gptq(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
+    ptq.keep_float_weights(pl_module)
     result = _with_batches(ptq, trainer, pl_module, "GPTQ", gptq, **ptq.phase_options.get("gptq", {}))
     for layer, reason in result.skipped.items():
         rank_zero_warn(f"PTQ: {layer} keeps nearest rounding: {reason}")

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
 from lq_plugin.errors import PlanError
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
-from lq_plugin.model.prepare import quantizers
+from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.reconstruct import Reconstruction
 from lq_plugin.plan import QuantPlan
 
@@ -55,6 +56,8 @@ class PTQ(QuantizationCallback):
         self.recalibrate = recalibrate
         self.folded: FoldedBatchNorms | None = None
         self.reconstruction: Reconstruction | None = None
+        #: Weights before learned roundings were written into them, by layer name.
+        self.float_weights: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -76,3 +79,7 @@ class PTQ(QuantizationCallback):
             return
         for phase in self.phases:
             PHASES[phase].run(self, trainer, pl_module)
+
+    def keep_float_weights(self, pl_module: LightningModule) -> None:
+        """Remember the weights that a phase is about to round, for reports."""
+        self.float_weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(pl_module)}

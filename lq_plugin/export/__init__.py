@@ -2,11 +2,23 @@
 
 from typing import Any
 
+from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.packed import load_packed, save_packed
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.export.verify import Verification, verify
+from lq_plugin.export.xnor import use_xnor, xnor_layer
 
-__all__ = ["Verification", "export_onnx", "load_packed", "onnx_session", "save_packed", "verify"]
+__all__ = [
+    "OpenVINOSession",
+    "Verification",
+    "export_onnx",
+    "load_packed",
+    "onnx_session",
+    "save_packed",
+    "use_xnor",
+    "verify",
+    "xnor_layer",
+]
 
 
 def __getattr__(name: str) -> Any:

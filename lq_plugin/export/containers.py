@@ -5,10 +5,10 @@
 
 | format | whole numbers | block |
 |---|---|---|
-| int | the levels: INT4 / UINT4 up to 4 bits, INT8 / UINT8, INT16 / UINT16 | of the granularity; two-level scales multiplied out |
+| int | the levels: INT2, INT4, INT8, INT16 or UINT2 to UINT16 | of the granularity; two-level scales multiplied out |
 | mx4, mx6, mx9 | the levels, INT4 or INT8 | 2 |
 | mxint8; mxfp4, nvfp4; mxfp6 | value · 64; · 2; · 8 (E2M3) or · 16 (E3M2): INT8, INT16 for E3M2 | 32, 16 |
-| sign, bwn, twn | -1, 0, 1: INT4 | of the granularity |
+| sign, bwn, twn | -1, 0, 1: INT2 | of the granularity |
 | ttq, kmeans | an index, and the table | per tensor |
 
 All of them are exact. MXFP8 has none: its values need 18 bits as whole numbers.
@@ -38,7 +38,7 @@ class Container:
 
     Args:
         q: int32, `[C_out, C_in / groups, *kernel]`.
-        bits, signed: of the integer type that holds them: 4, 8 or 16 bits.
+        bits, signed: of the smallest integer type that holds them: 2, 4, 8 or 16 bits.
         scale: float32 `[]`, `[C_out]`, or, with a block, `[C_out, blocks, *kernel]`; None with a table.
         zero_point: int32 like the scale; None: 0.
         block: elements along dim 1 that share a scale; 0: all.
@@ -80,7 +80,7 @@ def container(spec: QuantSpec, parts: Parts, name: str) -> Container:
     if kind in ("sign", "bwn", "twn"):
         q = codes - 1 if kind == "twn" else 2 * codes - 1
         scale, block = _scale(spec, values.get("scale", torch.ones(1)))
-        return Container(q, 4, True, scale, block=block)
+        return Container(q, 2, True, scale, block=block)
     if kind == "ttq" and values["positive"].numel() == 1:
         table = torch.cat([-values["negative"].reshape(1), torch.zeros(1), values["positive"].reshape(1)])
         return Container(codes, 8, False, table=table)
@@ -99,7 +99,7 @@ def _integer(spec: QuantSpec, values: dict[str, Tensor]) -> Container:
     zero_point = None
     if "zero_point" in values:
         zero_point = _scale(spec, values["zero_point"] + grid.quant_min)[0]
-    bits = 4 if spec.bit_width <= 4 else 8 if spec.bit_width <= 8 else 16
+    bits = next(bits for bits in (2, 4, 8, 16) if spec.bit_width <= bits)
     return Container(values["codes"] + grid.quant_min, bits, grid.signed, scale, zero_point, block)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from lq_plugin.export.containers import Container
 from lq_plugin.spec import IntegerGrid
 
 _TYPES = {
+    (2, True): getattr(TensorProto, "INT2", None),
+    (2, False): getattr(TensorProto, "UINT2", None),
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
     (8, True): TensorProto.INT8,
@@ -26,6 +27,9 @@ _TYPES = {
     (16, False): TensorProto.UINT16,
 }
 _CONV = ("Conv", "ConvTranspose")
+_MATRIX = ("MatMul", "Gemm")
+#: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
+_NEWER = {2: (25, 13)}
 
 
 class Graph:
@@ -33,10 +37,12 @@ class Graph:
 
     Args:
         model: changed in place.
+        smallest: bits of the smallest integer type that weights may have, 2, 4 or 8.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, smallest: int = 2) -> None:
         self.model = model
+        self.smallest = smallest
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
         self.added: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -63,7 +69,7 @@ class Graph:
     def put_weight(self, name: str, node: onnx.NodeProto, content: tuple[Container, bool], through_transpose: bool) -> None:
         """Let `node` read the weight from whole numbers."""
         weight, exchanged = content
-        flipped = exchanged != through_transpose
+        flipped = exchanged != (through_transpose or self._reads_transposed(node))
         source = f"{name}.weight"
         position = next(i for i, value in enumerate(node.input) if value == source or self._made_of(value, source))
         q = weight.q.transpose(0, 1) if flipped else weight.q
@@ -73,19 +79,23 @@ class Graph:
             wide = self._node(node, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             node.input[position] = self._node(node, "Gather", [table, wide], f"{name}.weight_dequantized")
             return
-        kind = _TYPES[weight.bits, weight.signed]
+        bits = max(weight.bits, self.smallest)
+        if bits == 2 and node.op_type in _MATRIX and q.shape[-1] % 4:
+            # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
+            bits = 4
+        kind = self._type(bits, weight.signed, source)
         scale, zero_point = weight.scale, weight.zero_point
         assert scale is not None
-        factor = self._absorb_batch_norm(name, node)
+        factor = self._absorb_batch_norm(name, node, zero_point is not None)
         if factor is not None:
             scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
-            scale = scale * factor.view(-1, *[1] * (scale.ndim - 1))
+            q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
             zero_point = zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
         codes = self._initializer(f"{name}.weight_codes", q.contiguous().numpy(), kind)
-        if node.op_type in _CONV and weight.bits == 4:
+        if node.op_type in _CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
             codes = self._node(node, "Cast", [codes], f"{name}.weight_int8", to=kind)
@@ -96,6 +106,51 @@ class Graph:
         if weight.block:
             place["block_size"] = weight.block
         node.input[position] = self._node(node, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+
+    @staticmethod
+    def _reads_transposed(node: onnx.NodeProto) -> bool:
+        """Whether a Gemm had its weight as `[C_out, C_in]`; from now on it is `[C_in, C_out]`, which runtimes have kernels for."""
+        flags = [a for a in node.attribute if a.name == "transB" and a.i] if node.op_type == "Gemm" else []
+        for flag in flags:
+            flag.i = 0
+        return bool(flags)
+
+    def put_bias(self, name: str, node: onnx.NodeProto, input_scale: Tensor) -> None:
+        """Let a Gemm of whole numbers read its bias as int32 in steps of what it adds up, as ONNX Runtime's kernel has it.
+
+        The rounding is half a step of the products: a thousandth of the activations' own or less.
+        """
+        scale = self.known.get(f"{name}.weight_scale")
+        codes = self.known.get(f"{name}.weight_codes")
+        if node.op_type != "Gemm" or len(node.input) != 3 or scale is None or codes is None or input_scale.ndim:
+            return
+        if codes.data_type not in (TensorProto.INT8, TensorProto.UINT8) or len(scale.dims) > 1 or node.input[2] not in self.known:
+            return
+        bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64)
+        step = (numpy_helper.to_array(scale) * np.float32(input_scale)).astype(np.float32)
+        whole = np.rint(bias / step)
+        if bias.shape != np.broadcast_shapes(bias.shape, step.shape) or not (np.abs(whole) < 2**31).all():
+            return
+        inputs = [
+            self._initializer(f"{name}.bias_codes", whole, TensorProto.INT32),
+            self._initializer(f"{name}.bias_scale", step, TensorProto.FLOAT),
+        ]
+        weight = next(new for new in self.added[node.name] if new.output[0] == node.input[1])
+        if len(weight.input) == 2:
+            # Its kernel wants a zero point to be there, though it is 0.
+            weight.input.append(self._initializer(f"{name}.weight_zero_point", np.zeros_like(step), codes.data_type))
+        node.input[2] = self._node(node, "DequantizeLinear", inputs, f"{name}.bias_dequantized", **({"axis": 0} if step.ndim else {}))
+
+    def _type(self, bits: int, signed: bool, name: str) -> int:
+        kind = _TYPES[bits, signed]
+        if kind is None:
+            raise ExportError(f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4")
+        if bits in _NEWER:
+            opset, version = _NEWER[bits]
+            entry = next(entry for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+            entry.version = max(entry.version, opset)
+            self.model.ir_version = max(self.model.ir_version, version)
+        return kind
 
     def put_activation(self, node: onnx.NodeProto, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None) -> None:
         """Quantize what `node` reads, its first input; readers of one tensor with the same qparams share the nodes."""
@@ -121,7 +176,7 @@ class Graph:
                 for key, end in outermost.items()
             ]
             source = self._node(before, "Clip", [source, *ends], f"{stem}_clipped")
-        kind = _TYPES[bits, grid.signed]
+        kind = self._type(bits, grid.signed, source)
         parameters = [
             self._initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
             self._initializer(f"{stem}_zero_point", zero_point.astype(np.int64), kind),
@@ -130,7 +185,7 @@ class Graph:
         codes = self._node(before, "QuantizeLinear", [source, *parameters], stem, **place)
         return self._node(before, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
 
-    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto) -> Any:
+    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
         """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is none."""
         if node.op_type != "Conv":
             return None
@@ -143,7 +198,7 @@ class Graph:
         weight, shift, mean, variance = (numpy_helper.to_array(self.known[value]).astype(np.float64) for value in norm.input[1:5])
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = weight / np.sqrt(variance + epsilon)
-        if (factor <= 0).any():
+        if affine and not factor.all():
             return None
         bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
         moved = self._initializer(f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT)
@@ -163,12 +218,16 @@ class Graph:
         return any(node.op_type == "Transpose" and node.output[0] == value and node.input[0] == weight for node in self.graph.node)
 
     def _initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
-        if kind in (TensorProto.INT4, TensorProto.UINT4):
-            flat = values.astype(np.int8).reshape(-1) & 0xF
-            flat = np.append(flat, np.zeros(flat.size % 2, flat.dtype)).astype(np.uint8)
-            tensor = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=(flat[::2] | flat[1::2] << 4).tobytes())
+        small = next((bits for bits in (2, 4) if kind in (_TYPES[bits, True], _TYPES[bits, False])), None)
+        if small is not None:
+            # The first element in the lowest bits.
+            flat = values.astype(np.uint8).reshape(-1) & (2**small - 1)
+            each = 8 // small
+            flat = np.append(flat, np.zeros(-flat.size % each, np.uint8)).reshape(-1, each)
+            packed = np.bitwise_or.reduce(flat << np.arange(0, 8, small, dtype=np.uint8), axis=1)
+            tensor = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
         else:
-            tensor = numpy_helper.from_array(np.ascontiguousarray(values.astype(helper.tensor_dtype_to_np_dtype(kind))), name)
+            tensor = numpy_helper.from_array(np.asarray(values.astype(helper.tensor_dtype_to_np_dtype(kind)), order="C"), name)
         self.graph.initializer.append(tensor)
         self.known[name] = self.graph.initializer[-1]
         return name
@@ -177,8 +236,8 @@ class Graph:
         self.added[before.name].append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
         return output
 
-    def save(self, path: str | Path) -> None:
-        """Put the new nodes where they belong, drop what nothing reads, check, write."""
+    def finish(self) -> onnx.ModelProto:
+        """Put the new nodes where they belong, drop what nothing reads."""
         nodes = [new for node in self.graph.node for new in (*self.added.get(node.name, ()), node)]
         used = {value.name for value in self.graph.output}
         alive: list[onnx.NodeProto] = []
@@ -196,5 +255,23 @@ class Graph:
         self.graph.initializer.extend(kept)
         del self.graph.value_info[:]
         del self.graph.metadata_props[:]
-        onnx.checker.check_model(self.model, full_check=True)
-        onnx.save(self.model, path)
+        return self.model
+
+
+def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales of weights whose channels are multiplied with a factor each.
+
+    A negative factor changes the sign of the whole numbers where their type has all the negatives, else that of the scale.
+    A factor of 0 leaves no weight. All of it is exact.
+
+    Args:
+        q: `[C_out, ...]`, no smaller than the type's `lowest`; 0: of a type without negatives.
+        scale: `[C_out, ...]`.
+        factor: `[C_out]`.
+    """
+    gone = factor == 0
+    opposite = (factor < 0) & (q.flatten(1).amin(1) > lowest) & (lowest < 0)
+    factor = torch.where(opposite, -factor, factor)
+    over_q, over_scale = (-1, *[1] * (q.ndim - 1)), (-1, *[1] * (scale.ndim - 1))
+    q = torch.where(opposite.view(over_q), -q, q).masked_fill(gone.view(over_q), 0)
+    return q, (scale * factor.view(over_scale)).masked_fill(gone.view(over_scale), 1.0)

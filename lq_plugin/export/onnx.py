@@ -2,8 +2,8 @@
 
 The float model is exported by `torch.onnx.export`, and then gets its quantization back: each quantized weight becomes
 whole numbers and a DequantizeLinear (or a Gather from its table), each quantized activation a QuantizeLinear and a
-DequantizeLinear. Batch norms after a quantized convolution move into its scales and bias, where their factors are
-positive: the whole numbers stay what they are.
+DequantizeLinear. Batch norms after a quantized convolution move into its scales and bias; a negative factor changes the
+sign of the channel's whole numbers, or of its scale where their type lacks the negative of one of them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container
 from lq_plugin.export.graph import Graph
+from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
 from lq_plugin.quantizers import InputQuantizer
@@ -40,6 +42,8 @@ def export_onnx(
     dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    sums_from: Iterable[Any] | None = None,
+    smallest: int = 2,
 ) -> int:
     """Write a prepared and calibrated model as ONNX.
 
@@ -49,6 +53,10 @@ def export_onnx(
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph.
+        sums_from: calibration batches, each a tensor or a tuple like `inputs`. With them residual sums between convolutions
+            are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
+            nothing but what the plan says.
+        smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
 
     Returns:
         The size of the file, in bytes.
@@ -57,6 +65,8 @@ def export_onnx(
         ExportError: listing every tensor that ONNX cannot say exactly. No file is written then.
         ImportError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
+    if smallest not in (2, 4, 8):
+        raise ExportError(f"smallest is 2, 4 or 8 bits, got {smallest!r}")
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -65,7 +75,7 @@ def export_onnx(
     weights, activations = _collect(layers)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
-    graph = Graph(_export_float(model, tuple(inputs), shapes, input_names, output_names))
+    graph = Graph(_export_float(model, tuple(inputs), shapes, input_names, output_names), smallest)
     faults: list[str] = []
     for name, layer in layers:
         try:
@@ -76,10 +86,22 @@ def export_onnx(
             faults.append(str(error))
             continue
         if name in activations:
-            graph.put_activation(node, *_activation(activations[name]))
+            scale, *rest = _activation(activations[name])
+            graph.put_activation(node, scale, *rest)
+            graph.put_bias(name, node, scale)
     raise_all(ExportError, "cannot export the model", faults)
-    graph.save(path)
+    file = graph.finish()
+    if sums_from is not None:
+        quantize_sums(file, (_feed(file, batch) for batch in sums_from))
+    onnx.checker.check_model(file, full_check=True)
+    onnx.save(file, path)
     return Path(path).stat().st_size
+
+
+def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
+    """A batch as arrays by input name."""
+    values = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return {value.name: x.numpy() for value, x in zip(file.graph.input, values, strict=True)}
 
 
 def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Container], dict[str, InputQuantizer]]:

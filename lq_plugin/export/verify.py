@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import ExportError
+from lq_plugin.errors import ExportError, did_you_mean
+from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.packed import load_packed
 from lq_plugin.export.runtime import onnx_session
 
@@ -32,7 +33,17 @@ class Verification:
     largest_difference: float
 
 
-def verify(model: nn.Module, path: str | Path, inputs: Iterable[Tensor], fresh: Callable[[], nn.Module] | None = None) -> Verification:
+#: What opens an ONNX file, by name.
+RUNTIMES: dict[str, Callable[[Path], Any]] = {"onnxruntime": onnx_session, "openvino": OpenVINOSession}
+
+
+def verify(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Iterable[Tensor],
+    fresh: Callable[[], nn.Module] | None = None,
+    runtime: str = "onnxruntime",
+) -> Verification:
     """Compare an exported file with the fake-quantized model on some inputs.
 
     Args:
@@ -40,14 +51,17 @@ def verify(model: nn.Module, path: str | Path, inputs: Iterable[Tensor], fresh: 
         path: `.onnx` or packed.
         inputs: batches.
         fresh: makes a float model for a packed file to be read into.
+        runtime: of an ONNX file: "onnxruntime" or "openvino".
 
     Raises:
-        ExportError: no inputs, or no way to read the file.
+        ExportError: no inputs, an unknown runtime, or no way to read the file.
     """
     path = Path(path)
+    if runtime not in RUNTIMES:
+        raise ExportError(f"runtime is {' or '.join(RUNTIMES)}, got {runtime!r}.{did_you_mean(str(runtime), RUNTIMES)}")
     run: Callable[[Tensor], Tensor]
     if path.suffix == ".onnx":
-        session = onnx_session(path)
+        session = RUNTIMES[runtime](path)
         name = session.get_inputs()[0].name
 
         def run(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from rich.table import Table
 from lq_plugin import plots
 from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import QuantPlan
+from lq_plugin.report import render, study_report
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS
 
 
@@ -161,7 +162,7 @@ class SearchResult:
         return stream.getvalue()
 
     def write(self, folder: str | Path) -> Path:
-        """Write `front.csv`, `plans/` and `pareto.png`; nothing but `front.csv` when no trial is complete.
+        """Write `front.csv`, `plans/`, `pareto.png` and `report.html` with its data; nothing but `front.csv` when no trial is complete.
 
         Other workers may write the same files: each appears whole, and plans that left the front go.
         """
@@ -180,6 +181,9 @@ class SearchResult:
         _write(folder / "front.csv", self.to_csv().encode())
         if self.candidates:
             _write(folder / "pareto.png", plots.to_png(self.figure()))
+            report = study_report(self)
+            _write(folder / "report.json", report.to_json().encode())
+            _write(folder / "report.html", render(report).encode())
         return folder
 
 

@@ -1,0 +1,312 @@
+"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): seeds and TPE against TPE, NSGA-II, greedy and uniform plans.
+
+    python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
+    python -m benchmarks.search --faults --json out.json # 4 workers on PostgreSQL, one killed every 20 s
+
+Plans are scored on train images 1,024 to 3,024, which neither calibrate nor were used to choose a recipe; then the best plan
+of each size is scored on the 10,000 test images. Hypervolumes have the reference point (accuracy 0.1, 8.2 bits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from optuna.samplers import NSGAIISampler, TPESampler
+from optuna.trial import TrialState
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from benchmarks import common
+from lq_plugin.demo.cifar10 import load_images, normalize
+from lq_plugin.demo.resnet import load_resnet
+from lq_plugin.search import Evaluator, search
+from lq_plugin.search.interrupt import stop_on_signal
+from lq_plugin.search.seeds import greedy_path, unit_costs
+from lq_plugin.search.sensitivity import measure_sensitivity
+
+SPACE: dict[str, Any] = {
+    "weight": {"bit_widths": [2, 3, 4, 5, 6, 7, 8], "granularities": ["per_channel"], "ranges": ["mse"]},
+    "input": "uint8 affine mse",
+}
+CALIBRATION, IMAGES = 1024, 2000
+BUDGETS = (4.0, 3.5, 3.0)
+REFERENCE = (0.1, 8.2)
+CPU = partial(Trainer, accelerator="cpu", devices=1)
+
+
+class Classifier(LightningModule):
+    """Validates a network by its accuracy."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.accuracy = net, MulticlassAccuracy(10, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("val/acc", self.accuracy, on_epoch=True, on_step=False)
+
+
+class Images(LightningDataModule):
+    """Train images: the first to calibrate with, the next to score plans on."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        super().__init__()
+        images, self.labels = load_images(folder, "train", 0, CALIBRATION + count)
+        self.images = normalize(images)
+
+    def _loader(self, start: int, stop: int | None, size: int) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.images[start:stop], self.labels[start:stop]), size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(0, CALIBRATION, 128)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(CALIBRATION, None, 250)
+
+
+def hypervolume(points: list[tuple[float, float]]) -> float:
+    """Area between the front of `(accuracy, bits)` and the reference point; accuracy is maximized, bits are minimized.
+
+    >>> round(hypervolume([(0.6, 4.2), (0.9, 6.2), (0.5, 5.2)]), 2)
+    2.6
+    """
+    area, best = 0.0, REFERENCE[0]
+    # From few bits to many: each plan adds the strip by which it is more accurate than all smaller ones.
+    for accuracy, bits in sorted(points, key=lambda p: (p[1], -p[0])):
+        if accuracy > best and bits < REFERENCE[1]:
+            area += (accuracy - best) * (REFERENCE[1] - bits)
+            best = accuracy
+    return area
+
+
+def curve(points: list[tuple[float, float]], seconds: list[float]) -> dict[str, Any]:
+    """Hypervolume after 50, 100, 200, ... trials, and over the seconds that they took."""
+    counts = [n for n in (25, 50, 100, 200, 400, 700, 1000) if n < len(points)] + [len(points)]
+    total = [sum(seconds[:n]) for n in counts]
+    return {
+        "hypervolume": {str(n): round(hypervolume(points[:n]), 5) for n in counts},
+        "over_seconds": [[round(t, 1), round(hypervolume(points[:n]), 5)] for t, n in zip(total, counts, strict=True)],
+    }
+
+
+def best_plan(plans: list[tuple[float, float, Any]], budget: float) -> Any:
+    """The most accurate of `(accuracy, bits, plan)` within a budget, or None."""
+    fitting = [plan for plan in plans if plan[1] <= budget + 1e-9]
+    return max(fitting, key=lambda plan: (plan[0], -plan[1]))[2] if fitting else None
+
+
+class Comparison:
+    """All methods on one model and one set of images."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console = options, console
+        self.net = load_resnet(options.data / "resnet_cifar10" / "resnet20_jpeg.safetensors", 20)
+        self.data = Images(options.data, options.images)
+        images, self.test_labels = load_images(options.data, "test")
+        self.test_images = normalize(images)
+        self.plans: dict[str, list[tuple[float, float, Any]]] = {}
+        self.results: dict[str, Any] = {"images": options.images, "space": SPACE, "reference": REFERENCE, "hypervolume": {}, "curves": {}}
+
+    def run(self) -> dict[str, Any]:
+        options = self.options
+        with tempfile.TemporaryDirectory() as folder:
+            self.method("ours", options.trials, storage=f"sqlite:///{folder}/study.db")
+        self.fixed_plans()
+        self.score()
+        for name, sampler in (("tpe", TPESampler), ("nsga2", NSGAIISampler)):
+            if options.trials_plain:
+                self.method(name, options.trials_plain, seeds=0, uniform=False, sampler=sampler)
+        return self.results
+
+    def method(self, name: str, n_trials: int, **given: Any) -> None:
+        """One search from start to end, sensitivity included."""
+        with common.Stopwatch() as watch:
+            result = search(
+                Classifier(self.net), self.data, SPACE, "val/acc", n_trials, trainer=CPU, study_name=name, progress=False, **given
+            )
+        trials = [t for t in result.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+        ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete]
+        starts = [t.datetime_start.timestamp() for t in trials if t.datetime_start]
+        seconds = [end - before for end, before in zip(ends, [starts[0], *ends[:-1]], strict=True)]
+        points = [(c.metric, c.effective_bits) for c in result.candidates]
+        self.plans[name] = [(c.metric, c.effective_bits, c.plan) for c in result.candidates]
+        found = curve(points, seconds)
+        self.results["hypervolume"][name] = found["hypervolume"]
+        self.results["curves"][name] = {
+            "over_seconds": found["over_seconds"],
+            "seconds": watch.seconds,
+            "seconds_before_first_trial": watch.seconds - sum(seconds),
+            "seconds_per_trial": statistics.median(seconds),
+        }
+        if name == "ours":
+            self.results["seconds_per_trial"] = statistics.median(seconds)
+            self.results["trials_per_minute"] = 60.0 / statistics.median(seconds)
+        self.note(f"{name}: {found['hypervolume']}")
+
+    def fixed_plans(self) -> None:
+        """Uniform plans and the greedy path; and what an evaluation forward pass takes."""
+        with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
+            space = evaluator.calibrate(SPACE)
+            table = measure_sensitivity(evaluator)
+            base, costs = unit_costs(evaluator, "effective_bits")
+            path = [params for _, params in greedy_path(space, table.values, costs, base)]
+            for name, plans in (("uniform", [space.uniform(bits) for bits in space.bit_widths]), ("greedy", path)):
+                scored = [(evaluator.evaluate(plan := space.plan(params)), plan) for params in plans]
+                self.plans[name] = [(e.metrics["val/acc"], e.cost.effective_bits, plan) for e, plan in scored]
+                points = [(accuracy, bits) for accuracy, bits, _ in self.plans[name]]
+                self.results["hypervolume"][name] = {str(len(points)): round(hypervolume(points), 5)}
+                self.note(f"{name}: {self.results['hypervolume'][name]}")
+            evaluator.apply(space.layer_plans(path[len(path) // 2]))
+            batches = [batch[0] for batch in self.data.val_dataloader()]
+
+            def forward() -> None:
+                with torch.inference_mode():
+                    for batch in batches:
+                        evaluator.model(batch)
+
+            evaluate = partial(evaluator.evaluate, space.plan(path[len(path) // 2]))
+            times = common.interleaved({"trial": evaluate, "pass": forward}, rounds=5)
+            self.results["evaluation_pass_seconds"] = statistics.median(times["pass"])
+            self.results["evaluation_over_pass"] = common.ratio(times, "trial", "pass")
+            evaluator.apply({})
+            floats = common.interleaved({"float": forward}, rounds=5)
+            self.results["float_pass_seconds"] = statistics.median(floats["float"])
+
+    def score(self) -> None:
+        """Test accuracy of the best plan of each size."""
+        self.results["best_at"] = {}
+        with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
+            evaluator.calibrate(SPACE)
+            for budget in BUDGETS:
+                row: dict[str, Any] = {}
+                for name in ("ours", "uniform", "greedy"):
+                    plan = best_plan(self.plans[name], budget)
+                    if plan is not None:
+                        evaluator.apply(evaluator.layer_plans(plan))
+                        row[name] = round(self.test_accuracy(evaluator.model), 2)
+                self.results["best_at"][str(budget)] = row
+                self.note(f"at most {budget} bits: {row}")
+
+    def test_accuracy(self, model: nn.Module) -> float:
+        model.eval()
+        pairs = zip(self.test_images.split(250), self.test_labels.split(250), strict=True)
+        with torch.inference_mode():
+            return 100.0 * sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(self.test_labels)
+
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+        common.write_json(self.options.json, self.results, ("optuna",))
+
+
+def work(url: str, worker: int, options: argparse.Namespace) -> None:
+    """One worker of the fault run."""
+    net = load_resnet(options.data / "resnet_cifar10" / "resnet20_jpeg.safetensors", 20)
+    data = Images(options.data, options.images)
+    search(
+        Classifier(net),
+        data,
+        SPACE,
+        "val/acc",
+        options.trials,
+        storage=url,
+        worker=worker,
+        heartbeat=3,
+        seeds=0,
+        trainer=CPU,
+        progress=False,
+    )
+
+
+def faults(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Workers on a PostgreSQL of our own; one is killed every `--kill-every` seconds and started again."""
+    kills, started = 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, stop_on_signal() as stop:
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+        import pgserver
+
+        server = pgserver.get_server(f"{folder}/data")
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+        flags = ["--data", str(options.data), "--images", str(options.images), "--trials", str(options.trials), "--worker-url", url]
+
+        def launch(number: int) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "benchmarks.search", *flags, "--worker", str(number)]
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        workers = [launch(number) for number in range(4)]
+        numbers, last_kill = 4, time.monotonic()
+        while any(worker.poll() is None for worker in workers) and not stop:
+            time.sleep(0.5)
+            alive = [index for index, worker in enumerate(workers) if worker.poll() is None]
+            if time.monotonic() - last_kill > options.kill_every and alive:
+                victim = alive[kills % len(alive)]
+                workers[victim].send_signal(signal.SIGKILL)
+                workers[victim].wait()
+                kills, last_kill = kills + 1, time.monotonic()
+                workers[victim] = launch(numbers)
+                numbers += 1
+        for worker in workers:
+            worker.wait()
+        study = optuna.load_study(study_name="lq_search", storage=url)
+        trials = study.get_trials(deepcopy=False)
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        result = {
+            "complete": len(complete),
+            "distinct": len({frozenset(t.params.items()) for t in complete}),
+            "failed": sum(t.state == TrialState.FAIL for t in trials),
+            "retried": sum(bool(t.system_attrs.get("retry_history")) for t in trials),
+            "running": sum(t.state == TrialState.RUNNING for t in trials),
+            "kills": kills,
+            "seconds": time.monotonic() - started,
+        }
+        server.cleanup()
+    console.print(result)
+    return {"faults": result}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})")
+    parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours (default: 200)")
+    parser.add_argument("--trials-plain", type=int, default=1000, metavar="N", help="of TPE and of NSGA-II without seeds (default: 1000)")
+    parser.add_argument("--faults", action="store_true", help="kill workers instead")
+    parser.add_argument("--kill-every", type=float, default=20.0, metavar="SECONDS", help="in the fault run (default: 20)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker-url", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    common.start(options)
+    console = Console()
+    if options.worker is not None:
+        work(options.worker_url, options.worker, options)
+        return {}
+    results = faults(options, console) if options.faults else Comparison(options, console).run()
+    common.write_json(options.json, results, ("optuna",))
+    return results
+
+
+if __name__ == "__main__":
+    main()

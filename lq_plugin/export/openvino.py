@@ -1,0 +1,71 @@
+"""Run an exported ONNX file with OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lq_plugin.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the graph."""
+
+    name: str
+
+
+class OpenVINOSession:
+    """An ONNX file compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
+
+    It computes what the file says: left to itself OpenVINO rounds float layers to bfloat16 where the processor has it, and
+    the activations of layers with integer weights to 8 bits.
+
+    Args:
+        path: of the ONNX file.
+        threads: within an operation; None: OpenVINO's choice.
+        batch: size of dim 0 of every input. A fixed one saves OpenVINO work at each call; None: as the file says.
+
+    Raises:
+        ExportError: no such file, or one that OpenVINO cannot read (it has no INT2: export with `smallest=4`).
+        ImportError: without openvino (`pip install "lq_plugin[openvino]"`).
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None, batch: int | None = None) -> None:
+        import openvino  # type: ignore[import-untyped]
+
+        if not Path(path).is_file():
+            raise ExportError(f"cannot open {path}: no such file")
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            # A pinned thread waits for its core while another one is idle.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        try:
+            model = core.read_model(str(path))
+            if batch is not None:
+                model.reshape({value: [batch, *list(value.partial_shape)[1:]] for value in model.inputs})
+            self.compiled = core.compile_model(model, "CPU", options)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO cannot read {path} (it has no INT2: export with smallest=4): {str(error)[:500]}") from error
+        self.request = self.compiled.create_infer_request()
+        self.names = [value.any_name for value in model.inputs]
+
+    def get_inputs(self) -> list[Input]:
+        """The graph's inputs, in their order."""
+        return [Input(name) for name in self.names]
+
+    def run(self, output_names: None, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """All outputs of the graph for inputs by name."""
+        results = self.request.infer([inputs[name] for name in self.names], share_inputs=True)
+        return [np.asarray(value) for value in results.values()]

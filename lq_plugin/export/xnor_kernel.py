@@ -1,0 +1,147 @@
+"""Matrix products of -1 and +1 by exclusive or and bit count, in C++ compiled on first use.
+
+    dot(a, b) = K - 2 · popcount(a ⊕ b),       a bit is 1 for +1
+
+The variant (AVX-512 VPOPCNTDQ, AVX2, portable) is chosen at run time from what the processor has. Results are whole numbers
+below 2^24, so that they are the same on every way of computing them. Source: `lq_plugin/native/xnor.cpp`.
+
+Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), section 3.2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import ExportError
+
+SOURCE = Path(__file__).parents[1] / "native" / "xnor.cpp"
+#: Variants of the kernel, by the number that the C++ side gives them.
+VARIANTS = ("portable", "avx2", "avx512")
+#: Bits of a word, and outputs that stand side by side.
+WORD, LANES = 64, 8
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """Signs along the last dim as int64 words: bit k % 64 of word k // 64 is 1 where x ≥ 0.
+
+    >>> pack_signs(torch.tensor([[1.0, -1.0, 0.0]]))
+    tensor([[5]])
+    """
+    words = -(-x.shape[-1] // WORD)
+    bits = torch.nn.functional.pad((x >= 0).long(), (0, words * WORD - x.shape[-1]))
+    return (bits.unflatten(-1, (words, WORD)) << torch.arange(WORD)).sum(-1)
+
+
+def unpack_signs(words: Tensor, elements: int) -> Tensor:
+    """Inverse of `pack_signs`: -1 and +1, float32.
+
+    >>> unpack_signs(torch.tensor([[5]]), 3)
+    tensor([[ 1., -1.,  1.]])
+    """
+    bits = (words.unsqueeze(-1) >> torch.arange(WORD)) & 1
+    return bits.flatten(-2)[..., :elements].float() * 2 - 1
+
+
+def interleave(words: Tensor) -> Tensor:
+    """Rows of words `[outputs, words]` as the kernel reads weights: `[ceil(outputs / 8), words, 8]`."""
+    padded = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % LANES))
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+
+
+class Kernel:
+    """The compiled library.
+
+    Args:
+        library: loaded.
+        variant: one of `VARIANTS`; None: the fastest that the processor runs.
+
+    Raises:
+        ExportError: a variant that it does not run.
+    """
+
+    def __init__(self, library: ctypes.CDLL, variant: str | None = None) -> None:
+        best = VARIANTS[library.lq_xnor_best()]
+        self.variants = VARIANTS[: VARIANTS.index(best) + 1]
+        self.variant = best if variant is None else variant
+        if self.variant not in self.variants:
+            raise ExportError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
+        self._number = VARIANTS.index(self.variant)
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._pack = library.lq_xnor_pack
+        self._pack.argtypes, self._pack.restype = [pointer, pointer, size, size, number], None
+        self._linear = library.lq_xnor_linear
+        self._linear.argtypes, self._linear.restype = [*[pointer] * 5, *[size] * 3, number, number], None
+        self._matmul = library.lq_xnor_matmul
+        self._matmul.argtypes, self._matmul.restype = [*[pointer] * 5, *[size] * 4, number, number], None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`pack_signs` of a float32 tensor on the CPU."""
+        x = x.contiguous()
+        elements = x.shape[-1]
+        words = x.new_empty((*x.shape[:-1], -(-elements // WORD)), dtype=torch.int64)
+        self._pack(x.data_ptr(), words.data_ptr(), x.numel() // elements, elements, self._number)
+        return words
+
+    def matmul(
+        self, x: Tensor, weights: Tensor, outputs: int, elements: int, scale: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """dot(x, w) · scale + bias, rounded after each of them, float32 `[rows, outputs]`.
+
+        Args:
+            x: words `[rows, words]`.
+            weights: from `interleave`.
+            outputs: rows of the weights.
+            elements: -1s and +1s in a row.
+            scale, bias: float32 `[outputs]`.
+        """
+        y = torch.empty(len(x), outputs)
+        self._matmul(
+            x.data_ptr(), weights.data_ptr(), _address(scale), _address(bias), y.data_ptr(),
+            len(x), x.shape[1], outputs, elements, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def linear(self, x: Tensor, weights: Tensor, outputs: int, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """`matmul` of the signs of float32 x `[..., elements]`, with the packing in the same call: `[..., outputs]`."""
+        x = x.contiguous()
+        elements = x.shape[-1]
+        y = torch.empty(*x.shape[:-1], outputs)
+        self._linear(
+            x.data_ptr(), weights.data_ptr(), _address(scale), _address(bias), y.data_ptr(),
+            x.numel() // elements, elements, outputs, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@functools.cache
+def kernel(variant: str | None = None) -> Kernel:
+    """The kernel, compiled when it is first asked for; torch keeps the result in its folder of extensions.
+
+    Raises:
+        ExportError: without a C++ compiler or ninja, saying so.
+    """
+    return Kernel(_library(), variant)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    from torch.utils import cpp_extension
+
+    flags = ["-O3", "-ffp-contract=off"]
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+    try:
+        path = cpp_extension.load(
+            "lq_plugin_xnor", [str(SOURCE)], extra_cflags=flags + openmp, extra_ldflags=openmp, is_python_module=False
+        )
+    except (OSError, RuntimeError, ImportError) as error:
+        raise ExportError(f"the XNOR kernel needs a C++ compiler and ninja: {error}") from error
+    return ctypes.CDLL(path)

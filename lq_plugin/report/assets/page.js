@@ -1,0 +1,136 @@
+"use strict";
+const DATA = JSON.parse(document.getElementById("report-data").textContent);
+const RUNS = DATA.runs.map((run, i) => ({ ...run, label: DATA.runs.length > 1 ? "AB"[i] : "" }));
+const PAIR = RUNS.length > 1;
+const models = RUNS.filter((r) => r.model), studies = RUNS.filter((r) => r.study);
+const main = document.querySelector("main");
+const pairs = (entries) => html("div", { class: entries.length > 1 ? "pair" : "" }, entries.map(({ run, parts }) => html("div", {}, run.label ? html("h3", { class: "side" }, `${run.label}: ${run.title}`) : null, parts)));
+function section(id, title, ...parts) {
+  const node = html("section", { id, "aria-labelledby": id + "-title" }, html("h2", { id: id + "-title", tabindex: "-1" }, title), parts);
+  put(main, node);
+  return node;
+}
+const signed = (v, show) => (v == null ? "–" : (v > 0 ? "+" : v < 0 ? "−" : "±") + show(Math.abs(v)));
+
+function cards(run) {
+  const found = [];
+  if (run.model) {
+    const t = run.model.totals ?? {};
+    found.push(["effective bits", fmt(t.effective_bits)], ["size", bytes(t.bytes)], ["smaller than float", t.compression == null ? "–" : fmt(t.compression, 3) + " ×"], ["coverage", share(run.model.coverage)], ["layers", String(run.model.layers.length)]);
+    if (t.bops != null) found.push(["BOPs", big(t.bops)]);
+    for (const [name, value] of Object.entries(run.model.metrics ?? {}).slice(0, 4)) found.push([name, fmt(value)]);
+  }
+  if (run.study) {
+    const s = run.study, best = s.best[0] && s.trials.find((t) => t.number === s.best[0].number);
+    found.push(["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]);
+    if (best) found.push(["best " + s.metric, `${fmt(best.metric)} at ${s.cost === "effective_bits" ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
+    if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
+  }
+  return html("dl", { class: "cards" }, found.map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v))));
+}
+
+// Layers
+const order = [...new Set(models.flatMap((r) => r.model.layers.map((l) => l.name)))];
+const layerOf = (run, name) => run.model.layers.find((l) => l.name === name);
+const openLayer = (name) => { location.hash = "layer=" + encodeURIComponent(name); };
+let panel = null, opener = null;
+function showLayer(name, focus) {
+  const at = order.indexOf(name);
+  if (at < 0) return;
+  forget(panel);
+  const having = models.filter((r) => layerOf(r, name));
+  const step = (by) => html("button", { type: "button", disabled: !order[at + by], onclick: () => openLayer(order[at + by]), "aria-label": by < 0 ? "previous layer" : "next layer" }, by < 0 ? "←" : "→");
+  panel.replaceChildren(
+    html("div", { class: "head" }, html("h2", { id: "layer-title", tabindex: "-1" }, name), html("div", { class: "tools" }, step(-1), step(1), html("button", { type: "button", class: "close", onclick: closeLayer, "aria-label": "close the layer" }, "✕"))),
+    pairs(having.map((run) => ({ run, parts: html("div", { class: having.length > 1 ? "figures one" : "figures" }, layerPage(layerOf(run, name))) }))));
+  panel.hidden = false;
+  for (const b of document.querySelectorAll(".layer")) b.setAttribute("aria-pressed", b.dataset.layer === name);
+  if (focus) { panel.scrollIntoView({ block: "start" }); document.getElementById("layer-title").focus({ preventScroll: true }); }
+}
+function closeLayer() {
+  if (!panel || panel.hidden) return;
+  const button = document.querySelector('.layer[aria-pressed="true"]');
+  forget(panel);
+  panel.hidden = true;
+  panel.replaceChildren();
+  for (const b of document.querySelectorAll(".layer")) b.setAttribute("aria-pressed", "false");
+  history.replaceState(null, "", location.pathname + location.search);
+  (button ?? opener)?.focus();
+}
+function route(focus) {
+  const match = /^#layer=(.+)$/.exec(location.hash);
+  if (match && panel) { hideTip(); showLayer(decodeURIComponent(match[1]), focus); }
+}
+function layerDifferences() {
+  const [a, b] = models, rows = order.map((name) => ({ name, a: layerOf(a, name), b: layerOf(b, name) }));
+  const both = (of) => (r) => (r.a && r.b && of(r.a) != null && of(r.b) != null ? num(of(r.b)) - num(of(r.a)) : null);
+  const weightDb = (l) => (l.sqnr_db ?? {}).weight, inputDb = (l) => (l.sqnr_db ?? {}).input;
+  return dataTable("differences", [["layer", (r) => r.name], ["weight A", (r) => r.a && weightSpec(r.a)], ["weight B", (r) => r.b && weightSpec(r.b)], ["input A", (r) => r.a && ((r.a.specs ?? {}).input ?? "float")], ["input B", (r) => r.b && ((r.b.specs ?? {}).input ?? "float")],
+    ["effective bits B−A", both((l) => l.effective_bits), (v) => signed(v, fmt)], ["SQNR weight B−A", both(weightDb), (v) => signed(v, db)], ["SQNR input B−A", both(inputDb), (v) => signed(v, db)], ["bytes B−A", both((l) => l.bytes), (v) => signed(v, bytes)], ["BOPs B−A", both((l) => l.bops), (v) => signed(v, big)]], rows, { open: (r) => openLayer(r.name) });
+}
+function totals() {
+  const rows = [["effective bits", (r) => r.model?.totals.effective_bits, fmt], ["bytes", (r) => r.model?.totals.bytes, bytes], ["MACs", (r) => r.model?.totals.macs, big], ["BOPs", (r) => r.model?.totals.bops, big], ["coverage", (r) => r.model?.coverage, share]];
+  for (const name of new Set(RUNS.flatMap((r) => Object.keys(r.model?.metrics ?? {})))) rows.push([name, (r) => r.model?.metrics?.[name], fmt]);
+  if (studies.length) rows.push(["trials", (r) => r.study?.trials.length, fmt], ["best metric", (r) => r.study && Math.max(...r.study.trials.map((t) => (r.study.maximize ? 1 : -1) * t.metric)) * (r.study.maximize ? 1 : -1), fmt]);
+  const known = rows.map(([name, of, show]) => ({ name, a: of(RUNS[0]), b: of(RUNS[1]), show })).filter((r) => r.a != null || r.b != null);
+  return html("div", { class: "scroll" }, html("table", { "data-figure": "table-totals", "data-drawn": "true" }, html("thead", {}, html("tr", {}, ["", `A: ${RUNS[0].title}`, `B: ${RUNS[1].title}`, "B − A"].map((t) => html("th", { scope: "col" }, t)))),
+    html("tbody", {}, known.map((r) => html("tr", {}, html("th", { scope: "row" }, r.name), html("td", { class: "number" }, r.show(r.a)), html("td", { class: "number" }, r.show(r.b)), html("td", { class: "number" }, r.a == null || r.b == null ? "–" : signed(r.b - r.a, r.show)))))));
+}
+
+// Trials
+let trialPanel = null;
+function showTrial(study, t) {
+  hideTip();
+  const plan = study.best.find((b) => b.number === t.number), run = studies.find((r) => r.study === study);
+  const numbers = Object.entries({ [study.metric]: t.metric, ...t.numbers });
+  trialPanel.replaceChildren(html("h3", { id: "trial-title", tabindex: "-1" }, `${run.label ? run.label + ", " : ""}Trial ${t.number}: ${t.origin}`),
+    html("dl", { class: "facts" }, [...numbers.map(([k, v]) => [k, k === "bytes" ? bytes(v) : k === "bops" ? big(v) : fmt(v, 5)]), ["seconds", fmt(t.seconds, 3)]].map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v)))),
+    plan ? copyable(plan.plan, `plan of trial ${t.number}`) : html("p", { class: "muted" }, "Plans are kept of the front's trials only."));
+  trialPanel.hidden = false;
+  trialPanel.scrollIntoView({ block: "nearest" });
+  document.getElementById("trial-title").focus({ preventScroll: true });
+}
+
+function build() {
+  document.querySelector("h1").textContent = RUNS.map((r) => (r.label ? r.label + ": " : "") + r.title).join("   ·   ");
+  const head = document.querySelector("header");
+  put(head, pairs(RUNS.map((run) => ({ run: { ...run, label: "" }, parts: cards(run) }))));
+  for (const note of new Set(RUNS.flatMap((r) => r.notes ?? []))) put(head, html("p", { class: "muted" }, note));
+  if (PAIR) section("compare", "A against B", totals(), models.length > 1 ? layerDifferences() : null);
+  if (models.length) {
+    const node = section("layers", "Layers");
+    put(node, html("p", { class: "muted" }, "Bars: bits of the weight on a logarithmic axis, lighter with scales and zero points; diamonds: bits of the input. Choose a layer to see it."));
+    for (const run of models) put(node, run.label ? html("h3", { class: "side" }, `${run.label}: ${run.title}`) : null, strip(run.model, openLayer));
+    panel = html("section", { id: "layer", "aria-labelledby": "layer-title", hidden: true });
+    put(main, panel);
+    for (const run of models) put(node, html("details", {}, html("summary", {}, `The same numbers as a table${run.label ? ": " + run.label : ""}`), layerTable(run.model, openLayer)));
+  }
+  const trained = models.filter((r) => (r.model.training ?? []).length);
+  if (trained.length) section("training", "Training", pairs(trained.map((run) => ({ run, parts: html("div", { class: PAIR ? "figures one" : "figures" }, trainingFigure(run.model, 0), trainingFigure(run.model, 1)) }))));
+  const timed = models.filter((r) => (r.model.schedule ?? []).length);
+  const searched = studies.filter((r) => r.study.trials.length);
+  if (searched.length) {
+    const node = section("study", "Search");
+    put(node, paretoFigure(searched, showTrial));
+    trialPanel = html("div", { class: "panel", "aria-labelledby": "trial-title", hidden: true });
+    put(node, trialPanel, hypervolumeFigure(searched));
+    put(node, pairs(searched.map((run) => ({ run, parts: [parallelFigure(run.study), run.study.best.length ? heatFigure(run.study, showTrial) : null, Object.keys(run.study.importance ?? {}).length ? importanceFigure(run.study) : null,
+      html("details", {}, html("summary", {}, "All trials as a table"), trialTable(run.study))] }))));
+  }
+  const ledgers = models.filter((r) => (r.model.ledger ?? []).length);
+  if (ledgers.length) section("ledger", "What is quantized, and what is not", pairs(ledgers.map((run) => ({ run, parts: ledgerTable(run.model) }))));
+  const plans = models.filter((r) => r.model.plan);
+  if (plans.length) section("plan", "Plan", pairs(plans.map((run) => ({ run, parts: [timed.includes(run) ? html("ul", { class: "schedule" }, run.model.schedule.map((p) => html("li", {}, html("b", {}, `${p.unit} ${p.count}`), " " + p.label))) : null, copyable(run.model.plan, "plan as YAML")] }))));
+  put(document.querySelector("nav ul"), [...main.querySelectorAll("section > h2")].filter((h) => h.id !== "layer-title").map((h) => html("li", {}, html("a", { href: "#" + h.parentNode.id }, h.textContent))));
+  put(document.body, tip);
+  addEventListener("hashchange", () => route(true));
+  addEventListener("keydown", (e) => { if (e.key === "Escape") { if (!tip.hidden) hideTip(); else closeLayer(); } });
+  addEventListener("scroll", hideTip, { passive: true });
+  route(false);
+  document.documentElement.dataset.ready = "true";
+}
+function trialTable(study) {
+  const columns = [["trial", (t) => t.number], [study.metric, (t) => t.metric], ...study.costs.map((c) => [c, (t) => number(study, t, c), c === "effective_bits" ? undefined : big]), ["from", (t) => t.origin], ["front", (t) => (t.front ? "front" : "")], ["seconds", (t) => t.seconds]];
+  return dataTable("trials", columns, study.trials, { open: (t) => showTrial(study, t) });
+}
+build();

@@ -1,0 +1,169 @@
+"""A dry run: what each layer of a model would get from a plan, and what that costs, before anything is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lq_plugin.formats import SLOTS
+from lq_plugin.model.cost import Cost, plan_cost
+from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.prepare import _ledger
+from lq_plugin.model.record import record
+from lq_plugin.model.survey import Survey
+from lq_plugin.plan import LayerPlan, QuantPlan
+from lq_plugin.report.data import Phase
+from lq_plugin.report.model import moments
+
+_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan comes to on one model.
+
+    Args:
+        plan: as it was read.
+        layers: specs by layer.
+        cost: of the model under it.
+        ledger: what would be quantized, and why the rest stays float.
+        schedule: moments at which something changes, see `Phase`.
+    """
+
+    plan: QuantPlan
+    layers: dict[str, LayerPlan]
+    cost: Cost
+    ledger: Ledger
+    schedule: list[Phase]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a layer: specs, effective bits, bytes, MACs and BOPs where a batch was recorded, the reason of a float part."""
+        reasons = {entry.name: entry.reason for entry in self.ledger}
+        found = []
+        for row in self.cost:
+            plan = self.layers[row.name]
+            reason = f"shares the weight of {row.tied_to}" if row.tied_to else reasons[row.name]
+            found.append(
+                {"layer": row.name, "kind": row.kind, "elements": row.elements}
+                | {slot: _stages(plan, slot) for slot in SLOTS}
+                | {"effective_bits": row.effective_bits, "bytes": row.bytes, "float_bytes": row.float_bytes}
+                | {"macs": row.macs, "bops": row.bops, "reason": reason}
+            )
+        return found
+
+    def others(self) -> list[dict[str, Any]]:
+        """What is not a layer that can hold quantizers, and why it stays float."""
+        inside = {row.name for row in self.cost}
+        entries = [entry for entry in self.ledger if entry.name not in inside]
+        return [{"layer": e.name, "kind": e.kind, "parameters": e.parameters, "reason": e.reason} for e in entries]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "plan": self.plan.to_dict(),
+            "layers": self.rows(),
+            "float": self.others(),
+            "totals": self.cost.totals() | {"coverage": self.ledger.coverage},
+            "schedule": [vars(phase) for phase in self.schedule],
+        }
+
+    def table(self) -> Table:
+        """The rows for a terminal, the totals below."""
+        rows, totals = self.rows(), self.cost.totals()
+        shown = [slot for slot in SLOTS if slot != "output" or any(row["output"] != "float" for row in rows)]
+        # Text, not str: a layer may be named like rich's markup.
+        table = Table(title=Text(f"What the plan comes to: {len(rows)} layers"), box=SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
+        table.add_column("layer", "all layers", overflow="fold")
+        for slot in shown:
+            table.add_column(slot, overflow="fold")
+        table.add_column("eff. bits", f"{self.cost.effective_bits:.2f}", justify="right")
+        table.add_column("bytes", f"{sum(row['bytes'] for row in rows):,}", justify="right")
+        recorded = totals["bops"] is not None
+        if recorded:
+            table.add_column("BOPs", _short(sum(row["bops"] or 0 for row in rows)), justify="right")
+        for row in rows:
+            bits = "" if row["effective_bits"] is None else f"{row['effective_bits']:.2f}"
+            cells = [row["layer"] or row["kind"], *(row[slot] for slot in shown), bits, f"{row['bytes']:,}"]
+            table.add_row(*map(Text, cells + [_short(row["bops"])] * recorded))
+        return table
+
+    def summary(self) -> Text:
+        """The totals of the whole model, and what stays float with the reasons."""
+        priced = self.cost
+        size = f"model: {priced.bytes:,} bytes, {priced.compression:.2f} times smaller than {priced.float_bytes:,}"
+        lines = [self.ledger.summary(), size + ("" if priced.bops is None else f"; {_short(priced.bops)} BOPs, the float parts included")]
+        reasons: dict[str, list[str]] = {}
+        for row in [*self.rows(), *self.others()]:
+            if row["reason"]:
+                reasons.setdefault(row["reason"], []).append(row["layer"] or row["kind"])
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"float: {reason}: {', '.join(names[:4])}{more}")
+        return Text("\n".join(lines))
+
+    def timeline(self) -> Text:
+        """The schedule, a line for each moment; epochs and optimizer steps on axes of their own."""
+        moments = [phase for phase in self.schedule if phase.count]
+        at_once = [phase for phase in self.schedule if not phase.count]
+        lines = [f"from the start: {', '.join(dict.fromkeys(phase.label for phase in at_once)) or 'float'}"]
+        for unit in ("epoch", "step"):
+            own = [phase for phase in moments if phase.unit == unit]
+            last = max((phase.count for phase in own), default=0)
+            for phase in own:
+                place = round(_WIDTH * 0.8 * phase.count / last)
+                lines.append(f"{'─' * place}●{'═' * (_WIDTH - place)}▶  {unit} {phase.count}: {phase.label}")
+        return Text("\n".join(lines), no_wrap=True)
+
+
+def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, run: Callable[[], Any] | None = None) -> Explanation:
+    """What `plan` would do to `model`, which is only looked at.
+
+    Args:
+        plan: anything `QuantPlan.parse` reads.
+        model: float.
+        run: runs the model on a batch, for MACs, BOPs and functional calls.
+
+    Raises:
+        PlanError: a plan that cannot be read, or that does not fit the model.
+
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> found = explain("w4 group16 a8", net)
+    >>> found.cost.effective_bits, [row["input"] for row in found.rows()]
+    (6.0, ['uint8 affine ema', 'uint8 affine ema'])
+    """
+    chosen = QuantPlan.parse(plan)
+    survey = Survey.of(model)
+    layers = chosen.resolve(survey.infos(), survey.others())
+    ledger = _ledger(model, survey, layers)
+    recording = None if run is None else record(model, run)
+    if recording is not None:
+        ledger.add_recording(recording)
+    return Explanation(chosen, layers, plan_cost(model, layers, recording), ledger, moments(chosen))
+
+
+def _stages(plan: LayerPlan, slot: str) -> str:
+    stages = plan.stages_of(slot)
+    if len(stages) == 1:
+        return str(stages[0][1] or "float")
+    return ", ".join(f"{'from ' + str(start) + ': ' if start else ''}{spec or 'float'}" for start, spec in stages)
+
+
+def _short(value: float | None) -> str:
+    """A number in three digits.
+
+    >>> _short(1_474_560), _short(512)
+    ('1.47 M', '512')
+    """
+    if value is None:
+        return ""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"

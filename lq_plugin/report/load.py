@@ -1,0 +1,141 @@
+"""Find what a report can be made of: a saved report, the folder of a run or of a search, a study in a database."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.report.data import ReportData, Series, digits
+from lq_plugin.report.study import study_report
+
+#: What `lq-report` looks for in a folder.
+REPORT, STUDY, LOG = "report.json", "study.db", "metrics.csv"
+_HOW = (
+    "give a report.json (of a run with QuantMonitor), a folder with one or with a study.db, or the URL of a study's storage (sqlite:///...)"
+)
+#: Points of a training curve.
+MAX_POINTS = 400
+
+
+def load_report(source: str | Path, study: str | None = None) -> ReportData:
+    """The report that `source` stands for.
+
+    Args:
+        source: a JSON file, a folder (its newest `report.json`, and a `study.db` beside or below), a `.db` file, or the URL of
+            an Optuna storage.
+        study: which one, where a storage holds several.
+
+    Raises:
+        QuantizationError: there is nothing to report on, saying what would do.
+    """
+    text = str(source)
+    if "://" in text:
+        return from_storage(text, study)
+    path = Path(source)
+    if path.is_file():
+        return from_storage(f"sqlite:///{path.resolve()}", study) if path.suffix == ".db" else ReportData.load(path)
+    if not path.is_dir():
+        raise QuantizationError(f"there is no {text!r}: {_HOW}")
+    reports = sorted(path.rglob(REPORT), key=lambda p: p.stat().st_mtime)
+    databases = sorted(path.rglob(STUDY), key=lambda p: p.stat().st_mtime)
+    if not reports and not databases:
+        raise QuantizationError(f"{text!r} holds neither {REPORT} nor {STUDY}: {_HOW}")
+    saved = [ReportData.load(report) for report in reports]
+    models = [(report, found) for report, found in zip(reports, saved, strict=True) if found.model is not None]
+    searched = [found.study for found in saved if found.study is not None]
+    result = ReportData(path.resolve().name)
+    if models:
+        place, found = models[-1]
+        assert found.model is not None
+        training = found.model.training or _training(place, path)
+        result = replace(found, model=replace(found.model, training=training), notes=[*found.notes, *_others("runs", models)])
+    if databases:
+        live = from_storage(f"sqlite:///{databases[-1].resolve()}", study)
+        known = searched[-1] if searched else None
+        if live.study is not None and known is not None and known.name == live.study.name:
+            live = replace(live, study=replace(live.study, float_metric=known.float_metric, float_bytes=known.float_bytes))
+        result = replace(result, study=live.study, notes=[*result.notes, *_others("studies", databases)])
+    elif searched:
+        result = replace(result, study=searched[-1])
+    if result.model is None and result.study is not None:
+        result = replace(result, title=result.study.name)
+    return result
+
+
+def _others(what: str, found: Sequence[Any]) -> list[str]:
+    return [f"The newest of {len(found)} {what} in this folder."] if len(found) > 1 else []
+
+
+def from_storage(url: str, name: str | None = None) -> ReportData:
+    """The report of a study in an Optuna storage, which is only read.
+
+    Raises:
+        QuantizationError: no such storage or study, several without a name, or one that is not of lq_plugin.
+    """
+    import optuna
+    from optuna.storages import RDBStorage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from lq_plugin.search.result import SearchResult
+    from lq_plugin.search.storage import FINGERPRINT, quiet
+
+    parsed = make_url(url)
+    if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").is_file():
+        raise QuantizationError(f"there is no database {parsed.database!r}: {_HOW}")
+    shown = parsed.render_as_string()
+    try:
+        with quiet():
+            storage = RDBStorage(url)
+            names = optuna.get_all_study_names(storage)
+            if not names:
+                raise QuantizationError(f"{shown} holds no study")
+            if name is None and len(names) > 1:
+                raise QuantizationError(f"{shown} holds {len(names)} studies: {', '.join(names)}; choose one with --study")
+            if name is not None and name not in names:
+                raise QuantizationError(f"{shown} holds no study {name!r}; there: {', '.join(names)}.{did_you_mean(name, names)}")
+            study = optuna.load_study(study_name=name or names[0], storage=storage)
+    except (SQLAlchemyError, ImportError) as error:
+        raise QuantizationError(f"cannot read {shown}: {error}") from error
+    made_for = study.user_attrs.get(FINGERPRINT)
+    if made_for is None:
+        raise QuantizationError(f"study {study.study_name!r} was not made by lq_plugin, so its trials have no plans")
+    costs = [cost for cost in str(made_for.get("cost", "")).split(", ") if cost]
+    return study_report(SearchResult(study, made_for["metric"], costs, made_for["mode"] == "max", {}))
+
+
+def _training(report: Path, root: Path) -> list[Series]:
+    """What a `CSVLogger` wrote beside the report, or between it and `root`."""
+    for folder in report.parents:
+        if (log := folder / LOG).is_file():
+            return read_log(log)
+        if folder == root:
+            break
+    return []
+
+
+def read_log(path: str | Path) -> list[Series]:
+    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are left out."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if not (row.get("step") or "").isdigit():
+                continue
+            for name, text in row.items():
+                if name in ("step", "epoch") or not text or name is None:
+                    continue
+                steps, values = found.setdefault(name, ([], []))
+                if isfinite(value := float(text)):
+                    steps.append(int(row["step"]))
+                    values.append(digits(value))
+    series = []
+    for name, (steps, values) in found.items():
+        keep = range(0, len(steps), max(1, -(-len(steps) // MAX_POINTS)))
+        if len(steps) > 1 and len(set(steps)) > 1:
+            series.append(Series(name, [steps[i] for i in keep], [values[i] for i in keep]))
+    return series

@@ -1,0 +1,215 @@
+"""The report of a model as it is prepared: every number and picture that a page shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.formats import SLOTS
+from lq_plugin.functional.error import sqnr_db
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.model.calibrate import Statistics, evaluating
+from lq_plugin.model.cost import Cost, CostRow, cost
+from lq_plugin.model.fidelity import FidelityRow, Measurements, errors_on_statistics, layer_fidelity
+from lq_plugin.model.learned_rounding import Fit
+from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.prepare import prepare
+from lq_plugin.model.reconstruct import Reconstruction
+from lq_plugin.model.record import Recording
+from lq_plugin.model.survey import Survey
+from lq_plugin.plan import LayerPlan, QuantPlan, Rule
+from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.report.data import LayerReport, ModelReport, Phase, ReportData, Series, TensorView, digits
+from lq_plugin.report.flow import flow
+from lq_plugin.report.tensors import activation_view, weight_view
+from lq_plugin.report.weights import boxes, error_map, in_force, original, quantized, rounding
+from lq_plugin.schedule import Moment
+
+#: Layers that get pictures of their own, the largest first; the others have numbers only.
+MAX_DETAILED = 150
+
+
+def model_report(
+    model: nn.Module,
+    plan: QuantPlan | None = None,
+    *,
+    ledger: Ledger | None = None,
+    recording: Recording | None = None,
+    statistics: Statistics | None = None,
+    measured: Measurements | None = None,
+    reconstruction: Reconstruction | None = None,
+    float_weights: Mapping[str, Tensor] | None = None,
+    sensitivity: Mapping[str, float] | None = None,
+    latency_ms: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    training: Sequence[Series] = (),
+    epoch_steps: int | None = None,
+    max_detailed: int = MAX_DETAILED,
+    title: str | None = None,
+) -> ReportData:
+    """Gather what a page shows of a quantized model. The model is only looked at.
+
+    Args:
+        model: prepared, and calibrated where numbers are wanted.
+        plan: that it was prepared with; made from the layers' own specs when None.
+        ledger, recording, statistics: of the callback (`QAT.ledger`, `.recording`, `.statistics`).
+        measured: activation errors, from `lq_plugin.model.fidelity.watching`; else they come from the statistics.
+        reconstruction: what `reconstruct` returned.
+        float_weights: weights before it, by layer name: errors are measured against them, and roundings that went another way
+            than to the nearest level are told. Without them a reconstructed weight seems to lose nothing.
+        sensitivity, latency_ms: by layer name.
+        metrics: what the model scores.
+        training: numbers that were logged.
+        epoch_steps: optimizer steps an epoch.
+        max_detailed: the largest so many layers get pictures.
+        title: of the page; the model's class when None.
+
+    >>> import torch, lq_plugin
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> _ = lq_plugin.prepare(net, "w4a8")
+    >>> statistics = lq_plugin.calibrate(net, [torch.randn(64, 8)])
+    >>> report = model_report(net, statistics=statistics)
+    >>> [(layer.name, layer.weight_bits, sorted(layer.sqnr_db)) for layer in report.model.layers]
+    [('0', 4, ['input', 'weight']), ('2', 4, ['input', 'weight'])]
+    """
+    statistics = statistics or {}
+    survey = Survey.of(model)
+    plan = plan or plan_of(survey)
+    ledger = ledger if ledger is not None and len(ledger) else prepare(model, plan)
+    known = {name: errors for name, errors in (measured or {}).items() if errors.elements}
+    rows: dict[str, list[FidelityRow]] = {}
+    priced = cost(model, recording)
+    detailed = {row.name for row in sorted(priced, key=lambda row: -row.elements)[:max_detailed]}
+    entries = {entry.name: entry for entry in ledger}
+    layers = []
+    with evaluating(model), torch.no_grad():
+        # Stochastic rounding is nearest in evaluation, as in what is exported.
+        for measurement in layer_fidelity(model, measured=errors_on_statistics(model, statistics) | known):
+            rows.setdefault(measurement.layer, []).append(measurement)
+        for row in priced:
+            module = survey.candidates[row.name]
+            reason = entries[row.name].reason if row.name in entries else None
+            layer = module if isinstance(module, QuantizedLayer) else None
+            details: dict[str, Any] = {}
+            if row.name in detailed:
+                layer_plan = LayerPlan() if layer is None else layer.layer_plan
+                details["flow"] = flow(row.name, module, row.kind, layer_plan, recording, reason)
+                if layer is not None:
+                    unit, fit = _unit_of(row.name, reconstruction)
+                    before = (float_weights or {}).get(row.name)
+                    details |= {
+                        "boxes": boxes(layer, before),
+                        "error": error_map(layer, before),
+                        "rounding": rounding(layer, before, unit, fit),
+                    }
+                    details["views"] = _views(layer, statistics, before)
+            numbers = {"sensitivity": _of(sensitivity, row.name), "latency_ms": _of(latency_ms, row.name)}
+            found = rows.get(row.name, [])
+            if layer is not None and (was := (float_weights or {}).get(row.name)) is not None and in_force(layer) is not None:
+                ratio = float(sqnr_db(original(layer, was), quantized(layer)))
+                found = [replace(r, sqnr_db=ratio) if r.slot == "weight" else r for r in found]
+            layers.append(_layer(row, module, layer, found, reason, details | numbers))
+    report = ModelReport(
+        name=type(model).__name__,
+        plan=plan.to_yaml(),
+        totals=_totals(priced),
+        coverage=digits(ledger.coverage),
+        layers=layers,
+        ledger=ledger.rows(),
+        metrics={name: digits(value, 6) for name, value in (metrics or {}).items() if isfinite(value)},
+        schedule=moments(plan),
+        training=list(training),
+        epoch_steps=epoch_steps,
+    )
+    return ReportData(title or type(model).__name__, model=report)
+
+
+def plan_of(survey: Survey) -> QuantPlan:
+    """The plan that the quantized layers of a model were prepared with, one rule a layer and stage."""
+    rules = []
+    for name, module in survey.candidates.items():
+        if not isinstance(module, QuantizedLayer):
+            continue
+        found = module.layer_plan
+        for slot in SLOTS:
+            for start, spec in found.stages_of(slot):
+                if spec is not None or start is not None or len(found.stages_of(slot)) > 1:
+                    chosen: dict[str, Any] = {slot: spec or "float"}
+                    rules.append(Rule(name, **chosen, start=start))
+    return QuantPlan(rules or [Rule("*", weight="float")])
+
+
+def moments(plan: QuantPlan) -> list[Phase]:
+    """When something changes in a run, the earliest first; epochs and steps are told apart."""
+    labels = {
+        "weights_start": "weights are quantized",
+        "activations_start": "activations are quantized",
+        "observer_freeze": "ranges stop moving",
+        "batch_norm_freeze": "batch norms freeze",
+    }
+    moments = ((label, getattr(plan.schedule, key)) for key, label in labels.items())
+    found = [Phase(label, moment.unit, moment.count) for label, moment in moments if isinstance(moment, Moment)]
+    for rule in plan.rules:
+        if isinstance(rule.start, Moment):
+            what = ", ".join(f"{slot} {getattr(rule, slot)}" for slot in SLOTS if getattr(rule, slot) is not None)
+            found.append(Phase(f"{rule.match}: {what}", rule.start.unit, rule.start.count))
+    return sorted(found, key=lambda phase: (phase.count > 0, phase.unit, phase.count))
+
+
+def _layer(
+    row: CostRow, module: Any, layer: QuantizedLayer | None, measured: list[FidelityRow], reason: str | None, details: dict[str, Any]
+) -> LayerReport:
+    specs = {} if layer is None else {slot: str(spec) for slot in SLOTS if (spec := getattr(layer.layer_plan, slot)) is not None}
+    bounds = {r.slot: [digits(r.minimum), digits(r.maximum)] for r in measured if r.minimum is not None and r.maximum is not None}
+    return LayerReport(
+        name=row.name,
+        kind=row.kind,
+        shape=[int(size) for size in module.weight.shape],
+        specs=specs,
+        weight_bits=row.weight_bits,
+        input_bits=row.input_bits,
+        elements=row.elements,
+        bytes=row.bytes,
+        float_bytes=row.float_bytes,
+        effective_bits=None if row.effective_bits is None else digits(row.effective_bits),
+        macs=row.macs,
+        bops=row.bops,
+        tied_to=row.tied_to,
+        reason=reason,
+        sqnr_db={r.slot: digits(r.sqnr_db) for r in measured if r.sqnr_db is not None},
+        clipped={r.slot: digits(r.clipping_share, 3) for r in measured if r.clipping_share is not None},
+        bounds=bounds,
+        **details,
+    )
+
+
+def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None) -> list[TensorView]:
+    views = [weight_view(layer, before)]
+    for slot in SLOTS[1:]:
+        quantizer = getattr(layer, f"{slot}_quantizer")
+        current = None if quantizer is None else quantizer.current
+        histogram = None if current is None else statistics.get(current.name)
+        if isinstance(current, InputQuantizer) and histogram is not None and bool(histogram.total.all()):
+            views.append(activation_view(current, histogram, slot))
+    return [view for view in views if view is not None]
+
+
+def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, Fit | None]:
+    """What a layer was reconstructed in: the unit that is the layer, or the innermost module around it."""
+    units = {} if reconstruction is None else {title.split(" + ")[0]: (title, fit) for title, fit in reconstruction.units.items()}
+    while name and name not in units:
+        name = name.rpartition(".")[0]
+    return units.get(name, ("", None))
+
+
+def _totals(priced: Cost) -> dict[str, float | None]:
+    return {name: None if value is None else digits(value, 6) for name, value in priced.totals().items()}
+
+
+def _of(values: Mapping[str, float] | None, name: str) -> float | None:
+    return None if values is None or name not in values else digits(values[name])

@@ -1,0 +1,83 @@
+"""One static HTML page: the data as JSON, the drawing as script, nothing to load, nothing to serve."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.report.data import ReportData
+
+SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "study.js", "page.js")
+STYLE = "page.css"
+# The browser itself refuses every request, whatever a name in the data may hold.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+)
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="lq_plugin">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>
+{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">skip to content</a>
+<header><h1>{title}</h1></header>
+<nav aria-label="parts of the page"><ul></ul></nav>
+<main id="main"><noscript><p>The figures of this page are drawn by a script in it; switch JavaScript on.</p></noscript></main>
+<footer>Made by lq_plugin. This file is complete: it loads nothing.</footer>
+<script type="application/json" id="report-data">{data}</script>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def render(reports: ReportData | Sequence[ReportData]) -> str:
+    """The page of one report, or of two side by side.
+
+    Raises:
+        QuantizationError: none, or more than two.
+
+    >>> page = render(ReportData("a </script> b"))
+    >>> page.count("</script>"), "<title>a &lt;/script&gt; b</title>" in page
+    (2, True)
+    """
+    chosen = [reports] if isinstance(reports, ReportData) else list(reports)
+    if len(chosen) not in (1, 2):
+        raise QuantizationError(f"a page shows one report or two side by side, got {len(chosen)}")
+    runs = [json.loads(report.to_json()) for report in chosen]
+    data = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=False)
+    # Inside a script element nothing is an entity, and "</" would end it.
+    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return _PAGE.format(
+        policy=html.escape(_POLICY),
+        title=html.escape(" · ".join(report.title for report in chosen)),
+        style=asset(STYLE),
+        data=data,
+        script="\n".join(asset(name) for name in SCRIPTS),
+    )
+
+
+def write_page(reports: ReportData | Sequence[ReportData], path: str | Path) -> Path:
+    """Write the page; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(reports), encoding="utf-8")
+    return path
+
+
+def asset(name: str) -> str:
+    """The text of a file that the page is made of."""
+    return files("lq_plugin.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,182 @@
+"""How the values of a tensor lie on its levels: histogram, clipping bounds of every estimator, and their criteria."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.functional.grouping import blocks
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.ranges import Histogram, Sample, compare_ranges
+from lq_plugin.ranges.folding import fold
+from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
+from lq_plugin.ranges.kl import MOST_LEVELS, VALUES_EACH, _divergence, _histogram
+from lq_plugin.ranges.percentile import quantile
+from lq_plugin.report.data import Curve, Mark, TensorView, digits
+from lq_plugin.report.weights import in_force, original, quantized
+from lq_plugin.spec import IntegerGrid, PerGroup, QuantSpec
+
+BINS = 96
+#: Thresholds of a curve.
+POINTS = 48
+#: More levels than this are a continuum to the eye.
+MAX_LEVELS = 256
+#: Bins of the histogram that the divergence is computed on; a curve needs no more.
+_KL_BINS = 1024
+
+
+def activation_view(quantizer: InputQuantizer, histogram: Histogram, slot: str) -> TensorView:
+    """One activation from the statistics of a calibration; of a per-channel one, the channel that reaches furthest."""
+    sample = histogram.sample()
+    row = _furthest(sample)
+    what = "whole tensor" if sample.rows == 1 else f"channel {row} of {sample.rows}"
+    one = _on_cpu(sample.row(row))
+    spec = quantizer.spec
+    if not spec.has_grid:
+        return _view(slot, spec, what, one, [], [])
+    ready = quantizer.is_calibrated and not isinstance(spec.granularity, PerGroup)
+    qparams = tuple(value.detach().float().cpu().reshape(-1)[row if len(value) > 1 else 0] for value in quantizer.qparams())
+    return _grid_view(slot, spec, what, one, qparams if ready else None)  # type: ignore[arg-type]
+
+
+def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorView | None:
+    """The weight of a layer, or of the output channel that reaches furthest where channels have scales of their own."""
+    quantizer = in_force(layer)
+    if quantizer is None:
+        return None
+    weight = original(layer, before)
+    spec: QuantSpec = quantizer.spec
+    if spec.format_name == "int" and not isinstance(spec.granularity, PerGroup):
+        grouped = blocks(layer.canonical(layer.weight).detach().float(), spec.granularity)
+        scale, zero_point = (value.detach().float().cpu().reshape(-1) for value in quantizer.qparams(grouped))
+        row = int(weight.flatten(1).abs().amax(1).argmax()) if len(scale) > 1 else 0
+        part = weight[row] if len(scale) > 1 else weight
+        what = f"channel {row} of {len(weight)}" if len(scale) > 1 else "whole tensor"
+        return _grid_view("weight", spec, what, Sample.from_tensor(part.reshape(1, -1)), (scale[row], zero_point[row]))
+    row = int(weight.flatten(1).abs().amax(1).argmax())
+    sample = Sample.from_tensor(weight[row].reshape(1, -1))
+    return _view("weight", spec, f"channel {row} of {len(weight)}", sample, _used(quantized(layer)[row]), [])
+
+
+def _grid_view(slot: str, spec: QuantSpec, what: str, sample: Sample, qparams: tuple[Tensor, Tensor] | None) -> TensorView:
+    """A view with bounds, levels and curves; `sample` has one row."""
+    grid = spec.grid
+    table = compare_ranges(sample, grid)
+    marks = [Mark(e.range, digits(e.minimum), digits(e.maximum), digits(e.sqnr_db), digits(e.clipped, 3), e.wins) for e in table.entries()]
+    levels: list[float] = []
+    if qparams is not None:
+        scale, zero_point = (value.reshape(1) for value in qparams)
+        marks.append(_in_force(sample, scale, zero_point, grid))
+        if grid.levels <= MAX_LEVELS:
+            whole = torch.arange(grid.quant_min, grid.quant_max + 1)
+            levels = [digits(value) for value in ((whole - zero_point) * scale).tolist()]
+    return _view(slot, spec, what, sample, levels, marks, mse_curve(sample, grid), kl_curve(sample, grid), table.distribution)
+
+
+def _view(
+    slot: str,
+    spec: QuantSpec,
+    what: str,
+    sample: Sample,
+    levels: list[float],
+    marks: list[Mark],
+    mse: Curve | None = None,
+    kl: Curve | None = None,
+    distribution: str = "",
+) -> TensorView:
+    low, high, counts, zeros = binned(sample)
+    return TensorView(slot, str(spec), what, low, high, counts, zeros, levels, marks, mse, kl, distribution)
+
+
+def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Mark:
+    low, high = (float(((bound - zero_point) * scale)[0]) for bound in (grid.quant_min, grid.quant_max))
+    unit, factor = sample.normalized()
+    square = factor.double().square()
+    error = mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)[0, 0].clamp(min=0.0) * square[0]
+    power = float((unit.average(unit.values.double().square()) * square)[0])
+    sqnr = float("inf") if float(error) == 0 else 10 * float(np.log10(max(power, 1e-300) / float(error)))
+    clipped = float(clipped_share(unit, scale / factor, zero_point, grid)[0])
+    return Mark("in force", digits(low), digits(high), digits(sqnr), digits(clipped, 3))
+
+
+def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float], float]:
+    """`(low, high, counts, zeros)` of a sample with one row, zero inside.
+
+    Exact zeros have a level on every grid; where they are more than one in ten, they are not in the counts but in `zeros`,
+    their share.
+    """
+    low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
+    if low == high:
+        low, high = -1.0, 1.0
+    edges = np.linspace(low, high, bins + 1)
+    mass, values = sample.weights()[0].double().numpy(), sample.values[0].double().numpy()
+    inside = 0 if sample.edges is None else sample.edges.shape[1] - 1
+    counts = np.zeros(bins)
+    if sample.edges is not None:
+        # The mass of a bin is spread evenly over its width.
+        known, first = np.unique(sample.edges[0].double().numpy(), return_index=True)
+        last = np.append(first[1:] - 1, inside)
+        counts += np.diff(np.interp(edges, known, np.concatenate([[0.0], np.cumsum(mass[:inside])])[last]))
+    points, weights = values[inside:], mass[inside:]
+    at_zero = points == 0
+    share = float(weights[at_zero].sum() / mass.sum())
+    many = share > 0.1
+    keep = ~at_zero if many else np.ones_like(at_zero)
+    counts += np.histogram(points[keep], edges, weights=weights[keep])[0]
+    return digits(low), digits(high), [digits(count, 3) for count in counts], digits(share, 3) if many else 0.0
+
+
+def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
+    """Mean squared error over the upper clipping bound (the lower one where nothing is positive); the bounds shrink together."""
+    unit, factor = sample.normalized()
+    share = torch.linspace(0.02, 1.26, points)
+    low, high = unit.minimum.clamp(max=0.0) * share, unit.maximum.clamp(min=0.0) * share
+    scale, zero_point = qparams_from_bounds(low, high, grid)
+    error = mean_squared_error(unit, scale.unsqueeze(0), zero_point.unsqueeze(0), grid)[0].clamp(min=0.0) * factor.double().square()
+    bound = high if float(unit.maximum) > 0 else low
+    pairs = sorted(zip((bound * factor).tolist(), error.tolist(), strict=True))
+    return Curve([digits(x) for x, _ in pairs], [digits(y) for _, y in pairs])
+
+
+def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve | None:
+    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.kl` measures it; None where it does not search."""
+    unit, factor = sample.normalized()
+    folded = fold(unit, grid)
+    levels = int(folded.levels[0])
+    everything = torch.tensor([True])
+    bins, few = _KL_BINS, sample.edges is None and sample.values.shape[1] < VALUES_EACH * levels
+    if levels > MOST_LEVELS or few or not float(folded.mass.sum()):
+        return None
+    while sample.edges is None and bins > 4 * levels and bins * VALUES_EACH > sample.values.shape[1]:
+        bins //= 2
+    end = torch.minimum(2.0 * quantile(folded.magnitude, folded.mass, 0.999), folded.limit).double()
+    counts = _histogram(folded, everything, end, bins)
+    beyond = (folded.mass.sum(1, dtype=torch.float64) - counts.sum(1)).clamp(min=0.0)
+    kept = torch.logspace(float(np.log10(levels)), float(np.log10(bins)), points).round().long().unique().unsqueeze(0)
+    divergence = _divergence(counts, beyond, levels, kept)[0]
+    thresholds = (kept[0] + 0.5) * end / bins
+    found = []
+    for threshold, value in zip(thresholds, divergence.tolist(), strict=True):
+        low, high = folded.bounds(threshold.reshape(1))
+        bound = high if float(unit.maximum) > 0 else low
+        if np.isfinite(value):
+            found.append((float(bound * factor), max(value, 0.0)))
+    found.sort()
+    return Curve([digits(x) for x, _ in found], [digits(y) for _, y in found]) if found else None
+
+
+def _used(row: Tensor) -> list[float]:
+    values = torch.unique(row)
+    return [digits(value) for value in values.tolist()] if len(values) <= MAX_LEVELS else []
+
+
+def _furthest(sample: Sample) -> int:
+    return int(torch.maximum(sample.maximum.abs(), sample.minimum.abs()).argmax())
+
+
+def _on_cpu(sample: Sample) -> Sample:
+    mass, edges = (None if value is None else value.cpu() for value in (sample.mass, sample.edges))
+    return Sample(sample.values.cpu(), mass, sample.minimum.cpu(), sample.maximum.cpu(), edges)
