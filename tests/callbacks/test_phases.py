@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -105,3 +106,27 @@ def test_every_phase_stands_alone_beside_calibrate():
     for name in PHASES:
         order = [name, "calibrate"] if "calibrate" in PHASES[name].before or not PHASES[name].after else ["calibrate", name]
         PTQ("w8a8", phases=dict.fromkeys(order))
+
+
+class SaveRank(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), f"{self.folder}/{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [{"reconstruct": {"iterations": 20}}, "gptq", "bias_correct"])
+def test_processes_end_with_the_same_model(tmp_path, last):
+    ptq = PTQ(PLAN, phases=["fold_batch_norm", "calibrate", last], calibration_batches=2)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[ptq, SaveRank(str(tmp_path))], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Module()
+    before = copy.deepcopy(module.net.state_dict())
+    trainer.validate(module, datamodule=Data(), verbose=False)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["net.fc.bias"], before["fc.bias"]) or not torch.equal(first["net.fc.weight"], before["fc.weight"])
