@@ -43,10 +43,17 @@ def did_you_mean(got: str, valid: Iterable[str], limit: int = 3) -> str:
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
+#: Faults that one message lists, and characters of each: what stands in a hostile file must not fill the terminal.
+SHOWN_FAULTS, SHOWN_CHARACTERS = 50, 4000
+
+
 def raise_all(kind: type[QuantizationError], title: str, faults: list[str]) -> None:
-    """Raise one `kind` that lists every fault; do nothing when there is none."""
+    """Raise one `kind` that lists every fault (of very many, the first ones and their number); do nothing when there is none."""
+    half = SHOWN_CHARACTERS // 2
+    shown = [fault if len(fault) <= SHOWN_CHARACTERS else f"{fault[:half]} ... {fault[-half:]}" for fault in faults[:SHOWN_FAULTS]]
     if len(faults) == 1:
-        raise kind(f"{title}: {faults[0]}")
+        raise kind(f"{title}: {shown[0]}")
     if faults:
-        listing = "\n".join(f"  - {fault}" for fault in faults)
-        raise kind(f"{title}: {len(faults)} faults\n{listing}")
+        listing = "\n".join(f"  - {fault}" for fault in shown)
+        more = f"\n  - ... and {len(faults) - len(shown)} more" if len(faults) > len(shown) else ""
+        raise kind(f"{title}: {len(faults)} faults\n{listing}{more}")

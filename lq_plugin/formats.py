@@ -6,6 +6,7 @@ which tensors it is for. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -255,7 +256,7 @@ def rounding_fault(text: str, kind: Format, name: str) -> str | None:
         return name_fault("rounding", text, ROUNDINGS)
     if rounding not in kind.roundings:
         return f"{name} is rounded to nearest, got {text!r}"
-    if seed and (rounding != "stochastic" or not seed.isdigit()):
+    if seed and (rounding != "stochastic" or not re.fullmatch(r"\d{1,18}", seed)):
         return f"rounding {text!r}: only stochastic takes a seed, a whole number"
     return None
 

@@ -17,17 +17,19 @@ class name behind `type:`. A plan is data: reading one never instantiates or exe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import translate
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
-from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
+from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.formats import RANGES, SLOTS
 from lq_plugin.layer_plan import LayerInfo, LayerPlan, Stage, layer_faults, layer_plan
+from lq_plugin.plain_yaml import read_plain_yaml
 from lq_plugin.schedule import Moment, Schedule
 from lq_plugin.spec import QuantSpec
 
@@ -67,14 +69,14 @@ class Rule:
         elif self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 faults.append(f"{self.match!r} is no regular expression: {error}")
         for slot in SLOTS:
             value = getattr(self, slot)
             if value is None or value == FLOAT:
                 continue
             try:
-                object.__setattr__(self, slot, QuantSpec.parse(value))
+                object.__setattr__(self, slot, _spec(value) if isinstance(value, str) else QuantSpec.parse(value))
             except SpecError as error:
                 faults.append(f"{slot}: {error}")
         raise_all(PlanError, f"rule {self.match!r}", faults)
@@ -183,12 +185,7 @@ class QuantPlan:
     def from_yaml(cls, path: str | Path) -> QuantPlan:
         """Read a plan file. Only plain YAML is accepted: tags that build objects are refused."""
         path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot open the plan file {str(path)!r}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} is not plain YAML: {error}") from error
+        content = read_plain_yaml(path)
         if not isinstance(content, dict):
             raise PlanError(f"{path}: a plan file holds a mapping with 'rules', got {type(content).__name__}")
         try:
@@ -226,9 +223,12 @@ class QuantPlan:
         chosen: dict[str, dict[str, list[Stage]]] = {layer.name: {} for layer in layers}
         faults: list[str] = []
         for rule in self.rules:
-            hits = [layer for layer in layers if matches(rule.match, layer.name, layer.types)]
+            match = _matcher(rule.match)
+            hits = [layer for layer in layers if match(layer.name, layer.types)]
             if not hits:
-                faults.append(_nothing_matches(rule.match, layers, others or {}))
+                # Near names take time; nobody reads them for the thousandth rule.
+                few = len(faults) < SHOWN_FAULTS
+                faults.append(_nothing_matches(rule.match, layers, others or {}) if few else f"{rule.match!r} matches no layer")
             for layer in hits:
                 for slot in layer.slots:
                     if (value := getattr(rule, slot)) is not None:
@@ -249,10 +249,17 @@ def matches(pattern: str, name: str, types: Sequence[str]) -> bool:
     >>> matches("layer1.*", "layer1.0.conv1", ["Conv2d"]), matches("type:Linear", "fc", ["QuantLinear", "Linear"])
     (True, True)
     """
+    return _matcher(pattern)(name, types)
+
+
+def _matcher(pattern: str) -> Callable[[str, Sequence[str]], bool]:
+    """`matches` for one pattern and many layers."""
     if pattern.startswith("type:"):
-        return pattern[5:] in types
-    expression = pattern[3:] if pattern.startswith("re:") else translate(pattern)
-    return re.fullmatch(expression, name) is not None
+        return lambda _, types: pattern[5:] in types
+    if not pattern.startswith("re:") and not set(pattern) & set("*?["):
+        return lambda name, _: name == pattern
+    expression = re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+    return lambda name, _: expression.fullmatch(name) is not None
 
 
 def _nothing_matches(pattern: str, layers: Sequence[LayerInfo], others: Mapping[str, str]) -> str:
@@ -279,6 +286,11 @@ def _short_spec(slot: str, bits: str, words: list[str]) -> str:
     # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
     named = any(word.partition(":")[0] in RANGES for word in words)
     return f"uint{bits} affine {'' if named else 'ema'} {extra}"
+
+
+@lru_cache(maxsize=1024)
+def _spec(text: str) -> QuantSpec:
+    return QuantSpec.parse(text)  # a thousand rules name few specs
 
 
 def _spec_or_float(text: str) -> SpecOrFloat:

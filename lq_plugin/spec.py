@@ -42,10 +42,10 @@ from lq_plugin.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 __all__ = ["MX_FORMATS", "RANGES", "Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
 
-_INT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d+)$")
-_BITS_TOKEN = re.compile(r"(?P<name>kmeans)(?P<bits>\d+)(:(?P<option>.+))?$")
-_GROUP_TOKEN = re.compile(r"group(?P<size>-?\d+)(:(?P<scale_bits>\d+)(:(?P<coarse>\w+))?)?$")
-_CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d+))?$")
+_INT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d{1,9})$")
+_BITS_TOKEN = re.compile(r"(?P<name>kmeans)(?P<bits>\d{1,9})(:(?P<option>.+))?$")
+_GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
+_CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,21 @@ class QuantSpec:
         if not isinstance(self.format, str) or self.format_name not in FORMATS:
             raise_all(SpecError, "impossible QuantSpec", [name_fault("format", str(self.format), FORMATS)])
         kind = self.kind
-        faults = self._fill_in(kind)
+        switches = [(name, getattr(self, name)) for name in ("signed", "affine", "narrow_range")]
+        faults = [f"{name} must be true or false, got {value!r}" for name, value in switches if not isinstance(value, bool)]
+        faults += self._fill_in(kind)
         if fault := kind.option_fault(self.format_name, self.format.partition(":")[2] or None):
             faults.append(fault)
         if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
             faults.append(f"bit_width must be an int, got {self.bit_width!r}")
         elif self.bit_width not in kind.bit_widths:
-            low, high = kind.bit_widths[0], kind.bit_widths[-1]
-            faults.append(f"bit_width must be {low if low == high else f'{low}..{high}'}, got {self.bit_width}")
+            ends = dict.fromkeys((kind.bit_widths[0], kind.bit_widths[-1]))
+            faults.append(f"bit_width must be {'..'.join(map(str, ends))}, got {self.bit_width}")
         elif self.bit_width == 1 and self.signed and self.narrow_range:
             faults.append("int1 with narrow_range has the single level 0; use int1, uint1 or at least int2 narrow")
         if self.narrow_range and not self.signed:
             faults.append("narrow_range drops the most negative level, an unsigned format has none")
-        faults += self._range_faults()
-        faults += self._rounding_faults(kind)
+        faults += self._range_faults() + self._rounding_faults(kind)
         if isinstance(self.granularity, PerGroup):
             size = self.granularity.group_size
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "errors", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "functional", "metrics", "ranges", "quantizers", "layers",
-    "model", "plots", "export", "report",
+    "errors", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "functional", "metrics", "ranges",
+    "quantizers", "layers", "model", "plots", "export", "report",
     "callbacks", "search", "demo", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 350

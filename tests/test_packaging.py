@@ -78,6 +78,7 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     ("module", "heavy"),
     [
         ("hydra_plugins.lq_plugin_searchpath", ["torch"]),
+        ("hydra_plugins.lq_sweeper", ["torch", "optuna", "lightning"]),
         ("lq_plugin.conf", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
         ("lq_plugin.cli", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
     ],

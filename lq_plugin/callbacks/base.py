@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.data import calibration_batches, statistics_merger, step_runner, with_progress, without_traces
+from lq_plugin.callbacks.neighbours import move_before_tuners, renew_averages
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.model.calibrate import Statistics, calibrate, evaluating, float_forward, never_reached
 from lq_plugin.model.ledger import Ledger
@@ -56,6 +57,7 @@ class QuantizationCallback(Callback):
         self.statistics: Statistics = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        move_before_tuners(trainer, self)
         original = pl_module.configure_model
 
         def configure_model() -> None:
@@ -63,6 +65,7 @@ class QuantizationCallback(Callback):
             pl_module.__dict__.pop("configure_model", None)
             original()
             self.inject(pl_module)
+            renew_averages(trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = configure_model
 

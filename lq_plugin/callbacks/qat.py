@@ -13,11 +13,12 @@ from torch import Tensor
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
+from lq_plugin.callbacks.neighbours import renew_averages
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
-from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage
+from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage, forget_batch
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
@@ -71,6 +72,7 @@ class QAT(QuantizationCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phase = None
+        renew_averages(trainer, pl_module)  # one that called configure_model itself was not there yet
         uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated]
         if uncalibrated and self.init_batches:
             self.calibrate(trainer, pl_module, self.init_batches)
@@ -97,6 +99,7 @@ class QAT(QuantizationCallback):
             quantizer.allow_uncalibrated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        forget_batch(quantizers(pl_module))
         # A resumed run has its epoch and step only now.
         self._apply_schedule(trainer, pl_module)
 

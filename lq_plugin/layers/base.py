@@ -108,11 +108,16 @@ class ShadowedForward(nn.Module):
             if not args:
                 raise TypeError(f"{layer.input_quantizer.name}: call the layer with its input as first positional argument")
             args = (layer.quantized_input(args[0]), *args[1:])
+        # Pruning and the old weight_norm keep the weight they computed there.
+        computed = self.__dict__.get("weight")
         self.__dict__["weight"] = layer.quantized_weight()
         try:
             y = self.float_class.forward(self, *args, **kwargs)
         finally:
-            del self.__dict__["weight"]
+            if computed is None:
+                del self.__dict__["weight"]
+            else:
+                self.__dict__["weight"] = computed
         return layer.quantized_output(y)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

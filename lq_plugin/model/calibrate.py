@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lq_plugin.errors import CalibrationError
+from lq_plugin.errors import CalibrationError, raise_all
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Histogram, Sample
@@ -61,6 +61,11 @@ def collect_statistics(
     """The first half of `calibrate`: gather statistics, change nothing."""
     if not quantized_layers(model):
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
+    # Before the pass, which would name the first activation that they spoil.
+    raise_all(CalibrationError, "ranges need finite values", [
+        f"{name}.weight: NaN or Inf in {int((~torch.isfinite(layer.weight)).sum())} of {layer.weight.numel()} weights"
+        for name, layer in quantized_layers(model) if not torch.isfinite(layer.weight).all()
+    ])  # fmt: skip
     watched = [q for q in quantizers(model) if isinstance(q, InputQuantizer)]
     count = 0
     with evaluating(model), float_forward(model), torch.no_grad():

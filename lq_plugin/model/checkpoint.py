@@ -71,7 +71,9 @@ def _read(path: Path) -> Any:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PlanError(f"{path} cannot be read: it holds more than tensors and plain values, or is damaged: {error}") from error
-    except (EOFError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (EOFError, RuntimeError, SafetensorError, ValueError, KeyError, OSError) as error:
         raise PlanError(f"{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__}: {error}") from error
 
 

@@ -37,6 +37,16 @@ def commit_observers(
     _commit_first([q for q in inputs if not q.moving and not q.is_calibrated], merge)
 
 
+def forget_batch(chosen: Iterable[Quantizer]) -> None:
+    """Drop what was seen since the last commit: by the trial runs of a learning rate finder, say."""
+    for quantizer in chosen:
+        if isinstance(quantizer, InputQuantizer):
+            quantizer.pending = None
+            if quantizer.moving:
+                quantizer.batch_min.fill_(torch.inf)
+                quantizer.batch_max.fill_(-torch.inf)
+
+
 def _commit_moving(moving: list[InputQuantizer], all_reduce_max: Callable[[Tensor], Tensor] | None) -> None:
     if not moving:
         return

@@ -7,11 +7,12 @@ layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import CONTAINER, CompoundWeight, QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
@@ -45,11 +46,13 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
     """
     plan = QuantPlan.parse(plan)
     survey = Survey.of(model)
+    if not survey.candidates:
+        found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
+        raise _nothing_to_quantize(model, found, ", the plan matches no layer")
     layer_plans = plan.resolve(survey.infos(), survey.others())
     ledger = _ledger(model, survey, layer_plans)
     if not ledger.quantized:
-        reasons = "; ".join(f"{e.name} ({e.kind}): {e.reason}" for e in ledger.left_float[:5]) or "it has no layers with weights"
-        raise PlanError(f"nothing to quantize in {type(model).__name__}: {reasons}")
+        raise _nothing_to_quantize(model, [(entry.name, entry.kind, entry.reason) for entry in ledger.left_float])
     _refuse_other_plan(survey.candidates, layer_plans)
     for name, layer_plan in layer_plans.items():
         module = survey.candidates[name]
@@ -62,6 +65,11 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
                 module.enter_owner()
     disable_fast_paths(model)
     return ledger
+
+
+def _nothing_to_quantize(model: nn.Module, left_float: Sequence[tuple[str, str, str | None]], why: str = "") -> PlanError:
+    reasons = "; ".join(f"{name} ({kind}): {reason}" for name, kind, reason in left_float[:5]) or "it has no layers with weights"
+    return PlanError(f"nothing to quantize in {type(model).__name__}{why}: {reasons}")
 
 
 def remove(model: nn.Module) -> None:
@@ -96,7 +104,9 @@ def _ledger(model: nn.Module, survey: Survey, plans: dict[str, LayerPlan]) -> Le
         elif name in survey.reasons:
             module = model.get_submodule(name)
             named = module.named_parameters(recurse=isinstance(module, OPAQUE))
-            size = sum(p.numel() for key, p in named if id(p) not in weights and not key.startswith(CONTAINER))
+            # A lazy parameter has no size yet.
+            owned = [p for key, p in named if id(p) not in weights and not key.startswith(CONTAINER) and not is_lazy(p)]
+            size = sum(p.numel() for p in owned)
             entries.append(Entry(name, kind, reason=survey.reasons[name], parameters=size))
     return Ledger(entries)
 

@@ -2,11 +2,13 @@
 
 from lq_plugin.search.bound import BoundSpace, Unit
 from lq_plugin.search.evaluator import Evaluation, Evaluator
+from lq_plugin.search.job import current_trial
 from lq_plugin.search.objective import COSTS, Objective
 from lq_plugin.search.result import Candidate, SearchResult
 from lq_plugin.search.space import Space, SpaceRule, parse_choices
 from lq_plugin.search.storage import StudyError
 from lq_plugin.search.study import search, tpe
+from lq_plugin.search.trial_report import TrialReport
 
 __all__ = [
     "COSTS",
@@ -19,7 +21,9 @@ __all__ = [
     "Space",
     "SpaceRule",
     "StudyError",
+    "TrialReport",
     "Unit",
+    "current_trial",
     "parse_choices",
     "search",
     "tpe",

@@ -13,16 +13,18 @@ import torch
 from filelock import FileLock
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lq_plugin import plots
 from lq_plugin.callbacks.loggers import Picture, Report, report_to
 from lq_plugin.model.checkpoint import load_float_weights
+from lq_plugin.report import render, study_report
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
 from lq_plugin.search.study import search
+from lq_plugin.search.trial_runs import log_trials
 
 log = logging.getLogger(__name__)
 
@@ -102,16 +104,26 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
 
 
 def log_to(cfg: DictConfig, result: SearchResult) -> None:
-    """Give every trial to the config's loggers, one step a trial, then the front and its picture."""
+    """Give every trial to the config's loggers, one step a trial, then the front and its picture.
+
+    W&B gets a run for each trial, too, all in the study's group.
+    """
     for entry in (cfg.get("logger") or {}).values():
-        logger: Logger = instantiate(entry)
+        wandb = str(entry.get("_target_", "")).endswith("WandbLogger")
+        grouped = {"group": entry.get("group") or cfg.search.study_name, "job_type": "study"} if wandb else {}
+        logger: Logger = instantiate(entry, **grouped)
         logger.log_hyperparams(_plain(cfg))
         for candidate in result.candidates:
             logger.log_metrics({f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number)
         if result.candidates:
             picture = Picture("pareto", "pareto", plots.to_png(result.figure()))
             step = result.candidates[-1].number
-            report_to(logger, Report(step, tables={"front": result.rows()}, pictures=[picture], plan=result.best().plan, final=True))
+            page = study_report(result)
+            pages = {"report.json": page.to_json().encode(), "report.html": render(page).encode()}
+            tables = {"front": result.rows(), "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates]}
+            report_to(logger, Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages))
+        if isinstance(logger, WandbLogger) and cfg.search.trial_runs:
+            log_trials(logger, result)
         logger.finalize("success")
 
 

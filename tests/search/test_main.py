@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import wandb
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -68,6 +70,27 @@ def test_loggers_get_every_trial_and_the_picture(tmp_path: Path) -> None:
     assert all(0 <= float(row["search/val/acc"]) <= 1 for row in rows)
     (picture,) = metrics.parent.rglob("pareto.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -> None:
+    result = run(composed(tmp_path, "search.n_trials=3", "logger=wandb"))
+    wandb.finish()
+    runs: dict[str, list[Any]] = {"study": [], "trial": []}
+    for log in sorted(tmp_path.rglob("run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        (start,) = [record["run"] for record in records if "run" in record]
+        history = [record["history"]["item"] for record in records if "history" in record]
+        runs[start["job_type"]].append((start, history))
+        assert start["run_group"] == "digits_search"
+    assert len(runs["study"]) == 1
+    assert len(runs["trial"]) == 3
+    for candidate in result.candidates:
+        (history,) = [h for start, h in runs["trial"] if start["display_name"] == f"digits_search {candidate.number}"]
+        assert history[0]["val/acc"] == pytest.approx(candidate.metric)
+        assert history[0]["effective_bits"] == pytest.approx(candidate.effective_bits)
 
 
 @pytest.mark.parametrize("space", ["weights", "weights_and_inputs"])

@@ -1,0 +1,68 @@
+"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lq_plugin.errors import PlanError
+
+#: A plan is a mapping of lists of mappings of mappings. C parsers crash on a hundred thousand brackets.
+MAX_DEPTH = 20
+#: Characters of all values once aliases are written out: "billion laughs" is a kilobyte that stands for a terabyte.
+MAX_SIZE = 50_000_000
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_plain_yaml(path: Path) -> Any:
+    """The content of a YAML file: mappings, lists and plain values.
+
+    Raises:
+        PlanError: naming the file, when it cannot be opened, is no plain YAML (tags that build objects, a date that is
+            none), is nested deeper than `MAX_DEPTH`, or stands for more than `MAX_SIZE` characters.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"cannot open the plan file {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a name with a null byte
+        raise PlanError(f"{path} is not plain YAML: {error}") from error
+    try:
+        _check_depth(text)
+        content = yaml.load(text, Loader=_LOADER)  # the safe one
+        _check_size(content)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # 2024-13-01 is a ValueError of datetime
+        raise PlanError(f"{path} is not plain YAML: {error}") from error
+    return content
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            raise PlanError(f"line {line}: nested deeper than {MAX_DEPTH} levels, no plan is")
+
+
+def _check_size(content: Any) -> None:
+    size, waiting = 0, [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise PlanError("a value contains itself")
+        size += len(value) if isinstance(value, (str, bytes)) else 1
+        if size > MAX_SIZE:
+            raise PlanError(f"its aliases stand for more than {MAX_SIZE:,} characters")
+        if isinstance(value, Mapping):
+            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(item, depth + 1) for item in value]
