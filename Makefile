@@ -18,6 +18,8 @@ $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[test,demo]"
+	which chromium chromium-browser google-chrome | grep -q . || timeout 300 apt-get install -y --no-install-recommends chromium \
+		|| echo "No Chromium: the tests that look at pages will be skipped."
 	touch $@
 
 check: setup
