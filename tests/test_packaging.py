@@ -53,7 +53,7 @@ def test_the_installed_configs_are_those_of_the_repository():
 
 def test_commands_exist():
     commands = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")}
-    assert set(commands) == {"lq-explain", "lq-export", "lq-report", "lq-search", "lq-train"}
+    assert set(commands) == {"lq-explain", "lq-export", "lq-report", "lq-search", "lq-sensitivity", "lq-train"}
     assert all(callable(entry.load()) for entry in commands.values())
 
 

@@ -1,11 +1,10 @@
-"""Seeds against brute force, and sensitivities against formulas that are written out here."""
+"""Seeds against brute force."""
 
 import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import LayerInfo
 from lq_plugin.search import Evaluator, Space, search
 from lq_plugin.search.seeds import greedy_path, ilp, make_seeds, unit_costs
-from lq_plugin.search.sensitivity import GRADIENT, MEASURES, measure_sensitivity
 
 from .conftest import CPU
 
@@ -88,52 +86,6 @@ def test_costs_add_up_to_the_cost_of_the_plan(evaluator: Evaluator) -> None:
         assert base + sum(costs[name][str(choice)] for name, choice in chosen.items()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_fewer_bits_are_worse_by_every_measure(evaluator: Evaluator, measure: str) -> None:
-    table = measure_sensitivity(evaluator, measure, batches=1)
-    assert set(table.values) == {unit.name for unit in evaluator.space.units}
-    total = {bits: sum(v for values in table.values.values() for c, v in values.items() if c.startswith(f"int{bits}")) for bits in BITS}
-    assert total[2] > total[4] > total[8] >= 0
-    assert table.rows()[0]["unit"] == max(table.values, key=lambda name: max(table.values[name].values()))
-    assert all(q is None for layer in evaluator.layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)), "float again"
-
-
-def test_the_measures_are_what_their_formulas_say(evaluator: Evaluator) -> None:
-    model, data = evaluator.model, DigitsDataModule(batch_size=120)
-    data.setup("fit")
-    kl, sqnr = (measure_sensitivity(evaluator, name, batches=1).values for name in ("kl", "sqnr"))
-    fisher, first = (measure_sensitivity(evaluator, name, batches=1).values for name in ("fisher", "first_order"))
-    torch.manual_seed(evaluator.seed)
-    x, y = next(iter(data.train_dataloader()))
-    name, layer = "head.2", evaluator.layers["head.2"]
-    unit, choice = f"{name}.weight", "int2 mse"
-    evaluator.apply({})
-    model.eval()
-    z = model(x).detach().double()
-    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), layer.weight.requires_grad_(True))
-    evaluator.apply(evaluator.layer_plans({"rules": [{"match": name, "weight": choice}]}))
-    q = model(x).detach().double()
-    change = (layer.quantized_weight() - layer.weight).detach()
-    evaluator.apply({})
-    p = torch.softmax(z, -1)
-    assert sqnr[unit][choice] == pytest.approx(float((z - q).square().sum() / z.square().sum()), rel=0.2)
-    assert kl[unit][choice] == pytest.approx(float((p * (p.log() - torch.log_softmax(q, -1))).sum(-1).mean()), rel=0.3)
-    expected = 0.5 * float((gradient.square() * change.square()).sum())
-    assert fisher[unit][choice] == pytest.approx(expected, rel=0.5)
-    assert first[unit][choice] >= fisher[unit][choice]
-
-
-def test_measures_that_do_not_fit_are_refused(evaluator: Evaluator, model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match="unknown sensitivity measure 'kll'.*Did you mean 'kl'"):
-        measure_sensitivity(evaluator, "kll")
-    space = {"weight": "int4", "input": {"bit_widths": [4, 8], "ranges": ["minmax"], "signed": False, "affine": True}}
-    with Evaluator(model, DigitsDataModule(batch_size=120), trainer=CPU, calibration_batches=1) as other:
-        other.calibrate(space)
-        for name in GRADIENT:
-            with pytest.raises(QuantizationError, match=f"measure '{name}' is for weights; stem.0.input"):
-                measure_sensitivity(other, name, 1)
-
-
 def test_a_search_starts_from_its_seeds(model: DigitsCNN) -> None:
     result = search(
         model, DigitsDataModule(batch_size=120), SPACE, "val/acc", 9, seeds=5, sensitivity_batches=1, trainer=CPU, calibration_batches=1,
@@ -143,3 +95,31 @@ def test_a_search_starts_from_its_seeds(model: DigitsCNN) -> None:
     assert origins[:2] == ["uniform 2 bits", "uniform 4 bits"], "8 bits are too many"
     assert 2 < sum(origin.startswith(("ilp", "greedy")) for origin in origins) <= 5
     assert all(c.effective_bits <= 6 for c in result.candidates)
+
+
+def test_seeds_are_spread_over_the_budgets_and_each_is_the_best_of_its_size() -> None:
+    space = Space.parse(SPACE).bind(layers(4))
+    costs = {unit.name: {str(c): float(c.bit_width * (i + 1)) for c in unit.choices} for i, unit in enumerate(space.units)}
+    harm = {unit.name: {str(c): (4 - i) * 4.0**-c.bit_width for c in unit.choices} for i, unit in enumerate(space.units)}
+    seeds = make_seeds(space, harm, costs, 100.0, 8)
+    assert len({frozenset(seed.params.items()) for seed in seeds}) == len(seeds) <= 8
+    best: dict[float, float] = {}
+    for plan in itertools.product(*(unit.choices for unit in space.units)):
+        price, total = (sum(t[u.name][str(c)] for u, c in zip(space.units, plan, strict=True)) for t in (costs, harm))
+        best[price] = min(best.get(price, np.inf), total)
+    for seed in seeds:
+        chosen = {unit.name: str(unit.choice(seed.params)) for unit in space.units}
+        price, total = (sum(t[name][choice] for name, choice in chosen.items()) for t in (costs, harm))
+        kind, budget = seed.origin.split()
+        assert 100 + price <= float(budget) * 1.005, "the origin has three digits"
+        if kind == "ilp":
+            assert total == pytest.approx(min(value for cost, value in best.items() if cost <= price))
+
+
+def test_tied_layers_are_chosen_once() -> None:
+    space = Space.parse(SPACE | {"tie": ["layer[01]"]}).bind(layers(3))
+    assert [len(unit.layers) for unit in space.units] == [2, 1]
+    costs = {unit.name: {str(c): float(c.bit_width * len(unit.layers)) for c in unit.choices} for unit in space.units}
+    harm = {unit.name: {str(c): 1.0 / c.bit_width for c in unit.choices} for unit in space.units}
+    plans = space.layer_plans(ilp(space, harm, costs, 16.0))
+    assert [plans[f"layer{i}"].weight.bit_width for i in range(3)] == [4, 4, 8]

@@ -1,0 +1,81 @@
+"""`lq-sensitivity`: how much each tensor of a model suffers from each of its choices."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import LightningDataModule, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lq_plugin import plots
+from lq_plugin.model.cost import FLOAT_BITS
+from lq_plugin.plots.sensitivity import digits
+from lq_plugin.search.evaluator import Evaluator
+from lq_plugin.search.main import load_model
+from lq_plugin.search.sensitivity import SensitivityTable, measure_all, to_csv
+from lq_plugin.search.space import Space
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> list[SensitivityTable]:
+    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write what was measured.
+
+    Raises:
+        QuantizationError: see `measure_sensitivity`.
+    """
+    output_dir = Path(cfg.paths.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    model = load_model(cfg, datamodule, output_dir)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    space: Any = instantiate(cfg.search.space) if "_target_" in cfg.search.space else Space.parse(_plain(cfg.search.space))
+    measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
+    evaluator = Evaluator(
+        model,
+        datamodule,
+        trainer=partial(instantiate, cfg.trainer),
+        calibration_batches=cfg.search.calibration_batches,
+        phases=_plain(cfg.search.phases),
+        seed=cfg.seed,
+    )
+    with evaluator:
+        evaluator.calibrate(space)
+        tables = measure_all(evaluator, measures, cfg.batches, cfg.others)
+    Console().print(as_table(tables[0]))
+    write(tables, output_dir, {"weights": evaluator.weights, "batches": cfg.batches, "others": cfg.others, "seed": cfg.seed})
+    log.info("written to %s: sensitivity.csv, sensitivity.json, sensitivity.png", output_dir)
+    return tables
+
+
+def as_table(measured: SensitivityTable) -> Table:
+    """Tensors down, the most sensitive first; bit-widths across, each with its best choice."""
+    rows = measured.by_bits()
+    widths = sorted({bits for row in rows.values() for bits in row})
+    table = Table(title=f"sensitivity ({measured.measure}, more is worse): the best choice of each bit-width")
+    table.add_column("tensor", overflow="fold")
+    for bits in widths:
+        table.add_column("float" if bits == FLOAT_BITS else f"{bits} bits", justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *(digits(row[bits]) if bits in row else "" for bits in widths))
+    return table
+
+
+def write(tables: list[SensitivityTable], folder: Path, about: dict[str, Any]) -> None:
+    """Write `sensitivity.csv` and `sensitivity.json` with all measures, and `sensitivity.png` of the first one."""
+    (folder / "sensitivity.csv").write_text(to_csv(tables))
+    content = {**about, "measures": {table.measure: table.values for table in tables}}
+    (folder / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
+    first = tables[0]
+    plots.save(plots.sensitivity_map(first.by_bits(), first.measure), folder / "sensitivity.png")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
