@@ -50,6 +50,8 @@ FORWARD = ("kl", "sqnr", "layer_sqnr", "loss")
 #: Measures from gradients of the float model, for weights.
 GRADIENT = ("fisher", "first_order", "hessian")
 MEASURES = (*FORWARD, *GRADIENT)
+#: Stands for the measure that fits the model.
+AUTO = "auto"
 #: What the other tensors may be meanwhile.
 OTHERS = ("float", "widest")
 #: Samples of one forward pass on a CPU: their activations stay in its caches.
@@ -97,12 +99,12 @@ def to_csv(tables: Sequence[SensitivityTable]) -> str:
     return stream.getvalue()
 
 
-def measure_sensitivity(evaluator: Evaluator, measure: str = "kl", batches: int = 2, others: str = "float") -> SensitivityTable:
+def measure_sensitivity(evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float") -> SensitivityTable:
     """Measure every choice of every unit of a calibrated evaluator's space.
 
     Args:
         evaluator: calibrated.
-        measure: one of `MEASURES`.
+        measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is called as a module.
         batches: of calibration data.
         others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what comes
             on top of that. Gradients are always those of the float model.
@@ -114,10 +116,12 @@ def measure_sensitivity(evaluator: Evaluator, measure: str = "kl", batches: int 
     return measure_all(evaluator, (measure,), batches, others)[0]
 
 
-def measure_all(evaluator: Evaluator, measures: Sequence[str] = ("kl",), batches: int = 2, others: str = "float") -> list[SensitivityTable]:
+def measure_all(
+    evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
+) -> list[SensitivityTable]:
     """The same for several measures, which share what they can: forward passes, and gradients."""
-    measures = list(dict.fromkeys(measures))
-    faults = [f"unknown sensitivity measure {name!r}; valid: {', '.join(MEASURES)}.{did_you_mean(name, MEASURES)}"
+    measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
+    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, {', '.join(MEASURES)}.{did_you_mean(name, MEASURES)}"
               for name in measures if name not in MEASURES]  # fmt: skip
     faults += [] if others in OTHERS else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(others, OTHERS)}"]
     faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
@@ -129,6 +133,15 @@ def measure_all(evaluator: Evaluator, measures: Sequence[str] = ("kl",), batches
         if odd:
             raise QuantizationError(f"the sensitivity {measure} is not finite for {len(odd)} choices, first of {odd[0]}")
     return [SensitivityTable(measure, worker.values[measure]) for measure in measures]
+
+
+def _fitting(evaluator: Evaluator) -> str:
+    """The measure that `"auto"` stands for."""
+    assert evaluator.recording is not None
+    called = [call.name for call in evaluator.recording.module_calls if call.name in evaluator.layers]
+    if not called:
+        return "loss"
+    return "kl" if evaluator.layers[called[-1]].channels()[1] > 1 else "sqnr"
 
 
 class _Measurement(Callback):

@@ -74,7 +74,7 @@ def search(
     worker: int = 0,
     uniform: bool = True,
     seeds: int = 16,
-    sensitivity: str = "kl",
+    sensitivity: str = "auto",
     sensitivity_batches: int = 2,
     heartbeat: int = HEARTBEAT,
     max_failures: int = 10,
@@ -168,7 +168,7 @@ def search(
 
 
 def promising_plans(
-    evaluator: Evaluator, count: int, cost: str, limits: Sequence[Constraint] = (), measure: str = "kl", batches: int = 2
+    evaluator: Evaluator, count: int, cost: str, limits: Sequence[Constraint] = (), measure: str = "auto", batches: int = 2
 ) -> list[Seed]:
     """Measure the sensitivity of each tensor, and make up to `count` plans of it.
 

@@ -239,7 +239,7 @@ def test_a_loss_that_is_no_mean_over_samples_gives_one_gradient_a_batch(caplog: 
 @pytest.mark.parametrize(
     ("measure", "others", "message"),
     [
-        ("kll", "float", "unknown sensitivity measure 'kll'; valid: kl, .*Did you mean 'kl'"),
+        ("kll", "float", "unknown sensitivity measure 'kll'; valid: auto, kl, .*Did you mean 'kl'"),
         ("kl", "widst", "unknown others='widst'.*Did you mean 'widest'"),
     ],
 )
@@ -305,3 +305,32 @@ def test_tables_show_the_best_choice_of_each_width() -> None:
     assert [column.header for column in shown.columns] == ["tensor", "2 bits", "4 bits", "float"]
     assert [list(column.cells) for column in shown.columns] == [["b", "a"], [".7", ".5"], ["", ".2"], ["0", ""]]
     assert to_csv([table]).splitlines()[:2] == ["unit,choice,kl", "b,float,0.0"]
+
+
+class Regression(LightningModule):
+    """One output, and a loss for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0])[:, 0], batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.mse_loss(self(batch[0])[:, 0], batch[1]))
+
+
+def test_auto_fits_a_model_with_one_output():
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(64, 6), torch.randn(64))
+    module = Regression()
+    module.train_dataloader = module.val_dataloader = lambda: DataLoader(data, 32)
+    with Evaluator(module, None, trainer=CPU, calibration_batches=1) as evaluator:
+        evaluator.calibrate({"weight": {"bit_widths": [2, 8], "ranges": ["mse"]}})
+        assert measure_sensitivity(evaluator, batches=1).measure == "sqnr"
+        with pytest.raises(QuantizationError, match="the last layer has one output: use sqnr or loss"):
+            measure_sensitivity(evaluator, "kl", 1)
