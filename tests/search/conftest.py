@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
@@ -33,3 +35,10 @@ def model(trained: DigitsCNN) -> DigitsCNN:
 @pytest.fixture
 def datamodule() -> DigitsDataModule:
     return DigitsDataModule(batch_size=120)
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_job() -> Iterator[None]:
+    """A test that stands in for a Hydra job leaves nothing of it to the next one."""
+    yield
+    HydraConfig.instance().cfg = None
