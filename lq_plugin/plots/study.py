@@ -39,6 +39,7 @@ def pareto(
     maximize: bool = True,
     size: str = "effective bits a weight",
     title: str = "Search: quality over size",
+    seeds: Sequence[Point] = (),
 ) -> Figure:
     """All plans of a search, the front among them, and where named plans stand.
 
@@ -50,6 +51,7 @@ def pareto(
         float_metric: of the model before quantization.
         metric: its name.
         maximize: whether more is better.
+        seeds: those of the points that were made from sensitivities, before anything was searched.
 
     Raises:
         ValueError: when there are no points or one is not finite.
@@ -75,6 +77,10 @@ def pareto(
         axes.axhline(float_metric, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
         beside: Any = ("axes fraction", "data")
         axes.annotate(f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), beside, textcoords="offset points", fontsize=8.5)
+    if seeds:
+        label = f"from sensitivity ({len(seeds)})"
+        seed_x, seed_y = zip(*seeds, strict=True)
+        axes.scatter(seed_x, seed_y, 58, "none", marker="D", edgecolors=INK, linewidths=1.1, zorder=5, label=label)
     _draw_references(axes, named)
     if hidden:
         where = "below" if maximize else "above"
@@ -83,7 +89,7 @@ def pareto(
     axes.set_xlabel(size)
     axes.set_ylabel(metric)
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

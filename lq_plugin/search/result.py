@@ -125,7 +125,8 @@ class SearchResult:
         size = {"effective_bits": "effective bits a weight", "bytes": "bytes", "bops": "bit operations"}[self.cost]
         return plots.pareto(
             [(c.cost, c.metric) for c in self.candidates],
-            references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin != "sampled"},
+            references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin.startswith("uniform")},
+            seeds=[(c.cost, c.metric) for c in self.candidates if c.origin.startswith(("ilp", "greedy"))],
             float_metric=self.float_metrics.get(self.metric),
             metric=self.metric,
             maximize=self.maximize,
