@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lq_plugin.callbacks import PTQ, QAT, QuantMonitor
+    from lq_plugin.callbacks import PTQ, QAT, Export, QuantMonitor
     from lq_plugin.errors import CalibrationError, CoverageError, PlanError, QuantizationError, SpecError
     from lq_plugin.model import Ledger, calibrate, load_checkpoint, prepare, remove
     from lq_plugin.plan import QuantPlan, Rule
@@ -25,6 +25,7 @@ __all__ = [
     "QAT",
     "CalibrationError",
     "CoverageError",
+    "Export",
     "Ledger",
     "PerChannel",
     "PerGroup",
@@ -46,7 +47,7 @@ __all__ = [
 # Loaded on first use: Hydra imports this package whenever an application of the environment starts, to
 # look at `lq_plugin.conf`, and must not pay for torch and Lightning then.
 _ROOMS = {
-    "callbacks": ("PTQ", "QAT", "QuantMonitor"),
+    "callbacks": ("PTQ", "QAT", "Export", "QuantMonitor"),
     "errors": ("CalibrationError", "CoverageError", "PlanError", "QuantizationError", "SpecError"),
     "model": ("Ledger", "calibrate", "load_checkpoint", "prepare", "remove"),
     "plan": ("QuantPlan", "Rule"),
