@@ -25,11 +25,11 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.search.constraint import Constraint, parse_constraints
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
-from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective
+from lq_plugin.search.objective import COSTS, ERROR, ORIGIN, PLAN, RETRIES, Objective
 from lq_plugin.search.progress import SearchProgress
 from lq_plugin.search.proposer import Proposer, waiting_trial
 from lq_plugin.search.result import SearchResult
@@ -133,6 +133,7 @@ def search(
         for tensor, reasons in bound.excluded.items():
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
         objective = Objective(evaluator, metric, costs, limits)
+        _check_reachable(evaluator, limits)
         directions = ["maximize" if mode == "max" else "minimize", *(["minimize"] * len(costs))]
         study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits), heartbeat)
         earlier = study.get_trials(deepcopy=False)
@@ -165,6 +166,22 @@ def search(
     if stop.received is not None:
         raise KeyboardInterrupt(signal.strsignal(stop.received))
     return result()
+
+
+def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None:
+    """Refuse a bound on a cost that the smallest plan breaks.
+
+    Raises:
+        QuantizationError: naming what the smallest costs.
+    """
+    faults = []
+    for limit in limits:
+        if limit.name in COSTS and limit.relation == "<=":
+            base, costs = unit_costs(evaluator, limit.name)
+            smallest = base + sum(min(values.values()) for values in costs.values())
+            if smallest > limit.bound * (1 + 1e-9):
+                faults.append(f"no plan of the space keeps '{limit}': the smallest has {smallest:.6g}")
+    raise_all(QuantizationError, "cannot search", faults)
 
 
 def promising_plans(
