@@ -89,6 +89,7 @@ def test_a_killed_worker_loses_nothing(url: str, tmp_path: Path) -> None:
     assert retried[0].user_attrs["plan"] == failed.user_attrs["plan"]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_goes_on(url: str, tmp_path: Path) -> None:
     """After a kill of the only worker, and with nothing left to do."""
     name = "lq_search"
