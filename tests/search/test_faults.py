@@ -70,6 +70,7 @@ def wait_for(url: str, state: TrialState, count: int, *workers: Worker) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(url: str, tmp_path: Path) -> None:
     first, second = Worker(tmp_path, url, 14, 0, 0.1, 2), Worker(tmp_path, url, 14, 1, 0.1)
     # The other one does all the rest, and waits for the trial that hangs.
