@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.peers import PEERS, PeerError, measure_peers, require
 from benchmarks.vit import load_vit
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
@@ -192,7 +193,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)")
     parser.add_argument("--model", choices=("resnet", "vit"), default="resnet", help="vit: the one of benchmarks.vit, trained first")
     parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)")
-    return parser.parse_args(arguments)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other libraries beside; see benchmarks.peers")
+    parser.add_argument("--peer-default", action="store_true", help="peers at their own default of iterations as well: slow")
+    options = parser.parse_args(arguments)
+    if options.peers and options.model != "resnet":
+        parser.error("--peers goes with --model resnet only")
+    try:
+        require(options.peers)
+    except PeerError as error:
+        raise SystemExit(f"--peers: {error}") from error
+    return options
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -213,6 +223,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "results": [],
     }
     for row in measure_reconstruction(model, calibration, test, options.bits, options):
+        results["results"].append(row)
+        common.write_json(options.json, results)
+        console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
+    for row in measure_peers(
+        options.peers,
+        options.bits,
+        weights=options.data / options.weights,
+        data=options.data,
+        seeds=options.seeds,
+        images=CALIBRATION_IMAGES,
+        default=options.peer_default,
+        depth=options.depth,
+        scored=("test", 0, options.test_images),
+        batch_size=BATCH_SIZE,
+        threads=options.threads,
+    ):
         results["results"].append(row)
         common.write_json(options.json, results)
         console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
