@@ -5,6 +5,7 @@ from typing import Any
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.packed import load_packed, save_packed
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export.torchao import use_torchao
 from lq_plugin.export.verify import Verification, verify
 from lq_plugin.export.xnor import use_xnor, xnor_layer
 
@@ -15,6 +16,7 @@ __all__ = [
     "load_packed",
     "onnx_session",
     "save_packed",
+    "use_torchao",
     "use_xnor",
     "verify",
     "xnor_layer",

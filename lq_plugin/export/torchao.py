@@ -1,0 +1,134 @@
+"""Linear layers as torchao's `Int8Tensor`: integer matrix products in torch itself, compiled or not, on CPU and GPU.
+
+    y = (q_x · q_Wᵀ - z · Σ q_W) · s_x · s_W + b          q_x = clip(round(x / s_x) + z, -128, 127)
+
+The integers and scales are those of the quantized layer, none is computed again. Weights of fewer bits are kept in a byte each;
+packed files (`lq_plugin.export.packed`) and ONNX keep them small. On CPU this pays with `torch.compile` and many rows; at few rows
+ONNX Runtime is faster (`python -m benchmarks.deploy`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.functional.affine import quantize
+from lq_plugin.layers import QuantizedLayer, QuantizedLinear
+from lq_plugin.layers.base import detach_quantizers
+from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
+from lq_plugin.spec import PerChannel, PerTensor
+
+
+def use_torchao(model: nn.Module) -> dict[str, str]:
+    """Give, in place, every linear layer that torchao can compute an `Int8Tensor` for a weight; the others stay as they are.
+
+    Inputs quantized to 8 bits per tensor become torchao's static quantization (int8 products); without an input quantizer the
+    weight alone is int8. The state dict saves with `torch.save` and loads with `weights_only=True` where torchao is imported.
+
+    Args:
+        model: prepared and calibrated. It is for inference only afterwards.
+
+    Returns:
+        Why each of the remaining quantized layers stays, by name.
+
+    Raises:
+        ExportError: no layer can be changed, with the reason for each.
+        ImportError: without torchao (`pip install "lq_plugin[torchao]"`).
+
+    >>> import lq_plugin
+    >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> x = torch.randn(64, 16)
+    >>> _ = lq_plugin.prepare(net, "w8a8")
+    >>> _ = lq_plugin.calibrate(net, [x])
+    >>> y = net.eval()(x)
+    >>> use_torchao(net), type(net[0].weight.data).__name__, torch.allclose(net(x), y, atol=1e-5)
+    ({}, 'Int8Tensor', True)
+    """
+    layers = quantized_layers(model)
+    reasons = {name: why_not(layer) for name, layer in layers}
+    if not layers or all(reasons.values()):
+        faults = [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]
+        raise_all(ExportError, f"no layer of {type(model).__name__} has an integer kernel in torchao", faults)
+    for name, layer in layers:
+        if reasons[name] is None:
+            weight = int8_weight(cast(QuantizedLinear, layer))
+            detach_quantizers(layer)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            cast(nn.Module, layer).__class__ = RowsLinear
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+class RowsLinear(nn.Linear):
+    """`nn.Linear` that hands on its input as a matrix: torchao's static quantization takes no other shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def why_not(layer: QuantizedLayer) -> str | None:
+    """Why a layer has no integer kernel in torchao; None when it has one."""
+    if not isinstance(layer, QuantizedLinear):
+        return f"{type(layer).__name__} has none, linear layers do"
+    if layer.output_quantizer is not None:
+        return "its output is quantized"
+    weight, inputs = _current(layer, "weight"), _current(layer, "input")
+    if weight is None:
+        return "its weight is float"
+    if not weight.is_calibrated or (inputs is not None and not inputs.is_calibrated):
+        return "it has no range yet: calibrate it"
+    spec = weight.spec
+    if spec.format != "int" or spec.bit_width > 8 or spec.grid.affine or not isinstance(spec.granularity, (PerChannel, PerTensor)):
+        return f"its weight is '{spec}', not a symmetric integer of at most 8 bits per channel or per tensor"
+    if inputs is not None:
+        spec = inputs.spec
+        if spec.format != "int" or spec.bit_width != 8 or not isinstance(spec.granularity, PerTensor):
+            return f"its input is '{spec}', not an integer of 8 bits per tensor"
+        if spec.grid.quant_max == 127 and spec.grid.quant_min != -128:
+            return f"its input is '{spec}' and stops at {spec.grid.quant_min}, torchao's at -128"
+    return None
+
+
+def int8_weight(layer: QuantizedLinear) -> Tensor:
+    """The `Int8Tensor` of a layer that `why_not` has nothing against."""
+    # Importing torchao tells of compiled parts that do not fit this torch, and warns of torch's own deprecations.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization import PerTensor as WholeTensor
+        from torchao.quantization.quant_primitives import MappingType
+        from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor, QuantizeTensorToInt8Kwargs
+
+    weight, inputs = _current(layer, "weight"), _current(layer, "input")
+    assert weight is not None
+    with torch.no_grad():
+        scale, zero_point = weight.qparams(layer.weight)
+        levels = quantize(layer.weight, scale, zero_point, weight.spec.grid).to(torch.int8)
+        options: dict[str, Any] = {}
+        if inputs is not None:
+            grid = inputs.spec.grid
+            input_scale, input_zero_point = (value.detach().float().reshape(1, 1) for value in inputs.qparams())
+            # uint8 with its levels 128 lower is int8.
+            shifted = (input_zero_point - grid.quant_min - 128).to(torch.int8)
+            options = {
+                # What a zero point adds has to be taken away again, at the cost of a sum over the weight.
+                "act_quant_kwargs": QuantizeTensorToInt8Kwargs(
+                    WholeTensor(), MappingType.ASYMMETRIC if shifted.any() else MappingType.SYMMETRIC
+                ),
+                "act_quant_scale": input_scale.clone(),
+                "act_quant_zero_point": shifted,
+            }
+        scale = scale.reshape(-1, 1).expand(layer.out_features, 1).contiguous()
+        return Int8Tensor(levels, scale, [1, layer.in_features], layer.weight.dtype, torch.zeros_like(scale, dtype=torch.int8), **options)
+
+
+def _current(layer: QuantizedLinear, slot: str) -> Any:
+    """The quantizer that is on at this stage of its plan, or None."""
+    quantizer: WeightQuantizer | InputQuantizer | None = getattr(layer, f"{slot}_quantizer")
+    return None if quantizer is None else quantizer.current
