@@ -28,6 +28,9 @@ _TYPES = {
 }
 _CONV = ("Conv", "ConvTranspose")
 _MATRIX = ("MatMul", "Gemm")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+#: What takes a parameter apart and puts it together in another order.
+_PARTS = ("Slice", "Split", "SplitToSequence", "SequenceAt", "Transpose", "Concat", "Unsqueeze", "Squeeze", "Identity", "Reshape", "Gather")
 #: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
 _NEWER = {2: (25, 13)}
 
@@ -48,45 +51,76 @@ class Graph:
         self.added: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
 
-    def consumer(self, name: str, layer: Any) -> tuple[onnx.NodeProto, bool]:
+    def consumer(self, source: str, layer: Any) -> tuple[onnx.NodeProto, bool]:
         """The one node that uses a layer's weight, and whether it does so through a Transpose.
 
         Raises:
             ExportError: when there is none, or several.
         """
-        weight = f"{name}.weight"
-        users = [node for node in self.graph.node if weight in node.input and node.op_type not in ("Shape", "CastLike")]
-        transposed = len(users) == 1 and users[0].op_type == "Transpose"
-        if transposed:
-            users = [node for node in self.graph.node if users[0].output[0] in node.input]
+        users, transposed = self._users(source)
         if len(users) != 1:
             kinds = ", ".join(node.op_type for node in users) or "none"
-            raise ExportError(f"{weight} is used by {len(users)} nodes of the exported graph ({kinds}), one is supported")
+            raise ExportError(f"{source} is used by {len(users)} nodes of the exported graph ({kinds}), one is supported")
         if users[0].op_type == "Conv" and layer.bias is None and len(users[0].input) == 3:
             users[0].input.pop()  # the exporter makes zeros of it
         return users[0], transposed
 
-    def put_weight(self, name: str, node: onnx.NodeProto, content: tuple[Container, bool], through_transpose: bool) -> None:
+    def _users(self, source: str) -> tuple[list[onnx.NodeProto], bool]:
+        users = [node for node in self.graph.node if source in node.input and node.op_type not in ("Shape", "CastLike")]
+        if len(users) != 1 or users[0].op_type != "Transpose":
+            return users, False
+        return [node for node in self.graph.node if users[0].output[0] in node.input], True
+
+    def products_of(self, source: str) -> list[onnx.NodeProto]:
+        """Nodes that multiply their first input with a parameter, or with a part of it."""
+        parts, found = {source}, []
+        for node in self.graph.node:
+            if parts.intersection(node.input):
+                if node.op_type in (*_MATRIX, *_RECURRENT):
+                    found.append(node)
+                elif node.op_type in _PARTS:
+                    parts.update(node.output)
+        return found
+
+    def put_weight(self, name: str, source: str, node: onnx.NodeProto, content: tuple[Container, bool], through_transpose: bool) -> None:
         """Let `node` read the weight from whole numbers."""
         weight, exchanged = content
         flipped = exchanged != (through_transpose or self._reads_transposed(node))
-        source = f"{name}.weight"
         position = next(i for i, value in enumerate(node.input) if value == source or self._made_of(value, source))
+        factor = None if weight.table is not None else self._absorb_batch_norm(name, node, weight.zero_point is not None)
+        node.input[position] = self._dequantized(name, node, weight, flipped, factor)
+
+    def put_parameter(self, name: str, source: str, weight: Container) -> None:
+        """Let the weight of a module that holds several be read from whole numbers, wherever and in whatever parts it is used."""
+        users, through_transpose = self._users(source)
+        if len(users) == 1 and users[0].op_type in _MATRIX:
+            self.put_weight(name, source, users[0], (weight, False), through_transpose)
+            return
+        users = [node for node in self.graph.node if source in node.input]
+        if not users:
+            raise ExportError(f"{source} is used by no node of the exported graph")
+        value = self._dequantized(name, users[0], weight)
+        for node in users:
+            node.input[:] = [value if read == source else read for read in node.input]
+
+    def _dequantized(
+        self, name: str, before: onnx.NodeProto, weight: Container, flipped: bool = False, factor: Tensor | None = None
+    ) -> str:
+        """The real weight, made before a node: `[C_in, C_out]` if flipped, with its channels multiplied by factors."""
+        source = f"{name}.weight"
         q = weight.q.transpose(0, 1) if flipped else weight.q
         if weight.table is not None:
             indices = self._initializer(f"{name}.weight_codes", q.numpy().astype(np.uint8), TensorProto.UINT8)
             table = self._initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
-            wide = self._node(node, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
-            node.input[position] = self._node(node, "Gather", [table, wide], f"{name}.weight_dequantized")
-            return
+            wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
+            return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
         bits = max(weight.bits, self.smallest)
-        if bits == 2 and node.op_type in _MATRIX and q.shape[-1] % 4:
+        if bits == 2 and before.op_type in _MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
         kind = self._type(bits, weight.signed, source)
         scale, zero_point = weight.scale, weight.zero_point
         assert scale is not None
-        factor = self._absorb_batch_norm(name, node, zero_point is not None)
         if factor is not None:
             scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
             q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
@@ -95,17 +129,17 @@ class Graph:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
         codes = self._initializer(f"{name}.weight_codes", q.contiguous().numpy(), kind)
-        if node.op_type in _CONV and bits < 8:
+        if before.op_type in _CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
-            codes = self._node(node, "Cast", [codes], f"{name}.weight_int8", to=kind)
+            codes = self._node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
         inputs = [codes, self._initializer(f"{name}.weight_scale", scale.contiguous().numpy(), TensorProto.FLOAT)]
         if zero_point is not None:
             inputs.append(self._initializer(f"{name}.weight_zero_point", zero_point.contiguous().numpy(), kind))
         place = {"axis": (0 if flipped else 1) if weight.block else (1 if flipped else 0)} if scale.ndim else {}
         if weight.block:
             place["block_size"] = weight.block
-        node.input[position] = self._node(node, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+        return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
 
     @staticmethod
     def _reads_transposed(node: onnx.NodeProto) -> bool:
@@ -176,10 +210,12 @@ class Graph:
                 for key, end in outermost.items()
             ]
             source = self._node(before, "Clip", [source, *ends], f"{stem}_clipped")
-        kind = self._type(bits, grid.signed, source)
+        # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
+        kind = self._type(bits, False, source)
+        zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed else 0)
         parameters = [
             self._initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
-            self._initializer(f"{stem}_zero_point", zero_point.astype(np.int64), kind),
+            self._initializer(f"{stem}_zero_point", zero_point, kind),
         ]
         place = {} if axis is None else {"axis": axis}
         codes = self._node(before, "QuantizeLinear", [source, *parameters], stem, **place)

@@ -26,7 +26,7 @@ from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.sums import quantize_sums
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.spec import PerChannel, PerGroup
@@ -78,17 +78,25 @@ def export_onnx(
     graph = Graph(_export_float(model, tuple(inputs), shapes, input_names, output_names), smallest)
     faults: list[str] = []
     for name, layer in layers:
+        source = _parameter_name(name, layer)
         try:
-            node, transposed = graph.consumer(name, layer)
-            if name in weights:
-                graph.put_weight(name, node, _oriented(weights[name], layer, name), transposed)
+            if isinstance(layer, CompoundWeight):
+                nodes = graph.products_of(source)
+                if name in weights:
+                    graph.put_parameter(name, source, weights[name])
+            else:
+                node, transposed = graph.consumer(source, layer)
+                nodes = [node]
+                if name in weights:
+                    graph.put_weight(name, source, node, _oriented(weights[name], layer, name), transposed)
         except ExportError as error:
             faults.append(str(error))
             continue
         if name in activations:
             scale, *rest = _activation(activations[name])
-            graph.put_activation(node, scale, *rest)
-            graph.put_bias(name, node, scale)
+            for node in nodes:
+                graph.put_activation(node, scale, *rest)
+                graph.put_bias(name, node, scale)
     raise_all(ExportError, "cannot export the model", faults)
     file = graph.finish()
     if sums_from is not None:
@@ -125,6 +133,13 @@ def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Co
             activations[name] = found
     raise_all(ExportError, "cannot export the model", faults)
     return weights, activations
+
+
+def _parameter_name(name: str, layer: QuantizedLayer) -> str:
+    """Key of the layer's weight in the model's state dict."""
+    if not isinstance(layer, CompoundWeight):
+        return f"{name}.weight"
+    return f"{name.removesuffix(layer.key)}{layer.path}"
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:

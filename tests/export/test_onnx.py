@@ -81,7 +81,8 @@ def test_activations(activation, tmp_path):
     assert torch.equal(y.argmax(1), mine.argmax(1))
     tensors = onnx.load(tmp_path / "net.onnx").graph.initializer
     kinds = {t.data_type for t in tensors if t.name.endswith("zero_point") and "weight" not in t.name}
-    assert kinds == {onnx.TensorProto.UINT8 if activation.startswith("u") else onnx.TensorProto.INT8}
+    # Of int8 activations some runtimes have no kernels: signed levels are moved up.
+    assert kinds == {onnx.TensorProto.UINT8}
 
 
 def test_per_channel_activations(tmp_path):

@@ -1,0 +1,93 @@
+"""LSTM, GRU, RNN and attention as ONNX: the runtime's numbers beside ours, and whole numbers in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
+
+
+class First(nn.Module):
+    """The first output of a module that gives several."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inner(*inputs)[0]
+
+
+def attention(**options: Any) -> nn.Module:
+    return First(nn.MultiheadAttention(16, 4, batch_first=True, **options))
+
+
+X, Y, Z = torch.Size((3, 5, 16)), torch.Size((3, 7, 16)), torch.Size((3, 7, 10))
+MODELS: dict[str, tuple[Any, list[torch.Size]]] = {
+    "lstm": (lambda: First(nn.LSTM(16, 6, batch_first=True)), [X]),
+    "bidirectional": (lambda: First(nn.LSTM(16, 6, num_layers=2, batch_first=True, bidirectional=True)), [X]),
+    "gru": (lambda: First(nn.GRU(16, 6, batch_first=True)), [X]),
+    "encoder": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0), [X]),
+    "decoder": (lambda: nn.TransformerDecoderLayer(16, 4, 32, batch_first=True, dropout=0.0), [X, Y]),
+    "three_inputs": (attention, [X, Y, Y]),
+    "three_weights": (lambda: attention(kdim=16, vdim=10), [X, Y, Z]),
+}
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs"),
+    [
+        ("int8 per_channel", "uint8 affine"),
+        pytest.param("int4 group8 mse ragged", None, marks=pytest.mark.slow),
+        pytest.param("kmeans3", None, marks=pytest.mark.slow),
+        pytest.param("twn per_channel", "int6 mse", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_runtime_computes_what_we_do(name: str, weight: str, inputs: str | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, shapes = MODELS[name]
+    net, x = make(), [torch.randn(shape) for shape in shapes]
+    prepare(net, QuantPlan([Rule("*", weight=weight, input=inputs)]))
+    calibrate(net, [x], run=lambda batch: net(*batch))
+    with torch.no_grad():
+        want = net.eval()(*x)
+    path = tmp_path / "model.onnx"
+    export_onnx(net, x, path, dynamic_batch=False)
+    session = onnx_session(path, threads=1)
+    (got,) = session.run(None, {i.name: value.numpy() for i, value in zip(session.get_inputs(), x, strict=True)})
+    # One value on the border between two levels may fall to the other side, so most are compared closely and all loosely.
+    apart = (torch.from_numpy(got) - want).abs() / want.abs().max()
+    assert apart.median() < 1e-5
+    assert apart.max() < (0.02 if inputs else 1e-4)
+    graph = onnx.load(path).graph
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert not floats & set(net.state_dict()) - {key for key in net.state_dict() if "bias" in key or "norm" in key}
+    quantized = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert bool(quantized) == (inputs is not None)
+
+
+def test_each_input_of_the_projections_is_quantized_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = attention(), [torch.randn(Y), torch.randn(X)]
+    prepare(net, QuantPlan([Rule("*in_proj*", weight="int8 per_channel", input="uint8 affine")]))
+    calibrate(net, [x], run=lambda batch: net(batch[0], batch[1], batch[1]))
+    export_onnx(net.eval(), [x[0], x[1], x[1]], tmp_path / "model.onnx", dynamic_batch=False)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    # Of the query, and of the one tensor that is key and value.
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 2
+    (codes,) = [tensor for tensor in graph.initializer if tensor.name == "inner.in_proj_weight.weight_codes"]
+    levels = onnx.numpy_helper.to_array(codes)
+    weight = net.inner.in_proj_weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    assert abs(torch.from_numpy(levels.astype("int32")) - (weight / scale).round()).max() <= 1
