@@ -95,7 +95,9 @@ def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
         bounds.append(int(cut[bounds[-1]]))
     edges = np.array([*bounds, 0][::-1])
     low, high = edges[:-1], edges[1:]
-    return (first[high] - first[low]) / (weight[high] - weight[low]) + shift
+    means = (first[high] - first[low]) / (weight[high] - weight[low]) + shift
+    # The difference of two long sums may miss its members by a rounding, and with it the order.
+    return np.clip(means, points[low], points[high - 1])
 
 
 def _next_row(previous: Floats, k: int, n: int, cost) -> tuple[Floats, Ints]:

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
@@ -41,6 +41,7 @@ def bimodal(rows: int = 3, n: int = 500) -> torch.Tensor:
     hnp.arrays(np.float32, st.integers(1, 9), elements=st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1.0, 2.0])),
     st.integers(1, 5),
 )
+@example(np.array([0, 0, 0, 1, -2e-22], np.float32), 3)
 def test_exact_is_the_optimum(values, levels):
     rows = torch.from_numpy(values)[None]
     centroids = codebook_kmeans(rows, levels, "exact")
