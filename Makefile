@@ -1,4 +1,4 @@
-# make setup | test | test-all | demo | wheel | clean
+# make setup | test | test-all | demo | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all demo wheel clean
+.PHONY: setup check test test-all demo docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -35,6 +35,12 @@ test-all: check
 
 demo: setup
 	$(BIN)/python examples/digits_demo.py
+
+# The README's pictures, from a demo of their own.
+docs-pictures: setup
+	rm -rf runs/docs
+	$(BIN)/python examples/digits_demo.py --output runs/docs
+	$(BIN)/python -m examples.docs_pictures runs/docs
 
 wheel: setup
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -15,6 +15,7 @@ import argparse
 import copy
 import logging
 import os
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -33,7 +34,7 @@ from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.export import save_packed
 from lq_plugin.model.cost import cost
 from lq_plugin.report import model_report, study_report, write_page
-from lq_plugin.search import Space, search
+from lq_plugin.search import Space, StudyError, search
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
 console = Console()
@@ -73,7 +74,11 @@ def main() -> None:
     console.rule(f"3. search: {args.trials} trials, at most {args.budget} effective bits")
     weight = {"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}
     space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
-    result = search(model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
+    try:
+        result = search(model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
+    except StudyError:
+        # What it was made for stands in the error, value by value; here one sentence will do.
+        sys.exit(f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output")
     console.print(result.table())
     best = result.best(args.budget)
     plan_path = output / "plan.yaml"
@@ -89,7 +94,8 @@ def main() -> None:
     tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
     logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
     qat = QAT(QuantPlan.from_yaml(plan_path))
-    fit = trainer(args.qat_epochs, callbacks=[qat, QuantMonitor()], logger=logger)
+    monitor = QuantMonitor(float_loss=True)
+    fit = trainer(args.qat_epochs, callbacks=[qat, monitor], logger=logger)
     fit.fit(tuned, datamodule=data)
     fit.save_checkpoint(output / "quantized.ckpt")
     wandb.finish()
@@ -100,7 +106,10 @@ def main() -> None:
     price = cost(loaded)
     rows.append(("QAT of it", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
     save_packed(loaded, output / "model.safetensors")
-    trained = model_report(tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics)
+    trained = model_report(
+        tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics,
+        training=monitor.training, epoch_steps=int(fit.num_training_batches),
+    )  # fmt: skip
     write_page(replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html")
 
     show(rows, output, time.perf_counter() - start)

@@ -5,8 +5,10 @@ Nothing here knows of quantization.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -135,6 +137,15 @@ class DigitsCNN(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def trained_cnn(epochs: int = 8, width: int = 16, seed: int = 0) -> DigitsCNN:
+    """A float `DigitsCNN` as a project would have one: trained, a few seconds, about 97 % of the test images right."""
+    seed_everything(seed, verbose=False)
+    model = DigitsCNN(width)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    Trainer(max_epochs=epochs, accelerator="cpu", logger=False, **quiet).fit(model, datamodule=DigitsDataModule())
+    return model
 
 
 def _conv_bn_relu(channels: int, filters: int, stride: int = 1) -> nn.Sequential:

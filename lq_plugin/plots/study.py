@@ -43,7 +43,8 @@ def pareto(
 ) -> Figure:
     """All plans of a search, the front among them, and where named plans stand.
 
-    The vertical axis shows the front, the references and the float model; points far below are counted in a note.
+    The vertical axis shows the better part: from the best on, three times as far as half of the trials reach. The others are
+    counted, and references among them named, in a note.
 
     Args:
         points: `(size, metric)` of each trial.
@@ -66,7 +67,9 @@ def pareto(
     xs = [p[0] for p in (*points, *named.values())]
     margin = 0.06 * (max(xs) - min(xs) or 1.0)
     axes.set_xlim(min(xs) - margin, max(xs) + 2.5 * margin)
-    hidden = _limit_y(axes, points, [p[1] for p in front], [p[1] for p in named.values()], float_metric, maximize)
+    hidden = _limit_y(axes, [p[1] for p in points], [p[1] for p in named.values()], float_metric, maximize)
+    low, high = axes.get_ylim()
+    absent = [name for name, (_, quality) in named.items() if not low <= quality <= high]
     axes.grid(True)
     all_x, all_y = zip(*points, strict=True)
     axes.scatter(all_x, all_y, 20, SKY, edgecolors="white", linewidths=0.4, alpha=0.75, zorder=2, label=f"{len(points)} trials")
@@ -81,11 +84,12 @@ def pareto(
         label = f"from sensitivity ({len(seeds)})"
         seed_x, seed_y = zip(*seeds, strict=True)
         axes.scatter(seed_x, seed_y, 58, "none", marker="D", edgecolors=INK, linewidths=1.1, zorder=5, label=label)
-    _draw_references(axes, named)
-    if hidden:
-        where = "below" if maximize else "above"
+    _draw_references(axes, {name: point for name, point in named.items() if name not in absent})
+    if hidden or absent:
+        beyond = [f"{hidden} trials"] * bool(hidden) + absent
+        text = f"{', '.join(beyond)} {'below' if maximize else 'above'} the picture"
         y = 0.012 if maximize else 0.965
-        axes.annotate(f"{hidden} trials {where} the picture", (0.995, y), xycoords="axes fraction", ha="right", fontsize=8, color=MUTED)
+        axes.annotate(text, (0.995, y), xycoords="axes fraction", ha="right", fontsize=8, color=MUTED)
     axes.set_xlabel(size)
     axes.set_ylabel(metric)
     axes.set_title(title)
@@ -93,22 +97,20 @@ def pareto(
     return figure
 
 
-def _limit_y(
-    axes: Axes, points: Sequence[Point], front: list[float], named: list[float], float_metric: float | None, maximize: bool
-) -> int:
-    """Set the limits; returns how many points are outside."""
-    must = [*named, *([] if float_metric is None else [float_metric])]
-    quality = np.array([p[1] for p in points])
-    # The front's own tail may fall to guessing: of it, and of all trials, the better part is shown.
+def _limit_y(axes: Axes, quality: Sequence[float], named: Sequence[float], float_metric: float | None, maximize: bool) -> int:
+    """Set the limits; returns how many trials are outside."""
     sign = 1.0 if maximize else -1.0
-    good = sorted((sign * q for q in front), reverse=True)
-    must += [sign * q for q in good[: max(-(-2 * len(good) // 3), 1)]] + [float(np.median(quality))]
+    good = sign * np.array([*quality, *named])
+    best, middle = float(good.max()), float(np.median(sign * np.array(quality)))
+    # The front's own tail may fall to guessing, and would squeeze what matters into a line.
+    least = best - max(3.0 * (best - middle), 0.02 * abs(best))
+    must = [sign * float(q) for q in good if q >= least] + ([] if float_metric is None else [float_metric])
     low, high = min(must), max(must)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     # Twice above: the labels of the best plans stand there.
-    axes.set_ylim(low - pad, high + 2 * pad)
-    outside = quality < low - pad if maximize else quality > high + pad
-    return int(outside.sum())
+    low, high = low - pad, high + 2 * pad
+    axes.set_ylim(low, high)
+    return sum(not low <= q <= high for q in quality)
 
 
 def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:

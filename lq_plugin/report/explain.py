@@ -15,6 +15,8 @@ from torch import nn
 from lq_plugin.formats import SLOTS
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.operation_rules import resolve_operations, split
+from lq_plugin.model.operations import operations_of
 from lq_plugin.model.prepare import _ledger
 from lq_plugin.model.record import record
 from lq_plugin.model.survey import Survey
@@ -61,14 +63,19 @@ class Explanation:
     def others(self) -> list[dict[str, Any]]:
         """What is not a layer that can hold quantizers, and why it stays float."""
         inside = {row.name for row in self.cost}
-        entries = [entry for entry in self.ledger if entry.name not in inside]
+        entries = [entry for entry in self.ledger if entry.name not in inside and not entry.plan]
         return [{"layer": e.name, "kind": e.kind, "parameters": e.parameters, "reason": e.reason} for e in entries]
+
+    def operations(self) -> list[dict[str, Any]]:
+        """Operations that no layer owns and that the plan quantizes: all of their operands by one spec."""
+        return [{"operation": e.name, "kind": e.kind, "input": _stages(e.plan, "input")} for e in self.ledger if e.functional and e.plan]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "plan": self.plan.to_dict(),
             "layers": self.rows(),
+            "operations": self.operations(),
             "float": self.others(),
             "totals": self.cost.totals() | {"coverage": self.ledger.coverage},
             "schedule": [vars(phase) for phase in self.schedule],
@@ -99,6 +106,7 @@ class Explanation:
         priced = self.cost
         size = f"model: {priced.bytes:,} bytes, {priced.compression:.2f} times smaller than {priced.float_bytes:,}"
         lines = [self.ledger.summary(), size + ("" if priced.bops is None else f"; {_short(priced.bops)} BOPs, the float parts included")]
+        lines += [f"operation {row['operation']} ({row['kind']}): operands {row['input']}" for row in self.operations()]
         reasons: dict[str, list[str]] = {}
         for row in [*self.rows(), *self.others()]:
             if row["reason"]:
@@ -128,7 +136,7 @@ def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, 
     Args:
         plan: anything `QuantPlan.parse` reads.
         model: float.
-        run: runs the model on a batch, for MACs, BOPs and functional calls.
+        run: runs the model on a batch, for MACs, BOPs and functional calls; a plan that names operations needs it.
 
     Raises:
         PlanError: a plan that cannot be read, or that does not fit the model.
@@ -140,9 +148,11 @@ def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, 
     """
     chosen = QuantPlan.parse(plan)
     survey = Survey.of(model)
-    layers = chosen.resolve(survey.infos(), survey.others())
-    ledger = _ledger(model, survey, layers)
     recording = None if run is None else record(model, run)
+    for_layers, operation_rules = split(chosen, survey.infos())
+    layers = for_layers.resolve(survey.infos(), survey.others()) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
+    known = {} if recording is None else operations_of(recording)
+    ledger = _ledger(model, survey, layers, resolve_operations(operation_rules, known, chosen, recording is not None))
     if recording is not None:
         ledger.add_recording(recording)
     return Explanation(chosen, layers, plan_cost(model, layers, recording), ledger, moments(chosen))

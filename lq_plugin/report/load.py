@@ -52,7 +52,9 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
     if models:
         place, found = models[-1]
         assert found.model is not None
-        training = found.model.training or _training(place, path)
+        logged = _training(place, path)
+        # A log has every step, the report what it was asked to keep.
+        training = logged + [series for series in found.model.training if series.name not in {known.name for known in logged}]
         result = replace(found, model=replace(found.model, training=training), notes=[*found.notes, *_others("runs", models)])
     if databases:
         live = from_storage(f"sqlite:///{databases[-1].resolve()}", study)
@@ -130,7 +132,8 @@ def read_log(path: str | Path) -> list[Series]:
                 if name in ("step", "epoch") or not text or name is None:
                     continue
                 steps, values = found.setdefault(name, ([], []))
-                if isfinite(value := float(text)):
+                # The evaluation behind a fit logs at its last step again.
+                if isfinite(value := float(text)) and (not steps or steps[-1] != int(row["step"])):
                     steps.append(int(row["step"]))
                     values.append(digits(value))
     series = []

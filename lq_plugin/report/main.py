@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +38,9 @@ def report(arguments: Sequence[str] | None = None) -> int:
         from lq_plugin.report.page import write_page
 
         reports = [load_report(source, args.study) for source in args.source]
+        if len({found.title for found in reports}) < len(reports):
+            # Two runs of one model: what tells them apart is where they lie.
+            reports = [replace(r, title=f"{r.title}, {Path(source).name}") for r, source in zip(reports, args.source, strict=True)]
         first = Path(args.source[0])
         folder = first if first.is_dir() else first.parent if first.exists() else Path()
         page = write_page(reports, args.output or folder / "report.html")

@@ -16,9 +16,11 @@ from lq_plugin import plots
 from lq_plugin.model.cost import Cost, CostRow
 from lq_plugin.model.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
-from lq_plugin.report.data import Boxes, LayerReport, ReportData, StudyReport, TensorView
+from lq_plugin.report.data import Boxes, ErrorMap, LayerReport, ModelReport, ReportData, Rounding, Series, StudyReport, TensorView
 
 FORMATS = ("png", "svg")
+#: Quantities whose curves are drawn, losses first.
+MAX_CURVES = 12
 
 
 def write_pictures(report: ReportData, folder: str | Path, formats: Sequence[str] = FORMATS, max_layers: int = 8) -> list[Path]:
@@ -52,6 +54,8 @@ def pictures(report: ReportData, max_layers: int = 8) -> Iterator[tuple[str, Fig
         largest = sorted((x for x in layers if x.boxes), key=lambda x: -x.elements)[:max_layers]
         for layer in (x for x in layers if x in largest):
             yield f"layer_{layer.name}", layer_sheet(layer)
+    if report.model is not None and (curves := quantities(report.model)):
+        yield "training", training(report.model, curves)
     if report.study is not None and report.study.trials:
         study = report.study
         yield "pareto", _pareto(study)
@@ -75,16 +79,22 @@ def _cost(report: ReportData) -> Cost:
 
 @styled
 def layer_sheet(layer: LayerReport) -> Figure:
-    """Channels, histogram, criteria and roundings of one layer on one sheet."""
+    """Channels, histogram, criteria, roundings and error map of one layer on one sheet."""
     views = layer.views
-    figure = Figure(figsize=(11.0, 3.4 * (1 + len(views))), layout="constrained")
-    grid = figure.add_gridspec(1 + len(views), 2)
+    told = layer.rounding if layer.rounding is not None and layer.rounding.up_share else None
+    rows = 1 + len(views) + (layer.error is not None or told is not None)
+    figure = Figure(figsize=(11.0, 3.4 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 2)
     if layer.boxes is not None:
         _boxes(figure.add_subplot(grid[0, :]), layer.boxes)
     for row, view in enumerate(views, 1):
         _histogram(figure.add_subplot(grid[row, 0]), view)
         if view.mse is not None:
             _curves(figure.add_subplot(grid[row, 1]), view)
+    if told is not None:
+        _rounding(figure.add_subplot(grid[rows - 1, 0]), told)
+    if layer.error is not None:
+        _error_map(figure, figure.add_subplot(grid[rows - 1, 1]), layer.error)
     specs = ", ".join(f"{slot} {spec}" for slot, spec in layer.specs.items()) or "float"
     figure.suptitle(f"{short(layer.name, 60)}   {specs}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
@@ -133,10 +143,70 @@ def _curves(axes: Axes, view: TensorView) -> None:
     axes.set_title("criteria over the threshold", fontweight="normal")
 
 
+def _rounding(axes: Axes, told: Rounding) -> None:
+    tenths = np.arange(len(told.up_share)) / len(told.up_share)
+    shares = np.array([np.nan if share is None else share for share in told.up_share], dtype=float)
+    axes.bar(tenths + 0.05, shares, width=0.09, color=BLUE, alpha=0.7, label="learned")
+    axes.plot([0, 0.5, 0.5, 1], [0, 0, 1, 1], color=INK, linewidth=1.3, label="nearest")
+    axes.set_xlabel("place between the two levels")
+    axes.set_ylabel("share rounded up")
+    axes.set_title(f"learned rounding: {told.up} up, {told.down} down against nearest", fontweight="normal")
+    axes.legend(fontsize=7)
+
+
+def _error_map(figure: Figure, axes: Axes, error: ErrorMap) -> None:
+    cells = np.array([[np.nan if cell is None else cell for cell in row] for row in error.cells], dtype=float)
+    extent = (0, error.columns, error.rows, 0)
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
+    figure.colorbar(image, label="dB")
+    axes.set_xlabel("input channel")
+    axes.set_ylabel("output channel")
+    axes.set_title("error of the weight over its mean square", fontweight="normal")
+
+
+def quantities(model: ModelReport) -> dict[str, list[Series]]:
+    """Logged curves by what they are of: losses, the run's own metrics, then what training moved in the layers."""
+    groups: dict[str, list[Series]] = {}
+    for series in model.training:
+        groups.setdefault(series.name.rpartition("/")[2], []).append(series)
+
+    def place(name: str) -> tuple[bool, bool, bool]:
+        own = any(not series.name.startswith("quant/") for series in groups[name])
+        return name != "loss", not own, not name.endswith(("_flips", "_zeros", "_scale_max"))
+
+    moved = [name for name, found in groups.items() if not place(name)[1] or any(len(set(series.values)) > 1 for series in found)]
+    return {name: groups[name] for name in sorted(moved, key=place)[:MAX_CURVES]}
+
+
+@styled
+def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
+    """What was logged, over optimizer steps, with the moments of the schedule."""
+    rows = -(-len(curves) // 2)
+    figure = Figure(figsize=(11.0, 2.8 * rows), layout="constrained")
+    for index, (name, found) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, 2, index + 1)
+        shown = found[: len(PALETTE)]
+        for color, series in zip(PALETTE, shown, strict=False):
+            label = series.name.removeprefix("quant/").rpartition("/")[0] or series.name
+            axes.plot(series.steps, series.values, color=color, linewidth=1.2, label=short(label, 24))
+        for phase in model.schedule:
+            step = phase.count if phase.unit == "step" else phase.count * model.epoch_steps if model.epoch_steps else None
+            if phase.count and step is not None:
+                axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":")
+        more = f" ({len(found) - len(shown)} more are not shown)" if len(found) > len(shown) else ""
+        axes.set_title(name.replace("_", " ") + more, fontweight="normal")
+        axes.set_xlabel("optimizer step")
+        axes.grid(True)
+        axes.legend(fontsize=7)
+    return figure
+
+
 def _pareto(study: StudyReport) -> Figure:
-    named = {t.origin: (t.cost, t.metric) for t in study.trials if t.origin != "sampled"}
     points = [(t.cost, t.metric) for t in study.trials]
-    return plots.pareto(points, named, study.float_metric, study.metric, study.maximize, study.cost.replace("_", " "), study.name)
+    uniform = {t.origin: (t.cost, t.metric) for t in study.trials if t.origin.startswith("uniform")}
+    seeds = [(t.cost, t.metric) for t in study.trials if t.origin != "sampled" and t.origin not in uniform]
+    title, cost = f"{study.name}: {study.metric}", study.cost.replace("_", " ")
+    return plots.pareto(points, uniform, study.float_metric, study.metric, study.maximize, cost, title, seeds)
 
 
 @styled

@@ -57,7 +57,7 @@ def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:
     low, high = [], []
     if bounds is not None:
         low, high = _joined(bounds[0].cpu().numpy(), parts, np.min), _joined(bounds[1].cpu().numpy(), parts, np.max)
-    step, ratios = _granularities(layer, weight)
+    step, ratios = _granularities(layer, weight, learned=before is not None)
     return Boxes(len(rows), joined, low, high, step, ratios)
 
 
@@ -65,15 +65,19 @@ def _joined(values: np.ndarray, parts: list[np.ndarray], how: Any) -> list[float
     return [digits(how(values[part]), 3) for part in parts]
 
 
-def _granularities(layer: QuantizedLayer, weight: Tensor) -> tuple[float | None, dict[str, float]]:
-    """Step of one scale for all, and the SQNR of the same levels with other granularities."""
+def _granularities(layer: QuantizedLayer, weight: Tensor, learned: bool) -> tuple[float | None, dict[str, float]]:
+    """Step of one scale for all, and the SQNR of the same levels with other granularities, all rounded to nearest.
+
+    Learned roundings lose more of the weight to lose less of the output: beside them every other granularity would look better.
+    """
     quantizer = in_force(layer)
     if quantizer is None or quantizer.spec.format_name != "int" or quantizer.spec.learned:
         return None, {}
     spec: QuantSpec = quantizer.spec
-    ratios, step = {str(spec.granularity): digits(sqnr_db(weight, quantized(layer)))}, None
-    for granularity in (PerTensor(), PerChannel()):
-        if granularity == spec.granularity:
+    ratios: dict[str, float] = {} if learned else {str(spec.granularity): digits(sqnr_db(weight, quantized(layer)))}
+    step = None
+    for granularity in dict.fromkeys((spec.granularity, PerTensor(), PerChannel())):
+        if str(granularity) in ratios:
             continue
         try:
             other = make_weight_quantizer(spec.replace(granularity=granularity), "weight", tuple(weight.shape))
@@ -82,7 +86,7 @@ def _granularities(layer: QuantizedLayer, weight: Tensor) -> tuple[float | None,
         with torch.no_grad():
             other.calibrate(weight)
             ratios[str(granularity)] = digits(sqnr_db(weight, other.eval().quantize_values(weight)))
-            if granularity == PerTensor():
+            if granularity == PerTensor() != spec.granularity:
                 scale, _ = other.qparams(blocks(weight, granularity))
                 step = digits(scale.max())
     return step, ratios

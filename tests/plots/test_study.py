@@ -53,6 +53,14 @@ def test_picture_has_front_references_and_float() -> None:
     assert any(text.get_text() == "float 0.96" for text in axes.texts)
 
 
+def test_a_reference_beyond_the_picture_is_named_there() -> None:
+    axes = plots.pareto(POINTS, {"uniform 2 bits": (2.0, 0.10), "W4A8": (4.2, 0.91)}, metric="val/acc").axes[0]
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {"W4A8", "2 trials, uniform 2 bits below the picture"}
+    low, high = axes.get_ylim()
+    assert 0.80 < low < 0.90 < 0.951 < high
+
+
 def test_smaller_may_be_better() -> None:
     figure = plots.pareto([(4.0, 2.0), (5.0, 1.0), (6.0, 30.0)], metric="perplexity", maximize=False)
     assert [tuple(p) for p in figure.axes[0].collections[1].get_offsets().tolist()] == [(4.0, 2.0), (5.0, 1.0)]

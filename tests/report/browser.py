@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ class Page:
                     .map((f) => f.dataset.figure);
             }"""
         )
+
+    def settle(self, seconds: float = 15.0) -> None:
+        """Wait until every figure that can be seen is drawn."""
+        until = time.monotonic() + seconds
+        while self.undrawn() and time.monotonic() < until:
+            self.page.wait_for_timeout(50)
 
     def sideways(self) -> float:
         """Pixels that the page is wider than the window."""

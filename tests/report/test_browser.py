@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lq_plugin import QAT, QuantMonitor
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.report import ReportData, model_report, study_report, write_page
+from lq_plugin.report import ReportData, Series, model_report, study_report, write_page
+from lq_plugin.report.data import Rounding
 from lq_plugin.report.load import load_report
 from lq_plugin.search import Space, search
 from tests.report.browser import Page, chromium, why_not
@@ -72,15 +73,8 @@ def figures(page: Any) -> set[str]:
     return set(page.evaluate("() => [...document.querySelectorAll('[data-figure]')].map((f) => f.dataset.figure)"))
 
 
-def settled(opened: Page) -> None:
-    """Wait until every figure that can be seen is drawn."""
-    until = time.monotonic() + 15
-    while opened.undrawn() and time.monotonic() < until:
-        opened.page.wait_for_timeout(50)
-
-
 def check(opened: Page, path: Path) -> None:
-    settled(opened)
+    opened.settle()
     assert opened.undrawn() == []
     assert opened.faults == []
     assert opened.requests == [f"file://{path}"]
@@ -126,7 +120,7 @@ def test_a_click_on_a_layer_shows_it(opened: Callable[..., Page], small: Path) -
     assert not page.is_visible("#layer")
     page.click(".layer[data-layer='body.2']")
     assert page.inner_text("#layer-title") == "body.2"
-    settled(window)
+    window.settle()
     assert window.undrawn() == []
     assert page.evaluate("document.activeElement.id") == "layer-title"
     page.click("[aria-label='next layer']")
@@ -207,7 +201,7 @@ def test_filter_sort_and_copy(opened: Callable[..., Page], small: Path) -> None:
 def test_brushing_and_choosing_axes(opened: Callable[..., Page], small: Path) -> None:
     window = opened()
     page = window.open(small)
-    settled(window)
+    window.settle()
     lines = "document.querySelectorAll('[data-figure=parallel] svg > path')"
     faint = f"() => [...{lines}].filter((p) => p.getAttribute('opacity') === '0.3').length"
     assert page.evaluate(faint) == 0
@@ -231,7 +225,7 @@ def test_brushing_and_choosing_axes(opened: Callable[..., Page], small: Path) ->
 def test_a_figure_is_saved_as_svg(opened: Callable[..., Page], small: Path, tmp_path: Path) -> None:
     window = opened(accept_downloads=True)
     page = window.open(small)
-    settled(window)
+    window.settle()
     with page.expect_download() as download:
         page.click("[data-figure=pareto] .save")
     path = tmp_path / "pareto.svg"
@@ -255,11 +249,48 @@ def test_evil_names_stay_text(opened: Callable[..., Page], tmp_path: Path) -> No
     window.page.on("dialog", lambda dialog: (dialogs.append(dialog), dialog.dismiss()))
     page = window.open(path)
     page.locator(".layer").first.click()
-    settled(window)
+    window.settle()
     assert page.text_content("#layer-title") == EVIL
     assert page.locator("img").count() == 0
     assert dialogs == []
     check(window, path)
+
+
+def test_what_never_moved_is_no_curve(opened: Callable[..., Page], tmp_path: Path) -> None:
+    report = deep_report(3, 8)
+    assert report.model is not None
+    still = [Series("quant/body.0/weight_bits", [0, 5], [4.0, 4.0]), Series("quant/coverage", [0, 5], [1.0, 1.0])]
+    moved = Series("quant/body.0/weight_flips", [0, 5], [0.1, 0.2])
+    for training, titles in (([*still, moved], ["weight_flips"]), (still, [])):
+        path = write_page(replace(report, model=replace(report.model, training=training)), tmp_path / "r.html")
+        window = opened()
+        page = window.open(path)
+        check(window, path)
+        assert page.locator("[data-figure=training-0] option").all_inner_texts() == titles
+
+
+def test_learned_roundings_and_curves_of_a_run(opened: Callable[..., Page], screenshots: Path, tmp_path: Path) -> None:
+    report = deep_report(4, 16)
+    assert report.model is not None
+    told = Rounding(900, 60, 40, [0.01, 0.1, 0.2, None, 0.4, 0.6, 0.7, 0.8, 0.9, 0.99], "body", 0.04, 0.02)
+    layers = [replace(layer, rounding=told, latency_ms=0.1 + 0.2 * i) for i, layer in enumerate(report.model.layers)]
+    path = write_page(replace(report, model=replace(report.model, layers=layers)), tmp_path / "r.html")
+    window = opened()
+    page = window.open(path, "#layer=body.1")
+    check(window, path)
+    assert "rounding" in figures(page)
+    assert "60 (6 %) went up" in page.inner_text("[data-figure=rounding]")
+    assert "0.3 ms" in page.inner_text("#layer")
+    assert "latency" in page.inner_text(".strip .lanes")
+    # The loss of one batch, float and quantized, stands beside the run's own, and moments of the schedule in all of them.
+    key = page.inner_text("[data-figure=training-0]")
+    assert "one batch, float" in key
+    assert "one batch, quantized" in key
+    assert page.locator("[data-figure=training-0] svg line[stroke-dasharray='3 3']").count() == 2
+    for what in ("weight_flips", "weight_zeros", "weight_scale_max"):
+        page.select_option("[data-figure=training-1] select", what)
+        assert page.locator("[data-figure=training-1] svg path[fill=none]").count() == 3
+    page.screenshot(path=screenshots / "rounding.png", full_page=True)
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -289,8 +320,11 @@ def test_an_empty_report_is_a_page(opened: Callable[..., Page], tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_hundred_layers_and_five_hundred_trials(opened: Callable[..., Page], screenshots: Path, tmp_path: Path) -> None:
+    started = time.process_time()
     report = large_report()
     path = write_page(report, tmp_path / "large.html")
+    # With the model's making and calibration, which a run has behind it.
+    assert time.process_time() - started < 10
     assert path.stat().st_size < 5e6
     for width, scheme in WINDOWS:
         window = opened(width, scheme)

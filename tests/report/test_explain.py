@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import lq_plugin
+from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.errors import PlanError, QuantizationError
 from lq_plugin.model.cost import cost
 from lq_plugin.model.record import record
@@ -58,6 +59,18 @@ def test_stages_and_the_time_line() -> None:
         "epoch 1: activations are quantized", "epoch 2: body.*: weight int4", "step 300: batch norms freeze",
     ]  # fmt: skip
     assert lines[1].index("●") < lines[2].index("●")
+
+
+def test_operations_are_told_where_the_plan_names_them() -> None:
+    plan = {"rules": [{"match": "*", "weight": "int4"}, {"match": "block.add_0", "input": "uint8 affine"}]}
+    model, x = DigitsCNN(width=4), torch.zeros(1, 1, 8, 8)
+    found = explain(plan, model, lambda: model(x))
+    assert found.operations() == [{"operation": "block.add_0", "kind": "add", "input": "uint8 affine"}]
+    text = shown(found.summary(), 200)
+    assert "operation block.add_0 (add): operands uint8 affine" in text
+    assert "no rule asks for it" not in text
+    with pytest.raises(PlanError, match="operations are known from a recorded batch only"):
+        explain(plan, model)
 
 
 def test_plans_that_do_not_fit_are_refused_whole() -> None:
@@ -112,7 +125,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     out = capsys.readouterr().out
     assert "stem.0" in out
     assert "6 quantized" in out
-    assert "functional add: only layers hold quantizers: block.add_0" in out
+    assert "functional add: no rule asks for it by name: block.add_0" in out
     assert lq_explain(["w4a8", "digits_cnn", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["totals"]["effective_bits"] == pytest.approx(4.15, abs=0.05)

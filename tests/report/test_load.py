@@ -117,7 +117,10 @@ def test_the_command(small: ReportData, tmp_path: Path, capsys: pytest.CaptureFi
     assert str(path.parent / "report.html") in capsys.readouterr().out
     assert lq_report([str(path), str(path), "-o", str(tmp_path / "both.html"), "--no-pictures"]) == 0
     assert not (tmp_path / "figures").exists()
-    assert (tmp_path / "both.html").read_text().count("<title>Deep · Deep</title>") == 1
+    assert (tmp_path / "both.html").read_text().count("<title>Deep, report.json · Deep, report.json</title>") == 1
+    other = small.save(tmp_path / "second" / "report.json")
+    assert lq_report([str(path.parent), str(other.parent), "-o", str(tmp_path / "both.html"), "--no-pictures"]) == 0
+    assert "<title>Deep, run · Deep, second</title>" in (tmp_path / "both.html").read_text()
     assert lq_report(["/no/such"]) == 2
     assert "lq-report: there is no '/no/such'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -127,12 +130,15 @@ def test_the_command(small: ReportData, tmp_path: Path, capsys: pytest.CaptureFi
 def test_pictures_of_every_figure(small: ReportData, tmp_path: Path) -> None:
     study = study_report(large_study(trials=12, layers=4))
     written = write_pictures(ReportData("both", small.model, study.study), tmp_path, max_layers=1)
-    names = {"bits", "sqnr", "layer_body.1", "pareto", "hypervolume", "parallel", "best_bits", "importance"}
+    names = {"bits", "sqnr", "layer_body.1", "training", "pareto", "hypervolume", "parallel", "best_bits", "importance"}
     assert {path.stem for path in written} == names
     for path in written:
         start = path.read_bytes()[:200]
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
     assert write_pictures(ReportData("none"), tmp_path / "none") == []
+    assert small.model is not None
+    still = replace(small.model, training=[Series("quant/coverage", [0, 5], [1.0, 1.0])])
+    assert "training" not in {path.stem for path in write_pictures(ReportData("still", still), tmp_path / "still", max_layers=0)}
 
 
 def test_names_that_are_markup_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ function strip(model, open) {
   const tops = lanes.map(([, of]) => Math.max(...model.layers.map((l) => { const v = num(of(l)); return Number.isFinite(v) ? v : 0; }), 1e-30));
   const labels = html("div", { class: "lanes", "aria-hidden": "true" }, html("div", { class: "bits", style: `height:${BITS_HIGH}px` }, "bits"), lanes.map(([name]) => html("div", { class: "lane" }, name)), html("div", { class: "name" }, "layer"));
   const longest = Math.max(...model.layers.map((l) => Math.min(22, l.name.length)));
-  const row = html("div", { class: "row", style: `--name:${12 + 6.6 * longest}px`, role: "toolbar", "aria-label": "layers, arrow keys move, Enter opens" });
+  const row = html("div", { class: model.layers.length <= 10 ? "row few" : "row", style: `--name:${12 + 6.6 * longest}px`, role: "toolbar", "aria-label": "layers, arrow keys move, Enter opens" });
   model.layers.forEach((l, i) => {
     const facts = () => [l.name + "  " + l.kind, `weight ${weightSpec(l)}, input ${(l.specs ?? {}).input ?? "float"}`, `${l.effective_bits == null ? "held by " + l.tied_to : fmt(l.effective_bits) + " effective bits"}`, ...lanes.map(([name, of, show]) => `${name} ${show(of(l))}`)];
     const column = html("button", { type: "button", class: "layer" + (isFloat(l) ? " float" : ""), "data-layer": l.name, tabindex: i ? "-1" : "0", "aria-label": `${l.name}, ${facts().slice(1).join(", ")}`, onclick: () => open(l.name) },

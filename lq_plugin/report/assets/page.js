@@ -105,7 +105,7 @@ function build() {
     put(main, panel);
     for (const run of models) put(node, html("details", {}, html("summary", {}, `The same numbers as a table${run.label ? ": " + run.label : ""}`), layerTable(run.model, openLayer)));
   }
-  const trained = models.filter((r) => (r.model.training ?? []).length);
+  const trained = models.filter((r) => seriesGroups(r.model.training ?? []).size);
   if (trained.length) section("training", "Training", pairs(trained.map((run) => ({ run, parts: html("div", { class: PAIR ? "figures one" : "figures" }, trainingFigure(run.model, 0), trainingFigure(run.model, 1)) }))));
   const timed = models.filter((r) => (r.model.schedule ?? []).length);
   const searched = studies.filter((r) => r.study.trials.length);

@@ -22,9 +22,9 @@ function paretoFigure(studies, show) {
 function drawPareto(studies, cost, show, width) {
   const all = studies.flatMap(({ study }) => study.trials.filter((t) => number(study, t, cost) != null).map((t) => [study, t]));
   const floats = studies.map(({ study }) => study.float_metric).filter((v) => v != null);
-  // The worst third of the trials may be cut off: a front that falls to guessing would squeeze the rest.
-  const sign = studies[0].study.maximize ? 1 : -1, sorted = all.map(([, t]) => sign * t.metric).sort((a, b) => b - a);
-  const kept = [sorted[Math.floor((sorted.length - 1) * 0.67)] * sign, ...all.filter(([s, t]) => frontOf(s, cost).includes(t)).map(([, t]) => t.metric).sort((a, b) => sign * (b - a)).slice(0, 12), ...floats];
+  // A front that falls to guessing would squeeze what matters: three times the median's loss is shown.
+  const sign = studies[0].study.maximize ? 1 : -1, sorted = all.map(([, t]) => sign * t.metric).sort((a, b) => b - a), top = sorted[0], middle = sorted[Math.floor(sorted.length / 2)];
+  const least = top - Math.max(3 * (top - middle), 0.02 * Math.abs(top)), kept = [...sorted.filter((v) => v >= least).map((v) => sign * v), ...floats];
   const f = frame({ width, height: Math.min(430, Math.max(300, width * 0.5)), x: padded(extent(all.map(([s, t]) => number(s, t, cost)))), y: padded(extent(kept), 0.08), xLabel: axisLabel(cost), yLabel: studies[0].study.metric, left: 60, xFormat: cost === "effective_bits" ? undefined : big });
   const clip = "clip" + Math.random().toString(36).slice(2);
   put(f.root, svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", { x: f.left - 8, y: f.top - 6, width: f.right - f.left + 16, height: f.bottom - f.top + 6 }))));
@@ -52,12 +52,12 @@ function drawPareto(studies, cost, show, width) {
       }
       mark.addEventListener("click", () => show(study, t));
       put(f.plot, hover(mark, lines));
-      if (seeded(t) && width > 560 && y < f.bottom) named.push([x, y, t.origin, uniform(t)]);
+      if (uniform(t) && width > 560 && y < f.bottom) named.push([x, y, t.origin]);
     }
   });
-  // Names where there is room for them, of uniform plans first.
+  // Names where there is room for them.
   const taken = [];
-  for (const [x, y, name] of named.sort((a, b) => b[3] - a[3])) {
+  for (const [x, y, name] of named) {
     const long = 6 * name.length, left = x - 11 - long > f.left, box = left ? [x - 11 - long, x - 11] : [x + 11, x + 11 + long];
     if (taken.some(([a, b, h]) => Math.abs(h - y) < 13 && a < box[1] && b > box[0])) continue;
     taken.push([...box, y]);
@@ -69,6 +69,11 @@ function drawPareto(studies, cost, show, width) {
   return f.root;
 }
 
+// Letters that all of some texts begin with, up to the end of a word.
+function shared(texts) {
+  const first = texts[0] ?? "", n = [...first].findIndex((c, i) => texts.some((t) => t[i] !== c));
+  return n < 0 ? 0 : 1 + Math.max(first.lastIndexOf(" ", n - 1), first.lastIndexOf("_", n - 1));
+}
 function parallelFigure(study) {
   const brush = {};
   const node = figure("parallel", "Parallel coordinates", "One line a trial, coloured by the metric. Drag along an axis to keep the trials in that part; click the axis to let go.", (w) => drawParallel(study, brush, w, () => node.redraw()));
@@ -84,7 +89,7 @@ function drawParallel(study, brush, width, redraw) {
     const known = values.filter((v) => v != null);
     if (known.every((v) => typeof v === "number")) { const s = linear(padded(extent(known), 0.02), [bottom, top]); return { name, at: s, ticks: s.ticks(5).map((t) => [t, big(t)]) }; }
     const kinds = [...new Set(known.map(String))].sort(), step = (bottom - top) / Math.max(kinds.length, 1);
-    return { name, at: (v) => bottom - step * (kinds.indexOf(String(v)) + 0.5), ticks: kinds.map((k) => [k, shorten(k, 15)]) };
+    return { name, at: (v) => bottom - step * (kinds.indexOf(String(v)) + 0.5), ticks: kinds.map((k) => [k, shorten(k.slice(shared(kinds)), 17)]) };
   });
   const x = (i) => left + ((right - left) * i) / Math.max(1, shown.length - 1);
   const kept = (j) => shown.every(([name, values], i) => !brush[name] || (values[j] != null && scales[i].at(values[j]) >= brush[name][0] && scales[i].at(values[j]) <= brush[name][1]));

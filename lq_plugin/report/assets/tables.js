@@ -5,8 +5,9 @@ function dataTable(name, columns, rows, { open, filter = true } = {}) {
   let sort = null, down = true, wanted = "";
   const count = html("span", { class: "muted", role: "status" }), body = html("tbody");
   const plain = (v) => (v == null ? "" : typeof v === "number" ? v : String(v));
+  const numeric = columns.map(([, of]) => rows.some((row) => typeof of(row) === "number"));
   const heads = columns.map(([title], i) => {
-    const head = html("th", { scope: "col" }, html("button", { type: "button", onclick: () => { down = sort === i ? !down : rows.some((row) => typeof columns[i][1](row) === "number"); sort = i; fill(); } }, title));
+    const head = html("th", { scope: "col", class: numeric[i] ? "number" : null }, html("button", { type: "button", onclick: () => { down = sort === i ? !down : numeric[i]; sort = i; fill(); } }, title));
     return head;
   });
   function fill() {
@@ -18,7 +19,7 @@ function dataTable(name, columns, rows, { open, filter = true } = {}) {
     }
     heads.forEach((h, i) => { if (i === sort) h.setAttribute("aria-sort", down ? "descending" : "ascending"); else h.removeAttribute("aria-sort"); });
     body.replaceChildren(...shown.map((row) => html("tr", {}, columns.map(([, of, show, kind], i) => {
-      const v = of(row), text = show ? show(v) : v == null ? "–" : fmt(v), cell = html(i ? "td" : "th", { scope: i ? null : "row", class: typeof v === "number" ? "number" : null });
+      const v = of(row), text = show ? show(v) : v == null ? "–" : fmt(v), cell = html(i ? "td" : "th", { scope: i ? null : "row", class: numeric[i] ? "number" : null });
       return put(cell, i === 0 && open ? html("button", { type: "button", class: "link", onclick: () => open(row) }, text) : text);
     }))));
     count.textContent = shown.length === rows.length ? `${rows.length} rows` : `${shown.length} of ${rows.length} rows`;
@@ -53,14 +54,17 @@ function ledgerTable(model) {
   return dataTable("ledger", columns.filter(([title, of]) => title === "name" || (model.ledger ?? []).some((r) => of(r) != null)), model.ledger ?? []);
 }
 
+const ONE_BATCH = { float: "one batch, float", quantized: "one batch, quantized" };
 // What belongs into one picture: quantities of all layers by their last word, everything else by its own name.
 function seriesGroups(series) {
   const groups = new Map();
   for (const s of series) {
     const match = /^quant\/(.+)\/([^/]+)$/.exec(s.name), name = match ? match[2] : s.name.startsWith("quant/") ? s.name : s.name.replace(/^(train|val|test|float)\//, "");
     if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push({ ...s, label: match ? match[1] : s.name });
+    groups.get(name).push({ ...s, label: match ? (name === "loss" && ONE_BATCH[match[1]]) || match[1] : s.name });
   }
+  // Numbers of the plan, such as bits, that never changed are in the table of layers.
+  for (const [name, found] of groups) if (found.every((s) => s.name.startsWith("quant/") && s.values.every((v) => v === s.values[0]))) groups.delete(name);
   return groups;
 }
 function trainingFigure(model, index) {

@@ -84,10 +84,10 @@ function drawFlow(flow, width) {
     put(root, svg("path", { d: `M${from}${bend} ${to}`, fill: "none", stroke: quantized ? color(0) : "var(--muted)", "stroke-width": quantized ? 2.4 : 1.6, "stroke-dasharray": quantized ? null : "5 4", "marker-end": "url(#arrow)" }));
   }
   for (const n of flow.nodes) {
-    const [x, y] = place(n), limit = Math.floor((w - 14) / 6.1), g = svg("g", { class: "node " + n.kind });
+    const [x, y] = place(n), limit = Math.floor((w - 14) / 6.1), letters = Math.floor((w - 14) / 7.4), g = svg("g", { class: "node " + n.kind });
     put(g, svg("rect", { x, y, width: w, height: h, rx: 8 }));
-    wrapped(n.label, limit, 2).forEach((line, i) => put(g, svg("text", { class: "title", x: x + 8, y: y + 19 + 14 * i }, line)));
-    const down = wrapped(n.label, limit, 2).length;
+    wrapped(n.label, letters, 2).forEach((line, i) => put(g, svg("text", { class: "title", x: x + 8, y: y + 19 + 14 * i }, line)));
+    const down = wrapped(n.label, letters, 2).length;
     wrapped(n.detail ?? "", limit + 1, 5 - down).forEach((line, i) => put(g, svg("text", { x: x + 8, y: y + 20 + 14 * down + 13 * i }, line)));
     put(root, put(g, svg("title", {}, [n.label, n.detail].filter(Boolean).join("\n"))));
   }

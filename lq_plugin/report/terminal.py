@@ -1,0 +1,82 @@
+"""A quantized model in a few lines of a terminal: what each layer gets, and at the end what it lost."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lq_plugin.model.cost import Cost
+from lq_plugin.model.fidelity import FidelityRow
+from lq_plugin.model.ledger import Ledger
+from lq_plugin.report.explain import _short
+
+#: Rows of a table; of more layers, the largest are shown.
+MAX_ROWS = 24
+
+
+def summary(
+    priced: Cost,
+    rows: Sequence[FidelityRow],
+    ledger: Ledger,
+    title: str,
+    metrics: Mapping[str, float] | None = None,
+    width: int | None = None,
+) -> str:
+    """Table and totals as plain text.
+
+    Args:
+        priced: cost of the model as it is.
+        rows: of its tensors.
+        ledger: what is quantized.
+        title: above the table.
+        metrics: what the model scores.
+        width: characters of a line; the terminal's, or 100.
+
+    >>> import torch, lq_plugin
+    >>> from lq_plugin.model.cost import cost
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> ledger = lq_plugin.prepare(net, "w4a8")
+    >>> print(summary(cost(net), [], ledger, "before", width=80).splitlines()[0].strip())
+    before
+    """
+    specs = {(row.layer, row.slot): row.spec for row in rows}
+    errors = {(row.layer, row.slot): row.sqnr_db for row in rows if row.sqnr_db is not None}
+    chosen = {row.name for row in sorted(priced, key=lambda row: -row.elements)[:MAX_ROWS]}
+    # Text, not str: a layer may be named like rich's markup.
+    table = Table(title=Text(title), box=SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("layer", "whole model", overflow="fold")
+    table.add_column("weight", overflow="fold")
+    table.add_column("input", overflow="fold")
+    table.add_column("bits", f"{priced.effective_bits:.2f}", justify="right")
+    table.add_column("bytes", f"{priced.bytes:,}", justify="right")
+    if priced.bops is not None:
+        table.add_column("BOPs", _short(priced.bops), justify="right")
+    for slot in ("weight", "input") * bool(errors):
+        table.add_column(f"SQNR {slot}", justify="right")
+    for row in priced:
+        if row.name not in chosen:
+            continue
+        bits = f"of {row.tied_to}" if row.effective_bits is None else f"{row.effective_bits:.2f}"
+        cells = [row.name or row.kind, *(specs.get((row.name, slot), "float") for slot in ("weight", "input")), bits, f"{row.bytes:,}"]
+        cells += [_short(row.bops)] * (priced.bops is not None)
+        cells += [_decibel(errors.get((row.name, slot))) for slot in ("weight", "input") * bool(errors)]
+        table.add_row(*map(Text, cells))
+    lines = [f"{len(priced) - len(chosen)} smaller layers are not shown"] * (len(priced) > len(chosen))
+    lines.append(f"{ledger.summary()}; {priced.compression:.1f} times smaller than float")
+    if metrics:
+        lines.append(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    stream = io.StringIO()
+    console = Console(file=stream, width=width or shutil.get_terminal_size((100, 24)).columns, color_system=None)
+    console.print(table)
+    console.print(Text("\n".join(lines)), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def _decibel(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} dB"

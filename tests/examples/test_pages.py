@@ -1,0 +1,159 @@
+"""The pages of the guide and the README: their code is that of tested scripts or runs, their links and numbers hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import yaml
+
+from lq_plugin import QAT, QuantPlan, calibrate, prepare
+from lq_plugin.callbacks.phases import PHASES
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from tests.examples.conftest import EXAMPLES
+from tests.examples.test_migration import FAST
+
+ROOT = EXAMPLES.parent
+PAGES = [ROOT / "README.md", *sorted(EXAMPLES.glob("*.md"))]
+SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("cluster/**/*.yaml")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(path: Path, kind: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(path.read_text(encoding="utf-8")) if language == kind]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_kinds_of_blocks(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
+    assert {language for language, _ in BLOCK.findall(text)} <= {"python", "sh", "yaml", "diff", "text"}
+
+
+def test_the_guide_shows_code_of_its_scripts() -> None:
+    found = blocks(EXAMPLES / "README.md", "python") + blocks(EXAMPLES / "README.md", "yaml")
+    assert len(found) >= 7
+    for text in found:
+        assert text in SOURCES, text
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_exist(path: Path) -> None:
+    commands = {entry.name for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in "\n".join(blocks(path, "sh")).splitlines():
+        words = [word for word in shlex.split(line, comments=True) if "=" not in word or word.startswith("-")]
+        if not words:
+            continue
+        if words[0] in ("python", "make") or words[0].startswith("examples/"):
+            script = words[0] if words[0].startswith("examples/") else words[1]
+            known = script in targets if words[0] == "make" else (ROOT / script).is_file() or script == "src/train.py"
+            assert known, line
+        else:
+            assert words[0] in commands or words[0] == "pip", line
+
+
+def test_every_script_stands_in_the_guide() -> None:
+    guide = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".md")} - {"README.md", "docs_pictures.py"}
+    assert {name for name in scripts if f"]({name})" not in guide} == set()
+
+
+def test_plans_of_the_readme_can_be_read() -> None:
+    for text in blocks(ROOT / "README.md", "yaml"):
+        assert QuantPlan.parse(yaml.safe_load(text)).rules
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| write | get |")[2].partition("\n\n")[0]
+    written = [plan for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for plan in re.findall(r"`([^`]+)`", cell)]
+    assert len(written) > 12
+    for plan in written:
+        assert plan == "plan.yaml" or QuantPlan.parse(plan).rules, plan
+    named = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(PHASES) <= {name for pair in named for name in pair}
+
+
+@pytest.mark.filterwarnings("ignore:QuantMonitor. the Trainer has no logger", "ignore:.*weights_only.*")
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batches = [torch.rand(8, 1, 8, 8)]
+    Path("plan.yaml").write_text("rules: [{match: '*', weight: int4, input: uint8 affine ema}]\n")
+    trained = DigitsCNN(width=4)
+    trainer = lightning.Trainer(callbacks=[QAT("w4a8")], **FAST)
+    trainer.fit(trained, datamodule=DigitsDataModule())
+    trainer.save_checkpoint("quantized.ckpt")
+    found = blocks(ROOT / "README.md", "python")
+    assert len(found) >= 4
+    for text in found:
+        model = DigitsCNN(width=4)
+        if "prepare(" not in text:
+            prepare(model, "sign / sign" if "use_xnor" in text else "w4a8")
+            calibrate(model, batches)
+        space: dict[str, Any] = {"model": model, "x": torch.rand(2, 1, 8, 8), "batches": batches}
+        space["MyModule"] = partial(DigitsCNN, width=4)
+        space["Trainer"] = partial(lightning.Trainer, **FAST)
+        exec("from lq_plugin import *", space)
+        exec(text, space)
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", cell.replace("*", ""))]
+
+
+def table(title: str) -> list[list[str]]:
+    """Rows of the first table behind a title of the README."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition(title)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_ranges_table_is_that_of_the_benchmark() -> None:
+    head, *rows = table("## Accuracy without training")
+    measured = {(r["bits"], r["range"]): r["accuracy"] for r in result("ptq_accuracy")["results"]}
+    for row in rows:
+        for bits, cell in zip(head[1:], row[1:], strict=True):
+            assert numbers(cell) == [measured[bits, row[0].strip("`")]], (row[0], bits)
+
+
+def test_the_low_bit_table_is_that_of_the_benchmark() -> None:
+    content = result("low_bit")
+    measured = {r["format"]: r for r in content["results"]} | {r["spec"]: r for r in content["results"] if r["spec"]}
+    for name, bits, accuracy, _below in table("## Training at one and two bits")[1:]:
+        row = measured[name.strip("`")]
+        assert numbers(accuracy) == [row["accuracy"]], name
+        assert numbers(bits)[0] == pytest.approx(row["effective_bits"], abs=0.011), name
+
+
+def test_the_format_table_is_that_of_the_benchmark() -> None:
+    names = {"int4 per_channel": ["int4 minmax", "int4 mse"], "int4 group16:4": ["VS-Quant 4/16:4"]}
+    rows = result("qsnr")["results"]
+    for title, bits, *cells in table("## What the formats keep")[1:]:
+        (name,) = re.findall(r"`(.+?)`", title)
+        wanted = names.get(name) or [next(r["format"] for r in rows if r["spec"].startswith(name))]
+        for kind, cell in zip(("gaussian", "laplace", "relu"), cells, strict=True):
+            chosen = [next(r for r in rows if (r["format"], r["data"]) == (format_name, kind)) for format_name in wanted]
+            assert numbers(cell) == [pytest.approx(r["qsnr_db"], abs=0.0501) for r in chosen], (name, kind)
+            assert numbers(bits) == pytest.approx([chosen[0]["effective_bits"]], abs=0.01), name
