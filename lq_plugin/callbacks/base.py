@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from lq_plugin.callbacks.data import calibration_batches, statistics_merger, step_runner, with_progress, without_traces
+from lq_plugin.callbacks.data import (
+    calibration_batches,
+    one_float_batch,
+    statistics_merger,
+    step_runner,
+    with_progress,
+    without_traces,
+)
 from lq_plugin.callbacks.neighbours import move_before_tuners, renew_averages
+from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, whole_weights
 from lq_plugin.errors import CalibrationError, PlanError
-from lq_plugin.model.calibrate import Statistics, calibrate, evaluating, float_forward, never_reached
+from lq_plugin.model.calibrate import Statistics, collect_statistics, evaluating, float_forward, load_statistics, never_reached
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
 from lq_plugin.plan import QuantPlan
@@ -64,14 +74,32 @@ class QuantizationCallback(Callback):
             # Put back first: a strategy may call it again, and the user's method must not stay patched.
             pl_module.__dict__.pop("configure_model", None)
             original()
-            self.inject(pl_module)
+            refuse_unsupported(trainer, pl_module, self.needs_whole_model())
+            self.inject(pl_module, self._operations(trainer, pl_module))
             renew_averages(trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = configure_model
 
-    def inject(self, pl_module: LightningModule) -> Ledger:
-        """Put the quantizers in; nothing changes when they are in already."""
-        ledger = prepare(pl_module, self.plan)
+    def needs_whole_model(self) -> list[str]:
+        """What it does that is impossible where parameters are split over processes."""
+        return []
+
+    def _operations(self, trainer: Trainer, pl_module: LightningModule) -> Recording | None:
+        """A recorded batch of the float module, where the plan names operations that are not known yet."""
+        if not needs_recording(pl_module, self.plan):
+            return None
+        run = one_float_batch(trainer, pl_module, self.dataloader, self.calibration_step)
+        with resharded(pl_module), without_traces(pl_module), evaluating(pl_module), torch.no_grad(), isolate_rng():
+            return record(pl_module, run)
+
+    def inject(self, pl_module: LightningModule, recording: Recording | None = None) -> Ledger:
+        """Put the quantizers in; nothing changes when they are in already.
+
+        Args:
+            pl_module: the module.
+            recording: of one batch, where the plan names operations that hold no quantizers yet.
+        """
+        ledger = prepare(pl_module, self.plan, recording)
         if not self.ledger.same_layers(ledger):
             self.ledger, self.recording = ledger, None
         rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
@@ -88,7 +116,7 @@ class QuantizationCallback(Callback):
         """
         if self.recording is None:
             run = step_runner(trainer, pl_module, self.calibration_step)
-            with without_traces(pl_module), evaluating(pl_module), float_forward(pl_module), torch.no_grad():
+            with resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module), torch.no_grad():
                 for batch in calibration_batches(trainer, pl_module, self.dataloader, 1):
                     self.recording = record(pl_module, lambda: run(batch))  # noqa: B023
             if self.recording is None:
@@ -103,9 +131,11 @@ class QuantizationCallback(Callback):
         self.record(trainer, pl_module)
         batches = calibration_batches(trainer, pl_module, self.dataloader, count)
         batches = with_progress(trainer, "calibrate", batches, count)
-        with without_traces(pl_module):
+        with resharded(pl_module), without_traces(pl_module):
             run = step_runner(trainer, pl_module, self.calibration_step)
-            self.statistics = calibrate(pl_module, batches, run, statistics_merger(trainer))
+            self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
+        with whole_weights(pl_module):
+            load_statistics(pl_module, self.statistics)
         if missed := never_reached(self.statistics):
             rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.unreached}")
 

@@ -42,6 +42,35 @@ def calibration_batches(trainer: Trainer, pl_module: LightningModule, given: Ite
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def one_float_batch(
+    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: Callable[[LightningModule, Any], Any] | None
+) -> Callable[[], Any]:
+    """What runs the module on one batch before the strategy has moved or converted it: in float32, where its parameters are.
+
+    The batch is one that `calibration_batches` would give or, where there is no such loader, one of the evaluation at hand.
+
+    Raises:
+        CalibrationError: there is no batch, or no step that takes it.
+    """
+    with isolate_rng():
+        try:
+            batch = next(iter(given if given is not None else _train_loader(trainer, pl_module)), None)
+            step = step or _own_step(pl_module)
+        except CalibrationError:
+            name = f"{trainer.state.fn}_step" if trainer.state.fn in ("test", "predict") else "validation_step"
+            loop: Any = {"test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name, trainer.validate_loop)
+            if not loop._data_source.is_defined() or not is_overridden(name, pl_module):
+                raise
+            loaders = loop._data_source.dataloader()
+            batch = next(iter(loaders[0] if isinstance(loaders, (list, tuple)) else loaders), None)
+            step = step or _as_step(pl_module, name)
+    if batch is None:
+        raise CalibrationError("no calibration data: the loader gave 0 batches")
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+    return lambda: step(pl_module, batch)
+
+
 def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:
     """The same batches with a progress bar, where the Trainer shows one; fewer than `total` may come."""
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
@@ -91,6 +120,11 @@ def _own_step(pl_module: LightningModule) -> Callable[[LightningModule, Any], An
             f"{type(pl_module).__name__} has no validation, test or predict step, and its training step optimizes by hand; "
             "give calibration_step=lambda module, batch: ..."
         )
+    return _as_step(pl_module, name)
+
+
+def _as_step(pl_module: LightningModule, name: str) -> Callable[[LightningModule, Any], Any]:
+    """One of the module's own steps, as a function of the module and a batch."""
     accepted = inspect.signature(getattr(pl_module, name)).parameters
     extra = {key: 0 for key in ("batch_idx", "dataloader_idx") if key in accepted}
     if not extra and len(accepted) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from lq_plugin.callbacks.data import calibration_batches, step_runner, with_prog
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
 from lq_plugin.model.batch_norm import reestimate_batch_norm
 from lq_plugin.model.bias_correct import bias_correct
+from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.correct_batch_norm import correct_batch_norm
 from lq_plugin.model.equalize import equalize
 from lq_plugin.model.fold_batch_norm import find_batch_norm_pairs, fold_batch_norm
 from lq_plugin.model.gptq import check_options, gptq
+from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.reconstruct import reconstruct
 from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.smooth_quant import smooth_quant
@@ -240,4 +243,7 @@ def _correct_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) 
 
 @register_phase("reestimate_batch_norm", before={"fold_batch_norm": "a folded one has no statistics left"})
 def _reestimate_batch_norm(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
-    _with_batches(ptq, trainer, pl_module, "re-estimate batch norm", reestimate_batch_norm)
+    # Before ranges are found there is only the float model to follow.
+    waiting = any(q.needs_calibration and not q.is_calibrated for q in quantizers(pl_module))
+    with float_forward(pl_module) if waiting else nullcontext():
+        _with_batches(ptq, trainer, pl_module, "re-estimate batch norm", reestimate_batch_norm)

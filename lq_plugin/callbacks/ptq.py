@@ -80,6 +80,9 @@ class PTQ(QuantizationCallback):
         for phase in self.phases:
             PHASES[phase].run(self, trainer, pl_module)
 
+    def needs_whole_model(self) -> list[str]:
+        return [f"phase {phase}" for phase in self.phases if phase != "calibrate"]
+
     def keep_float_weights(self, pl_module: LightningModule) -> None:
         """Remember the weights that a phase is about to round, for reports."""
         self.float_weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(pl_module)}

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
+from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
 from lq_plugin.callbacks.neighbours import renew_averages
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
+from lq_plugin.callbacks.sharding import average_gradients, whole_weights
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers.integer import (
+    disable_integer_forward,
+    enable_integer_forward,
+    integer_choices,
+    integer_report,
+    settle_integer_forward,
+)
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage, forget_batch
+from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
 from lq_plugin.schedule import Phase, Schedule
+
+#: Ways to compute a layer in training.
+FORWARDS = ("fake_quantize", "integer", "integer_always")
 
 
 class QAT(QuantizationCallback):
@@ -40,6 +56,9 @@ class QAT(QuantizationCallback):
         distill: share of the loss that comes from the float copy's answers, or a `Distillation` (or a mapping of its
             fields); None: the module's own loss alone.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+        forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`, with 8-bit
+            products on the CPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them faster;
+            `"integer_always"`, wherever they can, so that a run can be repeated to the bit. The log names what each layer does.
 
     >>> from lightning import Trainer
     >>> trainer = Trainer(callbacks=[QAT("w4a8", schedule={"activations_start": "epoch 1"})], logger=False, accelerator="cpu")
@@ -56,18 +75,25 @@ class QAT(QuantizationCallback):
         min_coverage: float | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
+        forward: str = "fake_quantize",
     ) -> None:
         super().__init__(plan, min_coverage, dataloader, calibration_step)
         if schedule is not None:
             self.plan = QuantPlan(self.plan.rules, schedule)
         if not isinstance(init_batches, int) or init_batches < 0:
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
+        if forward not in FORWARDS:
+            raise PlanError(f"forward is one of {', '.join(FORWARDS)}, got {forward!r}")
+        self.forward = forward
+        self.integer_choices: dict[str, bool] = {}
+        self.integer_named: dict[str, str] = {}
         self.init_batches = init_batches
         self.distill = Distillation.parse(distill)
         self.teacher: Teacher | None = None
         self.teacher_state: Mapping[str, Tensor] | None = None
         self.phase: Phase | None = None
         self.resumed = False
+        self.float_checkpoint: dict[str, Any] | None = None
         self.frozen: FrozenBatchNorms | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,10 +105,19 @@ class QAT(QuantizationCallback):
         if self.distill is not None:
             self.teacher = Teacher(self.distill, trainer, pl_module, self.calibration_step, self.teacher_state)
             self.teacher.attach(pl_module)
-        for name in adopt_learned_ranges(trainer, pl_module):
+        adopted, clones = adopt_learned_ranges(trainer, pl_module)
+        for name in adopted:
             rank_zero_info(f"QAT: added {name} to the optimizer")
+        if self.float_checkpoint is not None:
+            make_room_for_ranges(trainer, pl_module, self.float_checkpoint, clones)
+            self.float_checkpoint = None
+        disable_integer_forward(pl_module)
+        if self.forward != "fake_quantize":
+            choices = True if self.forward == "integer_always" else self.integer_choices
+            enable_integer_forward(pl_module, choices, trainer.strategy.broadcast)
+        self.integer_named = {}
         if not self.resumed:
-            enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate=False)
+            self._enter_stage(trainer, pl_module, calibrate=False)
         self._apply_schedule(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,31 +141,43 @@ class QAT(QuantizationCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Resumed in the middle of an epoch, the ranges found at its start are in the checkpoint.
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
-            for layer in self._layers(pl_module):
-                for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
-                    if isinstance(stage, WeightQuantizer):
-                        stage.new_epoch(layer.canonical(layer.weight))
+            with whole_weights(pl_module):
+                for layer in self._layers(pl_module):
+                    for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
+                        if isinstance(stage, WeightQuantizer):
+                            stage.new_epoch(layer.canonical(layer.weight))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.
-        changed = enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate=True)
+        changed = self._enter_stage(trainer, pl_module, calibrate=True)
         if changed:
             rank_zero_info(f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {len(changed)} tensors enter their next stage")
         self._apply_schedule(trainer, pl_module)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        average_gradients(trainer, pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         clip_latent_weights(self._layers(pl_module))
         commit_observers(quantizers(pl_module), all_reduce_max(trainer), statistics_merger(trainer))
+        if self.forward != "fake_quantize":
+            self._settle_integer_forward(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Its optimizers' states are loaded later, out of this very mapping.
+        self.float_checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING and is_float(checkpoint) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.teacher_state = state_dict.get("teacher")
+        self.integer_choices = dict(state_dict.get("integer_choices", {}))
         self.resumed = True
 
     def state_dict(self) -> dict[str, Any]:
         # The resumed module's weights are trained already: its float copy would be another teacher.
         teacher = {} if self.teacher is None else {"teacher": self.teacher.module.state_dict()}
-        return super().state_dict() | teacher
+        integer = {"integer_choices": self.integer_choices} if self.integer_choices else {}
+        return super().state_dict() | teacher | integer
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.frozen is not None:
@@ -149,6 +196,24 @@ class QAT(QuantizationCallback):
     @staticmethod
     def _layers(pl_module: LightningModule) -> list[QuantizedLayer]:
         return [layer for _, layer in quantized_layers(pl_module)]
+
+    def needs_whole_model(self) -> list[str]:
+        return ["distillation"] if self.distill is not None else []
+
+    def _settle_integer_forward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # One choice for all ranks, that of rank 0: what differs in rounding must not differ between ranks.
+        if settle_integer_forward(pl_module, trainer.strategy.broadcast):
+            self.integer_choices = integer_choices(pl_module)
+        report = integer_report(pl_module)
+        news = [f"{name}: {how}" for name, how in report.items() if self.integer_named.get(name) != how]
+        self.integer_named = report
+        if news:
+            rank_zero_info(f"QAT: forward pass of {len(news)} layers\n  " + "\n  ".join(news))
+
+    def _enter_stage(self, trainer: Trainer, pl_module: LightningModule, calibrate: bool) -> list[str]:
+        operations = [operation for _, operation in quantized_operations(pl_module)]
+        whole = partial(whole_weights, pl_module)
+        return enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate, operations, whole)
 
     def _apply_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
         phase = self.plan.schedule.at(trainer.current_epoch, trainer.global_step)

@@ -64,7 +64,8 @@ def quantized_class(module: nn.Module) -> type[nn.Module] | None:
     base = named or next((_REGISTRY[parent] for parent in kind.__mro__ if parent in _REGISTRY), None)
     if base is None:
         return None
-    shadowed = type(f"Quantized{kind.__name__}", (ShadowedForward, base, kind), {"float_class": kind, "__module__": __name__})
+    bases = (base, kind) if issubclass(base, ShadowedForward) else (ShadowedForward, base, kind)
+    shadowed = type(f"Quantized{kind.__name__}", bases, {"float_class": kind, "__module__": __name__})
     return _SHADOWED.setdefault(kind, shadowed)
 
 

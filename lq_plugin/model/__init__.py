@@ -13,6 +13,7 @@ from lq_plugin.model.calibrate import (
 from lq_plugin.model.checkpoint import load_checkpoint
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.observe import commit_observers
+from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.model.record import Recording, record
 
@@ -31,6 +32,7 @@ __all__ = [
     "never_reached",
     "prepare",
     "quantized_layers",
+    "quantized_operations",
     "quantizers",
     "record",
     "remove",

@@ -11,6 +11,7 @@ from torch import nn
 
 from lq_plugin.errors import CalibrationError, raise_all
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.record import without_compile
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Histogram, Sample
 
@@ -59,7 +60,7 @@ def collect_statistics(
     merge: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
     """The first half of `calibrate`: gather statistics, change nothing."""
-    if not quantized_layers(model):
+    if not quantizers(model):
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
     # Before the pass, which would name the first activation that they spoil.
     raise_all(CalibrationError, "ranges need finite values", [
@@ -72,9 +73,11 @@ def collect_statistics(
         for quantizer in watched:
             quantizer.collector = quantizer.new_collector()
         try:
-            for batch in batches:
-                (run or model)(batch)
-                count += 1
+            # A compiled model would be compiled anew, in pieces, for the collectors.
+            with without_compile():
+                for batch in batches:
+                    (run or model)(batch)
+                    count += 1
             statistics = {q.name: q.collector for q in watched if q.collector is not None}
         finally:
             for quantizer in watched:

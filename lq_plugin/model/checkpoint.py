@@ -15,6 +15,7 @@ from torch import nn
 
 from lq_plugin.errors import PlanError
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.operations import operations_in
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.plan import QuantPlan
 
@@ -58,7 +59,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
     if not any(key.endswith("_quantizer.calibrated") for key in state):
         raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
     with _unchanged_on_failure(model):
-        ledger = prepare(model, plan)
+        ledger = prepare(model, plan, operations_in(state) or None)
         model.load_state_dict(state)
         missing = [quantizer.name for quantizer in quantizers(model) if quantizer.needs_calibration and not quantizer.is_calibrated]
         if missing:

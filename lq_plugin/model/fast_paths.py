@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lq_plugin.layers import QuantizedLayer
+from lq_plugin.model.operations import OperationQuantizers
 
 #: The attribute that must have this value for the ordinary path.
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
@@ -22,10 +23,10 @@ _SAVED = "_lq_fast_path"
 
 
 def disable_fast_paths(model: nn.Module) -> None:
-    """Take the ordinary path in every module that holds quantized layers."""
+    """Take the ordinary path in every module that holds quantized layers or operations."""
     for module in model.modules():
         for kind, (name, value) in _SWITCHES.items():
-            if isinstance(module, kind) and _SAVED not in module.__dict__ and any(isinstance(m, QuantizedLayer) for m in module.modules()):
+            if isinstance(module, kind) and _SAVED not in module.__dict__ and _holds_quantizers(module):
                 module.__dict__[_SAVED] = getattr(module, name)
                 setattr(module, name, value)
 
@@ -36,3 +37,7 @@ def restore_fast_paths(model: nn.Module) -> None:
         for kind, (name, _) in _SWITCHES.items():
             if isinstance(module, kind) and _SAVED in module.__dict__:
                 setattr(module, name, module.__dict__.pop(_SAVED))
+
+
+def _holds_quantizers(module: nn.Module) -> bool:
+    return any(isinstance(inner, (QuantizedLayer, OperationQuantizers)) for inner in module.modules())

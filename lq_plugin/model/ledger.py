@@ -92,22 +92,28 @@ class Ledger:
         return sum(map(work, self.quantized)) / total if total else 1.0
 
     def same_layers(self, other: Ledger) -> bool:
-        """Whether both name the same layers with the same specs, recorded or not."""
-        mine, theirs = ([(e.name, e.plan) for e in ledger if not e.functional] for ledger in (self, other))
+        """Whether both name the same layers and quantized operations with the same specs, recorded or not."""
+        mine, theirs = ([(e.name, e.plan) for e in ledger if e.plan or not e.functional] for ledger in (self, other))
         return mine == theirs
 
     def add_recording(self, recording: Recording) -> None:
-        """Take in what one batch did: calls, MACs, and the functional calls, which stay float."""
+        """Take in what one batch did: calls, MACs, and the functional calls, which are float unless the plan names them."""
+        plans = {entry.name: entry.plan for entry in self.entries if entry.functional and entry.plan}
+        kinds = {entry.name: entry.kind for entry in self.entries if entry.functional}
         self.entries = [entry for entry in self.entries if not entry.functional]
         for entry in self.entries:
             entry.macs = recording.macs.get(entry.name, 0)
             entry.calls = len(recording.calls_of(entry.name))
             if entry.calls == 0 and entry.plan:
                 entry.reason = "never called in the recorded batch"
-        for name in dict.fromkeys(call.name for call in recording.functional_calls):
-            calls = recording.calls_of(name)
-            reason = f"functional {calls[0].op}: only layers hold quantizers"
-            self.entries.append(Entry(name, calls[0].op, reason=reason, macs=recording.macs[name], calls=len(calls), functional=True))
+        for call in {call.name: call for call in recording.functional_calls}.values():
+            plan = plans.pop(call.name, LayerPlan())
+            reason = None if plan else f"functional {call.op}: no rule asks for it by name"
+            calls = len(recording.calls_of(call.name))
+            self.entries.append(Entry(call.name, call.op, plan, reason, macs=recording.macs[call.name], calls=calls, functional=True))
+        for name, plan in plans.items():
+            reason = "never called in the recorded batch"
+            self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
 
     def require(self, min_coverage: float | None) -> None:
         """Raise CoverageError, with the largest float entries, when coverage is below `min_coverage`."""

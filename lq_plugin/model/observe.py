@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics
+from lq_plugin.model.operations import QuantizedOperation
 from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 
 
@@ -84,24 +87,38 @@ def clip_latent_weights(layers: Iterable[QuantizedLayer]) -> None:
             layer.weight.clamp_(-current.latent_bound, current.latent_bound)
 
 
-def enter_stage(layers: Iterable[QuantizedLayer], epoch: int, step: int, calibrate: bool) -> list[str]:
+def enter_stage(
+    layers: Iterable[QuantizedLayer],
+    epoch: int,
+    step: int,
+    calibrate: bool,
+    operations: Iterable[QuantizedOperation] = (),
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[str]:
     """Bring every quantizer to its stage at this moment.
 
     Args:
         layers: quantized layers.
         epoch, step: of the training run.
         calibrate: find the range of a weight whose stage begins; a resumed run has it already.
+        operations: quantized operations.
+        whole: entered while ranges are found from weights.
 
     Returns:
         Names of the tensors that changed.
     """
-    changed = []
+    changed = [q.name for operation in operations for q in operation.quantizers() if q.set_stage(epoch, step)]
+    begun = []
     for layer in layers:
         for slot in SLOTS:
             quantizer = getattr(layer, f"{slot}_quantizer")
             if quantizer is None or not quantizer.set_stage(epoch, step):
                 continue
             changed.append(quantizer.name)
-            if calibrate and isinstance(current := quantizer.current, WeightQuantizer):
+            if isinstance(current := quantizer.current, WeightQuantizer):
+                begun.append((layer, current))
+    if calibrate and begun:
+        with whole():
+            for layer, current in begun:
                 current.calibrate(layer.canonical(layer.weight))
     return changed

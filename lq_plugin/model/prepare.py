@@ -2,7 +2,8 @@
 
 Layers are swapped by class: modules, parameters, hooks and the key `weight` keep their identity; a
 layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`. A module with several weights
-(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`.
+(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`. Operations that no layer owns are quantized where
+a rule asks for them by name, see `lq_plugin.model.operation_rules`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lq_plugin.errors import PlanError
+from lq_plugin.errors import PlanError, did_you_mean, raise_all
 from lq_plugin.layers import CONTAINER, CompoundWeight, QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
+from lq_plugin.model.operation_rules import blocked, resolve_operations, split
+from lq_plugin.model.operations import Operation, attach_operations, detach_operations, operations_of, quantized_operations
+from lq_plugin.model.recording import Recording
 from lq_plugin.model.survey import OPAQUE, Survey
-from lq_plugin.plan import LayerPlan, QuantPlan
+from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
 from lq_plugin.quantizers import Quantizer
 
 
-def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Ledger:
+def prepare(
+    model: nn.Module,
+    plan: QuantPlan | str | Path | Mapping[str, Any],
+    recording: Recording | Mapping[str, Operation] | None = None,
+) -> Ledger:
     """Swap the layers of `model` that the plan names to quantized ones, in place.
 
     Preparing a model a second time with the same plan changes nothing.
@@ -31,6 +39,8 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
     Args:
         model: any module; its own code stays untouched.
         plan: a `QuantPlan` or anything `QuantPlan.parse` reads.
+        recording: of one forward pass of the float model (`lq_plugin.model.record`), for a plan that names operations
+            (`block.add_0`, `*.matmul_*`); or these operations by name.
 
     Returns:
         The ledger of what is quantized and what stays float, and why.
@@ -46,14 +56,24 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
     """
     plan = QuantPlan.parse(plan)
     survey = Survey.of(model)
-    if not survey.candidates:
+    layers = survey.infos()
+    for_layers, operation_rules = split(plan, layers)
+    if not layers and for_layers is not None:
         found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
         raise _nothing_to_quantize(model, found, ", the plan matches no layer")
-    layer_plans = plan.resolve(survey.infos(), survey.others())
-    ledger = _ledger(model, survey, layer_plans)
+    layer_plans = _resolved(for_layers, survey, layers) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
+    known = operations_of(recording) if isinstance(recording, Recording) else recording
+    present = {name: operation.operation for name, operation in quantized_operations(model)}
+    operation_plans = resolve_operations(operation_rules, present if known is None else known, plan, known is not None)
+    modules = {name for name, _ in model.named_modules()}
+    raise_all(PlanError, "operations of another model", [
+        f"{name}: there is no module {operation.place[0]!r}.{did_you_mean(operation.place[0], modules)}"
+        for name, (operation, _) in operation_plans.items() if operation.place[0] not in modules
+    ])  # fmt: skip
+    ledger = _ledger(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
         raise _nothing_to_quantize(model, [(entry.name, entry.kind, entry.reason) for entry in ledger.left_float])
-    _refuse_other_plan(survey.candidates, layer_plans)
+    _refuse_other_plan(model, survey.candidates, layer_plans, operation_plans)
     for name, layer_plan in layer_plans.items():
         module = survey.candidates[name]
         if layer_plan and not isinstance(module, QuantizedLayer):
@@ -63,8 +83,17 @@ def prepare(model: nn.Module, plan: QuantPlan | str | Path | Mapping[str, Any]) 
             attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
             if isinstance(module, CompoundWeight):
                 module.enter_owner()
+    attach_operations(model, operation_plans)
     disable_fast_paths(model)
     return ledger
+
+
+def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
+    try:
+        return plan.resolve(layers, survey.others())
+    except PlanError as error:
+        reasons = blocked(plan, layers, survey)
+        raise PlanError("\n  ".join([str(error), *(f"{name}: {reason}" for name, reason in reasons.items())])) from None
 
 
 def _nothing_to_quantize(model: nn.Module, left_float: Sequence[tuple[str, str, str | None]], why: str = "") -> PlanError:
@@ -78,6 +107,7 @@ def remove(model: nn.Module) -> None:
         detach_quantizers(layer)
         if isinstance(layer, CompoundWeight):
             layer.leave_owner()
+    detach_operations(model)
     restore_fast_paths(model)
 
 
@@ -91,7 +121,12 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
     return [module for module in model.modules() if isinstance(module, Quantizer)]
 
 
-def _ledger(model: nn.Module, survey: Survey, plans: dict[str, LayerPlan]) -> Ledger:
+def _ledger(
+    model: nn.Module,
+    survey: Survey,
+    plans: dict[str, LayerPlan],
+    operations: Mapping[str, tuple[Operation, LayerPlan]] | None = None,
+) -> Ledger:
     entries = []
     weights = {id(layer.weight) for layer in survey.candidates.values() if isinstance(layer, CompoundWeight)}
     for name, kind in survey.kinds.items():
@@ -108,6 +143,8 @@ def _ledger(model: nn.Module, survey: Survey, plans: dict[str, LayerPlan]) -> Le
             owned = [p for key, p in named if id(p) not in weights and not key.startswith(CONTAINER) and not is_lazy(p)]
             size = sum(p.numel() for p in owned)
             entries.append(Entry(name, kind, reason=survey.reasons[name], parameters=size))
+    for name, (operation, operation_plan) in (operations or {}).items():
+        entries.append(Entry(name, operation.op, operation_plan, functional=True))
     return Ledger(entries)
 
 
@@ -117,12 +154,19 @@ def _missing(plan: LayerPlan, slots: tuple[str, ...]) -> str | None:
     return f"the plan leaves its {' and '.join(missing)} float" if missing else None
 
 
-def _refuse_other_plan(candidates: dict[str, nn.Module], plans: dict[str, LayerPlan]) -> None:
+def _refuse_other_plan(
+    model: nn.Module,
+    candidates: dict[str, nn.Module],
+    layers: dict[str, LayerPlan],
+    operations: Mapping[str, tuple[Operation, LayerPlan]],
+) -> None:
+    plans = layers | {name: plan for name, (_, plan) in operations.items()}
     prepared = {name: module.layer_plan for name, module in candidates.items() if isinstance(module, QuantizedLayer)}
-    different = [name for name, plan in plans.items() if prepared.get(name, LayerPlan()) != plan]
+    prepared |= {name: operation.plan for name, operation in quantized_operations(model)}
+    different = [name for name in {**plans, **prepared} if prepared.get(name, LayerPlan()) != plans.get(name, LayerPlan())]
     if prepared and different:
         name = different[0]
         raise PlanError(
             f"the model is prepared with another plan already ({len(different)} layers differ, first {name}: "
-            f"has {prepared.get(name)}, the plan wants {plans[name]}); call lq_plugin.remove(model) first"
+            f"has {prepared.get(name)}, the plan wants {plans.get(name)}); call lq_plugin.remove(model) first"
         )

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,21 +31,26 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.layers import why_unsupported_compound
 from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs, weight_macs
+from lq_plugin.model.numbering import OPERATIONS, Numbering
 from lq_plugin.model.op_names import COPIES, ELEMENTWISE, METADATA, normalize
 from lq_plugin.model.recording import Call, Recording, Source
+from lq_plugin.model.tensor_identity import geometry_of, storage_of, tensors_of, version_of
+from lq_plugin.quantizers import Quantizer
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
 
 #: Opaque whatever children they carry: parametrizations, quantizers, `out_proj`.
 _OPAQUE = (
     nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
-    _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule,
+    _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule, Quantizer,
 )  # fmt: skip
+#: Stands for the enclosing module where there is none: in a training step, say, around the model's own forward.
+OUTSIDE = "outside"
 
 
 def default_is_leaf(module: nn.Module) -> bool:
     """Whether a module is opaque: a parametric or normalization type of torch or a subclass of one,
-    HF `Conv1D`, a ScriptModule, or a childless module that torch itself defines.
+    HF `Conv1D`, a ScriptModule, a quantizer, or a childless module that torch itself defines.
 
     A childless module defined elsewhere stays transparent: arithmetic written in its forward must
     show up as functional calls instead of disappearing.
@@ -111,7 +115,7 @@ class _Frame(NamedTuple):
     module: nn.Module | None
     name: str
     opaque: bool
-    counters: Counter[str]
+    numbering: Numbering
     inputs: list[Tensor]
     sources: tuple[Source, ...]
     versions: list[int | None]
@@ -128,8 +132,8 @@ class _Recorder(TorchFunctionMode):
         self._values: dict[Any, _Value] = {}
         self._parameters: dict[Any, dict[str, Tensor]] = {}
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-            self._parameters.setdefault(_storage(tensor)[0], {})[name] = tensor
-        self._frames = [_Frame(None, "", False, Counter(), [], (), [])]
+            self._parameters.setdefault(storage_of(tensor)[0], {})[name] = tensor
+        self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
     @contextmanager
@@ -149,6 +153,8 @@ class _Recorder(TorchFunctionMode):
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(self._enter_script).remove)
                 leave = nn.modules.module.register_module_forward_hook(self._leave_script, with_kwargs=True, always_call=True)
                 stack.callback(leave.remove)
+                # torch forgets this one, and from then on calls all modules as if there were global hooks.
+                stack.callback(nn.modules.module._global_forward_hooks_with_kwargs.pop, leave.id, None)
             yield
 
     def _enter_script(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -161,15 +167,13 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frames[-1].opaque:  # a part of a leaf: only its place on the stack matters
-            self._frames.append(_Frame(module, "", True, Counter(), [], (), []))
+            self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             return
         name, opaque = self._modules[module], self._is_leaf(module)
-        # What runs outside the root's forward shares its name, so it shares the counters too.
-        counters = self._frames[0].counters if module is self._root else Counter[str]()
         self._busy = True
-        inputs = list(_tensors((args, kwargs))) if opaque else []
+        inputs = list(tensors_of((args, kwargs))) if opaque else []
         sources = tuple(self._source(t) for t in inputs)
-        self._frames.append(_Frame(module, name, opaque, counters, inputs, sources, [_version(t) for t in inputs]))
+        self._frames.append(_Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs]))
         self._busy = False
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -181,17 +185,17 @@ class _Recorder(TorchFunctionMode):
             return
         self._busy = True
         if frame.opaque and frame.module is not None:
-            self._add_module_call(frame, module, list(_tensors(output)))
+            self._add_module_call(frame, module, list(tensors_of(output)))
         if module is self._root:
-            self._outputs += [self._source(t) for t in _tensors(output)]
+            self._outputs += [self._source(t) for t in tensors_of(output)]
         self._busy = False
 
     def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
-        keys = {_storage(t)[0] for t in frame.inputs}
-        mutated = [t for t, before in zip(frame.inputs, frame.versions, strict=True) if before is not None and _version(t) != before]
+        keys = {storage_of(t)[0] for t in frame.inputs}
+        mutated = [t for t, before in zip(frame.inputs, frame.versions, strict=True) if before is not None and version_of(t) != before]
         if getattr(module, "inplace", False) is True:
             mutated += frame.inputs[:1]
-        unchanged = not mutated and bool(outputs) and all(_storage(t)[0] in keys for t in outputs)
+        unchanged = not mutated and bool(outputs) and all(storage_of(t)[0] in keys for t in outputs)
         shapes = tuple(tuple(t.shape) for t in outputs)
         inputs = [source.shape for source in frame.sources]
         macs = module_macs(module, inputs, shapes)
@@ -207,38 +211,48 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("", "fn"):  # torch hides some functions behind a dispatcher
             name = (resolve_name(func) or "call").rpartition(".")[2]
-        written = list(_tensors(kwargs.get("out")))
-        inputs = list(_tensors((args, {key: value for key, value in kwargs.items() if key != "out"})))
+        written = list(tensors_of(kwargs.get("out")))
+        inputs = list(tensors_of((args, {key: value for key, value in kwargs.items() if key != "out"})))
         sources = tuple(self._source(t) for t in inputs)
         op, in_place = normalize(name.partition(".")[0])
         if inputs and (in_place or kwargs.get("inplace") is True):
             written.append(inputs[0])
-        activations = [self._values[_storage(t)[0]].activation for t in inputs]
+        activations = [self._values[storage_of(t)[0]].activation for t in inputs]
+        numbering = self._frames[-1].numbering
+        label = numbering.label(op, inputs)
         result = func(*args, **kwargs)
-        outputs = list(_tensors(result))
+        outputs = list(tensors_of(result))
+        numbering.note(op, bool(written), inputs, outputs)
         if name in ("__get__", "type") and not outputs:
             return result  # x.shape, x.device, ...
         if not inputs or op.startswith("new_") or op.endswith("_like"):
             self._produce(outputs, written, activation=False, constant=True)
             return result
-        keys = {_storage(t)[0] for t in inputs}
-        if not written and outputs and all(_storage(t)[0] in keys for t in outputs):
+        keys = {storage_of(t)[0] for t in inputs}
+        if not written and outputs and all(storage_of(t)[0] in keys for t in outputs):
             return result  # a view: same storage, same producer
         if not written and op in COPIES and not sources[0].parameters:
-            original = self._values[_storage(inputs[0])[0]]
+            original = self._values[storage_of(inputs[0])[0]]
             for t in outputs:
-                key, holder = _storage(t)
+                key, holder = storage_of(t)
                 self._values[key] = original._replace(holder=holder, geometry=None)
             return result
         real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
-        self._add_function_call(op, args, kwargs, sources, real, outputs or written)
+        self._add_function_call(op, args, kwargs, sources, real, outputs or written, label)
         self._produce(outputs, written, activation=any(activations))
         return result
 
     def _add_function_call(
-        self, op: str, args: Any, kwargs: Any, sources: tuple[Source, ...], real: list[bool], outputs: list[Tensor]
+        self,
+        op: str,
+        args: Any,
+        kwargs: Any,
+        sources: tuple[Source, ...],
+        real: list[bool],
+        outputs: list[Tensor],
+        label: tuple[str, tuple[int, ...]] | None,
     ) -> None:
-        """`real` says which inputs are floating-point activations."""
+        """`real` says which inputs are floating-point activations, `label` what the enclosing module calls the operation."""
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:
@@ -246,12 +260,11 @@ class _Recorder(TorchFunctionMode):
         else:
             counts = op == "cat" and sum(real) > 1
         macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
-        # Indices of the listed calls must not depend on how many constants are added in between.
-        label = op if counts or op not in PRODUCTS | ELEMENTWISE | {"cat"} else f"other_{op}"
         frame = self._frames[-1]
-        name = ".".join(filter(None, (frame.name, f"{label}_{frame.counters[label]}")))
-        frame.counters[label] += 1
-        self._add("functional" if counts else "other", name, op, sources, tuple(tuple(t.shape) for t in outputs), macs, False)
+        place, operands = label or (frame.numbering.next(f"other_{op}" if op in OPERATIONS else op), ())
+        name = ".".join(filter(None, (frame.name, place)))
+        shapes = tuple(tuple(t.shape) for t in outputs)
+        self._add("functional" if counts else "other", name, op, sources, shapes, macs, False, operands=operands if counts else ())
 
     def _add(
         self,
@@ -263,8 +276,10 @@ class _Recorder(TorchFunctionMode):
         macs: int,
         passthrough: bool,
         parts: tuple[tuple[str, int], ...] = (),
+        operands: tuple[int, ...] = (),
     ) -> None:
-        self._calls.append(Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts))
+        call = Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands)
+        self._calls.append(call)
         self._repeats[name] += 1
 
     def _produce(self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False) -> None:
@@ -272,22 +287,22 @@ class _Recorder(TorchFunctionMode):
         position = None if constant else len(self._calls) - 1
         seen = set()
         for number, t in enumerate((*outputs, *written)):
-            key, holder = _storage(t)
+            key, holder = storage_of(t)
             if key not in seen:
                 seen.add(key)
                 output = number if number < len(outputs) else 0
-                self._values[key] = _Value(holder, position, output, _geometry(t), activation)
+                self._values[key] = _Value(holder, position, output, geometry_of(t), activation)
 
     def _source(self, tensor: Tensor) -> Source:
-        key, holder = _storage(tensor)
+        key, holder = storage_of(tensor)
         names = self._parameters.get(key, {})
         value = self._values.setdefault(key, _Value(holder, None, 0, None, activation=not names))
         exact = tuple(name for name, parameter in names.items() if parameter is tensor)
-        direct = value.geometry is not None and value.geometry == _geometry(tensor)
+        direct = value.geometry is not None and value.geometry == geometry_of(tensor)
         return Source(tuple(tensor.shape), value.producer, value.output, direct, exact or tuple(names))
 
     def add_outputs(self, result: Any) -> None:
-        self._outputs += [self._source(t) for t in _tensors(result)]
+        self._outputs += [self._source(t) for t in tensors_of(result)]
         self._add("output", "output", "output", tuple(self._outputs), (), 0, False)
 
     def finish(self) -> Recording:
@@ -306,38 +321,3 @@ class _Recorder(TorchFunctionMode):
         self._values.clear()
         self._parameters.clear()
         del self._frames[:]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _storage(tensor: Tensor) -> tuple[Any, Any]:
-    """A key for the memory behind a tensor, and the object that keeps that key from being reused."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage._cdata, storage
-    except (NotImplementedError, RuntimeError):  # sparse tensors and those inside vmap have no storage
-        return ("id", id(tensor)), tensor
-
-
-def _geometry(tensor: Tensor) -> tuple[Any, ...] | None:
-    try:
-        return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

@@ -54,6 +54,7 @@ class Call:
         macs: multiply-accumulates of this call.
         weight_macs: the share of each weight, by its key, where the module holds several (LSTM, attention).
         passthrough: hands its input on unchanged (`nn.Identity`, `nn.Flatten`): no consumer of it.
+        operands: indices of the inputs of a functional call that can be quantized.
     """
 
     position: int
@@ -66,6 +67,7 @@ class Call:
     macs: int = 0
     passthrough: bool = False
     weight_macs: tuple[tuple[str, int], ...] = ()
+    operands: tuple[int, ...] = ()
 
     @property
     def weight_names(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lq_plugin.layers import (
     why_unsupported_compound,
 )
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.model.operations import OperationQuantizers
 from lq_plugin.plan import LayerInfo
 from lq_plugin.quantizers import Quantizer
 
@@ -50,7 +51,7 @@ class Survey:
         for name, module in model.named_modules():
             if name.startswith(inside):
                 continue
-            if isinstance(module, Quantizer):
+            if isinstance(module, (Quantizer, OperationQuantizers)):
                 inside += (f"{name}.",)
                 continue
             kinds[name] = float_class(module).__name__

@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lq_plugin import PTQ, QAT, CalibrationError, PlanError, remove
 from lq_plugin.callbacks import PHASES, register_phase
 from lq_plugin.model import float_forward, quantizers
+from lq_plugin.model.batch_norm import reestimate_batch_norm
 from tests.callbacks.conftest import Data, Module
 
 
@@ -193,3 +194,16 @@ def test_mixed_precision_keeps_statistics_in_float32(trained, trainer, data):
         assert module.net.conv.input_quantizer.scale.dtype == torch.float32
         assert module.net.conv.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
         assert 0 <= reported["val/acc"] <= 1
+
+
+def test_batch_norms_are_reestimated_on_the_float_model_before_ranges_are_found(trainer, module, data):
+    """Without ranges there is no quantized model yet: the statistics are those of the float one."""
+    twin = copy.deepcopy(module)
+    reestimate_batch_norm(twin, [batch[0] for batch in data.train_dataloader()], twin.eval())
+    ptq = PTQ("w2 mse a4", calibration_batches=4, phases=["reestimate_batch_norm", "calibrate"])
+    trainer(ptq).validate(module, datamodule=data, verbose=False)
+    for name in ("bn", "bn2"):
+        mine, theirs = getattr(module.net, name), getattr(twin.net, name)
+        torch.testing.assert_close(mine.running_mean, theirs.running_mean)
+        torch.testing.assert_close(mine.running_var, theirs.running_var)
+    assert float(module.net.bn.running_mean.abs().sum()) > 0

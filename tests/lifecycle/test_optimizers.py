@@ -1,5 +1,6 @@
 """Learned scales beside every scheduler of torch, several optimizers, manual optimization and accumulated gradients."""
 
+import copy
 import itertools
 
 import lightning as L
@@ -153,3 +154,77 @@ def test_accumulated_gradients_are_those_of_the_joined_batch(trainer, data):
         states.append({name: p.detach() for name, p in module.named_parameters()})
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, msg=name)
+
+
+def one_group(module):
+    return torch.optim.Adam(module.parameters(), lr=0.01)
+
+
+def decayed_groups(module):
+    """Two groups with rates of their own and a scheduler inside a scheduler."""
+    first, *others = [m.parameters() for m in (module.net.conv, module.net.bn, module.net.conv2, module.net.bn2, module.net.fc)]
+    groups = [{"params": first, "lr": 1e-3}, {"params": [p for held in others for p in held], "lr": 2e-3}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
+    later = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, later], milestones=[2])
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def names_of(module):
+    return {id(p): name for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizers", [one_group, decayed_groups, None])
+def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, data, tmp_path):
+    """What a weight had in the optimizer stays with it; scales begin with nothing, at the rate of their weight's group."""
+    L.seed_everything(0, verbose=False)
+    module = Module(optimizers=optimizers)
+    before = trainer(max_epochs=1)
+    before.fit(module, datamodule=data)
+    before.save_checkpoint(tmp_path / "float.ckpt")
+    old_names = names_of(module)
+    old = {old_names[id(p)]: copy.deepcopy(state) for p, state in before.optimizers[0].state.items()}
+    rates = [group["lr"] for group in before.optimizers[0].param_groups]
+    seen = {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            names, optimizer = names_of(pl_module), trainer.optimizers[0]
+            seen["state"] = {names[id(p)]: copy.deepcopy(state) for p, state in optimizer.state.items()}
+            seen["groups"] = [
+                (group["lr"], group.get("weight_decay"), [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups
+            ]
+
+    module = Module(optimizers=optimizers)
+    after = trainer(QAT("w4 lsq a4 lsq"), Look(), max_epochs=2)
+    after.fit(module, datamodule=data, ckpt_path=tmp_path / "float.ckpt", weights_only=True)
+    assert after.global_step == 2 * before.global_step
+    assert seen["state"].keys() == old.keys()
+    for name, state in old.items():
+        assert all(torch.equal(torch.as_tensor(seen["state"][name][key]), torch.as_tensor(value)) for key, value in state.items())
+    homes = {name: lr for lr, _, names in seen["groups"] for name in names}
+    assert len(homes) == len(list(module.parameters()))
+    assert [lr for lr, _, _ in seen["groups"][: len(rates)]] == rates
+    for layer in ("conv", "conv2", "fc"):
+        for slot in ("weight", "input"):
+            assert homes[f"net.{layer}.{slot}_quantizer.scale"] == homes[f"net.{layer}.weight"]
+    decays = {name: decay for _, decay, names in seen["groups"] for name in names}
+    assert {decay for name, decay in decays.items() if "scale" in name} == {0}
+    for config in after.lr_scheduler_configs:
+        assert len(config.scheduler.get_last_lr()) == len(after.optimizers[0].param_groups)
+        assert all(len(inner.base_lrs) == len(seen["groups"]) for inner in config.scheduler._schedulers)
+        finals = {
+            name: group["lr"] for group in after.optimizers[0].param_groups for name in map(names_of(module).get, map(id, group["params"]))
+        }
+        assert finals["net.conv.weight_quantizer.scale"] == finals["net.conv.weight"] < homes["net.conv.weight"]
+
+
+def test_a_float_checkpoint_of_another_optimizer_is_left_to_torch(trainer, data, tmp_path):
+    before = trainer(max_epochs=1)
+    before.fit(Module(), datamodule=data)
+    before.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(ValueError, match="loaded state dict has a different number of parameter groups"):
+        trainer(QAT("w4 lsq"), max_epochs=2).fit(
+            Module(optimizers=decayed_groups), datamodule=data, ckpt_path=tmp_path / "float.ckpt", weights_only=True
+        )

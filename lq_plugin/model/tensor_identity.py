@@ -1,0 +1,46 @@
+"""Tensors in nested values, and what tells one tensor from another while both are alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from tensors_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
+def storage_of(tensor: Tensor) -> tuple[Any, Any]:
+    """A key for the memory behind a tensor, and the object that keeps that key from being reused."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage
+    except (NotImplementedError, RuntimeError):  # sparse tensors and those inside vmap have no storage
+        return ("id", id(tensor)), tensor
+
+
+def geometry_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """How a tensor reads its memory; None where it has none."""
+    try:
+        return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often it was written to in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
