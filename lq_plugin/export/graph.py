@@ -48,7 +48,9 @@ class Graph:
         self.smallest = smallest
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.added: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        #: New nodes by the name of the node that they stand before, and by the value that they stand behind.
+        self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
 
     def consumer(self, source: str, layer: Any) -> tuple[onnx.NodeProto, bool]:
@@ -169,7 +171,7 @@ class Graph:
             self._initializer(f"{name}.bias_codes", whole, TensorProto.INT32),
             self._initializer(f"{name}.bias_scale", step, TensorProto.FLOAT),
         ]
-        weight = next(new for new in self.added[node.name] if new.output[0] == node.input[1])
+        weight = next(new for new in self.before[node.name] if new.output[0] == node.input[1])
         if len(weight.input) == 2:
             # Its kernel wants a zero point to be there, though it is 0.
             weight.input.append(self._initializer(f"{name}.weight_zero_point", np.zeros_like(step), codes.data_type))
@@ -186,17 +188,19 @@ class Graph:
             self.model.ir_version = max(self.model.ir_version, version)
         return kind
 
-    def put_activation(self, node: onnx.NodeProto, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None) -> None:
-        """Quantize what `node` reads, its first input; readers of one tensor with the same qparams share the nodes."""
-        source = node.input[0]
+    def put_activation(
+        self, node: onnx.NodeProto, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None, operand: int = 0
+    ) -> None:
+        """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the nodes."""
+        source = node.input[operand]
         key = (source, scale.numpy().tobytes(), zero_point.numpy().tobytes(), grid, axis)
         if key not in self.shared:
-            self.shared[key] = self._quantize(node, source, scale.numpy(), zero_point.numpy(), grid, axis)
-        node.input[0] = self.shared[key]
+            self.shared[key] = self._quantize(source, scale.numpy(), zero_point.numpy(), grid, axis)
+        node.input[operand] = self.shared[key]
 
-    def _quantize(
-        self, before: onnx.NodeProto, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None
-    ) -> str:
+    def _quantize(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None) -> str:
+        # Next to where it is made: those who read it may stand in any order.
+        added = self.behind[source]
         bits = 8 if grid.levels <= 256 else 16
         stem = f"{source}.quantized_{len(self.shared)}"
         whole = grid.levels in (256, 65536)
@@ -209,7 +213,7 @@ class Graph:
                 self._initializer(f"{stem}_{key}", np.asarray((end - zero_point) * scale, np.float32), TensorProto.FLOAT)
                 for key, end in outermost.items()
             ]
-            source = self._node(before, "Clip", [source, *ends], f"{stem}_clipped")
+            source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
         # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
         kind = self._type(bits, False, source)
         zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed else 0)
@@ -218,8 +222,8 @@ class Graph:
             self._initializer(f"{stem}_zero_point", zero_point, kind),
         ]
         place = {} if axis is None else {"axis": axis}
-        codes = self._node(before, "QuantizeLinear", [source, *parameters], stem, **place)
-        return self._node(before, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
+        codes = _make(added, "QuantizeLinear", [source, *parameters], stem, **place)
+        return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
 
     def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
         """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is none."""
@@ -269,12 +273,13 @@ class Graph:
         return name
 
     def _node(self, before: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.added[before.name].append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
-        return output
+        return _make(self.before[before.name], op_type, inputs, output, **attributes)
 
     def finish(self) -> onnx.ModelProto:
         """Put the new nodes where they belong, drop what nothing reads."""
-        nodes = [new for node in self.graph.node for new in (*self.added.get(node.name, ()), node)]
+        nodes = [new for value in self.graph.input for new in self.behind[value.name]]
+        for node in self.graph.node:
+            nodes += [*self.before[node.name], node, *(new for value in node.output for new in self.behind[value])]
         used = {value.name for value in self.graph.output}
         alive: list[onnx.NodeProto] = []
         for node in reversed(nodes):
@@ -292,6 +297,12 @@ class Graph:
         del self.graph.value_info[:]
         del self.graph.metadata_props[:]
         return self.model
+
+
+def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    """Append a node; its output's name."""
+    nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
+    return output
 
 
 def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:

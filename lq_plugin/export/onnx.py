@@ -13,7 +13,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +25,12 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container
 from lq_plugin.export.graph import Graph
+from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
+from lq_plugin.model.record import record
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.spec import PerChannel, PerGroup
 
@@ -75,28 +78,35 @@ def export_onnx(
     weights, activations = _collect(layers)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
-    graph = Graph(_export_float(model, tuple(inputs), shapes, input_names, output_names), smallest)
+    plain = float_copy(model)
+    graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
+    operations = quantized_operations(model)
+    # Before the graph changes. What the float model does is what the exporter has seen.
+    recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
+    nodes_of = operation_nodes(graph.model, recorded.values())
     faults: list[str] = []
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for name, layer in layers:
         source = _parameter_name(name, layer)
         try:
             if isinstance(layer, CompoundWeight):
-                nodes = graph.products_of(source)
+                readers[name] = graph.products_of(source)
                 if name in weights:
                     graph.put_parameter(name, source, weights[name])
             else:
                 node, transposed = graph.consumer(source, layer)
-                nodes = [node]
+                readers[name] = [node]
                 if name in weights:
                     graph.put_weight(name, source, node, _oriented(weights[name], layer, name), transposed)
         except ExportError as error:
             faults.append(str(error))
-            continue
-        if name in activations:
-            scale, *rest = _activation(activations[name])
-            for node in nodes:
-                graph.put_activation(node, scale, *rest)
-                graph.put_bias(name, node, scale)
+    # Behind all weights, which take batch norms out of the graph.
+    for name in activations.keys() & readers.keys():
+        scale, *rest = _activation(activations[name])
+        for node in readers[name]:
+            graph.put_activation(node, scale, *rest)
+            graph.put_bias(name, node, scale)
+    faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     file = graph.finish()
     if sums_from is not None:
@@ -128,11 +138,35 @@ def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Co
         if layer.output_quantizer is not None:
             faults.append(f"{name}.output: quantized outputs have no place in the file yet; quantize the input of the next layer")
         if (found := layer.input_quantizer) is not None:
-            if found.spec.format_name != "int" or isinstance(found.spec.granularity, PerGroup):
-                faults.append(f"{name}.input ({found.spec}): its scales are found at run time, QuantizeLinear needs them fixed")
+            if (reason := _no_fixed_scale(found)) is not None:
+                faults.append(reason)
             activations[name] = found
     raise_all(ExportError, "cannot export the model", faults)
     return weights, activations
+
+
+def _put_operations(
+    graph: Graph, operations: Iterable[tuple[str, QuantizedOperation]], nodes: Mapping[str, onnx.NodeProto]
+) -> Iterator[str]:
+    """Quantize the operands of operations; what cannot be said, as text."""
+    for name, operation in operations:
+        if name not in nodes:
+            yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
+            continue
+        for index, quantizer in zip(operation.operation.operands, operation.quantizers(), strict=True):
+            current: Any = quantizer.current
+            if current is None:
+                yield f"{quantizer.name} is float at this stage of its plan"
+            elif (reason := _no_fixed_scale(quantizer)) is not None:
+                yield reason
+            else:
+                graph.put_activation(nodes[name], *_activation(current), operand=index)
+
+
+def _no_fixed_scale(quantizer: InputQuantizer) -> str | None:
+    if quantizer.spec.format_name == "int" and not isinstance(quantizer.spec.granularity, PerGroup):
+        return None
+    return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
 
 
 def _parameter_name(name: str, layer: QuantizedLayer) -> str:
@@ -162,12 +196,14 @@ def _activation(quantizer: InputQuantizer) -> tuple[Tensor, Tensor, Any, int | N
     return scale, zero_point, quantizer.spec.grid, axis
 
 
-def _export_float(
-    model: nn.Module, inputs: tuple[Any, ...], shapes: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None
+def float_graph(
+    plain: nn.Module,
+    inputs: tuple[Any, ...],
+    shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> Any:
-    """The float model as an ONNX graph whose initializers keep the names of the parameters."""
-    plain = _copied(model)
-    remove(plain)
+    """A float model as an ONNX graph whose initializers keep the names of the parameters."""
     # They tell of every step on the console, and warn of packages that could be installed.
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnx_ir", "onnxscript")}
     for name in levels:
@@ -176,7 +212,7 @@ def _export_float(
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                plain.eval().cpu(), inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+                plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
                 input_names=input_names, output_names=output_names,
             )  # fmt: skip
     finally:
@@ -186,11 +222,13 @@ def _export_float(
     return program.model_proto
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy, without the Trainer that a LightningModule may hold."""
+def float_copy(model: nn.Module) -> nn.Module:
+    """A float copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
     trainer = model.__dict__.pop("_trainer", None)
     try:
-        return copy.deepcopy(model)
+        plain = copy.deepcopy(model)
     finally:
         if trainer is not None:
             model.__dict__["_trainer"] = trainer
+    remove(plain)
+    return plain.eval().cpu()

@@ -31,6 +31,7 @@ from lq_plugin.export.codes import decode, encode
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.operations import operations_in, quantized_operations
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.quantizers import WeightQuantizer
@@ -93,6 +94,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
             state[key] = state[first] if first in state else blob.add_raw(tensor)
     table = zlib.compress(json.dumps({"weights": packed, "state": state}, separators=(",", ":")).encode(), 9)
     rules = [Rule(name, weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)]
+    rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model)]
     arrays = {"blob": np.frombuffer(bytes(blob.data), np.uint8), "table": np.frombuffer(table, np.uint8)}
     plan = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":"))
     metadata = {
@@ -127,7 +129,7 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise ExportError(f"{path} is damaged: {error}") from error
     try:
-        ledger = prepare(model, plan)
+        ledger = prepare(model, plan, operations_in(state) or None)
     except PlanError as error:
         raise ExportError(f"{path} is of another model: {error}") from error
     reader = _Reader(blob, str(path))

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lq_plugin.errors import ExportError
+from lq_plugin.native.build import NativeError, library
 
-SOURCE = Path(__file__).parents[1] / "native" / "xnor.cpp"
 #: Variants of the kernel, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
 #: Bits of a word, and outputs that stand side by side.
@@ -124,24 +123,17 @@ def _address(x: Tensor | None) -> int | None:
 
 @functools.cache
 def kernel(variant: str | None = None) -> Kernel:
-    """The kernel, compiled when it is first asked for; torch keeps the result in its folder of extensions.
+    """The kernel, compiled when it is first asked for; the result is kept (`lq_plugin.native.build`).
 
     Raises:
-        ExportError: without a C++ compiler or ninja, saying so.
+        ExportError: without a C++ compiler, saying so.
     """
     return Kernel(_library(), variant)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    from torch.utils import cpp_extension
-
-    flags = ["-O3", "-ffp-contract=off"]
-    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     try:
-        path = cpp_extension.load(
-            "lq_plugin_xnor", [str(SOURCE)], extra_cflags=flags + openmp, extra_ldflags=openmp, is_python_module=False
-        )
-    except (OSError, RuntimeError, ImportError) as error:
-        raise ExportError(f"the XNOR kernel needs a C++ compiler and ninja: {error}") from error
-    return ctypes.CDLL(path)
+        return library("xnor")
+    except NativeError as error:
+        raise ExportError(f"the XNOR kernel: {error}") from error

@@ -1,9 +1,10 @@
 """Search the bits of a model: a space, an evaluator that calibrates once, a study, and what it found."""
 
 from lq_plugin.search.bound import BoundSpace, Unit
+from lq_plugin.search.costs import COSTS
 from lq_plugin.search.evaluator import Evaluation, Evaluator
 from lq_plugin.search.job import current_trial
-from lq_plugin.search.objective import COSTS, Objective
+from lq_plugin.search.objective import Objective
 from lq_plugin.search.result import Candidate, SearchResult
 from lq_plugin.search.space import Space, SpaceRule, parse_choices
 from lq_plugin.search.storage import StudyError

@@ -38,6 +38,7 @@ from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.bound import BoundSpace, as_plan
+from lq_plugin.search.costs import LATENCY, cost_totals
 from lq_plugin.search.once import SetUpOnce
 from lq_plugin.search.space import Space
 from lq_plugin.spec import Granularity, PerChannel, PerTensor, QuantSpec
@@ -104,6 +105,8 @@ class Evaluator:
         self.weights = ""
         self.space: BoundSpace | None = None
         self.recording: Recording | None = None
+        #: Milliseconds of a plan, see `lq_plugin.search.latency`.
+        self.latency: Callable[[Mapping[str, LayerPlan]], float] | None = None
         self._float_state: dict[str, torch.Tensor] = {}
         self._samples: dict[tuple[str, Granularity], Sample] = {}
         self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
@@ -189,6 +192,11 @@ class Evaluator:
         """The cost of a plan, without evaluating it."""
         self._calibrated()
         return plan_cost(self.model, layer_plans, self.recording)
+
+    def costs(self, layer_plans: Mapping[str, LayerPlan]) -> dict[str, float]:
+        """The totals of a plan by name, without evaluating it; its latency among them once that is measured."""
+        totals = cost_totals(self.cost(layer_plans))
+        return totals if self.latency is None else totals | {LATENCY: self.latency(layer_plans)}
 
     def evaluate(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Evaluation:
         """Validate the model under a plan.

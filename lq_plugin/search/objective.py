@@ -12,12 +12,10 @@ from optuna import Trial, TrialPruned
 from optuna.trial import FrozenTrial, TrialState
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
-from lq_plugin.model.cost import Cost
 from lq_plugin.search.constraint import Constraint
+from lq_plugin.search.costs import COSTS
 from lq_plugin.search.evaluator import Evaluator
 
-#: Totals of the cost model that a search can minimize.
-COSTS = ("effective_bits", "bytes", "bops")
 #: Names of the user attributes of a trial.
 PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", "repeats"
 #: Of trials whose plan was not sampled: where it comes from, and which interrupted trial it tries again.
@@ -72,7 +70,7 @@ class Objective:
             layer_plans = space.layer_plans(params)
             if PLAN not in trial.user_attrs:
                 trial.set_user_attr(PLAN, space.plan(params).to_dict())
-            costs = cost_totals(self.evaluator.cost(layer_plans))
+            costs = self.evaluator.costs(layer_plans)
             if (earlier := _same(trial.study.get_trials(deepcopy=False, states=_TAKEN), params, trial.number)) is not None:
                 noted[REPEATS] = earlier
                 raise TrialPruned(f"the plan of trial {earlier}")
@@ -117,8 +115,3 @@ class Objective:
 def _same(trials: Iterable[FrozenTrial], params: Mapping[str, Any], before: int) -> int | None:
     """Number of the earliest of these trials with the same parameters."""
     return next((trial.number for trial in trials if trial.number < before and trial.params == params), None)
-
-
-def cost_totals(cost: Cost) -> dict[str, float]:
-    """The totals that trials carry beside the metrics."""
-    return {name: value for name in COSTS if (value := getattr(cost, name)) is not None}

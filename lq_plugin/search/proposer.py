@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lq_plugin.search.bound import BoundSpace, Params
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.objective import METRICS, PLAN, REPEATS, cost_totals
+from lq_plugin.search.objective import METRICS, PLAN, REPEATS
 from lq_plugin.search.storage import StudyError, quiet
 
 #: Proposals in a row that may break a constraint before the search gives up.
@@ -47,7 +47,7 @@ class Proposer(BaseSampler):
     def __init__(self, study: Study, sampler: BaseSampler, evaluator: Evaluator, constraints: Iterable[Constraint] = ()) -> None:
         assert evaluator.space is not None
         self.study, self.evaluator, self.space = study, evaluator, evaluator.space
-        costs = cost_totals(evaluator.cost({}))
+        costs = evaluator.costs({})
         self.constraints = [constraint for constraint in constraints if constraint.name in costs]
         with quiet():
             self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
@@ -116,7 +116,7 @@ def waiting_trial(
     system_attrs: Mapping[str, Any] | None = None,
 ) -> FrozenTrial:
     """A trial for the queue, with its plan; or a pruned one, where the plan's cost breaks a constraint."""
-    costs = cost_totals(evaluator.cost(space.layer_plans(params)))
+    costs = evaluator.costs(space.layer_plans(params))
     excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}
     kept = all(value <= 0 for value in excess.values())
     attrs = {PLAN: space.plan(params).to_dict(), **(user_attrs or {})}

@@ -22,6 +22,9 @@ from lq_plugin.plan import QuantPlan
 from lq_plugin.report import render, study_report
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS
 
+#: User attribute of a study: milliseconds of whole models, by the number of the trial.
+MEASURED = "measured_latency"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -122,7 +125,9 @@ class SearchResult:
 
     def figure(self) -> Any:
         """Metric over cost of every trial, the front, the uniform plans and the float model."""
-        size = {"effective_bits": "effective bits a weight", "bytes": "bytes", "bops": "bit operations"}[self.cost]
+        size = {"effective_bits": "effective bits a weight", "bytes": "bytes", "bops": "bit operations", "latency": "milliseconds"}[
+            self.cost
+        ]
         return plots.pareto(
             [(c.cost, c.metric) for c in self.candidates],
             references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin.startswith("uniform")},
@@ -147,9 +152,14 @@ class SearchResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """The front as plain rows; `plan` is the name of its file."""
-        return [
-            {"trial": c.number, **c.metrics, "origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name} for c in self.front
-        ]
+        measured = self.study.user_attrs.get(MEASURED, {})
+        found = []
+        for c in self.front:
+            latency = {"measured_latency": measured[str(c.number)]} if str(c.number) in measured else {}
+            found.append(
+                {"trial": c.number, **c.metrics, **latency, "origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name}
+            )
+        return found
 
     def to_csv(self) -> str:
         """The rows as CSV text with a header."""

@@ -39,14 +39,14 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     """What the plan of first choices costs, and what each choice of each unit adds to it or takes from it.
 
     Exact for `effective_bits` and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of a
-    layer: exact where one of the two is fixed.
+    layer: exact where one of the two is fixed. So does `latency`, where kernels depend on both.
     """
     space = evaluator.space
     assert space is not None
     first = {name: value for unit in space.units for name, value in unit.params(unit.choices[0]).items()}
 
     def total(params: Params) -> float:
-        return float(getattr(evaluator.cost(space.layer_plans(params)), cost))
+        return evaluator.costs(space.layer_plans(params))[cost]
 
     base = total(first)
     costs = {unit.name: {str(c): total(first | unit.params(c)) - base for c in unit.choices} for unit in space.units}

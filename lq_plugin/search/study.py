@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import optuna
@@ -27,9 +27,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.search.constraint import Constraint, parse_constraints
+from lq_plugin.search.costs import COUNTED, LATENCY
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
-from lq_plugin.search.objective import COSTS, ERROR, ORIGIN, PLAN, RETRIES, Objective
+from lq_plugin.search.latency import latency_options, measure_front, share_latency
+from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective
 from lq_plugin.search.progress import SearchProgress
 from lq_plugin.search.proposer import Proposer, waiting_trial
 from lq_plugin.search.result import SearchResult
@@ -37,6 +39,9 @@ from lq_plugin.search.seeds import Seed, distinct, make_seeds, unit_costs
 from lq_plugin.search.sensitivity import measure_sensitivity
 from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, StudyError, has_heartbeat, locked, open_study, quiet
+
+if TYPE_CHECKING:
+    from lq_plugin.export.latency import LatencyOptions
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +81,7 @@ def search(
     seeds: int = 16,
     sensitivity: str = "auto",
     sensitivity_batches: int = 2,
+    latency: Mapping[str, Any] | None = None,
     heartbeat: int = HEARTBEAT,
     max_failures: int = 10,
     progress: bool = True,
@@ -96,7 +102,8 @@ def search(
         n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There are fewer
             where the space has fewer plans.
         mode: `"max"` or `"min"` of the metric.
-        cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, several of them, or None for the metric alone.
+        cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, `"latency"` (milliseconds), several of them,
+            or None for the metric alone.
         constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high is not evaluated.
         study_name: a study of that name goes on.
         storage: an Optuna storage or its URL. None: `study.db` (SQLite) in `output_dir`, in memory without one.
@@ -108,6 +115,8 @@ def search(
         seeds: then try so many plans that the sensitivity of each tensor promises to be good (`lq_plugin.search.seeds`); 0: none.
         sensitivity: what it is measured by, see `lq_plugin.search.sensitivity`.
         sensitivity_batches: of calibration data that it is measured on.
+        latency: where it is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache": "latency.json"}`, see
+            `lq_plugin.export.latency.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
         heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
             worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
@@ -122,6 +131,8 @@ def search(
         raise QuantizationError(f"mode is 'max' or 'min', got {mode!r}")
     costs = () if cost is None else (cost,) if isinstance(cost, str) else tuple(cost)
     limits = parse_constraints(constraints)
+    timed = latency is not None or LATENCY in (*costs, *(limit.name for limit in limits))
+    timing = latency_options(latency) if timed else None
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         storage = storage or f"sqlite:///{Path(output_dir).resolve() / 'study.db'}"
@@ -133,9 +144,13 @@ def search(
         for tensor, reasons in bound.excluded.items():
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
         objective = Objective(evaluator, metric, costs, limits)
-        _check_reachable(evaluator, limits)
+        _check_reachable(evaluator, [limit for limit in limits if limit.name in COUNTED])
         directions = ["maximize" if mode == "max" else "minimize", *(["minimize"] * len(costs))]
-        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits), heartbeat)
+        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits, timing), heartbeat)
+        if timing is not None:
+            with locked(storage):
+                share_latency(evaluator, study, timing)
+            _check_reachable(evaluator, [limit for limit in limits if limit.name == LATENCY])
         earlier = study.get_trials(deepcopy=False)
         # With the same seed again it would propose the same plans again.
         entropy = np.random.SeedSequence([seed, worker, len(earlier)])
@@ -159,6 +174,9 @@ def search(
         bar = SearchProgress(n_trials, metric) if progress else nullcontext()
         try:
             _Loop(study, objective, proposer, n_trials, max_failures, stop).run(bar)
+            if timing is not None and stop.received is None:
+                with locked(storage):
+                    measure_front(evaluator, result(), timing)
         finally:
             study.sampler = proposing
             if output_dir is not None:
@@ -176,7 +194,7 @@ def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None
     """
     faults = []
     for limit in limits:
-        if limit.name in COSTS and limit.relation == "<=":
+        if limit.relation == "<=":
             base, costs = unit_costs(evaluator, limit.name)
             smallest = base + sum(min(values.values()) for values in costs.values())
             if smallest > limit.bound * (1 + 1e-9):
@@ -273,9 +291,12 @@ def _try_again(study: Study, trial: Trial | None) -> None:
         study.add_trial(create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs))
 
 
-def _fingerprint(evaluator: Evaluator, metric: str, mode: str, costs: Sequence[str], limits: Sequence[Constraint]) -> dict[str, Any]:
+def _fingerprint(
+    evaluator: Evaluator, metric: str, mode: str, costs: Sequence[str], limits: Sequence[Constraint], timing: LatencyOptions | None
+) -> dict[str, Any]:
     assert evaluator.space is not None
-    return {
+    # Only where it is measured: studies of before have none.
+    return ({} if timing is None else {"latency": timing.place}) | {
         "metric": metric,
         "mode": mode,
         "cost": ", ".join(costs),

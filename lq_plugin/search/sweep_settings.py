@@ -20,8 +20,8 @@ from sqlalchemy.exc import ArgumentError
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.build import build, part_class
 from lq_plugin.search.constraint import parse_constraints
+from lq_plugin.search.costs import COUNTED
 from lq_plugin.search.job import StudyAccess
-from lq_plugin.search.objective import COSTS
 from lq_plugin.search.storage import HEARTBEAT
 
 _SAMPLER, _PRUNER = "hydra.sweeper.sampler", "hydra.sweeper.pruner"
@@ -48,7 +48,7 @@ class SweepSettings:
         plan_key: what is set to that file; None: `PLAN_KEYS`, as far as they are in the config.
         uniform: with `layers`, start with every bit-width for all weights alike.
         enqueue: parameter values of first trials; what they leave out is sampled.
-        costs: of the quantized model, as further objectives: some of `COSTS`. `TrialReport` measures them.
+        costs: of the quantized model, as further objectives: some of `COUNTED`. `TrialReport` measures them.
         constraints: on costs and logged metrics: `"effective_bits <= 4.5"`.
         retries: how often a trial that raised is tried again. Interrupted ones are tried again anyway, up to three times.
         max_failures: trials of this run that may fail.
@@ -80,7 +80,9 @@ class SweepSettings:
         valid = ("minimize", "maximize")
         faults = [f"direction {d!r} is none of {', '.join(valid)}" for d in self.directions if d not in valid]
         faults += [
-            f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}" for cost in self.costs if cost not in COSTS
+            f"unknown cost {cost!r}; valid: {', '.join(COUNTED)}.{did_you_mean(cost, COUNTED)}"
+            for cost in self.costs
+            if cost not in COUNTED
         ]
         if len(self.directions) <= len(self.costs):
             faults.append(f"{len(self.directions)} directions for what the task returns and {len(self.costs)} costs; write one for each")

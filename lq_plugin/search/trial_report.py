@@ -10,8 +10,8 @@ from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.cost import cost
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.search.costs import cost_totals
 from lq_plugin.search.job import JobTrial, current_trial
-from lq_plugin.search.objective import cost_totals
 
 
 class TrialReport(Callback):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -273,45 +272,59 @@ assert stop is None and signal.getsignal(signal.SIGINT) is before
     assert "SIGTERM: the search stops after this trial; once more stops it at once" in done.stderr
 
 
-def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(model: DigitsCNN, tmp_path: Path, monkeypatch: Any) -> None:
-    original, calls = Evaluator.evaluate_layers, []
+def interrupted(function: str, call: int, signals: str, n_trials: int, folder: Path) -> None:
+    """A search that gets signals in a process of its own, for a test runner may have plans of its own for them.
 
-    def interrupted(self: Evaluator, plans: Any) -> Any:
-        calls.append(0)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, plans)
+    They come at the given call of a method; the search must end with a KeyboardInterrupt and leave the handlers as they were.
+    """
+    script = f"""
+import signal
+from pathlib import Path
+from lq_plugin.demo.digits import DigitsCNN
+from lq_plugin.search import Evaluator
+from tests.search.test_study import run
+import torch
 
-    monkeypatch.setattr(Evaluator, "evaluate_layers", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, 20, output_dir=tmp_path)
+original, calls = {function}, []
+
+def method(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == {call}:
+        for number in ({signals},):
+            signal.raise_signal(number)
+    return original(*args, **kwargs)
+
+{function} = method
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
+before = signal.getsignal(signal.SIGTERM)
+torch.manual_seed(0)
+try:
+    run(DigitsCNN(width=4), {n_trials}, output_dir=Path({str(folder)!r}))
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.stdout.endswith("interrupted\n"), done.stderr
+
+
+def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(tmp_path: Path) -> None:
+    interrupted("Evaluator.evaluate_layers", 3, "signal.SIGINT", 20, tmp_path)
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
     assert len(list((tmp_path / "plans").iterdir())) == len(list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines())))
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
-def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(
-    model: DigitsCNN, tmp_path: Path, monkeypatch: Any, signals: tuple[signal.Signals, ...]
-) -> None:
-    original, calls = DigitsCNN.validation_step, []
-
-    def interrupted(self: DigitsCNN, batch: Any, batch_idx: int) -> None:
-        calls.append(0)
-        if len(calls) == 15:  # in the loop of Lightning, which turns it into an exit
-            for number in signals:
-                signal.raise_signal(number)
-        original(self, batch, batch_idx)
-
-    monkeypatch.setattr(DigitsCNN, "validation_step", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, 8, output_dir=tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("signals", ["signal.SIGINT, signal.SIGINT", "signal.SIGTERM"])
+def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(tmp_path: Path, signals: str) -> None:
+    # In the loop of Lightning, which turns it into an exit.
+    interrupted("DigitsCNN.validation_step", 15, signals, 8, tmp_path)
     trials = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db").trials
     (lost,) = [t for t in trials if t.state == TrialState.FAIL]
     assert (tmp_path / "front.csv").exists()
-    result = run(model, 8, output_dir=tmp_path)
+    torch.manual_seed(0)
+    result = run(DigitsCNN(width=4), 8, output_dir=tmp_path)
     (retried,) = [t for t in result.study.trials if t.user_attrs.get("retries") == lost.number]
     assert (retried.state, retried.params) == (TrialState.COMPLETE, lost.params)
     assert not [t for t in result.study.trials if t.state == TrialState.RUNNING]

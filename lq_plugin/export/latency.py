@@ -1,0 +1,308 @@
+"""Milliseconds of each layer on the runtime that will run the model, spec by spec: what a search can minimize.
+
+Every layer is exported alone with each pair of specs that leads to another kernel, and timed; equal layers are timed once, and a
+file remembers them. A model's latency is predicted as that of the float model with the float layers' time exchanged for the
+quantized ones':
+
+    t(plan) = t(float) + Σ_layer [t(layer, specs) - t(layer, float)]
+
+What a runtime fuses across layers is not in it; `model_latency` measures the whole model, for comparison.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.export.onnx import export_onnx, float_copy, float_graph
+from lq_plugin.export.openvino import OpenVINOSession
+from lq_plugin.export.runtime import onnx_session
+from lq_plugin.model.calibrate import calibrate
+from lq_plugin.model.prepare import prepare, quantized_layers
+from lq_plugin.plan import LayerPlan, QuantPlan, Rule
+from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
+
+#: Packages by runtime.
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+_FLOAT = "float"
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """Where and how latency is measured.
+
+    Args:
+        runtime: `"onnxruntime"` or `"openvino"`.
+        batch: samples at a time.
+        threads: of the runtime.
+        rounds: runs of each layer that count; the median does.
+        cache: JSON file that keeps what was measured; None: nothing is kept.
+
+    Raises:
+        ExportError: another runtime, or a number below 1.
+    """
+
+    runtime: str = "onnxruntime"
+    batch: int = 1
+    threads: int = 1
+    rounds: int = 25
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be at least 1, got {value}" for name in ("batch", "threads", "rounds") if (value := getattr(self, name)) < 1
+        ]
+        if self.runtime not in RUNTIMES:
+            valid = ", ".join(RUNTIMES)
+            faults.insert(0, f"unknown runtime {self.runtime!r}; valid: {valid}.{did_you_mean(self.runtime, RUNTIMES)}")
+        raise_all(ExportError, "cannot measure latency", faults)
+
+    @property
+    def place(self) -> str:
+        """What numbers are comparable within: runtime, processor, threads, batch."""
+        processor = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        name = names[0].partition(":")[2].strip() if names else processor
+        return f"{self.runtime} {version(RUNTIMES[self.runtime])}; {name}; {self.threads} threads; batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of a model, layer by layer.
+
+    Args:
+        options: of the measurement.
+        float_model: of the whole float model.
+        layers: by layer and `pair` of its specs; `"float"` is the float layer.
+        left_out: layers that cannot be timed alone, and why: they count as float always.
+    """
+
+    options: LatencyOptions
+    float_model: float
+    layers: Mapping[str, Mapping[str, float]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def predict(self, plans: Mapping[str, LayerPlan]) -> float:
+        """Milliseconds of the model under a plan, by layer name as `QuantPlan.resolve` gives it.
+
+        Raises:
+            ExportError: a pair of specs that was not measured.
+        """
+        total = self.float_model
+        for name, plan in plans.items():
+            row = self.layers.get(name)
+            if row is None or not plan:
+                continue
+            if (key := pair(plan)) not in row:
+                raise ExportError(f"the latency of {name} was not measured for '{key}'; measured: {', '.join(row)}")
+            total += row[key] - row[_FLOAT]
+        # Layers alone are slower than in a model that a runtime has fused.
+        return max(total, 0.0)
+
+
+def pair(plan: LayerPlan) -> str:
+    """What of a layer's specs decides how fast it is: the containers of weight and input, not where ranges come from.
+
+    >>> pair(LayerPlan(weight=QuantSpec.parse("int3 per_channel mse"), input=QuantSpec.parse("uint8 affine")))
+    'int4 per_channel / 8 bit'
+    >>> pair(LayerPlan(weight=QuantSpec.parse("mxfp4"))), pair(LayerPlan())
+    ('mxfp4 / float', 'float')
+    """
+    if not plan:
+        return _FLOAT
+    return f"{_weight_kind(plan.weight)} / {_input_kind(plan.input)}"
+
+
+def _weight_kind(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return _FLOAT
+    if spec.format_name != "int":
+        return spec.format_name
+    bits = next(bits for bits in (2, 4, 8, 16) if spec.bit_width <= bits)
+    group = spec.granularity
+    scales = f"group{group.group_size}" if isinstance(group, PerGroup) else "per_channel" if isinstance(group, PerChannel) else "per_tensor"
+    return f"int{bits} {scales}{' affine' * spec.affine}"
+
+
+def _input_kind(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return _FLOAT
+    bits = 8 if spec.grid.levels <= 256 else 16
+    # Fewer levels than the type has are clipped to first.
+    return f"{bits} bit{' clipped' * (spec.grid.levels not in (256, 65536))}{' per_channel' * isinstance(spec.granularity, PerChannel)}"
+
+
+def latency_table(
+    model: nn.Module, inputs: Sequence[Tensor], plans: Iterable[Mapping[str, LayerPlan]], options: LatencyOptions | None = None
+) -> LatencyTable:
+    """Measure the layers of a float model under all specs that plans may give them.
+
+    Args:
+        model: float, or prepared: then its float copy is measured.
+        inputs: of its forward, one sample or more each; dim 0 becomes `options.batch`.
+        plans: specs by layer name.
+        options: where and how.
+
+    Raises:
+        ExportError: specs that cannot be exported, all of them at once.
+
+    >>> from lq_plugin.spec import QuantSpec
+    >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
+    >>> int8 = LayerPlan(weight=QuantSpec.parse("int8 per_channel"), input=QuantSpec.parse("uint8 affine"))
+    >>> table = latency_table(net, [torch.randn(1, 64)], [{"0": int8}], LatencyOptions(rounds=3))
+    >>> list(table.layers["0"]), table.predict({}) == table.float_model
+    (['float', 'int8 per_channel / 8 bit'], True)
+    """
+    options = options or LatencyOptions()
+    model = float_copy(model)
+    batch = [_resized(x, options.batch) for x in inputs]
+    wanted: dict[str, dict[str, LayerPlan]] = {}
+    for plan in plans:
+        for name, layer_plan in plan.items():
+            wanted.setdefault(name, {_FLOAT: LayerPlan()}).setdefault(pair(layer_plan), layer_plan)
+    seen = _inputs_of_layers(model, batch, wanted)
+    left_out = {name: "it is no module of its own, or no batch reached it" for name in wanted if name not in seen}
+    whole = f"model {hashlib.sha256(f'{model} {[tuple(x.shape) for x in batch]}'.encode()).hexdigest()[:16]}"
+    keys: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        timer = _Timer(options, Path(folder))
+        timer.add(whole, model, batch)
+        for name, example in seen.items():
+            layer = model.get_submodule(name)
+            for kind, layer_plan in wanted[name].items():
+                keys.setdefault(name, {})[kind] = key = f"{layer}; {tuple(example.shape)}; {kind}"
+                try:
+                    timer.add(key, nn.Sequential(layer), [example], layer_plan)
+                except ExportError as error:
+                    faults.append(f"{name} under '{kind}': {error}")
+        raise_all(ExportError, "latency cannot be measured", faults)
+        times = timer.measure()
+    layers = {name: {kind: times[key] for kind, key in row.items()} for name, row in keys.items()}
+    return LatencyTable(options, times[whole], layers, left_out)
+
+
+def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions | None = None) -> float:
+    """Milliseconds of a whole model, prepared and calibrated, or float; never from the cache.
+
+    Args:
+        model, inputs, options: see `latency_table`.
+
+    Raises:
+        ExportError: a model that cannot be exported.
+    """
+    options = replace(options or LatencyOptions(), cache=None)
+    with tempfile.TemporaryDirectory() as folder:
+        timer = _Timer(options, Path(folder))
+        timer.add("model", model, [_resized(x, options.batch) for x in inputs])
+        return timer.measure()["model"]
+
+
+class _Timer:
+    """Models that are timed in turn, and what a cache knows of them already."""
+
+    def __init__(self, options: LatencyOptions, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.cache = None if options.cache is None else Path(options.cache)
+        self.known: dict[str, float] = self._read().get(options.place, {})
+        self.runs: dict[str, Callable[[], Any]] = {}
+
+    def add(self, key: str, model: nn.Module, inputs: list[Tensor], plan: LayerPlan | None = None) -> None:
+        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before."""
+        if key in self.known or key in self.runs:
+            return
+        if plan is not None:
+            model = float_copy(model)
+        if plan:
+            specs = {slot: spec for slot in ("weight", "input") if (spec := getattr(plan, slot)) is not None}
+            prepare(model, QuantPlan([Rule("0", **{slot: str(spec) for slot, spec in specs.items()})]))
+            calibrate(model, [inputs], run=lambda batch: model(*batch))
+        path = self.folder / f"{len(self.runs)}.onnx"
+        if quantized_layers(model):
+            # OpenVINO has no INT2.
+            export_onnx(model, inputs, path, dynamic_batch=False, smallest=4 if self.options.runtime == "openvino" else 2)
+        else:
+            onnx.save(float_graph(float_copy(model), tuple(inputs)), path)
+        self.runs[key] = self._runner(path, inputs)
+
+    def measure(self) -> dict[str, float]:
+        """Median milliseconds of every key, those of the cache included."""
+        times: dict[str, list[float]] = {key: [] for key in self.runs}
+        for index in range(_WARM_UP + self.options.rounds):
+            for key, run in self.runs.items():
+                before = time.perf_counter()
+                run()
+                if index >= _WARM_UP:
+                    times[key].append((time.perf_counter() - before) * 1e3)
+        self.known |= {key: statistics.median(values) for key, values in times.items()}
+        if self.cache is not None and times:
+            self._write(self.cache)
+        return self.known
+
+    def _runner(self, path: Path, inputs: list[Tensor]) -> Callable[[], Any]:
+        threads = self.options.threads
+        # Level 4 is what ONNX Runtime chooses by itself, the fastest one.
+        session = OpenVINOSession(path, threads) if self.options.runtime == "openvino" else onnx_session(path, 4, threads)
+        feed = {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)}
+        return lambda: session.run(None, feed)
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if self.cache is None or not self.cache.exists():
+            return {}
+        try:
+            content = json.loads(self.cache.read_text())
+            return {str(place): {str(key): float(value) for key, value in rows.items()} for place, rows in content.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ExportError(f"{self.cache} is no file of latencies: {error}") from error
+
+    def _write(self, path: Path) -> None:
+        # Another process may have measured something else meanwhile.
+        content = self._read()
+        content[self.options.place] = content.get(self.options.place, {}) | self.known
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(path)
+
+
+def _resized(x: Tensor, batch: int) -> Tensor:
+    """The first `batch` samples, over and over where there are fewer."""
+    return x.detach().cpu()[torch.arange(batch) % len(x)].contiguous()
+
+
+def _inputs_of_layers(model: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """What each of these modules reads first."""
+    modules = dict(model.named_modules())
+    seen: dict[str, Tensor] = {}
+
+    def kept(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, args[0].detach().clone())
+
+        return keep
+
+    hooks = [modules[name].register_forward_pre_hook(kept(name)) for name in names if name in modules]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
