@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.grouping import reduced_dims
+from lq_plugin.native import ops
+from lq_plugin.native.kernels import Layout, layout_along, layout_of
 from lq_plugin.spec import IntegerGrid
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
@@ -98,7 +101,74 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
     >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), IntegerGrid(-2, 1)).detach()
     tensor([-1.0000,  0.5000,  0.5000])
     """
-    return _FakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
+    bounds = grid.quant_min, grid.quant_max
+    if torch.compiler.is_compiling():
+        if ops.traceable(x, scale):
+            return _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None)
+    elif (found := ops.kernels_for(x)) is not None and (layout := native_layout(x, scale, zero_point)) is not None:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False)[0]
+        return _NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found)
+    return _FakeQuantize.apply(x, scale, zero_point, *bounds)
+
+
+def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor) -> Tensor:
+    """`fake_quantize` with one scale; `low` and `high`, float32 `[1]`, take in the extremes of `x`, in place.
+
+    >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
+    >>> fake_quantize_observed(torch.tensor([0.2, 3.0]), torch.tensor([0.5]), torch.tensor([0.0]), IntegerGrid(-2, 1), low, high)
+    tensor([0.0000, 0.5000])
+    >>> low, high
+    (tensor([-1.]), tensor([3.]))
+    """
+    bounds = grid.quant_min, grid.quant_max
+    if torch.compiler.is_compiling():
+        if ops.traceable(x, scale):
+            y, x_low, x_high = _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, True)
+            low.copy_(torch.minimum(low, x_low))
+            high.copy_(torch.maximum(high, x_high))
+            return y
+    elif (found := ops.kernels_for(x)) is not None and scale.is_contiguous() and scale.numel() == zero_point.numel() == 1:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False)[0]
+        return _NativeFakeQuantize.apply(x, scale, zero_point, bounds, Layout(1, 1, x.numel(), 1), (low, high), found)
+    observe(x, low, high)
+    return _FakeQuantize.apply(x, scale, zero_point, *bounds)
+
+
+@torch.no_grad()
+def observe(x: Tensor, low: Tensor, high: Tensor) -> None:
+    """Move `low` and `high`, float32 `[1]`, in place to take in the extremes of `x`; a NaN stays."""
+    # amin and amax, not aminmax: that one is ten times slower on CPU.
+    torch.minimum(low, x.amin().float(), out=low)
+    torch.maximum(high, x.amax().float(), out=high)
+
+
+def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid) -> Tensor:
+    """`fake_quantize` with the range of the smallest and largest value that share a scale.
+
+    Where the grid has levels on both sides of a fixed zero nothing is clipped, and the gradient passes as it is.
+
+    Args:
+        x: float tensor.
+        scale_shape: of the scales, with a size of 1 along the dims that share one.
+        grid: the integer levels.
+
+    >>> fake_quantize_to_extremes(torch.tensor([[1.0, 0.3], [4.0, -8.0]]), (2, 1), IntegerGrid(-1, 1))
+    tensor([[ 1.,  0.],
+            [ 0., -8.]])
+    """
+    covered = not grid.affine and grid.quant_min < 0 < grid.quant_max and grid.levels <= 2**16
+    if not torch.compiler.is_compiling() and x.is_contiguous() and (found := ops.kernels_for(x)) is not None:
+        layout = layout_along(x, scale_shape)
+        if layout is not None and layout.repeats == layout.inner == 1:
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _NativeExtremes.apply(x, layout, grid, covered, found)
+            return found.fake_quantize_rows(x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False)[0]
+    dims = reduced_dims(scale_shape)
+    w = x.detach()
+    scale, zero_point = qparams_from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True), grid)
+    return (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -106,12 +176,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.quant_min, ctx.quant_max = quant_min, quant_max
-        # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are whole numbers, exact in float32.
-        if _has_cheap_scalars(x, scale, zero_point):
-            low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
-            return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
-        y = (x.float() * scale.reciprocal()).round_()
-        return torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
+        return _rounded(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
     def backward(ctx, grad):
@@ -124,6 +189,99 @@ class _FakeQuantize(torch.autograd.Function):
         r = (x.float() * scale.reciprocal()).round_()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)
         return grad.masked_fill(outside, 0.0), None, None, None, None
+
+
+class _CoveredFakeQuantize(torch.autograd.Function):
+    """Where no element is clipped: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
+        return _rounded(x, scale, zero_point, quant_min, quant_max)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None, None
+
+
+class _NativeFakeQuantize(torch.autograd.Function):
+    """The kernels: one pass, and a bit an element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, bounds, layout, extremes, kernels):
+        if extremes is None:
+            y, mask = kernels.fake_quantize(x, scale, zero_point, bounds, layout, masked=True)
+        else:
+            y, mask = kernels.fake_quantize_observed(x, scale, zero_point, bounds, *extremes, masked=True)
+        ctx.save_for_backward(mask)
+        ctx.layout, ctx.strides, ctx.kernels = layout, x.stride(), kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return _masked(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None, None, None, None
+
+
+class _NativeExtremes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout, grid, covered, kernels):
+        bounds, masked = (grid.quant_min, grid.quant_max), ctx.needs_input_grad[0] and not covered
+        y, mask, _, _ = kernels.fake_quantize_rows(x, layout.outer, bounds, grid.affine, masked)
+        ctx.layout, ctx.strides, ctx.kernels, ctx.covered = layout, x.stride(), kernels, covered
+        if mask is not None:
+            ctx.save_for_backward(mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.covered:
+            (mask,) = ctx.saved_tensors
+            grad = _masked(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
+        return grad, None, None, None, None
+
+
+def _masked(grad, mask, layout, strides, kernels):
+    if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or grad.dtype != torch.float32:
+        # A second derivative, or what cannot be taken by its address.
+        return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)
+    # Never in place: the gradient may be someone else's, too.
+    return kernels.mask_gradient(ops.laid_out(grad, strides), mask, layout)
+
+
+class _TracedFakeQuantize(torch.autograd.Function):
+    """The kernels in a graph of torch.compile."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, observed):
+        operator = torch.ops.lq_plugin.fake_quantize_observed if observed else torch.ops.lq_plugin.fake_quantize
+        rest = (True,) if observed else (True, False)
+        y, mask, *extremes = operator(x, scale, zero_point, quant_min, quant_max, *rest)
+        ctx.save_for_backward(mask)
+        ctx.strides = x.stride()
+        if not observed:
+            return y
+        ctx.mark_non_differentiable(*extremes)
+        return y, *extremes
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return torch.ops.lq_plugin.mask_gradient(grad, ctx.saved_tensors[0], ctx.strides), None, None, None, None, None
+
+
+def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
+    """How the qparams lie along `x`, where the kernels can take them so."""
+    if scale.shape != zero_point.shape or scale.dtype != torch.float32 or not scale.is_contiguous() or not zero_point.is_contiguous():
+        return None
+    return layout_of(x, scale)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are whole numbers, exact in float32.
+    if _has_cheap_scalars(x, scale, zero_point):
+        low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
+        return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
+    y = (x.float() * scale.reciprocal()).round_()
+    return torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
 
 
 def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lq_plugin.formats import SLOTS
+from lq_plugin.layers.integer import IntegerForward
 from lq_plugin.plan import LayerPlan, Stage
 from lq_plugin.quantizers import (
     InputQuantizer,
@@ -36,6 +37,8 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer | None
     input_quantizer: InputQuantizer | None
     output_quantizer: InputQuantizer | None
+    #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
+    integer: IntegerForward | None = None
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -162,4 +165,5 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     """Take the quantizers away and give the float class back."""
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
+    layer.__dict__.pop("integer", None)
     cast(nn.Module, layer).__class__ = layer.float_class

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, scales_output
+from lq_plugin.layers.integer import integer_forward
 from lq_plugin.layers.registry import register_layer
 
 
@@ -26,6 +27,8 @@ class _QuantizedConv(QuantizedLayer):
         return self.in_channels, self.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.integer is not None and (y := integer_forward(self, input)) is not None:
+            return self.quantized_output(y)
         scale = self.output_scale(input)
         if scale is None:
             return self.quantized_output(self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias))

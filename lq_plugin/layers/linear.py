@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.layers.base import QuantizedLayer, scales_output
+from lq_plugin.layers.integer import integer_forward
 from lq_plugin.layers.registry import register_layer, register_layer_name
 
 
@@ -19,6 +20,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self.in_features, self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.integer is not None and (y := integer_forward(self, input)) is not None:
+            return self.quantized_output(y)
         scale = self.output_scale(input)
         if scale is None:
             return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))

@@ -169,6 +169,11 @@ class Quantizer(nn.Module):
         function = fake_quantize_mad if self.spec.gradient == "mad" else fake_quantize
         return function(x, scale, zero_point, self.spec.grid)
 
+    @property
+    def rounds_to_nearest(self) -> bool:
+        """Whether `rounded` is `fake_quantize`, now."""
+        return self.spec.gradient != "mad" and not (self.spec.stochastic and self.training)
+
     def noise(self, x: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) shaped like `x`: a function of the seed, the tensor's name and the batches so far.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import qparams_from_bounds, zero_point_from
+from lq_plugin.functional.affine import fake_quantize_observed, fake_quantize_to_extremes, observe, qparams_from_bounds, zero_point_from
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
@@ -98,9 +98,14 @@ class WeightQuantizer(Quantizer):
         return scale, zero_point
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        w = blocks(x, self.spec.granularity)
+        group = self.spec.granularity
+        w = blocks(x, group)
+        two_level = isinstance(group, PerGroup) and group.scale_bits is not None
+        follows = self.live and not self._fixed and type(self).qparams is WeightQuantizer.qparams
+        if follows and not two_level and self.rounds_to_nearest:
+            return unblocks(fake_quantize_to_extremes(w, self.scale_shape, self.spec.grid), self.shape, group)
         scale, zero_point = self.qparams(w)
-        return unblocks(self.rounded(w, scale, zero_point), self.shape, self.spec.granularity)
+        return unblocks(self.rounded(w, scale, zero_point), self.shape, group)
 
     def sample(self, weight: Tensor) -> Sample:
         """The weight's values, one row for each scale; padding does not enter."""
@@ -246,14 +251,23 @@ class InputQuantizer(Quantizer):
         if not self.moving:
             return
         with torch.no_grad():
-            # amin and amax, not aminmax: that one is ten times slower on CPU.
-            if self.per_channel:
-                rows = self._rows(x)
-                low, high = rows.amin(1), rows.amax(1)
-            else:
-                low, high = x.amin(), x.amax()
-            self.batch_min.copy_(torch.minimum(self.batch_min, low.float()))
-            self.batch_max.copy_(torch.maximum(self.batch_max, high.float()))
+            if not self.per_channel:
+                observe(x, self.batch_min, self.batch_max)
+                return
+            rows = self._rows(x)
+            self.batch_min.copy_(torch.minimum(self.batch_min, rows.amin(1).float()))
+            self.batch_max.copy_(torch.maximum(self.batch_max, rows.amax(1).float()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Observing and quantizing with what was observed before take one pass over the data together.
+        if self.moving and self.observing and self.training and self._calibrated and self._enabled and self._is_plain():
+            return fake_quantize_observed(x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max)
+        return super().forward(x)
+
+    def _is_plain(self) -> bool:
+        """Whether a forward pass is `fake_quantize` with one scale and nothing else."""
+        plain = type(self).quantize_values is InputQuantizer.quantize_values and not self.per_channel
+        return plain and self.rounds_to_nearest and self.collector is None and not self.starts
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
         """Fold one batch's extremes `[C]` (over all ranks) into the moving range and empty the batch buffers.

@@ -1,0 +1,115 @@
+"""What a quantized training step costs: time and memory over the float step, beside other libraries.
+
+    python -m benchmarks.qat_step --json out.json
+
+A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is quantized,
+weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving average, LSQ learns all
+steps at 4 bits. `ratio` is the median of steps over that of float steps, which run in turn in the same process; `low` and `high`
+are the smallest and largest ratio within one round. The models: r20, ResNet-20 on 128 images of 32 × 32; r18, ResNet-18 on 16 images of
+112 × 112; encoder, four `nn.TransformerEncoderLayer`s of 384 features on 16 × 128 tokens. Data and weights are random.
+
+`saved_mb` is what autograd keeps between forward and backward: the bytes (/ 10^6) of every storage that
+`torch.autograd.graph.saved_tensors_hooks` sees, each once. A float step keeps its weights, a quantized one its quantized weights;
+`saved_without_parameters_mb` leaves parameters and buffers of the model out, which are there anyway.
+
+Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(..., forward="integer")`;
+`lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float compiled` stands beside it);
+`torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer (attention keeps its projection of query, key
+and value float); `torchao QATConfig` (linear layers only) and `torchao pt2e`; `brevitas`, in its own environment
+(`python -m benchmarks.peers install brevitas`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import common
+from benchmarks.qat_step_models import MODELS, Step, float_step, saved_bytes
+from benchmarks.qat_step_rivals import IMPLEMENTATIONS, Unavailable
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+SETTINGS = ("W8A8", "W4A8", "W4A4", "LSQ")
+
+
+def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each implementation that has this setting, and one for float."""
+    steps: dict[str, Step] = {"float": float_step(model, options.device)}
+    skipped: list[dict[str, Any]] = []
+    for name in options.implementations:
+        try:
+            steps[name] = IMPLEMENTATIONS[name](model, setting, options.device)
+        except Unavailable as reason:
+            skipped.append(
+                {"model": model, "implementation": name, "setting": setting, "ratio": None, "saved_mb": None, "why": str(reason)}
+            )
+    times = interleaved(steps, options.rounds, options.warm_up, CLOCKS[options.clock])
+    rows = []
+    for name, step in steps.items():
+        row = {"model": model, "implementation": name, "setting": setting, **common.ratio(times, name, "float")}
+        saved, added = (size / 1e6 for size in saved_bytes(step))
+        rows.append({**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added})
+    return rows + skipped
+
+
+def interleaved(steps: dict[str, Step], rounds: int, warm_up: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each step, round by round; every second round runs in reverse order."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(warm_up + rounds):
+        for name in reversed(steps) if index % 2 else steps:
+            before = clock()
+            steps[name]()
+            if index >= warm_up:
+                times[name].append(clock() - before)
+    return times
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__, data=False)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="to measure (default: all)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="to measure (default: all)")
+    names = list(IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="*", choices=names, default=names, help="to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="that are timed (default: 15)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before (default: 2)")
+    message = "wall time, or CPU time of the process, which other processes disturb less (with one thread; default: wall)"
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=message)
+    parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    common.start(options)
+    results: dict[str, Any] = {"results": []}
+    console = Console()
+    for model in options.models:
+        for setting in options.settings:
+            rows = measure(model, setting, options)
+            results["results"] += rows
+            common.write_json(options.json, results, ("torchao",))
+            console.print(table(rows))
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(
+        "", "× float step", "low", "high", "saved MB", title=f"{rows[0]['model']} {rows[0]['setting']}: {rows[0]['seconds']:.3f} s"
+    )
+    for row in rows:
+        if row["ratio"] is None:
+            shown.add_row(row["implementation"], row["why"])
+        else:
+            numbers = (f"{row[key]:.3f}" for key in ("ratio", "low", "high"))
+            shown.add_row(row["implementation"], *numbers, f"{row['saved_mb']:.0f}")
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Quantized training steps of `benchmarks.qat_step`: ours and other libraries'."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.qat_step_models import Step, load
+from lq_plugin import QuantPlan, Rule, prepare
+from lq_plugin.callbacks import QAT
+from lq_plugin.model import calibrate, commit_observers, quantizers
+from lq_plugin.native import use_native
+from lq_plugin.quantizers import InputQuantizer
+
+
+class Unavailable(Exception):
+    """An implementation that has not this setting, or is not installed."""
+
+
+def plan_of(setting: str) -> QuantPlan:
+    """Weights per channel, inputs per tensor, on every layer."""
+    if setting == "LSQ":
+        return QuantPlan([Rule("*", weight="int4 per_channel lsq", input="int4 lsq")])
+    return QuantPlan.parse(setting.lower())
+
+
+def _ours(name: str, setting: str, device: str) -> Step:
+    model, batch = load(name, device)
+    prepare(model, plan_of(setting))
+    calibrate(model, [batch[0]])
+    return _training(model, batch)
+
+
+def _training(model: nn.Module, batch: Any) -> Step:
+    model.train()
+    chosen = quantizers(model)
+    for quantizer in chosen:
+        quantizer.observing = isinstance(quantizer, InputQuantizer)
+    return Step(model, batch, after=lambda: commit_observers(chosen))
+
+
+def pure(name: str, setting: str, device: str) -> Step:
+    """Torch operations alone."""
+    step = _ours(name, setting, device)
+    forward = step.forward
+
+    def without(x: Tensor) -> Tensor:
+        with use_native(False):
+            return forward(x)
+
+    step.forward = without
+    return step
+
+
+def native(name: str, setting: str, device: str) -> Step:
+    """The compiled kernels."""
+    if device != "cpu":
+        raise Unavailable("runs on CPU")
+    step = _ours(name, setting, device)
+    forward = step.forward
+
+    def within(x: Tensor) -> Tensor:
+        with use_native(True):
+            return forward(x)
+
+    step.forward = within
+    return step
+
+
+def integer(name: str, setting: str, device: str) -> Step:
+    """Integer products in the forward pass, as the callback sets them up."""
+    if "forward" not in inspect.signature(QAT.__init__).parameters:
+        raise Unavailable("QAT has no argument forward")
+    if setting == "LSQ":
+        raise Unavailable("ranges are learned")
+    from lightning import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self, net: nn.Module, batch: Any) -> None:
+            super().__init__()
+            self.net, self.data = net, batch
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(self.data[0]), self.data[1])
+
+        def train_dataloader(self) -> Any:
+            return [0]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), 0.0)
+
+    model, batch = load(name, device)
+    accelerator = "gpu" if device.startswith("cuda") else "cpu"
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = QAT(plan_of(setting), forward="integer", calibration_step=lambda module, data: module.net(module.data[0]))
+    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(max_steps=1, accelerator=accelerator, devices=1, callbacks=[callback], **options).fit(Module(model, batch))
+    return _training(model.to(device), batch)
+
+
+def compiled(name: str, setting: str, device: str) -> Step:
+    """The whole quantized model in one graph."""
+    step = _ours(name, setting, device)
+    step.forward = torch.compile(step.model, fullgraph=True)
+    return step
+
+
+def float_compiled(name: str, setting: str, device: str) -> Step:
+    """The whole float model in one graph."""
+    model, batch = load(name, device)
+    return Step(model, batch, torch.compile(model, fullgraph=True))
+
+
+def torch_ao(name: str, setting: str, device: str) -> Step:
+    """Fused moving-average fake-quantizers of torch.ao on each convolution and linear layer."""
+    if setting == "LSQ":
+        raise Unavailable("its learned fake-quantizers are no part of its API")
+    from torch.ao.nn import qat
+    from torch.ao.quantization import (
+        FusedMovingAvgObsFakeQuantize,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        QConfig,
+    )
+
+    weight_bits, input_bits = int(setting[1]), int(setting[3])
+    half = 2 ** (weight_bits - 1)
+    config = QConfig(
+        activation=FusedMovingAvgObsFakeQuantize.with_args(
+            observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=2**input_bits - 1, dtype=torch.quint8
+        ),
+        weight=FusedMovingAvgObsFakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver, quant_min=-half, quant_max=half - 1, dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+        ),
+    )  # fmt: skip
+    with _quiet():
+        model, batch = load(name, device)
+        for owner in list(model.modules()):
+            for key, child in list(owner.named_children()):
+                kind = {nn.Conv2d: qat.Conv2d, nn.Linear: qat.Linear}.get(type(child))
+                if kind is not None:
+                    child.qconfig = config
+                    swapped = kind.from_float(child)
+                    fake: Any = config.activation()
+                    swapped.register_forward_pre_hook(_on_input(fake))
+                    swapped.add_module("input_fake_quant", fake)
+                    setattr(owner, key, swapped)
+    return Step(model.to(device), batch)
+
+
+def _on_input(fake: nn.Module) -> Callable[[nn.Module, Any], Any]:
+    return lambda module, inputs: (fake(inputs[0]),)
+
+
+def torchao_config(name: str, setting: str, device: str) -> Step:
+    """torchao's QATConfig: linear layers with weights per channel and inputs per token."""
+    if setting == "LSQ":
+        raise Unavailable("has none")
+    if name != "encoder":
+        raise Unavailable("does nothing to convolutions")
+    with _quiet():
+        from torchao.quantization import quantize_
+        from torchao.quantization.granularity import PerAxis, PerToken
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        bits = {4: torch.int4, 8: torch.int8}
+        model, batch = load(name, device)
+        inputs = IntxFakeQuantizeConfig(bits[int(setting[3])], PerToken(), is_symmetric=False)
+        weights = IntxFakeQuantizeConfig(bits[int(setting[1])], PerAxis(0))
+        quantize_(model, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
+    return Step(model, batch)
+
+
+def torchao_pt2e(name: str, setting: str, device: str) -> Step:
+    """torchao's export flow with the X86 quantizer."""
+    if setting != "W8A8":
+        raise Unavailable("its X86 quantizer has 8 bits")
+    with _quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+        model, batch = load(name, device)
+        exported = torch.export.export(copy.deepcopy(model), (batch[0],), strict=True).module()
+        prepared = prepare_qat_pt2e(exported, quantizer)
+    return Step(prepared, batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Peers warn of deprecations, their own and torch's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step]] = {
+    "lq pure": pure,
+    "lq native": native,
+    "lq integer": integer,
+    "lq compiled": compiled,
+    "float compiled": float_compiled,
+    "torch.ao": torch_ao,
+    "torchao QATConfig": torchao_config,
+    "torchao pt2e": torchao_pt2e,
+}

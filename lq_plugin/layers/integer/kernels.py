@@ -1,0 +1,131 @@
+"""`integer.cpp` for tensors: dense float32 on the CPU; addresses are taken without further checks."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.build import NativeError
+from lq_plugin.spec import IntegerGrid
+
+
+class IntegerKernels:
+    """The compiled library.
+
+    Args:
+        fast: use vector instructions where the processor has them; the numbers are the same.
+    """
+
+    def __init__(self, fast: bool = True) -> None:
+        compiled = _library()
+        pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+        signatures = {
+            "quantize": ([*[pointer] * 3, size, real, real, number, number, pointer, pointer, number, number], number),
+            "quantize_rows": ([*[pointer] * 3, size, size, *[number] * 5], number),
+            "dequantize": ([pointer, pointer, size, real, real, number, number], None),
+            "keep": ([pointer, pointer, size, number, number], None),
+        }
+        self._functions = {}
+        for name, (arguments, result) in signatures.items():
+            function = getattr(compiled, f"lq_integer_{name}")
+            function.argtypes, function.restype = arguments, result
+            self._functions[name] = function
+        self._fast = int(fast)
+
+    def quantize(
+        self, x: Tensor, scale: float, zero_point: float, grid: IntegerGrid, masked: bool, extremes: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Levels above `quant_min` as uint8, laid out as `x`, and one bit for each element not clipped, where `masked`.
+
+        Args:
+            x: dense tensor.
+            scale, zero_point: of the whole tensor.
+            grid: at most 256 levels.
+            masked: whether the bits are wanted.
+            extremes: float32 `[1]` each, which take in the smallest and the largest element, in place.
+
+        Returns:
+            None where `x` has a NaN, for which there is no level.
+        """
+        q = torch.empty_strided(x.shape, x.stride(), dtype=torch.uint8)
+        mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
+        low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
+        nan = self._functions["quantize"](
+            x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point, grid.quant_min,
+            grid.quant_max, low, high, self._fast, torch.get_num_threads(),
+        )  # fmt: skip
+        return None if nan else (q, mask)
+
+    def quantize_weight(self, w: Tensor, scale: Tensor, grid: IntegerGrid, live: bool) -> Tensor | None:
+        """Levels as int8 of a contiguous weight on a grid with zero point 0.
+
+        Args:
+            w: `[C_out, ...]`.
+            scale: float32, contiguous, `[C_out]` or `[1]`; where `live` it becomes that of the extremes, in place.
+            grid: within -128..127.
+            live: see `scale`.
+
+        Returns:
+            None where `w` has a NaN, for which there is no level, or a range without end.
+        """
+        q = torch.empty_like(w, dtype=torch.int8)
+        rows = scale.numel()
+        bad = self._functions["quantize_rows"](
+            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live, self._fast,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return None if bad else q
+
+    def dequantize(self, q: Tensor, scale: float, zero_point: float) -> Tensor:
+        """(q - zero_point) · scale, laid out as `q`."""
+        y = torch.empty_strided(q.shape, q.stride(), dtype=torch.float32)
+        self._functions["dequantize"](q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._fast, torch.get_num_threads())
+        return y
+
+    def keep(self, gradient: Tensor, mask: Tensor) -> None:
+        """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
+        self._functions["keep"](gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._fast, torch.get_num_threads())
+
+
+@functools.cache
+def integer_kernels() -> IntegerKernels | str:
+    """The kernels, or why they cannot be had here: tried once in a process."""
+    try:
+        found = IntegerKernels()
+    except NativeError as error:
+        return str(error)
+    return found if sums_exactly() else "this processor's 8-bit products of torch saturate: it has no VNNI instructions"
+
+
+@functools.cache
+def sums_exactly() -> bool:
+    """Whether oneDNN's products of uint8 and int8 are exact here: without VNNI, pairs of them saturate in 16 bits."""
+    x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(w, [4, 64])
+        y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    except (RuntimeError, AttributeError):
+        # A torch without oneDNN has not these operators.
+        return False
+    return bool((y == 255 * 127 * 64).all())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    from torch.utils import cpp_extension
+
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off"]
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+    source = str(Path(__file__).with_name("integer.cpp"))
+    try:
+        path = cpp_extension.load(
+            "lq_plugin_integer", [source], extra_cflags=flags + openmp, extra_ldflags=openmp, is_python_module=False
+        )  # fmt: skip
+        return ctypes.CDLL(path)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise NativeError(f"the compiled kernels (integer.cpp) need a C++ compiler and ninja: {error}") from error

@@ -1,0 +1,214 @@
+"""Which layers compute their training forward pass with integers, and why others do not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq_plugin.layers.integer.function import Convolution, IntegerProduct, quantize_operands
+from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
+from lq_plugin.native.ops import kernels_for
+from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.spec import IntegerGrid, PerChannel, PerTensor
+
+if TYPE_CHECKING:
+    from lq_plugin.layers.base import QuantizedLayer
+
+#: Sums of more products of 8 bits could leave 32 bits.
+MAX_PRODUCTS = 2**31 // (255 * 128) - 1
+#: Timed rounds of a trial, after one that is not.
+ROUNDS = 3
+#: A layer computes with integers where its trial takes less than this share of the time. More than 1: what the trial does not see is
+#: that less is kept for the backward pass, and that the layers behind get channels-last images, which are faster for them.
+WORTH = 1.25
+
+
+@dataclass
+class IntegerForward:
+    """The state of one layer.
+
+    Args:
+        chosen: whether it computes with integers where it can; None: a trial decides.
+        reason: why it never can; None: it can.
+        ratio: time of the integer step over that of fake quantization, once tried.
+        refusals: why single calls were computed by fake quantization.
+    """
+
+    chosen: bool | None = None
+    reason: str | None = None
+    ratio: float | None = None
+    refusals: dict[str, None] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """A line for logs.
+
+        >>> IntegerForward(True, ratio=0.5).describe()
+        'integer (0.50 of the time)'
+        """
+        measured = "" if self.ratio is None else f" ({self.ratio:.2f} of the time)"
+        if self.reason is not None:
+            return f"fake-quantized: {self.reason}"
+        if self.chosen is None:
+            return "not tried yet" + "".join(f"; fake-quantized where {refusal}" for refusal in self.refusals)
+        if not self.chosen:
+            return "fake-quantized: integers are slower here" + measured
+        return "integer" + measured + "".join(f"; fake-quantized where {refusal}" for refusal in self.refusals)
+
+
+def why_never(layer: QuantizedLayer) -> str | None:
+    """Why a layer cannot compute with integers whatever its input; None: it can."""
+    from lq_plugin.layers.conv import QuantizedConv2d
+    from lq_plugin.layers.linear import QuantizedLinear
+
+    kernels = integer_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    if type(layer) not in (QuantizedConv2d, QuantizedLinear):
+        return f"{layer.float_class.__name__} has no integer kernel"
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or inputs is None:
+        return f"its {'weight' if weight is None else 'input'} is float"
+    reason = _why_not_quantizer(weight, WeightQuantizer, "weight") or _why_not_quantizer(inputs, InputQuantizer, "input")
+    if reason is not None:
+        return reason
+    if weight.spec.grid.affine:
+        return "its weight has a zero point"
+    granularity = weight.spec.granularity
+    if not (isinstance(granularity, PerTensor) or (isinstance(granularity, PerChannel) and granularity.axis in (None, 0))):
+        return f"its weight's scales are {granularity}"
+    if not isinstance(inputs.spec.granularity, PerTensor):
+        return f"its input's scales are {inputs.spec.granularity}"
+    products = layer.weight[0].numel()
+    if products > MAX_PRODUCTS:
+        return f"sums of {products} products may leave 32 bits"
+    return _why_not_convolution(layer) if isinstance(layer, nn.Conv2d) else None
+
+
+def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str) -> str | None:
+    if type(quantizer) is not wanted:  # learned ranges and other formats are subclasses
+        return f"its {slot} is quantized by {quantizer.spec}"
+    if quantizer.starts:
+        return f"its {slot} is quantized in stages"
+    if quantizer.spec.stochastic or quantizer.spec.gradient == "mad":
+        return f"its {slot}'s rounding is {quantizer.spec}"
+    grid = quantizer.spec.grid if quantizer.spec.has_grid else IntegerGrid(0, 2**16)
+    fits = grid.levels <= 256 if slot == "input" else grid.quant_min >= -128 and grid.quant_max <= 127
+    return None if fits else f"its {slot} ({quantizer.spec}) does not fit in 8 bits"
+
+
+def _why_not_convolution(layer: nn.Conv2d) -> str | None:
+    if layer.padding_mode != "zeros":
+        return f"its padding mode is {layer.padding_mode!r}"
+    if isinstance(layer.padding, str):
+        return f"its padding is {layer.padding!r}"
+    if layer.groups > 1 and layer.in_channels == layer.groups:
+        return "it is a depthwise convolution"
+    return None
+
+
+def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
+    """The layer's output before its output quantizer, by integer sums; None: fake quantization is to compute it."""
+    state = cast(IntegerForward, layer.integer)
+    if not cast(nn.Module, layer).training or state.reason is not None or state.chosen is False:
+        return None
+    if torch.compiler.is_compiling():
+        state.refusals["torch.compile traces it"] = None
+        return None
+    kernels = integer_kernels()
+    refusal = _refusal(layer, x) if isinstance(kernels, IntegerKernels) else kernels
+    if refusal is not None:
+        state.refusals[refusal] = None
+        return None
+    assert isinstance(kernels, IntegerKernels)
+    weight, bias = layer.weight, cast(Any, layer).bias
+    if state.chosen is None:
+        # The trial's step itself is computed by fake quantization on every rank, whatever is measured.
+        state.ratio = _trial(layer, x, kernels) if state.ratio is None else state.ratio
+        return None
+    for quantizer, value in ((layer.weight_quantizer, weight), (layer.input_quantizer, x)):
+        module = cast(nn.Module, quantizer)
+        if module._forward_hooks or module._forward_pre_hooks:
+            # Who watches the quantizers sees what it would; looking changes no number.
+            with torch.no_grad():
+                module(value)
+    y = _integer(layer, x, weight, bias, kernels)
+    if y is None:
+        state.refusals["the input or the weight has a NaN"] = None
+    return y
+
+
+def _refusal(layer: QuantizedLayer, x: Tensor) -> str | None:
+    """Why this call cannot be computed with integers."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if x.device.type != "cpu":
+        return f"it is on {x.device.type}"
+    weight, bias = layer.weight, cast(Any, layer).bias
+    if any(value.dtype != torch.float32 for value in (x, weight, *(() if bias is None else (bias,)))):
+        return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
+    if (isinstance(layer, nn.Conv2d) and x.ndim != 4) or x.ndim < 2:
+        return "its input has no batch dim"
+    if kernels_for(x) is None or kernels_for(weight) is None or not weight.is_contiguous():
+        return "its tensors are not plain dense ones, or compiled kernels are switched off"
+    quantizers = cast(Any, (layer.weight_quantizer, layer.input_quantizer))
+    if not all(q.is_enabled and q.collector is None and (q.is_calibrated or not q.needs_calibration) for q in quantizers):
+        return "it is not quantized yet"
+    return None
+
+
+def _integer(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: IntegerKernels) -> Tensor | None:
+    inputs, weights = cast(InputQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
+    extremes = (inputs.batch_min, inputs.batch_max) if inputs.moving and inputs.observing else None
+    grid = weights.spec.grid
+    live = weights.live and not weights.is_fixed
+    scale = torch.empty(weights.scale.numel()) if live else weights.scale.detach().reshape(-1).clone()
+    clips = not (live and grid.quant_min < 0 < grid.quant_max)
+    qparams = inputs.scale.item(), inputs.zero_point.item(), inputs.spec.grid
+    operands = quantize_operands(x, weight, qparams, (scale, grid, live, clips), extremes, kernels)
+    if operands is None:
+        return None
+    return IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), kernels)
+
+
+def convolution_of(layer: Any) -> Convolution | None:
+    """None for a linear layer."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    return Convolution(list(layer.stride), list(cast(Any, layer.padding)), list(layer.dilation), layer.groups)
+
+
+def _fake_quantized(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert layer.weight_quantizer is not None
+    x, weight = layer.quantized_input(x), layer.weight_quantizer(weight)
+    convolution = convolution_of(layer)
+    return F.linear(x, weight, bias) if convolution is None else F.conv2d(x, weight, bias, *convolution)
+
+
+def _trial(layer: QuantizedLayer, x: Tensor, kernels: IntegerKernels) -> float:
+    """Time of forward and backward pass with integers over that of fake quantization, on this input.
+
+    Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
+    """
+    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, cast(Any, layer).bias)]
+    wanted = [tensor for tensor in copies if tensor is not None and tensor.requires_grad]
+    x, weight, bias = cast(Tensor, copies[0]), cast(Tensor, copies[1]), copies[2]
+    gradient: Tensor | None = None
+    best = [float("inf"), float("inf")]
+    with torch.enable_grad():
+        for index in range(1 + ROUNDS):
+            for which in (0, 1):
+                before = time.perf_counter()
+                y = _integer(layer, x, weight, bias, kernels) if which else _fake_quantized(layer, x, weight, bias)
+                if y is None:
+                    return 1.0
+                if wanted:
+                    gradient = torch.ones_like(y) if gradient is None else gradient
+                    torch.autograd.grad(y, wanted, gradient)
+                if index:
+                    best[which] = min(best[which], time.perf_counter() - before)
+    return best[1] / best[0]

@@ -1,0 +1,74 @@
+"""C++ sources of this package, compiled when they are first asked for.
+
+The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin` in `XDG_CACHE_HOME` or `~/.cache`), under a name that
+holds a hash of the sources, the command and the platform: a changed source is compiled again. It takes a C++ compiler (`CXX`; else
+c++) and nothing else. Processes that compile the same source at once each do so aside and move their result into place, so that no
+lock can be left behind by one that was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lq_plugin.errors import QuantizationError
+
+FOLDER = Path(__file__).parent
+
+
+class NativeError(QuantizationError):
+    """Compiled kernels that cannot be had here, or that do not take what they were given."""
+
+
+@functools.cache
+def library(name: str, folder: Path = FOLDER) -> ctypes.CDLL:
+    """The compiled and loaded `name.cpp`, which may include headers of its folder.
+
+    Raises:
+        NativeError: without a C++ compiler, saying so; with what the compiler says.
+    """
+    try:
+        return ctypes.CDLL(str(compiled(folder / f"{name}.cpp", cache())))
+    except OSError as error:
+        raise NativeError(f"the compiled kernels ({name}.cpp) need a C++ compiler and a folder to write to: {error}") from error
+
+
+def cache() -> Path:
+    """Where compiled sources are kept."""
+    chosen = os.environ.get("LQ_NATIVE_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lq_plugin"
+
+
+def compiled(source: Path, folder: Path) -> Path:
+    """The shared library made of `source`, in `folder`: what is there, or else compiled now.
+
+    Raises:
+        NativeError: with what the compiler says.
+        OSError: no compiler, or a folder that cannot be written to.
+    """
+    # Only what gives the same numbers as torch: no -ffast-math, no fused multiply-add, no -march of one machine.
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared"]
+    if torch.backends.openmp.is_available():
+        command.append("-fopenmp")
+    parts = [shlex.join(command).encode(), platform.platform().encode()]
+    parts += [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    target = folder / f"{source.stem}-{hashlib.blake2b(b'|'.join(parts), digest_size=8).hexdigest()}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside, target.name)
+        done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NativeError(f"{shlex.join(command)} {source} gave {done.returncode}: {done.stderr[-2000:]}")
+        made.replace(target)
+    return target

@@ -1,0 +1,64 @@
+// The passes of fake_quantize.cpp over whole tensors, shared among threads; included behind fake_quantize_kernel.h.
+
+inline void forward(const float* x, float* y, uint16_t* mask, const Table& table, const Shape& shape, int threads) {
+    if (shape.inner == 1) {
+        const int64_t parts = pieces(shape.run, CHUNK), words = pieces(shape.run, 16), runs = shape.repeats * shape.outer;
+        LQ_PARALLEL(runs * shape.run)
+        for (int64_t unit = 0; unit < runs * parts; ++unit) {
+            const int64_t row = unit / parts, first = unit % parts * CHUNK, n = std::min(CHUNK, shape.run - first);
+            uint16_t* bits = mask ? mask + row * words + first / 16 : nullptr;
+            span(x + row * shape.run + first, y + row * shape.run + first, bits, n, table.at(row % shape.outer));
+        }
+        return;
+    }
+    const int64_t words = pieces(shape.inner, 16), rows = shape.repeats * shape.outer * shape.run;
+    LQ_PARALLEL(rows * shape.inner)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t first = row / shape.run % shape.outer * shape.inner;
+        columns(x + row * shape.inner, y + row * shape.inner, mask ? mask + row * words : nullptr, shape.inner, table, first);
+    }
+}
+
+inline void observed(const float* x, float* y, uint16_t* mask, const Levels& levels, int64_t n, Spread* found, int threads) {
+    const int64_t parts = pieces(n, CHUNK);
+    LQ_PARALLEL(n)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * CHUNK;
+        found[part] = span_observed(x + first, y + first, mask ? mask + first / 16 : nullptr, std::min(CHUNK, n - first), levels);
+    }
+}
+
+inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n,
+                             int quant_min, int quant_max, bool affine, int threads) {
+    const int64_t words = pieces(n, 16);
+    LQ_PARALLEL(rows * n)
+    for (int64_t row = 0; row < rows; ++row) {
+        const Spread found = extremes(x + row * n, n);
+        scale[row] = scale_of(found.nan ? NAN : found.low, found.nan ? NAN : found.high, quant_min, quant_max, affine, zero_point[row]);
+        const Levels levels = levels_of(scale[row], zero_point[row], quant_min, quant_max);
+        span(x + row * n, y + row * n, mask ? mask + row * words : nullptr, n, levels);
+    }
+}
+
+inline void mask_gradient(const float* gradient, float* result, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+    const int64_t parts = pieces(n, CHUNK), words = pieces(n, 16);
+    LQ_PARALLEL(runs * n)
+    for (int64_t unit = 0; unit < runs * parts; ++unit) {
+        const int64_t row = unit / parts, first = unit % parts * CHUNK;
+        masked(gradient + row * n + first, result + row * n + first, mask + row * words + first / 16, std::min(CHUNK, n - first));
+    }
+}
+
+inline void learned_backward(const float* x, const float* gradient, float* result, const Table& table, Sums* found, const Shape& shape,
+                             bool shift, int threads) {
+    const int64_t parts = pieces(shape.run, CHUNK), runs = shape.repeats * shape.outer;
+    LQ_PARALLEL(runs * shape.run)
+    for (int64_t unit = 0; unit < runs * parts; ++unit) {
+        const int64_t row = unit / parts, part = unit % parts * CHUNK, first = row * shape.run + part;
+        const int64_t n = std::min(CHUNK, shape.run - part);
+        float* inside = result ? result + first : nullptr;
+        const Levels levels = table.at(row % shape.outer);
+        found[unit] = shift ? learned_span<true>(x + first, gradient + first, inside, n, levels)
+                            : learned_span<false>(x + first, gradient + first, inside, n, levels);
+    }
+}

@@ -1,0 +1,207 @@
+"""`fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken without further checks."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.build import NativeError, library
+
+#: Variants of the kernels, by the number that the C++ side gives them.
+VARIANTS = ("portable", "avx2", "avx512")
+_WORD = 16
+
+
+class Layout(NamedTuple):
+    """How a scale lies along a tensor in memory: `[repeats, outer, run, inner]`, with one scale for each `(outer, inner)`."""
+
+    repeats: int
+    outer: int
+    run: int
+    inner: int
+
+    @property
+    def words(self) -> int:
+        """Words of a mask."""
+        if self.inner == 1:
+            return self.repeats * self.outer * -(-self.run // _WORD)
+        return self.repeats * self.outer * self.run * -(-self.inner // _WORD)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Number and length of the runs that begin at a word of a mask."""
+        return (self.repeats * self.outer, self.run) if self.inner == 1 else (self.repeats * self.outer * self.run, self.inner)
+
+
+def accepts(x: Tensor) -> bool:
+    """float32 on the CPU, its elements side by side in memory in whatever order of dims."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg() and is_dense(x)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether no element lies twice in memory and nothing lies between them."""
+    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def layout_of(x: Tensor, scale: Tensor) -> Layout | None:
+    """How `scale`, broadcastable to a dense `x`, lies along it; None: in no way that the kernels know.
+
+    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(1))
+    Layout(repeats=1, outer=1, run=96, inner=1)
+    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(3, 1, 1))
+    Layout(repeats=2, outer=3, run=16, inner=1)
+    >>> layout_of(torch.zeros(2, 5, 3), torch.ones(3))
+    Layout(repeats=1, outer=1, run=10, inner=3)
+    """
+    if scale.numel() == 1:
+        return Layout(1, 1, x.numel(), 1) if scale.ndim <= x.ndim or x.ndim == 0 else None
+    if scale.ndim > x.ndim or not scale.is_contiguous():
+        return None
+    return layout_along(x, (1,) * (x.ndim - scale.ndim) + tuple(scale.shape))
+
+
+def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
+    """The same by the sizes of the scale, as many as `x` has dims."""
+    if len(sizes) != x.ndim:
+        return None
+    order = range(x.ndim) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
+    # Neighbouring dims that the scale has, or lacks, are one.
+    parts: list[tuple[bool, int]] = []
+    kept = []
+    for dim in order:
+        if x.shape[dim] == 1:
+            continue
+        has = sizes[dim] > 1
+        if has:
+            kept.append(dim)
+        if parts and parts[-1][0] == has:
+            parts[-1] = (has, parts[-1][1] * x.shape[dim])
+        else:
+            parts.append((has, x.shape[dim]))
+    if kept != sorted(kept):
+        return None
+    flags = [has for has, _ in parts]
+    number = [size for _, size in parts]
+    known = {
+        (): lambda: Layout(1, 1, 1, 1),
+        (False,): lambda n: Layout(1, 1, n, 1),
+        (True,): lambda a: Layout(1, 1, 1, a),
+        (True, False): lambda a, b: Layout(1, a, b, 1),
+        (False, True): lambda b, c: Layout(1, 1, b, c),
+        (False, True, False): lambda r, a, b: Layout(r, a, b, 1),
+        (True, False, True): lambda a, b, c: Layout(1, a, b, c),
+        (False, True, False, True): lambda r, a, b, c: Layout(r, a, b, c),
+    }
+    made = known.get(tuple(flags))
+    return None if made is None else made(*number)  # type: ignore[operator]
+
+
+class Kernels:
+    """The compiled library.
+
+    Args:
+        variant: one of `VARIANTS`; None: the fastest that the processor runs.
+
+    Raises:
+        NativeError: it cannot be compiled, or the processor does not run the variant.
+    """
+
+    def __init__(self, variant: str | None = None) -> None:
+        compiled = library("fake_quantize")
+        best = compiled.lq_fake_quantize_best()
+        self.variants = VARIANTS[: best + 1]
+        self.variant = self.variants[-1] if variant is None else variant
+        if self.variant not in self.variants:
+            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
+        self._number = VARIANTS.index(self.variant)
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        signatures = {
+            "lq_fake_quantize": [*[pointer] * 5, *[size] * 4, *[number] * 5],
+            "lq_fake_quantize_observed": [*[pointer] * 5, size, number, number, pointer, pointer, number, number],
+            "lq_fake_quantize_rows": [*[pointer] * 5, size, size, *[number] * 5],
+            "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
+            "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 4],
+        }
+        for name, signature in signatures.items():
+            function = getattr(compiled, name)
+            function.argtypes, function.restype = signature, None
+        self._fake_quantize = compiled.lq_fake_quantize
+        self._observed = compiled.lq_fake_quantize_observed
+        self._rows = compiled.lq_fake_quantize_rows
+        self._mask_gradient = compiled.lq_mask_gradient
+        self._learned_backward = compiled.lq_learned_backward
+
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Quantized `x`, and the bits of what was not clipped where `masked`.
+
+        Args:
+            x: that `accepts` holds for.
+            scale, zero_point: contiguous float32, `[outer, inner]` elements.
+            bounds: quant_min and quant_max.
+            layout: of both along x.
+            learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
+        """
+        y, mask = torch.empty_like(x), _mask(layout, masked)
+        self._fake_quantize(
+            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds, learned,
+            self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y, mask
+
+    def fake_quantize_observed(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in place."""
+        y, mask = torch.empty_like(x), _mask(Layout(1, 1, x.numel(), 1), masked)
+        self._observed(
+            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
+            low.data_ptr(), high.data_ptr(), self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y, mask
+
+    def fake_quantize_rows(
+        self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero points `[rows]`."""
+        y, mask = torch.empty_like(x), _mask(Layout(1, rows, x.numel() // rows, 1), masked)
+        scale, zero_point = x.new_empty(rows), x.new_empty(rows)
+        self._rows(
+            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine,
+            self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y, mask, scale, zero_point
+
+    def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+        """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
+        result = torch.empty_like(gradient)
+        self._mask_gradient(
+            gradient.data_ptr(), result.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads()
+        )  # fmt: skip
+        return result
+
+    def learned_backward(
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
+        needs_x: bool, needs_zero_point: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1."""
+        result = torch.empty_like(x) if needs_x else None
+        slope = torch.empty(layout.outer, dtype=torch.float64)
+        shift = torch.empty_like(slope) if needs_zero_point else None
+        self._learned_backward(
+            x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(), slope.data_ptr(),
+            _address(shift), *layout[:3], *bounds, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return result, slope, shift
+
+
+def _mask(layout: Layout, wanted: bool) -> Tensor | None:
+    return torch.empty(layout.words, dtype=torch.int16) if wanted else None
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

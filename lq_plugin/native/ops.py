@@ -1,0 +1,119 @@
+"""The kernels as operators of torch (`torch.ops.lq_plugin.*`), with fake kernels: torch.compile keeps them in one graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
+from lq_plugin.native.switch import active
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The kernels, where they may stand in for torch operations on `x`; None: they may not.
+
+    They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch modes), on
+    an empty tensor, and where `accepts` says no.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel() or not accepts(x):
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return None
+    return active()
+
+
+@torch.compiler.assume_constant_result
+def _compiled_here() -> bool:
+    return active() is not None
+
+
+def traceable(x: Tensor, scale: Tensor) -> bool:
+    """Under torch.compile: whether the operators may stand in for torch operations on `x`."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
+        return False
+    return (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))) and _compiled_here()
+
+
+def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
+    """`gradient` with these strides: itself, or a copy."""
+    if tuple(gradient.stride()) == tuple(strides):
+        return gradient
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+def unpacked(mask: Tensor, layout: Layout, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """A mask as booleans, by torch operations."""
+    rows, length = layout.rows
+    bits = (mask.view(rows, -1, 1) >> torch.arange(16, dtype=torch.int16, device=mask.device)) & 1
+    flat = bits.reshape(rows, -1)[:, :length].reshape(-1).bool()
+    return flat.as_strided(shape, strides)
+
+
+def _kernels() -> Kernels:
+    found = active()
+    # The graph was traced with kernels; it runs with them, whatever the switch says now: the numbers are the same.
+    return Kernels() if found is None else found
+
+
+@torch.library.custom_op("lq_plugin::fake_quantize", mutates_args=())
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, masked: bool, learned: bool
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels.fake_quantize`, with one scale; the mask is empty unless wanted."""
+    layout = layout_of(x, scale)
+    assert layout is not None
+    y, mask = _kernels().fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked, learned)
+    return y, x.new_empty(0, dtype=torch.int16) if mask is None else mask
+
+
+@fake_quantize.register_fake
+def _(x, scale, zero_point, quant_min, quant_max, masked, learned):
+    return torch.empty_like(x), _fake_mask(x, masked)
+
+
+@torch.library.custom_op("lq_plugin::fake_quantize_observed", mutates_args=())
+def fake_quantize_observed(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the smallest and largest value of x, `[1]` each."""
+    low, high = x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf)
+    y, mask = _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked)
+    return y, x.new_empty(0, dtype=torch.int16) if mask is None else mask, low, high
+
+
+@fake_quantize_observed.register_fake
+def _(x, scale, zero_point, quant_min, quant_max, masked):
+    return torch.empty_like(x), _fake_mask(x, masked), x.new_empty(1), x.new_empty(1)
+
+
+@torch.library.custom_op("lq_plugin::mask_gradient", mutates_args=())
+def mask_gradient(gradient: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
+    """The gradient where a bit is 1; `strides` are those of the tensor that was masked, with one scale."""
+    return _kernels().mask_gradient(laid_out(gradient, strides), mask, Layout(1, 1, gradient.numel(), 1))
+
+
+@mask_gradient.register_fake
+def _(gradient, mask, strides):
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+
+
+@torch.library.custom_op("lq_plugin::learned_backward", mutates_args=())
+def learned_backward(
+    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.learned_backward`, with one scale."""
+    layout = Layout(1, 1, x.numel(), 1)
+    gradient = laid_out(gradient, x.stride())
+    inside, slope, shift = _kernels().learned_backward(x, gradient, scale, zero_point, (quant_min, quant_max), layout, True, True)
+    assert inside is not None
+    assert shift is not None
+    return inside, slope, shift
+
+
+@learned_backward.register_fake
+def _(x, gradient, scale, zero_point, quant_min, quant_max):
+    return torch.empty_like(x), x.new_empty(1, dtype=torch.float64), x.new_empty(1, dtype=torch.float64)
+
+
+def _fake_mask(x: Tensor, masked: bool) -> Tensor:
+    return x.new_empty((x.numel() + 15) // 16 if masked else 0, dtype=torch.int16)

@@ -1,0 +1,80 @@
+"""Whether compiled kernels are used."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lq_plugin.native.build import NativeError
+from lq_plugin.native.kernels import Kernels
+
+_VARIABLE = "LQ_NATIVE"
+_CHOICES = {"": None, "0": False, "1": True}
+# One value for all threads: autograd runs backward passes in threads of its own, which must choose as the forward pass did.
+_chosen: list[bool | None] = []
+
+
+@contextmanager
+def use_native(on: bool | None) -> Iterator[None]:
+    """Say whether compiled kernels are used, in this block and in all threads.
+
+    Args:
+        on: True: yes; False: torch operations alone; None: where they can be had.
+
+    Raises:
+        NativeError: True, and they cannot be compiled here.
+
+    >>> with use_native(False):
+    ...     active() is None
+    True
+    """
+    if on:
+        _compiled()
+    _chosen.append(on)
+    _current.cache_clear()
+    try:
+        yield
+    finally:
+        _chosen.pop()
+        _current.cache_clear()
+
+
+def available() -> bool:
+    """Whether the kernels compile and run here; compiles them."""
+    try:
+        _compiled()
+    except NativeError:
+        return False
+    return True
+
+
+def active() -> Kernels | None:
+    """The kernels that are to be used now; None: torch operations."""
+    return _current()
+
+
+@functools.cache
+def _current() -> Kernels | None:
+    on = _chosen[-1] if _chosen else _from_environment()
+    if on is False:
+        return None
+    try:
+        return _compiled()
+    except NativeError:
+        if on:
+            raise
+        return None
+
+
+def _from_environment() -> bool | None:
+    value = os.environ.get(_VARIABLE, "")
+    if value not in _CHOICES:
+        raise NativeError(f"the environment's {_VARIABLE} is {value!r}; it can be 0 (off), 1 (on) or empty (where it can be had)")
+    return _CHOICES[value]
+
+
+@functools.cache
+def _compiled() -> Kernels:
+    return Kernels()

@@ -1,0 +1,61 @@
+"""The benchmark of a training step on small models: the promised JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import qat_step, qat_step_models
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, bias=False), nn.Linear(8 * 36, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(qat_step_models.MODELS, "r20", (Small, (4, 3, 8, 8), (4,), 10))
+
+
+@pytest.mark.parametrize("setting", ["W8A8", "LSQ"])
+def test_json_has_the_promised_form(tmp_path: Path, setting: str) -> None:
+    out = tmp_path / "out.json"
+    implementations = ["lq pure", "lq native", "torch.ao"]
+    arguments = ["--models", "r20", "--settings", setting, "--implementations", *implementations, "--rounds", "3", "--json", str(out)]
+    qat_step.main(arguments)
+    rows = {row["implementation"]: row for row in json.loads(out.read_text())["results"]}
+    assert set(rows) == {"float", *implementations}
+    assert all((row["model"], row["setting"]) == ("r20", setting) for row in rows.values())
+    assert rows["float"]["ratio"] == 1.0
+    assert rows["lq pure"]["ratio"] > 0
+    if setting == "LSQ":
+        assert (rows["torch.ao"]["ratio"], rows["torch.ao"]["why"]) == (None, "its learned fake-quantizers are no part of its API")
+    else:
+        assert rows["torch.ao"]["saved_mb"] > rows["float"]["saved_mb"]
+
+
+def test_saved_bytes_of_a_float_step() -> None:
+    step = qat_step_models.float_step("r20", "cpu")
+    weights = step.model.conv.weight.nbytes + step.model.fc.weight.nbytes
+    batch, hidden, logits = 4 * 3 * 64 * 4, 4 * 8 * 36 * 4, 4 * 10 * 4
+    # Images, weights, ReLU's output (flattened: the same storage), log-softmax, labels; cross-entropy keeps one total weight.
+    with_parameters, without = qat_step_models.saved_bytes(step)
+    assert with_parameters - without == weights
+    assert without == pytest.approx(batch + hidden + logits + 4 * 8, abs=64)
+
+
+def test_every_round_runs_every_step_once() -> None:
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    times = qat_step.interleaved(steps, rounds=2, warm_up=1, clock=lambda: 0.0)
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}

@@ -1,0 +1,327 @@
+"""The compiled kernels against the torch operations they stand for, bit for bit, in every variant that this processor runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lq_plugin.functional.affine import fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
+from lq_plugin.functional.lsq import fake_quantize_learned
+from lq_plugin.native import NativeError, available, use_native
+from lq_plugin.native import switch as switch_module
+from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
+from lq_plugin.native.switch import active
+from lq_plugin.spec import IntegerGrid
+
+if not available():
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+VARIANTS = Kernels().variants
+GRIDS = [
+    IntegerGrid(-128, 127),
+    IntegerGrid(-7, 7),
+    IntegerGrid(0, 255, True),
+    IntegerGrid(-8, 7, True),
+    IntegerGrid(0, 15),
+    IntegerGrid(0, 1),
+]
+special = st.sampled_from([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 0.25, -0.75, 1e-40, 3e38, -3e38])
+finite = st.one_of(st.floats(-40, 40, width=32), st.sampled_from([0.0, -0.0, 1e-40, 3e38, -3e38]))
+values = st.one_of(st.floats(-40, 40, width=32), special, st.integers(-60, 60).map(lambda n: n * 0.25))
+arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7), elements=values)
+grids = st.sampled_from(GRIDS)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch):
+    """Makes `use_native(True)` take this variant."""
+    kernels = Kernels(request.param)
+    monkeypatch.setattr(switch_module, "_compiled", lambda: kernels)
+    return request.param
+
+
+def same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal bits, but for the payload of a NaN."""
+    nan = torch.isnan(theirs)
+    if mine.shape != theirs.shape or not torch.equal(torch.isnan(mine), nan):
+        return False
+    return torch.equal(mine.masked_fill(nan, 0).contiguous().view(torch.int32), theirs.masked_fill(nan, 0).contiguous().view(torch.int32))
+
+
+def both(function, *tensors):
+    """Results of `function` on copies, with kernels and without: its value, then the gradient of each tensor that wants one."""
+    results = []
+    for on in (True, False):
+        with use_native(on):
+            # Strides stay as they are.
+            copies = [torch.empty_like(t).copy_(t).requires_grad_() for t in tensors]
+            y = function(*copies)
+            torch.manual_seed(0)
+            y.backward(torch.randn(y.shape))
+            results.append([y.detach(), *(t.grad for t in copies)])
+    return zip(*results, strict=True)
+
+
+def arranged(array: np.ndarray, how: str) -> torch.Tensor:
+    """The values in a tensor that lies in memory in another way."""
+    x = torch.from_numpy(array)
+    if how == "transposed":
+        return x.transpose(0, -1)
+    if how == "sliced":
+        return torch.stack([x, -x], -1)[..., 0]
+    if how == "channels_last" and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+hows = st.sampled_from(["contiguous", "transposed", "sliced", "channels_last"])
+
+
+@settings(deadline=None, max_examples=25)
+@given(arrays, hows, grids, st.sampled_from([0.5, 0.1, 3e-3, 1e30]), st.integers(0, 15))
+def test_one_scale(array, how, grid, scale, zero_point):
+    x = arranged(array, how)
+    s, z = torch.tensor([scale]), torch.tensor([float(zero_point) if grid.affine and zero_point <= grid.quant_max else 0.0])
+    check(both(lambda v: fake_quantize(v, s, z, grid), x), x)
+
+
+def check(results, x):
+    """Value and gradient. That of a NaN is torch's own whim: its kernels keep or clear it by the place in a register."""
+    (mine, theirs), (mine_slope, theirs_slope) = results
+    assert same(mine, theirs)
+    assert same(mine_slope.masked_fill(x.isnan(), 0), theirs_slope.masked_fill(x.isnan(), 0))
+
+
+@settings(deadline=None, max_examples=25)
+@given(arrays, hows, grids, st.integers(0, 3), st.data())
+def test_a_scale_for_each_channel(array, how, grid, axis, data):
+    x = arranged(array, how)
+    axis %= x.ndim
+    shape = [x.shape[axis] if d == axis else 1 for d in range(x.ndim)]
+    s = torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=st.sampled_from([0.5, 0.07, 2.0]))))
+    z = torch.full(shape, 1.0 if grid.affine else 0.0)
+    check(both(lambda v: fake_quantize(v, s, z, grid), x), x)
+
+
+@settings(deadline=None, max_examples=25)
+@given(arrays, hows, grids)
+def test_observed(array, how, grid):
+    x = arranged(array, how)
+    s, z = torch.tensor([0.5]), torch.tensor([0.0])
+    seen = []
+
+    def observed(v):
+        seen.append((torch.tensor([-0.5]), torch.tensor([torch.nan if array.size % 5 == 0 else 0.5])))
+        return fake_quantize_observed(v, s, z, grid, *seen[-1])
+
+    check(both(observed, x), x)
+    for mine, theirs in zip(*seen, strict=True):
+        # Of two zeros of different sign, either may be the smallest.
+        assert torch.equal(mine.nan_to_num(nan=77.0), theirs.nan_to_num(nan=77.0))
+
+
+@settings(deadline=None, max_examples=25)
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7), elements=finite), grids, st.integers(-1, 3))
+def test_to_extremes(array, grid, axis):
+    x = torch.from_numpy(array)
+    shape = tuple(size if d == axis else 1 for d, size in enumerate(x.shape))
+    for mine, theirs in both(lambda v: fake_quantize_to_extremes(v, shape, grid), x):
+        assert same(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_to_extremes_of_a_weight_that_is_broken(bad):
+    x = torch.linspace(-2, 2, 60).reshape(3, 20)
+    x[1, 7] = bad
+    for mine, theirs in both(lambda v: fake_quantize_to_extremes(v, (3, 1), IntegerGrid(-8, 7)), x):
+        assert same(mine, theirs)
+
+
+def test_memory_stays_in_its_order():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    results = list(both(lambda v: fake_quantize(v, torch.tensor([0.3]), torch.tensor([0.0]), IntegerGrid(-2, 1)), x))
+    assert all(mine.stride() == theirs.stride() == x.stride() for mine, theirs in results)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=7), elements=st.floats(-9, 9, width=16)),
+    hows, grids, st.integers(-1, 3), st.sampled_from([0.5, -0.3, 0.0]), st.sampled_from([0.0, 2.6]),
+)  # fmt: skip
+def test_learned(array, how, grid, axis, scale, zero_point):
+    x = arranged(array, how)
+    shape = [size if d == axis else 1 for d, size in enumerate(x.shape)]
+    names = ("y", "x", "scale", "zero point")
+    results = both(lambda v, s, z: fake_quantize_learned(v, s, z, grid, 0.3), x, torch.full(shape, scale), torch.full(shape, zero_point))
+    for name, (mine, theirs) in zip(names, results, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(("shape", "threads"), [((3, 40_001), 1), ((2, 5, 33, 17), 1), ((70_000,), 2)])
+def test_variants_and_threads(variant, shape, threads):
+    """Larger than a thread's share, with a rest that fills no register."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator) * 3
+    x.view(-1)[::7] = torch.round(x.view(-1)[::7]) / 4  # halves of a step
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        sizes = [(1,) * len(shape), (*shape[:1], *(1,) * (len(shape) - 1)), (*(1,) * (len(shape) - 1), *shape[-1:])]
+        for size in sizes:
+            s, z = torch.rand(size, generator=generator) + 0.3, torch.ones(size)
+            grid = IntegerGrid(-8, 7, True)
+            with use_native(True):
+                assert active().variant == variant
+            for mine, theirs in both(lambda v, s=s, z=z, grid=grid: fake_quantize(v, s, z, grid), x):
+                assert same(mine, theirs)
+            for mine, theirs in both(lambda v, s, z, grid=grid: fake_quantize_learned(v, s, z, grid, 0.3), x, s, z):
+                assert torch.equal(mine, theirs)
+            for mine, theirs in both(lambda v, size=size, grid=grid: fake_quantize_to_extremes(v, size, grid), x):
+                assert same(mine, theirs)
+        low, high = torch.tensor([0.0]), torch.tensor([0.0])
+        with use_native(True):
+            fake_quantize_observed(x, torch.tensor([0.5]), torch.tensor([0.0]), IntegerGrid(-8, 7), low, high)
+        assert (low, high) == (x.min(), x.max())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_kernels_run_and_no_mask_tensor_of_bytes_is_kept():
+    x = torch.randn(64, 100, requires_grad=True)
+    kept = []
+    with use_native(True), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        fake_quantize(x, torch.tensor([0.1]), torch.tensor([0.0]), IntegerGrid(-8, 7))
+    assert kept == [x.numel() // 8]
+
+
+def test_a_gradient_that_others_hold_is_left_as_it_is():
+    x = torch.randn(4, 50, requires_grad=True)
+    with use_native(True):
+        y = fake_quantize(x, torch.tensor([0.01]), torch.tensor([0.0]), IntegerGrid(-8, 7))
+    y.retain_grad()
+    upstream = torch.randn(4, 50)
+    untouched = upstream.clone()
+    y.backward(upstream)
+    assert torch.equal(upstream, untouched)
+    assert torch.equal(y.grad, untouched)
+    assert (x.grad == 0).any()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_second_derivatives_pass_the_same_elements(learned):
+    outcomes = []
+    for on in (True, False):
+        with use_native(on):
+            x = torch.linspace(-3, 3, 40).requires_grad_()
+            s, z = torch.tensor([0.2]), torch.tensor([0.0])
+            function = fake_quantize_learned if learned else fake_quantize
+            (first,) = torch.autograd.grad((function(x, s, z, IntegerGrid(-8, 7)) ** 3).sum(), x, create_graph=True)
+            first.pow(2).sum().backward()
+            outcomes.append((first.detach(), x.grad))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+    assert (outcomes[0][1] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_and_odd_memory_take_torch_operations(dtype):
+    assert not accepts(torch.zeros(3, dtype=dtype))
+    assert not accepts(torch.zeros(4, 4)[:, ::2])
+    assert not accepts(torch.zeros(1).expand(5))
+    assert accepts(torch.zeros(4, 6).t())
+
+
+def test_an_empty_tensor():
+    with use_native(True):
+        assert fake_quantize(torch.zeros(0, 3), torch.tensor([1.0]), torch.tensor([0.0]), IntegerGrid(-8, 7)).shape == (0, 3)
+        with pytest.raises(RuntimeError):
+            fake_quantize_observed(torch.zeros(0), torch.ones(1), torch.zeros(1), IntegerGrid(-8, 7), torch.zeros(1), torch.zeros(1))
+
+
+def test_layouts():
+    image = torch.zeros(2, 3, 4, 5)
+    per_channel = torch.ones(1, 3, 1, 1)
+    assert layout_of(image, per_channel) == Layout(2, 3, 20, 1)
+    assert layout_of(image.contiguous(memory_format=torch.channels_last), per_channel) == Layout(1, 1, 40, 3)
+    assert layout_of(torch.zeros(8, 2, 16, 3, 3), torch.ones(8, 2, 1, 3, 3)) == Layout(1, 16, 16, 9)
+    assert layout_of(image, torch.ones(2, 1, 4, 1)) is None
+    assert layout_of(image.transpose(0, 1), torch.ones(3, 2, 1, 1)) is None
+
+
+def test_groups_of_a_convolution():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 2, 16, 3, 3, generator=generator)
+    s = torch.rand(8, 2, 1, 3, 3, generator=generator) + 0.1
+    for mine, theirs in both(lambda v: fake_quantize(v, s, torch.zeros_like(s), IntegerGrid(-8, 7)), x):
+        assert same(mine, theirs)
+
+
+def test_switches():
+    with use_native(False):
+        assert active() is None
+        with use_native(True):
+            assert isinstance(active(), Kernels)
+        assert active() is None
+    with pytest.raises(NativeError, match="this processor runs"):
+        Kernels("neon")
+
+
+@pytest.mark.parametrize(("value", "want"), [("0", False), ("1", True), ("", True)])
+def test_environment(monkeypatch, value, want):
+    monkeypatch.setenv("LQ_NATIVE", value)
+    monkeypatch.setattr(switch_module, "_chosen", [])
+    switch_module._current.cache_clear()
+    assert (active() is not None) == want
+    switch_module._current.cache_clear()
+
+
+def test_environment_that_means_nothing(monkeypatch):
+    monkeypatch.setenv("LQ_NATIVE", "yes")
+    with pytest.raises(NativeError, match="it can be 0"):
+        switch_module._from_environment()
+
+
+def test_without_a_compiler(monkeypatch):
+    def missing():
+        raise NativeError("no compiler")
+
+    monkeypatch.setattr(switch_module, "_compiled", missing)
+    with use_native(None):
+        assert active() is None
+        assert not available()
+    with pytest.raises(NativeError, match="no compiler"), use_native(True):
+        pass
+
+
+@pytest.mark.slow
+# Dynamo makes what autograd warns of.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_in_one_graph_with_the_same_numbers(learned):
+    def function(v, s, z):
+        return (fake_quantize_learned if learned else fake_quantize)(v, s, z, IntegerGrid(-8, 7))
+
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(6, 5, 8, 8, generator=generator), torch.randn(6, 5, 8, 8, generator=generator)
+    outcomes = []
+    for made in (function, torch.compile(function, fullgraph=True)):
+        v, s = x.clone().requires_grad_(), torch.tensor([0.2], requires_grad=learned)
+        with use_native(True):
+            y = made(v, s, torch.tensor([0.0]))
+            y.backward(upstream)
+        outcomes.append([y.detach(), v.grad, *([s.grad] if learned else [])])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_operators_are_sound():
+    x, s, z = torch.randn(3, 20), torch.tensor([0.2]), torch.tensor([0.0])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.lq_plugin.fake_quantize.default, (x, s, z, -8, 7, True, False), test_utils=tests)
+    torch.library.opcheck(torch.ops.lq_plugin.fake_quantize_observed.default, (x, s, z, -8, 7, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (x, x, s, z, -8, 7), test_utils=tests)
+    _, mask = torch.ops.lq_plugin.fake_quantize(x, s, z, -8, 7, True, False)
+    torch.library.opcheck(torch.ops.lq_plugin.mask_gradient.default, (x, mask, [20, 1]), test_utils=tests)
