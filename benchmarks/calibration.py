@@ -34,8 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.deploy_models import export_float, resnet18
+from benchmarks.deploy_models import export_float
 from benchmarks.ptq_accuracy import all_estimates, forward_pass
+from benchmarks.resnet18 import resnet18
 from lq_plugin import QuantPlan, Rule, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet

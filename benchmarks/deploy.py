@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, deploy_models
 from benchmarks.ptq_accuracy import BATCH_SIZE, CALIBRATION_IMAGES, accuracy, specs
+from benchmarks.resnet18 import resnet18
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
@@ -62,7 +63,7 @@ Call = Callable[[], Any]
 def conv_models(name: str, data: Path) -> tuple[nn.Module, list[Tensor]]:
     """The float model and calibration batches of `r20` or `r18`."""
     if name == "r18":
-        return deploy_models.resnet18(), list(torch.randn(2, 8, 3, 224, 224, generator=torch.Generator().manual_seed(1)))
+        return resnet18(), list(torch.randn(2, 8, 3, 224, 224, generator=torch.Generator().manual_seed(1)))
     images, _ = load_images(data, "train", 0, 256)
     return load_resnet(data / "resnet_cifar10/resnet20_jpeg.safetensors"), list(normalize(images).split(128))
 

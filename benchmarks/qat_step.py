@@ -15,32 +15,32 @@ are the smallest and largest ratio within one round. The models: r20, ResNet-20 
 Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(..., forward="integer")`;
 `lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float compiled` stands beside it);
 `torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer (attention keeps its projection of query, key
-and value float); `torchao QATConfig` (linear layers only) and `torchao pt2e`; `brevitas`, in its own environment
-(`python -m benchmarks.peers install brevitas`).
+and value float); `torchao QATConfig` (linear layers only) and `torchao pt2e`; Brevitas, where it is installed
+(`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn: `brevitas collecting`, its first
+300 steps, and `brevitas learned`, what comes after them.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
-from benchmarks.qat_step_models import MODELS, Step, float_step, saved_bytes
+from benchmarks.peers.training import PeerStep
+from benchmarks.qat_step_models import CLOCKS, MODELS, Step, float_step
 from benchmarks.qat_step_rivals import IMPLEMENTATIONS, Unavailable
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 SETTINGS = ("W8A8", "W4A8", "W4A4", "LSQ")
 
 
 def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each implementation that has this setting, and one for float."""
-    steps: dict[str, Step] = {"float": float_step(model, options.device)}
+    steps: dict[str, Step | PeerStep] = {"float": float_step(model, options.device)}
     skipped: list[dict[str, Any]] = []
     for name in options.implementations:
         try:
@@ -49,24 +49,25 @@ def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[
             skipped.append(
                 {"model": model, "implementation": name, "setting": setting, "ratio": None, "saved_mb": None, "why": str(reason)}
             )
-    times = interleaved(steps, options.rounds, options.warm_up, CLOCKS[options.clock])
+    times = interleaved(steps, options.rounds, options.warm_up, options.clock)
     rows = []
     for name, step in steps.items():
         row = {"model": model, "implementation": name, "setting": setting, **common.ratio(times, name, "float")}
-        saved, added = (size / 1e6 for size in saved_bytes(step))
+        saved, added = (size / 1e6 for size in step.saved())
         rows.append({**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added})
+        if isinstance(step, PeerStep):
+            step.close()
     return rows + skipped
 
 
-def interleaved(steps: dict[str, Step], rounds: int, warm_up: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Step | PeerStep], rounds: int, warm_up: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each step, round by round; every second round runs in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warm_up + rounds):
         for name in reversed(steps) if index % 2 else steps:
-            before = clock()
-            steps[name]()
+            seconds = steps[name].seconds(clock)
             if index >= warm_up:
-                times[name].append(clock() - before)
+                times[name].append(seconds)
     return times
 
 

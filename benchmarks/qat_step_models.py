@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.deploy_models import ResNet18
+from benchmarks.resnet18 import ResNet18
 from lq_plugin.demo.resnet import CifarResNet
 
 Batch = tuple[Tensor, Tensor]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Encoder(nn.Module):
@@ -80,6 +82,16 @@ class Step:
     def loss(self) -> Tensor:
         """Cross-entropy of the batch."""
         return F.cross_entropy(self.forward(self.batch[0]), self.batch[1])
+
+    def seconds(self, clock: str) -> float:
+        """Time of one step, by a key of `CLOCKS`."""
+        before = CLOCKS[clock]()
+        self()
+        return CLOCKS[clock]() - before
+
+    def saved(self) -> tuple[int, int]:
+        """See `saved_bytes`."""
+        return saved_bytes(self)
 
 
 def float_step(name: str, device: str) -> Step:

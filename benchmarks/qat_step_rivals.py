@@ -8,11 +8,14 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.environments import PeerError
+from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import Step, load
 from lq_plugin import QuantPlan, Rule, prepare
 from lq_plugin.callbacks import QAT
@@ -122,6 +125,15 @@ def float_compiled(name: str, setting: str, device: str) -> Step:
     return Step(model, batch, torch.compile(model, fullgraph=True))
 
 
+def float_channels_last(name: str, setting: str, device: str) -> Step:
+    """The float step on channels-last images, which integer convolutions give to what comes after them."""
+    model, (x, labels) = load(name, device)
+    if x.ndim != 4:
+        raise Unavailable("has no images")
+    last = torch.channels_last
+    return Step(model.to(memory_format=last), (x.to(memory_format=last), labels))
+
+
 def torch_ao(name: str, setting: str, device: str) -> Step:
     """Fused moving-average fake-quantizers of torch.ao on each convolution and linear layer."""
     if setting == "LSQ":
@@ -199,6 +211,18 @@ def torchao_pt2e(name: str, setting: str, device: str) -> Step:
     return Step(prepared, batch)
 
 
+def brevitas(variant: str, name: str, setting: str, device: str) -> PeerStep:
+    """In its own environment."""
+    if setting == "LSQ":
+        raise Unavailable("W4A4 has its learned ranges")
+    if device != "cpu":
+        raise Unavailable("runs on CPU")
+    try:
+        return PeerStep("brevitas", variant, name, setting, torch.get_num_threads())
+    except PeerError as error:
+        raise Unavailable(str(error)) from error
+
+
 @contextlib.contextmanager
 def _quiet() -> Any:
     """Peers warn of deprecations, their own and torch's."""
@@ -207,13 +231,16 @@ def _quiet() -> Any:
         yield
 
 
-IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step]] = {
+IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step | PeerStep]] = {
     "lq pure": pure,
     "lq native": native,
     "lq integer": integer,
     "lq compiled": compiled,
     "float compiled": float_compiled,
+    "float channels_last": float_channels_last,
     "torch.ao": torch_ao,
     "torchao QATConfig": torchao_config,
     "torchao pt2e": torchao_pt2e,
+    "brevitas collecting": partial(brevitas, "collecting"),
+    "brevitas learned": partial(brevitas, "learned"),
 }

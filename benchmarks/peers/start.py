@@ -33,14 +33,16 @@ def run_peer(name: str, setting: str, *, weights: Path, data: Path, **options: A
     """
     require([name])
     request = Request(str(weights.resolve()), str(data.resolve()), setting, **options)
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("PYTHON")},
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(request.threads),
-    }
     command = [str(python(name)), "-m", "benchmarks.peers.runner", name]
-    done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, cwd=ROOT, env=environment)
+    where: Any = {"cwd": ROOT, "env": environment(request.threads)}
+    done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, **where)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-25:])
         raise PeerError(f"{name} failed at {setting} with exit code {done.returncode}:\n{tail}")
     return json.loads(done.stdout)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a peer's process: nothing of this one's Python, and this repository to import from."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lq_plugin.native.build import NativeError
 from lq_plugin.native.kernels import Kernels
+
+log = logging.getLogger(__name__)
 
 _VARIABLE = "LQ_NATIVE"
 _CHOICES = {"": None, "0": False, "1": True}
@@ -62,9 +65,10 @@ def _current() -> Kernels | None:
         return None
     try:
         return _compiled()
-    except NativeError:
+    except NativeError as error:
         if on:
             raise
+        _say_once(str(error))
         return None
 
 
@@ -78,3 +82,8 @@ def _from_environment() -> bool | None:
 @functools.cache
 def _compiled() -> Kernels:
     return Kernels()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("%s; torch operations do the same, more slowly (%s=0 says that this is meant)", reason, _VARIABLE)

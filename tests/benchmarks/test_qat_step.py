@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks import qat_step, qat_step_models
+from benchmarks.peers import PeerError, training
+from benchmarks.peers.environments import is_installed
 
 
 class Small(nn.Module):
@@ -53,9 +56,36 @@ def test_saved_bytes_of_a_float_step() -> None:
     assert without == pytest.approx(batch + hidden + logits + 4 * 8, abs=64)
 
 
+class Noted:
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def seconds(self, clock: str) -> float:
+        self.calls.append(f"{self.name} {clock}")
+        return len(self.calls)
+
+
 def test_every_round_runs_every_step_once() -> None:
     calls: list[str] = []
-    steps = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    times = qat_step.interleaved(steps, rounds=2, warm_up=1, clock=lambda: 0.0)
-    assert calls == ["a", "b", "b", "a", "a", "b"]
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+    times = qat_step.interleaved({name: Noted(name, calls) for name in "ab"}, rounds=2, warm_up=1, clock="cpu")  # type: ignore[misc]
+    assert calls == ["a cpu", "b cpu", "b cpu", "a cpu", "a cpu", "b cpu"]
+    assert times == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
+
+
+def test_a_peers_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "require", lambda names: None)
+    monkeypatch.setattr(training, "python", lambda name: Path(sys.executable))
+    with pytest.raises(PeerError, match="No module named 'benchmarks.peers.nobody_training'"):
+        training.PeerStep("nobody", "", "r20", "W8A8", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed("brevitas"), reason="Brevitas: python -m benchmarks.peers install brevitas")
+def test_brevitas_takes_its_turn() -> None:
+    step = training.PeerStep("brevitas", "learned", "r20", "W8A8", 1)
+    assert step.seconds("wall") > 0
+    total, without = step.saved()
+    # More than the float step of ResNet-20 keeps.
+    assert total > without > 196e6
+    step.close()
+    assert step.process.returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import NativeError
+from lq_plugin.native.build import NativeError, library
 from lq_plugin.spec import IntegerGrid
 
 
@@ -21,7 +21,7 @@ class IntegerKernels:
     """
 
     def __init__(self, fast: bool = True) -> None:
-        compiled = _library()
+        compiled = library("integer", Path(__file__).parent)
         pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         signatures = {
             "quantize": ([*[pointer] * 3, size, real, real, number, number, pointer, pointer, number, number], number),
@@ -113,19 +113,3 @@ def sums_exactly() -> bool:
         # A torch without oneDNN has not these operators.
         return False
     return bool((y == 255 * 127 * 64).all())
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    from torch.utils import cpp_extension
-
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off"]
-    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
-    source = str(Path(__file__).with_name("integer.cpp"))
-    try:
-        path = cpp_extension.load(
-            "lq_plugin_integer", [source], extra_cflags=flags + openmp, extra_ldflags=openmp, is_python_module=False
-        )  # fmt: skip
-        return ctypes.CDLL(path)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise NativeError(f"the compiled kernels (integer.cpp) need a C++ compiler and ninja: {error}") from error
