@@ -67,7 +67,7 @@ class Step:
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         self.model, self.batch, self.after = model, batch, after
-        self.forward = forward or model
+        self.forward = model if forward is None else forward
         self.optimizer = torch.optim.SGD(model.parameters() if parameters is None else parameters, 1e-4, momentum=0.9)
 
     def __call__(self) -> None:
