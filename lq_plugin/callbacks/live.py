@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lq_plugin.callbacks.data import step_runner, without_traces
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.report import Series
 from lq_plugin.report.data import digits
@@ -47,7 +47,7 @@ class Flips:
                 self._signs.pop(name, None)
                 continue
             with evaluating(quantizer):  # type: ignore[arg-type]  # stochastic rounding draws nothing then
-                levels = quantizer.quantize_values(layer.canonical(layer.weight).detach())  # type: ignore[union-attr]
+                levels = quantizer.quantize_values(layer.canonical(weight_of(layer)).detach())  # type: ignore[union-attr]
             signs = levels.sign().to(torch.int8)
             found[f"{name}/weight_zeros"] = float((signs == 0).float().mean())
             if (before := self._signs.get(name)) is not None and before.shape == signs.shape:

@@ -16,7 +16,7 @@ from lq_plugin.callbacks.live import MAX_LAYERS
 from lq_plugin.callbacks.loggers import Picture
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.error import sqnr_db
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.cost import Cost, cost
 from lq_plugin.model.fidelity import FidelityRow, Measurements, errors_on_statistics, layer_fidelity, weight_bounds
 from lq_plugin.model.prepare import quantized_layers, quantizers
@@ -141,7 +141,7 @@ class MonitoredModel:
 
     def pictures(self, max_layers: int, activations: bool) -> Iterator[Picture]:
         layers = self.layers
-        largest = sorted(layers, key=lambda name: -layers[name].weight.numel())[:max_layers]
+        largest = sorted(layers, key=lambda name: -weight_of(layers[name]).numel())[:max_layers]
         shown = [name for name in layers if name in largest]
         yield Picture("bits", "bits", plots.to_png(plots.bits_per_layer(self.priced)))
         if any(row.sqnr_db is not None and isfinite(row.sqnr_db) for row in self.rows):
@@ -170,4 +170,4 @@ class MonitoredModel:
 def _box_plot(name: str, layer: QuantizedLayer) -> Figure:
     minimum, maximum = weight_bounds(layer) or (None, None)
     spec = "" if layer.weight_quantizer is None else str(layer.weight_quantizer.spec)
-    return plots.weight_box_plot(layer.canonical(layer.weight), minimum, maximum, f"{name}.weight", spec)
+    return plots.weight_box_plot(layer.canonical(weight_of(layer)), minimum, maximum, f"{name}.weight", spec)

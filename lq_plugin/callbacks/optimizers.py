@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lq_plugin.formats import SLOTS
+from lq_plugin.layers import weight_sources
 from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import Quantizer
@@ -60,7 +61,7 @@ def _owned(pl_module: LightningModule) -> Iterator[tuple[str, list[Any], Quantiz
     for name, layer in quantized_layers(pl_module):
         for slot in SLOTS:
             if (quantizer := getattr(layer, f"{slot}_quantizer")) is not None:
-                yield f"{name}.{slot}_quantizer", [layer.weight], quantizer
+                yield f"{name}.{slot}_quantizer", weight_sources(layer), quantizer
     for name, operation in quantized_operations(pl_module):
         owner = pl_module.get_submodule(operation.operation.place[0])
         ours = {id(parameter) for parameter in operation.parameters()}

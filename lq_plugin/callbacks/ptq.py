@@ -12,6 +12,7 @@ from torch import Tensor
 from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
 from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
 from lq_plugin.errors import PlanError
+from lq_plugin.layers import weight_of
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.reconstruct import Reconstruction
@@ -85,4 +86,4 @@ class PTQ(QuantizationCallback):
 
     def keep_float_weights(self, pl_module: LightningModule) -> None:
         """Remember the weights that a phase is about to round, for reports."""
-        self.float_weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(pl_module)}
+        self.float_weights = {name: weight_of(layer).detach().clone() for name, layer in quantized_layers(pl_module)}

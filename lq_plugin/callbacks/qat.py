@@ -21,7 +21,7 @@ from lq_plugin.callbacks.neighbours import renew_averages
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.callbacks.sharding import average_gradients, whole_weights
 from lq_plugin.errors import PlanError
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.layers.integer import (
     disable_integer_forward,
     enable_integer_forward,
@@ -145,7 +145,7 @@ class QAT(QuantizationCallback):
                 for layer in self._layers(pl_module):
                     for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
                         if isinstance(stage, WeightQuantizer):
-                            stage.new_epoch(layer.canonical(layer.weight))
+                            stage.new_epoch(layer.canonical(weight_of(layer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.

@@ -21,10 +21,12 @@ from lq_plugin.layers.conv import (
 )
 from lq_plugin.layers.embedding import QuantizedEmbedding
 from lq_plugin.layers.linear import QuantizedConv1D, QuantizedLinear
+from lq_plugin.layers.parametrized import COMPUTED, class_before, weight_is_computed, weight_of, weight_parts, weight_sources
 from lq_plugin.layers.recurrent import QuantizedRecurrent
 from lq_plugin.layers.registry import quantized_class, register_layer, why_unsupported
 
 __all__ = [
+    "COMPUTED",
     "CONTAINER",
     "CompoundWeight",
     "QuantizedAttention",
@@ -42,12 +44,17 @@ __all__ = [
     "QuantizedRecurrent",
     "ShadowedForward",
     "attach_quantizers",
+    "class_before",
     "compound_family",
     "compound_weights",
     "detach_quantizers",
     "quantized_class",
     "register_compound",
     "register_layer",
+    "weight_is_computed",
+    "weight_of",
+    "weight_parts",
+    "weight_sources",
     "why_unsupported",
     "why_unsupported_compound",
 ]

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lq_plugin.errors import QuantizationError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers.integer import IntegerForward
+from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, weight_of, weight_sources
 from lq_plugin.plan import LayerPlan, Stage
 from lq_plugin.quantizers import (
     InputQuantizer,
@@ -54,9 +56,13 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it."""
+        return self.quantize_weight(self.weight)
+
+    def quantize_weight(self, weight: Tensor) -> Tensor:
+        """`weight`, which is the layer's, quantized."""
         if self.weight_quantizer is None:
-            return self.weight
-        return self.from_canonical(self.weight_quantizer(self.canonical(self.weight)))
+            return weight
+        return self.from_canonical(self.weight_quantizer(self.canonical(weight)))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the forward pass uses it."""
@@ -73,9 +79,10 @@ class QuantizedLayer(nn.Module):
     def calibrate_weight(self) -> None:
         """Find the weight's range from the weight, for every stage."""
         if self.weight_quantizer is not None:
+            weight = self.canonical(weight_of(self))
             for stage in self.weight_quantizer.stages():
                 if isinstance(stage, WeightQuantizer):
-                    stage.calibrate(self.canonical(self.weight))
+                    stage.calibrate(weight)
 
     @property
     def layer_plan(self) -> LayerPlan:
@@ -113,8 +120,10 @@ class ShadowedForward(nn.Module):
             args = (layer.quantized_input(args[0]), *args[1:])
         # Pruning and the old weight_norm keep the weight they computed there.
         computed = self.__dict__.get("weight")
-        self.__dict__["weight"] = layer.quantized_weight()
+        weight = self.__dict__["weight"] = layer.quantized_weight()
         try:
+            if layer.weight is not weight:
+                raise QuantizationError(f"a {self.float_class.__name__} was parametrized after its quantizers came in: prepare it later")
             y = self.float_class.forward(self, *args, **kwargs)
         finally:
             if computed is None:
@@ -142,7 +151,8 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
     """Give a layer (whose class is swapped already) the quantizers its plan asks for."""
     layer.weight_quantizer = layer.input_quantizer = layer.output_quantizer = None
     c_in, c_out = layer.channels()
-    shape = tuple(layer.canonical(layer.weight).shape)
+    weight, trained = weight_of(layer), any(source.requires_grad for source in weight_sources(layer))
+    shape = tuple(layer.canonical(weight).shape)
     makers: dict[str, Callable[[QuantSpec, str], Quantizer]] = {
         "weight": lambda spec, name: make_weight_quantizer(spec, name, shape),
         "input": lambda spec, name: make_input_quantizer(spec, name, c_in, layer.input_axis),
@@ -154,9 +164,9 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
     for quantizer in (layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer):
         if quantizer is None:
             continue
-        quantizer.to(layer.weight.device)
+        quantizer.to(weight.device)
         quantizer.train(layer.training)
-        if not layer.weight.requires_grad:
+        if not trained:
             # A frozen layer gets no trainable scales.
             quantizer.requires_grad_(False)
 
@@ -166,4 +176,13 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
     layer.__dict__.pop("integer", None)
-    cast(nn.Module, layer).__class__ = layer.float_class
+    cast(nn.Module, layer).__class__ = _float_class(layer)
+
+
+def _float_class(layer: QuantizedLayer) -> type[nn.Module]:
+    """The class from before the quantizers, with the parametrizations there are now: they can have come and gone since."""
+    names, kind = parametrized_names(layer), layer.float_class
+    known = [name for name, value in kind.__dict__.items() if isinstance(value, property)]
+    if not names or ("float_class" in type(layer).__dict__ and set(known) == set(names)):
+        return kind
+    return parametrized_class(cast(Any, class_before(layer)).float_class, layer)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, scales_output
@@ -20,6 +20,7 @@ class _QuantizedConv(QuantizedLayer):
 
     in_channels: int
     out_channels: int
+    kernel_size: tuple[int, ...]
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -38,7 +39,7 @@ class _QuantizedConv(QuantizedLayer):
     def output_scale(self, x: Tensor) -> Tensor | None:
         if not scales_output(self.input_quantizer):
             return None
-        box = torch.full_like(self.weight[:1, :1], 1.0 / self.weight[0, 0].numel())
+        box = x.new_full((1, 1, *self.kernel_size), 1.0 / prod(self.kernel_size))
         return self._conv_forward(x.abs().mean(self.input_axis, keepdim=True), box, None)
 
 

@@ -20,8 +20,9 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         return 0, self.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
         if self.max_norm is not None:
             # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized copy.
-            F.embedding(input, self.weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
-        rows = F.embedding(input, self.quantized_weight(), self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+            F.embedding(input, weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
+        rows = F.embedding(input, self.quantize_weight(weight), self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
         return self.quantized_output(rows)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lq_plugin.layers.base import QuantizedLayer, scales_output
 from lq_plugin.layers.integer import integer_forward
+from lq_plugin.layers.parametrized import weight_of
 from lq_plugin.layers.registry import register_layer, register_layer_name
 
 
@@ -37,7 +38,8 @@ class QuantizedConv1D(QuantizedLayer):
     """GPT-2's linear layer: its weight is `[C_in, C_out]`."""
 
     def channels(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
+        c_in, c_out = weight_of(self).shape
+        return c_in, c_out
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.t()

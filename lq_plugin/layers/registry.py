@@ -7,12 +7,13 @@ stay; swapping `module.__class__` in place turns one into the other, and back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, shadowable, weight_sources
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
 _BY_NAME: dict[str, type[QuantizedLayer]] = {}
@@ -51,11 +52,27 @@ def quantized_class(module: nn.Module) -> type[nn.Module] | None:
     """The class to swap `module` to, or None when its type holds no quantizers.
 
     A registered type has its own class. A subclass with a forward of its own (a weight-standardised
-    convolution, say) gets one that runs that very forward on the quantized weight.
+    convolution, say) gets one that runs that very forward on the quantized weight. A parametrized layer has a
+    class of its own each time this is called.
     """
     kind = type(module)
     if issubclass(kind, QuantizedLayer):
         return kind
+    if parametrized_names(module):
+        base = _class_for(class_before(module))
+        return None if base is None else _parametrized(base, module)
+    return _class_for(kind)
+
+
+def _parametrized(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    kind = type(module)
+    content: dict[str, Any] = {"float_class": kind}
+    if "weight" in parametrized_names(module) and issubclass(base, ShadowedForward):
+        content["weight"] = shadowable(kind.__dict__["weight"])
+    return parametrized_class(base, module, **content)
+
+
+def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind in _REGISTRY:
         return _REGISTRY[kind]
     if kind in _SHADOWED:
@@ -73,6 +90,10 @@ def why_unsupported(module: nn.Module) -> str | None:
     """Why this layer, although of a known type, cannot hold quantizers; None when it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy module without shape yet: run one batch through the model before the Trainer"
-    if is_parametrized(module, "weight"):
-        return "its weight is parametrized (weight_norm, spectral_norm, ...)"
+    if not is_parametrized(module, "weight"):
+        return None
+    if "weight" not in parametrized_names(module) and not isinstance(module, QuantizedLayer):
+        return f"its weight is parametrized, and {type(module).__name__} is not the class that torch made for that"
+    if any(hasattr(source, "device_mesh") for source in weight_sources(module)):
+        return "its weight is parametrized, and split over processes"
     return None

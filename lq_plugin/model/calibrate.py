@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lq_plugin.errors import CalibrationError, raise_all
+from lq_plugin.layers import weight_of
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.record import without_compile
 from lq_plugin.quantizers import InputQuantizer, Quantizer
@@ -63,9 +64,10 @@ def collect_statistics(
     if not quantizers(model):
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
     # Before the pass, which would name the first activation that they spoil.
+    weights = {name: weight_of(layer) for name, layer in quantized_layers(model)}
     raise_all(CalibrationError, "ranges need finite values", [
-        f"{name}.weight: NaN or Inf in {int((~torch.isfinite(layer.weight)).sum())} of {layer.weight.numel()} weights"
-        for name, layer in quantized_layers(model) if not torch.isfinite(layer.weight).all()
+        f"{name}.weight: NaN or Inf in {int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights"
+        for name, weight in weights.items() if not torch.isfinite(weight).all()
     ])  # fmt: skip
     watched = [q for q in quantizers(model) if isinstance(q, InputQuantizer)]
     count = 0
@@ -110,7 +112,7 @@ def never_reached(statistics: Statistics) -> list[str]:
 def weight_samples(model: nn.Module) -> dict[str, Sample]:
     """The values of each quantized weight, one row for each scale, by the name of its quantizer."""
     layers = (layer for _, layer in quantized_layers(model))
-    return {q.name: q.sample(layer.canonical(layer.weight)) for layer in layers if (q := layer.weight_quantizer) is not None}
+    return {q.name: q.sample(layer.canonical(weight_of(layer))) for layer in layers if (q := layer.weight_quantizer) is not None}
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, quantized_class
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, quantized_class, weight_is_computed, weight_of, weight_parts
 from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey, float_class
 from lq_plugin.plan import LayerPlan
@@ -248,10 +248,12 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
     stored: set[tuple[int, Any]] = set()
     for name, module in survey.candidates.items():
         plan = plans.get(name, LayerPlan())
-        weight = cast(Tensor, module.weight)
-        tied_to = owners.setdefault(id(weight), name)
+        weight = weight_of(module)
+        # A weight that is computed is another tensor each time.
+        identity = id(module if weight_is_computed(module) else weight)
+        tied_to = owners.setdefault(identity, name)
         # Tied layers share their codes where they share the spec; a learned scale belongs to one layer.
-        key = (id(weight), (plan.weight, name) if plan.weight and plan.weight.learned else plan.weight)
+        key = (identity, (plan.weight, name) if plan.weight and plan.weight.learned else plan.weight)
         read = plans.get(_shared_input(name, module), LayerPlan()).input
         bits = 0 if key in stored else _weight_bits(module, plan.weight)
         stored.add(key)
@@ -270,7 +272,8 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
             )
         )
     other_macs = None if recording is None else recording.total_macs - sum(row.macs or 0 for row in rows)
-    return Cost(tuple(rows), _other_bytes(model, set(owners)), other_macs)
+    parts = {id(part) for module in survey.candidates.values() for part in weight_parts(module)}
+    return Cost(tuple(rows), _other_bytes(model, parts), other_macs)
 
 
 def _shared_input(name: str, module: nn.Module) -> str:
@@ -281,7 +284,7 @@ def _shared_input(name: str, module: nn.Module) -> str:
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:
-    weight = cast(Tensor, module.weight)
+    weight = weight_of(module)
     if spec is None:
         return weight.numel() * FLOAT_BITS
     # On a float module too: `canonical` uses nothing but attributes of the float class.
@@ -297,7 +300,7 @@ def _activation_bits(module: nn.Module, plan: LayerPlan) -> int:
 
 
 def _other_bytes(model: nn.Module, weights: set[int]) -> int:
-    """Parameters and persistent buffers that are no layer's weight and belong to no quantizer, each once."""
+    """Parameters and persistent buffers that are no part of a layer's weight and belong to no quantizer, each once."""
     seen = set(weights)
     total = 0
     for name, module in model.named_modules():

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptq import gptq_quantize, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
 from lq_plugin.model.activation_cache import ActivationCache
 from lq_plugin.model.batch_norm import ReestimatedBatchNorms, _Pool
 from lq_plugin.model.blocks import Unit, find_units, owner_name
@@ -202,6 +202,8 @@ class _GPTQ:
         assert quantizer is not None
         if isinstance(layer, CompoundWeight):
             return f"what it is multiplied with is made inside the kernel of {owner_name(self.model, layer)!r} and not seen"
+        if weight_is_computed(layer):
+            return COMPUTED
         if quantizer.spec.format != "int":
             return f"{quantizer.spec} has no integer levels to choose from"
         if not quantizer.is_enabled:

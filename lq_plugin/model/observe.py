@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.formats import SLOTS
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import Statistics
 from lq_plugin.model.operations import QuantizedOperation
 from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
@@ -80,7 +80,10 @@ def _commit_first(waiting: list[InputQuantizer], merge: Callable[[Statistics], N
 
 @torch.no_grad()
 def clip_latent_weights(layers: Iterable[QuantizedLayer]) -> None:
-    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section 2.4)."""
+    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section 2.4).
+
+    Weights that are computed are not there to be clipped; `prepare` refuses such a format for them.
+    """
     for layer in layers:
         current = None if layer.weight_quantizer is None else layer.weight_quantizer.current
         if current is not None and current.latent_bound is not None and current.is_enabled:
@@ -120,5 +123,5 @@ def enter_stage(
     if calibrate and begun:
         with whole():
             for layer, current in begun:
-                current.calibrate(layer.canonical(layer.weight))
+                current.calibrate(layer.canonical(weight_of(layer)))
     return changed

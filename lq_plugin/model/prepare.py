@@ -16,7 +16,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
-from lq_plugin.layers import CONTAINER, CompoundWeight, QuantizedLayer, attach_quantizers, detach_quantizers, quantized_class
+from lq_plugin.layers import (
+    CONTAINER,
+    CompoundWeight,
+    QuantizedLayer,
+    attach_quantizers,
+    detach_quantizers,
+    quantized_class,
+    weight_is_computed,
+    weight_of,
+    weight_sources,
+)
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.operation_rules import blocked, resolve_operations, split
@@ -24,7 +34,7 @@ from lq_plugin.model.operations import Operation, attach_operations, detach_oper
 from lq_plugin.model.recording import Recording
 from lq_plugin.model.survey import OPAQUE, Survey
 from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import Quantizer, make_weight_quantizer
 
 
 def prepare(
@@ -69,6 +79,11 @@ def prepare(
     raise_all(PlanError, "operations of another model", [
         f"{name}: there is no module {operation.place[0]!r}.{did_you_mean(operation.place[0], modules)}"
         for name, (operation, _) in operation_plans.items() if operation.place[0] not in modules
+    ])  # fmt: skip
+    raise_all(PlanError, "weights that are computed (weight_norm, pruning, ...) cannot be kept in an interval", [
+        f"{name}: '{spec}' clips its weight after each step"
+        for name, layer_plan in layer_plans.items() if weight_is_computed(survey.candidates[name])
+        for _, spec in layer_plan.stages_of("weight") if spec and make_weight_quantizer(spec, name, (1, 1)).latent_bound is not None
     ])  # fmt: skip
     ledger = _ledger(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
@@ -135,7 +150,10 @@ def _ledger(
             if isinstance(layer, CompoundWeight):
                 entries.append(Entry(name, kind, plans[name], reason or layer.remark, layer.weight.numel()))
             else:
-                entries.append(Entry(name, kind, plans[name], reason, sum(p.numel() for p in layer.parameters(recurse=False))))
+                # A weight counts as it is used, not as what it is computed from.
+                sources = {id(source) for source in weight_sources(layer)}
+                others = sum(p.numel() for p in layer.parameters(recurse=False) if id(p) not in sources)
+                entries.append(Entry(name, kind, plans[name], reason, weight_of(layer).numel() + others))
         elif name in survey.reasons:
             module = model.get_submodule(name)
             named = module.named_parameters(recurse=isinstance(module, OPAQUE))

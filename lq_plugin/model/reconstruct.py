@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
 from lq_plugin.model.activation_cache import ActivationCache
 from lq_plugin.model.blocks import Unit, find_units, owner_name
 from lq_plugin.model.calibrate import evaluating, float_forward
@@ -40,7 +40,7 @@ from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.record import Recording, record
 from lq_plugin.model.replay import Arguments, Replay
 from lq_plugin.model.samples import Samples, copied, float_leaves, mixed
-from lq_plugin.model.soft_unit import SoftUnit
+from lq_plugin.model.soft_unit import SoftUnit, writable_weights
 from lq_plugin.model.unit_store import UnitStore
 
 
@@ -171,7 +171,7 @@ class _Reconstructor:
         """Take a unit from the store, if it is there."""
         if store is None:
             return None
-        self._keep_originals([*(self.layers[name].weight for name in unit.layers), *self._biases(unit)])
+        self._keep_originals([*writable_weights(self.layers[name] for name in unit.layers), *self._biases(unit)])
         self._keep_originals(t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var))
         return store.load(index, str(unit), self._changing(unit))
 
@@ -188,6 +188,8 @@ class _Reconstructor:
     def _why_not(self, name: str) -> str | None:
         quantizer = self.layers[name].weight_quantizer
         assert quantizer is not None
+        if weight_is_computed(self.layers[name]):
+            return COMPUTED
         return None if quantizer.spec.format == "int" else f"{quantizer.spec} has no integer levels to choose from"
 
     @contextmanager
@@ -271,7 +273,7 @@ class _Reconstructor:
         norms = [max(e, 1e-9 * s) for e, s in zip(nearest, spread, strict=True)]
         layers = {name: self.layers[name] for name in unit.layers}
         biases = self._biases(unit) if options.bias_learning_rate else []
-        self._keep_originals([*(layer.weight for layer in layers.values()), *biases])
+        self._keep_originals([*writable_weights(layers.values()), *biases])
         soft = SoftUnit(layers, biases, options, generator, spread[0] ** 0.5)
 
         def draw() -> tuple[Callable[[], list[Tensor]], list[Tensor]]:

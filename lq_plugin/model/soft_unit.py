@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, weight_is_computed
 from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.soft_rounding import SoftInput, SoftRounding
 from lq_plugin.quantizers import InputQuantizer
@@ -40,7 +40,7 @@ class SoftUnit:
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
             quantizer = layer.weight_quantizer
-            if quantizer is not None and quantizer.spec.format == "int" and quantizer.is_enabled:
+            if quantizer is not None and quantizer.spec.format == "int" and quantizer.is_enabled and not weight_is_computed(layer):
                 self.roundings[name] = SoftRounding(quantizer, layer.canonical(layer.weight), options.scale_learning_rate > 0)
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
@@ -106,14 +106,17 @@ class SoftUnit:
             bias.requires_grad_(False)
 
 
+def writable_weights(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
+    """The weights of these layers, without those that are computed."""
+    return [layer.weight for layer in layers if not weight_is_computed(layer)]
+
+
 class Snapshot:
     """Weights, biases and quantizers of some layers, as they are now."""
 
     def __init__(self, layers: Mapping[str, QuantizedLayer], biases: list[nn.Parameter]) -> None:
         self.layers = layers
-        self.tensors: list[tuple[Tensor, Tensor]] = [
-            (t, t.detach().clone()) for t in (*(layer.weight for layer in layers.values()), *biases)
-        ]
+        self.tensors: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)]
         self.states = [
             (quantizer, {key: value.clone() for key, value in quantizer.state_dict().items()})
             for layer in layers.values()

@@ -11,9 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from lq_plugin.layers import (
     CONTAINER,
     CompoundWeight,
+    class_before,
     compound_family,
     compound_weights,
     quantized_class,
+    weight_of,
     why_unsupported,
     why_unsupported_compound,
 )
@@ -49,7 +51,7 @@ class Survey:
         kinds: dict[str, str] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if name.startswith(inside):
+            if f"{name}.".startswith(inside):
                 continue
             if isinstance(module, (Quantizer, OperationQuantizers)):
                 inside += (f"{name}.",)
@@ -70,6 +72,8 @@ class Survey:
                     reasons[name] = reason
                 else:
                     candidates[name] = module
+                    # What computes a weight is a part of the layer.
+                    inside += (_join(name, "parametrizations.weight."),)
                 continue
             if any(True for _ in module.parameters(recurse=False)):
                 reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
@@ -90,14 +94,15 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     # Called on the float module: `canonical` uses nothing but attributes of the float class.
     plain = quantized.output_scale is not QuantizedLayer.output_scale and getattr(module, "groups", 1) == 1
     plain = plain and not issubclass(quantized, ShadowedForward)
-    return LayerInfo(name, types, quantized.canonical(module, module.weight).shape[1], quantized.slots, plain)
+    return LayerInfo(name, types, quantized.canonical(module, weight_of(module)).shape[1], quantized.slots, plain)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """The type the user gave a module, quantized or not; of a weight, that of the module which has it."""
+    """The type the user gave a module, quantized or not, parametrized or not; of a weight, that of the module which has it."""
     if isinstance(module, CompoundWeight):
         module = module.owner
-    return getattr(type(module), "float_class", type(module))
+    kind = class_before(module)
+    return getattr(kind, "float_class", kind)
 
 
 def _join(name: str, key: str) -> str:

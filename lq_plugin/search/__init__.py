@@ -4,6 +4,7 @@ from lq_plugin.search.bound import BoundSpace, Unit
 from lq_plugin.search.costs import COSTS
 from lq_plugin.search.evaluator import Evaluation, Evaluator
 from lq_plugin.search.job import current_trial
+from lq_plugin.search.levels import Level, evaluate_at
 from lq_plugin.search.objective import Objective
 from lq_plugin.search.result import Candidate, SearchResult
 from lq_plugin.search.space import Space, SpaceRule, parse_choices
@@ -17,6 +18,7 @@ __all__ = [
     "Candidate",
     "Evaluation",
     "Evaluator",
+    "Level",
     "Objective",
     "SearchResult",
     "Space",
@@ -25,6 +27,7 @@ __all__ = [
     "TrialReport",
     "Unit",
     "current_trial",
+    "evaluate_at",
     "parse_choices",
     "search",
     "tpe",

@@ -10,8 +10,7 @@ data, exactly: it is the Trainer's own validation loop.
 
 from __future__ import annotations
 
-import random
-import signal
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq_plugin.callbacks import PTQ
 from lq_plugin.errors import CalibrationError, PlanError
@@ -38,7 +34,9 @@ from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.bound import BoundSpace, as_plan
+from lq_plugin.search.calibration import Calibration
 from lq_plugin.search.costs import LATENCY, cost_totals
+from lq_plugin.search.interrupt import interrupts_kept
 from lq_plugin.search.once import SetUpOnce
 from lq_plugin.search.space import Space
 from lq_plugin.spec import Granularity, PerChannel, PerTensor, QuantSpec
@@ -98,7 +96,8 @@ class Evaluator:
         self.phases = tuple(phases)
         self.dataloader = dataloader
         self.seed = seed
-        self.trainer = trainer(**_QUIET)
+        self._make_trainer = trainer
+        self.trainer = self.make_trainer()
         if self.trainer.world_size > 1:
             raise PlanError(f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers instead")
         self.float_metrics: dict[str, float] = {}
@@ -120,13 +119,33 @@ class Evaluator:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def make_trainer(self, **options: Any) -> Trainer:
+        """A Trainer that shows, logs and keeps nothing."""
+        return self._make_trainer(**_QUIET, **options)
+
+    def float_copy(self) -> LightningModule:
+        """The module with its float weights, batch norms included, and nothing of the search; it belongs to no Trainer."""
+        self._calibrated()
+        trainer, self.model._trainer = self.model._trainer, None
+        try:
+            copied = copy.deepcopy(self.model)
+        finally:
+            self.model._trainer = trainer
+        remove(copied)
+        with torch.no_grad():
+            self._make_float(copied)
+        return copied
+
+    def _make_float(self, model: LightningModule) -> None:
+        for name, tensor in model.state_dict().items():
+            if name in self._float_state:
+                tensor.copy_(self._float_state[name])
+
     def close(self) -> None:
         """Give the float model back."""
         remove(self.model)
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                if name in self._float_state:
-                    tensor.copy_(self._float_state[name])
+            self._make_float(self.model)
         self._float_state.clear()
         self._quantizers.clear()
         self._layers.clear()
@@ -158,14 +177,26 @@ class Evaluator:
         self._layers = dict(quantized_layers(self.model))
         return self.space
 
-    def run(self, callback: Callback) -> None:
+    def run(self, callback: Callback) -> dict[str, float]:
         """Validate with one more callback."""
         callbacks: list[Any] = vars(self.trainer)["callbacks"]
         callbacks.append(callback)
         try:
-            self._validate()
+            return self._validate()
         finally:
             callbacks.remove(callback)
+
+    @contextmanager
+    def limited(self, batches: int | None) -> Iterator[None]:
+        """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as many."""
+        loop: Any = self.trainer.validate_loop
+        before = vars(self.trainer)["limit_val_batches"]
+        if batches is not None:
+            vars(self.trainer)["limit_val_batches"] = min(batches, max(loop.max_batches))
+        try:
+            yield
+        finally:
+            vars(self.trainer)["limit_val_batches"] = before
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
@@ -258,40 +289,14 @@ class Evaluator:
         return self.space
 
     def _validate(self) -> dict[str, float]:
-        interrupt = signal.getsignal(signal.SIGINT)
-        try:
+        with interrupts_kept():
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        except SystemExit as error:
-            if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
-                # Lightning turns both signals into an exit that Optuna would not notice, and ignores the next Ctrl-C.
-                signal.signal(signal.SIGINT, interrupt)
-                raise KeyboardInterrupt from None
-            raise
-        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return logged(self.trainer)
 
 
-class Calibration(PTQ):
-    """PTQ on the same batches in every process, whatever the order of a shuffling loader."""
-
-    seed = 0
-
-    def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        if self.dataloader is None and datamodule is not None:
-            # A validation has set up its own stage only.
-            datamodule.setup(stage="fit")
-        # The statistics outlive the validation and its inference mode.
-        with _seeded(self.seed), torch.inference_mode(False), torch.no_grad():
-            super().quantize(trainer, pl_module)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with isolate_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        yield
+def logged(trainer: Trainer) -> dict[str, float]:
+    """What the last run of a Trainer logged."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
 log = logging.getLogger(__name__)
 
 
@@ -47,3 +49,20 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """For runs of a Trainer: Lightning turns both signals into an exit that Optuna would not notice, and ignores the next Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: instead of that exit.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt from None
+        raise

@@ -69,7 +69,8 @@ def run(cfg: DictConfig) -> SearchResult:
 #: Keys of `cfg.search` that `search` takes by the same name.
 _OPTIONS = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name",
-    "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures", "calibration_batches", "phases",
+    "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",
+    "fidelity", "promote_within", "promote_first", "pruner", "calibration_batches", "phases",
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.costs import COSTS
 from lq_plugin.search.evaluator import Evaluator
+from lq_plugin.search.promotion import LEVELS, Ladder, reached_by, read
 
 #: Names of the user attributes of a trial.
 PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", "repeats"
@@ -32,20 +32,27 @@ class Objective:
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
     (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. Two kinds of trials are
     pruned before they are evaluated: one with the parameters of an earlier trial, which `repeats` names, and one whose
-    cost breaks a constraint.
+    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned, too; its attribute
+    `levels` has what it scored at each.
 
     Args:
         evaluator: calibrated.
         metric: a name that the validation logs.
         costs: some of `COSTS`.
         constraints: on costs and on logged metrics.
+        ladder: where there are several levels of fidelity.
 
     Raises:
         QuantizationError: when the float model did not log the metric, or a cost is unknown.
     """
 
     def __init__(
-        self, evaluator: Evaluator, metric: str, costs: Sequence[str] = ("effective_bits",), constraints: Sequence[Constraint] = ()
+        self,
+        evaluator: Evaluator,
+        metric: str,
+        costs: Sequence[str] = ("effective_bits",),
+        constraints: Sequence[Constraint] = (),
+        ladder: Ladder | None = None,
     ) -> None:
         faults = [f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}" for cost in costs if cost not in COSTS]
         names = [*COSTS, *evaluator.float_metrics]
@@ -57,8 +64,9 @@ class Objective:
         raise_all(QuantizationError, "cannot search", faults)
         self.evaluator = evaluator
         self.metric, self.costs, self.constraints = metric, tuple(costs), tuple(constraints)
+        self.ladder = ladder
         self.interrupted: Trial | None = None
-        self._read(evaluator.float_metrics, metric)
+        read(evaluator.float_metrics, metric)
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         started = time.perf_counter()
@@ -71,17 +79,20 @@ class Objective:
             if PLAN not in trial.user_attrs:
                 trial.set_user_attr(PLAN, space.plan(params).to_dict())
             costs = self.evaluator.costs(layer_plans)
-            if (earlier := _same(trial.study.get_trials(deepcopy=False, states=_TAKEN), params, trial.number)) is not None:
+            if (earlier := _same(trial.study.get_trials(deepcopy=False), params, trial.number)) is not None:
                 noted[REPEATS] = earlier
                 raise TrialPruned(f"the plan of trial {earlier}")
             if broken := self._check(trial, costs):
                 raise TrialPruned(f"breaks {', '.join(broken)}")
-            metrics = self.evaluator.evaluate_layers(layer_plans).metrics | costs
-            values = tuple(self._read(metrics, name) for name in (self.metric, *self.costs))
+            if self.ladder is None:
+                metrics = self.evaluator.evaluate_layers(layer_plans).metrics | costs
+            else:
+                metrics = self.ladder.climb(trial, layer_plans, costs)
+            values = tuple(read(metrics, name) for name in (self.metric, *self.costs))
             noted[METRICS] = metrics
             self._check(trial, metrics)
         except TrialPruned:
-            noted[METRICS] = costs
+            noted[METRICS] = (trial.user_attrs.get(LEVELS) or [costs])[-1]
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
@@ -102,16 +113,13 @@ class Objective:
             trial.set_constraint(constraint, excess[constraint])
         return [constraint for constraint, value in excess.items() if value > 0]
 
-    @staticmethod
-    def _read(metrics: Mapping[str, float], name: str) -> float:
-        if name not in metrics:
-            listing = ", ".join(sorted(metrics)) or "nothing"
-            raise QuantizationError(f"metric {name!r} is not logged in validation; logged: {listing}.{did_you_mean(name, metrics)}")
-        if not math.isfinite(metrics[name]):
-            raise QuantizationError(f"metric {name!r} is {metrics[name]}")
-        return metrics[name]
+
+def held_back(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of these trials that stopped below the top level."""
+    return [trial for trial in trials if trial.state == TrialState.PRUNED and reached_by(trial) and REPEATS not in trial.user_attrs]
 
 
 def _same(trials: Iterable[FrozenTrial], params: Mapping[str, Any], before: int) -> int | None:
-    """Number of the earliest of these trials with the same parameters."""
-    return next((trial.number for trial in trials if trial.number < before and trial.params == params), None)
+    """Number of the earliest of these trials whose plan, with the same parameters, is evaluated or will be."""
+    same = [trial for trial in trials if trial.number < before and trial.params == params]
+    return next((trial.number for trial in same if trial.state in _TAKEN or held_back([trial])), None)

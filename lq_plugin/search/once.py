@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -48,3 +49,14 @@ class SetUpOnce:
         for stage in self._stages:
             self._datamodule.teardown(stage=stage)
         self._stages.clear()
+
+
+def without_memory(datamodule: LightningDataModule | None) -> LightningDataModule | None:
+    """A copy with its own methods, for other processes, which set it up themselves."""
+    if datamodule is None:
+        return None
+    copied = copy.copy(datamodule)
+    for name in ("prepare_data", "setup", "teardown"):
+        copied.__dict__.pop(name, None)
+    copied.trainer = None
+    return copied

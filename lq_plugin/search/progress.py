@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class SearchProgress:
-    """Complete trials of the study (of all workers), failures, and what the latest trial scored.
+    """Trials of the study that are over (of all workers), failures, and what the latest trial scored.
 
     Args:
         n_trials: to reach.
@@ -29,7 +29,8 @@ class SearchProgress:
     def __exit__(self, *exception: Any) -> None:
         self._progress.stop()
 
-    def update(self, complete: int, last: FrozenTrial | None = None, failed: int = 0) -> None:
-        """Show the state after a trial."""
+    def update(self, complete: int, last: FrozenTrial | None = None, failed: int = 0, stopped: int = 0) -> None:
+        """Show the state after a trial; `stopped` of the trials ended below the top level."""
         text = f"{self.metric} {last.values[0]:.4g} at {last.values[1]:.4g}" if last is not None and last.values else ""
-        self._progress.update(self._task, completed=complete, description=text + (f", {failed} failed" if failed else ""))
+        parts = [text] * bool(text) + [f"{stopped} stopped early"] * bool(stopped) + [f"{failed} failed"] * bool(failed)
+        self._progress.update(self._task, completed=complete, description=", ".join(parts))

@@ -20,7 +20,9 @@ from lq_plugin import plots
 from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import QuantPlan
 from lq_plugin.report import render, study_report
-from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS
+from lq_plugin.search.costs import COSTS
+from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
+from lq_plugin.search.promotion import reached_by
 
 #: User attribute of a study: milliseconds of whole models, by the number of the trial.
 MEASURED = "measured_latency"
@@ -39,6 +41,7 @@ class Candidate:
         metrics: everything its validation logged, and all costs.
         origin: `"uniform 4 bits"`, or `"sampled"`.
         seconds: that it took.
+        lower: what it scored at each level of fidelity below the top; empty where there is one level.
     """
 
     number: int
@@ -49,6 +52,7 @@ class Candidate:
     origin: str
     seconds: float
     values: tuple[float, ...]
+    lower: tuple[Mapping[str, float], ...] = ()
 
     @property
     def effective_bits(self) -> float:
@@ -65,7 +69,8 @@ class Candidate:
         """Read a complete trial; `cost` names its size."""
         attrs, values = trial.user_attrs, tuple(trial.values)
         plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
-        return cls(trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values)
+        lower = tuple(reached_by(trial)[:-1])
+        return cls(trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values, lower)
 
 
 class SearchResult:
@@ -79,7 +84,8 @@ class SearchResult:
         float_bytes: size of the float model.
 
     Attributes:
-        candidates: every complete trial that keeps the constraints, by number.
+        candidates: every complete trial that keeps the constraints, by number; with several levels of fidelity those of the top.
+        held_back: number of trials that stopped below the top level.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class SearchResult:
         self.cost = costs[0] if costs else "effective_bits"
         self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self.held_back = len(held_back(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
         self.candidates = [
             Candidate.of(trial, self.cost) for trial in complete if all(excess <= 0 for excess in trial.constraints.values())
         ]
@@ -141,7 +148,8 @@ class SearchResult:
 
     def table(self) -> Table:
         """The float model and the front, for a terminal."""
-        table = Table(title=f"{self.study.study_name}: front of {len(self.candidates)} trials")
+        stopped = f", {self.held_back} more stopped below the top level" if self.held_back else ""
+        table = Table(title=f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}")
         for column in ("trial", self.metric, "effective bits", "bytes", "plan from"):
             table.add_column(column, justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
@@ -151,14 +159,13 @@ class SearchResult:
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """The front as plain rows; `plan` is the name of its file."""
+        """The front as plain rows; `plan` is the name of its file, `level0/val/acc` what the lowest of several levels logged."""
         measured = self.study.user_attrs.get(MEASURED, {})
         found = []
         for c in self.front:
             latency = {"measured_latency": measured[str(c.number)]} if str(c.number) in measured else {}
-            found.append(
-                {"trial": c.number, **c.metrics, **latency, "origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name}
-            )
+            rest = {"origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name}
+            found.append({"trial": c.number, **c.metrics, **latency, **_levels(c), **rest})
         return found
 
     def to_csv(self) -> str:
@@ -196,6 +203,14 @@ class SearchResult:
             _write(folder / "report.json", report.to_json().encode())
             _write(folder / "report.html", render(report).encode())
         return folder
+
+
+def _levels(candidate: Candidate) -> dict[str, float]:
+    if not candidate.lower:
+        return {}
+    lower = enumerate(candidate.lower)
+    found = {f"level{number}/{name}": value for number, metrics in lower for name, value in metrics.items() if name not in COSTS}
+    return {"level": len(candidate.lower), **found}
 
 
 def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:

@@ -11,34 +11,35 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import optuna
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from optuna import Study, Trial
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.search.build import build
 from lq_plugin.search.constraint import Constraint, parse_constraints
 from lq_plugin.search.costs import COUNTED, LATENCY
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.interrupt import StopRequest, stop_on_signal
+from lq_plugin.search.interrupt import stop_on_signal
 from lq_plugin.search.latency import latency_options, measure_front, share_latency
-from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective
+from lq_plugin.search.levels import Level, level_faults, margin_faults, parse_levels
+from lq_plugin.search.loop import Loop
+from lq_plugin.search.objective import ORIGIN, Objective
 from lq_plugin.search.progress import SearchProgress
+from lq_plugin.search.promotion import Ladder
 from lq_plugin.search.proposer import Proposer, waiting_trial
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.seeds import Seed, distinct, make_seeds, unit_costs
 from lq_plugin.search.sensitivity import measure_sensitivity
 from lq_plugin.search.space import Space
-from lq_plugin.search.storage import HEARTBEAT, StudyError, has_heartbeat, locked, open_study, quiet
+from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
 
 if TYPE_CHECKING:
     from lq_plugin.export.latency import LatencyOptions
@@ -47,9 +48,6 @@ log = logging.getLogger(__name__)
 
 #: User attribute of a study whose first trials are in its queue.
 SEEDED = "seeded"
-_COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING
-#: Seconds between two looks at what other workers do.
-_POLL = 0.5
 
 #: A sampler, or what makes one from `seed=`.
 Sampler: TypeAlias = "BaseSampler | Callable[..., BaseSampler]"
@@ -84,6 +82,10 @@ def search(
     latency: Mapping[str, Any] | None = None,
     heartbeat: int = HEARTBEAT,
     max_failures: int = 10,
+    fidelity: Sequence[Level | Mapping[str, Any]] | None = None,
+    promote_within: float | None = None,
+    promote_first: int = 4,
+    pruner: BasePruner | Mapping[str, Any] | None = None,
     progress: bool = True,
     trainer: Callable[..., Trainer] = Trainer,
     calibration_batches: int = 8,
@@ -100,7 +102,7 @@ def search(
         space: what may be chosen for which layer.
         metric: a name that the module logs in validation.
         n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There are fewer
-            where the space has fewer plans.
+            where the space has fewer plans. Trials that were stopped below the top level of `fidelity` count, too.
         mode: `"max"` or `"min"` of the metric.
         cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, `"latency"` (milliseconds), several of them,
             or None for the metric alone.
@@ -120,6 +122,14 @@ def search(
         heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
             worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
+        fidelity: levels of evaluation, the cheapest first (`lq_plugin.search.levels.Level`): `[{"batches": 4}, {},
+            {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}]`. Only what is near the front of all trials at its
+            level climbs to the next; the front has only trials of the top level. None: one level, PTQ on all validation data.
+        promote_within: how far behind a trial that costs no less another one may be and still climb, in the metric's unit;
+            None: a twentieth of what the float model scores. A level may have its own.
+        promote_first: trials at a level that climb in any case.
+        pruner: with one objective decides, too, which trials climb: an Optuna pruner, or a mapping with its `_target_`.
+            Steps are levels, from 0.
         progress: show a progress bar.
         trainer, calibration_batches, phases, dataloader: see `Evaluator`.
 
@@ -130,6 +140,7 @@ def search(
     if mode not in ("max", "min"):
         raise QuantizationError(f"mode is 'max' or 'min', got {mode!r}")
     costs = () if cost is None else (cost,) if isinstance(cost, str) else tuple(cost)
+    levels, pruning = _read_fidelity(fidelity, promote_within, promote_first, pruner, len(costs), model, phases, trainer)
     limits = parse_constraints(constraints)
     timed = latency is not None or LATENCY in (*costs, *(limit.name for limit in limits))
     timing = latency_options(latency) if timed else None
@@ -144,9 +155,14 @@ def search(
         for tensor, reasons in bound.excluded.items():
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
         objective = Objective(evaluator, metric, costs, limits)
+        if levels:
+            objective.ladder = Ladder(evaluator, levels, metric, costs, mode == "max", promote_within, promote_first)
         _check_reachable(evaluator, [limit for limit in limits if limit.name in COUNTED])
         directions = ["maximize" if mode == "max" else "minimize", *(["minimize"] * len(costs))]
-        study = open_study(study_name, storage, directions, _fingerprint(evaluator, metric, mode, costs, limits, timing), heartbeat)
+        fingerprint = _fingerprint(evaluator, metric, mode, costs, limits, timing, levels)
+        study = open_study(study_name, storage, directions, fingerprint, heartbeat)
+        if levels:
+            study.pruner = pruning
         if timing is not None:
             with locked(storage):
                 share_latency(evaluator, study, timing)
@@ -173,7 +189,7 @@ def search(
 
         bar = SearchProgress(n_trials, metric) if progress else nullcontext()
         try:
-            _Loop(study, objective, proposer, n_trials, max_failures, stop).run(bar)
+            Loop(study, objective, proposer, n_trials, max_failures, stop).run(bar)
             if timing is not None and stop.received is None:
                 with locked(storage):
                     measure_front(evaluator, result(), timing)
@@ -184,6 +200,37 @@ def search(
     if stop.received is not None:
         raise KeyboardInterrupt(signal.strsignal(stop.received))
     return result()
+
+
+def _read_fidelity(
+    fidelity: Any, within: Any, first: Any, pruner: Any, costs: int, model: LightningModule, phases: Sequence[str], trainer: Any
+) -> tuple[tuple[Level, ...], BasePruner]:
+    """The levels, none where there is one way to evaluate, and the pruner.
+
+    Raises:
+        QuantizationError: listing everything that is wrong in the setting.
+    """
+    faults: list[str] = []
+    levels: tuple[Level, ...] = ()
+    pruning: BasePruner = NopPruner()
+    try:
+        levels = () if fidelity is None else parse_levels(fidelity)
+        faults += level_faults(levels, model, phases, trainer)
+    except QuantizationError as error:
+        faults.append(str(error))
+    try:
+        pruning = pruner if isinstance(pruner, BasePruner) else build(pruner, BasePruner, "pruner") if pruner is not None else pruning
+    except QuantizationError as error:
+        faults.append(str(error))
+    if pruner is not None and costs:
+        faults.append(f"a pruner decides about one objective (cost=None), here are {1 + costs}: dominance decides, see promote_within")
+    if pruner is not None and fidelity is None:
+        faults.append("a pruner decides which trials climb to the next level: without fidelity there is one level")
+    faults += margin_faults(within)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        faults.append(f"promote_first is a number of trials, got {first!r}")
+    raise_all(QuantizationError, "cannot search", faults)
+    return levels, pruning
 
 
 def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None:
@@ -217,86 +264,21 @@ def promising_plans(
     return make_seeds(evaluator.space, table.values, costs, base, count, most)
 
 
-class _Loop:
-    """One worker's share of the trials."""
-
-    def __init__(self, study: Study, objective: Objective, proposer: Proposer, n_trials: int, max_failures: int, stop: StopRequest) -> None:
-        self.study, self.objective, self.proposer = study, objective, proposer
-        self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
-        self.failed: list[FrozenTrial] = []
-        self.shown: Any = None
-        #: Only then do the trials of a killed worker end.
-        self.heartbeat = has_heartbeat(study._storage)
-
-    def run(self, bar: AbstractContextManager[Any]) -> None:
-        with bar as self.shown, quiet():
-            self._show(None)
-            while (missing := self.n_trials - self._count(_COMPLETE)) > 0:
-                if self.stop or len(self.failed) > self.max_failures or self._exhausted():
-                    break
-                if self.heartbeat and self._count(_RUNNING) >= missing:
-                    # Others do the rest; should one of them have been killed, its trial comes back into the queue.
-                    optuna.storages.fail_stale_trials(self.study)
-                    time.sleep(_POLL)
-                    if not self._count(_WAITING):
-                        continue
-                if not self._count(_WAITING):
-                    self.proposer.publish()
-                try:
-                    self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
-                except KeyboardInterrupt:
-                    _try_again(self.study, self.objective.interrupted)
-                    raise
-            self._reap()
-        if len(self.failed) > self.max_failures:
-            error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
-            raise StudyError(f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last one:\n{error}")
-
-    def _exhausted(self) -> bool:
-        """Whether every plan of the space has been tried."""
-        size = self.proposer.space.size
-        if size > 10_000:
-            return False
-        tried = self.study.get_trials(deepcopy=False, states=(_COMPLETE, TrialState.PRUNED))
-        return len({frozenset(trial.params.items()) for trial in tried}) >= size
-
-    def _count(self, state: TrialState) -> int:
-        return len(self.study.get_trials(deepcopy=False, states=(state,)))
-
-    def _after(self, study: Study, trial: FrozenTrial) -> None:
-        if trial.state == TrialState.FAIL:
-            self.failed.append(trial)
-            log.warning("trial %d failed: %s", trial.number, _last_line(trial))
-        self._show(trial)
-
-    def _show(self, last: FrozenTrial | None) -> None:
-        if self.shown is not None:
-            self.shown.update(self._count(_COMPLETE), last, len(self.failed))
-
-    def _reap(self) -> None:
-        """Leave no trial of a killed worker running, if this worker is the last one."""
-        storage = self.study._storage
-        interval = storage.get_heartbeat_interval() if self.heartbeat else None  # type: ignore[attr-defined]
-        until = time.monotonic() + 4 * (interval or 0)
-        while not self.stop and self._count(_RUNNING) and time.monotonic() < until:
-            optuna.storages.fail_stale_trials(self.study)
-            time.sleep(_POLL)
-
-
-def _try_again(study: Study, trial: Trial | None) -> None:
-    """Enqueue an interrupted trial, so that the next run takes it up."""
-    if trial is not None and trial.params:
-        kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN) if name in trial.user_attrs}
-        attrs = kept | {RETRIES: trial.number}
-        study.add_trial(create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs))
-
-
 def _fingerprint(
-    evaluator: Evaluator, metric: str, mode: str, costs: Sequence[str], limits: Sequence[Constraint], timing: LatencyOptions | None
+    evaluator: Evaluator,
+    metric: str,
+    mode: str,
+    costs: Sequence[str],
+    limits: Sequence[Constraint],
+    timing: LatencyOptions | None,
+    levels: Sequence[Level],
 ) -> dict[str, Any]:
     assert evaluator.space is not None
-    # Only where it is measured: studies of before have none.
-    return ({} if timing is None else {"latency": timing.place}) | {
+    # Only where they are asked for: studies of before have none.
+    added: dict[str, Any] = {} if timing is None else {"latency": timing.place}
+    if levels:
+        added["fidelity"] = [level.measures() for level in levels]
+    return added | {
         "metric": metric,
         "mode": mode,
         "cost": ", ".join(costs),
@@ -313,7 +295,3 @@ def _write(result: Callable[[], SearchResult], folder: Path) -> None:
     while written != len((latest := result()).candidates):
         latest.write(folder)
         written = len(latest.candidates)
-
-
-def _last_line(trial: FrozenTrial) -> str:
-    return str(trial.user_attrs.get(ERROR, "no traceback")).strip().splitlines()[-1]

@@ -13,7 +13,8 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
     """Write the trials of a finished search: plan, sensitivity's origin and metrics of each, about a third of a second each.
 
     They share project and mode of the logger's run, and the study's name as their group. A trial has the same id
-    whenever it is written, so that a study that went on does not show its trials twice.
+    whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity a run
+    has a step for each.
 
     Args:
         logger: with the run of the study.
@@ -43,6 +44,8 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             settings=settings,
         )
         try:
+            for level in candidate.lower:
+                run.log(dict(level))
             run.log({**candidate.metrics, "seconds": candidate.seconds})
         finally:
             run.finish()
