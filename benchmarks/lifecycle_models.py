@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.lifecycle_nets import ConvNeXt, MobileNet, Shared, Symmetric, TiedLanguageModel, Wrapper
@@ -139,6 +139,13 @@ def _parametrized() -> nn.Module:
     return nn.Sequential(nn.Linear(16, WIDTH), nn.ReLU(), layer, nn.ReLU(), nn.Linear(WIDTH, 10))
 
 
+def _spectral() -> nn.Module:
+    return nn.Sequential(
+        spectral_norm(nn.Conv2d(3, 8, 3, 2, 1)), nn.ReLU(), spectral_norm(nn.ConvTranspose2d(8, 8, 3, 1, 1)), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), orthogonal(nn.Linear(WIDTH, WIDTH)), nn.ReLU(), nn.Linear(WIDTH, 10),
+    )  # fmt: skip
+
+
 def _lazy() -> nn.Module:
     model = nn.Sequential(
         nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(32), nn.ReLU(),
@@ -171,6 +178,7 @@ CASES: tuple[Case, ...] = (
     Case("shared modules", lambda: Shared(WIDTH), _floats(WIDTH)),
     Case("weight_norm", _weight_norm, _floats(4, 16)),
     Case("parametrized", _parametrized, _floats(16)),
+    Case("spectral_norm, orthogonal", _spectral, _floats(3, 12, 12)),
     Case("lazy modules", _lazy, _floats(3, 12, 12)),
 )
 

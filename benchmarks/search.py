@@ -1,4 +1,4 @@
-"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): seeds and TPE against TPE, NSGA-II, greedy and uniform plans.
+"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours against plain TPE, NSGA-II, greedy and uniform plans.
 
     python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
     python -m benchmarks.search --faults --json out.json # 4 workers on PostgreSQL, one killed every 20 s
@@ -46,6 +46,7 @@ SPACE: dict[str, Any] = {
 CALIBRATION, IMAGES = 1024, 2000
 BUDGETS = (4.0, 3.5, 3.0)
 REFERENCE = (0.1, 8.2)
+METHODS = ("ours", "fixed", "tpe", "nsga2")
 CPU = partial(Trainer, accelerator="cpu", devices=1)
 
 
@@ -130,12 +131,15 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        with tempfile.TemporaryDirectory() as folder:
-            self.method("ours", options.trials, storage=f"sqlite:///{folder}/study.db")
-        self.fixed_plans()
-        self.score()
+        if "ours" in options.methods:
+            with tempfile.TemporaryDirectory() as folder:
+                self.method("ours", options.trials, storage=f"sqlite:///{folder}/study.db")
+        if "fixed" in options.methods:
+            self.fixed_plans()
+        if self.plans:
+            self.score()
         for name, sampler in (("tpe", TPESampler), ("nsga2", NSGAIISampler)):
-            if options.trials_plain:
+            if name in options.methods:
                 self.method(name, options.trials_plain, seeds=0, uniform=False, sampler=sampler)
         return self.results
 
@@ -201,7 +205,7 @@ class Comparison:
             for budget in BUDGETS:
                 row: dict[str, Any] = {}
                 for name in ("ours", "uniform", "greedy"):
-                    plan = best_plan(self.plans[name], budget)
+                    plan = best_plan(self.plans.get(name, []), budget)
                     if plan is not None:
                         evaluator.apply(evaluator.layer_plans(plan))
                         row[name] = round(self.test_accuracy(evaluator.model), 2)
@@ -289,6 +293,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})")
     parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours (default: 200)")
     parser.add_argument("--trials-plain", type=int, default=1000, metavar="N", help="of TPE and of NSGA-II without seeds (default: 1000)")
+    message = "what to run (default: all); fixed are the uniform plans and the greedy path"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=message)
     parser.add_argument("--faults", action="store_true", help="kill workers instead")
     parser.add_argument("--kill-every", type=float, default=20.0, metavar="SECONDS", help="in the fault run (default: 20)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

@@ -20,7 +20,7 @@ from lq_plugin.callbacks.data import (
     without_traces,
 )
 from lq_plugin.callbacks.neighbours import move_before_tuners, renew_averages
-from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, whole_weights
+from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.model.calibrate import Statistics, collect_statistics, evaluating, float_forward, load_statistics, never_reached
 from lq_plugin.model.ledger import Ledger
@@ -75,6 +75,7 @@ class QuantizationCallback(Callback):
             pl_module.__dict__.pop("configure_model", None)
             original()
             refuse_unsupported(trainer, pl_module, self.needs_whole_model())
+            warn_of_copies(trainer, pl_module)
             self.inject(pl_module, self._operations(trainer, pl_module))
             renew_averages(trainer, pl_module)
 

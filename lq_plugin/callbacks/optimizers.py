@@ -36,6 +36,10 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> tuple[
     adopted: list[str] = []
     clones: Clones = {}
     wanted: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
+    # A module without optimizers gets one from Lightning that has no groups.
+    first = next(((index, 0) for index, optimizer in enumerate(trainer.optimizers) if optimizer.param_groups), None)
+    if first is None:
+        return adopted, clones
     for owner, weights, quantizer in _owned(pl_module):
         for name, parameter in quantizer.named_parameters():
             if not parameter.requires_grad:
@@ -47,9 +51,7 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> tuple[
             elif not (decay_free and trainer.optimizers[place[0]].param_groups[place[1]].get("weight_decay")):
                 continue
             home = place or next(filter(None, (_find(trainer.optimizers, weight) for weight in weights)), None)
-            home = home or ((0, 0) if trainer.optimizers else None)
-            if home is not None:
-                wanted.setdefault((*home, decay_free), []).append(parameter)
+            wanted.setdefault((*(home or first), decay_free), []).append(parameter)
     for (index, group, decay_free), parameters in wanted.items():
         _move(trainer, index, group, parameters, decay_free)
         clones.setdefault(index, []).append(group)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lq_plugin.errors import PlanError, raise_all
@@ -45,6 +47,20 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
         faults.append(f"{', '.join(whole)}: needs the whole model, which is split over processes")
     supported = "supported: DDP, and ModelParallelStrategy with fully_shard on a module whose weights are there"
     raise_all(PlanError, f"quantization under {type(trainer.strategy).__name__} ({supported})", faults)
+
+
+def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Say that only copies are quantized, where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
+
+    Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs there. A
+    module that held quantizers before takes the ranges, too.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantizers(pl_module):
+        rank_zero_warn(
+            f"the processes of {trainer.strategy.launcher._start_method!r} quantize their copies; the module that fit was called with "
+            "stays float, with the trained weights. lq_plugin.prepare(module, plan) before fit makes it the quantized one; "
+            'or use strategy="ddp", or load a checkpoint with lq_plugin.load_checkpoint'
+        )
 
 
 @contextmanager

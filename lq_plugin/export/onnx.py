@@ -27,7 +27,7 @@ from lq_plugin.export.containers import Container, container
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.sums import quantize_sums
-from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
 from lq_plugin.model.record import record
@@ -74,7 +74,7 @@ def export_onnx(
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
     missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
-    raise_all(ExportError, "cannot export the model", missing)
+    raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     weights, activations = _collect(layers)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None

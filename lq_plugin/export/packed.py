@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lq_plugin.errors import ExportError, PlanError, raise_all
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
 from lq_plugin.export.codes import decode, encode
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, computed_faults
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operations import operations_in, quantized_operations
@@ -72,7 +72,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
     missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
-    raise_all(ExportError, "cannot pack the model", missing)
+    raise_all(ExportError, "cannot pack the model", missing + computed_faults(layers))
     blob = _Blob()
     packed: dict[str, Any] = {}
     weights: set[int] = set()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.functional.affine import quantize
-from lq_plugin.layers import QuantizedLayer, QuantizedLinear
+from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
@@ -75,6 +75,8 @@ class RowsLinear(nn.Linear):
 
 def why_not(layer: QuantizedLayer) -> str | None:
     """Why a layer has no integer kernel in torchao; None when it has one."""
+    if weight_is_computed(layer):
+        return COMPUTED
     if not isinstance(layer, QuantizedLinear):
         return f"{type(layer).__name__} has none, linear layers do"
     if layer.output_quantizer is not None:

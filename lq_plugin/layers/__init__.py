@@ -21,7 +21,15 @@ from lq_plugin.layers.conv import (
 )
 from lq_plugin.layers.embedding import QuantizedEmbedding
 from lq_plugin.layers.linear import QuantizedConv1D, QuantizedLinear
-from lq_plugin.layers.parametrized import COMPUTED, class_before, weight_is_computed, weight_of, weight_parts, weight_sources
+from lq_plugin.layers.parametrized import (
+    COMPUTED,
+    class_before,
+    computed_faults,
+    weight_is_computed,
+    weight_of,
+    weight_parts,
+    weight_sources,
+)
 from lq_plugin.layers.recurrent import QuantizedRecurrent
 from lq_plugin.layers.registry import quantized_class, register_layer, why_unsupported
 
@@ -47,6 +55,7 @@ __all__ = [
     "class_before",
     "compound_family",
     "compound_weights",
+    "computed_faults",
     "detach_quantizers",
     "quantized_class",
     "register_compound",

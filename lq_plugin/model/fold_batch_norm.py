@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.layers import COMPUTED, weight_is_computed
 from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.record import Call, Recording
 from lq_plugin.model.survey import float_class
@@ -329,6 +330,8 @@ def _pair_faults(pair: Pair, modules: dict[str, nn.Module]) -> list[str]:
         return [f"{pair.producer!r} is a {type(producer).__name__}, not a linear or convolution"]
     if not isinstance(bn, _BatchNorm):
         return [f"{pair.batch_norm!r} is a {type(bn).__name__}, not a batch norm"]
+    if weight_is_computed(producer):
+        return [f"{pair.producer!r}: {COMPUTED}"]
     fault = _statistics_fault(bn)
     channels = producer.out_features if isinstance(producer, nn.Linear) else producer.out_channels
     if fault is None and channels != bn.num_features:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.layers import QuantizedLayer, computed_faults
 from lq_plugin.plan import LayerPlan
 from lq_plugin.search.bound import Choice, Unit
 from lq_plugin.search.evaluator import Evaluator
@@ -42,7 +43,12 @@ def by_gradients(
         data: batches.
         measures: of `"fisher"`, `"first_order"`, `"hessian"`; see `lq_plugin.search.sensitivity`.
         loss: of a batch, the mean over its samples.
+
+    Raises:
+        QuantizationError: weights that are computed, which no gradient is kept of.
     """
+    faults = computed_faults((name, evaluator.layers[name]) for unit in units for name in unit.layers)
+    raise_all(QuantizationError, f"cannot measure {', '.join(measures)}; kl, sqnr and loss can", faults)
     changes = {unit.name: _changes(evaluator, unit) for unit in units}
     evaluator.apply({})
     layers = {unit.name: _distinct(evaluator, unit) for unit in units}

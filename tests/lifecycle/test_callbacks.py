@@ -1,5 +1,7 @@
 """Lightning's own callbacks beside QAT, in any order: they see the quantized model, and it stays quantized."""
 
+import random
+
 import lightning as L
 import pytest
 import torch
@@ -146,3 +148,34 @@ def test_early_stopping_and_the_best_checkpoint_judge_the_quantized_model(first,
     got = trainer().validate(fresh, datamodule=data, verbose=False)[0]["val/loss"]
     assert got == pytest.approx(best.best_model_score.item(), abs=0)
     assert_quantized(fresh)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("changing", ["averaged", "pruned"])  # Lightning cannot do both at once, quantized or not
+def test_many_callbacks_in_any_order(changing, seed, trainer, module, data, tmp_path):
+    """All at once, shuffled: what they leave is quantized, and their checkpoints answer the same."""
+    pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False)
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=1)
+    callbacks = [
+        QAT("w4 lsq a4 lsq"),
+        EMAWeightAveraging(decay=0.5) if changing == "averaged" else pruning,
+        EarlyStopping("val/loss", patience=3),
+        LearningRateFinder(num_training_steps=4, min_lr=1e-5, max_lr=1e-3, early_stop_threshold=None),
+        best,
+    ]
+    random.Random(seed).shuffle(callbacks)
+    module.lr = 0.1
+    fit = trainer(*callbacks, enable_checkpointing=True)
+    fit.fit(module, datamodule=data)
+    assert_quantized(module)
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    fresh = Module()
+    load_checkpoint(fresh, tmp_path / "end.ckpt")
+    assert torch.equal(fresh.eval()(data.x), module.eval()(data.x))
+    zeros = sum(int((layer.quantized_weight() == 0).sum()) for _, layer in quantized_layers(fresh))
+    assert changing == "averaged" or zeros >= 0.5 * sum(layer.weight.numel() for _, layer in quantized_layers(fresh))
+    if changing == "averaged":  # Lightning measures, prunes, and then writes its checkpoint
+        fresh = Module()
+        load_checkpoint(fresh, best.best_model_path)
+        got = trainer().validate(fresh, datamodule=data, verbose=False)[0]["val/loss"]
+        assert got == pytest.approx(best.best_model_score.item(), abs=0)

@@ -88,6 +88,31 @@ def test_going_back_to_a_phase_compiles_nothing(trainer, data):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_in_place(when, trainer, data):
+    """`net.compile()` before the fit, or once the quantizers are in: the run that is not compiled, bit for bit."""
+
+    class Late(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.net.compile(backend="eager", fullgraph=True)
+
+    states = []
+    for compiled in (False, True):
+        counters.clear()
+        torch.compiler.reset()
+        L.seed_everything(0, verbose=False)
+        module = Module()
+        if compiled and when == "before":
+            module.net.compile(backend="eager", fullgraph=True)
+        late = [Late()] if compiled and when == "after" else []
+        trainer(QAT("w4a8"), *late).fit(module, datamodule=data)
+        states.append(module.state_dict())
+        assert bool(counters["stats"]["unique_graphs"]) == compiled
+        assert not counters["graph_break"]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_calibrated_and_evaluated(when, trainer, data):
     answers = []
     for kind in ("never", when):

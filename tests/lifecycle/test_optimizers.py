@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler as S
 
 from lq_plugin import QAT
-from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.model.prepare import quantized_layers, quantizers
 from tests.callbacks.conftest import Module, ResumableLoader
 
 PLAN = "w4 lsq a4 lsq"
@@ -35,6 +35,10 @@ SCHEDULERS = {
 }
 QUICK = ("LambdaLR, one a group", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau", "ChainedScheduler", "SWALR")
 pytestmark = [pytest.mark.filterwarnings("ignore:The dirpath has changed")]
+
+
+def test_no_scheduler_of_torch_is_left_out():
+    assert {name.partition(",")[0] for name in SCHEDULERS} == {name for name in S.__all__ if name != "LRScheduler"} | {"SWALR"}
 
 
 def two_groups(scheduler):
@@ -136,6 +140,49 @@ def test_two_optimizers_by_hand(trainer, data):
                 assert [id(p) in ids for ids in held] == ([False, True] if name == "net.fc" else [True, False])
     moved = [[not torch.equal(a, b) for a, b in zip(before, after, strict=True)] for before, after in itertools.pairwise(seen)]
     assert moved == [[True, False], [False, True]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_two_optimizers_resume(trainer, data, tmp_path):
+    """By hand, of two kinds, with momentum and step counts: bit-equal, from the middle of an epoch."""
+    batches = list(data.train_dataloader())
+    data.train_dataloader = lambda: ResumableLoader(batches)
+
+    def run(resume=None):
+        L.seed_everything(1, verbose=False)
+        module = Manual()
+        keep = ModelCheckpoint(
+            tmp_path / ("whole" if resume is None else "resumed"), filename="{step}", save_top_k=-1, every_n_train_steps=3
+        )
+        fit = trainer(QAT(PLAN), keep, enable_checkpointing=True)
+        fit.fit(module, datamodule=data, ckpt_path=resume, weights_only=None if resume is None else False)
+        return module.state_dict(), [optimizer.state_dict() for optimizer in fit.optimizers]
+
+    whole = run()
+    again = run(tmp_path / "whole" / "step=3.ckpt")
+    assert whole[0].keys() == again[0].keys()
+    assert all(torch.equal(again[0][key], value) for key, value in whole[0].items())
+    for mine, theirs in zip(whole[1], again[1], strict=True):
+        assert mine["param_groups"] == theirs["param_groups"]
+        assert mine["state"].keys() == theirs["state"].keys()
+        for key, state in mine["state"].items():
+            assert all(torch.equal(torch.as_tensor(theirs["state"][key][name]), torch.as_tensor(value)) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_no_optimizer_at_all(trainer, data):
+    """Ranges are found and move; what would be learned stays."""
+    module = Module(optimizers=lambda module: None)
+    before = {}
+
+    class Remember(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    trainer(QAT("w4 lsq a4 lsq"), Remember()).fit(module, datamodule=data)
+    assert len(before) == 18
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert all(q.is_calibrated for q in quantizers(module))
 
 
 def test_accumulated_gradients_are_those_of_the_joined_batch(trainer, data):

@@ -24,7 +24,7 @@ class Loose(Module):
         self.log("val/loss", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
 @pytest.mark.parametrize("plan", ["w4a8", "w4 lsq a4 lsq"])
 def test_scales_stay_float32_and_a_resumed_run_is_the_same(plan, precision, trainer, data, tmp_path):
     batches = list(data.train_dataloader())
@@ -43,7 +43,7 @@ def test_scales_stay_float32_and_a_resumed_run_is_the_same(plan, precision, trai
     found = quantizers(module)
     assert all(t.dtype == torch.float32 for q in found for t in (*q.parameters(), *q.buffers()) if t.is_floating_point())
     assert all(torch.isfinite(t).all() for q in found for t in q.parameters())
-    want = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    want = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
     assert module.net.conv.weight.dtype == want
     again, _ = run(tmp_path / "whole" / "step=3.ckpt")
     states = module.state_dict(), again.state_dict()

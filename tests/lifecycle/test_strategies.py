@@ -12,8 +12,9 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.nn.utils.parametrizations import weight_norm
 
-from lq_plugin import PTQ, QAT, PlanError, QuantPlan, Rule
+from lq_plugin import PTQ, QAT, PlanError, QuantPlan, Rule, prepare
 from lq_plugin.callbacks.sharding import refuse_unsupported
 from lq_plugin.model import quantizers
 from tests.callbacks.conftest import Data, Module
@@ -107,6 +108,49 @@ def test_fsdp2_resumes(tmp_path):
         assert states_equal(state(tmp_path, "resumed", rank), state(tmp_path, "fsdp2", rank))
 
 
+class SaveState(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), f"{self.folder}/spawned{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "not prepared"])
+def test_the_module_that_spawned_processes_train_copies_of(prepared, tmp_path, capfd):
+    """Prepared before, it ends as the trained copies, bit for bit; otherwise it is float, and that is said.
+
+    While a range is not used yet (its schedule begins later), DDP does not miss its gradient.
+    """
+    plan = QuantPlan([Rule("*", weight="int4 lsq", input="int4 lsq")], {"weights_start": "step 2", "activations_start": "step 3"})
+    L.seed_everything(0, verbose=False)
+    module, data = Module(), Data(batch_size=8)
+    if prepared:
+        prepare(module, plan)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(plan), SaveState(str(tmp_path))], max_epochs=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    copies = [state(tmp_path, "spawned", rank) for rank in range(2)]
+    learned = {key for key in copies[0] if "running" not in key}  # batch norms see their own rank's batches
+    assert all(torch.equal(copies[0][key], copies[1][key]) for key in learned)
+    assert any(float((copies[0][key] != 1).sum()) for key in learned if key.endswith("weight_quantizer.scale"))
+    said = "the module that fit was called with stays float" in capfd.readouterr().err
+    assert said is not prepared
+    if prepared:
+        assert states_equal(module.state_dict(), copies[0])
+        fresh = Module()
+        prepare(fresh, plan)
+        fresh.load_state_dict(copies[0])
+        with torch.no_grad():
+            assert torch.equal(module.eval()(data.x), fresh.eval()(data.x))
+    else:
+        assert not quantizers(module)
+        assert all(torch.equal(value, copies[0][key]) for key, value in module.state_dict().items())
+
+
 def test_fsdp_of_lightning_is_refused_before_training():
     """On CPU by Lightning; elsewhere by us."""
     with pytest.raises(ValueError, match="requires a GPU accelerator"):
@@ -161,6 +205,24 @@ def test_tensor_parallel_layers_are_refused(tmp_path):
             with pytest.raises(PlanError, match=r"net.fc.weight is split by tensor parallelism"):
                 refuse_unsupported(found, module)
             module = Module()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_parametrized_layers_that_are_split_stay_float_with_the_reason(tmp_path):
+    """By `fully_shard` on the layer itself, or on a module around it."""
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+        net = torch.nn.Sequential(*(weight_norm(torch.nn.Linear(4, 4)) for _ in range(2)), torch.nn.Linear(4, 4))
+        fully_shard(net[0], mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        ledger = prepare(net, "w4a8")
+        assert [entry.name for entry in ledger.quantized] == ["2"]
+        assert "is not the class that torch made for that" in ledger["0"].reason
+        assert ledger["1"].reason == "its weight is parametrized, and split over processes"
     finally:
         dist.destroy_process_group()
 
