@@ -204,7 +204,7 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
 def _pareto(study: StudyReport) -> Figure:
     points = [(t.cost, t.metric) for t in study.trials]
     uniform = {t.origin: (t.cost, t.metric) for t in study.trials if t.origin.startswith("uniform")}
-    seeds = [(t.cost, t.metric) for t in study.trials if t.origin != "sampled" and t.origin not in uniform]
+    seeds = [(t.cost, t.metric) for t in study.trials if t.origin not in ("sampled", "refined") and t.origin not in uniform]
     title, cost = f"{study.name}: {study.metric}", study.cost.replace("_", " ")
     return plots.pareto(points, uniform, study.float_metric, study.metric, study.maximize, cost, title, seeds)
 

@@ -2,6 +2,7 @@
 
 from lq_plugin.search.bound import BoundSpace, Unit
 from lq_plugin.search.costs import COSTS
+from lq_plugin.search.dominance import DominancePruner
 from lq_plugin.search.evaluator import Evaluation, Evaluator
 from lq_plugin.search.job import current_trial
 from lq_plugin.search.levels import Level, evaluate_at
@@ -16,6 +17,7 @@ __all__ = [
     "COSTS",
     "BoundSpace",
     "Candidate",
+    "DominancePruner",
     "Evaluation",
     "Evaluator",
     "Level",

@@ -34,14 +34,15 @@ from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.bound import BoundSpace, as_plan
-from lq_plugin.search.calibration import Calibration
+from lq_plugin.search.calibration import Calibration, FloatRecording
 from lq_plugin.search.costs import LATENCY, cost_totals
 from lq_plugin.search.interrupt import interrupts_kept
 from lq_plugin.search.once import SetUpOnce
 from lq_plugin.search.space import Space
 from lq_plugin.spec import Granularity, PerChannel, PerTensor, QuantSpec
 
-_QUIET = {
+#: Options of a Trainer that shows, logs and keeps nothing.
+QUIET: dict[str, Any] = {
     "logger": False,
     "callbacks": None,
     "enable_progress_bar": False,
@@ -106,6 +107,8 @@ class Evaluator:
         self.recording: Recording | None = None
         #: Milliseconds of a plan, see `lq_plugin.search.latency`.
         self.latency: Callable[[Mapping[str, LayerPlan]], float] | None = None
+        #: Batches of a validation, of the longest loader.
+        self.batches: float = 0
         self._float_state: dict[str, torch.Tensor] = {}
         self._samples: dict[tuple[str, Granularity], Sample] = {}
         self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
@@ -121,7 +124,7 @@ class Evaluator:
 
     def make_trainer(self, **options: Any) -> Trainer:
         """A Trainer that shows, logs and keeps nothing."""
-        return self._make_trainer(**_QUIET, **options)
+        return self._make_trainer(**QUIET, **options)
 
     def float_copy(self) -> LightningModule:
         """The module with its float weights, batch norms included, and nothing of the search; it belongs to no Trainer."""
@@ -161,11 +164,14 @@ class Evaluator:
             QuantizationError: a space that does not fit the model, or no calibration data.
         """
         self.float_metrics = self._validate()
+        loop: Any = self.trainer.validate_loop
+        self.batches = max(loop.max_batches, default=0)
         self._float_state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)}
         self.weights = digest(self._float_state.items())
         # After a validation: only now has `configure_model` built every layer.
         survey = Survey.of(self.model)
-        self.space = Space.parse(space).bind(survey.infos(), survey.others())
+        space = Space.parse(space)
+        self.space = space.bind(survey.infos(), survey.others(), self._recorded() if space.ties_residuals else None)
         for plan in _statistics_plans(self.space):
             remove(self.model)
             first = self.recording is None
@@ -176,6 +182,13 @@ class Evaluator:
             self._keep_samples(ptq)
         self._layers = dict(quantized_layers(self.model))
         return self.space
+
+    def _recorded(self) -> Recording | None:
+        recorder = FloatRecording("int8", dataloader=self.dataloader)
+        recorder.seed = self.seed
+        with self.limited(1):
+            self.run(recorder)
+        return recorder.recording
 
     def run(self, callback: Callback) -> dict[str, float]:
         """Validate with one more callback."""
@@ -189,10 +202,9 @@ class Evaluator:
     @contextmanager
     def limited(self, batches: int | None) -> Iterator[None]:
         """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as many."""
-        loop: Any = self.trainer.validate_loop
         before = vars(self.trainer)["limit_val_batches"]
         if batches is not None:
-            vars(self.trainer)["limit_val_batches"] = min(batches, max(loop.max_batches))
+            vars(self.trainer)["limit_val_batches"] = min(batches, self.batches)
         try:
             yield
         finally:

@@ -37,6 +37,7 @@ from optuna.trial import TrialState
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.build import build
 from lq_plugin.search.constraint import Constraint
+from lq_plugin.search.dominance import REPORTS, with_report
 from lq_plugin.search.objective import ERROR, METRICS
 from lq_plugin.search.storage import StudyError, has_heartbeat, quiet, rdb_storage
 
@@ -130,13 +131,22 @@ class JobTrial:
             raise TrialPruned(f"breaks {', '.join(broken)}")
 
     def report(self, value: float, step: int) -> None:
-        """Tell the pruner how it goes. Does nothing with several objectives, for which there is no pruner, and with NaN."""
-        if self.access.objectives == 1 and math.isfinite(value):
+        """Tell the pruner how it goes. Does nothing with NaN, and with several objectives while the costs are not noted."""
+        if not math.isfinite(value):
+            return
+        if self.access.objectives == 1:
             self._trial.report(float(value), step)
+        elif self.access.pruner is not None and all(cost in self.metrics for cost in self.access.costs):
+            # Optuna takes intermediate values of a single objective only.
+            costs = [self.metrics[cost] for cost in self.access.costs]
+            self._trial.set_user_attr(REPORTS, with_report(self._trial.user_attrs.get(REPORTS), costs, float(value), step))
 
     def should_prune(self) -> bool:
         """Whether the pruner finds it hopeless."""
-        return self.access.objectives == 1 and self._trial.should_prune()
+        if self.access.objectives == 1:
+            return self._trial.should_prune()
+        # With no pruner there is nothing to ask the storage for.
+        return self.access.pruner is not None and self.study.pruner.prune(self.study, self.study.get_trials(deepcopy=False)[self.number])
 
     def complete(self, returned: Any) -> None:
         """Record the objectives: what the task returned, then the costs.

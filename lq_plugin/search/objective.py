@@ -92,7 +92,11 @@ class Objective:
             noted[METRICS] = metrics
             self._check(trial, metrics)
         except TrialPruned:
-            noted[METRICS] = (trial.user_attrs.get(LEVELS) or [costs])[-1]
+            reached = trial.user_attrs.get(LEVELS)
+            noted[METRICS] = reached[-1] if reached else costs
+            if reached:
+                # What it broke at the level where it stopped tells the sampler more than nothing.
+                self._check(trial, reached[-1])
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):

@@ -6,6 +6,7 @@ the evaluation. A trial that waits in the queue with all its parameters takes tw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,18 +14,22 @@ import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.search.bound import BoundSpace, Params
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.objective import METRICS, PLAN, REPEATS
+from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, REPEATS
+from lq_plugin.search.refine import Point, Refiner
 from lq_plugin.search.storage import StudyError, quiet
 
 #: Proposals in a row that may break a constraint before the search gives up.
 _PATIENCE = 1000
 #: Proposals in a row that may be known before random ones are tried, and before one is taken a second time.
 _REPEATS, _RANDOM_REPEATS = 5, 30
+#: One of so many proposals is the sampler's where there is a refiner: it looks where the additive model does not.
+_SAMPLED = 4
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -42,9 +47,17 @@ class Proposer(BaseSampler):
         sampler: what proposes.
         evaluator: calibrated; knows the space, and what a plan costs.
         constraints: only those on costs count here.
+        refiner: makes most of the proposals, where the front has gaps that it can fill.
     """
 
-    def __init__(self, study: Study, sampler: BaseSampler, evaluator: Evaluator, constraints: Iterable[Constraint] = ()) -> None:
+    def __init__(
+        self,
+        study: Study,
+        sampler: BaseSampler,
+        evaluator: Evaluator,
+        constraints: Iterable[Constraint] = (),
+        refiner: Refiner | None = None,
+    ) -> None:
         assert evaluator.space is not None
         self.study, self.evaluator, self.space = study, evaluator, evaluator.space
         costs = evaluator.costs({})
@@ -53,6 +66,8 @@ class Proposer(BaseSampler):
             self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
         self._seen: set[int] = set()
         self._params: Params = {}
+        self._refiner = refiner
+        self._asked = 0
 
     def publish(self) -> None:
         """Put one more plan into the queue.
@@ -76,6 +91,11 @@ class Proposer(BaseSampler):
             if known.state in _FINISHED and known.number not in self._seen and REPEATS not in known.user_attrs:
                 self._seen.add(known.number)
                 self._memory.add_trial(known)
+        self._asked += 1
+        if self._refiner is not None and self._asked % _SAMPLED:
+            between = self._refiner.propose(self._points(), taken)
+            if between is not None:
+                return waiting_trial(self.space, between, self.evaluator, self.constraints, {ORIGIN: "refined"})
         sampler = self._memory.sampler
         try:
             for repeats in range(_RANDOM_REPEATS):
@@ -91,6 +111,12 @@ class Proposer(BaseSampler):
             self._memory.sampler = sampler
         attrs = self._memory.get_trials(deepcopy=False)[trial.number].system_attrs
         return waiting_trial(self.space, params, self.evaluator, self.constraints, system_attrs=attrs)
+
+    def _points(self) -> list[Point]:
+        """Finished trials of two objectives."""
+        sign = 1.0 if self.study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [Point(sign * trial.values[0], trial.values[1], trial.params) for trial in complete if all(map(math.isfinite, trial.values))]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}

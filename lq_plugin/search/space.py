@@ -11,7 +11,8 @@ The same space in YAML and in Python::
     tie: ["block.*"]
 
 The choices of one tensor are written as a spec (fixed), a list of specs and `float`, or a product of
-`bit_widths`, `granularities` and `ranges`. Patterns are those of a plan; later rules win.
+`bit_widths`, `granularities` and `ranges`. Patterns are those of a plan; later rules win. `tie: residual` ties what meets in
+residual sums, whatever its name.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any, TypeAlias
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.formats import SLOTS
+from lq_plugin.model.recording import Recording
 from lq_plugin.plan import FLOAT, LayerInfo, QuantPlan, Rule, matches
 from lq_plugin.search.bound import BoundSpace, Choice, Unit
+from lq_plugin.search.residual import RESIDUAL, ResidualTies, residual_ties
 from lq_plugin.spec import QuantSpec
 
 #: How the choices of one tensor are written.
@@ -106,7 +109,9 @@ class Space:
     Args:
         weight, input, output: choices of all layers; None stays float.
         rules: `SpaceRule`s (or mappings) for some layers; later ones win, each tensor on its own.
-        tie: patterns; the layers that one pattern matches always get the same choice.
+        tie: patterns; the layers that one pattern matches always get the same choice. The word `residual` ties the weights of
+            layers whose outputs meet in a residual sum, and the inputs of layers that read the same sum
+            (`lq_plugin.search.residual`).
 
     Raises:
         QuantizationError: listing everything that is wrong in it.
@@ -129,7 +134,12 @@ class Space:
         """Read a space from a mapping with its fields (YAML), or return it as it is."""
         return value if isinstance(value, Space) else _from_mapping(cls, value)
 
-    def bind(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None) -> BoundSpace:
+    @property
+    def ties_residuals(self) -> bool:
+        """Whether `bind` needs a recording."""
+        return RESIDUAL in self.tie
+
+    def bind(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None, recording: Recording | None = None) -> BoundSpace:
         """The space of one model.
 
         A choice that a layer cannot take (its input channels are no multiple of the group size, say)
@@ -138,11 +148,12 @@ class Space:
         Args:
             layers: the layers that can hold quantizers.
             others: names and types of all other modules, for error messages.
+            recording: of one float forward pass, where residual sums are tied.
 
         Raises:
             PlanError: patterns that match nothing, tensors left without a choice, or a space with nothing to choose.
         """
-        patterns = [rule.match for rule in self._rules] + list(self.tie)
+        patterns = [rule.match for rule in self._rules] + self._patterns
         if patterns:
             try:
                 QuantPlan([Rule(pattern, weight=FLOAT) for pattern in patterns]).resolve(layers, others)
@@ -158,11 +169,22 @@ class Space:
                     faults.append(f"{layer.name}.{slot} has no possible choice: {'; '.join(excluded[f'{layer.name}.{slot}'])}")
                 elif choices != (FLOAT,):
                     allowed[layer.name, slot] = choices
-        units = list(self._units(layers, allowed, faults))
+        ties = ResidualTies((), ())
+        if self.ties_residuals:
+            if recording is None:
+                raise PlanError("search space: tie 'residual' needs a recording of the model")
+            ties = residual_ties(recording, [layer.name for layer in layers])
+            if not ties.weight and not ties.input:
+                faults.append("tie 'residual': the model has no sum in which the outputs of two layers meet, and none that two layers read")
+        units = list(self._units(layers, allowed, ties, faults))
         if not faults and not any(len(unit.choices) > 1 for unit in units):
             faults.append("there is nothing to choose: every tensor has at most one choice")
         raise_all(PlanError, "search space", faults)
         return BoundSpace(tuple(units), tuple(layers), dict(others or {}), excluded)
+
+    @property
+    def _patterns(self) -> list[str]:
+        return [pattern for pattern in self.tie if pattern != RESIDUAL]
 
     @property
     def _rules(self) -> tuple[SpaceRule, ...]:
@@ -175,16 +197,22 @@ class Space:
                 chosen = getattr(rule, slot)
         return (FLOAT,) if chosen is None else chosen
 
-    def _units(self, layers: Sequence[LayerInfo], allowed: dict[tuple[str, str], tuple[Choice, ...]], faults: list[str]) -> Iterable[Unit]:
+    def _units(
+        self, layers: Sequence[LayerInfo], allowed: dict[tuple[str, str], tuple[Choice, ...]], ties: ResidualTies, faults: list[str]
+    ) -> Iterable[Unit]:
         """One unit for each tensor, or for each set of tied ones, in the model's order."""
         groups: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
-            tied = [pattern for pattern in self.tie if matches(pattern, layer.name, layer.types)]
+            tied = [pattern for pattern in self._patterns if matches(pattern, layer.name, layer.types)]
             if len(tied) > 1:
                 faults.append(f"{layer.name} is tied by {len(tied)} patterns: {', '.join(map(repr, tied))}")
             for slot in SLOTS:
-                if (layer.name, slot) in allowed:
-                    groups.setdefault((tied[0] if tied else layer.name, slot), []).append(layer.name)
+                if (layer.name, slot) not in allowed:
+                    continue
+                residual = ties.group_of(layer.name, slot)
+                if tied and residual:
+                    faults.append(f"{layer.name}.{slot} is tied by the pattern {tied[0]!r} and by {RESIDUAL!r}")
+                groups.setdefault((tied[0] if tied else residual or layer.name, slot), []).append(layer.name)
         for (name, slot), members in groups.items():
             shared = [c for c in allowed[members[0], slot] if all(c in allowed[member, slot] for member in members)]
             if not shared:

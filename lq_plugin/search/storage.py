@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -104,7 +105,7 @@ def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
         return _connect(url, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 100}}, **options)
+        storage = _SQLiteStorage(url, engine_kwargs={"connect_args": {"timeout": 100}}, **options)
 
     @event.listens_for(storage.engine, "connect")
     def write_ahead(connection: Any, record: Any) -> None:
@@ -113,6 +114,16 @@ def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
 
     storage.engine.dispose()
     return storage
+
+
+class _SQLiteStorage(RDBStorage):
+    """Each waiting trial goes to one process: SQLite knows no row locks, so that two that ask at once could both get it."""
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        file = _sqlite_file(self.url)
+        taking = FileLock(f"{file}.trial.lock") if state == TrialState.RUNNING and file is not None else contextlib.nullcontext()
+        with taking:
+            return super().set_trial_state_values(trial_id, state, values)
 
 
 def _connect(url: str, options: dict[str, Any]) -> RDBStorage:

@@ -35,8 +35,9 @@ from lq_plugin.search.objective import ORIGIN, Objective
 from lq_plugin.search.progress import SearchProgress
 from lq_plugin.search.promotion import Ladder
 from lq_plugin.search.proposer import Proposer, waiting_trial
+from lq_plugin.search.refine import Refiner
 from lq_plugin.search.result import SearchResult
-from lq_plugin.search.seeds import Seed, distinct, make_seeds, unit_costs
+from lq_plugin.search.seeds import Seed, Table, distinct, make_seeds, unit_costs
 from lq_plugin.search.sensitivity import measure_sensitivity
 from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 #: User attribute of a study whose first trials are in its queue.
 SEEDED = "seeded"
+#: What was measured for them: the harm of each choice of each unit.
+SENSITIVITY = "sensitivity"
 
 #: A sampler, or what makes one from `seed=`.
 Sampler: TypeAlias = "BaseSampler | Callable[..., BaseSampler]"
@@ -111,6 +114,7 @@ def search(
         storage: an Optuna storage or its URL. None: `study.db` (SQLite) in `output_dir`, in memory without one.
         output_dir: gets `front.csv`, `plans/*.yaml` and `pareto.png`, also when the search is interrupted.
         sampler: an Optuna sampler, or a class or function that makes one from `seed`, which every run and worker has its own of.
+            With seeds and one cost it proposes every fourth plan, and the others fill the gaps of the front (`lq_plugin.search.refine`).
         seed: of the sampler and of the order of calibration data.
         worker: tells processes on the same study apart.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
@@ -172,16 +176,24 @@ def search(
         entropy = np.random.SeedSequence([seed, worker, len(earlier)])
         with quiet():
             proposing = sampler if isinstance(sampler, BaseSampler) else sampler(seed=int(entropy.generate_state(1)[0]))
-        proposer = Proposer(study, proposing, evaluator, limits)
-        study.sampler = proposer
         uniform_plans = [Seed(bound.uniform(bits), f"uniform {bits} bits") for bits in bound.bit_widths if uniform]
+        size = costs[0] if costs else "effective_bits"
         with locked(storage):
             if not study.user_attrs.get(SEEDED):
-                size = costs[0] if costs else "effective_bits"
-                promising = promising_plans(evaluator, seeds, size, limits, sensitivity, sensitivity_batches) if seeds else []
+                promising: list[Seed] = []
+                if seeds:
+                    table = measure_sensitivity(evaluator, sensitivity, sensitivity_batches)
+                    promising = promising_plans(evaluator, table.values, seeds, size, limits)
+                    study.set_user_attr(SENSITIVITY, table.values)
                 for plan in distinct([*uniform_plans, *promising]):
                     study.add_trial(waiting_trial(bound, plan.params, evaluator, limits, {ORIGIN: plan.origin}))
                 study.set_user_attr(SEEDED, True)
+        known = study.user_attrs.get(SENSITIVITY)
+        refiner = None
+        if known is not None and len(costs) == 1:
+            refiner = Refiner(bound, known, *unit_costs(evaluator, size), largest(limits, size), int(entropy.generate_state(2)[1]))
+        proposer = Proposer(study, proposing, evaluator, limits, refiner)
+        study.sampler = proposer
         float_bytes = evaluator.cost({}).bytes
 
         def result() -> SearchResult:
@@ -249,19 +261,16 @@ def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None
     raise_all(QuantizationError, "cannot search", faults)
 
 
-def promising_plans(
-    evaluator: Evaluator, count: int, cost: str, limits: Sequence[Constraint] = (), measure: str = "auto", batches: int = 2
-) -> list[Seed]:
-    """Measure the sensitivity of each tensor, and make up to `count` plans of it.
-
-    Raises:
-        QuantizationError: see `measure_sensitivity`.
-    """
+def promising_plans(evaluator: Evaluator, sensitivity: Table, count: int, cost: str, limits: Sequence[Constraint] = ()) -> list[Seed]:
+    """Up to `count` plans that the sensitivity of each tensor promises to be good."""
     assert evaluator.space is not None
-    table = measure_sensitivity(evaluator, measure, batches)
     base, costs = unit_costs(evaluator, cost)
-    most = min((limit.bound for limit in limits if limit.name == cost and limit.relation == "<="), default=np.inf)
-    return make_seeds(evaluator.space, table.values, costs, base, count, most)
+    return make_seeds(evaluator.space, sensitivity, costs, base, count, largest(limits, cost))
+
+
+def largest(limits: Sequence[Constraint], cost: str) -> float:
+    """What a plan may cost."""
+    return min((limit.bound for limit in limits if limit.name == cost and limit.relation == "<="), default=np.inf)
 
 
 def _fingerprint(

@@ -25,6 +25,7 @@ from sqlalchemy.engine import make_url
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search.build import build
+from lq_plugin.search.dominance import REPORTS
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.job import INTERRUPTED, beating
 from lq_plugin.search.objective import ERROR, PLAN
@@ -219,7 +220,7 @@ class _Run:
             elif trial.state == TrialState.COMPLETE:
                 log.info("trial %d: %s %s", trial.number, trial.values, trial.params)
         self.failures += lost
-        trained = [trial for trial in self._of(numbers) if trial.state != TrialState.PRUNED or trial.intermediate_values]
+        trained = [trial for trial in self._of(numbers) if trial.state != TrialState.PRUNED or _was_trained(trial)]
         self.idle = 0 if trained else self.idle + len(numbers)
 
     def _fail(self, trial: FrozenTrial, error: str) -> None:
@@ -244,7 +245,7 @@ class _Run:
             )
 
     def _done(self) -> int:
-        pruned = [trial for trial in self._trials(TrialState.PRUNED) if trial.intermediate_values]
+        pruned = [trial for trial in self._trials(TrialState.PRUNED) if _was_trained(trial)]
         return len(self._trials(TrialState.COMPLETE)) + len(pruned)
 
     def _trials(self, state: TrialState) -> list[FrozenTrial]:
@@ -267,6 +268,11 @@ class _Run:
         _replace(self.settings.sweep_dir / "optimization_results.yaml", yaml.safe_dump(content, sort_keys=False))
         if self.layers is not None and len(self.settings.directions) == 1:
             _replace(self.settings.sweep_dir / "best_plan.yaml", self.layers.plan(best[0].params).to_yaml())
+
+
+def _was_trained(trial: FrozenTrial) -> bool:
+    """Whether a pruned trial was stopped on its way, not before it began."""
+    return bool(trial.intermediate_values) or REPORTS in trial.user_attrs
 
 
 def _blocks(numbers: Sequence[int]) -> list[list[int]]:

@@ -21,6 +21,7 @@ from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.build import build, part_class
 from lq_plugin.search.constraint import parse_constraints
 from lq_plugin.search.costs import COUNTED
+from lq_plugin.search.dominance import DominancePruner
 from lq_plugin.search.job import StudyAccess
 from lq_plugin.search.storage import HEARTBEAT
 
@@ -41,7 +42,8 @@ class SweepSettings:
         n_jobs: jobs that the launcher gets at once.
         seed: of the sampler; each run draws others.
         sampler: the config of an Optuna sampler; TPE when None.
-        pruner: the config of an Optuna pruner; None: nothing is pruned.
+        pruner: the config of an Optuna pruner; None: nothing is pruned. With several objectives, a metric and costs:
+            `lq_plugin.search.dominance.DominancePruner`.
         params: by override key, in Hydra's sweep syntax, or a plain value; the command line wins.
         layers: a space over layers by patterns: the fields of `Space`, and `plan`, whose rules stand before. Each trial's plan is
             written to `plans/<number>.yaml` in `hydra.sweep.dir`.
@@ -91,7 +93,7 @@ class SweepSettings:
             f"{name} is {least} or more, got {value!r}" for name, least in smallest.items() if (value := getattr(self, name)) < least
         ]
         if self.pruner is not None and len(self.directions) > 1:
-            faults.append("pruners need a single objective")
+            faults += self._several_objectives()
         for entry in self.enqueue:
             if not isinstance(entry, Mapping):
                 faults.append(f"enqueue is a list of mappings from parameters to values, got {entry!r}")
@@ -99,6 +101,18 @@ class SweepSettings:
         parse_constraints(self.constraints)
         if self.pruner is not None:
             build(self.pruner, BasePruner, _PRUNER)
+
+    def _several_objectives(self) -> list[str]:
+        """What keeps a pruner from several objectives."""
+        try:
+            ours = issubclass(part_class(self.pruner, BasePruner, _PRUNER), DominancePruner)
+        except QuantizationError as error:
+            return [str(error)]
+        if not ours:
+            return ["Optuna's pruners need a single objective; with several: lq_plugin.search.dominance.DominancePruner"]
+        if len(self.directions) != len(self.costs) + 1:
+            return ["DominancePruner needs one metric, all other objectives in costs: it must know them before the training"]
+        return []
 
     @classmethod
     def from_config(cls, config: DictConfig) -> SweepSettings:

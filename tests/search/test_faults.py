@@ -11,6 +11,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from lq_plugin.search import StudyError
@@ -54,11 +56,15 @@ class Worker:
 
 
 def trials(url: str, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    storage = RDBStorage(url)
     try:
-        study = optuna.load_study(study_name="lq_search", storage=url)
+        return optuna.load_study(study_name="lq_search", storage=storage).get_trials(deepcopy=False, states=states or None)
     except KeyError:
         return []
-    return study.get_trials(deepcopy=False, states=states or None)
+    finally:
+        # Asked ten times a second: PostgreSQL has a hundred connections.
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def wait_for(url: str, state: TrialState, count: int, *workers: Worker) -> None:
@@ -118,3 +124,22 @@ def test_storages_without_heartbeat_say_so(tmp_path: Path, caplog: pytest.LogCap
     study = open_study("s", optuna.storages.JournalStorage(backend), ["maximize"], {})
     assert "JournalStorage has no heartbeat: the trial of a killed worker stays RUNNING" in caplog.text
     assert len(study.trials) == 0
+
+
+def test_a_waiting_trial_goes_to_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite knows no row locks: two that read at once that a trial waits would both get it."""
+    original, held = RDBStorage.set_trial_state_values, []
+
+    def taking(self, trial_id, state, values=None):
+        try:
+            with FileLock(f"{tmp_path / 'study.db'}.trial.lock", timeout=0):
+                held.append((state, False))
+        except Timeout:
+            held.append((state, True))
+        return original(self, trial_id, state, values)
+
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", taking)
+    study = open_study("s", f"sqlite:///{tmp_path / 'study.db'}", ["maximize"], {})
+    study.enqueue_trial({"x": 1})
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert held == [(TrialState.RUNNING, True), (TrialState.COMPLETE, False)]

@@ -272,7 +272,7 @@ assert stop is None and signal.getsignal(signal.SIGINT) is before
     assert "SIGTERM: the search stops after this trial; once more stops it at once" in done.stderr
 
 
-def interrupted(function: str, call: int, signals: str, n_trials: int, folder: Path) -> None:
+def interrupted(function: str, call: int, signals: str, n_trials: int, folder: Path, options: str = "") -> None:
     """A search that gets signals in a process of its own, for a test runner may have plans of its own for them.
 
     They come at the given call of a method; the search must end with a KeyboardInterrupt and leave the handlers as they were.
@@ -299,7 +299,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the
 before = signal.getsignal(signal.SIGTERM)
 torch.manual_seed(0)
 try:
-    run(DigitsCNN(width=4), {n_trials}, output_dir=Path({str(folder)!r}))
+    run(DigitsCNN(width=4), {n_trials}, output_dir=Path({str(folder)!r}), {options})
 except KeyboardInterrupt:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is before

@@ -13,13 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from hydra_plugins.lq_sweeper import LQSweeperConf
+from lq_plugin import QAT
+from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import QuantPlan
-from lq_plugin.search import StudyError
+from lq_plugin.search import DominancePruner, StudyError, TrialReport
 from lq_plugin.search.job import INTERRUPTED, TrialFailure, TrialJob, current_trial
 from lq_plugin.search.objective import ERROR, METRICS, PLAN
 from lq_plugin.search.sweep import sweep
 from lq_plugin.search.sweep_settings import SweepSettings
+
+from .test_evaluator import quiet_trainer
 
 X = {"x": "interval(0, 1)"}
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -208,6 +212,114 @@ def test_pruning(sweeps):
     assert current_trial() is None
 
 
+DOMINANCE = {"_target_": "lq_plugin.search.dominance.DominancePruner", "margin": 0.05, "n_startup_trials": 4, "n_warmup_steps": 1}
+
+
+def test_pruning_by_dominance_with_several_objectives(sweeps):
+    """A trial of many bits is good, or spoilt: then others that cost no more are far better at the same step."""
+    x = ", ".join(map(str, range(1, 11)))
+
+    def task(cfg: dict[str, str]) -> float:
+        trial = current_trial()
+        assert trial is not None
+        bits, spoilt = float(cfg["x"]), cfg["y"] == "1"
+        for step in range(4):
+            metric = (0.0 if spoilt else bits / 10) + 0.01 * step
+            trial.report(metric, step)  # the costs are not known yet
+            trial.require({"effective_bits": bits})
+            trial.report(metric, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return metric
+
+    settings = {"direction": ["maximize", "minimize"], "costs": ["effective_bits"], "pruner": DOMINANCE}
+    good = [{"x": bits, "y": 0} for bits in (2, 3, 4, 5)]
+    tried = [{"x": 6, "y": 1}, {"x": 1, "y": 1}, {"x": 2, "y": 1}, {"x": 3, "y": 1}, {"x": 1, "y": 0}]
+    sweeps(task, params={"x": f"choice({x})", "y": "choice(0, 1)"}, n_trials=9, enqueue=[*good, *tried], **settings)
+    pruned, complete = sweeps.trials(PRUNED), sweeps.trials(COMPLETE)
+    assert len(pruned) + len(complete) == 9, "what was stopped in its course counts"
+    # 1 and 2 bits cost less than two others that are done, however bad they are.
+    assert [trial.params for trial in pruned] == [tried[0], tried[3]]
+    assert [trial.user_attrs["reports"] for trial in pruned] == [
+        {"costs": [bits], "steps": {"0": 0.0, "1": 0.01}} for bits in (6.0, 3.0)
+    ], "at the first step after the warm-up"
+
+
+def test_a_training_is_stopped_by_dominance(sweeps, datamodule, trained):
+    """A real QAT: with too high a learning rate nothing is learned, at the same bits."""
+    epochs = []
+
+    def task(cfg: dict[str, str]) -> float:
+        model = DigitsCNN(width=8, lr=float(cfg["lr"]))
+        model.load_state_dict(trained.state_dict())
+        callbacks = [QAT("w3a8"), TrialReport("val/acc")]
+        trainer = quiet_trainer(callbacks=callbacks, max_epochs=3, limit_train_batches=4, num_sanity_val_steps=0)
+        try:
+            trainer.fit(model, datamodule=datamodule)
+        finally:
+            epochs.append(trainer.current_epoch)
+        return float(trainer.callback_metrics["val/acc"])
+
+    sweeps(
+        task,
+        params={"lr": "choice(1e-4, 2e-4, 5.0)"},
+        direction=["maximize", "minimize"],
+        costs=["effective_bits"],
+        n_trials=3,
+        pruner={**DOMINANCE, "n_startup_trials": 2, "margin": 0.2},
+        enqueue=[{"lr": rate} for rate in (1e-4, 2e-4, 5.0)],
+    )
+    (stopped,), complete = sweeps.trials(PRUNED), sweeps.trials(COMPLETE)
+    assert [trial.params["lr"] for trial in complete] == [1e-4, 2e-4]
+    assert list(stopped.user_attrs["reports"]["steps"]) == ["0", "1"]
+    assert stopped.user_attrs["reports"]["costs"] == [trial.values[1] for trial in complete][:1]
+    assert epochs[:2] == [3, 3]
+    assert epochs[2] < 3
+
+
+def test_the_rules_of_the_dominance_pruner():
+    study = optuna.create_study(directions=["minimize", "minimize", "maximize"])
+
+    def trial(state: TrialState, *course: float, costs: Sequence[float] = (4.0, 10.0), excess: float = -1.0) -> FrozenTrial:
+        reports = {"costs": list(costs), "steps": {str(step): value for step, value in enumerate(course)}}
+        values = [course[-1], *costs] if state == COMPLETE else None
+        attrs = {"reports": reports}
+        return optuna.create_trial(state=state, values=values, user_attrs=attrs, constraints={"c": excess})
+
+    for _ in range(2):
+        study.add_trial(trial(COMPLETE, 3.0, 2.0, 1.0))
+    study.add_trial(trial(COMPLETE, 0.0, 0.0, 0.0, excess=1.0))  # not allowed, so nothing to be measured by
+
+    def pruned(*course: float, costs: Sequence[float] = (4.0, 10.0), **rules: Any) -> bool:
+        return DominancePruner(**{"n_startup_trials": 3, **rules}).prune(study, trial(TrialState.RUNNING, *course, costs=costs))
+
+    assert pruned(3.5)
+    assert pruned(2.0, 2.5)
+    assert not pruned(4.0, 2.0), "as good at the same step"
+    assert not pruned(3.5, margin=0.5)
+    assert pruned(3.6, margin=0.5)
+    assert not pruned(3.5, costs=(3.0, 10.0)), "it costs less"
+    assert not pruned(3.5, costs=(4.0, 11.0)), "of the second cost, more is better"
+    assert pruned(3.5, costs=(5.0, 9.0))
+    assert not pruned(3.5, n_dominating=3)
+    assert not pruned(3.5, n_startup_trials=4)
+    assert not pruned(3.5, n_warmup_steps=1)
+    assert pruned(3.5, 3.5, n_warmup_steps=1)
+    assert [pruned(*[9.0] * steps, interval_steps=2) for steps in (1, 2, 3)] == [True, False, True]
+    assert not pruned(9.0, 9.0, 9.0, 9.0), "no complete trial has come so far"
+    assert not pruned()
+    assert not pruned(9.0, costs=()), "its costs are unknown"
+    with pytest.raises(QuantizationError, match="DominancePruner: 3 faults"):
+        DominancePruner(margin=-1, n_dominating=0, interval_steps=0)
+
+    alone = optuna.create_study(direction="minimize")
+    for value in (1.0, 1.0, 2.0):
+        alone.add_trial(optuna.create_trial(value=value, intermediate_values={0: value}))
+    running = alone.ask()
+    running.report(3.0, 0)
+    assert DominancePruner(n_startup_trials=3).prune(alone, alone.trials[-1]), "with one objective by the metric alone"
+
+
 def test_costs_are_objectives_and_constraints_come_before_training(sweeps):
     trained = []
 
@@ -312,6 +424,8 @@ def test_a_study_for_something_else_is_refused(sweeps):
         ({"params": X, "sampler": {"_target_": "optuna.samplers.TPESampler", "sed": 1}}, "unexpected keyword argument 'sed'"),
         ({"params": X, "pruner": {"_target_": "os.system", "command": "true"}}, "os.system is no Optuna BasePruner"),
         ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.pruners.MedianPruner"}}, "single objective"),
+        ({"params": X, "direction": ["minimize"] * 2, "pruner": DOMINANCE}, "DominancePruner needs one metric, all other"),
+        ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.Nothing"}}, "cannot find optuna.Nothing"),
     ],
 )
 def test_settings_that_cannot_be(sweeps, settings, message):

@@ -1,6 +1,6 @@
 "use strict";
 // A search: front, parallel coordinates, bits of the best plans, importance, hypervolume.
-const seeded = (t) => t.origin !== "sampled", uniform = (t) => t.origin.startsWith("uniform");
+const seeded = (t) => t.origin !== "sampled" && t.origin !== "refined", uniform = (t) => t.origin.startsWith("uniform");
 const LABELS = { effective_bits: "effective bits a weight", bytes: "bytes", bops: "bit operations" };
 const axisLabel = (name) => LABELS[name] ?? name;
 const number = (study, t, name) => (name === study.metric ? t.metric : name === study.cost ? t.cost : (t.numbers ?? {})[name]);
