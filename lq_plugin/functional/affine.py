@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import Layout, layout_along, layout_of
+from lq_plugin.native.kernels import DTYPES, Layout, layout_along, layout_of
 from lq_plugin.spec import IntegerGrid
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
@@ -128,7 +128,7 @@ def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
             low.copy_(torch.minimum(low, x_low))
             high.copy_(torch.maximum(high, x_high))
             return y
-    elif (found := ops.kernels_for(x)) is not None and scale.is_contiguous() and scale.numel() == zero_point.numel() == 1:
+    elif (found := ops.kernels_for(x)) is not None and scale.numel() == 1 and native_layout(x, scale, zero_point):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False)[0]
         return _NativeFakeQuantize.apply(x, scale, zero_point, bounds, Layout(1, 1, x.numel(), 1), (low, high), found)
@@ -241,7 +241,7 @@ class _NativeExtremes(torch.autograd.Function):
 
 
 def _masked(grad, mask, layout, strides, kernels):
-    if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or grad.dtype != torch.float32:
+    if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or grad.dtype not in DTYPES[grad.device.type]:
         # A second derivative, or what cannot be taken by its address.
         return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)
     # Never in place: the gradient may be someone else's, too.
@@ -271,6 +271,8 @@ class _TracedFakeQuantize(torch.autograd.Function):
 def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
     """How the qparams lie along `x`, where the kernels can take them so."""
     if scale.shape != zero_point.shape or scale.dtype != torch.float32 or not scale.is_contiguous() or not zero_point.is_contiguous():
+        return None
+    if not x.device == scale.device == zero_point.device:
         return None
     return layout_of(x, scale)
 

@@ -1,9 +1,9 @@
-"""`fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken without further checks."""
+"""What kernels do, and `fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken without more checks."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lq_plugin.native.build import NativeError, library
 
 #: Variants of the kernels, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
+#: What the kernels of a device take.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _WORD = 16
 
 
@@ -37,8 +39,8 @@ class Layout(NamedTuple):
 
 
 def accepts(x: Tensor) -> bool:
-    """float32 on the CPU, its elements side by side in memory in whatever order of dims."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg() and is_dense(x)
+    """One of its device's `DTYPES`, its elements side by side in memory in whatever order of dims."""
+    return x.dtype in DTYPES.get(x.device.type, ()) and x.layout == torch.strided and not x.is_neg() and is_dense(x)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -99,8 +101,48 @@ def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
     return None if made is None else made(*number)  # type: ignore[operator]
 
 
+class FakeQuantizeKernels(Protocol):
+    """Fake quantization in as few passes over memory as it takes; results are those of the torch operations, bit for bit."""
+
+    @property
+    def variant(self) -> str:
+        """Which kernels these are."""
+
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Quantized `x`, and the bits of what was not clipped where `masked`.
+
+        Args:
+            x: that `accepts` holds for.
+            scale, zero_point: contiguous float32 on x's device, `[outer, inner]` elements.
+            bounds: quant_min and quant_max.
+            layout: of both along x.
+            learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
+        """
+
+    def fake_quantize_observed(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in place."""
+
+    def fake_quantize_rows(
+        self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero points `[rows]`."""
+
+    def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+        """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
+
+    def learned_backward(
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
+        needs_x: bool, needs_zero_point: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1."""
+
+
 class Kernels:
-    """The compiled library.
+    """The compiled library; see `FakeQuantizeKernels`.
 
     Args:
         variant: one of `VARIANTS`; None: the fastest that the processor runs.
@@ -137,16 +179,7 @@ class Kernels:
     def fake_quantize(
         self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Quantized `x`, and the bits of what was not clipped where `masked`.
-
-        Args:
-            x: that `accepts` holds for.
-            scale, zero_point: contiguous float32, `[outer, inner]` elements.
-            bounds: quant_min and quant_max.
-            layout: of both along x.
-            learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
-        """
-        y, mask = torch.empty_like(x), _mask(layout, masked)
+        y, mask = torch.empty_like(x), new_mask(x, layout, masked)
         self._fake_quantize(
             x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds, learned,
             self._number, torch.get_num_threads(),
@@ -156,8 +189,7 @@ class Kernels:
     def fake_quantize_observed(
         self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in place."""
-        y, mask = torch.empty_like(x), _mask(Layout(1, 1, x.numel(), 1), masked)
+        y, mask = torch.empty_like(x), new_mask(x, Layout(1, 1, x.numel(), 1), masked)
         self._observed(
             x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
             low.data_ptr(), high.data_ptr(), self._number, torch.get_num_threads(),
@@ -167,8 +199,7 @@ class Kernels:
     def fake_quantize_rows(
         self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero points `[rows]`."""
-        y, mask = torch.empty_like(x), _mask(Layout(1, rows, x.numel() // rows, 1), masked)
+        y, mask = torch.empty_like(x), new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         scale, zero_point = x.new_empty(rows), x.new_empty(rows)
         self._rows(
             x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine,
@@ -177,7 +208,6 @@ class Kernels:
         return y, mask, scale, zero_point
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-        """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
         result = torch.empty_like(gradient)
         self._mask_gradient(
             gradient.data_ptr(), result.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads()
@@ -188,7 +218,6 @@ class Kernels:
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1."""
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.outer, dtype=torch.float64)
         shift = torch.empty_like(slope) if needs_zero_point else None
@@ -199,8 +228,9 @@ class Kernels:
         return result, slope, shift
 
 
-def _mask(layout: Layout, wanted: bool) -> Tensor | None:
-    return torch.empty(layout.words, dtype=torch.int16) if wanted else None
+def new_mask(x: Tensor, layout: Layout, wanted: bool) -> Tensor | None:
+    """Room for the bits of `x`."""
+    return torch.empty(layout.words, dtype=torch.int16, device=x.device) if wanted else None
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
+from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels, Layout, accepts, layout_of
 from lq_plugin.native.switch import active
 
 
-def kernels_for(x: Tensor) -> Kernels | None:
+def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
     """The kernels, where they may stand in for torch operations on `x`; None: they may not.
 
     They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch modes), on
@@ -19,7 +19,7 @@ def kernels_for(x: Tensor) -> Kernels | None:
         return None
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return None
-    return active()
+    return active(x.device.type)
 
 
 @torch.compiler.assume_constant_result
@@ -49,7 +49,7 @@ def unpacked(mask: Tensor, layout: Layout, shape: torch.Size, strides: tuple[int
     return flat.as_strided(shape, strides)
 
 
-def _kernels() -> Kernels:
+def _kernels() -> FakeQuantizeKernels:
     found = active()
     # The graph was traced with kernels; it runs with them, whatever the switch says now: the numbers are the same.
     return Kernels() if found is None else found

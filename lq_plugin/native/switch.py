@@ -1,4 +1,4 @@
-"""Whether compiled kernels are used."""
+"""Whether compiled kernels are used, and which."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lq_plugin.native.build import NativeError
-from lq_plugin.native.kernels import Kernels
+from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,18 @@ def available() -> bool:
     return True
 
 
-def active() -> Kernels | None:
-    """The kernels that are to be used now; None: torch operations."""
-    return _current()
+def active(device: str = "cpu") -> FakeQuantizeKernels | None:
+    """The kernels that are to be used now on a type of device; None: torch operations."""
+    return _current(device)
 
 
 @functools.cache
-def _current() -> Kernels | None:
+def _current(device: str) -> FakeQuantizeKernels | None:
     on = _chosen[-1] if _chosen else _from_environment()
     if on is False:
         return None
     try:
-        return _compiled()
+        return _in_triton() if device == "cuda" else _compiled()
     except NativeError as error:
         if on:
             raise
@@ -82,6 +82,16 @@ def _from_environment() -> bool | None:
 @functools.cache
 def _compiled() -> Kernels:
     return Kernels()
+
+
+@functools.cache
+def _in_triton() -> FakeQuantizeKernels:
+    try:
+        # It takes a second to import, and only GPUs want it.
+        from lq_plugin.native.triton_kernels import TritonKernels
+    except ImportError as error:
+        raise NativeError(f"kernels on a GPU need the package triton (pip install triton): {error}") from error
+    return TritonKernels()
 
 
 @functools.cache
