@@ -10,13 +10,13 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv 1712.05877); Krishnamoorthi
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import DTYPES, Layout, layout_along, layout_of
+from lq_plugin.native.pass_band import pass_band
 from lq_plugin.spec import IntegerGrid
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
@@ -183,7 +183,7 @@ class _FakeQuantize(torch.autograd.Function):
         # From the saved input: no mask tensor is kept between forward and backward.
         x, scale, zero_point = ctx.saved_tensors
         if _has_cheap_scalars(x, scale, zero_point):
-            low, high = _pass_band(scale.item(), ctx.quant_min - zero_point.item(), ctx.quant_max - zero_point.item())
+            low, high = pass_band(scale.item(), ctx.quant_min - zero_point.item(), ctx.quant_max - zero_point.item())
             # One vectorised kernel for grad · 1{low < x < high}.
             return torch.ops.aten.hardtanh_backward(grad, x, low, high), None, None, None, None
         r = (x.float() * scale.reciprocal()).round_()
@@ -253,19 +253,18 @@ class _TracedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, observed):
-        operator = torch.ops.lq_plugin.fake_quantize_observed if observed else torch.ops.lq_plugin.fake_quantize
-        rest = (True,) if observed else (True, False)
-        y, mask, *extremes = operator(x, scale, zero_point, quant_min, quant_max, *rest)
-        ctx.save_for_backward(mask)
-        ctx.strides = x.stride()
+        # The input is kept, not bits of it: behind a ReLU its backward pass then needs no mask of bytes, which Inductor writes slowly.
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.bounds = quant_min, quant_max
         if not observed:
-            return y
+            return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, False)
+        y, *extremes = torch.ops.lq_plugin.fake_quantize_observed(x, scale, zero_point, quant_min, quant_max)
         ctx.mark_non_differentiable(*extremes)
         return y, *extremes
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return torch.ops.lq_plugin.mask_gradient(grad, ctx.saved_tensors[0], ctx.strides), None, None, None, None, None
+        return torch.ops.lq_plugin.passed_gradient(grad, *ctx.saved_tensors, *ctx.bounds), None, None, None, None, None
 
 
 def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
@@ -294,24 +293,3 @@ def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.dtype != torch.float32:
         return False
     return scale.numel() == 1 and zero_point.numel() == 1 and scale.device.type == x.device.type == "cpu"
-
-
-def _pass_band(scale: float, low: float, high: float) -> tuple[float, float]:
-    """The float32 numbers next to those that round to `low..high`: round(x / scale) is in it where a < x < b.
-
-    >>> _pass_band(1.0, -2, 2)  # 2.5 rounds to the even 2, so it is inside
-    (-2.500000238418579, 2.500000238418579)
-    """
-    inverse = np.float32(1.0) / np.float32(scale)
-    return _first_beyond(inverse, low, np.float32(-np.inf)), _first_beyond(inverse, high, np.float32(np.inf))
-
-
-def _first_beyond(inverse: np.float32, level: float, direction: np.float32) -> float:
-    sign = np.sign(direction)
-    with np.errstate(over="ignore"):
-        x = np.float32((level + 0.5 * sign) / np.float64(inverse))
-        while sign * (np.rint(x * inverse) - level) > 0:
-            x = np.nextafter(x, -direction)
-        while sign * (np.rint(x * inverse) - level) <= 0 and np.isfinite(x):
-            x = np.nextafter(x, direction)
-    return float(x)

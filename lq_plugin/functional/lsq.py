@@ -123,7 +123,7 @@ class _TracedLearned(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor
-        return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, False, True)[0]
+        return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, True)
 
     @staticmethod
     def backward(ctx, grad):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels, Layout, accepts, layout_of
+from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels, Layout, accepts, is_dense, layout_of
+from lq_plugin.native.pass_band import pass_band
 from lq_plugin.native.switch import active
 
 
@@ -55,53 +59,60 @@ def _kernels() -> FakeQuantizeKernels:
     return Kernels() if found is None else found
 
 
-@torch.library.custom_op("lq_plugin::fake_quantize", mutates_args=())
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, masked: bool, learned: bool
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels.fake_quantize`, with one scale; the mask is empty unless wanted."""
+# The compiler may choose how tensors lie in memory (channels last, for convolutions): kept to the layout of the trace, it would copy
+# each operand there and back. Older versions of torch take no tags, and do that.
+_takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
+_tags = {"tags": (torch.Tag.flexible_layout,)} if _takes_tags else {}
+_operator = functools.partial(torch.library.custom_op, mutates_args=(), **_tags)
+
+
+@_operator("lq_plugin::fake_quantize")
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, learned: bool) -> Tensor:
+    """See `Kernels.fake_quantize`, with one scale."""
+    x = _dense(x)
     layout = layout_of(x, scale)
     assert layout is not None
-    y, mask = _kernels().fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked, learned)
-    return y, x.new_empty(0, dtype=torch.int16) if mask is None else mask
+    return _kernels().fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned)[0]
 
 
 @fake_quantize.register_fake
-def _(x, scale, zero_point, quant_min, quant_max, masked, learned):
-    return torch.empty_like(x), _fake_mask(x, masked)
+def _(x, scale, zero_point, quant_min, quant_max, learned):
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("lq_plugin::fake_quantize_observed", mutates_args=())
-def fake_quantize_observed(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, masked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_operator("lq_plugin::fake_quantize_observed")
+def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same, and the smallest and largest value of x, `[1]` each."""
+    x = _dense(x)
     low, high = x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf)
-    y, mask = _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked)
-    return y, x.new_empty(0, dtype=torch.int16) if mask is None else mask, low, high
+    return _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked=False)[0], low, high
 
 
 @fake_quantize_observed.register_fake
-def _(x, scale, zero_point, quant_min, quant_max, masked):
-    return torch.empty_like(x), _fake_mask(x, masked), x.new_empty(1), x.new_empty(1)
+def _(x, scale, zero_point, quant_min, quant_max):
+    return torch.empty_like(x), x.new_empty(1), x.new_empty(1)
 
 
-@torch.library.custom_op("lq_plugin::mask_gradient", mutates_args=())
-def mask_gradient(gradient: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
-    """The gradient where a bit is 1; `strides` are those of the tensor that was masked, with one scale."""
-    return _kernels().mask_gradient(laid_out(gradient, strides), mask, Layout(1, 1, gradient.numel(), 1))
+@_operator("lq_plugin::passed_gradient")
+def passed_gradient(gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """The gradient where x was not clipped, with one scale, else 0."""
+    x = _dense(x)
+    low, high = pass_band(scale.item(), quant_min - zero_point.item(), quant_max - zero_point.item())
+    # One vectorised kernel for grad · 1{low < x < high}.
+    return torch.ops.aten.hardtanh_backward(laid_out(gradient, x.stride()), x, low, high)
 
 
-@mask_gradient.register_fake
-def _(gradient, mask, strides):
-    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+@passed_gradient.register_fake
+def _(gradient, x, scale, zero_point, quant_min, quant_max):
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("lq_plugin::learned_backward", mutates_args=())
+@_operator("lq_plugin::learned_backward")
 def learned_backward(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.learned_backward`, with one scale."""
+    x = _dense(x)
     layout = Layout(1, 1, x.numel(), 1)
     gradient = laid_out(gradient, x.stride())
     inside, slope, shift = _kernels().learned_backward(x, gradient, scale, zero_point, (quant_min, quant_max), layout, True, True)
@@ -115,5 +126,5 @@ def _(x, gradient, scale, zero_point, quant_min, quant_max):
     return torch.empty_like(x), x.new_empty(1, dtype=torch.float64), x.new_empty(1, dtype=torch.float64)
 
 
-def _fake_mask(x: Tensor, masked: bool) -> Tensor:
-    return x.new_empty((x.numel() + 15) // 16 if masked else 0, dtype=torch.int16)
+def _dense(x: Tensor) -> Tensor:
+    return x if is_dense(x) else torch.empty_like(x).copy_(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -317,11 +319,48 @@ def test_compiled_in_one_graph_with_the_same_numbers(learned):
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_convolutions_with_the_layout_that_the_compiler_chooses(monkeypatch):
+    """Inductor lays images out with channels last: the gradient must still be that of the elements that were not clipped."""
+
+    class Watched(Kernels):
+        strides: ClassVar[list[tuple[int, ...]]] = []
+
+        def fake_quantize(self, x, *rest, **more):
+            self.strides.append(x.stride())
+            return super().fake_quantize(x, *rest, **more)
+
+    kernels = Watched()
+    monkeypatch.setattr(switch_module, "_compiled", lambda: kernels)
+    torch.manual_seed(0)
+    convs = [torch.nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8)]
+    s, z, grid = torch.tensor([0.03]), torch.tensor([0.0]), IntegerGrid(0, 15)
+
+    def net(x):
+        first = fake_quantize(torch.relu(convs[0](x)), s, z, grid)
+        return convs[2](fake_quantize(torch.relu(convs[1](first) + first), s, z, grid))
+
+    x, upstream = torch.randn(2, 3, 12, 12), torch.randn(2, 8, 12, 12)
+    outcomes = []
+    for made in (net, torch.compile(net, fullgraph=True)):
+        kernels.strides.clear()
+        with use_native(True):
+            made(x).backward(upstream)
+        outcomes.append([p.grad for conv in convs for p in conv.parameters()])
+        for conv in convs:
+            conv.zero_grad(set_to_none=True)
+    assert kernels.strides == [(8 * 144, 1, 96, 8)] * 2
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_operators_are_sound():
     x, s, z = torch.randn(3, 20), torch.tensor([0.2]), torch.tensor([0.0])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.lq_plugin.fake_quantize.default, (x, s, z, -8, 7, True, False), test_utils=tests)
-    torch.library.opcheck(torch.ops.lq_plugin.fake_quantize_observed.default, (x, s, z, -8, 7, True), test_utils=tests)
-    torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (x, x, s, z, -8, 7), test_utils=tests)
-    _, mask = torch.ops.lq_plugin.fake_quantize(x, s, z, -8, 7, True, False)
-    torch.library.opcheck(torch.ops.lq_plugin.mask_gradient.default, (x, mask, [20, 1]), test_utils=tests)
+    for tensor in (x, x.t(), x[:, ::2], torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)):
+        torch.library.opcheck(torch.ops.lq_plugin.fake_quantize.default, (tensor, s, z, -8, 7, False), test_utils=tests)
+        torch.library.opcheck(torch.ops.lq_plugin.fake_quantize_observed.default, (tensor, s, z, -8, 7), test_utils=tests)
+        for gradient in (tensor, tensor.contiguous()):
+            torch.library.opcheck(torch.ops.lq_plugin.passed_gradient.default, (gradient, tensor, s, z, -8, 7), test_utils=tests)
+            torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (tensor, gradient, s, z, -8, 7), test_utils=tests)
