@@ -112,8 +112,17 @@ def environment(packages: tuple[str, ...] = ("torch", "lightning", "numpy")) -> 
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *_without_paths(sys.argv[1:])],
     }
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """What says where files lie on this machine, and nothing of what was measured, is left out."""
+    names = ("--json", "--data")
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [
+        word for before, word in pairs if word not in names and before not in names and not word.startswith(tuple(f"{n}=" for n in names))
+    ]
 
 
 def _cpu_name() -> str:

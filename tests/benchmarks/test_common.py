@@ -22,7 +22,8 @@ def test_ratio_is_of_medians_and_its_spread_of_pairs() -> None:
     assert common.ratio(times, "new", "old") == {"ratio": pytest.approx(4 / 3), "low": 0.5, "high": 3.0}
 
 
-def test_results_are_written_with_their_environment(tmp_path: Path) -> None:
+def test_results_are_written_with_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["here/search.py", "--data", "my/data", "--faults", "--json=out.json", "--json", "out.json", "-x", "1"])
     common.write_json(tmp_path / "out.json", {"float": 87.5}, packages=("no-such-package",))
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["float"] == 87.5
@@ -30,6 +31,7 @@ def test_results_are_written_with_their_environment(tmp_path: Path) -> None:
     assert environment["packages"]["no-such-package"] is None
     assert environment["packages"]["torch"]
     assert environment["threads"] >= 1
+    assert environment["command"] == ["search.py", "--faults", "-x", "1"]
     assert environment["cpu"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         common.write_json(tmp_path / "out.json", {"accuracy": float("nan")})
