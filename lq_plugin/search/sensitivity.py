@@ -1,7 +1,8 @@
 """How much each tensor suffers from each of its choices, with everything else float.
 
-Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss (`loss`); or
-computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`)::
+Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss (`loss`);
+computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all tensors at once
+(`learned_step`)::
 
     kl           KL(softmax z || softmax ẑ), mean over samples: nats
     sqnr         Σ(z - ẑ)² / Σ z², the inverse of the signal to quantization noise ratio of the logits
@@ -11,6 +12,7 @@ computed from gradients of the loss, for weights alone (`fisher`, `first_order`,
     first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers as far
                  as their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
     hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852)
+    learned_step the step size that a quantizer learns: LIMPQ, Tang et al., ECCV 2022 (arXiv 2203.08368)
 
 z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken for the sum.
 """
@@ -41,6 +43,7 @@ from lq_plugin.plan import FLOAT, LayerPlan
 from lq_plugin.search.bound import Choice, Params, Unit
 from lq_plugin.search.curvature import Values, alone, by_gradients
 from lq_plugin.search.evaluator import Evaluator
+from lq_plugin.search.learned_steps import by_learned_steps
 from lq_plugin.search.prefix import PrefixCache
 from lq_plugin.search.split import split
 from lq_plugin.spec import QuantSpec
@@ -49,7 +52,9 @@ from lq_plugin.spec import QuantSpec
 FORWARD = ("kl", "sqnr", "layer_sqnr", "loss")
 #: Measures from gradients of the float model, for weights.
 GRADIENT = ("fisher", "first_order", "hessian")
-MEASURES = (*FORWARD, *GRADIENT)
+#: What is learned with all tensors quantized.
+LEARNED = "learned_step"
+MEASURES = (*FORWARD, *GRADIENT, LEARNED)
 #: Stands for the measure that fits the model.
 AUTO = "auto"
 #: What the other tensors may be meanwhile.
@@ -107,7 +112,7 @@ def measure_sensitivity(evaluator: Evaluator, measure: str = "auto", batches: in
         measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is called as a module.
         batches: of calibration data.
         others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what comes
-            on top of that. Gradients are always those of the float model.
+            on top of that. Gradients are always those of the float model, steps learned with all tensors quantized.
 
     Raises:
         QuantizationError: an unknown measure, one that does not fit the space or the module, or one that is not finite.
@@ -151,6 +156,7 @@ class _Measurement(Callback):
         self.evaluator, self.batches, self.others = evaluator, batches, others
         self.forward = [name for name in measures if name in FORWARD]
         self.gradient = [name for name in measures if name in GRADIENT]
+        self.learned = LEARNED in measures
         assert evaluator.space is not None
         self.space = evaluator.space
         self.units = [unit for unit in self.space.units if len(unit.choices) > 1]
@@ -165,10 +171,14 @@ class _Measurement(Callback):
             try:
                 if self.gradient:
                     self.values |= by_gradients(self.evaluator, self.units, data, self.gradient, _loss_step(trainer, pl_module))
+                at_once = _AT_ONCE if pl_module.device.type == "cpu" else None
+                parts = [part for batch in data for part in (split(batch, at_once) if at_once else [batch])]
+                if self.learned:
+                    step = _loss_step(trainer, pl_module)
+                    self.values[LEARNED] = by_learned_steps(self.evaluator, self.units, pl_module, parts, step)
                 if self.forward:
                     run = _loss_step(trainer, pl_module) if "loss" in self.forward else step_runner(trainer, pl_module, None)
-                    at_once = _AT_ONCE if pl_module.device.type == "cpu" else None
-                    self._by_forward(pl_module, [part for batch in data for part in (split(batch, at_once) if at_once else [batch])], run)
+                    self._by_forward(pl_module, parts, run)
             finally:
                 self.evaluator.apply({})
 
