@@ -6,8 +6,9 @@ Every layer is quantized: weights int4 per channel, inputs uint4 per tensor. `co
 estimators; a row of an estimator is that pass and its ranges for all weights and inputs; `all` is one pass and the ranges of all
 seven. Peers find the ranges of the same float model over the same batches, by their own defaults: torchao's pt2e with the
 observers of its X86 quantizer (histograms of activations, min-max of weights), ONNX Runtime's calibrators (of activations;
-Entropy and Percentile keep a batch's activations at once). Each ratio is that of medians of interleaved runs to torch's forward
-pass, one thread.
+Entropy and Percentile keep a batch's activations at once); Brevitas and AIMET, where they are installed
+(`python -m benchmarks.peers install brevitas aimet`), in processes of their own environments that take their turns. Each
+ratio is that of medians of interleaved runs to torch's forward pass, one thread.
 
 `growth` has seconds over a size that doubles: batches, channels of a weight, elements of a tensor, histogram bins; and the bytes
 of an activation's statistics after a stream of a million rows.
@@ -34,33 +35,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.calibration_models import MODELS, load
 from benchmarks.deploy_models import export_float
+from benchmarks.peers import PeerError
+from benchmarks.peers.calibrating import PeerCalibration
 from benchmarks.ptq_accuracy import all_estimates, forward_pass
-from benchmarks.resnet18 import resnet18
 from lq_plugin import QuantPlan, Rule, prepare
-from lq_plugin.demo.cifar10 import load_images, normalize
-from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.model.calibrate import collect_statistics
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.ranges.laboratory import COMPARED
 from lq_plugin.spec import IntegerGrid
 
-MODELS = ("r20", "r18", "encoder")
+PEERS = ("torchao", "onnxruntime", "brevitas", "aimet")
 CALIBRATORS = ("MinMax", "Entropy", "Percentile")
 Call = Callable[[], Any]
-
-
-def load(name: str, data: Path, batches: int) -> tuple[nn.Module, list[Tensor]]:
-    """A float model and its calibration batches: r20 on CIFAR-10 (128 images each), r18 at 112 (16), encoder (16 × 128 × 384)."""
-    torch.manual_seed(0)
-    if name == "r20":
-        images = normalize(load_images(data, "train", 0, 128 * batches)[0])
-        return load_resnet(data / "resnet_cifar10" / "resnet20_jpeg.safetensors", 20).eval(), list(images.split(128))
-    if name == "r18":
-        return resnet18(), [torch.randn(16, 3, 112, 112) for _ in range(batches)]
-    layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-    return model.eval(), [torch.randn(16, 128, 384) for _ in range(batches)]
 
 
 def ours(model: nn.Module, batches: list[Tensor]) -> dict[str, Call]:
@@ -143,16 +131,29 @@ def onnx_runtime(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and ratios of one model."""
     model, batches = load(name, options.data, options.batches)
-    with tempfile.TemporaryDirectory() as folder:
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         calls: dict[str, Call] = {"forward_pass": partial(forward_pass, model, batches), **ours(model, batches)}
         for peer in options.peers:
-            calls |= torchao(model, batches) if peer == "torchao" else onnx_runtime(model, batches, Path(folder))
+            if peer == "torchao":
+                calls |= torchao(model, batches)
+            elif peer == "onnxruntime":
+                calls |= onnx_runtime(model, batches, Path(folder))
+            else:
+                try:
+                    process = PeerCalibration(peer, name, options.data, options.batches, torch.get_num_threads())
+                except PeerError as error:
+                    missing[peer] = str(error).splitlines()[-1]
+                    continue
+                stack.callback(process.close)
+                calls |= process.calls()
         times = common.interleaved(calls, rounds=options.rounds)
     return {
         "model": name,
         "batches": len(batches),
         "forward_pass_seconds": statistics.median(times["forward_pass"]),
         "over_forward_pass": {key: common.ratio(times, key, "forward_pass") for key in times if key != "forward_pass"},
+        "missing": missing,
     }
 
 
@@ -198,7 +199,7 @@ def growth(rounds: int) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure (default: all)")
-    parser.add_argument("--peers", nargs="*", choices=("torchao", "onnxruntime"), default=["torchao", "onnxruntime"], help="beside ours")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside ours (default: all)")
     parser.add_argument("--batches", type=int, default=8, metavar="N", help="of calibration data (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="that are timed (default: 5)")
     return parser.parse_args(arguments)
@@ -225,6 +226,8 @@ def table(result: dict[str, Any]) -> Table:
     shown = Table("", "forward passes", "low", "high", title=f"{result['model']}: one pass takes {result['forward_pass_seconds']:.2f} s")
     for name, ratio in result["over_forward_pass"].items():
         shown.add_row(name, *(f"{ratio[key]:.2f}" for key in ("ratio", "low", "high")))
+    for peer, reason in result["missing"].items():
+        shown.add_row(peer, reason)
     return shown
 
 

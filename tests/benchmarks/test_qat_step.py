@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import qat_step, qat_step_models
-from benchmarks.peers import PeerError, training
+from benchmarks.peers import PeerError, process, training
 from benchmarks.peers.environments import is_installed
 
 
@@ -73,8 +73,8 @@ def test_every_round_runs_every_step_once() -> None:
 
 
 def test_a_peers_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "require", lambda names: None)
-    monkeypatch.setattr(training, "python", lambda name: Path(sys.executable))
+    monkeypatch.setattr(process, "require", lambda names: None)
+    monkeypatch.setattr(process, "python", lambda name: Path(sys.executable))
     with pytest.raises(PeerError, match="No module named 'benchmarks.peers.nobody_training'"):
         training.PeerStep("nobody", "", "r20", "W8A8", 1)
 
