@@ -157,3 +157,43 @@ def test_the_format_table_is_that_of_the_benchmark() -> None:
             chosen = [next(r for r in rows if (r["format"], r["data"]) == (format_name, kind)) for format_name in wanted]
             assert numbers(cell) == [pytest.approx(r["qsnr_db"], abs=0.0501) for r in chosen], (name, kind)
             assert numbers(bits) == pytest.approx([chosen[0]["effective_bits"]], abs=0.01), name
+
+
+STEPS = {
+    "`QAT(plan)`": "lq native",
+    "the same, `LQ_NATIVE=0`": "lq pure",
+    '`QAT(plan, forward="integer")`': "lq integer",
+    "`QAT(plan)` in torch.compile": "lq compiled",
+    "float in torch.compile": "float compiled",
+    "float, channels last": "float channels_last",
+    "torch.ao": "torch.ao",
+    "torchao pt2e": "torchao pt2e",
+    "Brevitas, its first 300 steps": "brevitas collecting",
+    "Brevitas, later": "brevitas learned",
+}
+
+
+def test_the_step_table_is_that_of_the_benchmark() -> None:
+    measured = {(r["model"], r["setting"], r["implementation"]): r for r in result("qat_step")["results"]}
+    rows = table("## What training costs")[1:]
+    assert [row[0] for row in rows] == list(STEPS)
+    for name, *cells in rows:
+        for model, cell in zip(("r20", "r18", "encoder"), cells, strict=True):
+            ratio = measured.get((model, "W8A8", STEPS[name]), {}).get("ratio")
+            assert numbers(cell) == ([] if ratio is None else [round(ratio, 2)]), (name, model)
+
+
+def test_the_table_of_exported_models_is_that_of_the_benchmark() -> None:
+    measured = {(r["case"], r["runtime"], r["setting"]): r["over_best_float"] for r in result("deploy")["results"]}
+    columns = [("onnxruntime", "int8"), ("onnxruntime", "int4"), ("onnxruntime", "int2"), ("openvino", "int8"), ("openvino", "int4")]
+    for case, (_, *cells) in zip(("r20_b1", "r20_b128", "r18_b1", "r18_b16"), table("## What inference gains")[1:], strict=True):
+        assert [numbers(cell) for cell in cells] == [[round(measured[(case, *column)], 1)] for column in columns], case
+
+
+def test_the_search_table_is_that_of_the_benchmark() -> None:
+    content = result("search")
+    for size, *cells in table("## What a search finds")[1:]:
+        best = content["best_at"][f"{numbers(size)[0]:.1f}"]
+        assert [numbers(cell) for cell in cells] == [[best[name]] for name in ("ours", "greedy", "uniform")], size
+    found = content["hypervolume"]
+    assert found["ours"]["25"] > max(found["tpe"]["1000"], found["nsga2"]["1000"]), "what the sentence above the table says"
