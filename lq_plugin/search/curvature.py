@@ -54,7 +54,7 @@ def by_gradients(
     layers = {unit.name: _distinct(evaluator, unit) for unit in units}
     weights = [layer.weight for same in layers.values() for layer in same]
     found: dict[str, dict[str, Tensor]] = {}
-    with _asking(weights), torch.enable_grad():
+    with asking(weights), torch.enable_grad():
         if {"fisher", "first_order"} & set(measures):
             found["fisher"], found["first_order"] = _by_sample(weights, layers, changes, data, loss, "first_order" in measures)
         if "hessian" in measures:
@@ -151,13 +151,13 @@ def _distinct(evaluator: Evaluator, unit: Unit) -> list[QuantizedLayer]:
 
 
 @contextmanager
-def _asking(weights: Sequence[Tensor]) -> Iterator[None]:
-    """These weights want gradients inside."""
-    before = [(weight, weight.requires_grad) for weight in weights]
-    for weight, _ in before:
-        weight.requires_grad_(True)
+def asking(tensors: Sequence[Tensor], wanted: bool = True) -> Iterator[None]:
+    """These tensors want gradients inside, or do not, and are as before afterwards."""
+    before = [(tensor, tensor.requires_grad) for tensor in tensors]
+    for tensor, _ in before:
+        tensor.requires_grad_(wanted)
     try:
         yield
     finally:
-        for weight, wanted in before:
-            weight.requires_grad_(wanted)
+        for tensor, was in before:
+            tensor.requires_grad_(was)

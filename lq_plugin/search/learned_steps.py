@@ -15,8 +15,7 @@ Reference: Tang et al., "Mixed-Precision Neural Network Quantization via Learned
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from lq_plugin.functional.lsq import fake_quantize_learned
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.plan import FLOAT
 from lq_plugin.search.bound import Params, Unit
-from lq_plugin.search.curvature import alone
+from lq_plugin.search.curvature import alone, asking
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.spec import IntegerGrid, QuantSpec
 
@@ -98,7 +97,8 @@ def by_learned_steps(
         for layer, steps in found[unit.name]:
             setattr(layer, f"{unit.slot}_quantizer", steps)
     tensors = [steps for same in found.values() for _, steps in same]
-    with _frozen(module), torch.enable_grad():
+    own = {id(p) for steps in tensors for p in steps.parameters()}
+    with asking([p for p in module.parameters() if id(p) not in own], wanted=False), torch.enable_grad():
         _learn(tensors, data, loss)
     return {unit.name: {str(choice): _harm(unit, choice, found[unit.name]) for choice in unit.choices} for unit in units}
 
@@ -152,17 +152,3 @@ def _harm(unit: Unit, choice: Any, found: list[tuple[QuantizedLayer, _Steps]]) -
         return 0.0
     distinct = {id(steps): steps for _, steps in found}.values()
     return (WEIGHTS if unit.slot == "weight" else 1.0) * sum(float(steps.step(choice.bit_width).detach()) for steps in distinct)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter wants gradients inside, but those of the stand-ins."""
-    stand_ins = {id(p) for part in module.modules() if isinstance(part, _Steps) for p in part.parameters()}
-    before = [(p, p.requires_grad) for p in module.parameters() if id(p) not in stand_ins]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)

@@ -355,6 +355,26 @@ def test_compiled_convolutions_with_the_layout_that_the_compiler_chooses(monkeyp
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_operators_compute_what_the_torch_operations_do(grid):
+    """The operators that torch.compile calls, in any layout, also where the gradient lies otherwise than the input."""
+    s, z = torch.tensor([0.3]), torch.tensor([1.0 if grid.affine else 0.0])
+    bounds = (grid.quant_min, grid.quant_max)
+    image = (torch.randn(2, 3, 4, 5) * 3).to(memory_format=torch.channels_last)
+    for tensor in (image, image.contiguous(), image[:, :, ::2], image.transpose(1, 3)):
+        x, gradient = tensor.detach().clone().requires_grad_(), torch.randn(tensor.shape)
+        with use_native(False):
+            expected = fake_quantize(x, s, z, grid)
+            expected.backward(gradient)
+        assert torch.equal(torch.ops.lq_plugin.fake_quantize(tensor, s, z, *bounds, False), expected)
+        y, low, high = torch.ops.lq_plugin.fake_quantize_observed(tensor, s, z, *bounds)
+        assert torch.equal(y, expected)
+        assert (low, high) == (tensor.min(), tensor.max())
+        passed = torch.ops.lq_plugin.passed_gradient(gradient, tensor, s, z, *bounds)
+        assert torch.equal(passed, x.grad)
+        assert 0 < (passed == 0).sum() < passed.numel() or grid.levels == 256
+
+
 def test_operators_are_sound():
     x, s, z = torch.randn(3, 20), torch.tensor([0.2]), torch.tensor([0.0])
     tests = ("test_schema", "test_faketensor")
