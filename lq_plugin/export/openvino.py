@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.runtime import exceeds_16_bits
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class OpenVINOSession:
     """An ONNX file compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
 
     It computes what the file says: left to itself OpenVINO rounds float layers to bfloat16 where the processor has it, and
-    the activations of layers with integer weights to 8 bits.
+    the activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer kernels
+    saturate where weights take more than 7 bits; files with such weights are computed by float kernels there, which a log says.
 
     Args:
         path: of the ONNX file.
@@ -55,6 +61,13 @@ class OpenVINOSession:
             model = core.read_model(str(path))
             if batch is not None:
                 model.reshape({value: [batch, *list(value.partial_shape)[1:]] for value in model.inputs})
+            if _has_wide_weights(model) and saturates():
+                log.warning(
+                    "%s: float kernels compute it, since OpenVINO's integer kernels saturate on this processor (no VNNI) where weights "
+                    "take 8 bits; weights of 7 bits (int7) would be exact there, and ONNX Runtime is exact with 8",
+                    path,
+                )
+                options["LP_TRANSFORMS_MODE"] = False
             self.compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise ExportError(f"OpenVINO cannot read {path} (it has no INT2: export with smallest=4): {str(error)[:500]}") from error
@@ -69,3 +82,28 @@ class OpenVINOSession:
         """All outputs of the graph for inputs by name."""
         results = self.request.infer([inputs[name] for name in self.names], share_inputs=True)
         return [np.asarray(value) for value in results.values()]
+
+
+def _has_wide_weights(model: Any) -> bool:
+    """Whether weights are whole numbers of which OpenVINO's integer kernels may make sums that leave 16 bits."""
+    # Unsigned ones are moved to signed ones before they are multiplied.
+    shift = {"i8": 0, "u8": 128}
+    for operation in model.get_ops():
+        kind = operation.get_element_type().get_type_name() if operation.get_type_name() == "Constant" else ""
+        if kind in shift and len(operation.shape) > 1 and exceeds_16_bits(operation.get_data().astype(np.int16) - shift[kind]):
+            return True
+    return False
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether OpenVINO's sums of products of 8 bits are wrong on this processor, found by one of them."""
+    import openvino
+    from openvino import opset13 as ops
+
+    x = ops.parameter([1, 64], np.float32)
+    low, high = np.float32(0), np.float32(255)
+    weight = ops.multiply(ops.convert(ops.constant(np.full((16, 64), 127, np.int8)), np.float32), ops.constant(np.float32(1)))
+    product = ops.matmul(ops.fake_quantize(x, low, high, low, high, 256), weight, False, True)
+    compiled = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return bool((compiled(np.full((1, 64), 255, np.float32))[0] != 255 * 127 * 64).any())

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lq_plugin.errors import ExportError
+
+#: Two products of a byte and of whole numbers up to this one fit in 16 bits.
+FITS_16_BITS = 64
 
 
 def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int | None = None) -> Any:
@@ -13,6 +20,9 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
 
     ONNX Runtime turns a DequantizeLinear before a MatMul into one operation and, left to itself, rounds the float
     activations of it to 8 bits, although the file does not ask for it. The accuracy level decides.
+
+    On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits: large weights
+    beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as uint8, whose kernels do not.
 
     Args:
         path: of the ONNX file, or its content.
@@ -33,4 +43,63 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     if threads is not None:
         options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"])
+    content = path if isinstance(path, bytes) else str(path)
+    if saturates():
+        import onnx
+
+        model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+        if _weights_as_unsigned(model):
+            content = model.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's sums of products of uint8 and int8 are wrong on this processor, found by one of them."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    values = [
+        helper.make_tensor_value_info(name, kind, [64, 64])
+        for name, kind in zip("xwy", (TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32), strict=True)
+    ]
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "product", values[:2], values[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x, w = np.full((64, 64), 255, np.uint8), np.full((64, 64), 127, np.int8)
+    return bool((session.run(None, {"x": x, "w": w})[0] != 255 * 127 * 64).any())
+
+
+def _weights_as_unsigned(model: Any) -> bool:
+    """Move int8 weights whose products can saturate to uint8, in place, with their zero points: the same real numbers."""
+    from onnx import TensorProto, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    moved: set[str] = set()
+
+    def move(name: str) -> None:
+        if name not in moved:
+            values = numpy_helper.to_array(constants[name]).astype(np.int16)
+            constants[name].CopyFrom(numpy_helper.from_array((values + 128).astype(np.uint8), name))
+            moved.add(name)
+
+    for node in model.graph.node:
+        codes = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        blocks = any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
+        if codes is None or blocks or len(codes.dims) < 2:
+            continue
+        if codes.name not in moved and (codes.data_type != TensorProto.INT8 or not exceeds_16_bits(numpy_helper.to_array(codes))):
+            continue
+        move(codes.name)
+        if len(node.input) == 3:
+            move(node.input[2])
+        else:
+            zeros = numpy_helper.from_array(np.full(constants[node.input[1]].dims, 128, np.uint8), f"{node.output[0]}.zero_point")
+            model.graph.initializer.append(zeros)
+            node.input.append(zeros.name)
+    return bool(moved)
+
+
+def exceeds_16_bits(weight: NDArray[np.integer[Any]]) -> bool:
+    """Whether the sum of two products of bytes and of such whole numbers can leave 16 bits."""
+    return int(np.abs(weight.astype(np.int16)).max(initial=0)) > FITS_16_BITS

@@ -116,6 +116,11 @@ def test_lower_precisions_run(module):
     x = torch.randn(5, 2, 20)
     net = ready(module, "w4a8", x)
     want = run(module.train(), x).detach()
+    if isinstance(module, nn.LSTM):
+        try:
+            nn.LSTM(20, 12).bfloat16()(x.bfloat16())
+        except RuntimeError as error:
+            pytest.skip(f"torch cannot train a float LSTM in bfloat16 on this processor: {error}")
     with torch.autocast("cpu", torch.bfloat16):
         y = run(module, x)
     torch.testing.assert_close(y.float(), want, atol=0.05, rtol=0.05)

@@ -144,7 +144,7 @@ def test_any_mapping_is_a_plan_or_refused(value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "nested deeper"),
+        ("[" * 100_000, "nested deeper|nesting depth"),  # newer versions of PyYAML have a limit of their own
         ("rules: " + "{a: " * 5_000, "nested deeper"),
         ("- " * 50_000, "nested deeper"),
         ("rules: &a [*a]", "contains itself"),
