@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.layers.integer.function import Convolution, IntegerProduct, quantize_operands
-from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
+from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
 from lq_plugin.native.ops import kernels_for
 from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.spec import IntegerGrid, PerChannel, PerTensor
@@ -83,6 +83,8 @@ def why_never(layer: QuantizedLayer) -> str | None:
         return f"its weight's scales are {granularity}"
     if not isinstance(inputs.spec.granularity, PerTensor):
         return f"its input's scales are {inputs.spec.granularity}"
+    if (reason := _why_saturates(weight.spec.grid, inputs.spec.grid)) is not None:
+        return reason
     products = layer.weight[0].numel()
     if products > MAX_PRODUCTS:
         return f"sums of {products} products may leave 32 bits"
@@ -99,6 +101,13 @@ def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str)
     grid = quantizer.spec.grid if quantizer.spec.has_grid else IntegerGrid(0, 2**16)
     fits = grid.levels <= 256 if slot == "input" else grid.quant_min >= -128 and grid.quant_max <= 127
     return None if fits else f"its {slot} ({quantizer.spec}) does not fit in 8 bits"
+
+
+def _why_saturates(weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+    largest = max(-weight.quant_min, weight.quant_max)
+    if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
+        return None
+    return "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
 
 
 def _why_not_convolution(layer: nn.Conv2d) -> str | None:
