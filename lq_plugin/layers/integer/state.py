@@ -68,7 +68,7 @@ def why_never(layer: QuantizedLayer) -> str | None:
     kernels = integer_kernels()
     if isinstance(kernels, str):
         return kernels
-    if type(layer) not in (QuantizedConv2d, QuantizedLinear):
+    if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
         return f"{layer.float_class.__name__} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
@@ -89,6 +89,17 @@ def why_never(layer: QuantizedLayer) -> str | None:
     if products > MAX_PRODUCTS:
         return f"sums of {products} products may leave 32 bits"
     return _why_not_convolution(layer) if isinstance(layer, nn.Conv2d) else None
+
+
+def _projects(layer: QuantizedLayer) -> bool:
+    """Whether it is the projection of query, key and value in one, of torch's attention."""
+    owner = getattr(layer, "owner", None)
+    return getattr(owner, "float_class", None) is nn.MultiheadAttention and cast(Any, layer).key == "in_proj_weight"
+
+
+def _bias(layer: QuantizedLayer) -> Tensor | None:
+    """What is added to its products."""
+    return cast(Any, layer).owner.in_proj_bias if _projects(layer) else cast(Any, layer).bias
 
 
 def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str) -> str | None:
@@ -134,7 +145,7 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
         state.refusals[refusal] = None
         return None
     assert isinstance(kernels, IntegerKernels)
-    weight, bias = layer.weight, cast(Any, layer).bias
+    weight, bias = layer.weight, _bias(layer)
     if state.chosen is None:
         # The trial's step itself is computed by fake quantization on every rank, whatever is measured.
         state.ratio = _trial(layer, x, kernels) if state.ratio is None else state.ratio
@@ -157,7 +168,7 @@ def _refusal(layer: QuantizedLayer, x: Tensor) -> str | None:
         return "autocast is on"
     if x.device.type != "cpu":
         return f"it is on {x.device.type}"
-    weight, bias = layer.weight, cast(Any, layer).bias
+    weight, bias = layer.weight, _bias(layer)
     if any(value.dtype != torch.float32 for value in (x, weight, *(() if bias is None else (bias,)))):
         return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
     if (isinstance(layer, nn.Conv2d) and x.ndim != 4) or x.ndim < 2:
@@ -203,7 +214,7 @@ def _trial(layer: QuantizedLayer, x: Tensor, kernels: IntegerKernels) -> float:
 
     Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
     """
-    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, cast(Any, layer).bias)]
+    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, _bias(layer))]
     wanted = [tensor for tensor in copies if tensor is not None and tensor.requires_grad]
     x, weight, bias = cast(Tensor, copies[0]), cast(Tensor, copies[1]), copies[2]
     gradient: Tensor | None = None
