@@ -9,6 +9,7 @@ ONNX Runtime is faster (`python -m benchmarks.deploy`).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any, cast
 
@@ -20,9 +21,12 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.functional.affine import quantize
 from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
+from lq_plugin.layers.integer.kernels import sums_exactly
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
 from lq_plugin.spec import PerChannel, PerTensor
+
+log = logging.getLogger(__name__)
 
 
 def use_torchao(model: nn.Module) -> dict[str, str]:
@@ -55,6 +59,12 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
     if not layers or all(reasons.values()):
         faults = [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]
         raise_all(ExportError, f"no layer of {type(model).__name__} has an integer kernel in torchao", faults)
+    chosen = [layer for name, layer in layers if reasons[name] is None]
+    if any(layer.input_quantizer is not None and layer.weight.device.type == "cpu" for layer in chosen) and not sums_exactly(127):
+        log.warning(
+            "torch's products of 8-bit integers take many times as long as those of floats on a processor without VNNI instructions, "
+            "as this one seems to be: ONNX Runtime (export_onnx) is fast there"
+        )
     for name, layer in layers:
         if reasons[name] is None:
             weight = int8_weight(cast(QuantizedLinear, layer))

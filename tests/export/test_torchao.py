@@ -95,3 +95,12 @@ def test_nothing_to_do_is_an_error(net: nn.Module, message: str) -> None:
     lq_plugin.prepare(net, QuantPlan([Rule("*", weight="int8 mse", input="uint8 affine")]))
     with pytest.raises(ExportError, match=f"(?s){message}"):
         use_torchao(net)
+
+
+@pytest.mark.parametrize(("inputs", "vnni", "said"), [("uint8 affine", False, True), ("uint8 affine", True, False), (None, False, False)])
+def test_a_processor_that_is_slow_at_it_is_said(inputs: str | None, vnni: bool, said: bool, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("lq_plugin.export.torchao.sums_exactly", lambda weight: vnni)
+    net = prepared(nn.Sequential(nn.Linear(24, 16)), torch.randn(64, 24), "int8 per_channel", inputs)
+    with caplog.at_level("WARNING", "lq_plugin.export.torchao"):
+        use_torchao(net)
+    assert ("without VNNI" in caplog.text) == said
