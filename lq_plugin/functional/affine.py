@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import DTYPES, Layout, layout_along, layout_of
+from lq_plugin.native.kernels import DTYPES, Kernels, Layout, layout_along, layout_of
 from lq_plugin.native.pass_band import pass_band
 from lq_plugin.spec import IntegerGrid
 
@@ -144,6 +144,30 @@ def observe(x: Tensor, low: Tensor, high: Tensor) -> None:
     torch.maximum(high, x.amax().float(), out=high)
 
 
+def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of those that share a scale, no gradient.
+
+    Args:
+        x: float tensor.
+        scale_shape: of the scales, with a size of 1 along the dims that share one.
+
+    >>> low, high = extremes(torch.tensor([[1.0, 0.5], [4.0, -8.0]]), (2, 1))
+    >>> low.tolist(), high.tolist()
+    ([[0.5], [-8.0]], [[1.0], [4.0]])
+    """
+    x = x.detach()
+    if not torch.compiler.is_compiling() and x.is_contiguous() and isinstance(found := ops.kernels_for(x), Kernels):
+        # torch reduces short runs an element at a time.
+        layout = layout_along(x, scale_shape)
+        if layout is not None and layout.repeats == layout.inner == 1:
+            low, high = found.row_extremes(x, layout.outer)
+            return low.view(scale_shape), high.view(scale_shape)
+    dims = reduced_dims(scale_shape)
+    if not dims:  # torch takes none for all
+        return x, x
+    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
 def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid) -> Tensor:
     """`fake_quantize` with the range of the smallest and largest value that share a scale.
 
@@ -165,9 +189,7 @@ def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: Int
             if torch.is_grad_enabled() and x.requires_grad:
                 return _NativeExtremes.apply(x, layout, grid, covered, found)
             return found.fake_quantize_rows(x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False)[0]
-    dims = reduced_dims(scale_shape)
-    w = x.detach()
-    scale, zero_point = qparams_from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True), grid)
+    scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
     return (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
 
 

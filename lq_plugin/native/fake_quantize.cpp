@@ -374,6 +374,11 @@ void lq_fake_quantize_rows(const float* x, float* y, uint16_t* mask, float* scal
     LQ_DISPATCH(rows_with_ranges(x, y, mask, scale, zero_point, rows, n, quant_min, quant_max, affine != 0, threads));
 }
 
+// low, high: [rows], the extremes of each row of x: [rows][n].
+void lq_row_extremes(const float* x, float* low, float* high, int64_t rows, int64_t n, int variant, int threads) {
+    LQ_DISPATCH(row_extremes(x, low, high, rows, n, threads));
+}
+
 // result = gradient where the bit is 1, else 0; result may be gradient itself.
 void lq_mask_gradient(const float* gradient, float* result, const uint16_t* mask, int64_t runs, int64_t n, int variant, int threads) {
     LQ_DISPATCH(mask_gradient(gradient, result, mask, runs, n, threads));

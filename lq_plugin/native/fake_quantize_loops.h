@@ -40,6 +40,15 @@ inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* sc
     }
 }
 
+inline void row_extremes(const float* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
+    LQ_PARALLEL(rows * n)
+    for (int64_t row = 0; row < rows; ++row) {
+        const Spread found = extremes(x + row * n, n);
+        low[row] = found.nan ? NAN : found.low;
+        high[row] = found.nan ? NAN : found.high;
+    }
+}
+
 inline void mask_gradient(const float* gradient, float* result, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
     const int64_t parts = pieces(n, CHUNK), words = pieces(n, 16);
     LQ_PARALLEL(runs * n)

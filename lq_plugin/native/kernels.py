@@ -164,6 +164,7 @@ class Kernels:
             "lq_fake_quantize": [*[pointer] * 5, *[size] * 4, *[number] * 5],
             "lq_fake_quantize_observed": [*[pointer] * 5, size, number, number, pointer, pointer, number, number],
             "lq_fake_quantize_rows": [*[pointer] * 5, size, size, *[number] * 5],
+            "lq_row_extremes": [*[pointer] * 3, size, size, number, number],
             "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
             "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 4],
         }
@@ -173,6 +174,7 @@ class Kernels:
         self._fake_quantize = compiled.lq_fake_quantize
         self._observed = compiled.lq_fake_quantize_observed
         self._rows = compiled.lq_fake_quantize_rows
+        self._row_extremes = compiled.lq_row_extremes
         self._mask_gradient = compiled.lq_mask_gradient
         self._learned_backward = compiled.lq_learned_backward
 
@@ -206,6 +208,14 @@ class Kernels:
             self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
+
+    def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest element of each of the `rows` equal parts of a contiguous `x`, `[rows]`; NaN where one is there."""
+        low, high = x.new_empty(rows), x.new_empty(rows)
+        self._row_extremes(
+            x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number, torch.get_num_threads()
+        )  # fmt: skip
+        return low, high
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
         result = torch.empty_like(gradient)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.affine import (
+    extremes,
     fake_quantize,
     fake_quantize_observed,
     fake_quantize_to_extremes,
@@ -91,10 +92,8 @@ class WeightQuantizer(Quantizer):
             return self.scale, self.zero_point
         if x is None:
             raise ValueError(f"{self.name}: the range {self.spec.range!r} follows the weight; pass it to qparams")
-        dims = reduced_dims(self.scale_shape)
-        w = x.detach()
         # Zero padding of a ragged group does no harm here: every range includes zero.
-        return self._from_bounds(w.amin(dims, keepdim=True), w.amax(dims, keepdim=True))
+        return self._from_bounds(*extremes(x, self.scale_shape))
 
     def _from_bounds(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.functional.affine import extremes, qparams_from_bounds
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.vs_quant import integer_scale
 from lq_plugin.quantizers.uniform import InputQuantizer
@@ -47,6 +47,7 @@ class VectorInputQuantizer(InputQuantizer):
     def vector_scale(self, vectors: Tensor) -> Tensor:
         """Scales for `[N, G, V, *spatial]`, broadcastable to it."""
         bits = cast(int, self.group.scale_bits)
-        scale, _ = qparams_from_bounds(vectors.amin(2, keepdim=True), vectors.amax(2, keepdim=True), self.spec.grid)
+        shape = (*vectors.shape[:2], 1, *vectors.shape[3:])
+        scale, _ = qparams_from_bounds(*extremes(vectors, shape), self.spec.grid)
         coarse = self.scale / (2**bits - 1)
         return integer_scale(scale, coarse, bits) * coarse

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lq_plugin.functional.affine import fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
+from lq_plugin.functional.affine import extremes, fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
 from lq_plugin.functional.lsq import fake_quantize_learned
 from lq_plugin.native import NativeError, available, use_native
 from lq_plugin.native import switch as switch_module
@@ -133,6 +133,22 @@ def test_to_extremes(array, grid, axis):
     shape = tuple(size if d == axis else 1 for d, size in enumerate(x.shape))
     for mine, theirs in both(lambda v: fake_quantize_to_extremes(v, shape, grid), x):
         assert same(mine, theirs)
+
+
+@given(arrays, st.data())
+@settings(max_examples=60, deadline=None)
+def test_extremes_of_what_shares_a_scale(array, data):
+    """Against numpy, whatever dims share a scale; a NaN stays."""
+    shape = tuple(data.draw(st.sampled_from([1, size])) for size in array.shape)
+    axes = tuple(d for d, size in enumerate(shape) if size == 1)
+    for name in VARIANTS:
+        with pytest.MonkeyPatch.context() as patch:
+            kernels = Kernels(name)
+            patch.setattr(switch_module, "_compiled", lambda kernels=kernels: kernels)
+            with use_native(True):
+                low, high = extremes(torch.from_numpy(array), shape)
+        np.testing.assert_array_equal(low.numpy(), array.min(axes, keepdims=True))
+        np.testing.assert_array_equal(high.numpy(), array.max(axes, keepdims=True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
