@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from lq_plugin.layers.integer.state import WORTH, IntegerForward, integer_forward, why_never
+from lq_plugin.layers.integer.state import IntegerForward, integer_forward, why_never
 
 __all__ = [
     "IntegerForward", "disable_integer_forward", "enable_integer_forward", "integer_choices", "integer_forward", "integer_report",
@@ -67,7 +67,7 @@ def settle_integer_forward(model: nn.Module, agree: Callable[[dict[str, bool]], 
     waiting = {name: state for name, state in _states(model).items() if state.reason is None and state.chosen is None}
     if not waiting:
         return []
-    choices = {name: state.ratio < WORTH for name, state in waiting.items() if state.ratio is not None}
+    choices = {name: state.ratio < state.worth for name, state in waiting.items() if state.ratio is not None}
     if agree is not None:
         choices = agree(choices)
     for name, chosen in choices.items():
