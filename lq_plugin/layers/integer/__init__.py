@@ -1,4 +1,8 @@
-"""Integer forward pass of quantized layers in training, on the CPU: 8-bit products by oneDNN in place of float ones.
+"""Integer forward pass of quantized layers in training: 8-bit products in place of float ones, by oneDNN on CPUs, by int8 tensor cores
+through Triton on NVIDIA GPUs (compute capability 8.0 and later).
+
+On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A NaN in the input
+makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for it would wait for the device.
 
 Without a Trainer, on a prepared and calibrated model:
 
