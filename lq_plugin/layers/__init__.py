@@ -32,6 +32,7 @@ from lq_plugin.layers.parametrized import (
 )
 from lq_plugin.layers.recurrent import QuantizedRecurrent
 from lq_plugin.layers.registry import quantized_class, register_layer, why_unsupported
+from lq_plugin.layers.siblings import share_inputs, unshare_inputs
 
 __all__ = [
     "COMPUTED",
@@ -60,6 +61,8 @@ __all__ = [
     "quantized_class",
     "register_compound",
     "register_layer",
+    "share_inputs",
+    "unshare_inputs",
     "weight_is_computed",
     "weight_of",
     "weight_parts",

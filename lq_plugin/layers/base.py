@@ -15,6 +15,7 @@ from lq_plugin.plan import LayerPlan, Stage
 from lq_plugin.quantizers import (
     InputQuantizer,
     Quantizer,
+    SharedInput,
     WeightQuantizer,
     XNORInputQuantizer,
     in_stages,
@@ -41,6 +42,8 @@ class QuantizedLayer(nn.Module):
     output_quantizer: InputQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     integer: IntegerForward | None = None
+    #: With the layers beside it that may read the same tensor, see `share_inputs`.
+    shared_input: SharedInput | None = None
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -66,7 +69,10 @@ class QuantizedLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the forward pass uses it."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        quantizer = self.input_quantizer
+        if self.shared_input is not None and isinstance(quantizer, InputQuantizer) and self.shared_input.takes(x):
+            return quantizer.forward_shared(x, self.shared_input)
+        return x if quantizer is None else quantizer(x)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         """XNOR-Net's K for the output that input `x` leads to, broadcastable to it; None for every other input format."""
@@ -176,6 +182,7 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
     layer.__dict__.pop("integer", None)
+    layer.__dict__.pop("shared_input", None)
     cast(nn.Module, layer).__class__ = _float_class(layer)
 
 

@@ -23,6 +23,8 @@ from lq_plugin.layers import (
     attach_quantizers,
     detach_quantizers,
     quantized_class,
+    share_inputs,
+    unshare_inputs,
     weight_is_computed,
     weight_of,
     weight_sources,
@@ -100,6 +102,7 @@ def prepare(
                 module.enter_owner()
     attach_operations(model, operation_plans)
     disable_fast_paths(model)
+    share_inputs(model)
     return ledger
 
 
@@ -124,6 +127,7 @@ def remove(model: nn.Module) -> None:
             layer.leave_owner()
     detach_operations(model)
     restore_fast_paths(model)
+    unshare_inputs(model)
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:

@@ -12,6 +12,7 @@ from lq_plugin.quantizers.blockwise import NVFP4InputQuantizer, NVFP4WeightQuant
 from lq_plugin.quantizers.codebook import CodebookWeightQuantizer
 from lq_plugin.quantizers.learned import LSQInputQuantizer, LSQWeightQuantizer, PACTInputQuantizer
 from lq_plugin.quantizers.mx import MXInputQuantizer, MXWeightQuantizer
+from lq_plugin.quantizers.shared import SharedInput
 from lq_plugin.quantizers.ternary import TTQWeightQuantizer, TWNWeightQuantizer
 from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
 from lq_plugin.quantizers.vector import VectorInputQuantizer
@@ -82,6 +83,7 @@ __all__ = [
     "MXWeightQuantizer",
     "PACTInputQuantizer",
     "Quantizer",
+    "SharedInput",
     "SignInputQuantizer",
     "SignWeightQuantizer",
     "TTQWeightQuantizer",

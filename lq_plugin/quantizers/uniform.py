@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import fake_quantize_observed, fake_quantize_to_extremes, observe, qparams_from_bounds, zero_point_from
+from lq_plugin.functional.affine import (
+    fake_quantize,
+    fake_quantize_observed,
+    fake_quantize_to_extremes,
+    observe,
+    qparams_from_bounds,
+    zero_point_from,
+)
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
+from lq_plugin.quantizers.shared import SharedInput
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, QuantSpec
 
@@ -255,14 +263,41 @@ class InputQuantizer(Quantizer):
                 observe(x, self.batch_min, self.batch_max)
                 return
             rows = self._rows(x)
-            self.batch_min.copy_(torch.minimum(self.batch_min, rows.amin(1).float()))
-            self.batch_max.copy_(torch.maximum(self.batch_max, rows.amax(1).float()))
+            self.take_in(rows.amin(1).float(), rows.amax(1).float())
 
     def forward(self, x: Tensor) -> Tensor:
         # Observing and quantizing with what was observed before take one pass over the data together.
-        if self.moving and self.observing and self.training and self._calibrated and self._enabled and self._is_plain():
+        if self._watches and self._calibrated and self._enabled and self._is_plain():
             return fake_quantize_observed(x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max)
         return super().forward(x)
+
+    def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
+        """The same, by what another quantizer with the same qparams made of the same tensor."""
+        if not (self._calibrated and self._enabled and self._is_plain()) or self._forward_hooks or self._forward_pre_hooks:
+            return self(x)
+        watches, grid = self._watches, self.spec.grid
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            low, high = float32(torch.inf, (1,)), float32(-torch.inf, (1,))
+            if not watches:
+                return fake_quantize(x, self.scale, self.zero_point, grid), low, high
+            return fake_quantize_observed(x, self.scale, self.zero_point, grid, low, high), low, high
+
+        y, low, high = shared.once(x, (grid, self.scale.item(), self.zero_point.item(), watches), make)
+        if watches:
+            self.take_in(low, high)
+        return y
+
+    def take_in(self, low: Tensor, high: Tensor) -> None:
+        """Let the extremes `[C]` of the batch so far take in others."""
+        with torch.no_grad():
+            self.batch_min.copy_(torch.minimum(self.batch_min, low))
+            self.batch_max.copy_(torch.maximum(self.batch_max, high))
+
+    @property
+    def _watches(self) -> bool:
+        """Whether the batch's extremes are wanted of this call."""
+        return self.moving and self.observing and self.training
 
     def _is_plain(self) -> bool:
         """Whether a forward pass is `fake_quantize` with one scale and nothing else."""

@@ -18,14 +18,16 @@ from lq_plugin.layers.integer import (
     integer_report,
     settle_integer_forward,
 )
-from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
+from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels, sums_exactly
 from lq_plugin.model import calibrate, quantizers
 from lq_plugin.native import use_native
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.spec import IntegerGrid
 
 needs_kernels = pytest.mark.skipif(isinstance(integer_kernels(), str), reason=str(integer_kernels()))
-W8A8 = "int8 per_channel / uint8 affine ema"
+#: Without VNNI, products of 8 bits saturate in torch, and those of 7 are computed with integers.
+BITS = 8 if sums_exactly(127) else 7
+W8A8 = f"int{BITS} per_channel / uint8 affine ema"
 
 
 def prepared(model, plan, *batches):
@@ -76,7 +78,7 @@ weights_of = st.sampled_from(["int{} per_channel", "int{}", "int{} per_channel m
 
 @needs_kernels
 @given(
-    weights_of, inputs_of, st.integers(2, 8), st.integers(2, 8), st.integers(0, 99), st.booleans(), st.booleans(),
+    weights_of, inputs_of, st.integers(2, BITS), st.integers(2, 8), st.integers(0, 99), st.booleans(), st.booleans(),
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3)),
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)), st.integers(9, 13), st.integers(9, 11),
 )  # fmt: skip
@@ -100,7 +102,7 @@ def test_convolution(weight, inputs, weight_bits, input_bits, seed, bias, channe
 
 @needs_kernels
 @given(
-    weights_of, inputs_of, st.integers(2, 8), st.integers(2, 8), st.integers(0, 99), st.booleans(),
+    weights_of, inputs_of, st.integers(2, BITS), st.integers(2, 8), st.integers(0, 99), st.booleans(),
     st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 70), st.integers(1, 40),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
@@ -128,14 +130,14 @@ def test_padding_stands_for_zero():
 
 @needs_kernels
 @pytest.mark.parametrize("grid", [IntegerGrid(0, 255, True), IntegerGrid(-128, 127), IntegerGrid(-7, 7), IntegerGrid(0, 3, True)])
-def test_vector_and_scalar_kernels_agree(grid):
+def test_kernels_for_all_processors_agree(grid):
     torch.manual_seed(0)
     x = torch.randn(100_003) * 2
     x[7], x[11], x[200] = torch.inf, -torch.inf, 0.0
     z = 3.0 if grid.affine else 0.0
     found = []
-    for fast in (True, False):
-        kernels = IntegerKernels(fast)
+    for variant in IntegerKernels().variants:
+        kernels = IntegerKernels(variant)
         extremes = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
         q, mask = kernels.quantize(x, 0.013, z, grid, True, extremes)
         gradient = torch.ones_like(x)
@@ -144,7 +146,7 @@ def test_vector_and_scalar_kernels_agree(grid):
         scale = torch.empty(3)
         found.append([q, mask, *extremes, kernels.dequantize(q, 0.013, z), gradient])
         found[-1] += [kernels.quantize_weight(rows, scale, IntegerGrid(-7, 7), True), scale]
-    assert all(map(torch.equal, *found))
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
     r = torch.round(x * torch.tensor(0.013).reciprocal()) + z
     assert torch.equal(found[0][0].float() + grid.quant_min, r.clamp(grid.quant_min, grid.quant_max))
     assert torch.equal(found[0][5].bool(), (r >= grid.quant_min) & (r <= grid.quant_max))
@@ -198,6 +200,36 @@ def test_what_is_not_covered_says_why(layer, plan, reason):
     assert torch.equal(model(x).detach(), expected)
     assert reason in integer_report(model)["0"]
     assert integer_choices(model) == {}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("plan", "saturates"),
+    [
+        ("int8 per_channel / uint8 affine ema", True),
+        ("int8 per_channel / uint7 affine ema", False),
+        ("int7 per_channel / uint8 affine ema", False),
+        ("int4 per_channel / uint8 affine ema", False),
+    ],
+)
+def test_without_vnni_products_that_saturate_are_refused(plan, saturates, monkeypatch):
+    monkeypatch.setattr("lq_plugin.layers.integer.arithmetic.sums_exactly", lambda weight: weight <= 64)
+    model = prepared(nn.Sequential(nn.Linear(16, 3)), plan, torch.randn(4, 16))
+    enable_integer_forward(model, True)
+    assert ("no VNNI" in integer_report(model)["0"]) == saturates
+
+
+@needs_kernels
+@pytest.mark.parametrize("weight", [8, 7])
+def test_the_largest_products(weight):
+    """All products as large as they can be: where they saturate, they are not summed with integers."""
+    linear = nn.Linear(64, 8, bias=False)
+    nn.init.ones_(linear.weight)
+    x = torch.ones(4, 64)
+    model = prepared(nn.Sequential(linear), f"int{weight} per_channel / uint8 affine ema", x)
+    want = model(x)
+    enable_integer_forward(model, True)
+    assert_close(model(x), want)
 
 
 @needs_kernels

@@ -146,6 +146,32 @@ def test_autocast(number, dtype):
     assert_same_as_fake_quantization(model, (x * 1.3).to(dtype), ROUNDING[dtype], autocast=dtype)
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_projections_of_attention(autocast):
+    torch.manual_seed(0)
+    x = generated(2, 5, 16)
+    model = prepared(Attending().to(DEVICE), W8A8, x)
+    with use_native(False):
+        y, gradients, _ = outcome(model, x, autocast)
+    enable_integer_forward(model, True)
+    y2, gradients2, _ = outcome(model, x, autocast)
+    assert integer_report(model)["attention.in_proj_weight"] == "integer"
+    assert y2.dtype == y.dtype
+    assert_close(y2.float(), y.float(), 1e-5 if autocast is None else ROUNDING[autocast])
+    for name, gradient in gradients.items():
+        assert_close(gradients2[name].float(), gradient.float(), 1e-5 if autocast is None else 2 * ROUNDING[autocast])
+
+
 @pytest.mark.usefixtures("triton_everywhere")
 def test_what_is_kept_for_backward_is_a_quarter():
     x = generated(16, 64, 8, 4).requires_grad_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.layers.integer.function import Convolution, Operands, onednn_product, quantize_operands
-from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
+from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
 from lq_plugin.spec import IntegerGrid
 
 #: Of a GPU with the tensor cores that Triton's int8 products are made for (Ampere).
@@ -21,6 +21,9 @@ class Arithmetic(Protocol):
 
     #: Whether it takes convolutions of several groups.
     grouped: bool
+
+    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+        """Why sums of products of these levels may not be exact; None: they are, where they fit in 32 bits."""
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         """Why these tensors are not for it; None: they are."""
@@ -59,6 +62,12 @@ class OneDnnArithmetic:
 
     def __init__(self, kernels: IntegerKernels) -> None:
         self._kernels = kernels
+
+    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+        largest = max(-weight.quant_min, weight.quant_max)
+        if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
+            return None
+        return "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         if torch.is_autocast_enabled("cpu"):

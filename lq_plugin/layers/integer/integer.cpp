@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t CHUNK = 1 << 15;
 constexpr float MIN_SCALE = 0x1p-100f;
 
+enum Variant { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
 struct Span {
     float low = INFINITY, high = -INFINITY;
     bool nan = false;
@@ -75,6 +77,92 @@ void keep_scalar(float* gradient, const uint16_t* mask, int64_t n) {
 }
 
 #ifdef LQ_X86
+#pragma GCC push_options
+#pragma GCC target("avx2")
+struct Extremes {
+    __m256 low, high, nan;
+    inline Extremes() : low(_mm256_set1_ps(INFINITY)), high(_mm256_set1_ps(-INFINITY)), nan(_mm256_setzero_ps()) {}
+};
+
+inline void take(Extremes& all, __m256 v) {
+    // The second operand comes back where one is a NaN.
+    all.low = _mm256_min_ps(v, all.low);
+    all.high = _mm256_max_ps(v, all.high);
+    all.nan = _mm256_or_ps(all.nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
+
+inline Span span_of(const Extremes& all) {
+    float low[8], high[8];
+    _mm256_storeu_ps(low, all.low);
+    _mm256_storeu_ps(high, all.high);
+    return {*std::min_element(low, low + 8), *std::max_element(high, high + 8), _mm256_movemask_ps(all.nan) != 0};
+}
+
+// Levels of eight elements as 32-bit numbers whose low byte counts, and the bits of what was not clipped.
+inline __m256i levels_avx2(__m256 v, __m256 inverse, __m256 low, __m256 high, __m256i shift, unsigned& bits) {
+    const __m256 r = _mm256_round_ps(_mm256_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 c = _mm256_min_ps(_mm256_max_ps(r, low), high);
+    bits = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(c, r, _CMP_EQ_OQ)));
+    return _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(c), shift), _mm256_set1_epi32(255));
+}
+
+Span quantize_avx2(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const Grid& grid) {
+    const __m256 inverse = _mm256_set1_ps(grid.inverse), low = _mm256_set1_ps(grid.low), high = _mm256_set1_ps(grid.high);
+    const __m256i shift = _mm256_set1_epi32(static_cast<int>(grid.shift));
+    Extremes all;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+        take(all, a);
+        take(all, b);
+        unsigned first, second;
+        const __m256i p = levels_avx2(a, inverse, low, high, shift, first), r = levels_avx2(b, inverse, low, high, shift, second);
+        if (mask) mask[i / 16] = static_cast<uint16_t>(first | second << 8);
+        // Packing works on halves of registers: their order is put right in between.
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(p, r), 0xD8);
+        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), bytes);
+    }
+    Span span = span_of(all);
+    if (i < n) add(span, quantize_scalar(x + i, q + i, mask ? mask + i / 16 : nullptr, n - i, grid));
+    return span;
+}
+
+Span extremes_avx2(const float* x, int64_t n) {
+    Extremes all;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) take(all, _mm256_loadu_ps(x + i));
+    Span span = span_of(all);
+    add(span, extremes_scalar(x + i, n - i));
+    return span;
+}
+
+void dequantize_avx2(const uint8_t* q, float* y, int64_t n, float zero_point, float scale) {
+    const __m256 z = _mm256_set1_ps(zero_point), s = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + i)));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(u), z), s));
+    }
+    dequantize_scalar(q + i, y + i, n - i, zero_point, scale);
+}
+
+void keep_avx2(float* gradient, const uint16_t* mask, int64_t n) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const unsigned clipped = static_cast<uint16_t>(~mask[i / 16]);
+        // Where nothing was clipped nothing is written.
+        for (int half = 0; clipped && half < 2; ++half) {
+            const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(clipped >> 8 * half)), lanes);
+            _mm256_maskstore_ps(gradient + i + 8 * half, _mm256_cmpeq_epi32(bits, lanes), _mm256_setzero_ps());
+        }
+    }
+    if (i < n) keep_scalar(gradient + i, mask + i / 16, n - i);
+}
+
+#pragma GCC pop_options
+
 LQ_AVX512 Span quantize_avx512(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const Grid& grid) {
     const __m512 inverse = _mm512_set1_ps(grid.inverse), low = _mm512_set1_ps(grid.low), high = _mm512_set1_ps(grid.high);
     const __m512i shift = _mm512_set1_epi32(static_cast<int>(grid.shift));
@@ -134,9 +222,12 @@ LQ_AVX512 void keep_avx512(float* gradient, const uint16_t* mask, int64_t n) {
 
 const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-#define LQ_CALL(name, fast, ...) (fast && has_avx512 ? name##_avx512(__VA_ARGS__) : name##_scalar(__VA_ARGS__))
+const int best = has_avx512 ? AVX512 : __builtin_cpu_supports("avx2") ? AVX2 : PORTABLE;
+#define LQ_CALL(name, variant, ...) \
+    (variant == AVX512 ? name##_avx512(__VA_ARGS__) : variant == AVX2 ? name##_avx2(__VA_ARGS__) : name##_scalar(__VA_ARGS__))
 #else
-#define LQ_CALL(name, fast, ...) name##_scalar(__VA_ARGS__)
+const int best = PORTABLE;
+#define LQ_CALL(name, variant, ...) name##_scalar(__VA_ARGS__)
 #endif
 
 inline int64_t pieces(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
@@ -146,16 +237,19 @@ inline int64_t length(int64_t n, int64_t k) { return std::min(CHUNK, n - k * CHU
 
 extern "C" {
 
+// The fastest variant this processor runs.
+int lq_integer_best(void) { return best; }
+
 // q[i] = clip(round(x[i] / scale), quant_min - z, quant_max - z) + z - quant_min, in 0..levels-1. mask may be null. low and high, where
 // not null, take in the extremes of x. Returns whether x has a NaN; q is of no use then.
 int lq_integer_quantize(const float* x, uint8_t* q, uint16_t* mask, int64_t n, float scale, float zero_point, int quant_min, int quant_max,
-                        float* low, float* high, int fast, int threads) {
+                        float* low, float* high, int variant, int threads) {
     const Grid grid{1.0f / scale, static_cast<float>(quant_min) - zero_point, static_cast<float>(quant_max) - zero_point,
                     zero_point - static_cast<float>(quant_min)};
     std::vector<Span> found(static_cast<size_t>(pieces(n)));
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > CHUNK)
     for (int64_t k = 0; k < pieces(n); ++k)
-        found[k] = LQ_CALL(quantize, fast, x + k * CHUNK, q + k * CHUNK, mask ? mask + k * CHUNK / 16 : nullptr, length(n, k), grid);
+        found[k] = LQ_CALL(quantize, variant, x + k * CHUNK, q + k * CHUNK, mask ? mask + k * CHUNK / 16 : nullptr, length(n, k), grid);
     Span span;
     for (const Span& part : found) add(span, part);
     if (low && span.nan) *low = *high = NAN;  // torch's minimum and maximum pass it on, too
@@ -166,14 +260,14 @@ int lq_integer_quantize(const float* x, uint8_t* q, uint16_t* mask, int64_t n, f
 
 // w: [rows][n] on a grid with zero point 0. Where `live` each row's scale becomes that of its extremes, else it is given.
 // Returns whether w has a NaN or an infinite scale; q is of no use then.
-int lq_integer_quantize_rows(const float* w, int8_t* q, float* scale, int64_t rows, int64_t n, int quant_min, int quant_max, int live, int fast,
+int lq_integer_quantize_rows(const float* w, int8_t* q, float* scale, int64_t rows, int64_t n, int quant_min, int quant_max, int live, int variant,
                              int threads) {
     int bad = 0;
 #pragma omp parallel for num_threads(threads) reduction(| : bad) if (threads > 1 && rows * n > CHUNK)
     for (int64_t row = 0; row < rows; ++row) {
         const float* x = w + row * n;
         if (live) {
-            const Span span = LQ_CALL(extremes, fast, x, n);
+            const Span span = LQ_CALL(extremes, variant, x, n);
             float s = quant_max > 0 ? std::max(span.high, 0.0f) / static_cast<float>(quant_max) : 0.0f;
             if (quant_min < 0) s = std::max(s, std::min(span.low, 0.0f) / static_cast<float>(quant_min));
             scale[row] = std::max(s, MIN_SCALE);
@@ -181,19 +275,19 @@ int lq_integer_quantize_rows(const float* w, int8_t* q, float* scale, int64_t ro
         bad |= !std::isfinite(scale[row]);
         const Grid grid{1.0f / scale[row], static_cast<float>(quant_min), static_cast<float>(quant_max), 0.0f};
         // The low byte of a level is the same, signed or not.
-        bad |= LQ_CALL(quantize, fast, x, reinterpret_cast<uint8_t*>(q + row * n), nullptr, n, grid).nan;
+        bad |= LQ_CALL(quantize, variant, x, reinterpret_cast<uint8_t*>(q + row * n), nullptr, n, grid).nan;
     }
     return bad;
 }
 
-void lq_integer_dequantize(const uint8_t* q, float* y, int64_t n, float zero_point, float scale, int fast, int threads) {
+void lq_integer_dequantize(const uint8_t* q, float* y, int64_t n, float zero_point, float scale, int variant, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > CHUNK)
-    for (int64_t k = 0; k < pieces(n); ++k) LQ_CALL(dequantize, fast, q + k * CHUNK, y + k * CHUNK, length(n, k), zero_point, scale);
+    for (int64_t k = 0; k < pieces(n); ++k) LQ_CALL(dequantize, variant, q + k * CHUNK, y + k * CHUNK, length(n, k), zero_point, scale);
 }
 
 // gradient = 0 where the bit is 0.
-void lq_integer_keep(float* gradient, const uint16_t* mask, int64_t n, int fast, int threads) {
+void lq_integer_keep(float* gradient, const uint16_t* mask, int64_t n, int variant, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > CHUNK)
-    for (int64_t k = 0; k < pieces(n); ++k) LQ_CALL(keep, fast, gradient + k * CHUNK, mask + k * CHUNK / 16, length(n, k));
+    for (int64_t k = 0; k < pieces(n); ++k) LQ_CALL(keep, variant, gradient + k * CHUNK, mask + k * CHUNK / 16, length(n, k));
 }
 }

@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.kernels import VARIANTS
 from lq_plugin.spec import IntegerGrid
+
+#: Two products of a byte and a weight up to this fit in 16 bits.
+LARGEST_EXACT = 64
 
 
 class IntegerKernels:
     """The compiled library.
 
     Args:
-        fast: use vector instructions where the processor has them; the numbers are the same.
+        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+
+    Raises:
+        NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
-    def __init__(self, fast: bool = True) -> None:
+    def __init__(self, variant: str | None = None) -> None:
         compiled = library("integer", Path(__file__).parent)
         pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         signatures = {
@@ -34,7 +41,11 @@ class IntegerKernels:
             function = getattr(compiled, f"lq_integer_{name}")
             function.argtypes, function.restype = arguments, result
             self._functions[name] = function
-        self._fast = int(fast)
+        self.variants = VARIANTS[: compiled.lq_integer_best() + 1]
+        self.variant = self.variants[-1] if variant is None else variant
+        if self.variant not in self.variants:
+            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
+        self._number = VARIANTS.index(self.variant)
 
     def quantize(
         self, x: Tensor, scale: float, zero_point: float, grid: IntegerGrid, masked: bool, extremes: tuple[Tensor, Tensor] | None
@@ -56,7 +67,7 @@ class IntegerKernels:
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
         nan = self._functions["quantize"](
             x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point, grid.quant_min,
-            grid.quant_max, low, high, self._fast, torch.get_num_threads(),
+            grid.quant_max, low, high, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return None if nan else (q, mask)
 
@@ -75,7 +86,7 @@ class IntegerKernels:
         q = torch.empty_like(w, dtype=torch.int8)
         rows = scale.numel()
         bad = self._functions["quantize_rows"](
-            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live, self._fast,
+            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live, self._number,
             torch.get_num_threads(),
         )  # fmt: skip
         return None if bad else q
@@ -83,12 +94,12 @@ class IntegerKernels:
     def dequantize(self, q: Tensor, scale: float, zero_point: float) -> Tensor:
         """(q - zero_point) · scale, laid out as `q`."""
         y = torch.empty_strided(q.shape, q.stride(), dtype=torch.float32)
-        self._functions["dequantize"](q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._fast, torch.get_num_threads())
+        self._functions["dequantize"](q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads())
         return y
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
-        self._functions["keep"](gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._fast, torch.get_num_threads())
+        self._functions["keep"](gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._number, torch.get_num_threads())
 
 
 @functools.cache
@@ -98,13 +109,16 @@ def integer_kernels() -> IntegerKernels | str:
         found = IntegerKernels()
     except NativeError as error:
         return str(error)
-    return found if sums_exactly() else "this processor's 8-bit products of torch saturate: it has no VNNI instructions"
+    return found if sums_exactly(LARGEST_EXACT) else "this torch has no 8-bit products that sum exactly here"
 
 
 @functools.cache
-def sums_exactly() -> bool:
-    """Whether oneDNN's products of uint8 and int8 are exact here: without VNNI, pairs of them saturate in 16 bits."""
-    x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+def sums_exactly(weight: int) -> bool:
+    """Whether oneDNN's products of uint8 and int8 are exact here, with weights up to this number.
+
+    Without VNNI instructions pairs of products saturate in 16 bits, which `LARGEST_EXACT` cannot reach.
+    """
+    x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), weight, dtype=torch.int8)
     ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
     try:
         packed = torch.ops.onednn.qlinear_prepack(w, [4, 64])
@@ -112,4 +126,4 @@ def sums_exactly() -> bool:
     except (RuntimeError, AttributeError):
         # A torch without oneDNN has not these operators.
         return False
-    return bool((y == 255 * 127 * 64).all())
+    return bool((y == 255 * weight * 64).all())

@@ -72,7 +72,7 @@ def why_never(layer: QuantizedLayer) -> str | None:
     arithmetic = arithmetic_on(layer.weight.device)
     if isinstance(arithmetic, str):
         return arithmetic
-    if type(layer) not in (QuantizedConv2d, QuantizedLinear):
+    if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
         return f"{layer.float_class.__name__} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
@@ -90,7 +90,19 @@ def why_never(layer: QuantizedLayer) -> str | None:
     products = layer.weight[0].numel()
     if products > MAX_PRODUCTS:
         return f"sums of {products} products may leave 32 bits"
-    return _why_not_convolution(layer, arithmetic) if isinstance(layer, nn.Conv2d) else None
+    reason = _why_not_convolution(layer) if isinstance(layer, nn.Conv2d) else None
+    return reason or _why_not_here(layer, arithmetic)
+
+
+def _projects(layer: QuantizedLayer) -> bool:
+    """Whether it is the projection of query, key and value in one, of torch's attention."""
+    owner = getattr(layer, "owner", None)
+    return getattr(owner, "float_class", None) is nn.MultiheadAttention and cast(Any, layer).key == "in_proj_weight"
+
+
+def _bias(layer: QuantizedLayer) -> Tensor | None:
+    """What is added to its products."""
+    return cast(Any, layer).owner.in_proj_bias if _projects(layer) else cast(Any, layer).bias
 
 
 def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str) -> str | None:
@@ -105,15 +117,22 @@ def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str)
     return None if fits else f"its {slot} ({quantizer.spec}) does not fit in 8 bits"
 
 
-def _why_not_convolution(layer: nn.Conv2d, arithmetic: Arithmetic) -> str | None:
+def _why_not_here(layer: QuantizedLayer, arithmetic: Arithmetic) -> str | None:
+    """What the device has a say in: asked at each call, too, for the layer may have moved."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if groups > 1 and not arithmetic.grouped:
+        return f"it is a convolution of {groups} groups"
+    weight, inputs = cast(WeightQuantizer, layer.weight_quantizer), cast(InputQuantizer, layer.input_quantizer)
+    return arithmetic.why_inexact(weight.spec.grid, inputs.spec.grid)
+
+
+def _why_not_convolution(layer: nn.Conv2d) -> str | None:
     if layer.padding_mode != "zeros":
         return f"its padding mode is {layer.padding_mode!r}"
     if isinstance(layer.padding, str):
         return f"its padding is {layer.padding!r}"
     if layer.groups > 1 and layer.in_channels == layer.groups:
         return "it is a depthwise convolution"
-    if layer.groups > 1 and not arithmetic.grouped:
-        return f"it is a convolution of {layer.groups} groups"
     return None
 
 
@@ -131,7 +150,7 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
         state.refusals[refusal] = None
         return None
     assert not isinstance(arithmetic, str)
-    weight, bias = layer.weight, cast(Any, layer).bias
+    weight, bias = layer.weight, _bias(layer)
     if state.chosen is None:
         state.worth = WORTH_ON_GPU if x.is_cuda else WORTH
         # The trial's step itself is computed by fake quantization on every rank, whatever is measured.
@@ -151,13 +170,11 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
 
 def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | None:
     """Why this call cannot be computed with integers."""
-    weight, bias = layer.weight, cast(Any, layer).bias
+    weight, bias = layer.weight, _bias(layer)
     if (isinstance(layer, nn.Conv2d) and x.ndim != 4) or x.ndim < 2:
         return "its input has no batch dim"
-    convolution = convolution_of(layer)
-    if convolution is not None and convolution.groups > 1 and not arithmetic.grouped:  # enabled on another device
-        return f"it is a convolution of {convolution.groups} groups"
-    if (reason := arithmetic.refusal(x, weight, bias, convolution)) is not None:
+    reason = _why_not_here(layer, arithmetic) or arithmetic.refusal(x, weight, bias, convolution_of(layer))
+    if reason is not None:
         return reason
     if kernels_for(x) is None or kernels_for(weight) is None:
         return "its tensors are not plain dense ones, or compiled kernels are switched off"
@@ -200,7 +217,7 @@ def _trial(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> float:
 
     Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
     """
-    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, cast(Any, layer).bias)]
+    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, _bias(layer))]
     wanted = [tensor for tensor in copies if tensor is not None and tensor.requires_grad]
     x, weight, bias = cast(Tensor, copies[0]), cast(Tensor, copies[1]), copies[2]
     gradient: Tensor | None = None

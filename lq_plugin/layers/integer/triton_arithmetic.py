@@ -29,6 +29,9 @@ class TritonArithmetic:
 
     grouped = False
 
+    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+        return None
+
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         tensors = [x, weight, *(() if bias is None else (bias,))]
         if any(tensor.device != x.device for tensor in tensors):
