@@ -57,7 +57,7 @@ class QAT(QuantizationCallback):
             fields); None: the module's own loss alone.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
         forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`, with 8-bit
-            products on the CPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them faster;
+            products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them faster;
             `"integer_always"`, wherever they can, so that a run can be repeated to the bit. The log names what each layer does.
 
     >>> from lightning import Trainer

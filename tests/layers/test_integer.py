@@ -213,7 +213,7 @@ def test_what_is_not_covered_says_why(layer, plan, reason):
     ],
 )
 def test_without_vnni_products_that_saturate_are_refused(plan, saturates, monkeypatch):
-    monkeypatch.setattr("lq_plugin.layers.integer.state.sums_exactly", lambda weight: weight <= 64)
+    monkeypatch.setattr("lq_plugin.layers.integer.arithmetic.sums_exactly", lambda weight: weight <= 64)
     model = prepared(nn.Sequential(nn.Linear(16, 3)), plan, torch.randn(4, 16))
     enable_integer_forward(model, True)
     assert ("no VNNI" in integer_report(model)["0"]) == saturates

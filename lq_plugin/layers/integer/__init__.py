@@ -1,4 +1,8 @@
-"""Integer forward pass of quantized layers in training, on the CPU: 8-bit products by oneDNN in place of float ones.
+"""Integer forward pass of quantized layers in training: 8-bit products in place of float ones, by oneDNN on CPUs, by int8 tensor cores
+through Triton on NVIDIA GPUs (compute capability 8.0 and later).
+
+On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A NaN in the input
+makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for it would wait for the device.
 
 Without a Trainer, on a prepared and calibrated model:
 
@@ -15,7 +19,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from lq_plugin.layers.integer.state import WORTH, IntegerForward, integer_forward, why_never
+from lq_plugin.layers.integer.state import IntegerForward, integer_forward, why_never
 
 __all__ = [
     "IntegerForward", "disable_integer_forward", "enable_integer_forward", "integer_choices", "integer_forward", "integer_report",
@@ -67,7 +71,7 @@ def settle_integer_forward(model: nn.Module, agree: Callable[[dict[str, bool]], 
     waiting = {name: state for name, state in _states(model).items() if state.reason is None and state.chosen is None}
     if not waiting:
         return []
-    choices = {name: state.ratio < WORTH for name, state in waiting.items() if state.ratio is not None}
+    choices = {name: state.ratio < state.worth for name, state in waiting.items() if state.ratio is not None}
     if agree is not None:
         choices = agree(choices)
     for name, chosen in choices.items():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lq_plugin.layers.integer.function import Convolution, IntegerProduct, quantize_operands
-from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
+from lq_plugin.layers.integer.arithmetic import Arithmetic, arithmetic_on
+from lq_plugin.layers.integer.function import Convolution, IntegerProduct
 from lq_plugin.native.ops import kernels_for
 from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.spec import IntegerGrid, PerChannel, PerTensor
@@ -26,6 +26,8 @@ ROUNDS = 3
 #: A layer computes with integers where its trial takes less than this share of the time. More than 1: what the trial does not see is
 #: that less is kept for the backward pass, and that the layers behind get channels-last images, which are faster for them.
 WORTH = 1.25
+#: On a GPU, where nobody has measured the latter.
+WORTH_ON_GPU = 1.0
 
 
 @dataclass
@@ -36,12 +38,14 @@ class IntegerForward:
         chosen: whether it computes with integers where it can; None: a trial decides.
         reason: why it never can; None: it can.
         ratio: time of the integer step over that of fake quantization, once tried.
+        worth: below this ratio integers are chosen.
         refusals: why single calls were computed by fake quantization.
     """
 
     chosen: bool | None = None
     reason: str | None = None
     ratio: float | None = None
+    worth: float = WORTH
     refusals: dict[str, None] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -65,9 +69,9 @@ def why_never(layer: QuantizedLayer) -> str | None:
     from lq_plugin.layers.conv import QuantizedConv2d
     from lq_plugin.layers.linear import QuantizedLinear
 
-    kernels = integer_kernels()
-    if isinstance(kernels, str):
-        return kernels
+    arithmetic = arithmetic_on(layer.weight.device)
+    if isinstance(arithmetic, str):
+        return arithmetic
     if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
         return f"{layer.float_class.__name__} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
@@ -83,12 +87,11 @@ def why_never(layer: QuantizedLayer) -> str | None:
         return f"its weight's scales are {granularity}"
     if not isinstance(inputs.spec.granularity, PerTensor):
         return f"its input's scales are {inputs.spec.granularity}"
-    if (reason := _why_saturates(weight.spec.grid, inputs.spec.grid)) is not None:
-        return reason
     products = layer.weight[0].numel()
     if products > MAX_PRODUCTS:
         return f"sums of {products} products may leave 32 bits"
-    return _why_not_convolution(layer) if isinstance(layer, nn.Conv2d) else None
+    reason = _why_not_convolution(layer) if isinstance(layer, nn.Conv2d) else None
+    return reason or _why_not_here(layer, arithmetic)
 
 
 def _projects(layer: QuantizedLayer) -> bool:
@@ -114,11 +117,13 @@ def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str)
     return None if fits else f"its {slot} ({quantizer.spec}) does not fit in 8 bits"
 
 
-def _why_saturates(weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
-    largest = max(-weight.quant_min, weight.quant_max)
-    if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
-        return None
-    return "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
+def _why_not_here(layer: QuantizedLayer, arithmetic: Arithmetic) -> str | None:
+    """What the device has a say in: asked at each call, too, for the layer may have moved."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if groups > 1 and not arithmetic.grouped:
+        return f"it is a convolution of {groups} groups"
+    weight, inputs = cast(WeightQuantizer, layer.weight_quantizer), cast(InputQuantizer, layer.input_quantizer)
+    return arithmetic.why_inexact(weight.spec.grid, inputs.spec.grid)
 
 
 def _why_not_convolution(layer: nn.Conv2d) -> str | None:
@@ -139,16 +144,17 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():
         state.refusals["torch.compile traces it"] = None
         return None
-    kernels = integer_kernels()
-    refusal = _refusal(layer, x) if isinstance(kernels, IntegerKernels) else kernels
+    arithmetic = arithmetic_on(x.device)
+    refusal = arithmetic if isinstance(arithmetic, str) else _refusal(layer, x, arithmetic)
     if refusal is not None:
         state.refusals[refusal] = None
         return None
-    assert isinstance(kernels, IntegerKernels)
+    assert not isinstance(arithmetic, str)
     weight, bias = layer.weight, _bias(layer)
     if state.chosen is None:
+        state.worth = WORTH_ON_GPU if x.is_cuda else WORTH
         # The trial's step itself is computed by fake quantization on every rank, whatever is measured.
-        state.ratio = _trial(layer, x, kernels) if state.ratio is None else state.ratio
+        state.ratio = _trial(layer, x, arithmetic) if state.ratio is None else state.ratio
         return None
     for quantizer, value in ((layer.weight_quantizer, weight), (layer.input_quantizer, x)):
         module = cast(nn.Module, quantizer)
@@ -156,24 +162,21 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
             # Who watches the quantizers sees what it would; looking changes no number.
             with torch.no_grad():
                 module(value)
-    y = _integer(layer, x, weight, bias, kernels)
+    y = _integer(layer, x, weight, bias, arithmetic)
     if y is None:
         state.refusals["the input or the weight has a NaN"] = None
     return y
 
 
-def _refusal(layer: QuantizedLayer, x: Tensor) -> str | None:
+def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | None:
     """Why this call cannot be computed with integers."""
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if x.device.type != "cpu":
-        return f"it is on {x.device.type}"
     weight, bias = layer.weight, _bias(layer)
-    if any(value.dtype != torch.float32 for value in (x, weight, *(() if bias is None else (bias,)))):
-        return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
     if (isinstance(layer, nn.Conv2d) and x.ndim != 4) or x.ndim < 2:
         return "its input has no batch dim"
-    if kernels_for(x) is None or kernels_for(weight) is None or not weight.is_contiguous():
+    reason = _why_not_here(layer, arithmetic) or arithmetic.refusal(x, weight, bias, convolution_of(layer))
+    if reason is not None:
+        return reason
+    if kernels_for(x) is None or kernels_for(weight) is None:
         return "its tensors are not plain dense ones, or compiled kernels are switched off"
     quantizers = cast(Any, (layer.weight_quantizer, layer.input_quantizer))
     if not all(q.is_enabled and q.collector is None and (q.is_calibrated or not q.needs_calibration) for q in quantizers):
@@ -181,18 +184,18 @@ def _refusal(layer: QuantizedLayer, x: Tensor) -> str | None:
     return None
 
 
-def _integer(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: IntegerKernels) -> Tensor | None:
+def _integer(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor | None:
     inputs, weights = cast(InputQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
     extremes = (inputs.batch_min, inputs.batch_max) if inputs.moving and inputs.observing else None
     grid = weights.spec.grid
     live = weights.live and not weights.is_fixed
-    scale = torch.empty(weights.scale.numel()) if live else weights.scale.detach().reshape(-1).clone()
+    scale = weights.scale.detach().reshape(-1)
     clips = not (live and grid.quant_min < 0 < grid.quant_max)
-    qparams = inputs.scale.item(), inputs.zero_point.item(), inputs.spec.grid
-    operands = quantize_operands(x, weight, qparams, (scale, grid, live, clips), extremes, kernels)
+    qparams = inputs.scale.detach(), inputs.zero_point.detach(), inputs.spec.grid
+    operands = arithmetic.operands(x, weight, qparams, (scale, grid, live, clips), extremes)
     if operands is None:
         return None
-    return IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), kernels)
+    return IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), arithmetic)
 
 
 def convolution_of(layer: Any) -> Convolution | None:
@@ -209,7 +212,7 @@ def _fake_quantized(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tens
     return F.linear(x, weight, bias) if convolution is None else F.conv2d(x, weight, bias, *convolution)
 
 
-def _trial(layer: QuantizedLayer, x: Tensor, kernels: IntegerKernels) -> float:
+def _trial(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> float:
     """Time of forward and backward pass with integers over that of fake quantization, on this input.
 
     Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
@@ -222,13 +225,20 @@ def _trial(layer: QuantizedLayer, x: Tensor, kernels: IntegerKernels) -> float:
     with torch.enable_grad():
         for index in range(1 + ROUNDS):
             for which in (0, 1):
-                before = time.perf_counter()
-                y = _integer(layer, x, weight, bias, kernels) if which else _fake_quantized(layer, x, weight, bias)
+                before = _clock(x)
+                y = _integer(layer, x, weight, bias, arithmetic) if which else _fake_quantized(layer, x, weight, bias)
                 if y is None:
                     return 1.0
                 if wanted:
                     gradient = torch.ones_like(y) if gradient is None else gradient
                     torch.autograd.grad(y, wanted, gradient)
                 if index:
-                    best[which] = min(best[which], time.perf_counter() - before)
+                    best[which] = min(best[which], _clock(x) - before)
     return best[1] / best[0]
+
+
+def _clock(x: Tensor) -> float:
+    """Seconds; on a GPU once all that was started is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()

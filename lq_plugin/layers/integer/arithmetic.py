@@ -1,0 +1,123 @@
+"""What computes with integers on a type of device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lq_plugin.layers.integer.function import Convolution, Operands, onednn_product, quantize_operands
+from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
+from lq_plugin.spec import IntegerGrid
+
+#: Of a GPU with the tensor cores that Triton's int8 products are made for (Ampere).
+CAPABILITY = (8, 0)
+
+
+class Arithmetic(Protocol):
+    """Operands, their product, and what the backward pass makes of them. Callers ask `refusal` first, and `kernels_for` x and weight."""
+
+    #: Whether it takes convolutions of several groups.
+    grouped: bool
+
+    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+        """Why sums of products of these levels may not be exact; None: they are, where they fit in 32 bits."""
+
+    def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
+        """Why these tensors are not for it; None: they are."""
+
+    def operands(
+        self, x: Tensor, weight: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid],
+        weight_qparams: tuple[Tensor, IntegerGrid, bool, bool], extremes: tuple[Tensor, Tensor] | None,
+    ) -> Operands | None:  # fmt: skip
+        """Both as integers.
+
+        Args:
+            x, weight: dense.
+            qparams: scale and zero point, float32 `[1]`, and grid of the input.
+            weight_qparams: scale, float32 `[C_out]` or `[1]`, and grid of the weight, whether the scale is to be found from its
+                extremes instead, and whether elements can lie outside of the grid.
+            extremes: float32 `[1]` each, which take in the smallest and the largest element of the input, in place.
+
+        Returns:
+            None where one holds a NaN. On a GPU, where to know it would wait, the product is NaN.
+        """
+
+    def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
+        """The layer's output; images are channels-last."""
+
+    def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """(q - zero_point) · scale, laid out as `q`."""
+
+    def keep(self, gradient: Tensor, mask: Tensor) -> None:
+        """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
+
+
+class OneDnnArithmetic:
+    """On CPUs, in float32; see `Arithmetic`."""
+
+    grouped = True
+
+    def __init__(self, kernels: IntegerKernels) -> None:
+        self._kernels = kernels
+
+    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
+        largest = max(-weight.quant_min, weight.quant_max)
+        if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
+            return None
+        return "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
+
+    def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if any(value.dtype != torch.float32 for value in (x, weight, *(() if bias is None else (bias,)))):
+            return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
+        return None if weight.is_contiguous() else "its weight is not contiguous"
+
+    def operands(
+        self, x: Tensor, weight: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid],
+        weight_qparams: tuple[Tensor, IntegerGrid, bool, bool], extremes: tuple[Tensor, Tensor] | None,
+    ) -> Operands | None:  # fmt: skip
+        scale, zero_point, grid = qparams
+        weight_scale, weight_grid, live, clips = weight_qparams
+        weight_scale = torch.empty_like(weight_scale) if live else weight_scale.clone()
+        numbers = scale.item(), zero_point.item(), grid
+        return quantize_operands(x, weight, numbers, (weight_scale, weight_grid, live, clips), extremes, self._kernels)
+
+    def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
+        return onednn_product(operands, bias, convolution)
+
+    def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
+        assert not isinstance(scale, Tensor)
+        assert not isinstance(zero_point, Tensor)
+        return self._kernels.dequantize(q, scale, zero_point)
+
+    def keep(self, gradient: Tensor, mask: Tensor) -> None:
+        self._kernels.keep(gradient, mask)
+
+
+@functools.cache
+def arithmetic_on(device: torch.device) -> Arithmetic | str:
+    """That of a device, or why there is none: tried once in a process."""
+    if device.type == "cpu":
+        kernels = integer_kernels()
+        return kernels if isinstance(kernels, str) else OneDnnArithmetic(kernels)
+    if device.type != "cuda":
+        return f"it is on {device.type}"
+    if torch.version.hip is not None:
+        return "its kernels for GPUs are made for those of NVIDIA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return f"its GPU has compute capability {_dotted(capability)}, and 8-bit products ask for {_dotted(CAPABILITY)}"
+    try:
+        # It takes a second to import, and only GPUs want it.
+        from lq_plugin.layers.integer.triton_arithmetic import TritonArithmetic
+    except ImportError as error:
+        return f"integer products on a GPU need the package triton (pip install triton): {error}"
+    return TritonArithmetic()
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
