@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Operands
+from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels, Operands
 from lq_plugin.layers.integer.kernels import IntegerKernels
 from lq_plugin.native import NativeError
 from lq_plugin.spec import IntegerGrid
@@ -109,7 +109,7 @@ def integers(x_shape, w_shape, zero_point):
     kept = [value.to(DEVICE, torch.int8).contiguous(memory_format=order) for value in (q, w)]
     sums = w.flatten(1).sum(1).int().to(DEVICE)
     ones = torch.ones(w_shape[0], device=DEVICE)
-    return Operands(kept[0], None, ones[:1], scalar(float(zero_point)), kept[1], ones, None, sums), q - zero_point, w
+    return Operands(Levels(kept[0], None, ones[:1], scalar(float(zero_point))), kept[1], ones, None, sums), q - zero_point, w
 
 
 @pytest.mark.parametrize("zero_point", [-128, -5, 127])
@@ -180,7 +180,8 @@ def test_nothing_waits_for_the_device():
         for live in (False, True):
             scales = torch.ones(1 if live else 5, device=DEVICE)
             seen = scalar(0.0), scalar(0.0)
-            operands = arithmetic.operands(x, w, (scalar(0.1), scalar(3.0), BYTES), (scales, SIGNED, live, not live), seen)
+            levels = arithmetic.levels(x, (scalar(0.1), scalar(3.0), BYTES), True, seen)
+            operands = arithmetic.operands(levels, w, (scales, SIGNED, live, not live))
             IntegerProduct.apply(x, w, bias, operands, None, arithmetic).sum().backward()
 
 

@@ -11,12 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.layers import unshare_inputs
+from lq_plugin.layers.integer import enable_integer_forward
+from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
 from lq_plugin.model.observe import commit_observers
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.native import use_native
 from lq_plugin.quantizers import base, uniform
 
 WIDTH = 24
+needs_kernels = pytest.mark.skipif(isinstance(integer_kernels(), str), reason=str(integer_kernels()))
 
 
 class Attention(nn.Module):
@@ -201,6 +204,28 @@ def test_other_specs_are_not_mixed_up(rules):
     x = torch.randn(3, 5, WIDTH)
     for ours, theirs in zip(step(net, x), step(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_levels_are_shared_too(monkeypatch):
+    """Summed with integers: one array of bytes for three layers, the same output, gradients and ranges; and in trials nothing is."""
+    torch.manual_seed(0)
+    net = ready(Two(), "w7a8")
+    plain = alone(net)
+    x = torch.randn(3, 5, WIDTH)
+    count, quantize = [], IntegerKernels.quantize
+    monkeypatch.setattr(IntegerKernels, "quantize", lambda *args: count.append(1) or quantize(*args))
+    want = step(copy.deepcopy(plain), x)
+    for choices, calls in ((True, 5), (None, 8 * 4)):
+        for model in (net, plain):
+            enable_integer_forward(model, choices)
+        theirs, ours = step(copy.deepcopy(plain), x), []
+        count.clear()
+        ours = step(copy.deepcopy(net), x)
+        assert len(count) == calls
+        for mine, other, fake in zip(ours, theirs, want, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(mine, fake, rtol=1e-4, atol=1e-5)
 
 
 def test_who_watches_a_quantizer_sees_every_call(counted):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lq_plugin.layers.integer.function import Convolution, Operands, onednn_product, quantize_operands
+from lq_plugin.layers.integer.function import Convolution, Levels, Operands, onednn_product
 from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
 from lq_plugin.spec import IntegerGrid
 
@@ -28,21 +28,32 @@ class Arithmetic(Protocol):
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         """Why these tensors are not for it; None: they are."""
 
-    def operands(
-        self, x: Tensor, weight: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid],
-        weight_qparams: tuple[Tensor, IntegerGrid, bool, bool], extremes: tuple[Tensor, Tensor] | None,
-    ) -> Operands | None:  # fmt: skip
-        """Both as integers.
+    def levels(
+        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+    ) -> Levels | None:
+        """The input as integers.
 
         Args:
-            x, weight: dense.
-            qparams: scale and zero point, float32 `[1]`, and grid of the input.
-            weight_qparams: scale, float32 `[C_out]` or `[1]`, and grid of the weight, whether the scale is to be found from its
-                extremes instead, and whether elements can lie outside of the grid.
-            extremes: float32 `[1]` each, which take in the smallest and the largest element of the input, in place.
+            x: dense.
+            qparams: scale and zero point, float32 `[1]`, and grid.
+            masked: whether a gradient is wanted.
+            extremes: float32 `[1]` each, which take in the smallest and the largest element, in place.
 
         Returns:
-            None where one holds a NaN. On a GPU, where to know it would wait, the product is NaN.
+            None where it holds a NaN. On a GPU, where to know it would wait, the product is NaN.
+        """
+
+    def operands(self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]) -> Operands | None:
+        """The same and a weight.
+
+        Args:
+            levels: of the input.
+            weight: dense.
+            qparams: scale, float32 `[C_out]` or `[1]`, and grid, whether the scale is to be found from its extremes instead, and
+                whether elements can lie outside of the grid.
+
+        Returns:
+            None where it holds a NaN, as of the input.
         """
 
     def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
@@ -76,15 +87,18 @@ class OneDnnArithmetic:
             return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
         return None if weight.is_contiguous() else "its weight is not contiguous"
 
-    def operands(
-        self, x: Tensor, weight: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid],
-        weight_qparams: tuple[Tensor, IntegerGrid, bool, bool], extremes: tuple[Tensor, Tensor] | None,
-    ) -> Operands | None:  # fmt: skip
-        scale, zero_point, grid = qparams
-        weight_scale, weight_grid, live, clips = weight_qparams
-        weight_scale = torch.empty_like(weight_scale) if live else weight_scale.clone()
-        numbers = scale.item(), zero_point.item(), grid
-        return quantize_operands(x, weight, numbers, (weight_scale, weight_grid, live, clips), extremes, self._kernels)
+    def levels(
+        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+    ) -> Levels | None:
+        scale, zero_point, grid = qparams[0].item(), qparams[1].item(), qparams[2]
+        found = self._kernels.quantize(x.detach(), scale, zero_point, grid, masked, extremes)
+        return None if found is None else Levels(*found, scale, int(zero_point) - grid.quant_min)
+
+    def operands(self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]) -> Operands | None:
+        scale, grid, live, clips = qparams
+        scale = torch.empty_like(scale) if live else scale.clone()
+        q = self._kernels.quantize_weight(weight.detach(), scale, grid, live)
+        return None if q is None else Operands(levels, q, scale, grid if clips else None)
 
     def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
         return onednn_product(operands, bias, convolution)

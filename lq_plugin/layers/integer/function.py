@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lq_plugin.layers.integer.kernels import IntegerKernels
 from lq_plugin.native.ops import laid_out
 from lq_plugin.spec import IntegerGrid
 
@@ -29,23 +28,33 @@ class Convolution(NamedTuple):
     groups: int
 
 
-class Operands(NamedTuple):
-    """An input and a weight as integers.
+class Levels(NamedTuple):
+    """An input as integers.
 
     Args:
-        q: the input's levels above the smallest, uint8; on a GPU less 128, int8.
+        q: its levels above the smallest, uint8; on a GPU less 128, int8.
         mask: a bit for each element that was not clipped; None: no gradient is wanted.
         scale, zero_point: of `q`; on a GPU float32 tensors `[1]`, for to read them would wait.
-        q_weight: int8.
-        weight_scale: float32, `[C_out]` or `[1]`.
-        clip: the weight's grid, where elements of it can be clipped.
-        weight_sums: of `q_weight` for each output, where the product takes them.
     """
 
     q: Tensor
     mask: Tensor | None
     scale: float | Tensor
     zero_point: int | Tensor
+
+
+class Operands(NamedTuple):
+    """An input and a weight as integers.
+
+    Args:
+        levels: of the input.
+        q_weight: int8.
+        weight_scale: float32, `[C_out]` or `[1]`.
+        clip: the weight's grid, where elements of it can be clipped.
+        weight_sums: of `q_weight` for each output, where the product takes them.
+    """
+
+    levels: Levels
     q_weight: Tensor
     weight_scale: Tensor
     clip: IntegerGrid | None
@@ -57,9 +66,9 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, operands, convolution, arithmetic):
-        ctx.save_for_backward(operands.q, operands.mask, operands.q_weight, operands.weight_scale, weight if operands.clip else None)
-        # Those tensors are saved, or were of use here alone.
-        ctx.operands = operands._replace(q=None, mask=None, q_weight=None, weight_scale=None, weight_sums=None)
+        q, mask, ctx.scale, ctx.zero_point = operands.levels
+        ctx.save_for_backward(q, mask, operands.q_weight, operands.weight_scale, weight if operands.clip else None)
+        ctx.clip = operands.clip
         ctx.convolution, ctx.arithmetic = convolution, arithmetic
         # Gradients of a channels-last convolution lie otherwise than the input did: the mask's bits are in the order of the latter.
         ctx.strides = x.stride()
@@ -70,10 +79,10 @@ class IntegerProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         q, mask, q_weight, weight_scale, weight = ctx.saved_tensors
-        operands, arithmetic = ctx.operands, ctx.arithmetic
+        arithmetic = ctx.arithmetic
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # In the gradient's dtype, as autocast would have cast them.
-        x = arithmetic.dequantize(q, operands.scale, operands.zero_point, grad.dtype) if needs_weight else None
+        x = arithmetic.dequantize(q, ctx.scale, ctx.zero_point, grad.dtype) if needs_weight else None
         shape = [-1, *[1] * (q_weight.ndim - 1)]
         w = q_weight.float().mul_(weight_scale.view(shape)).to(grad.dtype) if needs_x else None
         backward = _linear_backward if ctx.convolution is None else _convolution_backward
@@ -81,57 +90,23 @@ class IntegerProduct(torch.autograd.Function):
         if x_grad is not None:
             x_grad = laid_out(x_grad, ctx.strides)
             arithmetic.keep(x_grad, mask)
-        if weight_grad is not None and operands.clip is not None:
+        if weight_grad is not None and ctx.clip is not None:
             r = (weight.detach() * weight_scale.view(shape).reciprocal()).round_()
-            weight_grad.masked_fill_((r < operands.clip.quant_min).logical_or_(r > operands.clip.quant_max), 0.0)
+            weight_grad.masked_fill_((r < ctx.clip.quant_min).logical_or_(r > ctx.clip.quant_max), 0.0)
         return x_grad, weight_grad, bias_grad, None, None, None
-
-
-def quantize_operands(
-    x: Tensor,
-    weight: Tensor,
-    qparams: tuple[float, float, IntegerGrid],
-    weight_qparams: tuple[Tensor, IntegerGrid, bool, bool],
-    extremes: tuple[Tensor, Tensor] | None,
-    kernels: IntegerKernels,
-) -> Operands | None:
-    """Both as integers.
-
-    Args:
-        x: input.
-        weight: contiguous.
-        qparams: scale, zero point and grid of the input.
-        weight_qparams: scale and grid of the weight, whether the scale is to be found from its extremes, and whether elements can lie
-            outside of the grid.
-        extremes: see `IntegerKernels.quantize`.
-        kernels: that quantize.
-
-    Returns:
-        None where one holds a NaN.
-    """
-    scale, zero_point, grid = qparams
-    weight_scale, weight_grid, live, clips = weight_qparams
-    q_weight = kernels.quantize_weight(weight.detach(), weight_scale, weight_grid, live)
-    quantized = kernels.quantize(x.detach(), scale, zero_point, grid, x.requires_grad and torch.is_grad_enabled(), extremes)
-    if q_weight is None or quantized is None:
-        return None
-    shifted = int(zero_point) - grid.quant_min
-    return Operands(*quantized, scale, shifted, q_weight, weight_scale, weight_grid if clips else None)
 
 
 def onednn_product(operands: Operands, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
     """On a CPU, float32."""
-    q, q_weight, scales = operands.q, operands.q_weight, operands.weight_scale
+    (q, _, scale, zero_point), q_weight, scales = operands.levels, operands.q_weight, operands.weight_scale
     none = torch.zeros(scales.shape, dtype=torch.int32)
     after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     bias = None if bias is None else bias.detach()
     if convolution is None:
         packed = torch.ops.onednn.qlinear_prepack(q_weight, list(q.shape))
-        return torch.ops.onednn.qlinear_pointwise(q, operands.scale, operands.zero_point, packed, scales, none, bias, *after)
-    packed = torch.ops.onednn.qconv_prepack(q_weight, scales, operands.scale, operands.zero_point, *convolution, list(q.shape))
-    return torch.ops.onednn.qconv2d_pointwise(
-        q, operands.scale, operands.zero_point, packed, scales, none, bias, *convolution, *after
-    )  # fmt: skip
+        return torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, packed, scales, none, bias, *after)
+    packed = torch.ops.onednn.qconv_prepack(q_weight, scales, scale, zero_point, *convolution, list(q.shape))
+    return torch.ops.onednn.qconv2d_pointwise(q, scale, zero_point, packed, scales, none, bias, *convolution, *after)
 
 
 def _convolution_backward(grad, q, x, q_weight, w, convolution, wanted):

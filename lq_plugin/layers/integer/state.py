@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.layers.integer.arithmetic import Arithmetic, arithmetic_on
-from lq_plugin.layers.integer.function import Convolution, IntegerProduct
+from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels
 from lq_plugin.native.ops import kernels_for
-from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers import InputQuantizer, Quantizer, SharedInput, WeightQuantizer
 from lq_plugin.spec import IntegerGrid, PerChannel, PerTensor
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
             # Who watches the quantizers sees what it would; looking changes no number.
             with torch.no_grad():
                 module(value)
-    y = _integer(layer, x, weight, bias, arithmetic)
+    shared = layer.shared_input if layer.shared_input is not None and layer.shared_input.takes(x) else None
+    y = _integer(layer, x, weight, bias, arithmetic, shared)
     if y is None:
         state.refusals["the input or the weight has a NaN"] = None
     return y
@@ -184,18 +185,33 @@ def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | 
     return None
 
 
-def _integer(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor | None:
+def _integer(
+    layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, shared: SharedInput | None = None
+) -> Tensor | None:
     inputs, weights = cast(InputQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
-    extremes = (inputs.batch_min, inputs.batch_max) if inputs.moving and inputs.observing else None
+    levels = _levels(inputs, x, arithmetic, shared)
     grid = weights.spec.grid
     live = weights.live and not weights.is_fixed
     scale = weights.scale.detach().reshape(-1)
     clips = not (live and grid.quant_min < 0 < grid.quant_max)
+    operands = None if levels is None else arithmetic.operands(levels, weight, (scale, grid, live, clips))
+    return None if operands is None else IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), arithmetic)
+
+
+def _levels(inputs: InputQuantizer, x: Tensor, arithmetic: Arithmetic, shared: SharedInput | None) -> Levels | None:
+    masked, watches = x.requires_grad and torch.is_grad_enabled(), inputs.moving and inputs.observing
     qparams = inputs.scale.detach(), inputs.zero_point.detach(), inputs.spec.grid
-    operands = arithmetic.operands(x, weight, qparams, (scale, grid, live, clips), extremes)
-    if operands is None:
-        return None
-    return IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), arithmetic)
+    if shared is None:
+        return arithmetic.levels(x, qparams, masked, (inputs.batch_min, inputs.batch_max) if watches else None)
+
+    def make() -> tuple[Levels | None, tuple[Tensor, Tensor]]:
+        extremes = torch.full_like(inputs.scale, torch.inf), torch.full_like(inputs.scale, -torch.inf)
+        return arithmetic.levels(x, qparams, masked, extremes if watches else None), extremes
+
+    found, extremes = shared.once(x, ("levels", inputs.spec.grid, inputs.scale.item(), inputs.zero_point.item(), watches), make)
+    if watches:
+        inputs.take_in(*extremes)
+    return found
 
 
 def convolution_of(layer: Any) -> Convolution | None:
@@ -207,7 +223,9 @@ def convolution_of(layer: Any) -> Convolution | None:
 
 def _fake_quantized(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert layer.weight_quantizer is not None
-    x, weight = layer.quantized_input(x), layer.weight_quantizer(weight)
+    assert layer.input_quantizer is not None
+    # Without what layers share: a trial is to compute it each time.
+    x, weight = layer.input_quantizer(x), layer.weight_quantizer(weight)
     convolution = convolution_of(layer)
     return F.linear(x, weight, bias) if convolution is None else F.conv2d(x, weight, bias, *convolution)
 

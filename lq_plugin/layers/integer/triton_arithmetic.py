@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from lq_plugin.layers.integer import triton_kernels as kernels
-from lq_plugin.layers.integer.function import Convolution, Operands
+from lq_plugin.layers.integer.function import Convolution, Levels, Operands
 from lq_plugin.native.kernels import DTYPES, Layout
 from lq_plugin.native.triton_kernels import _device_of, _mask_gradient, _tiles
 from lq_plugin.spec import IntegerGrid
@@ -46,17 +46,16 @@ class TritonArithmetic:
             return "its input does not fit its weight"
         return None
 
-    def operands(
-        self, x: Tensor, weight: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid],
-        weight_qparams: tuple[Tensor, IntegerGrid, bool, bool], extremes: tuple[Tensor, Tensor] | None,
-    ) -> Operands:  # fmt: skip
-        weight_scale, weight_grid, live, clips = weight_qparams
-        q_weight, weight_scale, sums = self.quantize_weight(weight.detach(), weight_scale, weight_grid, live)
-        q, mask, found = self.quantize(x.detach(), *qparams, x.requires_grad and torch.is_grad_enabled(), extremes)
-        # The products read what they sum over side by side.
-        order = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        q, q_weight = q.contiguous(memory_format=order), q_weight.contiguous(memory_format=order)
-        return Operands(q, mask, found[:1], found[1:], q_weight, weight_scale, weight_grid if clips else None, sums)
+    def levels(
+        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+    ) -> Levels:
+        q, mask, found = self.quantize(x.detach(), *qparams, masked, extremes)
+        return Levels(_side_by_side(q), mask, found[:1], found[1:])
+
+    def operands(self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]) -> Operands:
+        scale, grid, live, clips = qparams
+        q, scale, sums = self.quantize_weight(weight.detach(), scale, grid, live)
+        return Operands(levels, _side_by_side(q), scale, grid if clips else None, sums)
 
     def quantize(
         self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, masked: bool, extremes: tuple[Tensor, Tensor] | None
@@ -115,7 +114,7 @@ class TritonArithmetic:
         return q, scales, sums
 
     def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
-        q, w = operands.q, operands.q_weight
+        (q, _, scale, zero_point), w = operands.levels, operands.q_weight
         size = _output_size(q, w, convolution)
         order = torch.contiguous_format if convolution is None else torch.channels_last
         y = torch.empty(size, dtype=dtype, device=q.device, memory_format=order)
@@ -128,7 +127,7 @@ class TritonArithmetic:
         how = kernels.ONE_TAP if taps[0] * taps[1] == 1 else kernels.MIXED if channels % step else kernels.WITHIN_TAP
         with _device_of(q):
             kernels.multiply[triton.cdiv(rows, height) * triton.cdiv(columns, width),](
-                q, w, y, operands.scale, operands.zero_point, operands.weight_scale, operands.weight_sums,
+                q, w, y, scale, zero_point, operands.weight_scale, operands.weight_sums,
                 q if bias is None else bias.detach(), rows, columns, depth, channels, *image, *out_image, taps[1], *stride, *padding,
                 *dilation, TAPS=how, PADDED=any(padding), EVEN=depth % step == 0, BIASED=bias is not None, ROWS=height, COLUMNS=width,
                 DEPTH=step, BAND=8, num_warps=warps, num_stages=4, enable_fp_fusion=False,
@@ -146,6 +145,11 @@ class TritonArithmetic:
         programs, parts, rows, columns = _tiles(layout)
         with _device_of(gradient):
             _mask_gradient[programs,](gradient, gradient, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS)
+
+
+def _side_by_side(q: Tensor) -> Tensor:
+    """Laid out so that what a product sums over lies side by side."""
+    return q.contiguous(memory_format=torch.channels_last if q.ndim == 4 else torch.contiguous_format)
 
 
 def _by_rows(weight: Tensor) -> bool:
