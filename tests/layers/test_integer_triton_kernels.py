@@ -156,7 +156,7 @@ def test_sums_of_a_convolution_are_exact(x, w, stride, padding, dilation, zero_p
 def test_scales_and_bias_act_in_float32_and_round_once(dtype):
     operands, x, w = integers((9, 20), (6, 20), 12)
     scales = torch.rand(6, device=DEVICE) + 0.1
-    operands = operands._replace(scale=scalar(0.37), weight_scale=scales)
+    operands = operands._replace(levels=operands.levels._replace(scale=scalar(0.37)), weight_scale=scales)
     bias = generated(6)
     sums = (x @ w.t()).float().to(DEVICE)
     y = TritonArithmetic().product(operands, bias, None, dtype)
