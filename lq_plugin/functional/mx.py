@@ -49,19 +49,22 @@ def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tens
 def mx_exponents(x: Tensor, micro_bits: int = MICRO_BITS) -> tuple[Tensor, Tensor]:
     """E of every block, `[O, G, 1, *k]`, and τ of every pair, `[O, G, 8, *k]`; int32."""
     magnitude = x.float().abs()
-    exponent = _floor_log2(magnitude.amax(2, keepdim=True)).clamp(-127, 127)
-    pairs = magnitude.unflatten(2, (BLOCK // PAIR, PAIR)).amax(3)
+    # Of two strided halves, which torch compares faster than it reduces pairs.
+    pairs = torch.maximum(magnitude[:, :, 0::PAIR], magnitude[:, :, 1::PAIR])
+    exponent = _floor_log2(pairs.amax(2, keepdim=True)).clamp_(max=127)
     # A pair of zeros has no exponent of its own and takes the finest step.
-    shift = torch.where(pairs > 0, exponent - _floor_log2(pairs), 2**micro_bits - 1).clamp(max=2**micro_bits - 1)
+    shift = (exponent - _floor_log2(pairs)).clamp_(max=2**micro_bits - 1).masked_fill_(pairs == 0, 2**micro_bits - 1)
     return exponent, shift
 
 
 def step_of(exponent: Tensor, shift: Tensor, mantissa_bits: int) -> Tensor:
     """Δ of every element from E and τ."""
-    step = (exponent - shift - (mantissa_bits - 1)).clamp(min=-126)
-    return torch.exp2(step.float()).repeat_interleave(PAIR, dim=2)
+    step = (exponent - shift - (mantissa_bits - 1)).clamp_(min=-126)
+    # 2^step, a normal float32, from its bits.
+    power = (step.to(torch.int32) + 127 << 23).view(torch.float32)
+    return power.unsqueeze(3).expand(*power.shape[:3], PAIR, *power.shape[3:]).flatten(2, 3)
 
 
 def _floor_log2(x: Tensor) -> Tensor:
-    """Exact for every float32; frexp's mantissa lies in [0.5, 1)."""
-    return torch.frexp(x).exponent - 1
+    """Of floats that are not negative, from their bits, int32; -127 below 2^-126, 128 for infinity and NaN."""
+    return (x.contiguous().view(torch.int32) >> 23) - 127
