@@ -62,11 +62,7 @@ class OpenVINOSession:
             if batch is not None:
                 model.reshape({value: [batch, *list(value.partial_shape)[1:]] for value in model.inputs})
             if _has_wide_weights(model) and saturates():
-                log.warning(
-                    "%s: float kernels compute it, since OpenVINO's integer kernels saturate on this processor (no VNNI) where weights "
-                    "take 8 bits; weights of 7 bits (int7) would be exact there, and ONNX Runtime is exact with 8",
-                    path,
-                )
+                _say_once()
                 options["LP_TRANSFORMS_MODE"] = False
             self.compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
@@ -93,6 +89,14 @@ def _has_wide_weights(model: Any) -> bool:
         if kind in shift and len(operation.shape) > 1 and exceeds_16_bits(operation.get_data().astype(np.int16) - shift[kind]):
             return True
     return False
+
+
+@functools.cache
+def _say_once() -> None:
+    log.warning(
+        "OpenVINO's integer kernels saturate on this processor (no VNNI) where weights take 8 bits: float kernels compute such files. "
+        "Weights of 7 bits (int7) would be exact and fast there; ONNX Runtime is exact with 8"
+    )
 
 
 @functools.cache
