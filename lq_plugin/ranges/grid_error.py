@@ -38,7 +38,8 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
     if sample.values.shape[1] > bins:
         points = sample.values[:, bins:]
         mass = None if sample.mass is None else sample.mass[:, bins:]
-        if bool((points != 0).any()):  # zero is always a level: an atom of zeros has no error
+        # Zero is always a level: beside a histogram stands an atom of zeros as a rule, which has no error.
+        if sample.edges is None or bool((points != 0).any()):
             for part in _candidates(scale.shape[1], points.numel()):
                 total[:, part] += _point_error(points, mass, scale[:, part], low[:, part], high[:, part])
     return total / sample.total().clamp(min=1e-300).unsqueeze(1)

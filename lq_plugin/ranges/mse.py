@@ -32,7 +32,7 @@ LOWEST = 2.0**-12
 #: With few values the best scale may put the highest level above the data, by half a step at most;
 #: beyond this factor it never pays.
 HIGHEST = 1.1
-#: Candidates of a sweep between two looks at what clipping alone costs; more where that takes fewer elements than this at once.
+#: Candidates of a sweep between two looks at what clipping alone costs; of a small sample as many as make this many elements.
 _AT_ONCE, _ELEMENTS = 8, 2**17
 #: Rounding of the errors compared there.
 _ROUNDING = 1e-4
@@ -47,12 +47,14 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     With a zero point and data on both sides, both bounds are searched, within the data.
     """
     no_option("mse", option)
-    low, high = _one_scale(sample, grid)
-    if grid.affine:
-        two_sided = (sample.minimum < 0) & (sample.maximum > 0)
-        if bool(two_sided.any()):
-            low, high = low.clone(), high.clone()
-            low[two_sided], high[two_sided] = _two_bounds(sample.select(two_sided), grid)
+    two_sided = (sample.minimum < 0) & (sample.maximum > 0)
+    if not grid.affine or not bool(two_sided.any()):
+        return as_bounds(*_one_scale(sample, grid))
+    if bool(two_sided.all()):
+        return as_bounds(*_two_bounds(sample, grid))
+    low, high = torch.empty_like(sample.minimum), torch.empty_like(sample.maximum)
+    for rows, search in ((~two_sided, _one_scale), (two_sided, _two_bounds)):
+        low[rows], high[rows] = search(sample.select(rows), grid)
     return as_bounds(low, high)
 
 

@@ -55,8 +55,8 @@ def ascending(values: Tensor) -> Tensor:
     """
     if values.device.type != "cpu":
         return values.sort(dim=1).values
-    ordered = values.clone(memory_format=torch.contiguous_format)
-    # In place, through memory that both share.
+    ordered = values.detach().clone(memory_format=torch.contiguous_format)
+    # In place: the array and the tensor share their memory.
     ordered.numpy().sort(axis=1)
     return ordered
 
