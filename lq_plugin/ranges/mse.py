@@ -1,7 +1,7 @@
 """`mse`: the clipping range with the least squared error on the real grid.
 
-The error is measured, not modelled: every candidate rounds and clips the sample (`grid_error`). It has
-many local minima at low bit-widths, so the search sweeps before it refines.
+The error is measured, not modelled: every candidate that may be the best rounds and clips the sample
+(`grid_error`). It has many local minima at low bit-widths, so the search sweeps before it refines.
 """
 
 from __future__ import annotations
