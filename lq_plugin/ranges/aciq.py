@@ -167,7 +167,7 @@ def exact_scale(name: str, quant_min: int, quant_max: int, one_sided: bool = Fal
 
 
 def _spreads(folded: Folded) -> dict[str, Tensor]:
-    return {"laplace": folded.average(folded.magnitude), "gauss": folded.average(folded.magnitude.double().square()).sqrt()}
+    return {"laplace": folded.mean(), "gauss": folded.root_mean_square()}
 
 
 def _forced(option: str | None, name: str, laplace: Tensor) -> Tensor:

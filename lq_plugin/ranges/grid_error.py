@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.affine import bounds_from_qparams
 from lq_plugin.ranges.sample import Sample
 from lq_plugin.spec import IntegerGrid
 
@@ -37,10 +38,24 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
     if sample.values.shape[1] > bins:
         points = sample.values[:, bins:]
         mass = None if sample.mass is None else sample.mass[:, bins:]
-        if bool((points != 0).any()):  # zero is always a level: an atom of zeros has no error
+        # Zero is always a level: beside a histogram stands an atom of zeros as a rule, which has no error.
+        if sample.edges is None or bool((points != 0).any()):
             for part in _candidates(scale.shape[1], points.numel()):
                 total[:, part] += _point_error(points, mass, scale[:, part], low[:, part], high[:, part])
     return total / sample.total().clamp(min=1e-300).unsqueeze(1)
+
+
+def clipping_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
+    """Mean squared distance of the values from the range of the levels, float64 `[rows]`: no error on this grid is less.
+
+    In a histogram bin the distance is that of the middle; squared distances are convex, so their mean over the bin is no less.
+
+    Args:
+        scale, zero_point: `[rows]`.
+    """
+    low, high = bounds_from_qparams(scale, zero_point, grid)
+    inside = _clip(sample.values.unsqueeze(1).clone(), low.unsqueeze(1), high.unsqueeze(1)).squeeze(1)
+    return sample.average(inside.sub_(sample.values).square_())
 
 
 def clipped_share(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
@@ -60,10 +75,17 @@ def _candidates(count: int, elements_each: int) -> list[slice]:
 
 def _point_error(points: Tensor, mass: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     t = points.unsqueeze(1) * scale.reciprocal().unsqueeze(2)
-    q = t.round().clamp_(low.unsqueeze(2), high.unsqueeze(2))
+    q = _clip(t.round(), low, high)
     squares = q.sub_(t).square_()
     summed = squares.sum(2) if mass is None else torch.matmul(squares, mass.to(squares).unsqueeze(2)).squeeze(2)
     return summed.double() * scale.double().square()
+
+
+def _clip(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`q [rows, candidates, n]` between `low` and `high [rows, candidates]`, in place."""
+    # `clamp_` between two tensors that broadcast is not vectorised: five times the time of these two.
+    torch.maximum(q, low.unsqueeze(2), out=q)
+    return torch.minimum(q, high.unsqueeze(2), out=q)
 
 
 def _knots(edges: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +112,7 @@ def _knots(edges: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
 
 def _binned_error(knots: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     t = knots.unsqueeze(1) * scale.reciprocal().unsqueeze(2)
-    q = t.round().clamp_(low.double().unsqueeze(2), high.double().unsqueeze(2))
+    q = _clip(t.round(), low.double(), high.double())
     r = t.sub_(q)
     primitive = (r * r).mul_(r).mul_(1.0 / 3.0).add_(q, alpha=1.0 / 12.0)
     return torch.matmul(primitive, jumps.unsqueeze(2)).squeeze(2) * scale.pow(3)

@@ -52,22 +52,21 @@ def kl(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Te
         few = sample.edges is None and sample.values.shape[1] < VALUES_EACH * levels
         if levels > MOST_LEVELS or few:
             continue
-        rows = (folded.levels == levels) & (folded.mass.sum(1) > 0)
+        rows = (folded.levels == levels) & (folded.total() > 0)
         if bool(rows.any()):
-            threshold[rows] = _thresholds(folded, rows, int(levels))
+            threshold[rows] = _thresholds(folded.select(rows), int(levels))
     return folded.bounds(threshold)
 
 
-def _thresholds(folded: Folded, rows: Tensor, levels: int) -> Tensor:
-    mass = folded.mass[rows]
-    end = TAIL_FACTOR * quantile(folded.magnitude[rows], mass, TAIL_QUANTILE)
-    end = torch.minimum(end, folded.limit[rows]).double()
+def _thresholds(folded: Folded, levels: int) -> Tensor:
+    end = TAIL_FACTOR * quantile(folded.magnitude, folded.mass, TAIL_QUANTILE)
+    end = torch.minimum(end, folded.limit).double()
     bins = BINS
     if folded.sample.edges is None:
-        while bins > 4 * levels and bins * VALUES_EACH > mass.shape[1]:
+        while bins > 4 * levels and bins * VALUES_EACH > folded.magnitude.shape[1]:
             bins //= 2
-    counts = _histogram(folded, rows, end, bins)
-    beyond = (mass.sum(1, dtype=torch.float64) - counts.sum(1)).clamp(min=0.0)
+    counts = _histogram(folded, end, bins)
+    beyond = (folded.total() - counts.sum(1)).clamp(min=0.0)
     # Rounding of the sums is no outlier.
     beyond = torch.where(beyond > 1e-6 * counts.sum(1), beyond, 0.0)
     stride = max((bins - levels) // _CANDIDATES, 1)
@@ -120,18 +119,20 @@ def _divergence(counts: Tensor, beyond: Tensor, levels: int, kept: Tensor) -> Te
     return divergence.masked_fill(((outliers > 0) & (last == 0)) | (inside == 0), torch.inf)
 
 
-def _histogram(folded: Folded, rows: Tensor, end: Tensor, bins: int) -> Tensor:
+def _histogram(folded: Folded, end: Tensor, bins: int) -> Tensor:
     """Mass of the magnitudes in `bins` equal bins on [0, end], float64 `[rows, bins]`."""
-    sample = folded.sample.select(rows)
+    sample = folded.sample
     if sample.edges is None:
-        magnitude, mass = folded.magnitude[rows].double(), folded.mass[rows].double()
+        magnitude, rows = folded.magnitude.double(), sample.rows
         index = (magnitude * (bins / end.clamp(min=1e-300)).unsqueeze(1)).long()
-        # The largest value, at the end itself, belongs to the last bin; values beyond to none.
-        inside = magnitude <= end.unsqueeze(1)
-        counts = torch.zeros(magnitude.shape[0], bins, dtype=torch.float64, device=mass.device)
-        return counts.scatter_add_(1, index.clamp(max=bins - 1), mass * inside)
+        # The largest value, at the end itself, belongs to the last bin; values beyond to one that is dropped.
+        index = index.clamp_(max=bins - 1).masked_fill_(magnitude > end.unsqueeze(1), bins)
+        index += torch.arange(rows, device=index.device).unsqueeze(1) * (bins + 1)
+        mass = None if folded.mass is None else folded.mass.double().flatten()
+        counts = torch.bincount(index.flatten(), mass, minlength=rows * (bins + 1))
+        return counts.view(rows, bins + 1)[:, :-1].double()
     at = end.unsqueeze(1) * torch.linspace(0.0, 1.0, bins + 1, device=end.device, dtype=torch.float64)
-    centre = folded.centre[rows].double().unsqueeze(1)
+    centre = folded.centre.double().unsqueeze(1)
     above = _cumulated(sample, centre + at).diff(dim=1)
     below = -_cumulated(sample, centre - at).diff(dim=1)
     if clips_negative(folded.grid):

@@ -1,19 +1,19 @@
 """`mse`: the clipping range with the least squared error on the real grid.
 
-The error is measured, not modelled: every candidate rounds and clips the sample (`grid_error`). It has
-many local minima at low bit-widths, so the search sweeps before it refines.
+The error is measured, not modelled: every candidate that may be the best rounds and clips the sample
+(`grid_error`). It has many local minima at low bit-widths, so the search sweeps before it refines.
 """
 
 from __future__ import annotations
 
-from math import log
+from math import inf, log
 
 import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE, bounds_from_qparams, qparams_from_bounds
 from lq_plugin.ranges.folding import fold
-from lq_plugin.ranges.grid_error import mean_squared_error
+from lq_plugin.ranges.grid_error import clipping_error, mean_squared_error
 from lq_plugin.ranges.minmax import minmax
 from lq_plugin.ranges.registry import as_bounds, no_option, register_range
 from lq_plugin.ranges.sample import Sample
@@ -32,6 +32,10 @@ LOWEST = 2.0**-12
 #: With few values the best scale may put the highest level above the data, by half a step at most;
 #: beyond this factor it never pays.
 HIGHEST = 1.1
+#: Candidates of a sweep between two looks at what clipping alone costs; of a small sample as many as make this many elements.
+_AT_ONCE, _ELEMENTS = 8, 2**17
+#: Rounding of the errors compared there.
+_ROUNDING = 1e-4
 
 
 @register_range("mse", RANGES["mse"])
@@ -43,19 +47,21 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     With a zero point and data on both sides, both bounds are searched, within the data.
     """
     no_option("mse", option)
-    low, high = _one_scale(sample, grid)
-    if grid.affine:
-        two_sided = (sample.minimum < 0) & (sample.maximum > 0)
-        if bool(two_sided.any()):
-            low, high = low.clone(), high.clone()
-            low[two_sided], high[two_sided] = _two_bounds(sample.select(two_sided), grid)
+    two_sided = (sample.minimum < 0) & (sample.maximum > 0)
+    if not grid.affine or not bool(two_sided.any()):
+        return as_bounds(*_one_scale(sample, grid))
+    if bool(two_sided.all()):
+        return as_bounds(*_two_bounds(sample, grid))
+    low, high = torch.empty_like(sample.minimum), torch.empty_like(sample.maximum)
+    for rows, search in ((~two_sided, _one_scale), (two_sided, _two_bounds)):
+        low[rows], high[rows] = search(sample.select(rows), grid)
     return as_bounds(low, high)
 
 
 def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
     widest_low, widest_high = minmax(sample, grid)
     folded = fold(sample, grid)
-    lowest = (OF_MEAN * folded.average(folded.magnitude).float() / folded.limit.clamp(min=MIN_SCALE)).clamp(LOWEST, 0.5)
+    lowest = (OF_MEAN * folded.mean().float() / folded.limit.clamp(min=MIN_SCALE)).clamp(LOWEST, 0.5)
     reach = max(grid.quant_max, -grid.quant_min) if not grid.affine else grid.levels - 1
     highest = log(min(reach / (reach - 0.5), HIGHEST))
     sweep, refine = (SWEEP_VALUES, REFINE_VALUES) if sample.edges is None else (SWEEP_BINS, REFINE_BINS)
@@ -65,13 +71,14 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
         if candidates == sweep:
             shift = highest - step.unsqueeze(1) * torch.arange(candidates, device=step.device)
             # The range of the data itself: the only one without error for a constant row.
-            shift = torch.cat([shift, torch.zeros_like(shift[:, :1])], dim=1)
+            shift = torch.cat([torch.zeros_like(shift[:, :1]), shift], dim=1)
         else:
             shift = step.unsqueeze(1) * torch.linspace(-1.0, 1.0, candidates, device=step.device)
             step = step * 2.0 / (candidates - 1)
         share = (best.unsqueeze(1) + shift).clamp(max=highest).exp()
         scale, zero_point = qparams_from_bounds(share * widest_low.unsqueeze(1), share * widest_high.unsqueeze(1), grid)
-        error = mean_squared_error(sample, scale, zero_point, grid)
+        measured = _descending_errors if candidates == sweep else mean_squared_error
+        error = measured(sample, scale, zero_point, grid)
         best = share.log().gather(1, error.argmin(dim=1, keepdim=True)).squeeze(1)
     share = best.exp()
     scale, _ = qparams_from_bounds(share * widest_low, share * widest_high, grid)
@@ -82,6 +89,24 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
         low = torch.where(sample.minimum >= 0, torch.zeros_like(low), low)
         high = torch.where(sample.maximum <= 0, torch.zeros_like(high), high)
     return low, high
+
+
+def _descending_errors(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
+    """`mean_squared_error` of scales that fall from the second column on, `[rows, candidates]`; infinite where it is not the least.
+
+    The smaller the scale, the more is clipped. Once clipping alone costs every row as much as the least error so far, nothing
+    that follows is better: half of a sweep, as a rule.
+    """
+    error = torch.full(scale.shape, inf, dtype=torch.float64, device=scale.device)
+    at_once = max(_ELEMENTS // sample.values.numel(), _AT_ONCE)
+    for first in range(0, scale.shape[1], at_once):
+        part = slice(first, first + at_once)
+        if first:
+            least = clipping_error(sample, scale[:, first], zero_point[:, first], grid)
+            if bool((least * (1.0 - _ROUNDING) >= error.amin(dim=1)).all()):
+                break
+        error[:, part] = mean_squared_error(sample, scale[:, part], zero_point[:, part], grid)
+    return error
 
 
 def _two_bounds(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.ranges.folding import Folded, bit_width, fold
+from lq_plugin.ranges.ordered import Ordered
 from lq_plugin.ranges.registry import as_bounds, no_option, register_range
 from lq_plugin.ranges.sample import Sample
 from lq_plugin.spec import RANGES, IntegerGrid
@@ -50,16 +51,14 @@ def octav(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple
 
 def newton_iterates(folded: Folded) -> Iterator[Tensor]:
     """Thresholds `[rows]`, float64, from the start to the fixed point."""
-    y, mass = folded.magnitude, folded.mass
+    ordered = Ordered(folded.magnitude, folded.sample.mass)
     noise = 1.0 / (12.0 * folded.levels.double().square())
-    count = mass.sum(dim=1, dtype=torch.float64)
+    count = folded.total()
     # The paper starts from the maximum, where nothing is clipped and the first step is this mean.
-    s = folded.average(y)
+    s = folded.mean()
     yield s
     for _ in range(MAX_ITERATIONS):
-        outside = torch.where(y > s.float().unsqueeze(1), mass, 0.0)
-        clipped = outside.sum(dim=1, dtype=torch.float64)
-        total = outside.mul_(y).sum(dim=1, dtype=torch.float64)
+        clipped, total = ordered.above(s.float())
         step = total / (noise * (count - clipped) + clipped).clamp(min=1e-300)
         # Nothing is clipped at s (a constant row): stay.
         following = torch.where(clipped > 0, step, s)
@@ -71,21 +70,19 @@ def newton_iterates(folded: Folded) -> Iterator[Tensor]:
 
 
 def _two_bounds(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
-    x, mass = sample.values, sample.weights()
+    x, ordered = sample.values, Ordered(sample.values, sample.mass)
     k = 4.0 ** -bit_width(grid) / 12.0
     mean = sample.average(x)
     spread = sample.average((x - mean.float().unsqueeze(1)).abs())
     minimum, maximum = sample.minimum.double(), sample.maximum.double()
-    count = ((x != 0) * mass).sum(dim=1, dtype=torch.float64)
+    count = ((x != 0) * sample.weights()).sum(dim=1, dtype=torch.float64)
     low = torch.maximum(mean - spread, minimum).clamp(max=0.0)
     high = torch.minimum(mean + spread, maximum).clamp(min=0.0)
     for _ in range(2 * MAX_ITERATIONS):
-        above = torch.where(x > high.float().unsqueeze(1), mass, 0.0)
-        below = torch.where(x < low.float().unsqueeze(1), mass, 0.0)
-        n_above, n_below = above.sum(1, dtype=torch.float64), below.sum(1, dtype=torch.float64)
+        (n_above, above), (n_below, below) = ordered.above(high.float()), ordered.below(low.float())
         inside = k * (count - n_above - n_below)
-        new_high = (above.mul_(x).sum(1, dtype=torch.float64) + inside * low) / (n_above + inside).clamp(min=1e-300)
-        new_low = (below.mul_(x).sum(1, dtype=torch.float64) + inside * high) / (n_below + inside).clamp(min=1e-300)
+        new_high = (above + inside * low) / (n_above + inside).clamp(min=1e-300)
+        new_low = (below + inside * high) / (n_below + inside).clamp(min=1e-300)
         # A side that clips nothing stays; bounds keep zero between them.
         new_high = torch.where(n_above > 0, torch.minimum(new_high, maximum), high).clamp(min=0.0)
         new_low = torch.where(n_below > 0, torch.maximum(new_low, minimum), low).clamp(max=0.0)

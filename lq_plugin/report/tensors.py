@@ -146,15 +146,14 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
     unit, factor = sample.normalized()
     folded = fold(unit, grid)
     levels = int(folded.levels[0])
-    everything = torch.tensor([True])
     bins, few = _KL_BINS, sample.edges is None and sample.values.shape[1] < VALUES_EACH * levels
-    if levels > MOST_LEVELS or few or not float(folded.mass.sum()):
+    if levels > MOST_LEVELS or few or not float(folded.total()):
         return None
     while sample.edges is None and bins > 4 * levels and bins * VALUES_EACH > sample.values.shape[1]:
         bins //= 2
     end = torch.minimum(2.0 * quantile(folded.magnitude, folded.mass, 0.999), folded.limit).double()
-    counts = _histogram(folded, everything, end, bins)
-    beyond = (folded.mass.sum(1, dtype=torch.float64) - counts.sum(1)).clamp(min=0.0)
+    counts = _histogram(folded, end, bins)
+    beyond = (folded.total() - counts.sum(1)).clamp(min=0.0)
     kept = torch.logspace(float(np.log10(levels)), float(np.log10(bins)), points).round().long().unique().unsqueeze(0)
     divergence = _divergence(counts, beyond, levels, kept)[0]
     thresholds = (kept[0] + 0.5) * end / bins

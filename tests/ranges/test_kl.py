@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lq_plugin.ranges import Histogram, Sample, estimate_range
-from lq_plugin.ranges.kl import best_bin
+from lq_plugin.ranges.folding import fold
+from lq_plugin.ranges.kl import _histogram, best_bin
 from lq_plugin.spec import IntegerGrid, QuantSpec
 
 
@@ -117,3 +118,19 @@ def test_few_values_still_get_clipped_at_low_bits_and_many_bits_get_the_range():
     _, high = estimate_range("kl", Sample.from_tensor(x), QuantSpec.parse("int16 narrow").grid)
     torch.testing.assert_close(high, x.abs().amax(1))
     torch.testing.assert_close(low, -low.neg())
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("spec", ["int4", "uint4"])
+def test_counts_of_exact_values_are_numpys(zeros, spec):
+    """Zeros are left out, the value at the end is in the last bin, what lies beyond in none; bins are half open."""
+    grid = QuantSpec.parse(spec).grid
+    x = (torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 64).round() / 64  # many on the edges of bins
+    x = x if zeros else x.masked_fill(x == 0, 0.01)
+    end = torch.tensor([1.0, 2.0, 8.0], dtype=torch.float64)
+    x[0, 0], x[1, 0] = 1.0, 1e30
+    got = _histogram(fold(Sample.from_tensor(x), grid), end, 128)
+    for row in range(3):
+        y = x[row].double().numpy()
+        y = np.maximum(y, 0.0) if spec == "uint4" else np.abs(y)
+        assert got[row].tolist() == np.histogram(y[y > 0], 128, (0.0, end[row].item()))[0].tolist()

@@ -6,7 +6,8 @@ import torch
 
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.ranges import Histogram, Sample, estimate_range
-from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
+from lq_plugin.ranges.grid_error import clipped_share, clipping_error, mean_squared_error
+from lq_plugin.ranges.mse import _descending_errors
 from lq_plugin.spec import IntegerGrid, QuantSpec
 
 
@@ -107,6 +108,43 @@ def test_error_of_a_sample_is_that_of_fake_quantize(spec):
     clipped = ((q < grid.quant_min) | (q > grid.quant_max)).double().mean(1)
     torch.testing.assert_close(clipped_share(exact, scale, zero_point, grid), clipped, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(clipped_share(binned, scale, zero_point, grid), clipped, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["gauss", "laplace", "outlier", "relu", "skewed"])
+@pytest.mark.parametrize("spec", ["int1", "int2 narrow", "int4", "int8", "uint4"])
+def test_scales_that_are_not_looked_at_clip_too_much(kind, spec):
+    """Left out or not, every scale of a sweep: by numpy in float64, none is better than the one that is found."""
+    grid = QuantSpec.parse(spec).grid
+    x = data(kind, 6, 20_000)
+    x[4] = 0.0  # no error at any scale
+    x = -x.abs() if spec == "int1" else x  # it has levels below zero only
+    widest, _ = qparams_from_bounds(x.amin(1), x.amax(1), grid)
+    scale = widest.unsqueeze(1) * torch.linspace(0.1, -5.0, 48).exp()
+    zero_point = torch.zeros_like(scale)
+    error = _descending_errors(Sample.from_tensor(x), scale, zero_point, grid)
+    left_out = error.isinf()
+    assert torch.equal(left_out[:, 1:], left_out[:, :-1] | left_out[:, 1:])  # from one column on
+    assert torch.equal(left_out[0], left_out[5])  # for all rows alike
+    if grid.levels >= 16:
+        assert left_out.any()
+    for row in range(6):
+        values = x[row].double().numpy()
+        every = [numpy_error(values, step, 0.0, grid) for step in scale[row].double().tolist()]
+        assert every[int(error[row].argmin())] <= min(every) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("spec", ["int4", "uint4", "uint4 affine"])
+def test_clipping_alone_costs_no_more_than_the_grid(spec):
+    grid = QuantSpec.parse(spec).grid
+    x = data("skewed", 3, 30_000)
+    scale, zero_point = torch.tensor([0.05, 0.1, 0.3]), torch.tensor([0.0, 2.0, 5.0]) if grid.affine else torch.zeros(3)
+    low, high = ((bound - zero_point) * scale for bound in (grid.quant_min, grid.quant_max))
+    values = x.double().numpy()
+    expected = ((values - values.clip(low.double().numpy()[:, None], high.double().numpy()[:, None])) ** 2).mean(1)
+    assert clipping_error(Sample.from_tensor(x), scale, zero_point, grid).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    for sample in (Sample.from_tensor(x), Sample.from_tensor(x, max_points=1000)):
+        total = mean_squared_error(sample, scale.unsqueeze(1), zero_point.unsqueeze(1), grid).squeeze(1)
+        assert (clipping_error(sample, scale, zero_point, grid) <= total * (1 + 1e-6)).all()
 
 
 def test_padding_has_no_error():

@@ -103,3 +103,37 @@ def test_outlier_does_not_move_it_far():
     x = quantiles(scipy.stats.norm, 100_000)
     x[0, 5] = 80.0
     assert 2.5 < estimate_range("octav", exact(x), IntegerGrid(-7, 7))[1].item() < 4.0
+
+
+def numpy_octav(y, mass, noise):
+    """The iteration of the paper, one value at a time, in float64."""
+    y, mass = y[y > 0], mass[y > 0]
+    s = np.average(y, weights=mass)
+    for _ in range(100):
+        outside = y > s
+        if not mass[outside].sum():
+            break
+        s = (mass * y)[outside].sum() / (noise * mass[~outside].sum() + mass[outside].sum())
+    return s
+
+
+@pytest.mark.parametrize("kind", ["norm", "laplace", "outlier", "pruned"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [16, 576, 4608])
+def test_same_fixed_point_as_the_plain_iteration(kind, masked, n):
+    generator = np.random.default_rng(n)
+    x = (generator.laplace if kind == "laplace" else generator.normal)(size=(3, n)).astype(np.float32)
+    if kind == "outlier":
+        x[:, 0] = 80.0
+    elif kind == "pruned":
+        x[generator.random(x.shape) < 0.5] = 0.0
+    mask = generator.random(x.shape) < (0.8 if masked else 2.0)
+    sample = Sample.from_tensor(torch.tensor(x), torch.tensor(mask) if masked else None)
+    for grid, folded, noise in (
+        (IntegerGrid(-8, 7), np.abs(x), 4.0**-4 / 3),
+        (IntegerGrid(0, 15), np.maximum(x, 0.0), 4.0**-4 / 12),
+    ):
+        low, high = estimate_range("octav", sample, grid)
+        got = (-low if grid.signed else high).tolist()
+        expected = [min(numpy_octav(y.astype(float), m.astype(float), noise), y[m].max()) for y, m in zip(folded, mask, strict=True)]
+        assert got == pytest.approx(expected, rel=1e-5)
