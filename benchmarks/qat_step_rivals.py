@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import Step, load
 from lq_plugin import QuantPlan, Rule, prepare
 from lq_plugin.callbacks import QAT
+from lq_plugin.layers.integer import integer_choices, integer_report
 from lq_plugin.model import calibrate, commit_observers, quantizers
 from lq_plugin.native import use_native
 from lq_plugin.quantizers import InputQuantizer
@@ -80,10 +80,6 @@ def native(name: str, setting: str, device: str) -> Step:
 
 def integer(name: str, setting: str, device: str) -> Step:
     """Integer products in the forward pass, as the callback sets them up."""
-    if "forward" not in inspect.signature(QAT.__init__).parameters:
-        raise Unavailable("QAT has no argument forward")
-    if setting == "LSQ":
-        raise Unavailable("ranges are learned")
     from lightning import LightningModule, Trainer
 
     class Module(LightningModule):
@@ -109,6 +105,8 @@ def integer(name: str, setting: str, device: str) -> Step:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trainer(max_steps=1, accelerator=accelerator, devices=1, callbacks=[callback], **options).fit(Module(model, batch))
+    if not any(integer_choices(model).values()):
+        raise Unavailable("; ".join(sorted(set(integer_report(model).values()))))
     return _training(model.to(device), batch)
 
 
