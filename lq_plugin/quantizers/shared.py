@@ -23,7 +23,8 @@ class SharedInput:
 
     It is held while the module's forward runs, between the hooks `enter` and `leave`, and in neither of these cases:
     torch.compile traces; something watches or rewrites operations; the tensor's changes cannot be told (inference mode); gradient
-    checkpointing began inside of the module, so that its second run is not between the hooks.
+    checkpointing began inside of the module, so that its second run is not between the hooks (before torch 2.8, which cannot tell,
+    nothing is shared).
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,14 @@ class SharedInput:
 
     def takes(self, x: Tensor) -> bool:
         """Whether this call may share."""
-        if not self._depth or torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or x.is_inference():
+        if (
+            not self._depth
+            or _top_hooks is None
+            or torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or x.device.type != "cpu"
+            or x.is_inference()
+        ):
             return False
         return not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()) and _packing() is self._packing
 
@@ -68,7 +76,11 @@ class SharedInput:
         return cast(T, entry.value)
 
 
+#: The hooks in force that pack what autograd saves and unpack it again.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _packing() -> Any:
     """The function that packs what autograd saves now, None where there is none."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = None if _top_hooks is None else _top_hooks(False)
     return None if hooks is None else hooks[0]

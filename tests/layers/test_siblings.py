@@ -16,7 +16,7 @@ from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
 from lq_plugin.model.observe import commit_observers
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.native import use_native
-from lq_plugin.quantizers import base, uniform
+from lq_plugin.quantizers import base, shared, uniform
 
 WIDTH = 24
 needs_kernels = pytest.mark.skipif(isinstance(integer_kernels(), str), reason=str(integer_kernels()))
@@ -206,6 +206,15 @@ def test_other_specs_are_not_mixed_up(rules):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_an_older_torch_shares_nothing(counted, monkeypatch):
+    """It does not tell where a checkpoint begins."""
+    monkeypatch.setattr(shared, "_top_hooks", None)
+    net = ready(Two("inside"))
+    counted.count = 0
+    step(net, torch.randn(3, 5, WIDTH))
+    assert counted.count == 2 * 6 + 2
+
+
 @needs_kernels
 def test_levels_are_shared_too(monkeypatch):
     """Summed with integers: one array of bytes for three layers, the same output, gradients and ranges; and in trials nothing is."""
@@ -240,16 +249,16 @@ def test_who_watches_a_quantizer_sees_every_call(counted):
 def test_nothing_is_held_afterwards():
     """Neither after a forward pass nor after one that raised, and copies begin empty."""
     net = ready(Two())
-    shared = net.first.query.shared_input
-    assert shared is net.first.key.shared_input is not net.second.query.shared_input
+    held = net.first.query.shared_input
+    assert held is net.first.key.shared_input is not net.second.query.shared_input
     net(torch.randn(3, 5, WIDTH))
-    assert shared._entry is None
+    assert held._entry is None
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         net.first(torch.randn(3, 5, WIDTH), torch.randn(3, 5, 7))
-    assert shared._entry is None
-    assert shared._depth == 0
+    assert held._entry is None
+    assert held._depth == 0
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert twin.first.query.shared_input is twin.first.key.shared_input is not shared
+        assert twin.first.query.shared_input is twin.first.key.shared_input is not held
         hook = next(iter(twin.first._forward_pre_hooks.values()))
         assert hook.__self__ is twin.first.query.shared_input
 
