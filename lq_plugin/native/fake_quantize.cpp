@@ -350,6 +350,17 @@ int lq_fake_quantize_best(void) {
 // x, y: [repeats][outer][run][inner]; scale, zero_point: [outer][inner]. mask may be null.
 void lq_fake_quantize(const float* x, float* y, uint16_t* mask, const float* scale, const float* zero_point, int64_t repeats, int64_t outer,
                       int64_t run, int64_t inner, int quant_min, int quant_max, int learned, int variant, int threads) {
+    if (repeats * outer * run == 1) {
+        // Each scale is for one element (MX): a table at a time that stays in the cache.
+        constexpr int64_t PART = 4096;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && inner > PART)
+        for (int64_t first = 0; first < inner; first += PART) {
+            const int64_t n = std::min(PART, inner - first);
+            const Store levels(scale + first, zero_point + first, n, quant_min, quant_max, learned != 0);
+            LQ_DISPATCH(forward(x + first, y + first, mask ? mask + first / 16 : nullptr, levels.table(), Shape{1, 1, 1, n}, 1));
+        }
+        return;
+    }
     const Store levels(scale, zero_point, outer * inner, quant_min, quant_max, learned != 0);
     const Shape shape{repeats, outer, run, inner};
     LQ_DISPATCH(forward(x, y, mask, levels.table(), shape, threads));

@@ -135,6 +135,22 @@ def test_to_extremes(array, grid, axis):
         assert same(mine, theirs)
 
 
+@pytest.mark.parametrize("size", [(3,), (16, 33), (3, 5000)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_scale_for_each_element(variant, size, threads):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, generator=generator) * 3
+    scale, zero_point = torch.rand(size, generator=generator) + 0.1, torch.randint(-3, 4, size, generator=generator).float()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pairs = list(both(lambda x: fake_quantize(x, scale, zero_point, IntegerGrid(-8, 7, True)), x))
+    finally:
+        torch.set_num_threads(before)
+    assert len(pairs) == 2
+    assert all(same(*pair) for pair in pairs)
+
+
 @given(arrays, st.data())
 @settings(max_examples=60, deadline=None)
 def test_extremes_of_what_shares_a_scale(array, data):
