@@ -12,6 +12,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define LQ_X86 1
+#define LQ_AVX2 __attribute__((target("avx2")))
 #define LQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #endif
 
@@ -77,21 +78,19 @@ void keep_scalar(float* gradient, const uint16_t* mask, int64_t n) {
 }
 
 #ifdef LQ_X86
-#pragma GCC push_options
-#pragma GCC target("avx2")
 struct Extremes {
     __m256 low, high, nan;
-    inline Extremes() : low(_mm256_set1_ps(INFINITY)), high(_mm256_set1_ps(-INFINITY)), nan(_mm256_setzero_ps()) {}
+    LQ_AVX2 Extremes() : low(_mm256_set1_ps(INFINITY)), high(_mm256_set1_ps(-INFINITY)), nan(_mm256_setzero_ps()) {}
 };
 
-inline void take(Extremes& all, __m256 v) {
+LQ_AVX2 inline void take(Extremes& all, __m256 v) {
     // The second operand comes back where one is a NaN.
     all.low = _mm256_min_ps(v, all.low);
     all.high = _mm256_max_ps(v, all.high);
     all.nan = _mm256_or_ps(all.nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
 }
 
-inline Span span_of(const Extremes& all) {
+LQ_AVX2 inline Span span_of(const Extremes& all) {
     float low[8], high[8];
     _mm256_storeu_ps(low, all.low);
     _mm256_storeu_ps(high, all.high);
@@ -99,14 +98,14 @@ inline Span span_of(const Extremes& all) {
 }
 
 // Levels of eight elements as 32-bit numbers whose low byte counts, and the bits of what was not clipped.
-inline __m256i levels_avx2(__m256 v, __m256 inverse, __m256 low, __m256 high, __m256i shift, unsigned& bits) {
+LQ_AVX2 inline __m256i levels_avx2(__m256 v, __m256 inverse, __m256 low, __m256 high, __m256i shift, unsigned& bits) {
     const __m256 r = _mm256_round_ps(_mm256_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256 c = _mm256_min_ps(_mm256_max_ps(r, low), high);
     bits = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(c, r, _CMP_EQ_OQ)));
     return _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(c), shift), _mm256_set1_epi32(255));
 }
 
-Span quantize_avx2(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const Grid& grid) {
+LQ_AVX2 Span quantize_avx2(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const Grid& grid) {
     const __m256 inverse = _mm256_set1_ps(grid.inverse), low = _mm256_set1_ps(grid.low), high = _mm256_set1_ps(grid.high);
     const __m256i shift = _mm256_set1_epi32(static_cast<int>(grid.shift));
     Extremes all;
@@ -128,7 +127,7 @@ Span quantize_avx2(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const 
     return span;
 }
 
-Span extremes_avx2(const float* x, int64_t n) {
+LQ_AVX2 Span extremes_avx2(const float* x, int64_t n) {
     Extremes all;
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) take(all, _mm256_loadu_ps(x + i));
@@ -137,7 +136,7 @@ Span extremes_avx2(const float* x, int64_t n) {
     return span;
 }
 
-void dequantize_avx2(const uint8_t* q, float* y, int64_t n, float zero_point, float scale) {
+LQ_AVX2 void dequantize_avx2(const uint8_t* q, float* y, int64_t n, float zero_point, float scale) {
     const __m256 z = _mm256_set1_ps(zero_point), s = _mm256_set1_ps(scale);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -147,7 +146,7 @@ void dequantize_avx2(const uint8_t* q, float* y, int64_t n, float zero_point, fl
     dequantize_scalar(q + i, y + i, n - i, zero_point, scale);
 }
 
-void keep_avx2(float* gradient, const uint16_t* mask, int64_t n) {
+LQ_AVX2 void keep_avx2(float* gradient, const uint16_t* mask, int64_t n) {
     const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -160,8 +159,6 @@ void keep_avx2(float* gradient, const uint16_t* mask, int64_t n) {
     }
     if (i < n) keep_scalar(gradient + i, mask + i / 16, n - i);
 }
-
-#pragma GCC pop_options
 
 LQ_AVX512 Span quantize_avx512(const float* x, uint8_t* q, uint16_t* mask, int64_t n, const Grid& grid) {
     const __m512 inverse = _mm512_set1_ps(grid.inverse), low = _mm512_set1_ps(grid.low), high = _mm512_set1_ps(grid.high);
