@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import QuantPlan, Rule, prepare, remove
 from lq_plugin.layers.integer import (
@@ -328,3 +329,26 @@ def test_checkpointing_and_a_frozen_input():
     assert torch.equal(gradient, gradients["x"])
     model(x).sum().backward()  # an input without gradient keeps no mask
     assert model[0].weight.grad is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_trial_within_gradient_checkpointing(reentrant):
+    """The second run of a checkpoint has no trial, and saves what the first did."""
+    x = torch.randn(32, 64)
+    model = prepared(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)), W8A8, x)
+
+    def gradients(function):
+        given = x.clone().requires_grad_()
+        function(given).square().sum().backward()
+        return [given.grad]
+
+    expected = gradients(model)
+    enable_integer_forward(model)
+    for choice in (None, True, False):
+        for found, wanted in zip(gradients(lambda given: checkpoint(model, given, use_reentrant=reentrant)), expected, strict=True):
+            assert_close(found, wanted)
+        assert set(integer_choices(model).values()) == ({choice} - {None})
+        settle_integer_forward(model, lambda mine: dict.fromkeys(mine, True))
+        if choice:
+            enable_integer_forward(model, False)
