@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lq_plugin.errors import ExportError, PlanError, raise_all
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
 from lq_plugin.export.codes import decode, encode
-from lq_plugin.layers import QuantizedLayer, computed_faults
+from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operations import operations_in, quantized_operations
@@ -88,8 +88,10 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightQuantizer))
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
+    quantized = _weight_keys(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and not key.startswith(ours) and id(tensor) not in weights:
+        # A quantized weight that a float module has, too (tied), is kept as float for that one.
+        if isinstance(tensor, Tensor) and not key.startswith(ours) and not (id(tensor) in weights and key in quantized):
             first = seen.setdefault(id(tensor), key)
             state[key] = state[first] if first in state else blob.add_raw(tensor)
     table = zlib.compress(json.dumps({"weights": packed, "state": state}, separators=(",", ":")).encode(), 9)
@@ -150,14 +152,30 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
             continue
         spec = QuantSpec.parse(source["spec"])
         weight = decode(spec, shape, {part: reader.part(place) for part, place in source["parts"].items()})
-        values |= dict.fromkeys(keys[id(layer.weight)], layer.from_canonical(weight))
-        layer.weight_quantizer = PackedWeightQuantizer(spec, f"{name}.weight", shape).to(layer.weight.device)
+        quantizer = PackedWeightQuantizer(spec, f"{name}.weight", shape)
+        tied = keys[id(layer.weight)]
+        known = next((values[key] for key in tied if key in values), None)
+        if known is None:
+            known = layer.from_canonical(weight)
+        elif not torch.equal(layer.canonical(known), weight):
+            quantizer.hold(weight)
+        values |= dict.fromkeys(tied, known)
+        layer.weight_quantizer = quantizer.to(layer.weight.device)
     raise_all(ExportError, f"{path} is of another model", faults)
     expected = {key for key in model.state_dict() if ".weight_quantizer." not in f".{key}"}
     raise_all(ExportError, f"{path} is of another model", _key_faults(model, values, expected))
     model.load_state_dict(values, strict=False)
     model.eval()
     return ledger
+
+
+def _weight_keys(model: nn.Module) -> set[str]:
+    """Keys in the state dict of what is read through a weight quantizer."""
+    keys = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            keys.add(weight_key(name.replace(f"{CONTAINER}.", ""), module))
+    return keys
 
 
 def _key_faults(model: nn.Module, values: Mapping[str, Tensor], expected: set[str]) -> list[str]:

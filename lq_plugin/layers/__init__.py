@@ -9,6 +9,7 @@ from lq_plugin.layers.compound import (
     compound_family,
     compound_weights,
     register_compound,
+    weight_key,
     why_unsupported_compound,
 )
 from lq_plugin.layers.conv import (
@@ -64,6 +65,7 @@ __all__ = [
     "share_inputs",
     "unshare_inputs",
     "weight_is_computed",
+    "weight_key",
     "weight_of",
     "weight_parts",
     "weight_sources",

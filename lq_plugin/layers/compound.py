@@ -221,6 +221,11 @@ def compound_weights(module: nn.Module) -> dict[str, nn.Module]:
     return {weight.key: held.get(weight.key, weight) for weight in family.weights(module)}
 
 
+def weight_key(name: str, layer: nn.Module) -> str:
+    """Key of a layer's weight in the state dict of the model in which the plan calls the layer `name`."""
+    return f"{name.removesuffix(layer.key)}{layer.path}" if isinstance(layer, CompoundWeight) else f"{name}.weight"
+
+
 def why_unsupported_compound(module: nn.Module) -> str | None:
     """Why a module that holds several weights cannot hold quantizers; None when it can."""
     family = compound_family(module)

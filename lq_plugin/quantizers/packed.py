@@ -16,10 +16,15 @@ class PackedWeightQuantizer(WeightQuantizer):
     """
 
     needs_calibration = False
+    values: Tensor
 
     def _make_qparams(self) -> None:
         self.needs_calibration = False
         self.set_calibrated()
+
+    def hold(self, weight: Tensor) -> None:
+        """Keep the values themselves: those of the parameter are another one's, which it is tied to."""
+        self.register_buffer("values", weight)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise QuantizationError(f"{self.name} was read from a packed file, which holds its values; its scales are in the file")
@@ -32,7 +37,7 @@ class PackedWeightQuantizer(WeightQuantizer):
             raise QuantizationError(
                 f"{self.name} was read from a packed file, which holds no latent weight to train; train from a checkpoint"
             )
-        return x
+        return self.values.to(x.dtype) if "values" in self._buffers else x
 
     def calibrate(self, weight: Tensor) -> None:
         raise QuantizationError(f"{self.name} was read from a packed file: it has no range to find")

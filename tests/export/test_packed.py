@@ -1,5 +1,6 @@
 """Packed files: bit-equal models, true sizes, and what becomes of damaged files."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -196,3 +197,45 @@ def test_modules_with_several_weights(tmp_path):
     other = Net().requires_grad_(False)
     load_packed(other, tmp_path / "net.safetensors")
     assert torch.equal(other(x), net(x))
+
+
+class Tied(nn.Module):
+    """A language model whose head and embedding share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        {"head": "int4 per_channel"},
+        {"embedding": "int4 per_channel"},
+        {"embedding": "int4 per_channel", "head": "int8 per_channel"},
+        {"embedding": "ttq", "head": "int8"},
+        {"embedding": "int8", "head": "int8"},
+    ],
+    ids=str,
+)
+def test_tied_weights_of_different_specs(tmp_path, specs):
+    """Each layer gets its own values back, be it quantized otherwise or float."""
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.randint(0, 50, (4, 7))
+    prepare(model, QuantPlan([Rule(name, weight=spec) for name, spec in specs.items()]))
+    calibrate(model, [tokens])
+    size = save_packed(model.eval(), tmp_path / "tied.safetensors")
+    other = Tied()
+    load_packed(other, tmp_path / "tied.safetensors")
+    assert other.head.weight is other.embedding.weight
+    assert torch.equal(other.embedding(tokens), model.embedding(tokens))
+    assert torch.equal(other(tokens), model(tokens))
+    assert set(other.state_dict()) >= {"head.weight", "embedding.weight"}
+    again = copy.deepcopy(other)
+    assert torch.equal(again(tokens), model(tokens))
+    # One float copy where a float module has it; none otherwise.
+    assert (size > 50 * 32 * 4) == (len(specs) == 1)
