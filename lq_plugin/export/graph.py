@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.containers import Container
@@ -52,26 +53,32 @@ class Graph:
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
+        self.made: set[str] = set()
 
-    def consumer(self, source: str, layer: Any) -> tuple[onnx.NodeProto, bool]:
-        """The one node that uses a layer's weight, and whether it does so through a Transpose.
+    def consumers(self, source: str, layer: Any) -> tuple[list[onnx.NodeProto], bool]:
+        """The nodes that use a layer's weight, one for each call of the layer, and whether they do so through a Transpose.
 
         Raises:
-            ExportError: when there is none, or several.
+            ExportError: when there is none, or they are of several kinds.
         """
-        users, transposed = self._users(source)
-        if len(users) != 1:
-            kinds = ", ".join(node.op_type for node in users) or "none"
-            raise ExportError(f"{source} is used by {len(users)} nodes of the exported graph ({kinds}), one is supported")
-        if users[0].op_type == "Conv" and layer.bias is None and len(users[0].input) == 3:
-            users[0].input.pop()  # the exporter makes zeros of it
-        return users[0], transposed
+        # An embedding that is tied to a linear layer has the same weight.
+        looks_up = isinstance(layer, nn.Embedding)
+        users, transposed = self._users(source, lambda node: (node.op_type == "Gather") == looks_up)
+        kinds = {node.op_type for node in users}
+        if len(kinds) != 1:
+            found = ", ".join(node.op_type for node in users) or "none"
+            raise ExportError(f"{source} is used by {len(users)} nodes of the exported graph ({found}), some of one kind are supported")
+        for node in users:
+            if node.op_type == "Conv" and layer.bias is None and len(node.input) == 3:
+                node.input.pop()  # the exporter makes zeros of it
+        return users, transposed
 
-    def _users(self, source: str) -> tuple[list[onnx.NodeProto], bool]:
-        users = [node for node in self.graph.node if source in node.input and node.op_type not in ("Shape", "CastLike")]
-        if len(users) != 1 or users[0].op_type != "Transpose":
+    def _users(self, source: str, wanted: Callable[[onnx.NodeProto], bool] = lambda node: True) -> tuple[list[onnx.NodeProto], bool]:
+        users = [node for node in self.graph.node if source in node.input and node.op_type not in ("Shape", "CastLike") and wanted(node)]
+        turned = {node.output[0] for node in users if node.op_type == "Transpose"}
+        if not users or len(turned) != len(users):
             return users, False
-        return [node for node in self.graph.node if users[0].output[0] in node.input], True
+        return [node for node in self.graph.node if turned.intersection(node.input)], True
 
     def products_of(self, source: str) -> list[onnx.NodeProto]:
         """Nodes that multiply their first input with a parameter, or with a part of it."""
@@ -84,19 +91,27 @@ class Graph:
                     parts.update(node.output)
         return found
 
-    def put_weight(self, name: str, source: str, node: onnx.NodeProto, content: tuple[Container, bool], through_transpose: bool) -> None:
-        """Let `node` read the weight from whole numbers."""
+    def put_weight(
+        self, name: str, source: str, nodes: list[onnx.NodeProto], content: tuple[Container, bool], through_transpose: bool
+    ) -> None:
+        """Let `nodes`, calls of one layer, read the weight from whole numbers."""
         weight, exchanged = content
-        flipped = exchanged != (through_transpose or self._reads_transposed(node))
-        position = next(i for i, value in enumerate(node.input) if value == source or self._made_of(value, source))
-        factor = None if weight.table is not None else self._absorb_batch_norm(name, node, weight.zero_point is not None)
-        node.input[position] = self._dequantized(name, node, weight, flipped, factor)
+        transposed = {through_transpose or self._reads_transposed(node) for node in nodes}
+        if len(transposed) != 1:
+            raise ExportError(f"{source} is read in two orders by the exported graph")
+        first, alone = nodes[0], len(nodes) == 1
+        factor = None
+        if weight.table is None and alone:
+            factor = self._absorb_batch_norm(name, first, weight.zero_point is not None)
+        value = self._dequantized(name, first, weight, exchanged != transposed.pop(), factor)
+        for node in nodes:
+            node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
     def put_parameter(self, name: str, source: str, weight: Container) -> None:
         """Let the weight of a module that holds several be read from whole numbers, wherever and in whatever parts it is used."""
         users, through_transpose = self._users(source)
         if len(users) == 1 and users[0].op_type in _MATRIX:
-            self.put_weight(name, source, users[0], (weight, False), through_transpose)
+            self.put_weight(name, source, users, (weight, False), through_transpose)
             return
         users = [node for node in self.graph.node if source in node.input]
         if not users:
@@ -160,6 +175,9 @@ class Graph:
         codes = self.known.get(f"{name}.weight_codes")
         if node.op_type != "Gemm" or len(node.input) != 3 or scale is None or codes is None or input_scale.ndim:
             return
+        if f"{name}.bias_dequantized" in self.made:  # for another call of the layer
+            node.input[2] = f"{name}.bias_dequantized"
+            return
         if codes.data_type not in (TensorProto.INT8, TensorProto.UINT8) or len(scale.dims) > 1 or node.input[2] not in self.known:
             return
         bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64)
@@ -176,6 +194,7 @@ class Graph:
             # Its kernel wants a zero point to be there, though it is 0.
             weight.input.append(self._initializer(f"{name}.weight_zero_point", np.zeros_like(step), codes.data_type))
         node.input[2] = self._node(node, "DequantizeLinear", inputs, f"{name}.bias_dequantized", **({"axis": 0} if step.ndim else {}))
+        self.made.add(node.input[2])
 
     def _type(self, bits: int, signed: bool, name: str) -> int:
         kind = _TYPES[bits, signed]

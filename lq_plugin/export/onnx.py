@@ -27,7 +27,7 @@ from lq_plugin.export.containers import Container, container
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.sums import quantize_sums
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
 from lq_plugin.model.record import record
@@ -86,18 +86,19 @@ def export_onnx(
     nodes_of = operation_nodes(graph.model, recorded.values())
     faults: list[str] = []
     readers: dict[str, list[onnx.NodeProto]] = {}
+    tied = _tied(plain)
     for name, layer in layers:
-        source = _parameter_name(name, layer)
+        key = weight_key(name, layer)
         try:
+            source = _initializer_of(key, tied.get(key, []), graph)
             if isinstance(layer, CompoundWeight):
                 readers[name] = graph.products_of(source)
                 if name in weights:
                     graph.put_parameter(name, source, weights[name])
             else:
-                node, transposed = graph.consumer(source, layer)
-                readers[name] = [node]
+                readers[name], transposed = graph.consumers(source, layer)
                 if name in weights:
-                    graph.put_weight(name, source, node, _oriented(weights[name], layer, name), transposed)
+                    graph.put_weight(name, source, readers[name], _oriented(weights[name], layer, name), transposed)
         except ExportError as error:
             faults.append(str(error))
     # Behind all weights, which take batch norms out of the graph.
@@ -169,11 +170,26 @@ def _no_fixed_scale(quantizer: InputQuantizer) -> str | None:
     return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
 
 
-def _parameter_name(name: str, layer: QuantizedLayer) -> str:
-    """Key of the layer's weight in the model's state dict."""
-    if not isinstance(layer, CompoundWeight):
-        return f"{name}.weight"
-    return f"{name.removesuffix(layer.key)}{layer.path}"
+def _tied(plain: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """For the key of each parameter: all keys of the same parameter, and the modules that hold it."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in plain.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(name, recurse=False):
+            holders.setdefault(id(parameter), []).append((key, module))
+    return {key: found for found in holders.values() for key, _ in found}
+
+
+def _initializer_of(key: str, tied: Sequence[tuple[str, nn.Module]], graph: Graph) -> str:
+    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first.
+
+    Raises:
+        ExportError: several modules that compute alike have it, and the graph does not say which of its nodes is whose.
+    """
+    for looks_up in (True, False):
+        if len({id(module) for _, module in tied if isinstance(module, nn.Embedding) == looks_up}) > 1:
+            names = ", ".join(name for name, _ in tied)
+            raise ExportError(f"{names} are one parameter, and the graph does not say which node is whose; an embedding and a head may be")
+    return next((name for name, _ in tied if name in graph.known), key)
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:

@@ -1,0 +1,103 @@
+"""Layers that are called several times, and weights that several layers share, in ONNX files."""
+
+import pytest
+import torch
+from torch import nn
+
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin.errors import ExportError
+from tests.models import randomize
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
+
+
+class Twice(nn.Module):
+    """A linear layer and a convolution that are called twice, once with a batch norm behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return self.fc(torch.relu(self.fc(x)))
+
+
+class TwiceInSequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.fc(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.middle(self.embedding(tokens))))
+
+
+class TiedHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def exported(net, x, rules, path):
+    torch.manual_seed(0)
+    randomize(net)
+    prepare(net, QuantPlan(rules))
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), path, input_names=["x"])
+    return net(x).detach()
+
+
+def assert_runs_alike(path, x, want, tolerance):
+    for session in (onnx_session(path), OpenVINOSession(path)):
+        got = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("inputs", [None, "uint8 affine"])
+@pytest.mark.parametrize("make", [Twice, TwiceInSequence])
+def test_a_layer_called_twice(make, inputs, tmp_path):
+    x = torch.randn(3, 4, 6, 6) if make is Twice else torch.randn(3, 5, 8)
+    want = exported(make(), x, [Rule("*", weight="int4 per_channel", input=inputs)], tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5 if inputs is None else 0.03)
+    names = [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer if tensor.name.endswith("fc.weight_codes")]
+    assert names == ["fc.weight_codes"]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Rule("*", weight="int4 per_channel")],
+        [Rule("embedding", weight="int8 per_channel"), Rule("head", weight="int4 per_channel")],
+        [Rule("head", weight="int4 per_channel", input="uint8 affine")],
+        [Rule("embedding", weight="int4 per_channel"), Rule("middle", weight="int8")],
+    ],
+    ids=str,
+)
+def test_an_embedding_tied_to_a_head(rules, tmp_path):
+    tokens = torch.randint(0, 20, (3, 5))
+    want = exported(Tied(), tokens, rules, tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", tokens, want, 1e-5 if not any(rule.input for rule in rules) else 0.03)
+
+
+def test_tied_layers_that_compute_alike_are_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"first\.weight, second\.weight are one parameter"):
+        exported(TiedHeads(), torch.randn(3, 8), [Rule("*", weight="int4 per_channel")], tmp_path / "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()
