@@ -57,7 +57,8 @@ class QAT(QuantizationCallback):
             fields); None: the module's own loss alone.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
         forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`, with 8-bit
-            products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them faster;
+            products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them worth it
+            (a CPU's convolutions may take a quarter longer alone: the layers behind them gain more by the layout they hand on);
             `"integer_always"`, wherever they can, so that a run can be repeated to the bit. The log names what each layer does.
 
     >>> from lightning import Trainer
@@ -208,7 +209,8 @@ class QAT(QuantizationCallback):
         news = [f"{name}: {how}" for name, how in report.items() if self.integer_named.get(name) != how]
         self.integer_named = report
         if news:
-            rank_zero_info(f"QAT: forward pass of {len(news)} layers\n  " + "\n  ".join(news))
+            count = sum(how.startswith("integer") for how in report.values())
+            rank_zero_info(f"QAT: {count} of {len(report)} layers compute with integers in training\n  " + "\n  ".join(news))
 
     def _enter_stage(self, trainer: Trainer, pl_module: LightningModule, calibrate: bool) -> list[str]:
         operations = [operation for _, operation in quantized_operations(pl_module)]

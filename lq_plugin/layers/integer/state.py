@@ -73,7 +73,9 @@ def why_never(layer: QuantizedLayer) -> str | None:
     if isinstance(arithmetic, str):
         return arithmetic
     if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
-        return f"{layer.float_class.__name__} has no integer kernel"
+        owner = getattr(layer, "owner", None)
+        kind = layer.float_class.__name__ if owner is None else f"{cast(Any, layer).key} of {owner.float_class.__name__}"
+        return f"{kind} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
         return f"its {'weight' if weight is None else 'input'} is float"
