@@ -144,4 +144,7 @@ class Ledger:
     def summary(self) -> str:
         """One line for a log."""
         of = "MACs" if self.recorded else "parameters"
-        return f"{len(self.quantized)} quantized, {len(self.left_float)} float; coverage {self.coverage:.1%} of {of}"
+        # A recording finds operations that no layer owns, and the parameters count none of them.
+        operations = sum(entry.functional for entry in self.left_float)
+        float_ = f"{len(self.left_float)} float" + (f" ({operations} of them operations)" if operations else "")
+        return f"{len(self.quantized)} quantized, {float_}; coverage {self.coverage:.1%} of {of}"
