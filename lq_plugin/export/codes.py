@@ -34,6 +34,7 @@ from lq_plugin.functional.ocp_mx import ELEMENTS, mx_scale, power_of_two
 from lq_plugin.functional.twn import ternary_signs
 from lq_plugin.quantizers import WeightQuantizer
 from lq_plugin.quantizers.blockwise import element_and_mode
+from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
 
 
@@ -62,8 +63,13 @@ def encode(quantizer: Any, weight: Tensor) -> Parts:
         weight: `[C_out, C_in / groups, *kernel]`.
 
     Raises:
-        ExportError: for what is evaluated with float weights.
+        ExportError: for what is evaluated with float weights, or was read from a packed file.
     """
+    if isinstance(quantizer, PackedWeightQuantizer):
+        raise ExportError(
+            f"{quantizer.name} was read from a packed file, which holds its values and not its scales as parameters: "
+            "export the model that it was packed from, or its checkpoint (lq_plugin.load_checkpoint)"
+        )
     encoder, _ = _FORMATS[quantizer.spec.format_name]
     granularity = quantizer.spec.granularity
     with torch.no_grad():

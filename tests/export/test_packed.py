@@ -13,7 +13,7 @@ from torch import nn
 
 from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError, QuantizationError
-from lq_plugin.export import load_packed, save_packed
+from lq_plugin.export import export_onnx, load_packed, save_packed
 from lq_plugin.formats import FORMATS
 from lq_plugin.model.cost import cost
 from tests.models import resnet20
@@ -239,3 +239,14 @@ def test_tied_weights_of_different_specs(tmp_path, specs):
     assert torch.equal(again(tokens), model(tokens))
     # One float copy where a float module has it; none otherwise.
     assert (size > 50 * 32 * 4) == (len(specs) == 1)
+
+
+def test_a_model_from_a_packed_file_is_not_exported_again(tmp_path):
+    x = torch.randn(4, 8)
+    packed(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x, tmp_path / "net.safetensors", "int4 per_channel")
+    other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    load_packed(other, tmp_path / "net.safetensors")
+    for export in (save_packed, lambda model, path: export_onnx(model, (x,), path)):
+        with pytest.raises(ExportError, match=r"(?s)0\.weight was read from a packed file.*checkpoint.*1\.weight was read"):
+            export(other, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
