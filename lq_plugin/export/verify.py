@@ -81,9 +81,10 @@ def verify(
     path = Path(path)
     check_runtime(runtime)
     if path.suffix == ".onnx":
-        run, count = _runtime(path, runtime)
-        if n_inputs not in (None, count):
-            raise ExportError(f"n_inputs={n_inputs}, but {path} has {count} inputs")
+        run, taken = _runtime(path, runtime)
+        count: int | None = taken
+        if n_inputs not in (None, taken):
+            raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
     elif fresh is None:
         raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
     else:
