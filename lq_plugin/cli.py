@@ -252,6 +252,7 @@ def check_export(cfg: DictConfig) -> None:
     Raises:
         ExportError: naming every fault.
     """
+    from lq_plugin.export.checks import smallest_faults
     from lq_plugin.export.verify import check_runtime
 
     check_runtime(cfg.runtime)
@@ -259,13 +260,11 @@ def check_export(cfg: DictConfig) -> None:
         raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to), SUFFIXES)}")
     if (cfg.ckpt_path is None) == (cfg.plan is None):
         raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
-    faults = []
+    faults = smallest_faults(cfg.smallest)
     if cfg.output is not None and Path(cfg.output).suffix != SUFFIXES[cfg.to]:
         faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
     if cfg.round_sums and cfg.to != "onnx":
         faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
-    if cfg.smallest not in (2, 4, 8):
-        faults.append(f"smallest is 2, 4 or 8 bits, got {cfg.smallest!r}")
     for name in ("verify_batches", "calibration_batches"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
