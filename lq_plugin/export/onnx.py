@@ -12,7 +12,6 @@ import contextlib
 import copy
 import io
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,7 @@ from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
+from lq_plugin.export.quiet import quiet
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
@@ -60,8 +60,8 @@ def export_onnx(
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph; as many names as `inputs` has tensors.
-        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums between convolutions
-            are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
+        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums between
+            convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
 
@@ -156,7 +156,8 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -
     for number, (x, example) in enumerate(zip(values, examples, strict=True)):
         free = 1 if dynamic_batch else 0
         if x.dtype != example.dtype or x.ndim != example.ndim or x.shape[free:] != example.shape[free:]:
-            yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {example.dtype} of shape {list(example.shape)}"
+            wanted = f"{example.dtype} of shape {list(example.shape)}"
+            yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -272,19 +273,11 @@ def float_graph(
 ) -> Any:
     """A float model as an ONNX graph whose initializers keep the names of the parameters."""
     # They tell of every step on the console, and warn of packages that could be installed.
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnx_ir", "onnxscript")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-                input_names=input_names, output_names=output_names,
-            )  # fmt: skip
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+            input_names=input_names, output_names=output_names,
+        )  # fmt: skip
     assert program is not None
     return program.model_proto
 
