@@ -39,13 +39,14 @@ def check_unchanged(model: nn.Module) -> None:
     Raises:
         ExportError: naming the layers, and what has changed them.
     """
-    for function, kinds in {"use_torchao": RowsLinear, "use_xnor": (XNORLinear, XNORConv)}.items():
+    kernels: dict[str, tuple[type[nn.Module], ...]] = {"use_torchao": (RowsLinear,), "use_xnor": (XNORLinear, XNORConv)}
+    for function, kinds in kernels.items():
         changed = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, kinds)]
         if changed:
             listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise ExportError(
                 f"{type(model).__name__} was changed by {function} ({listed}), for inference in this process only: "
-                f"export it before, or load its checkpoint into a new one"
+                "export it before, or load its checkpoint into a new one"
             )
 
 

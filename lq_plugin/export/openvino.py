@@ -103,7 +103,7 @@ def _unreadable(path: Path) -> list[str]:
     """What of the file OpenVINO has no place for, where it can be told: openvino comes without onnx."""
     try:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ImportError:
         return []
     try:

@@ -47,7 +47,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     where = "the model" if isinstance(path, bytes) else str(path)
     if saturates():
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         try:
             model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
@@ -63,7 +63,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
 
 def _refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises for a file; its exceptions have no class in common but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
 
     return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.RuntimeException)
 

@@ -160,8 +160,10 @@ def test_files_of_the_other_kind(net, tmp_path):
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize(
     "text",
-    ["int4 per_channel", "int3 group4", "mx6", "mxint8", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "sign", "bwn", "twn"]
-    + ["ttq", "ttq per_channel", "kmeans4", "kmeans4 per_channel"],
+    [
+        *("int4 per_channel", "int3 group4", "mx6", "mxint8", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+        *("sign", "bwn", "twn", "ttq", "ttq per_channel", "kmeans4", "kmeans4 per_channel"),
+    ],
 )
 def test_what_is_refused_is_known_before_the_weights_are(text, channels):
     spec = QuantSpec.parse(text)
