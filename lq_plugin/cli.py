@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +149,13 @@ def require_lq_configs(cfg: Any) -> None:
 
 
 def log_once() -> None:
-    """Take away Lightning's own console handlers: they would show each line a second time, beside Hydra's."""
+    """Take away Lightning's own console handlers, which would show each line a second time, beside Hydra's.
+
+    And a warning of torch that Lightning calls a deprecated class, which a search would show for each of its trials.
+    """
     import lightning.pytorch  # noqa: F401  (adds them)
 
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"lightning\.")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
 

@@ -1,6 +1,7 @@
 """`lq-export`: from a checkpoint, and from a plan, to both kinds of file."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 
 from lq_plugin import QAT
-from lq_plugin.cli import run_export
+from lq_plugin.cli import log_once, run_export
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import ExportError
 from lq_plugin.export import load_packed
@@ -137,3 +138,13 @@ def test_wrong_requests_are_refused(overrides: list[str], message: str, tmp_path
     with pytest.raises(ExportError, match=message):
         run_export(composed(tmp_path, "ckpt_path=some.ckpt", "model._target_=no.such.model", *overrides))
     assert not list(tmp_path.iterdir())
+
+
+def test_lightnings_use_of_a_deprecated_class_is_not_shown() -> None:
+    text = "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec) and treespec.is_leaf()` instead."
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        log_once()
+        for module in ("lightning.pytorch.utilities._pytree", "somebody.else"):
+            warnings.warn_explicit(text, FutureWarning, f"{module}.py", 1, module=module)
+    assert [warning.filename for warning in shown] == ["somebody.else.py"]
