@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.data import calibration_batches
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
 from lq_plugin.export.checks import check_float32, smallest_faults
 from lq_plugin.export.verify import inputs_of, need_one_input
+from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
 
@@ -85,10 +86,14 @@ class Export(Callback):
             ExportError: naming every fault.
         """
         name = type(pl_module).__name__
-        if not quantized_layers(pl_module):
+        layers = quantized_layers(pl_module)
+        if not layers:
             raise ExportError(
                 f"Export: {name} is not quantized, nothing would be in {self.path}: give the Trainer a QAT or PTQ callback, too"
             )
+        for fault in computed_faults(layers):
+            # No error yet: what computes a weight may be taken away before the run ends.
+            rank_zero_warn(f"Export: {fault}, before the run ends")
         if self.onnx:
             from lq_plugin.export.onnx import knowable_faults  # not at the top: packed files need no onnx
 

@@ -172,11 +172,11 @@ def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
 
 def knowable_faults(model: nn.Module) -> list[str]:
     """What of a prepared model's last stage ONNX cannot hold whatever its weights will be; calibrated or not."""
-    layers = quantized_layers(model)
-    faults = computed_faults(layers)
-    for name, layer in layers:
-        weight = layer.weight_quantizer
-        if weight is not None and (reason := refusal(weight.spec, layer.canonical(layer.weight).shape[0])) is not None:
+    faults: list[str] = []
+    for name, layer in quantized_layers(model):
+        # Its shape, not the weight's, which a strategy may hold in shards.
+        weight = cast(Any, layer.weight_quantizer)
+        if weight is not None and (reason := refusal(weight.spec, weight.shape[0])) is not None:
             faults.append(f"{name}.weight ({weight.spec}): {reason}")
         faults += _slot_faults(name, layer)
     operands = [quantizer for _, operation in quantized_operations(model) for quantizer in operation.quantizers()]

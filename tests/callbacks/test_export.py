@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lq_plugin import PTQ, QAT, Export
@@ -107,3 +108,18 @@ def test_modules_and_batches_of_other_inputs_are_refused_before_they_are_trained
 def test_another_precision_is_refused_at_the_start_of_the_fit(trainer, tmp_path):
     with pytest.raises(ExportError, match=r"Untrained is in bfloat16 .* call model.float\(\)"):
         trainer(QAT("w4a8"), Export(tmp_path / "model.onnx"), precision="bf16-true").fit(Untrained(), datamodule=Data())
+
+
+def test_computed_weights_are_said_at_the_start_and_may_be_made_plain_until_the_end(trainer, tmp_path):
+    class Plain(Module):
+        def __init__(self):
+            super().__init__()
+            nn.utils.parametrizations.weight_norm(self.net.fc)
+
+        def on_train_end(self):
+            nn.utils.parametrize.remove_parametrizations(self.net.fc, "weight")
+
+    export = Export(tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"Export: net.fc: its weight is computed .*, before the run ends"):
+        trainer(QAT("w4a8"), export).fit(Plain(), datamodule=Data())
+    assert export.size
