@@ -6,7 +6,9 @@ Nothing heavy is imported before a run starts: `lq-train --help` and tab complet
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,11 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lq_plugin.errors import ExportError, did_you_mean
+from lq_plugin.errors import ExportError, did_you_mean, raise_all
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +149,13 @@ def require_lq_configs(cfg: Any) -> None:
 
 
 def log_once() -> None:
-    """Take away Lightning's own console handlers: they would show each line a second time, beside Hydra's."""
+    """Take away Lightning's own console handlers, which would show each line a second time, beside Hydra's.
+
+    And a warning of torch that Lightning calls a deprecated class, which a search would show for each of its trials.
+    """
     import lightning.pytorch  # noqa: F401  (adds them)
 
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"lightning\.")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
 
@@ -205,39 +212,89 @@ def run_export(cfg: DictConfig) -> Path:
     from lightning import seed_everything
 
     from lq_plugin.export import export_onnx, save_packed, verify
-    from lq_plugin.export.verify import inputs_of
+    from lq_plugin.export.verify import need_one_input
     from lq_plugin.model.checkpoint import load_checkpoint
 
-    suffixes = {"packed": ".safetensors", "onnx": ".onnx"}
-    if cfg.to not in suffixes:
-        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(suffixes)}.{did_you_mean(str(cfg.to), suffixes)}")
-    if (cfg.ckpt_path is None) == (cfg.plan is None):
-        raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
+    check_export(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{suffixes[cfg.to]}")
+    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     model: LightningModule = instantiate(cfg.model)
     datamodule: LightningDataModule = instantiate(cfg.data)
+    inputs: list[Tensor] = []
+    sums_from: list[Tensor] | None = None
+    if cfg.verify or cfg.to == "onnx":
+        # Before the work: a batch of another kind is refused at once.
+        need_one_input(model)
+        inputs, sums_from = example_batches(cfg, datamodule)
     if cfg.ckpt_path is not None:
         load_checkpoint(model, cfg.ckpt_path)
     else:
         calibrate_plan(cfg, model, datamodule)
     model.eval().cpu()
-    datamodule.setup("fit" if cfg.round_sums else "validate")
-    inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches)
     if cfg.to == "packed":
         size = save_packed(model, path)
     else:
-        sums_from = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if cfg.round_sums else None
         size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest)
     log.info("written to %s: %s bytes", path, f"{size:,}")
     if cfg.verify:
         result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
+        nan = " (there is NaN in the outputs)" if math.isnan(result.largest_difference) else ""
         log.info(
-            "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output",
-            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference,
+            "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output%s",
+            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference, nan,
         )  # fmt: skip
     return path
+
+
+#: What `to=` may be, and what the file's name ends in.
+SUFFIXES = {"packed": ".safetensors", "onnx": ".onnx"}
+
+
+def check_export(cfg: DictConfig) -> None:
+    """Refuse what cannot be exported, before anything is built.
+
+    Raises:
+        ExportError: naming every fault.
+    """
+    from lq_plugin.export.checks import smallest_faults
+    from lq_plugin.export.verify import check_runtime
+
+    check_runtime(cfg.runtime)
+    if cfg.to not in SUFFIXES:
+        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to), SUFFIXES)}")
+    if (cfg.ckpt_path is None) == (cfg.plan is None):
+        raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
+    faults = smallest_faults(cfg.smallest)
+    if cfg.output is not None and Path(cfg.output).suffix != SUFFIXES[cfg.to]:
+        faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
+    if cfg.round_sums and cfg.to != "onnx":
+        faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
+    for name in ("verify_batches", "calibration_batches"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
+    raise_all(ExportError, "cannot export", faults)
+
+
+def example_batches(cfg: DictConfig, datamodule: LightningDataModule) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Inputs of validation batches, and of training batches where sums are rounded; the random state is as before.
+
+    Raises:
+        ExportError: there are none, or batches do not begin with a tensor.
+    """
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    from lq_plugin.export.verify import inputs_of
+
+    with isolate_rng():
+        datamodule.prepare_data()
+        datamodule.setup("fit" if cfg.round_sums else "validate")
+        inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches if cfg.verify else 1)
+        sums_from = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if cfg.round_sums else None
+    if not inputs or sums_from == []:
+        name = "train_dataloader" if inputs else "val_dataloader"
+        raise ExportError(f"{type(datamodule).__name__}.{name} gives no batches")
+    return inputs, sums_from
 
 
 def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -247,6 +304,6 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
 
     if cfg.float_checkpoint:
         load_float_weights(model, Path(cfg.float_checkpoint))
-    ptq = PTQ(cfg.plan, cfg.calibration_batches, tuple(cfg.phases))
+    ptq = PTQ(cfg.plan, cfg.calibration_batches, cfg.phases)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=[ptq], logger=False, enable_checkpointing=False)
     trainer.validate(model, datamodule=datamodule, verbose=False)

@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.data import calibration_batches
-from lq_plugin.errors import ExportError
+from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
-from lq_plugin.export.verify import inputs_of
+from lq_plugin.export.checks import check_float32, smallest_faults
+from lq_plugin.export.verify import inputs_of, need_one_input
+from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
+from lq_plugin.model.prepare import quantized_layers
 
 SUFFIXES = (".safetensors", ".onnx")
 
 
 class Export(Callback):
     """Writes the model at the end of a fit, or of an evaluation; beside `QAT` or `PTQ`.
+
+    What is wrong with its arguments is said at once; what the file cannot hold of the module and its plan at the start of the run,
+    as far as it is known there; batches that do not begin with an input tensor at the first of them.
 
     Args:
         path: `.safetensors` for a packed file, `.onnx` for ONNX.
@@ -29,7 +35,7 @@ class Export(Callback):
         batches: of training data that the ranges of sums come from; one of them is the example input.
 
     Raises:
-        ExportError: another suffix; in the end, a model that the file cannot hold.
+        ExportError: another suffix, impossible options; a run without quantization; a model that the file cannot hold.
 
     >>> from lightning import Trainer
     >>> from lq_plugin import QAT
@@ -38,13 +44,34 @@ class Export(Callback):
 
     def __init__(self, path: str | Path, round_sums: bool = False, smallest: int = 2, batches: int = 8) -> None:
         self.path = Path(path)
+        self.onnx = self.path.suffix == ".onnx"
+        faults = smallest_faults(smallest)
         if self.path.suffix not in SUFFIXES:
-            raise ExportError(f"a model is exported to a file that ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+            faults.append(f"a model is exported to a file that ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        if round_sums and not self.onnx:
+            faults.append(f"round_sums is for a file that ends in .onnx, got {str(path)!r}")
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            faults.append(f"batches is a number of batches, 1 or more, got {batches!r}")
+        raise_all(ExportError, "Export", faults)
         self.round_sums, self.smallest, self.batches = round_sums, smallest, batches
         self.size: int | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not at the start of the fit: a loader that is asked for a batch of its own does not go on where its checkpoint says.
+        if self.onnx:
+            inputs_of([batch], 1)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.check(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -52,20 +79,39 @@ class Export(Callback):
 
     on_test_end = on_predict_end = on_validation_end
 
+    def check(self, pl_module: LightningModule) -> None:
+        """Refuse what cannot be exported in the end, as far as it is known.
+
+        Raises:
+            ExportError: naming every fault.
+        """
+        name = type(pl_module).__name__
+        layers = quantized_layers(pl_module)
+        if not layers:
+            raise ExportError(
+                f"Export: {name} is not quantized, nothing would be in {self.path}: give the Trainer a QAT or PTQ callback, too"
+            )
+        for fault in computed_faults(layers):
+            # No error yet: what computes a weight may be taken away before the run ends.
+            rank_zero_warn(f"Export: {fault}, before the run ends")
+        if self.onnx:
+            from lq_plugin.export.onnx import knowable_faults  # not at the top: packed files need no onnx
+
+            need_one_input(pl_module)
+            check_float32(pl_module)
+            raise_all(ExportError, f"Export: {self.path} cannot hold {name} under its plan", knowable_faults(pl_module))
+
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, on the first process."""
         if not trainer.is_global_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(False), torch.no_grad(), evaluating(pl_module):
-            if self.path.suffix == ".safetensors":
-                self.size = save_packed(pl_module, self.path)
-            else:
-                self.size = self._onnx(trainer, pl_module)
+            self.size = self._onnx(trainer, pl_module) if self.onnx else save_packed(pl_module, self.path)
         rank_zero_info(f"Export: {self.path}: {self.size:,} bytes")
 
     def _onnx(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        from lq_plugin.export import export_onnx  # not at the top: packed files need no onnx
+        from lq_plugin.export import export_onnx
 
         batches = inputs_of(calibration_batches(trainer, pl_module, None, self.batches), self.batches)
         options: dict[str, Any] = {"sums_from": batches if self.round_sums else None, "smallest": self.smallest}

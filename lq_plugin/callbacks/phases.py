@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ class Phase:
 
     Args:
         run: does it.
-        options: called with the options that a user gives (`{name: {...}}`), to refuse impossible ones at once; the
-            function finds them in `ptq.phase_options[name]`. None: it has none.
+        options: called with the options that a user gives (`{name: {...}}`), to refuse impossible ones at once; its parameters are
+            all that there are. The function finds them in `ptq.phase_options[name]`. None: it has none.
         after, before: phases that must stand before or behind it where they are used, each with the reason.
         without: phases that cannot be used beside it, each with the reason.
     """
@@ -75,8 +76,10 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
     """Names of the phases in their order, and the options of those that are written as `{name: {...}}`.
 
     Raises:
-        PlanError: a mapping that does not have one key.
+        PlanError: no list, or a mapping that does not have one key with a mapping of options.
     """
+    if isinstance(phases, str | Mapping):
+        raise PlanError(f"phases are a list, got {phases!r}: write [{phases!r}]; valid: {', '.join(PHASES)}")
     names: list[str] = []
     options: dict[str, dict[str, Any]] = {}
     for phase in phases:
@@ -84,6 +87,8 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
             if len(phase) != 1:
                 raise PlanError(f"a phase with options is a mapping of its name to them, got {dict(phase)!r}")
             ((name, value),) = phase.items()
+            if not isinstance(value, Mapping | None):
+                raise PlanError(f"phase {name!r}: its options are a mapping of names to values, got {value!r}")
             options[str(name)] = {str(key): item for key, item in (value or {}).items()}
             names.append(str(name))
         else:
@@ -112,6 +117,11 @@ def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]
         checker = PHASES[name].options
         if checker is None:
             raise PlanError(f"phase {name!r} has no options, got {dict(given)}")
+        valid = list(inspect.signature(checker).parameters)
+        unknown = [option for option in given if option not in valid]
+        if unknown:
+            near = did_you_mean(unknown[0], valid)
+            raise PlanError(f"phase {name!r} has no options {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}.{near}")
         try:
             checker(**given)
         except (TypeError, ValueError) as error:
@@ -175,13 +185,16 @@ def _calibrate(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
     ptq.calibrate(trainer, pl_module, ptq.calibration_batches)
 
 
-def _reconstruct_options(by: Any = "block", **options: Any) -> ReconstructOptions:
-    return ReconstructOptions(**options)
+@dataclass(frozen=True)
+class _ReconstructPhase(ReconstructOptions):
+    """The options of the phase: those of reconstruction, and what is reconstructed together."""
+
+    by: Any = "block"
 
 
 @register_phase(
     "reconstruct",
-    _reconstruct_options,
+    _ReconstructPhase,
     after=_RANGES,
     without={"correct_batch_norm": "reconstruct corrects batch norms itself, from the float ones"},
 )

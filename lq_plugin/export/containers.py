@@ -26,7 +26,7 @@ from lq_plugin.export.codes import Parts
 from lq_plugin.functional.minifloat import E4M3
 from lq_plugin.functional.mx import step_of
 from lq_plugin.functional.ocp_mx import ELEMENTS, power_of_two
-from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
+from lq_plugin.spec import MX_FORMATS, PerGroup, PerTensor, QuantSpec
 
 #: What an OCP element is multiplied with to be a whole number.
 _WHOLE = {"mxint8": 64, "mxfp4": 2, "mxfp6_e2m3": 8, "mxfp6_e3m2": 16}
@@ -86,8 +86,21 @@ def container(spec: QuantSpec, parts: Parts, name: str) -> Container:
         return Container(codes, 8, False, table=table)
     if kind == "kmeans" and len(values["centroids"]) == 1:
         return Container(codes, 8, False, table=values["centroids"][0])
+    raise ExportError(f"{name} ({spec}): {_no_container(kind)}")
+
+
+def refusal(spec: QuantSpec, channels: int) -> str | None:
+    """Why `container` refuses such weights of so many output channels, whatever their values; None: it does not."""
+    kind = spec.format_name
+    if kind in ("ttq", "kmeans"):
+        return _no_container(kind) if channels > 1 and not isinstance(spec.granularity, PerTensor) else None
+    held = kind in ("int", "nvfp4", "sign", "bwn", "twn") or kind in MX_FORMATS or kind in _WHOLE
+    return None if held else _no_container(kind)
+
+
+def _no_container(kind: str) -> str:
     reason = "tables for single channels" if kind in ("ttq", "kmeans") else "whole numbers of 16 bits that hold its values"
-    raise ExportError(f"{name} ({spec}): ONNX has no {reason}; use the packed file, or another format")
+    return f"ONNX has no {reason}; use the packed file, or another format"
 
 
 def _integer(spec: QuantSpec, values: dict[str, Tensor]) -> Container:

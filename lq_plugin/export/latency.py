@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import statistics
@@ -37,10 +38,14 @@ from lq_plugin.model.prepare import prepare, quantized_layers
 from lq_plugin.plan import LayerPlan, QuantPlan, Rule
 from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
+log = logging.getLogger(__name__)
+
 #: Packages by runtime.
 RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 _FLOAT = "float"
 _WARM_UP = 3
+#: Between two lines of progress.
+_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -184,13 +189,17 @@ def latency_table(
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         timer = _Timer(options, Path(folder))
-        timer.add(whole, model, batch)
         for name, example in seen.items():
-            layer = model.get_submodule(name)
-            for kind, layer_plan in wanted[name].items():
-                keys.setdefault(name, {})[kind] = key = f"{layer}; {tuple(example.shape)}; {kind}"
+            keys[name] = {kind: f"{model.get_submodule(name)}; {tuple(example.shape)}; {kind}" for kind in wanted[name]}
+        models = {whole, *(key for row in keys.values() for key in row.values())}
+        new = len(models - timer.known.keys())
+        log.info("latency: %d layers: %d models to time, %d known; %s", len(keys), new, len(models) - new, options.place)
+        progress = _Progress("exported", new)
+        progress.step(timer.add(whole, model, batch))
+        for name, row in keys.items():
+            for kind, key in row.items():
                 try:
-                    timer.add(key, nn.Sequential(layer), [example], layer_plan)
+                    progress.step(timer.add(key, nn.Sequential(model.get_submodule(name)), [seen[name]], wanted[name][kind]))
                 except ExportError as error:
                     faults.append(f"{name} under '{kind}': {error}")
         raise_all(ExportError, "latency cannot be measured", faults)
@@ -215,6 +224,20 @@ def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOp
         return timer.measure()["model"]
 
 
+class _Progress:
+    """Says in the log how far something is, every few seconds and at the end."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.said = time.monotonic()
+
+    def step(self, count: int = 1) -> None:
+        self.done += count
+        if count and (self.done == self.total or time.monotonic() - self.said >= _SECONDS):
+            self.said = time.monotonic()
+            log.info("latency: %s %d of %d", self.what, self.done, self.total)
+
+
 class _Timer:
     """Models that are timed in turn, and what a cache knows of them already."""
 
@@ -224,10 +247,10 @@ class _Timer:
         self.known: dict[str, float] = self._read().get(options.place, {})
         self.runs: dict[str, Callable[[], Any]] = {}
 
-    def add(self, key: str, model: nn.Module, inputs: list[Tensor], plan: LayerPlan | None = None) -> None:
-        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before."""
+    def add(self, key: str, model: nn.Module, inputs: list[Tensor], plan: LayerPlan | None = None) -> bool:
+        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be."""
         if key in self.known or key in self.runs:
-            return
+            return False
         if plan is not None:
             model = float_copy(model)
         if plan:
@@ -241,16 +264,20 @@ class _Timer:
         else:
             onnx.save(float_graph(float_copy(model), tuple(inputs)), path)
         self.runs[key] = self._runner(path, inputs)
+        return True
 
     def measure(self) -> dict[str, float]:
         """Median milliseconds of every key, those of the cache included."""
         times: dict[str, list[float]] = {key: [] for key in self.runs}
-        for index in range(_WARM_UP + self.options.rounds):
+        rounds = _WARM_UP + self.options.rounds
+        progress = _Progress(f"timed {len(self.runs)} models, rounds", rounds)
+        for index in range(rounds if self.runs else 0):
             for key, run in self.runs.items():
                 before = time.perf_counter()
                 run()
                 if index >= _WARM_UP:
                     times[key].append((time.perf_counter() - before) * 1e3)
+            progress.step()
         self.known |= {key: statistics.median(values) for key, values in times.items()}
         if self.cache is not None and times:
             self._write(self.cache)

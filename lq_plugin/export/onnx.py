@@ -12,7 +12,6 @@ import contextlib
 import copy
 import io
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +19,15 @@ from typing import Any, cast
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.checks import check_float32, check_folder, check_unchanged, smallest_faults
 from lq_plugin.export.codes import encode
-from lq_plugin.export.containers import Container, container
+from lq_plugin.export.containers import Container, container, refusal
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
+from lq_plugin.export.quiet import quiet
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
@@ -33,6 +35,8 @@ from lq_plugin.model.prepare import quantized_layers, quantizers, remove
 from lq_plugin.model.record import record
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.spec import PerChannel, PerGroup
+
+log = logging.getLogger(__name__)
 
 #: The first one with 4-bit types and blocks of scales.
 OPSET = 21
@@ -55,9 +59,9 @@ def export_onnx(
         inputs: positional arguments of its forward, as an example; at least two samples where the batch is dynamic.
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
-        input_names, output_names: of the graph.
-        sums_from: calibration batches, each a tensor or a tuple like `inputs`. With them residual sums between convolutions
-            are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
+        input_names, output_names: of the graph; as many names as `inputs` has tensors.
+        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums between
+            convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
 
@@ -65,11 +69,16 @@ def export_onnx(
         The size of the file, in bytes.
 
     Raises:
-        ExportError: listing every tensor that ONNX cannot say exactly. No file is written then.
+        ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every tensor that
+            ONNX cannot say exactly. No file is written then.
         ImportError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
-    if smallest not in (2, 4, 8):
-        raise ExportError(f"smallest is 2, 4 or 8 bits, got {smallest!r}")
+    raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
+    check_folder(path)
+    check_unchanged(model)
+    check_float32(model)
+    batches = None if sums_from is None else list(sums_from)
+    _check_inputs(inputs, input_names, batches, dynamic_batch)
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -110,17 +119,79 @@ def export_onnx(
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     file = graph.finish()
-    if sums_from is not None:
-        quantize_sums(file, (_feed(file, batch) for batch in sums_from))
+    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
+        log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
     onnx.checker.check_model(file, full_check=True)
     onnx.save(file, path)
     return Path(path).stat().st_size
 
 
+def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool) -> None:
+    """Refuse names and calibration batches that do not fit the example.
+
+    Raises:
+        ExportError: naming every fault.
+    """
+    if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
+        raise ExportError(f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)")
+    examples = _tensors(inputs)
+    faults = []
+    if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
+        faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
+    if isinstance(batches, list) and not batches:
+        faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
+    for index, batch in enumerate(batches or ()):
+        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, dynamic_batch)]
+    raise_all(ExportError, "cannot export the model", faults)
+
+
+def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -> Iterator[str]:
+    """How a calibration batch differs from the example's tensors in more than its number of samples."""
+    if not isinstance(batch, (Tensor, tuple, list)):
+        yield f"is a tensor or a tuple like inputs, got {type(batch).__name__}"
+        return
+    values = _tensors(batch)
+    if len(values) != len(examples):
+        yield f"has {len(values)} tensors, the model has {len(examples)} inputs; targets do not belong in it: of (x, y) give x"
+        return
+    for number, (x, example) in enumerate(zip(values, examples, strict=True)):
+        free = 1 if dynamic_batch else 0
+        if x.dtype != example.dtype or x.ndim != example.ndim or x.shape[free:] != example.shape[free:]:
+            wanted = f"{example.dtype} of shape {list(example.shape)}"
+            yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors of nested arguments, in the order of the graph's inputs; numbers and None are constants there."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
     """A batch as arrays by input name."""
-    values = batch if isinstance(batch, (tuple, list)) else (batch,)
-    return {value.name: x.numpy() for value, x in zip(file.graph.input, values, strict=True)}
+    return {value.name: x.detach().cpu().numpy() for value, x in zip(file.graph.input, _tensors(batch), strict=True)}
+
+
+def knowable_faults(model: nn.Module) -> list[str]:
+    """What of a prepared model's last stage ONNX cannot hold whatever its weights will be; calibrated or not."""
+    faults: list[str] = []
+    for name, layer in quantized_layers(model):
+        # Its shape, not the weight's, which a strategy may hold in shards.
+        weight = cast(Any, layer.weight_quantizer)
+        if weight is not None and (reason := refusal(weight.spec, weight.shape[0])) is not None:
+            faults.append(f"{name}.weight ({weight.spec}): {reason}")
+        faults += _slot_faults(name, layer)
+    operands = [quantizer for _, operation in quantized_operations(model) for quantizer in operation.quantizers()]
+    return faults + [reason for quantizer in operands if (reason := _no_fixed_scale(quantizer)) is not None]
+
+
+def _slot_faults(name: str, layer: QuantizedLayer) -> list[str]:
+    """What ONNX cannot say of a layer's input and output."""
+    faults = []
+    if layer.output_quantizer is not None:
+        faults.append(f"{name}.output: quantized outputs have no place in the file yet; quantize the input of the next layer")
+    if layer.input_quantizer is not None and (reason := _no_fixed_scale(layer.input_quantizer)) is not None:
+        faults.append(reason)
+    return faults
 
 
 def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Container], dict[str, InputQuantizer]]:
@@ -136,11 +207,8 @@ def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Co
                 weights[name] = container(quantizer.spec, encode(quantizer, layer.canonical(layer.weight)), f"{name}.weight")
             except ExportError as error:
                 faults.append(str(error))
-        if layer.output_quantizer is not None:
-            faults.append(f"{name}.output: quantized outputs have no place in the file yet; quantize the input of the next layer")
+        faults += _slot_faults(name, layer)
         if (found := layer.input_quantizer) is not None:
-            if (reason := _no_fixed_scale(found)) is not None:
-                faults.append(reason)
             activations[name] = found
     raise_all(ExportError, "cannot export the model", faults)
     return weights, activations
@@ -221,19 +289,11 @@ def float_graph(
 ) -> Any:
     """A float model as an ONNX graph whose initializers keep the names of the parameters."""
     # They tell of every step on the console, and warn of packages that could be installed.
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnx_ir", "onnxscript")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-                input_names=input_names, output_names=output_names,
-            )  # fmt: skip
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+            input_names=input_names, output_names=output_names,
+        )  # fmt: skip
     assert program is not None
     return program.model_proto
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lq_plugin.errors import ExportError
+from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.runtime import exceeds_16_bits
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class OpenVINOSession:
         batch: size of dim 0 of every input. A fixed one saves OpenVINO work at each call; None: as the file says.
 
     Raises:
-        ExportError: no such file, or one that OpenVINO cannot read (it has no INT2: export with `smallest=4`).
+        ExportError: no such file, or one that OpenVINO cannot read: it has no INT2 (export with `smallest=4`), and no groups that do
+            not divide their axis.
         ImportError: without openvino (`pip install "lq_plugin[openvino]"`).
     """
 
@@ -66,18 +68,61 @@ class OpenVINOSession:
                 options["LP_TRANSFORMS_MODE"] = False
             self.compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
-            raise ExportError(f"OpenVINO cannot read {path} (it has no INT2: export with smallest=4): {str(error)[:500]}") from error
+            raise ExportError(f"OpenVINO cannot read {path}: {_why(Path(path), error)}") from error
         self.request = self.compiled.create_infer_request()
         self.names = [value.any_name for value in model.inputs]
+        self.outputs = [value.any_name for value in model.outputs]
 
     def get_inputs(self) -> list[Input]:
         """The graph's inputs, in their order."""
         return [Input(name) for name in self.names]
 
-    def run(self, output_names: None, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """All outputs of the graph for inputs by name."""
-        results = self.request.infer([inputs[name] for name in self.names], share_inputs=True)
-        return [np.asarray(value) for value in results.values()]
+    def run(self, output_names: Sequence[str] | None, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The named outputs of the graph, or all of them, for inputs by name.
+
+        Raises:
+            ExportError: names that the graph does not have, or inputs that are missing.
+        """
+        faults = [f"there is no input {name!r}" for name in inputs if name not in self.names]
+        faults += [f"the input {name!r} is missing" for name in self.names if name not in inputs]
+        faults += [f"there is no output {name!r}" for name in output_names or () if name not in self.outputs]
+        raise_all(ExportError, f"the graph has inputs {', '.join(self.names)} and outputs {', '.join(self.outputs)}", faults)
+        values = self.request.infer([inputs[name] for name in self.names], share_inputs=True).values()
+        results = [np.asarray(value) for value in values]
+        return results if not output_names else [results[self.outputs.index(name)] for name in output_names]
+
+
+def _why(path: Path, error: Exception) -> str:
+    """What OpenVINO says, without the places in its own source, and what it is known not to read."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = "; ".join(line for line in lines if line and not line.startswith("Exception from") and not line.endswith(":"))
+    return "; ".join([*_unreadable(path), (said or str(error))[:500]])
+
+
+def _unreadable(path: Path) -> list[str]:
+    """What of the file OpenVINO has no place for, where it can be told: openvino comes without onnx."""
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    except ImportError:
+        return []
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        return ["it is no ONNX file, or a damaged one"]
+    int2 = {getattr(onnx.TensorProto, name, None) for name in ("INT2", "UINT2")}
+    found = ["it has no INT2: export with smallest=4"] if any(t.data_type in int2 for t in graph.initializer) else []
+    shapes = {t.name: list(t.dims) for t in graph.initializer}
+    for node in graph.node:
+        options = {a.name: a.i for a in node.attribute} if node.op_type == "DequantizeLinear" else {}
+        shape = shapes.get(node.input[0], []) if options.get("block_size") else []
+        if shape and shape[options.get("axis", 1)] % options["block_size"]:
+            size = options["block_size"]
+            found.append(
+                f"it cannot read groups that do not divide their axis ({node.input[0]}: {shape}, groups of {size}); choose a size that does"
+            )
+            break
+    return found
 
 
 def _has_wide_weights(model: Any) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, PlanError, raise_all
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
+from lq_plugin.export.checks import check_folder, check_unchanged
 from lq_plugin.export.codes import decode, encode
 from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.cost import cost
@@ -54,7 +56,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
         The size of the file, in bytes.
 
     Raises:
-        ExportError: listing every tensor that is not calibrated or not on its levels. No file is written then.
+        ExportError: no folder for it; or listing every tensor that is not calibrated or not on its levels. No file is written then.
 
     >>> import tempfile, lq_plugin
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -68,6 +70,8 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     >>> torch.equal(other(x), net.eval()(x))
     True
     """
+    check_folder(path)
+    check_unchanged(model)
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -281,14 +285,15 @@ def _read(path: Path) -> tuple[dict[str, str], NDArray[np.uint8], NDArray[np.uin
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ExportError(f"{path} is a safetensors file, but no packed model of lq_plugin")
+                raise ExportError(f"{path} is a safetensors file, but no packed model of lq_plugin; load_checkpoint reads state dicts")
             if metadata.get("version") != VERSION:
                 raise ExportError(f"{path} has version {metadata.get('version')!r} of the packed format, this lq_plugin reads {VERSION!r}")
             arrays = {name: file.get_tensor(name) for name in ("blob", "table")}
     except OSError as error:
         raise ExportError(f"cannot open {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise ExportError(f"{path} is no packed file, or a damaged one: {error}") from error
+        advice = "; it looks like a checkpoint, which load_checkpoint reads" if zipfile.is_zipfile(path) else ""
+        raise ExportError(f"{path} is no packed file, or a damaged one: {error}{advice}") from error
     if _checksum(arrays, metadata.get("plan", "")) != metadata.get("checksum"):
         raise ExportError(f"{path} is damaged: its checksum does not fit its content")
     return metadata, arrays["blob"], arrays["table"]

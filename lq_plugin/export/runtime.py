@@ -30,7 +30,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
         threads: within an operation; None: all.
 
     Raises:
-        ExportError: when there is no such file.
+        ExportError: when there is no such file, or ONNX Runtime cannot read it.
         ImportError: without onnxruntime (`pip install "lq_plugin[onnx]"`).
     """
     import onnxruntime  # type: ignore[import-untyped]
@@ -44,13 +44,28 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     if threads is not None:
         options.intra_op_num_threads = threads
     content = path if isinstance(path, bytes) else str(path)
+    where = "the model" if isinstance(path, bytes) else str(path)
     if saturates():
         import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-        model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+        try:
+            model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+        except DecodeError as error:
+            raise ExportError(f"{where} is no ONNX file, or a damaged one: {error}") from error
         if _weights_as_unsigned(model):
             content = model.SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except _refusals() as error:
+        raise ExportError(f"ONNX Runtime cannot read {where}: {str(error)[:500]}") from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file; its exceptions have no class in common but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
+
+    return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.RuntimeException)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ ONNX Runtime is faster (`python -m benchmarks.deploy`).
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.quiet import quiet
 from lq_plugin.functional.affine import quantize
 from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
@@ -111,8 +111,7 @@ def why_not(layer: QuantizedLayer) -> str | None:
 def int8_weight(layer: QuantizedLinear) -> Tensor:
     """The `Int8Tensor` of a layer that `why_not` has nothing against."""
     # Importing torchao tells of compiled parts that do not fit this torch, and warns of torch's own deprecations.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet("torchao", "torch.utils._pytree"):
         from torchao.quantization import PerTensor as WholeTensor
         from torchao.quantization.quant_primitives import MappingType
         from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor, QuantizeTensorToInt8Kwargs

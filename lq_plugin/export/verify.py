@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lq_plugin.errors import ExportError, did_you_mean
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.packed import load_packed
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.model.calibrate import evaluating
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Verification:
     """How a file's answers compare with the model's.
 
     Args:
-        samples: compared.
+        samples: compared: classifications, of which a sequence has one a token and a segmented image one a pixel.
         bit_equal: every number is the same.
-        agreement: share of samples whose largest logit is the same one, 0..1.
-        largest_difference: of any output, relative to the largest output.
+        agreement: share of samples whose largest logit is the same one, 0..1; one with NaN agrees with nothing.
+        largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is NaN.
     """
 
     samples: int
@@ -36,61 +39,163 @@ class Verification:
 #: What opens an ONNX file, by name.
 RUNTIMES: dict[str, Callable[[Path], Any]] = {"onnxruntime": onnx_session, "openvino": OpenVINOSession}
 
+Run = Callable[..., Any]
+
+
+def check_runtime(runtime: str) -> None:
+    """Refuse a runtime that does not exist.
+
+    Raises:
+        ExportError: naming the valid ones.
+    """
+    if runtime not in RUNTIMES:
+        raise ExportError(f"runtime is {' or '.join(RUNTIMES)}, got {runtime!r}.{did_you_mean(str(runtime), RUNTIMES)}")
+
 
 def verify(
     model: nn.Module,
     path: str | Path,
-    inputs: Iterable[Tensor],
+    inputs: Iterable[Any],
     fresh: Callable[[], nn.Module] | None = None,
     runtime: str = "onnxruntime",
+    classes: int | None = None,
+    n_inputs: int | None = None,
 ) -> Verification:
     """Compare an exported file with the fake-quantized model on some inputs.
 
     Args:
-        model: the one that was exported; logits `[N, ..., classes]` of one tensor.
+        model: the one that was exported. It gives a tensor, or a tuple, list or dict of them: all are compared, and `agreement`
+            is that of the first.
         path: `.onnx` or packed.
-        inputs: batches.
+        inputs: batches, each a tensor or a tuple or list that begins with the positional inputs.
         fresh: makes a float model for a packed file to be read into.
         runtime: of an ONNX file: "onnxruntime" or "openvino".
+        classes: dim of the logits in the first output. None: 1 where it has four dims or more (`[N, C, H, W]`), else the last
+            one (`[N, C]`, `[N, L, C]`).
+        n_inputs: how many elements of a tuple or list are inputs; what follows them, such as the targets of a DataLoader's
+            `(x, y)`, is not looked at. None: as many as an ONNX file has inputs; all of them where the file is packed.
 
     Raises:
-        ExportError: no inputs, an unknown runtime, or no way to read the file.
+        ExportError: no inputs, an unknown runtime, no way to read the file, or batches or outputs that cannot be compared.
     """
     path = Path(path)
-    if runtime not in RUNTIMES:
-        raise ExportError(f"runtime is {' or '.join(RUNTIMES)}, got {runtime!r}.{did_you_mean(str(runtime), RUNTIMES)}")
-    run: Callable[[Tensor], Tensor]
+    check_runtime(runtime)
     if path.suffix == ".onnx":
-        session = RUNTIMES[runtime](path)
-        name = session.get_inputs()[0].name
-
-        def run(x: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+        run, taken = _runtime(path, runtime)
+        count: int | None = taken
+        if n_inputs not in (None, taken):
+            raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
     elif fresh is None:
         raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
     else:
-        other = fresh()
-        load_packed(other, path)
-        run = other
-    samples = agreed = 0
-    largest = difference = 0.0
-    equal = True
-    model.eval()
-    with torch.no_grad():
-        for x in inputs:
-            mine, theirs = model(x), run(x)
-            equal &= torch.equal(mine, theirs)
-            largest = max(largest, float(mine.abs().max()))
-            difference = max(difference, float((mine - theirs).abs().max()))
-            agreed += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
-            samples += mine[..., 0].numel()
-    if not samples:
-        raise ExportError("nothing to verify with: there were no inputs")
-    return Verification(samples, equal, agreed / samples, difference / largest if largest else difference)
+        run, count = fresh(), n_inputs
+        load_packed(run, path)
+    found = _Comparison(classes)
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(inputs):
+            args = _arguments(model, batch, count, f"batch {index}")
+            found.add(list(_tensors(model(*args))), list(_tensors(run(*args))))
+    return found.result()
+
+
+def _runtime(path: Path, runtime: str) -> tuple[Run, int]:
+    """What runs an ONNX file on tensors, and how many it takes."""
+    session = RUNTIMES[runtime](path)
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*args: Tensor) -> list[Tensor]:
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, args, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return run, len(names)
+
+
+def _arguments(model: nn.Module, batch: Any, count: int | None, where: str) -> Sequence[Tensor]:
+    """The positional inputs that a batch begins with: `count` of them, or all.
+
+    Raises:
+        ExportError: where they are no tensors, too few, or not what the model takes.
+    """
+    args = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if count is not None and len(args) < count:
+        raise ExportError(f"{where} has {len(args)} inputs, the file has {count}")
+    args = args[:count]
+    if wrong := [type(x).__name__ for x in args if not isinstance(x, Tensor)]:
+        raise ExportError(f"{where} is a tensor, or a tuple or list that begins with the positional inputs; got {', '.join(wrong)}")
+    try:
+        inspect.signature(model.forward).bind(*args)
+    except TypeError as error:
+        advice = "; say n_inputs=1 where the batches are (x, y)" if len(args) > 1 and count is None else ""
+        raise ExportError(f"{where} gives {type(model).__name__}.forward {len(args)} inputs: {error}{advice}") from error
+    return args
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor of an output in the order of the exported graph, which has no place for None either.
+
+    Raises:
+        ExportError: for anything else.
+    """
+    if isinstance(value, Tensor):
+        yield value.detach().cpu()
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+    elif value is not None:
+        raise ExportError(f"the model's output is a tensor, or a tuple, list or dict of them, got {type(value).__name__}")
+
+
+@dataclass
+class _Comparison:
+    """What was found so far."""
+
+    classes: int | None
+    samples: int = 0
+    agreed: int = 0
+    equal: bool = True
+    #: Of each output.
+    difference: list[float] = field(default_factory=list)
+    largest: list[float] = field(default_factory=list)
+
+    def add(self, mine: list[Tensor], theirs: list[Tensor]) -> None:
+        shapes, others = ([list(x.shape) for x in outputs] for outputs in (mine, theirs))
+        if shapes != others or not mine:
+            raise ExportError(f"the model gives outputs of shapes {shapes}, the file {others}")
+        self.equal &= all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        self.difference = self.difference or [0.0] * len(mine)
+        self.largest = self.largest or [0.0] * len(mine)
+        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            self._measure(index, a.double(), b.double())
+        self._classify(mine[0], theirs[0])
+
+    def _measure(self, index: int, mine: Tensor, theirs: Tensor) -> None:
+        finite = mine[mine.isfinite()]
+        self.largest[index] = max(self.largest[index], float(finite.abs().max()) if finite.numel() else 0.0)
+        # The same infinity on both sides, of a mask, is no difference, and inf - inf would be NaN.
+        difference = torch.where(mine == theirs, 0.0, (mine - theirs).abs())
+        if difference.numel():
+            found, before = float(difference.max()), self.difference[index]
+            # Python's max forgets a NaN.
+            self.difference[index] = found if math.isnan(found) or found > before else before
+
+    def _classify(self, mine: Tensor, theirs: Tensor) -> None:
+        dim = self.classes if self.classes is not None else 1 if mine.ndim >= 4 else -1
+        if not -mine.ndim <= dim < mine.ndim:
+            raise ExportError(f"classes={dim} is no dim of the first output, which has shape {list(mine.shape)}")
+        comparable = ~(mine.isnan() | theirs.isnan()).any(dim)
+        self.agreed += int(((mine.argmax(dim) == theirs.argmax(dim)) & comparable).sum())
+        self.samples += comparable.numel()
+
+    def result(self) -> Verification:
+        if not self.samples:
+            raise ExportError("nothing to verify with: there were no inputs")
+        relative = [d / largest if largest else d for d, largest in zip(self.difference, self.largest, strict=True)]
+        largest = math.nan if any(map(math.isnan, relative)) else max(relative)
+        return Verification(self.samples, self.equal, self.agreed / self.samples, largest)
 
 
 def inputs_of(batches: Iterable[Any], count: int) -> list[Tensor]:
-    """The input tensor of up to `count` batches: the batch itself, or its first element.
+    """The input tensor of up to `count` batches, on the CPU: the batch itself, or its first element.
 
     Raises:
         ExportError: when a batch is neither.
@@ -102,7 +207,23 @@ def inputs_of(batches: Iterable[Any], count: int) -> list[Tensor]:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
             raise ExportError(
-                f"a batch is a tensor or starts with one, got {type(batch).__name__}; call lq_plugin.export from Python for others"
+                f"a batch is a tensor or starts with one, got {type(batch).__name__}; "
+                "call export_onnx(model, inputs, path) and verify of lq_plugin.export from Python for others"
             )
-        found.append(x)
+        found.append(x.detach().cpu())
     return found
+
+
+def need_one_input(model: nn.Module) -> None:
+    """Refuse a model that cannot run on the first tensor of a batch alone.
+
+    Raises:
+        ExportError: naming its inputs.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds and p.default is p.empty]
+    if len(needed) > 1:
+        raise ExportError(
+            f"{type(model).__name__}.forward needs {len(needed)} inputs ({', '.join(needed)}), and only the first tensor of a batch is "
+            f"given to it here; call lq_plugin.export.export_onnx(model, ({', '.join(needed)}), path) from Python"
+        )

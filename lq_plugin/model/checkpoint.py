@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -48,7 +48,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: it is truncated, has code in it, is no checkpoint, or of a float model; or there is no plan.
+        PlanError: it is truncated, has code in it, is no checkpoint (but a packed file), or of a float model; or there is no plan.
         RuntimeError: its keys or shapes are not the model's.
             After every error the model is as before.
     """
@@ -69,13 +69,22 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
 
 def _read(path: Path) -> Any:
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except PlanError:
+        raise
     except pickle.UnpicklingError as error:
         raise PlanError(f"{path} cannot be read: it holds more than tensors and plain values, or is damaged: {error}") from error
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (EOFError, RuntimeError, SafetensorError, ValueError, KeyError, OSError) as error:
         raise PlanError(f"{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("format") == "lq_plugin.packed":
+            raise PlanError(f"{path} is a packed file, which lq_plugin.export.load_packed reads")
+    return load_file(path)
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lq_plugin.callbacks import PTQ
+from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
@@ -94,6 +95,7 @@ class Evaluator:
         self.model = model
         self.datamodule = datamodule
         self.calibration_batches = calibration_batches
+        check_phases(*names_and_options(phases))
         self.phases = tuple(phases)
         self.dataloader = dataloader
         self.seed = seed

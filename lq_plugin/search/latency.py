@@ -16,16 +16,13 @@ from lq_plugin.export.verify import inputs_of
 from lq_plugin.plan import LayerPlan
 from lq_plugin.search.bound import BoundSpace
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.result import MEASURED, SearchResult
+from lq_plugin.search.result import MEASURED, TABLE, SearchResult
 from lq_plugin.spec import QuantSpec
 
 if TYPE_CHECKING:
     from lq_plugin.export.latency import LatencyOptions, LatencyTable
 
 log = logging.getLogger(__name__)
-
-#: User attribute of a study: the table that all its workers predict with.
-TABLE = "latency_table"
 
 
 def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:

@@ -20,10 +20,12 @@ from lq_plugin import plots
 from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import QuantPlan
 from lq_plugin.report import render, study_report
-from lq_plugin.search.costs import COSTS
+from lq_plugin.search.costs import COSTS, LATENCY
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
 from lq_plugin.search.promotion import reached_by
 
+#: User attribute of a study: the table of latencies that all its workers predict with.
+TABLE = "latency_table"
 #: User attribute of a study: milliseconds of whole models, by the number of the trial.
 MEASURED = "measured_latency"
 
@@ -150,12 +152,21 @@ class SearchResult:
         """The float model and the front, for a terminal."""
         stopped = f", {self.held_back} more stopped below the top level" if self.held_back else ""
         table = Table(title=f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}")
-        for column in ("trial", self.metric, "effective bits", "bytes", "plan from"):
+        timed = any(LATENCY in c.metrics for c in self.front)
+        # Predicted from the table of layers, and measured with the whole model.
+        latencies = ("latency ms", "measured ms") if timed else ()
+        for column in ("trial", self.metric, "effective bits", "bytes", *latencies, "plan from"):
             table.add_column(column, justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
-        table.add_row("float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes, "", end_section=True)
+        float_ms = self.study.user_attrs.get(TABLE, {}).get("float_model")
+        row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes]
+        # The float model's time is a measured one.
+        table.add_row(*row, *(["", _milliseconds(float_ms)] if timed else []), "", end_section=True)
+        measured = self.study.user_attrs.get(MEASURED, {})
         for c in reversed(self.front):
-            table.add_row(str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}", c.origin)
+            row = [str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
+            times = [c.metrics.get(LATENCY), measured.get(str(c.number))] if timed else []
+            table.add_row(*row, *map(_milliseconds, times), c.origin)
         return table
 
     def rows(self) -> list[dict[str, Any]]:
@@ -203,6 +214,10 @@ class SearchResult:
             _write(folder / "report.json", report.to_json().encode())
             _write(folder / "report.html", render(report).encode())
         return folder
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _levels(candidate: Candidate) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from lq_plugin import PTQ, QAT, Export
 from lq_plugin.errors import ExportError
@@ -34,6 +36,90 @@ def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
     assert (torch.from_numpy(got) - expected).abs().max() < (0.05 if round_sums else 0.01) * expected.abs().max()
 
 
-def test_other_suffixes_are_refused():
-    with pytest.raises(ExportError, match=r"ends in .safetensors or .onnx, got 'model.pt'"):
-        Export("model.pt")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "model.pt"}, r"ends in .safetensors or .onnx, got 'model.pt'"),
+        ({"path": "model.onnx", "smallest": 3}, "smallest is 2, 4 or 8 bits, got 3"),
+        ({"path": "model.onnx", "batches": 0}, "batches is a number of batches, 1 or more, got 0"),
+        ({"path": "model.safetensors", "round_sums": True}, r"round_sums is for a file that ends in .onnx, got 'model.safetensors'"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(ExportError, match=message):
+        Export(**arguments)
+
+
+class Untrained(Module):
+    """Nothing may be trained before what is wrong is said."""
+
+    def training_step(self, batch, batch_idx):
+        pytest.fail("it was trained")
+
+
+class TwoInputs(Untrained):
+    def forward(self, x, mask):
+        return super().forward(x)
+
+    def validation_step(self, batch, batch_idx):
+        return self(batch[0], None)
+
+
+class Dicts(Data):
+    def train_dataloader(self):
+        return DataLoader([{"x": self.x[:8]}], batch_size=None)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
+def test_a_run_without_quantization_is_refused_at_its_start(trainer, tmp_path, suffix):
+    with pytest.raises(ExportError, match="Untrained is not quantized, .*: give the Trainer a QAT or PTQ callback"):
+        trainer(Export(tmp_path / f"model.{suffix}")).fit(Untrained(), datamodule=Data())
+
+
+@pytest.mark.parametrize("export_first", [False, True])
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"rules": [{"match": "*", "input": "mx9"}]}, r"net.conv.input \(mx9\): its scales are found at run time"),
+        ({"rules": [{"match": "net.fc", "output": "uint8 affine"}]}, "net.fc.output: quantized outputs have no place"),
+        ({"rules": [{"match": "net.fc", "weight": "mxfp8_e4m3"}]}, r"net.fc.weight \(mxfp8_e4m3\): ONNX has no whole numbers of 16 bits"),
+        ({"rules": [{"match": "net.fc", "weight": "kmeans2 per_channel"}]}, "ONNX has no tables for single channels"),
+        (
+            {"rules": [{"match": "net.fc", "weight": "mx9"}, {"match": "net.add_0", "input": "mx9"}]},
+            r"net.add_0.*mx9.*: its scales are found at run time",
+        ),
+    ],
+)
+def test_plans_that_onnx_cannot_hold_are_refused_at_the_start_of_the_fit(trainer, tmp_path, plan, message, export_first):
+    callbacks = [QAT(plan), Export(tmp_path / "model.onnx")]
+    with pytest.raises(ExportError, match=f"(?s)model.onnx cannot hold Untrained under its plan.*{message}"):
+        trainer(*reversed(callbacks) if export_first else callbacks).fit(Untrained(), datamodule=Data())
+
+
+def test_modules_and_batches_of_other_inputs_are_refused_before_they_are_trained_on(trainer, tmp_path):
+    callbacks = QAT("int4 per_channel"), Export(tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=r"TwoInputs.forward needs 2 inputs \(x, mask\)"):
+        trainer(*callbacks).fit(TwoInputs(), datamodule=Data())
+    data = Dicts()
+    with pytest.raises(ExportError, match="a batch is a tensor or starts with one, got dict"):
+        trainer(QAT("int4 per_channel", dataloader=Data().train_dataloader()), callbacks[1], limit_val_batches=0).fit(Untrained(), data)
+
+
+def test_another_precision_is_refused_at_the_start_of_the_fit(trainer, tmp_path):
+    with pytest.raises(ExportError, match=r"Untrained is in bfloat16 .* call model.float\(\)"):
+        trainer(QAT("w4a8"), Export(tmp_path / "model.onnx"), precision="bf16-true").fit(Untrained(), datamodule=Data())
+
+
+def test_computed_weights_are_said_at_the_start_and_may_be_made_plain_until_the_end(trainer, tmp_path):
+    class Plain(Module):
+        def __init__(self):
+            super().__init__()
+            nn.utils.parametrizations.weight_norm(self.net.fc)
+
+        def on_train_end(self):
+            nn.utils.parametrize.remove_parametrizations(self.net.fc, "weight")
+
+    export = Export(tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"Export: net.fc: its weight is computed .*, before the run ends"):
+        trainer(QAT("w4a8"), export).fit(Plain(), datamodule=Data())
+    assert export.size

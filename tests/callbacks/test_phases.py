@@ -77,6 +77,25 @@ def test_smooth_quant_does_what_its_function_does(trainer):
     assert all(torch.equal(value, module.net.state_dict()[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ("calibrate", r"phases are a list, got 'calibrate': write \['calibrate'\]; valid: fold_batch_norm, "),
+        ({"reconstruct": {}}, "phases are a list, got {'reconstruct': {}}"),
+        (["calibrate", {"reconstruct": 300}], "phase 'reconstruct': its options are a mapping of names to values, got 300"),
+        (
+            ["calibrate", {"reconstruct": {"iteration": 3}}],
+            "phase 'reconstruct' has no options 'iteration'; valid: iterations, batch_size, .*, by. Did you mean 'iterations'",
+        ),
+        (["calibrate", {"gptq": {"a": 1, "b": 2}}], "phase 'gptq' has no options 'a', 'b'; valid: dampening, act_order, block_columns"),
+        ([{"smooth_quant": {"alfa": 0.5}}, "calibrate"], "phase 'smooth_quant' has no options 'alfa'; valid: alpha. Did you mean 'alpha'"),
+    ],
+)
+def test_wrong_phases_and_options_are_named(phases, message):
+    with pytest.raises(PlanError, match=message):
+        PTQ("w8a8", phases=phases)
+
+
 def test_options_are_checked_at_once():
     with pytest.raises(PlanError, match="phase 'smooth_quant': alpha is a share in 0..1, got 2"):
         PTQ("w8a8", phases=[{"smooth_quant": {"alpha": 2}}, "calibrate"])
@@ -105,7 +124,7 @@ def test_orders_that_cannot_be_are_refused_with_the_reason(phases, message):
 def test_every_phase_stands_alone_beside_calibrate():
     for name in PHASES:
         order = [name, "calibrate"] if "calibrate" in PHASES[name].before or not PHASES[name].after else ["calibrate", name]
-        PTQ("w8a8", phases=dict.fromkeys(order))
+        PTQ("w8a8", phases=list(dict.fromkeys(order)))
 
 
 class SaveRank(L.Callback):

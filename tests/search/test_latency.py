@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,13 @@ def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
     return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, latency={"rounds": 2}, **given)
 
 
-def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Path) -> None:
-    result = run(model, 4, cost="latency", output_dir=tmp_path)
+def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        result = run(model, 4, cost="latency", output_dir=tmp_path)
+    # The float model, and each layer float and with both of its choices, one of which is float.
+    assert re.search(r"latency: 2 layers: 6 models to time, 0 known; onnxruntime ", caplog.text)
+    assert "latency: exported 6 of 6" in caplog.text
+    assert "latency: timed 6 models, rounds 5 of 5" in caplog.text
     table = result.study.user_attrs[TABLE]
     assert set(table["layers"]) == {"head.2", "mix.0"}
     for candidate in result.candidates:
@@ -46,12 +53,23 @@ def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Pat
         rows = table["layers"]
         want = table["float_model"] + sum(rows[name][kind] - rows[name]["float"] for name, kind in changes.items())
         assert candidate.cost == candidate.metrics["latency"] == pytest.approx(max(want, 0.0))
+    columns = {column.header: list(column.cells) for column in result.table().columns}
+    assert columns["latency ms"] == ["", *(f"{c.cost:.3g}" for c in reversed(result.front))]
+    assert [float(cell) > 0 for cell in columns["measured ms"]] == [True] * (1 + len(result.front))
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
     assert rows
     assert all(float(row["measured_latency"]) > 0 for row in rows)
     # A second run predicts with the same numbers, whatever it would measure now.
     again = run(model, 5, cost="latency", output_dir=tmp_path)
     assert again.study.user_attrs[TABLE] == table
+
+
+def test_the_table_of_a_search_without_latency_has_no_column_for_it(model: DigitsCNN) -> None:
+    found = search(
+        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", n_trials=2, trainer=CPU, calibration_batches=1, progress=False,
+        storage=optuna.storages.InMemoryStorage(),
+    )  # fmt: skip
+    assert [column.header for column in found.table().columns] == ["trial", "val/acc", "effective bits", "bytes", "plan from"]
 
 
 def test_a_bound_that_no_plan_keeps_is_refused(model: DigitsCNN) -> None:

@@ -1,0 +1,65 @@
+"""What every export refuses before it starts to work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lq_plugin.errors import ExportError
+from lq_plugin.export.torchao import RowsLinear
+from lq_plugin.export.xnor import XNORConv, XNORLinear
+
+#: Bits that the smallest integer type of an ONNX file may have.
+SMALLEST = (2, 4, 8)
+
+
+def smallest_faults(smallest: int) -> list[str]:
+    """What is wrong with the bits of the smallest integer type."""
+    return [] if smallest in SMALLEST else [f"smallest is 2, 4 or 8 bits, got {smallest!r}"]
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse a file that cannot be written for want of its folder.
+
+    Raises:
+        ExportError: there is none, or a folder stands in the file's place.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a folder, give the name of a file")
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Refuse a model whose layers have become kernels: no whole numbers and scales can be read from those.
+
+    Raises:
+        ExportError: naming the layers, and what has changed them.
+    """
+    kernels: dict[str, tuple[type[nn.Module], ...]] = {"use_torchao": (RowsLinear,), "use_xnor": (XNORLinear, XNORConv)}
+    for function, kinds in kernels.items():
+        changed = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, kinds)]
+        if changed:
+            listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise ExportError(
+                f"{type(model).__name__} was changed by {function} ({listed}), for inference in this process only: "
+                "export it before, or load its checkpoint into a new one"
+            )
+
+
+def check_float32(model: nn.Module) -> None:
+    """Refuse a model in another precision: its ranges and rounding are those of that one.
+
+    Raises:
+        ExportError: saying which parameters.
+    """
+    others = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others:
+        name, dtype = next(iter(others.items()))
+        raise ExportError(
+            f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an ONNX file is made "
+            "of a float32 one: call model.float(), and verify the file"
+        )
