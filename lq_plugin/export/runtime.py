@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lq_plugin.errors import ExportError
-
-#: Two products of a byte and of whole numbers up to this one fit in 16 bits.
-FITS_16_BITS = 64
+from lq_plugin.layers.integer.kernels import LARGEST_EXACT
 
 
 def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int | None = None) -> Any:
@@ -117,4 +115,4 @@ def _weights_as_unsigned(model: Any) -> bool:
 
 def exceeds_16_bits(weight: NDArray[np.integer[Any]]) -> bool:
     """Whether the sum of two products of bytes and of such whole numbers can leave 16 bits."""
-    return int(np.abs(weight.astype(np.int16)).max(initial=0)) > FITS_16_BITS
+    return int(np.abs(weight.astype(np.int16)).max(initial=0)) > LARGEST_EXACT

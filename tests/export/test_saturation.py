@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin.layers.integer.kernels import LARGEST_EXACT
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -85,4 +86,4 @@ def test_what_fits_in_16_bits():
     assert not runtime.exceeds_16_bits(np.array([64, -64], np.int8))
     assert runtime.exceeds_16_bits(np.array([65], np.int8))
     assert runtime.exceeds_16_bits(np.array([-128], np.int8))
-    assert 2 * 255 * runtime.FITS_16_BITS <= 2**15 - 1 < 2 * 255 * (runtime.FITS_16_BITS + 1)
+    assert 2 * 255 * LARGEST_EXACT <= 2**15 - 1 < 2 * 255 * (LARGEST_EXACT + 1)
