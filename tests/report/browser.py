@@ -68,6 +68,12 @@ class Page:
         while self.undrawn() and time.monotonic() < until:
             self.page.wait_for_timeout(50)
 
+    def wait_for_text(self, selector: str, text: str) -> None:
+        """Wait until the element says this: a layer is shown with an event of the browser, after the click has returned."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector)).to_have_text(text, timeout=15_000)
+
     def sideways(self) -> float:
         """Pixels that the page is wider than the window."""
         return self.page.evaluate("() => document.documentElement.scrollWidth - innerWidth")

@@ -118,17 +118,17 @@ def test_a_click_on_a_layer_shows_it(opened: Callable[..., Page], small: Path) -
     page = window.open(small)
     assert not page.is_visible("#layer")
     page.click(".layer[data-layer='body.2']")
-    assert page.inner_text("#layer-title") == "body.2"
+    window.wait_for_text("#layer-title", "body.2")
     window.settle()
     assert window.undrawn() == []
     assert page.evaluate("document.activeElement.id") == "layer-title"
     page.click("[aria-label='next layer']")
-    assert page.inner_text("#layer-title") == "body.3"
+    window.wait_for_text("#layer-title", "body.3")
     page.go_back()
-    page.wait_for_function("document.getElementById('layer-title').textContent === 'body.2'")
+    window.wait_for_text("#layer-title", "body.2")
     page.click("text=The same numbers as a table")
     page.click("[data-figure=table-layers] button.link:has-text('head')")
-    assert page.inner_text("#layer-title") == "head"
+    window.wait_for_text("#layer-title", "head")
     # Levels of groups follow the data: this one has no clipping curve.
     assert "mse-weight" not in figures(page)
     assert window.faults == []
@@ -145,7 +145,7 @@ def test_everything_can_be_reached_with_keys(opened: Callable[..., Page], small:
     page.keyboard.press("Escape")
     assert not page.is_visible("#tip")
     page.keyboard.press("Enter")
-    assert page.inner_text("#layer-title") == "body.1"
+    window.wait_for_text("#layer-title", "body.1")
     page.keyboard.press("Escape")
     assert not page.is_visible("#layer")
     assert page.evaluate("document.activeElement.dataset.layer") == "body.1"
@@ -248,8 +248,8 @@ def test_evil_names_stay_text(opened: Callable[..., Page], tmp_path: Path) -> No
     window.page.on("dialog", lambda dialog: (dialogs.append(dialog), dialog.dismiss()))
     page = window.open(path)
     page.locator(".layer").first.click()
+    window.wait_for_text("#layer-title", EVIL)
     window.settle()
-    assert page.text_content("#layer-title") == EVIL
     assert page.locator("img").count() == 0
     assert dialogs == []
     check(window, path)
@@ -304,6 +304,7 @@ def test_two_side_by_side(opened: Callable[..., Page], screenshots: Path, tmp_pa
     assert page.locator("#layer [data-figure=boxes]").count() == 2
     # What only one of them has is shown beside nothing.
     page.click("[data-figure=table-differences] button.link:has-text('body.3')")
+    window.wait_for_text("#layer-title", "body.3")
     assert page.locator("#layer [data-figure=boxes]").count() == 1
     assert page.locator("[data-figure=pareto]").count() == 1
     assert page.locator("[data-figure=parallel]").count() == 2
@@ -325,8 +326,8 @@ def test_a_hundred_layers_and_five_hundred_trials(opened: Callable[..., Page], s
         window = opened(width, scheme)
         page = window.open(path)
         page.locator(".layer[data-layer='body.50']").click()
+        window.wait_for_text("#layer-title", "body.50")
         check(window, path)
-        assert page.inner_text("#layer-title") == "body.50"
         assert figures(page) >= MODEL_FIGURES | STUDY_FIGURES | PAGE_FIGURES
         page.screenshot(path=screenshots / f"large_{width}_{scheme}.png", full_page=True)
 
@@ -357,6 +358,7 @@ def test_the_page_of_the_digits_demo(opened: Callable[..., Page], screenshots: P
         window = opened(width, scheme)
         page = window.open(path)
         page.locator(".layer[data-layer='block.conv1']").click()
+        window.wait_for_text("#layer-title", "block.conv1")
         check(window, path)
         assert figures(page) >= MODEL_FIGURES | STUDY_FIGURES - {"importance"} | PAGE_FIGURES
         page.screenshot(path=screenshots / f"demo_{width}_{scheme}.png", full_page=True)
