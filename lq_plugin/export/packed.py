@@ -41,8 +41,14 @@ from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.spec import QuantSpec
 
 FORMAT, VERSION = "lq_plugin.packed", "1"
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8)}
-_DTYPES |= {str(t).removeprefix("torch."): t for t in (torch.int8, torch.int16, torch.int32, torch.int64)}
+#: Of tensors that are no quantized weights: those whose numbers are bytes in memory.
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128", "bool",
+        "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    )
+}  # fmt: skip
 
 
 def save_packed(model: nn.Module, path: str | Path) -> int:
@@ -88,18 +94,25 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
                 packed[name] = _pack_weight(name, layer, blob, packed)
             except ExportError as error:
                 faults.append(str(error))
-    raise_all(ExportError, "cannot pack the model", faults)
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightQuantizer))
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
     quantized = _weight_keys(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         # A quantized weight that a float module has, too (tied), is kept as float for that one.
-        if isinstance(tensor, Tensor) and not key.startswith(ours) and not (id(tensor) in weights and key in quantized):
-            first = seen.setdefault(id(tensor), key)
-            state[key] = state[first] if first in state else blob.add_raw(tensor)
+        if key.startswith(ours) or (id(tensor) in weights and key in quantized):
+            continue
+        if (fault := _raw_fault(tensor)) is not None:
+            faults.append(f"{key} {fault}")
+            continue
+        first = seen.setdefault(id(tensor), key)
+        state[key] = state[first] if first in state else blob.add_raw(tensor)
+    raise_all(ExportError, "cannot pack the model", faults)
     table = zlib.compress(json.dumps({"weights": packed, "state": state}, separators=(",", ":")).encode(), 9)
-    rules = [Rule(name, weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)]
+    # A model that is a layer itself has the name "", which is no pattern.
+    rules = [
+        Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)
+    ]
     rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model)]
     arrays = {"blob": np.frombuffer(bytes(blob.data), np.uint8), "table": np.frombuffer(table, np.uint8)}
     plan = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":"))
@@ -171,6 +184,17 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
     model.load_state_dict(values, strict=False)
     model.eval()
     return ledger
+
+
+def _raw_fault(value: Any) -> str | None:
+    """Why an entry of a state dict cannot be stored as its bytes; None: it can."""
+    if not isinstance(value, Tensor):
+        return (
+            f"is a {type(value).__name__} (get_extra_state), a packed file holds tensors: make it a buffer, or what the class is built with"
+        )
+    if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in _DTYPES:
+        return f"is a tensor of {value.dtype} ({value.layout}), a packed file holds dense ones of {', '.join(_DTYPES)}"
+    return None
 
 
 def _weight_keys(model: nn.Module) -> set[str]:
