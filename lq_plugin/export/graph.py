@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -248,8 +248,9 @@ class Graph:
         """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is none."""
         if node.op_type != "Conv":
             return None
-        followers = [other for other in self.graph.node if node.output[0] in other.input]
-        if len(followers) != 1 or followers[0].op_type != "BatchNormalization":
+        followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
+        given_out = any(value.name == node.output[0] for value in self.graph.output)
+        if len(followers) != 1 or followers[0].op_type != "BatchNormalization" or given_out:
             return None
         norm = followers[0]
         if any(value not in self.known for value in norm.input[1:5]):
@@ -263,13 +264,8 @@ class Graph:
         moved = self._initializer(f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT)
         del node.input[2:]
         node.input.append(moved)
-        for other in self.graph.node:
-            for index, value in enumerate(other.input):
-                if value == norm.output[0]:
-                    other.input[index] = node.output[0]
-        for output in self.graph.output:
-            if output.name == norm.output[0]:
-                node.output[0] = output.name
+        # Under the norm's name, which other nodes read, and which may be an output of the graph, too.
+        node.output[0] = norm.output[0]
         self.graph.node.remove(norm)
         return torch.from_numpy(factor.astype(np.float32))
 
@@ -304,7 +300,7 @@ class Graph:
         for node in reversed(nodes):
             if used.intersection(node.output):
                 alive.append(node)
-                used.update(node.input)
+                used.update(names_read(node))
         del self.graph.node[:]
         self.graph.node.extend(reversed(alive))
         for node in self.graph.node:
@@ -316,6 +312,14 @@ class Graph:
         del self.graph.value_info[:]
         del self.graph.metadata_props[:]
         return self.model
+
+
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the values that a node reads, by its inputs or in its bodies (of If and Loop), which may read any value outside."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from names_read(inner)
 
 
 def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, cast
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.checks import check_float32, check_folder, check_unchanged, smallest_faults
@@ -78,7 +79,7 @@ def export_onnx(
     check_unchanged(model)
     check_float32(model)
     batches = None if sums_from is None else list(sums_from)
-    _check_inputs(inputs, input_names, batches, dynamic_batch)
+    arguments = _check_inputs(model, inputs, input_names, batches, dynamic_batch)
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -86,8 +87,10 @@ def export_onnx(
     raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     weights, activations = _collect(layers)
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
+    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None, arguments) if dynamic_batch else None
     plain = float_copy(model)
+    with torch.no_grad():
+        plain(*inputs)  # what does not fit is said by the model itself, which is shorter than the exporter
     graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
@@ -100,7 +103,10 @@ def export_onnx(
         key = weight_key(name, layer)
         try:
             source = _initializer_of(key, tied.get(key, []), graph)
-            if isinstance(layer, CompoundWeight):
+            if source not in graph.known:
+                # What evaluation does not compute, such as an auxiliary head, the exporter leaves out.
+                log.info("%s does not run in evaluation, %s has nothing of it", name, path)
+            elif isinstance(layer, CompoundWeight):
                 readers[name] = graph.products_of(source)
                 if name in weights:
                     graph.put_parameter(name, source, weights[name])
@@ -126,14 +132,23 @@ def export_onnx(
     return Path(path).stat().st_size
 
 
-def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool) -> None:
-    """Refuse names and calibration batches that do not fit the example.
+def _check_inputs(
+    model: nn.Module, inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool
+) -> tuple[Any, ...]:
+    """Refuse an example that does not fit the model, and names and calibration batches that do not fit the example.
+
+    Returns:
+        The example, an element for each parameter of forward: what `*args` takes is one.
 
     Raises:
         ExportError: naming every fault.
     """
     if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
         raise ExportError(f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)")
+    try:
+        arguments = tuple(inspect.signature(model.forward).bind(*inputs).arguments.values())
+    except TypeError as error:
+        raise ExportError(f"inputs are {len(inputs)} positional arguments, {type(model).__name__}.forward takes others: {error}") from error
     examples = _tensors(inputs)
     faults = []
     if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
@@ -143,6 +158,7 @@ def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batc
     for index, batch in enumerate(batches or ()):
         faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, dynamic_batch)]
     raise_all(ExportError, "cannot export the model", faults)
+    return arguments
 
 
 def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -> Iterator[str]:
@@ -289,7 +305,8 @@ def float_graph(
 ) -> Any:
     """A float model as an ONNX graph whose initializers keep the names of the parameters."""
     # They tell of every step on the console, and warn of packages that could be installed.
-    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()):
+    # Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot follow.
+    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         program = torch.onnx.export(
             plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
             input_names=input_names, output_names=output_names,
