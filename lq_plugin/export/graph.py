@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.containers import Container
+from lq_plugin.export.readers import CONV, MATRIX, calls, names_read
 from lq_plugin.spec import IntegerGrid
 
 _TYPES = {
@@ -27,11 +28,6 @@ _TYPES = {
     (16, True): TensorProto.INT16,
     (16, False): TensorProto.UINT16,
 }
-_CONV = ("Conv", "ConvTranspose")
-_MATRIX = ("MatMul", "Gemm")
-_RECURRENT = ("LSTM", "GRU", "RNN")
-#: What takes a parameter apart and puts it together in another order.
-_PARTS = ("Slice", "Split", "SplitToSequence", "SequenceAt", "Transpose", "Concat", "Unsqueeze", "Squeeze", "Identity", "Reshape", "Gather")
 #: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
 _NEWER = {2: (25, 13)}
 
@@ -55,42 +51,6 @@ class Graph:
         self.shared: dict[tuple[Any, ...], str] = {}
         self.made: set[str] = set()
 
-    def consumers(self, source: str, layer: Any) -> tuple[list[onnx.NodeProto], bool]:
-        """The nodes that use a layer's weight, one for each call of the layer, and whether they do so through a Transpose.
-
-        Raises:
-            ExportError: when there is none, or they are of several kinds.
-        """
-        # An embedding that is tied to a linear layer has the same weight.
-        looks_up = isinstance(layer, nn.Embedding)
-        users, transposed = self._users(source, lambda node: (node.op_type == "Gather") == looks_up)
-        kinds = {node.op_type for node in users}
-        if len(kinds) != 1:
-            found = ", ".join(node.op_type for node in users) or "none"
-            raise ExportError(f"{source} is used by {len(users)} nodes of the exported graph ({found}), some of one kind are supported")
-        for node in users:
-            if node.op_type == "Conv" and layer.bias is None and len(node.input) == 3:
-                node.input.pop()  # the exporter makes zeros of it
-        return users, transposed
-
-    def _users(self, source: str, wanted: Callable[[onnx.NodeProto], bool] = lambda node: True) -> tuple[list[onnx.NodeProto], bool]:
-        users = [node for node in self.graph.node if source in node.input and node.op_type not in ("Shape", "CastLike") and wanted(node)]
-        turned = {node.output[0] for node in users if node.op_type == "Transpose"}
-        if not users or len(turned) != len(users):
-            return users, False
-        return [node for node in self.graph.node if turned.intersection(node.input)], True
-
-    def products_of(self, source: str) -> list[onnx.NodeProto]:
-        """Nodes that multiply their first input with a parameter, or with a part of it."""
-        parts, found = {source}, []
-        for node in self.graph.node:
-            if parts.intersection(node.input):
-                if node.op_type in (*_MATRIX, *_RECURRENT):
-                    found.append(node)
-                elif node.op_type in _PARTS:
-                    parts.update(node.output)
-        return found
-
     def put_weight(
         self, name: str, source: str, nodes: list[onnx.NodeProto], content: tuple[Container, bool], through_transpose: bool
     ) -> None:
@@ -107,16 +67,13 @@ class Graph:
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
-    def put_parameter(self, name: str, source: str, weight: Container) -> None:
-        """Let the weight of a module that holds several be read from whole numbers, wherever and in whatever parts it is used."""
-        users, through_transpose = self._users(source)
-        if len(users) == 1 and users[0].op_type in _MATRIX:
-            self.put_weight(name, source, users, (weight, False), through_transpose)
+    def put_parameter(self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]) -> None:
+        """Let nodes that do anything with a parameter read it from whole numbers."""
+        nodes, through_transpose = calls(self.graph, users)
+        if len(nodes) == 1 and nodes[0].op_type in MATRIX:
+            self.put_weight(name, source, nodes, content, through_transpose)
             return
-        users = [node for node in self.graph.node if source in node.input]
-        if not users:
-            raise ExportError(f"{source} is used by no node of the exported graph")
-        value = self._dequantized(name, users[0], weight)
+        value = self._dequantized(name, users[0], *content)
         for node in users:
             node.input[:] = [value if read == source else read for read in node.input]
 
@@ -132,7 +89,7 @@ class Graph:
             wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
         bits = max(weight.bits, self.smallest)
-        if bits == 2 and before.op_type in _MATRIX and q.shape[-1] % 4:
+        if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
         kind = self._type(bits, weight.signed, source)
@@ -146,7 +103,7 @@ class Graph:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
         codes = self._initializer(f"{name}.weight_codes", q.contiguous().numpy(), kind)
-        if before.op_type in _CONV and bits < 8:
+        if before.op_type in CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
             codes = self._node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
@@ -312,14 +269,6 @@ class Graph:
         del self.graph.value_info[:]
         del self.graph.metadata_props[:]
         return self.model
-
-
-def names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values that a node reads, by its inputs or in its bodies (of If and Loop), which may read any value outside."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from names_read(inner)
 
 
 def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:

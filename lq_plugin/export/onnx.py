@@ -13,6 +13,7 @@ import copy
 import inspect
 import io
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from lq_plugin.export.containers import Container, container, refusal
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.quiet import quiet
+from lq_plugin.export.readers import layer_calls, products, readers
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
@@ -79,47 +81,56 @@ def export_onnx(
     check_unchanged(model)
     check_float32(model)
     batches = None if sums_from is None else list(sums_from)
-    arguments = _check_inputs(model, inputs, input_names, batches, dynamic_batch)
+    _check_inputs(inputs, input_names, batches, dynamic_batch)
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
     missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
     raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     weights, activations = _collect(layers)
+    plain = inference_copy(model)
+    ran = _layers_that_run(plain, inputs)
+    remove(plain)
+    arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
     batch = torch.export.Dim("batch")
     shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None, arguments) if dynamic_batch else None
-    plain = float_copy(model)
-    with torch.no_grad():
-        plain(*inputs)  # what does not fit is said by the model itself, which is shorter than the exporter
     graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
     nodes_of = operation_nodes(graph.model, recorded.values())
     faults: list[str] = []
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    tied = _tied(plain)
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    names = _names(model)
     for name, layer in layers:
-        key = weight_key(name, layer)
+        if name not in ran:
+            log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
+            continue
         try:
-            source = _initializer_of(key, tied.get(key, []), graph)
-            if source not in graph.known:
-                # What evaluation does not compute, such as an auxiliary head, the exporter leaves out.
-                log.info("%s does not run in evaluation, %s has nothing of it", name, path)
-            elif isinstance(layer, CompoundWeight):
-                readers[name] = graph.products_of(source)
+            source = _initializer_of(weight_key(name, layer), plain, graph)
+            users = readers(graph.graph, source, names[id(_module(layer))])
+            if not users:
+                raise ExportError(f"{source} is read by no node of the exported graph that belongs to {name}")
+            if isinstance(layer, CompoundWeight):
+                nodes[name] = products(graph.graph, source, users)
                 if name in weights:
-                    graph.put_parameter(name, source, weights[name])
+                    graph.put_parameter(name, source, users, (weights[name], False))
+            elif (found := layer_calls(graph.graph, users, layer)) is not None:
+                nodes[name], transposed = found
+                if name in weights:
+                    graph.put_weight(name, source, nodes[name], _oriented(weights[name], layer, name), transposed)
+            elif name not in activations:
+                graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
             else:
-                readers[name], transposed = graph.consumers(source, layer)
-                if name in weights:
-                    graph.put_weight(name, source, readers[name], _oriented(weights[name], layer, name), transposed)
+                raise ExportError(
+                    f"{name}: the forward of {layer.float_class.__name__} has no one node that reads its input; leave that float"
+                )
         except ExportError as error:
             faults.append(str(error))
     # Behind all weights, which take batch norms out of the graph.
-    for name in activations.keys() & readers.keys():
+    for name in (name for name in nodes if name in activations):
         scale, *rest = _activation(activations[name])
-        for node in readers[name]:
+        for node in nodes[name]:
             graph.put_activation(node, scale, *rest)
             graph.put_bias(name, node, scale)
     faults += _put_operations(graph, operations, nodes_of)
@@ -132,23 +143,14 @@ def export_onnx(
     return Path(path).stat().st_size
 
 
-def _check_inputs(
-    model: nn.Module, inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool
-) -> tuple[Any, ...]:
-    """Refuse an example that does not fit the model, and names and calibration batches that do not fit the example.
-
-    Returns:
-        The example, an element for each parameter of forward: what `*args` takes is one.
+def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool) -> None:
+    """Refuse names and calibration batches that do not fit the example.
 
     Raises:
         ExportError: naming every fault.
     """
     if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
         raise ExportError(f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)")
-    try:
-        arguments = tuple(inspect.signature(model.forward).bind(*inputs).arguments.values())
-    except TypeError as error:
-        raise ExportError(f"inputs are {len(inputs)} positional arguments, {type(model).__name__}.forward takes others: {error}") from error
     examples = _tensors(inputs)
     faults = []
     if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
@@ -158,7 +160,6 @@ def _check_inputs(
     for index, batch in enumerate(batches or ()):
         faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, dynamic_batch)]
     raise_all(ExportError, "cannot export the model", faults)
-    return arguments
 
 
 def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -> Iterator[str]:
@@ -254,26 +255,38 @@ def _no_fixed_scale(quantizer: InputQuantizer) -> str | None:
     return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
 
 
-def _tied(plain: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """For the key of each parameter: all keys of the same parameter, and the modules that hold it."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in plain.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(name, recurse=False):
-            holders.setdefault(id(parameter), []).append((key, module))
-    return {key: found for found in holders.values() for key, _ in found}
+def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
+    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float then.
 
-
-def _initializer_of(key: str, tied: Sequence[tuple[str, nn.Module]], graph: Graph) -> str:
-    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first.
-
-    Raises:
-        ExportError: several modules that compute alike have it, and the graph does not say which of its nodes is whose.
+    What of the example does not fit, the model says itself here. The exporter says it at length.
     """
-    for looks_up in (True, False):
-        if len({id(module) for _, module in tied if isinstance(module, nn.Embedding) == looks_up}) > 1:
-            names = ", ".join(name for name, _ in tied)
-            raise ExportError(f"{names} are one parameter, and the graph does not say which node is whose; an embedding and a head may be")
-    return next((name for name, _ in tied if name in graph.known), key)
+    ran: set[str] = set()
+    layers = quantized_layers(quantized)
+    hooks = [_module(layer).register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]
+    with torch.no_grad():
+        quantized(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+def _module(layer: QuantizedLayer | CompoundWeight) -> nn.Module:
+    """The module whose forward reads a layer's weight."""
+    return layer.owner if isinstance(layer, CompoundWeight) else layer
+
+
+def _names(model: nn.Module) -> dict[int, set[str]]:
+    """All names of each module; one that is shared has several."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].add(name)
+    return names
+
+
+def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
+    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    return next((other for other, parameter in parameters.items() if parameter is parameters[key] and other in graph.known), key)
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
@@ -316,12 +329,18 @@ def float_graph(
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """A float copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
+    """`inference_copy`, without quantizers."""
+    plain = inference_copy(model)
+    remove(plain)
+    return plain
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
     trainer = model.__dict__.pop("_trainer", None)
     try:
-        plain = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     finally:
         if trainer is not None:
             model.__dict__["_trainer"] = trainer
-    remove(plain)
-    return plain.eval().cpu()
+    return copied.eval().cpu()
