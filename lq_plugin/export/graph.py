@@ -92,6 +92,9 @@ class Graph:
         if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
+        if bits == 4 and before.op_type in MATRIX and q.shape[0 if flipped else 1] % 2:
+            # OpenVINO 2026.4 computes nonsense there: it reads rows of 4-bit numbers as if they ended on whole bytes.
+            bits = 8
         kind = self._type(bits, weight.signed, source)
         scale, zero_point = weight.scale, weight.zero_point
         assert scale is not None
