@@ -141,6 +141,8 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         ExportError: no such file, no packed file, a damaged one, or one of another model. Nothing in it is executed.
     """
     metadata, blob, table = _read(Path(path))
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ExportError(f"{type(model).__name__} is on the meta device, where nothing can be read to: call model.to_empty(device='cpu')")
     try:
         plan = QuantPlan.from_dict(json.loads(metadata["plan"]))
         content = json.loads(zlib.decompress(table.tobytes()))
@@ -180,7 +182,7 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         layer.weight_quantizer = quantizer.to(layer.weight.device)
     raise_all(ExportError, f"{path} is of another model", faults)
     expected = {key for key in model.state_dict() if ".weight_quantizer." not in f".{key}"}
-    raise_all(ExportError, f"{path} is of another model", _key_faults(model, values, expected))
+    raise_all(ExportError, f"{path} is of another model", _key_faults(model, values, expected, set(values) - set(state)))
     model.load_state_dict(values, strict=False)
     model.eval()
     return ledger
@@ -206,12 +208,21 @@ def _weight_keys(model: nn.Module) -> set[str]:
     return keys
 
 
-def _key_faults(model: nn.Module, values: Mapping[str, Tensor], expected: set[str]) -> list[str]:
+def _key_faults(model: nn.Module, values: Mapping[str, Tensor], expected: set[str], unpacked: set[str]) -> list[str]:
     here = model.state_dict()
     faults = [f"the file lacks {key!r}" for key in sorted(expected - set(values))]
     faults += [f"{key!r} is only in the file" for key in sorted(set(values) - set(here))]
-    shapes = [key for key in values if key in here and here[key].shape != values[key].shape]
-    return faults + [f"{key} has shape {list(here[key].shape)} here and {list(values[key].shape)} in the file" for key in shapes]
+    both = [key for key in values if key in here]
+    faults += [
+        f"{key} has shape {list(here[key].shape)} here and {list(values[key].shape)} in the file"
+        for key in both if here[key].shape != values[key].shape
+    ]  # fmt: skip
+    # Weights are unpacked to float32 whatever the model's precision.
+    kinds = {(here[key].dtype, values[key].dtype): key for key in both if key not in unpacked and here[key].dtype != values[key].dtype}
+    return faults + [
+        f"{key} is {theirs} in the file and {ours} here, which would round anew: load it into a model of {theirs}, and convert that"
+        for (ours, theirs), key in kinds.items()
+    ]
 
 
 def _pack_weight(name: str, layer: QuantizedLayer, blob: _Blob, packed: Mapping[str, Any]) -> dict[str, Any]:

@@ -302,3 +302,22 @@ def test_a_model_that_is_a_layer_itself(tmp_path):
     other = nn.Linear(64, 64)
     load_packed(other, tmp_path / "net.safetensors")
     assert torch.equal(other(x), net(x))
+
+
+def test_another_precision_and_no_memory_are_refused(tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    net, x = make().bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16)
+    packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
+    with pytest.raises(
+        ExportError, match=r"is torch\.bfloat16 in the file and torch\.float32 here(.|\n)*load it into a model of torch\.bfloat16"
+    ):
+        load_packed(make(), tmp_path / "net.safetensors")
+    other = make().bfloat16()
+    load_packed(other, tmp_path / "net.safetensors")
+    assert torch.equal(other(x), net(x))
+    with torch.device("meta"):
+        nowhere = make().bfloat16()
+    with pytest.raises(ExportError, match=r"Sequential is on the meta device(.|\n)*to_empty"):
+        load_packed(nowhere, tmp_path / "net.safetensors")
