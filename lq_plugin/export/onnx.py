@@ -8,10 +8,7 @@ sign of the channel's whole numbers, or of its scale where their type lacks the 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
-import io
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +24,9 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.checks import check_float32, check_folder, check_unchanged, smallest_faults
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
+from lq_plugin.export.float_model import float_graph, inference_copy
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
-from lq_plugin.export.quiet import quiet
 from lq_plugin.export.readers import layer_calls, products, readers
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
@@ -41,9 +38,6 @@ from lq_plugin.spec import PerChannel, PerGroup
 
 log = logging.getLogger(__name__)
 
-#: The first one with 4-bit types and blocks of scales.
-OPSET = 21
-
 
 def export_onnx(
     model: nn.Module,
@@ -54,6 +48,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     sums_from: Iterable[Any] | None = None,
     smallest: int = 2,
+    dynamic_dims: Sequence[int] = (),
 ) -> int:
     """Write a prepared and calibrated model as ONNX.
 
@@ -67,6 +62,7 @@ def export_onnx(
             convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
+        dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
 
     Returns:
         The size of the file, in bytes.
@@ -81,7 +77,8 @@ def export_onnx(
     check_unchanged(model)
     check_float32(model)
     batches = None if sums_from is None else list(sums_from)
-    _check_inputs(inputs, input_names, batches, dynamic_batch)
+    free = {**({0: torch.export.Dim("batch")} if dynamic_batch else {}), **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC)}
+    _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -92,8 +89,7 @@ def export_onnx(
     ran = _layers_that_run(plain, inputs)
     remove(plain)
     arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
-    batch = torch.export.Dim("batch")
-    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None, arguments) if dynamic_batch else None
+    shapes = tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments) if free else None
     graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
@@ -143,8 +139,10 @@ def export_onnx(
     return Path(path).stat().st_size
 
 
-def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool) -> None:
-    """Refuse names and calibration batches that do not fit the example.
+def _check_inputs(
+    inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dims: Sequence[int], free: set[int]
+) -> None:
+    """Refuse names, dims and calibration batches that do not fit the example, whose `free` dims may have any size.
 
     Raises:
         ExportError: naming every fault.
@@ -155,15 +153,18 @@ def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batc
     faults = []
     if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
         faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
+    most = max((x.ndim for x in examples), default=0)
+    if unfit := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim < most]:
+        faults.append(f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got {', '.join(map(repr, unfit))}")
     if isinstance(batches, list) and not batches:
         faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
     for index, batch in enumerate(batches or ()):
-        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, dynamic_batch)]
+        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, free)]
     raise_all(ExportError, "cannot export the model", faults)
 
 
-def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -> Iterator[str]:
-    """How a calibration batch differs from the example's tensors in more than its number of samples."""
+def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Iterator[str]:
+    """How a calibration batch differs from the example's tensors in more than the sizes that are free."""
     if not isinstance(batch, (Tensor, tuple, list)):
         yield f"is a tensor or a tuple like inputs, got {type(batch).__name__}"
         return
@@ -172,8 +173,8 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -
         yield f"has {len(values)} tensors, the model has {len(examples)} inputs; targets do not belong in it: of (x, y) give x"
         return
     for number, (x, example) in enumerate(zip(values, examples, strict=True)):
-        free = 1 if dynamic_batch else 0
-        if x.dtype != example.dtype or x.ndim != example.ndim or x.shape[free:] != example.shape[free:]:
+        differ = {dim for dim, sizes in enumerate(zip(x.shape, example.shape, strict=False)) if sizes[0] != sizes[1]}
+        if x.dtype != example.dtype or x.ndim != example.ndim or not differ <= free:
             wanted = f"{example.dtype} of shape {list(example.shape)}"
             yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
 
@@ -307,40 +308,3 @@ def _activation(quantizer: InputQuantizer) -> tuple[Tensor, Tensor, Any, int | N
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     return scale, zero_point, quantizer.spec.grid, axis
-
-
-def float_graph(
-    plain: nn.Module,
-    inputs: tuple[Any, ...],
-    shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-) -> Any:
-    """A float model as an ONNX graph whose initializers keep the names of the parameters."""
-    # They tell of every step on the console, and warn of packages that could be installed.
-    # Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot follow.
-    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(
-            plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-            input_names=input_names, output_names=output_names,
-        )  # fmt: skip
-    assert program is not None
-    return program.model_proto
-
-
-def float_copy(model: nn.Module) -> nn.Module:
-    """`inference_copy`, without quantizers."""
-    plain = inference_copy(model)
-    remove(plain)
-    return plain
-
-
-def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
-    trainer = model.__dict__.pop("_trainer", None)
-    try:
-        copied = copy.deepcopy(model)
-    finally:
-        if trainer is not None:
-            model.__dict__["_trainer"] = trainer
-    return copied.eval().cpu()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lq_plugin import calibrate, prepare
+from lq_plugin.errors import ExportError
 from tests.models import randomize
 
 onnx = pytest.importorskip("onnx")
@@ -14,12 +15,12 @@ pytest.importorskip("onnxruntime")
 from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
 
 
-def exported(net, inputs, path, plan="int8 per_channel"):
+def exported(net, inputs, path, plan="int8 per_channel", **options):
     """The quantized model, written."""
     randomize(net.eval())
     prepare(net, plan)
     calibrate(net, [inputs], run=lambda batch: net(*batch))
-    export_onnx(net.eval(), inputs, path)
+    export_onnx(net.eval(), inputs, path, **options)
     return net
 
 
@@ -97,6 +98,43 @@ def test_dim_0_of_nested_inputs_and_of_any_number_of_them_is_dynamic(tmp_path):
         assert_runs_alike(net, inputs(n), tmp_path / "net.onnx")
 
 
+class BiasedAttention(nn.Module):
+    """Attention over a learned bias of distances, as in T5."""
+
+    def __init__(self, longest=5):
+        super().__init__()
+        self.qkv, self.out, self.bias, self.longest = nn.Linear(8, 24), nn.Linear(8, 8), nn.Embedding(2 * longest - 1, 2), longest
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = (part.reshape(n, length, 2, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        bias = self.bias(distance + self.longest - 1).permute(2, 0, 1)[None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(y.transpose(1, 2).reshape(n, length, 8))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.attention, self.head = nn.Embedding(20, 8), BiasedAttention(16), nn.Linear(8, 3)
+
+    def forward(self, tokens, mask, scale):
+        return self.head(self.attention(self.embedding(tokens)) * mask[..., None]) * scale[:, None, None]
+
+
+def test_sequences_of_any_length(tmp_path):
+    def inputs(n, length):
+        return torch.randint(0, 20, (n, length)), torch.ones(n, length), torch.rand(n)
+
+    x = inputs(2, 5)
+    net = exported(Tokens(), x, tmp_path / "net.onnx", dynamic_dims=[1])
+    for n, length in ((2, 5), (1, 16), (7, 1)):
+        assert_runs_alike(net, inputs(n, length), tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match=r"dynamic_dims are dims behind the batch that an input has, 1 to 1; got 0, 2, 'L'"):
+        export_onnx(net, x, tmp_path / "net.onnx", dynamic_dims=[0, 1, 2, "L"])
+
+
 def test_the_model_itself_says_what_inputs_do_not_fit(tmp_path, monkeypatch):
     net = exported(nn.Sequential(nn.Linear(8, 4)), (torch.randn(2, 8),), tmp_path / "net.onnx")
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: pytest.fail("the exporter was called"))
@@ -137,20 +175,6 @@ def test_a_layer_that_does_not_run_in_evaluation_is_left_out(tmp_path):
     net = exported(Auxiliary(), x, tmp_path / "net.onnx")
     assert_runs_alike(net, x, tmp_path / "net.onnx")
     assert not [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer if tensor.name.startswith("aux")]
-
-
-class BiasedAttention(nn.Module):
-    """Attention over a learned bias of distances, as in T5."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out, self.bias = nn.Linear(8, 24), nn.Linear(8, 8), nn.Embedding(9, 2)
-
-    def forward(self, x):
-        q, k, v = (part.reshape(len(x), 5, 2, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        distance = torch.arange(5)[:, None] - torch.arange(5)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(distance + 4).permute(2, 0, 1)[None])
-        return self.out(y.transpose(1, 2).reshape(len(x), 5, 8))
 
 
 def test_attention_over_a_learned_bias(tmp_path):
