@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,7 @@ class Graph:
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
+        self.codes: dict[tuple[Any, ...], str] = {}
         self.made: set[str] = set()
 
     def put_weight(
@@ -105,7 +107,7 @@ class Graph:
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
-        codes = self._initializer(f"{name}.weight_codes", q.contiguous().numpy(), kind)
+        codes = self._weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
         if before.op_type in CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
@@ -117,6 +119,14 @@ class Graph:
         if weight.block:
             place["block_size"] = weight.block
         return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+
+    def _weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
+        """The whole numbers of a weight, once for tied layers that have the same ones."""
+        content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
+        if content not in self.codes:
+            self.codes[content] = self._initializer(name, values, kind)
+        self.known[name] = self.known[self.codes[content]]
+        return self.codes[content]
 
     @staticmethod
     def _reads_transposed(node: onnx.NodeProto) -> bool:

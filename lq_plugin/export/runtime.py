@@ -41,6 +41,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     if accuracy_level not in (1, 2, 3, 4):
         raise ExportError(f"accuracy_level is 1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8), got {accuracy_level!r}")
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of each constant that it cannot compute in advance
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -107,6 +107,16 @@ def test_tied_layers_that_compute_alike(inputs, tmp_path):
     assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5 if inputs is None else 0.03)
 
 
+@pytest.mark.parametrize(("second", "kept"), [("int4 per_channel", 1), ("int3 per_channel", 2)])
+def test_the_weight_of_tied_layers_is_in_the_file_once(second, kept, tmp_path):
+    x = torch.randn(3, 8)
+    rules = [Rule("first", weight="int4 per_channel"), Rule("second", weight=second)]
+    want = exported(TiedHeads(), x, rules, tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5)
+    names = [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer]
+    assert sum(name.endswith("weight_codes") for name in names) == kept
+
+
 class ReadPast(nn.Module):
     """An embedding whose weight the model reads as a head, and a layer that only lends its weight, as in Mamba."""
 
