@@ -54,7 +54,7 @@ def export_onnx(
 
     Args:
         model: prepared; it is not changed.
-        inputs: positional arguments of its forward, as an example; at least two samples where the batch is dynamic.
+        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the batch is dynamic.
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph; as many names as `inputs` has tensors.
@@ -287,7 +287,7 @@ def _names(model: nn.Module) -> dict[int, set[str]]:
 def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
     """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
     parameters = dict(plain.named_parameters(remove_duplicate=False))
-    return next((other for other, parameter in parameters.items() if parameter is parameters[key] and other in graph.known), key)
+    return next((other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known), key)
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
