@@ -16,7 +16,7 @@ All of them are exact. MXFP8 has none: its values need 18 bits as whole numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,20 @@ class Container:
     zero_point: Tensor | None = None
     block: int = 0
     table: Tensor | None = None
+
+    def in_blocks(self, size: int) -> Container:
+        """The same weight in smaller blocks, of a size that divides the one they have.
+
+        >>> whole = Container(torch.zeros(1, 6, dtype=torch.int32), 2, True, torch.tensor([[0.5, 2.0]]), block=4)
+        >>> whole.in_blocks(2).scale
+        tensor([[0.5000, 0.5000, 2.0000]])
+        """
+        count = -(-self.q.shape[1] // size)
+
+        def repeated(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat_interleave(self.block // size, 1)[:, :count]
+
+        return replace(self, scale=repeated(self.scale), zero_point=repeated(self.zero_point), block=size)
 
 
 def container(spec: QuantSpec, parts: Parts, name: str) -> Container:

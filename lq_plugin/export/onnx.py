@@ -131,6 +131,8 @@ def export_onnx(
             graph.put_bias(name, node, scale)
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
+    for name, what in graph.slow.items():
+        log.warning("%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits", name, what)
     file = graph.finish()
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
         log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)

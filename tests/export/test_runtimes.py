@@ -6,10 +6,10 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session
+from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
 
 
 def assert_exact(session, net, x):
@@ -44,3 +44,27 @@ def test_linear_layers_of_an_odd_number_of_inputs(weight, tmp_path):
     for session in (onnx_session(tmp_path / "net.onnx", threads=1), OpenVINOSession(tmp_path / "net.onnx", threads=1)):
         assert_exact(session, net, x)
         assert_exact(session, net, x[:3])
+
+
+@pytest.mark.parametrize(("spec", "block"), [("int2 group256 ragged", 128), ("uint2 affine group96 ragged", 32), ("int2 group64", 64)])
+def test_groups_of_2_bits_are_those_that_have_a_kernel(spec, block, tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(320, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(5, 320)
+    prepare(net, QuantPlan([Rule("0", weight=spec)]))
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"])
+    (node,) = [node for node in onnx.load(tmp_path / "net.onnx").graph.node if node.op_type == "DequantizeLinear"]
+    assert {a.name: a.i for a in node.attribute}["block_size"] == block
+    assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)
+
+
+def test_groups_without_a_kernel_are_named(tmp_path, caplog):
+    net, x = nn.Sequential(nn.Linear(48, 8)), torch.randn(5, 48)
+    prepare(net, "int2 group16")
+    calibrate(net, [x])
+    for smallest, warned in ((2, True), (4, False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "lq_plugin.export.onnx"):
+            export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"], smallest=smallest)
+        assert ("0: ONNX Runtime has no kernel for 2-bit groups of 16" in caplog.text) == warned
+        assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)
