@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError, ExportError
 from lq_plugin.export.verify import inputs_of
+from lq_plugin.export_options import RUNTIMES, need_onnx
 from lq_plugin.plan import LayerPlan
 from lq_plugin.search.bound import BoundSpace
 from lq_plugin.search.evaluator import Evaluator
@@ -30,8 +31,10 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
 
     Raises:
         ExportError: options that do not exist, or cannot be.
-        ImportError: without onnx (`pip install "lq_plugin[onnx]"`).
+        MissingPackageError: without onnx and the runtime (`pip install "lq_plugin[onnx]"`).
     """
+    runtime = (given or {}).get("runtime")
+    need_onnx("latency", runtime if runtime in RUNTIMES else RUNTIMES[0])
     from lq_plugin.export.latency import LatencyOptions  # not at the top: it needs onnx
 
     try:
@@ -82,11 +85,8 @@ def example_inputs(evaluator: Evaluator) -> list[Tensor]:
         CalibrationError: there is none.
         ExportError: it is no tensor.
     """
-    loaders = evaluator.trainer.val_dataloaders
-    while isinstance(loaders, (list, tuple, dict)) and loaders:
-        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
-    for batch in loaders or ():
-        return inputs_of([batch], 1)
+    if inputs := inputs_of(evaluator.trainer.val_dataloaders or (), 1):
+        return inputs
     raise CalibrationError("latency is measured on a batch of validation data, and there is none")
 
 
