@@ -11,6 +11,7 @@ What a runtime fuses across layers is not in it; `model_latency` measures the wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,7 @@ from lq_plugin.errors import ExportError, did_you_mean, raise_all
 from lq_plugin.export.onnx import export_onnx, float_copy, float_graph
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export_options import RUNTIMES
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
 from lq_plugin.plan import LayerPlan, QuantPlan, Rule
@@ -40,8 +42,6 @@ from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
 log = logging.getLogger(__name__)
 
-#: Packages by runtime.
-RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 _FLOAT = "float"
 _WARM_UP = 3
 #: Between two lines of progress.
@@ -85,7 +85,7 @@ class LatencyOptions:
         info = Path("/proc/cpuinfo")
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
         name = names[0].partition(":")[2].strip() if names else processor
-        return f"{self.runtime} {version(RUNTIMES[self.runtime])}; {name}; {self.threads} threads; batch {self.batch}"
+        return f"{self.runtime} {version(self.runtime)}; {name}; {self.threads} threads; batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,12 @@ def latency_table(
         progress = _Progress("exported", new)
         progress.step(timer.add(whole, model, batch))
         for name, row in keys.items():
+            layer = nn.Sequential(model.get_submodule(name))
+            # Its graph, which takes seconds to make, is the same under all specs.
+            graph = functools.cache(functools.partial(float_graph, float_copy(layer), (seen[name],)))
             for kind, key in row.items():
                 try:
-                    progress.step(timer.add(key, nn.Sequential(model.get_submodule(name)), [seen[name]], wanted[name][kind]))
+                    progress.step(timer.add(key, layer, [seen[name]], wanted[name][kind], graph))
                 except ExportError as error:
                     faults.append(f"{name} under '{kind}': {error}")
         raise_all(ExportError, "latency cannot be measured", faults)
@@ -247,8 +250,18 @@ class _Timer:
         self.known: dict[str, float] = self._read().get(options.place, {})
         self.runs: dict[str, Callable[[], Any]] = {}
 
-    def add(self, key: str, model: nn.Module, inputs: list[Tensor], plan: LayerPlan | None = None) -> bool:
-        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be."""
+    def add(
+        self,
+        key: str,
+        model: nn.Module,
+        inputs: list[Tensor],
+        plan: LayerPlan | None = None,
+        graph: Callable[[], onnx.ModelProto] | None = None,
+    ) -> bool:
+        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be.
+
+        `graph` makes that of the float model, where several keys share it.
+        """
         if key in self.known or key in self.runs:
             return False
         if plan is not None:
@@ -260,9 +273,10 @@ class _Timer:
         path = self.folder / f"{len(self.runs)}.onnx"
         if quantized_layers(model):
             # OpenVINO has no INT2.
-            export_onnx(model, inputs, path, dynamic_batch=False, smallest=4 if self.options.runtime == "openvino" else 2)
+            smallest = 4 if self.options.runtime == "openvino" else 2
+            export_onnx(model, inputs, path, dynamic_batch=False, smallest=smallest, exported=graph and graph())
         else:
-            onnx.save(float_graph(float_copy(model), tuple(inputs)), path)
+            onnx.save(graph() if graph else float_graph(float_copy(model), tuple(inputs)), path)
         self.runs[key] = self._runner(path, inputs)
         return True
 

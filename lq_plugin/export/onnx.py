@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.checks import check_float32, check_folder, check_unchanged, smallest_faults
+from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.quiet import quiet
 from lq_plugin.export.sums import quantize_sums
+from lq_plugin.export_options import smallest_faults
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
@@ -51,6 +52,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     sums_from: Iterable[Any] | None = None,
     smallest: int = 2,
+    exported: onnx.ModelProto | None = None,
 ) -> int:
     """Write a prepared and calibrated model as ONNX.
 
@@ -64,6 +66,7 @@ def export_onnx(
             convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
+        exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most of the time.
 
     Returns:
         The size of the file, in bytes.
@@ -71,7 +74,7 @@ def export_onnx(
     Raises:
         ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every tensor that
             ONNX cannot say exactly. No file is written then.
-        ImportError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
+        MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
     check_folder(path)
@@ -88,7 +91,8 @@ def export_onnx(
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
     plain = float_copy(model)
-    graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
+    plain_graph = copy.deepcopy(exported) if exported is not None else float_graph(plain, tuple(inputs), shapes, input_names, output_names)
+    graph = Graph(plain_graph, smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
