@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lq_plugin.errors import ExportError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.export_options import SUFFIXES, check_runtime, need_onnx, smallest_faults
 from lq_plugin.plan import QuantPlan
 
@@ -46,18 +47,18 @@ def run_export(cfg: DictConfig) -> Path:
     # Layers that are built there are loaded and checked, too; Lightning calls it again.
     model.configure_model()
     if ptq is None:
-        load_checkpoint(model, cfg.ckpt_path)
+        load(load_checkpoint, model, cfg.ckpt_path)
         check_model(cfg, model)
     else:
         if cfg.float_checkpoint:
-            load_float_weights(model, Path(cfg.float_checkpoint))
+            load(load_float_weights, model, cfg.float_checkpoint)
         check_plan(cfg, model, ptq.plan)
     path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    datamodule: LightningDataModule = instantiate(cfg.data)
+    datamodule: LightningDataModule | None = instantiate(cfg.get("data"))
     inputs: list[Tensor] = []
     sums_from: list[Tensor] | None = None
-    if cfg.verify or cfg.to == "onnx":
+    if datamodule is not None and (cfg.verify or cfg.to == "onnx"):
         inputs, sums_from = example_batches(cfg, datamodule)
     if ptq is not None:
         calibrate_plan(cfg, model, datamodule, ptq)
@@ -88,7 +89,7 @@ def check_export(cfg: DictConfig) -> None:
     """
     check_runtime(cfg.runtime)
     if cfg.to not in SUFFIXES:
-        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to), SUFFIXES)}")
+        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to).lower(), SUFFIXES)}")
     if (cfg.ckpt_path is None) == (cfg.plan is None):
         raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
     faults = smallest_faults(cfg.smallest)
@@ -102,16 +103,35 @@ def check_export(cfg: DictConfig) -> None:
             QuantPlan.parse(cfg.plan)
         except QuantizationError as error:
             faults.append(str(error))
+    if cfg.get("data") is None and (cfg.verify or cfg.to == "onnx"):
+        faults.append("there is no data=...: verify=true and to=onnx run the model on a batch of it")
     if cfg.output is not None and Path(cfg.output).suffix != SUFFIXES[cfg.to]:
         faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
     if cfg.round_sums and cfg.to != "onnx":
         faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
+    faults += [f"{name} is true or false, got {cfg[name]!r}" for name in ("verify", "round_sums") if not isinstance(cfg[name], bool)]
     for name in ("verify_batches", "calibration_batches"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
     raise_all(ExportError, "cannot export", faults)
     if cfg.to == "onnx":
         need_onnx("to=onnx with verify=true" if cfg.verify else "to=onnx", cfg.runtime if cfg.verify else None)
+
+
+def load(function: Callable[[LightningModule, str], Any], model: LightningModule, path: str) -> None:
+    """Load a checkpoint of one kind.
+
+    Raises:
+        ExportError: it is of the other kind, or of another model.
+    """
+    try:
+        function(model, path)
+    except PlanError as error:
+        raise ExportError(
+            f"{error}. ckpt_path=... is for checkpoints of QAT and PTQ; float_checkpoint=... (and plan=...) for others"
+        ) from error
+    except RuntimeError as error:  # torch's, with every key and shape
+        raise ExportError(f"{path} is of another model than model=...: {error}") from error
 
 
 def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None:
@@ -173,10 +193,36 @@ def example_batches(cfg: DictConfig, datamodule: LightningDataModule) -> tuple[l
     return inputs, sums_from
 
 
-def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, ptq: PTQ) -> None:
-    """Run PTQ on the float model; nothing is evaluated."""
-    from lightning.pytorch.callbacks import LambdaCallback
+def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
+    """Prepare and calibrate a model of which nothing but weights is quantized: no data is needed.
 
+    Raises:
+        CalibrationError: it is.
+    """
+    from lq_plugin import calibrate, prepare
+    from lq_plugin.model.calibrate import needs_data
+
+    if others := [phase for phase in ptq.phases if phase != "calibrate"]:
+        raise CalibrationError(f"there is no data=..., and {', '.join(others)} needs a batch: give it, or phases=[calibrate]")
+    ledger = prepare(model, ptq.plan)
+    log.info("PTQ without data, nothing is known of operations and MACs: %s", ledger.summary())
+    if needs_data(model):
+        raise CalibrationError("there is no data=..., and the ranges of activations come from it: give it, or a plan for weights alone")
+    calibrate(model, ())
+
+
+def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule | None, ptq: PTQ) -> None:
+    """Run PTQ on the float model; nothing is evaluated.
+
+    Raises:
+        CalibrationError: there is no data, and what cannot do without is asked for.
+    """
+    from lightning.pytorch.callbacks import LambdaCallback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if datamodule is None and not is_overridden("val_dataloader", model):
+        calibrate_weights(model, ptq)
+        return
     # What a plan that names operations comes to is known then, and nothing is calibrated yet.
     check = LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
     # One batch: nobody sees a metric of it.

@@ -17,7 +17,7 @@ from lightning import LightningDataModule, Trainer
 from lq_plugin import PTQ, QAT
 from lq_plugin.cli import log_once
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.errors import ExportError, MissingPackageError, QuantizationError
+from lq_plugin.errors import CalibrationError, ExportError, MissingPackageError, QuantizationError
 from lq_plugin.export import load_packed
 from lq_plugin.export_command import run_export
 
@@ -237,6 +237,9 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
     ("overrides", "message"),
     [
         (["to=onix"], "to=onix: .* Did you mean 'onnx'"),
+        (["to=ONNX"], "to=ONNX: .* Did you mean 'onnx'"),
+        (["verify=maybe"], "verify is true or false, got 'maybe'"),
+        (["verify=true", "~data"], "there is no data=...: verify=true and to=onnx run the model on a batch of it"),
         (["ckpt_path=null"], "give either ckpt_path"),
         (["ckpt_path=runs/best.ckpt"], "ckpt_path=runs/best.ckpt: there is no such file"),
         (["ckpt_path=null", "plan=w8a8", "float_checkpoint=flaot.ckpt"], "float_checkpoint=flaot.ckpt: there is no such file"),
@@ -266,3 +269,25 @@ def test_lightnings_use_of_a_deprecated_class_is_not_shown() -> None:
         for module in ("lightning.pytorch.utilities._pytree", "somebody.else"):
             warnings.warn_explicit(text, FutureWarning, f"{module}.py", 1, module=module)
     assert [warning.filename for warning in shown] == ["somebody.else.py"]
+
+
+def test_checkpoints_of_another_kind_or_model_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    float_checkpoint = tmp_path / "float.ckpt"
+    torch.save({"state_dict": DigitsCNN(width=8).state_dict()}, float_checkpoint)
+    with pytest.raises(ExportError, match=r"float.ckpt is a float checkpoint.*float_checkpoint=... .and plan=.... for others"):
+        run_export(composed(tmp_path, "model.width=8", f"ckpt_path={float_checkpoint}"))
+    with pytest.raises(ExportError, match=r"quantized.ckpt is a checkpoint of a quantized model.*ckpt_path=... is for checkpoints of QAT"):
+        run_export(composed(tmp_path, "model.width=8", f"float_checkpoint={checkpoint}", "plan=w4a8"))
+    with pytest.raises(ExportError, match=r"(?s)quantized.ckpt is of another model than model=....*size mismatch"):
+        run_export(composed(tmp_path, "model.width=16", f"ckpt_path={checkpoint}"))
+
+
+def test_without_any_data(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run_export(composed(tmp_path, "model.width=8", f"ckpt_path={checkpoint}", "~data")).stat().st_size > 0
+    with caplog.at_level(logging.INFO):
+        run_export(composed(tmp_path, "plan=int4 per_channel", "phases=[calibrate]", "~data"))
+    assert "PTQ without data, nothing is known of operations and MACs: 6 quantized" in caplog.text
+    with pytest.raises(CalibrationError, match=r"no data=..., and fold_batch_norm needs a batch: give it, or phases=\[calibrate\]"):
+        run_export(composed(tmp_path, "plan=int4 per_channel", "~data"))
+    with pytest.raises(CalibrationError, match=r"no data=..., and the ranges of activations come from it"):
+        run_export(composed(tmp_path, "plan=w4a8", "phases=[calibrate]", "~data"))
