@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> float | None:
         The metric named by `optimized_metric`, for a sweep; None when none is named.
     """
     with told():
-        require_lq_configs(cfg)
+        check_request(cfg)
         return optimized_metric(run(cfg), cfg.optimized_metric)
 
 
@@ -134,6 +134,18 @@ def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
     return metrics[name]
 
 
+def check_request(cfg: Any) -> None:
+    """Refuse what is wrong with any config, before anything is imported for it.
+
+    Raises:
+        QuantizationError: a group that was not found, or no file of float weights.
+    """
+    require_lq_configs(cfg)
+    path = cfg.get("float_checkpoint")
+    if path and not Path(path).is_file():
+        raise QuantizationError(f"float_checkpoint={path}: there is no such file")
+
+
 def require_lq_configs(cfg: Any) -> None:
     """Refuse a config in which `+lq=qat` became the plain string `"qat"`.
 
@@ -183,7 +195,7 @@ def told() -> Iterator[None]:
 def search(cfg: DictConfig) -> None:
     """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
     with told():
-        require_lq_configs(cfg)
+        check_request(cfg)
         log_once()
         from lq_plugin.search.main import run as run_search
 
@@ -198,7 +210,7 @@ def search(cfg: DictConfig) -> None:
 def sensitivity(cfg: DictConfig) -> None:
     """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`."""
     with told():
-        require_lq_configs(cfg)
+        check_request(cfg)
         log_once()
         from lq_plugin.search.sensitivity_main import run as run_sensitivity
 

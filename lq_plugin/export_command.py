@@ -54,7 +54,10 @@ def run_export(cfg: DictConfig) -> Path:
             load(load_float_weights, model, cfg.float_checkpoint)
         check_plan(cfg, model, ptq.plan)
     path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
     datamodule: LightningDataModule | None = instantiate(cfg.get("data"))
     inputs: list[Tensor] = []
     sums_from: list[Tensor] | None = None

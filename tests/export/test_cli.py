@@ -282,6 +282,12 @@ def test_checkpoints_of_another_kind_or_model_are_named(checkpoint: Path, tmp_pa
         run_export(composed(tmp_path, "model.width=16", f"ckpt_path={checkpoint}"))
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_the_calibration(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"cannot write .*file/net.safetensors: .*File exists"):
+        run_export(composed(tmp_path, "plan=w4a8", f"output={tmp_path}/file/net.safetensors"))
+
+
 def test_without_any_data(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run_export(composed(tmp_path, "model.width=8", f"ckpt_path={checkpoint}", "~data")).stat().st_size > 0
     with caplog.at_level(logging.INFO):
