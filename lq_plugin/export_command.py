@@ -44,8 +44,6 @@ def run_export(cfg: DictConfig) -> Path:
     ptq = None if cfg.plan is None else PTQ(cfg.plan, cfg.calibration_batches, cfg.phases)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model: LightningModule = instantiate(cfg.model)
-    # Layers that are built there are loaded and checked, too; Lightning calls it again.
-    model.configure_model()
     if ptq is None:
         load(load_checkpoint, model, cfg.ckpt_path)
         check_model(cfg, model)
@@ -143,11 +141,13 @@ def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None
     Raises:
         PlanError, ExportError: naming every fault.
     """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
     from lq_plugin.model.operation_rules import needs_recording
     from lq_plugin.model.prepare import prepare
 
-    # Which operations a plan names is known from a batch only.
-    if not needs_recording(model, plan):
+    # Which layers such a module builds is known once a Trainer has it, and which operations a plan names from a batch only.
+    if not any(is_overridden(hook, model) for hook in ("setup", "configure_model")) and not needs_recording(model, plan):
         probe = copy.deepcopy(model)
         prepare(probe, plan)
         check_model(cfg, probe)
@@ -226,7 +226,7 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
     if datamodule is None and not is_overridden("val_dataloader", model):
         calibrate_weights(model, ptq)
         return
-    # What a plan that names operations comes to is known then, and nothing is calibrated yet.
+    # What `check_plan` could not tell is known then, and nothing is calibrated yet.
     check = LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
     # One batch: nobody sees a metric of it.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}

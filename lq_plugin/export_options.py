@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lq_plugin.errors import ExportError, did_you_mean
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from lq_plugin.errors import ExportError, did_you_mean, raise_all
 from lq_plugin.extras import need_packages
 
 #: What a file's name ends in, by its kind.
@@ -35,3 +40,43 @@ def need_onnx(what: str, runtime: str | None = None) -> None:
         MissingPackageError: naming them, and the extra that brings them.
     """
     need_packages(what, "onnx", "onnxscript", *([] if runtime is None else [runtime]))
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """Where and how latency is measured.
+
+    Args:
+        runtime: `"onnxruntime"` or `"openvino"`.
+        batch: samples at a time.
+        threads: of the runtime.
+        rounds: runs of each layer that count; the median does.
+        cache: JSON file that keeps what was measured; None: nothing is kept.
+
+    Raises:
+        ExportError: another runtime, or a number below 1.
+    """
+
+    runtime: str = "onnxruntime"
+    batch: int = 1
+    threads: int = 1
+    rounds: int = 25
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be at least 1, got {value}" for name in ("batch", "threads", "rounds") if (value := getattr(self, name)) < 1
+        ]
+        if self.runtime not in RUNTIMES:
+            valid = ", ".join(RUNTIMES)
+            faults.insert(0, f"unknown runtime {self.runtime!r}; valid: {valid}.{did_you_mean(self.runtime, RUNTIMES)}")
+        raise_all(ExportError, "cannot measure latency", faults)
+
+    @property
+    def place(self) -> str:
+        """What numbers are comparable within: runtime, processor, threads, batch."""
+        processor = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        name = names[0].partition(":")[2].strip() if names else processor
+        return f"{self.runtime} {version(self.runtime)}; {name}; {self.threads} threads; batch {self.batch}"

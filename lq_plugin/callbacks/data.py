@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.model.calibrate import Statistics
+from lq_plugin.model.calibrate import Statistics, needs_data
 from lq_plugin.model.loaders import loaders_in
 
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step")
@@ -66,9 +66,10 @@ def one_batch(
     """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see `one_float_batch`.
 
     Raises:
-        CalibrationError: there is no batch, or no step that takes it.
+        CalibrationError: there is no batch (or none but of the evaluation, where ranges need training data), or no step that takes it.
     """
-    batch, step = _batch_and_step(trainer, pl_module, given, step)
+    # Where ranges will need others, that is said before anything of the module changes.
+    batch, step = _batch_and_step(trainer, pl_module, given, step, or_evaluation=not needs_data(pl_module))
     run = step_runner(trainer, pl_module, step)
     batch = _transferred(trainer, pl_module, batch)
     return lambda: run(batch)
@@ -91,14 +92,18 @@ def one_float_batch(
 
 
 def _batch_and_step(
-    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: Callable[[LightningModule, Any], Any] | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    given: Iterable[Any] | None,
+    step: Callable[[LightningModule, Any], Any] | None,
+    or_evaluation: bool = True,
 ) -> tuple[Any, Callable[[LightningModule, Any], Any]]:
     with isolate_rng():
         loader = _loader(trainer, pl_module, given)
         if loader is None:
             name = f"{trainer.state.fn}_step" if trainer.state.fn in ("test", "predict") else "validation_step"
             loop: Any = {"test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name, trainer.validate_loop)
-            if not loop._data_source.is_defined() or not is_overridden(name, pl_module):
+            if not or_evaluation or not loop._data_source.is_defined() or not is_overridden(name, pl_module):
                 raise CalibrationError(_NO_LOADER)
             loader = itertools.chain.from_iterable(loaders_in(loop._data_source.dataloader()))
             step = step or _as_step(pl_module, name)

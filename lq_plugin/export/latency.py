@@ -16,13 +16,11 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.onnx import export_onnx, float_copy, float_graph
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.runtime import onnx_session
-from lq_plugin.export_options import RUNTIMES
+from lq_plugin.export_options import LatencyOptions
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
 from lq_plugin.plan import LayerPlan, QuantPlan, Rule
@@ -46,46 +44,6 @@ _FLOAT = "float"
 _WARM_UP = 3
 #: Between two lines of progress.
 _SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class LatencyOptions:
-    """Where and how latency is measured.
-
-    Args:
-        runtime: `"onnxruntime"` or `"openvino"`.
-        batch: samples at a time.
-        threads: of the runtime.
-        rounds: runs of each layer that count; the median does.
-        cache: JSON file that keeps what was measured; None: nothing is kept.
-
-    Raises:
-        ExportError: another runtime, or a number below 1.
-    """
-
-    runtime: str = "onnxruntime"
-    batch: int = 1
-    threads: int = 1
-    rounds: int = 25
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be at least 1, got {value}" for name in ("batch", "threads", "rounds") if (value := getattr(self, name)) < 1
-        ]
-        if self.runtime not in RUNTIMES:
-            valid = ", ".join(RUNTIMES)
-            faults.insert(0, f"unknown runtime {self.runtime!r}; valid: {valid}.{did_you_mean(self.runtime, RUNTIMES)}")
-        raise_all(ExportError, "cannot measure latency", faults)
-
-    @property
-    def place(self) -> str:
-        """What numbers are comparable within: runtime, processor, threads, batch."""
-        processor = platform.processor() or platform.machine()
-        info = Path("/proc/cpuinfo")
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-        name = names[0].partition(":")[2].strip() if names else processor
-        return f"{self.runtime} {version(self.runtime)}; {name}; {self.threads} threads; batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -211,11 +169,23 @@ def latency_table(
     return LatencyTable(options, times[whole], layers, left_out)
 
 
-def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions | None = None) -> float:
+def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], onnx.ModelProto]:
+    """What makes the graph of the float model when it is first asked for it, and remembers it; for `model_latency` under several plans."""
+    batch = tuple(_resized(x, options.batch) for x in inputs)
+    return functools.cache(functools.partial(float_graph, float_copy(model), batch))
+
+
+def model_latency(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    options: LatencyOptions | None = None,
+    graph: Callable[[], onnx.ModelProto] | None = None,
+) -> float:
     """Milliseconds of a whole model, prepared and calibrated, or float; never from the cache.
 
     Args:
         model, inputs, options: see `latency_table`.
+        graph: `model_graph` of the same weights, where several plans are measured; None: it is made for this one.
 
     Raises:
         ExportError: a model that cannot be exported.
@@ -223,7 +193,7 @@ def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOp
     options = replace(options or LatencyOptions(), cache=None)
     with tempfile.TemporaryDirectory() as folder:
         timer = _Timer(options, Path(folder))
-        timer.add("model", model, [_resized(x, options.batch) for x in inputs])
+        timer.add("model", model, [_resized(x, options.batch) for x in inputs], graph=graph)
         return timer.measure()["model"]
 
 

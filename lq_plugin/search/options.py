@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from optuna.pruners import BasePruner, NopPruner
 
 from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.export_options import LatencyOptions
 from lq_plugin.search.build import build
 from lq_plugin.search.constraint import Constraint, parse_constraints
 from lq_plugin.search.costs import COSTS, LATENCY
 from lq_plugin.search.latency import latency_options
 from lq_plugin.search.levels import Level, level_faults, margin_faults, parse_levels
 from lq_plugin.search.sensitivity import AUTO, MEASURES
-
-if TYPE_CHECKING:
-    from lq_plugin.export.latency import LatencyOptions
 
 
 @dataclass

@@ -43,7 +43,7 @@ from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
 
 if TYPE_CHECKING:
-    from lq_plugin.export.latency import LatencyOptions
+    from lq_plugin.export_options import LatencyOptions
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def search(
         sensitivity: what it is measured by, see `lq_plugin.search.sensitivity`.
         sensitivity_batches: of calibration data that it is measured on.
         latency: where it is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache": "latency.json"}`, see
-            `lq_plugin.export.latency.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
+            `lq_plugin.export_options.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
         heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
             worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.

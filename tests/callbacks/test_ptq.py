@@ -235,8 +235,10 @@ def test_what_needs_no_data_needs_no_training_data(trainer, plan):
 
 
 def test_ranges_of_activations_need_training_data(trainer):
+    ptq = PTQ("w4a8")
     with pytest.raises(CalibrationError, match="neither a datamodule nor the LightningModule has a train_dataloader"):
-        trainer(PTQ("w4a8")).validate(OfTwo(), datamodule=WithoutTraining(), verbose=False)
+        trainer(ptq).validate(OfTwo(), datamodule=WithoutTraining(), verbose=False)
+    assert ptq.folded is None, "the module is as before"
 
 
 def test_weights_are_calibrated_without_passes(trainer):

@@ -165,6 +165,23 @@ def test_operations_that_onnx_cannot_hold_are_refused_before_the_calibration(tmp
         run_export(composed(tmp_path, "to=onnx", "model._target_=tests.export.test_cli.Residual", plan))
 
 
+class Late(DigitsCNN):
+    """One of its layers comes late."""
+
+    def configure_model(self) -> None:
+        self.late = torch.nn.Linear(10, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.late(super().forward(x))
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_layers_that_come_late_are_checked_before_the_calibration(tmp_path: Path) -> None:
+    plan = "plan={rules: [{match: late, input: mx9}]}"
+    with pytest.raises(ExportError, match=r"late.input \(mx9\): its scales are found at run time"):
+        run_export(composed(tmp_path, "to=onnx", "model._target_=tests.export.test_cli.Late", plan))
+
+
 class ValidationOnly(LightningDataModule):
     """With several loaders, as Lightning takes them."""
 
