@@ -14,5 +14,5 @@ setup(
         "lq_plugin.conf",
     ],
     package_dir={"lq_plugin.conf": "conf"},
-    package_data={"lq_plugin": ["py.typed", "native/*.cpp", "report/assets/*"], "lq_plugin.conf": ["**/*.yaml"]},
+    package_data={"lq_plugin": ["py.typed", "**/*.cpp", "**/*.h", "report/assets/*"], "lq_plugin.conf": ["**/*.yaml"]},
 )

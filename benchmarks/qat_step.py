@@ -4,9 +4,10 @@
 
 A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is quantized,
 weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving average, LSQ learns all
-steps at 4 bits. `ratio` is the median of steps over that of float steps, which run in turn in the same process; `low` and `high`
-are the smallest and largest ratio within one round. The models: r20, ResNet-20 on 128 images of 32 × 32; r18, ResNet-18 on 16 images of
-112 × 112; encoder, four `nn.TransformerEncoderLayer`s of 384 features on 16 × 128 tokens. Data and weights are random.
+steps at 4 bits. By name: MX6, MXFP8, MXFP4, NVFP4, VS (two-level scales), BNN (signs), TTQ (8-bit inputs). `ratio` is the median of
+steps over that of float steps, which run in turn in the same process; `low` and `high` are the smallest and largest ratio within one
+round. The models: r20, ResNet-20 on 128 images of 32 × 32; r18, ResNet-18 on 16 images of 112 × 112; encoder, four
+`nn.TransformerEncoderLayer`s of 384 features on 16 × 128 tokens. Data and weights are random.
 
 `saved_mb` is what autograd keeps between forward and backward: the bytes (/ 10^6) of every storage that
 `torch.autograd.graph.saved_tensors_hooks` sees, each once. A float step keeps its weights, a quantized one its quantized weights;
@@ -15,9 +16,9 @@ are the smallest and largest ratio within one round. The models: r20, ResNet-20 
 Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(..., forward="integer")`;
 `lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float compiled` stands beside it);
 `torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer (attention keeps its projection of query, key
-and value float); `torchao QATConfig` (linear layers only) and `torchao pt2e`; Brevitas, where it is installed
-(`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn: `brevitas collecting`, its first
-300 steps, and `brevitas learned`, what comes after them.
+and value float); `torchao QATConfig` (linear layers only), `torchao MXTensor` (linear layers outside of attention only, its tensors
+there and back) and `torchao pt2e`; Brevitas, where it is installed (`python -m benchmarks.peers install brevitas`), a process in its
+own environment that takes its turn: `brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from rich.table import Table
 from benchmarks import common
 from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import CLOCKS, MODELS, Step, float_step
-from benchmarks.qat_step_rivals import IMPLEMENTATIONS, Unavailable
+from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, Unavailable
 
 SETTINGS = ("W8A8", "W4A8", "W4A4", "LSQ")
 #: Also: on processors without VNNI instructions, 7 bits are what an integer forward pass can take.
-OTHERS = ("W7A8",)
+OTHERS = ("W7A8", *FORMATS)
 
 
 def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__, data=False)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="to measure (default: all)")
     parser.add_argument(
-        "--settings", nargs="+", choices=(*SETTINGS, *OTHERS), default=list(SETTINGS), help="to measure (default: all but W7A8)"
+        "--settings", nargs="+", choices=(*SETTINGS, *OTHERS), default=list(SETTINGS), help=f"to measure (default: {' '.join(SETTINGS)})"
     )
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="*", choices=names, default=names, help="to measure (default: all)")

@@ -28,8 +28,23 @@ class Unavailable(Exception):
     """An implementation that has not this setting, or is not installed."""
 
 
+#: Weights and inputs of settings that are no bit-widths. The words of `QuantSpec`.
+FORMATS = {
+    "MX6": ("mx6", "mx6"),
+    "MXFP8": ("mxfp8", "mxfp8"),
+    "MXFP4": ("mxfp4", "mxfp4"),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "VS": ("int4 group16:4 ragged", "int8 group16:8 ragged"),
+    "BNN": ("sign", "sign"),
+    "TTQ": ("ttq", "uint8 affine"),
+}
+
+
 def plan_of(setting: str) -> QuantPlan:
-    """Weights per channel, inputs per tensor, on every layer."""
+    """Weights per channel, inputs per tensor, on every layer; or the format."""
+    if setting in FORMATS:
+        weight, inputs = FORMATS[setting]
+        return QuantPlan([Rule("*", weight=weight, input=inputs)])
     if setting == "LSQ":
         return QuantPlan([Rule("*", weight="int4 per_channel lsq", input="int4 lsq")])
     return QuantPlan.parse(setting.lower())
@@ -136,6 +151,7 @@ def torch_ao(name: str, setting: str, device: str) -> Step:
     """Fused moving-average fake-quantizers of torch.ao on each convolution and linear layer."""
     if setting == "LSQ":
         raise Unavailable("its learned fake-quantizers are no part of its API")
+    _refuse_formats(setting)
     from torch.ao.nn import qat
     from torch.ao.quantization import (
         FusedMovingAvgObsFakeQuantize,
@@ -178,6 +194,7 @@ def torchao_config(name: str, setting: str, device: str) -> Step:
     """torchao's QATConfig: linear layers with weights per channel and inputs per token."""
     if setting == "LSQ":
         raise Unavailable("has none")
+    _refuse_formats(setting)
     if name != "encoder":
         raise Unavailable("does nothing to convolutions")
     with _quiet():
@@ -191,6 +208,42 @@ def torchao_config(name: str, setting: str, device: str) -> Step:
         weights = IntxFakeQuantizeConfig(bits[int(setting[1])], PerAxis(0))
         quantize_(model, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
     return Step(model, batch)
+
+
+def torchao_mx(name: str, setting: str, device: str) -> Step:
+    """torchao's MXTensor there and back, weights and inputs of linear layers, straight through: it has no training with them."""
+    if setting not in ("MXFP8", "MXFP4"):
+        raise Unavailable("has MX formats only")
+    if name != "encoder":
+        raise Unavailable("would take linear layers only")
+    with _quiet():
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    element = torch.float8_e4m3fn if setting == "MXFP8" else torch.float4_e2m1fn_x2
+
+    class Fake(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return MXTensor.to_mx(x, element, 32).dequantize(x.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(Fake.apply(x), Fake.apply(self.weight), self.bias)
+
+    model, batch = load(name, device)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return Step(model, batch)
+
+
+def _refuse_formats(setting: str) -> None:
+    if setting in FORMATS:
+        raise Unavailable("has no such format")
 
 
 def torchao_pt2e(name: str, setting: str, device: str) -> Step:
@@ -213,6 +266,7 @@ def brevitas(variant: str, name: str, setting: str, device: str) -> PeerStep:
     """In its own environment."""
     if setting == "LSQ":
         raise Unavailable("W4A4 has its learned ranges")
+    _refuse_formats(setting)
     if device != "cpu":
         raise Unavailable("runs on CPU")
     try:
@@ -238,6 +292,7 @@ IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step | PeerStep]] = {
     "float channels_last": float_channels_last,
     "torch.ao": torch_ao,
     "torchao QATConfig": torchao_config,
+    "torchao MXTensor": torchao_mx,
     "torchao pt2e": torchao_pt2e,
     "brevitas collecting": partial(brevitas, "collecting"),
     "brevitas learned": partial(brevitas, "learned"),

@@ -37,11 +37,11 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_everything_and_nothing_else(wheel):
     names = set(ZipFile(wheel).namelist())
     source = wheel.parent / "source"
-    modules = {path.relative_to(source).as_posix() for room in ("lq_plugin", "hydra_plugins") for path in (source / room).rglob("*.py")}
-    assert modules <= names
+    held = {path.relative_to(source).as_posix() for room in ("lq_plugin", "hydra_plugins") for path in (source / room).rglob("*.*")}
+    assert held <= names
+    assert {"lq_plugin/py.typed", "lq_plugin/native/fake_quantize_kernel.h", "lq_plugin/layers/integer/integer.cpp"} <= held
     assert {f"lq_plugin/conf/{name}" for name in configs(source / "conf")} <= names
-    assert {"lq_plugin/py.typed", "lq_plugin/conf/__init__.py", "lq_plugin/native/xnor.cpp"} <= names
-    assert {f"lq_plugin/report/assets/{path.name}" for path in (source / "lq_plugin" / "report" / "assets").iterdir()} <= names
+    assert "lq_plugin/conf/__init__.py" in names
     assert "hydra_plugins/__init__.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
@@ -70,6 +70,13 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"# {target}")
     assert "_target_: lq_plugin.QAT" in done.stdout
+    # The kernels compile from what the wheel brings.
+    code = "import lq_plugin, pathlib; from lq_plugin.native.build import compiled, cache; "
+    code += "print([compiled(path, cache()).stem for path in pathlib.Path(lq_plugin.__file__).parent.rglob('*.cpp')])"
+    kernels = {"LQ_NATIVE_CACHE": str(tmp_path / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env | kernels, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {name in done.stdout for name in ("fake_quantize", "integer", "xnor")} == {True}
     info = subprocess.run([*command[:3], "--info", "searchpath"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert info.stdout.count("pkg://lq_plugin.conf") == 1
 

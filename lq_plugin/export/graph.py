@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.containers import Container
+from lq_plugin.export.readers import CONV, MATRIX, calls, names_read
 from lq_plugin.spec import IntegerGrid
 
 _TYPES = {
@@ -27,11 +29,6 @@ _TYPES = {
     (16, True): TensorProto.INT16,
     (16, False): TensorProto.UINT16,
 }
-_CONV = ("Conv", "ConvTranspose")
-_MATRIX = ("MatMul", "Gemm")
-_RECURRENT = ("LSTM", "GRU", "RNN")
-#: What takes a parameter apart and puts it together in another order.
-_PARTS = ("Slice", "Split", "SplitToSequence", "SequenceAt", "Transpose", "Concat", "Unsqueeze", "Squeeze", "Identity", "Reshape", "Gather")
 #: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
 _NEWER = {2: (25, 13)}
 
@@ -53,43 +50,8 @@ class Graph:
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
+        self.codes: dict[tuple[Any, ...], str] = {}
         self.made: set[str] = set()
-
-    def consumers(self, source: str, layer: Any) -> tuple[list[onnx.NodeProto], bool]:
-        """The nodes that use a layer's weight, one for each call of the layer, and whether they do so through a Transpose.
-
-        Raises:
-            ExportError: when there is none, or they are of several kinds.
-        """
-        # An embedding that is tied to a linear layer has the same weight.
-        looks_up = isinstance(layer, nn.Embedding)
-        users, transposed = self._users(source, lambda node: (node.op_type == "Gather") == looks_up)
-        kinds = {node.op_type for node in users}
-        if len(kinds) != 1:
-            found = ", ".join(node.op_type for node in users) or "none"
-            raise ExportError(f"{source} is used by {len(users)} nodes of the exported graph ({found}), some of one kind are supported")
-        for node in users:
-            if node.op_type == "Conv" and layer.bias is None and len(node.input) == 3:
-                node.input.pop()  # the exporter makes zeros of it
-        return users, transposed
-
-    def _users(self, source: str, wanted: Callable[[onnx.NodeProto], bool] = lambda node: True) -> tuple[list[onnx.NodeProto], bool]:
-        users = [node for node in self.graph.node if source in node.input and node.op_type not in ("Shape", "CastLike") and wanted(node)]
-        turned = {node.output[0] for node in users if node.op_type == "Transpose"}
-        if not users or len(turned) != len(users):
-            return users, False
-        return [node for node in self.graph.node if turned.intersection(node.input)], True
-
-    def products_of(self, source: str) -> list[onnx.NodeProto]:
-        """Nodes that multiply their first input with a parameter, or with a part of it."""
-        parts, found = {source}, []
-        for node in self.graph.node:
-            if parts.intersection(node.input):
-                if node.op_type in (*_MATRIX, *_RECURRENT):
-                    found.append(node)
-                elif node.op_type in _PARTS:
-                    parts.update(node.output)
-        return found
 
     def put_weight(
         self, name: str, source: str, nodes: list[onnx.NodeProto], content: tuple[Container, bool], through_transpose: bool
@@ -107,16 +69,13 @@ class Graph:
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
-    def put_parameter(self, name: str, source: str, weight: Container) -> None:
-        """Let the weight of a module that holds several be read from whole numbers, wherever and in whatever parts it is used."""
-        users, through_transpose = self._users(source)
-        if len(users) == 1 and users[0].op_type in _MATRIX:
-            self.put_weight(name, source, users, (weight, False), through_transpose)
+    def put_parameter(self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]) -> None:
+        """Let nodes that do anything with a parameter read it from whole numbers."""
+        nodes, through_transpose = calls(self.graph, users)
+        if len(nodes) == 1 and nodes[0].op_type in MATRIX:
+            self.put_weight(name, source, nodes, content, through_transpose)
             return
-        users = [node for node in self.graph.node if source in node.input]
-        if not users:
-            raise ExportError(f"{source} is used by no node of the exported graph")
-        value = self._dequantized(name, users[0], weight)
+        value = self._dequantized(name, users[0], *content)
         for node in users:
             node.input[:] = [value if read == source else read for read in node.input]
 
@@ -132,9 +91,12 @@ class Graph:
             wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
         bits = max(weight.bits, self.smallest)
-        if bits == 2 and before.op_type in _MATRIX and q.shape[-1] % 4:
+        if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
+        if bits == 4 and before.op_type in MATRIX and q.shape[0 if flipped else 1] % 2:
+            # OpenVINO 2026.4 computes nonsense there: it reads rows of 4-bit numbers as if they ended on whole bytes.
+            bits = 8
         kind = self._type(bits, weight.signed, source)
         scale, zero_point = weight.scale, weight.zero_point
         assert scale is not None
@@ -145,8 +107,8 @@ class Graph:
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
-        codes = self._initializer(f"{name}.weight_codes", q.contiguous().numpy(), kind)
-        if before.op_type in _CONV and bits < 8:
+        codes = self._weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
+        if before.op_type in CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
             codes = self._node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
@@ -157,6 +119,14 @@ class Graph:
         if weight.block:
             place["block_size"] = weight.block
         return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+
+    def _weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
+        """The whole numbers of a weight, once for tied layers that have the same ones."""
+        content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
+        if content not in self.codes:
+            self.codes[content] = self._initializer(name, values, kind)
+        self.known[name] = self.known[self.codes[content]]
+        return self.codes[content]
 
     @staticmethod
     def _reads_transposed(node: onnx.NodeProto) -> bool:
@@ -248,8 +218,9 @@ class Graph:
         """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is none."""
         if node.op_type != "Conv":
             return None
-        followers = [other for other in self.graph.node if node.output[0] in other.input]
-        if len(followers) != 1 or followers[0].op_type != "BatchNormalization":
+        followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
+        given_out = any(value.name == node.output[0] for value in self.graph.output)
+        if len(followers) != 1 or followers[0].op_type != "BatchNormalization" or given_out:
             return None
         norm = followers[0]
         if any(value not in self.known for value in norm.input[1:5]):
@@ -263,13 +234,8 @@ class Graph:
         moved = self._initializer(f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT)
         del node.input[2:]
         node.input.append(moved)
-        for other in self.graph.node:
-            for index, value in enumerate(other.input):
-                if value == norm.output[0]:
-                    other.input[index] = node.output[0]
-        for output in self.graph.output:
-            if output.name == norm.output[0]:
-                node.output[0] = output.name
+        # Under the norm's name, which other nodes read, and which may be an output of the graph, too.
+        node.output[0] = norm.output[0]
         self.graph.node.remove(norm)
         return torch.from_numpy(factor.astype(np.float32))
 
@@ -304,7 +270,7 @@ class Graph:
         for node in reversed(nodes):
             if used.intersection(node.output):
                 alive.append(node)
-                used.update(node.input)
+                used.update(names_read(node))
         del self.graph.node[:]
         self.graph.node.extend(reversed(alive))
         for node in self.graph.node:

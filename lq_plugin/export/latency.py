@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.onnx import export_onnx, float_copy, float_graph
+from lq_plugin.export.float_model import float_copy, float_graph
+from lq_plugin.export.onnx import export_onnx
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.export_options import LatencyOptions

@@ -8,10 +8,10 @@ sign of the channel's whole numbers, or of its scale where their type lacks the 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
+import inspect
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +19,16 @@ from typing import Any, cast
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
+from lq_plugin.export.float_model import float_graph, inference_copy
 from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
-from lq_plugin.export.quiet import quiet
+from lq_plugin.export.readers import layer_calls, products, readers
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.export_options import smallest_faults
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
@@ -39,9 +40,6 @@ from lq_plugin.spec import PerChannel, PerGroup
 
 log = logging.getLogger(__name__)
 
-#: The first one with 4-bit types and blocks of scales.
-OPSET = 21
-
 
 def export_onnx(
     model: nn.Module,
@@ -52,13 +50,14 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     sums_from: Iterable[Any] | None = None,
     smallest: int = 2,
+    dynamic_dims: Sequence[int] = (),
     exported: onnx.ModelProto | None = None,
 ) -> int:
     """Write a prepared and calibrated model as ONNX.
 
     Args:
         model: prepared; it is not changed.
-        inputs: positional arguments of its forward, as an example; at least two samples where the batch is dynamic.
+        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the batch is dynamic.
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph; as many names as `inputs` has tensors.
@@ -66,6 +65,7 @@ def export_onnx(
             convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
+        dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
         exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most of the time.
 
     Returns:
@@ -81,43 +81,57 @@ def export_onnx(
     check_unchanged(model)
     check_float32(model)
     batches = None if sums_from is None else list(sums_from)
-    _check_inputs(inputs, input_names, batches, dynamic_batch)
+    free = {**({0: torch.export.Dim("batch")} if dynamic_batch else {}), **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC)}
+    _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
     missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
     raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     weights, activations = _collect(layers)
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs) if dynamic_batch else None
-    plain = float_copy(model)
-    plain_graph = copy.deepcopy(exported) if exported is not None else float_graph(plain, tuple(inputs), shapes, input_names, output_names)
-    graph = Graph(plain_graph, smallest)
+    plain = inference_copy(model)
+    ran = _layers_that_run(plain, inputs)
+    remove(plain)
+    arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
+    shapes = tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments) if free else None
+    made = float_graph(plain, tuple(inputs), shapes, input_names, output_names) if exported is None else copy.deepcopy(exported)
+    graph = Graph(made, smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
     nodes_of = operation_nodes(graph.model, recorded.values())
     faults: list[str] = []
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    tied = _tied(plain)
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    names = _names(model)
     for name, layer in layers:
-        key = weight_key(name, layer)
+        if name not in ran:
+            log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
+            continue
         try:
-            source = _initializer_of(key, tied.get(key, []), graph)
+            source = _initializer_of(weight_key(name, layer), plain, graph)
+            users = readers(graph.graph, source, names[id(_module(layer))])
+            if not users:
+                raise ExportError(f"{source} is read by no node of the exported graph that belongs to {name}")
             if isinstance(layer, CompoundWeight):
-                readers[name] = graph.products_of(source)
+                nodes[name] = products(graph.graph, source, users)
                 if name in weights:
-                    graph.put_parameter(name, source, weights[name])
+                    graph.put_parameter(name, source, users, (weights[name], False))
+            elif (found := layer_calls(graph.graph, users, layer)) is not None:
+                nodes[name], transposed = found
+                if name in weights:
+                    graph.put_weight(name, source, nodes[name], _oriented(weights[name], layer, name), transposed)
+            elif name not in activations:
+                graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
             else:
-                readers[name], transposed = graph.consumers(source, layer)
-                if name in weights:
-                    graph.put_weight(name, source, readers[name], _oriented(weights[name], layer, name), transposed)
+                raise ExportError(
+                    f"{name}: the forward of {layer.float_class.__name__} has no one node that reads its input; leave that float"
+                )
         except ExportError as error:
             faults.append(str(error))
     # Behind all weights, which take batch norms out of the graph.
-    for name in activations.keys() & readers.keys():
+    for name in (name for name in nodes if name in activations):
         scale, *rest = _activation(activations[name])
-        for node in readers[name]:
+        for node in nodes[name]:
             graph.put_activation(node, scale, *rest)
             graph.put_bias(name, node, scale)
     faults += _put_operations(graph, operations, nodes_of)
@@ -130,8 +144,10 @@ def export_onnx(
     return Path(path).stat().st_size
 
 
-def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dynamic_batch: bool) -> None:
-    """Refuse names and calibration batches that do not fit the example.
+def _check_inputs(
+    inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dims: Sequence[int], free: set[int]
+) -> None:
+    """Refuse names, dims and calibration batches that do not fit the example, whose `free` dims may have any size.
 
     Raises:
         ExportError: naming every fault.
@@ -142,15 +158,18 @@ def _check_inputs(inputs: Sequence[Any], input_names: Sequence[str] | None, batc
     faults = []
     if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
         faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
+    most = max((x.ndim for x in examples), default=0)
+    if unfit := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim < most]:
+        faults.append(f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got {', '.join(map(repr, unfit))}")
     if isinstance(batches, list) and not batches:
         faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
     for index, batch in enumerate(batches or ()):
-        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, dynamic_batch)]
+        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, free)]
     raise_all(ExportError, "cannot export the model", faults)
 
 
-def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -> Iterator[str]:
-    """How a calibration batch differs from the example's tensors in more than its number of samples."""
+def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Iterator[str]:
+    """How a calibration batch differs from the example's tensors in more than the sizes that are free."""
     if not isinstance(batch, (Tensor, tuple, list)):
         yield f"is a tensor or a tuple like inputs, got {type(batch).__name__}"
         return
@@ -159,8 +178,8 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], dynamic_batch: bool) -
         yield f"has {len(values)} tensors, the model has {len(examples)} inputs; targets do not belong in it: of (x, y) give x"
         return
     for number, (x, example) in enumerate(zip(values, examples, strict=True)):
-        free = 1 if dynamic_batch else 0
-        if x.dtype != example.dtype or x.ndim != example.ndim or x.shape[free:] != example.shape[free:]:
+        differ = {dim for dim, sizes in enumerate(zip(x.shape, example.shape, strict=False)) if sizes[0] != sizes[1]}
+        if x.dtype != example.dtype or x.ndim != example.ndim or not differ <= free:
             wanted = f"{example.dtype} of shape {list(example.shape)}"
             yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
 
@@ -242,26 +261,38 @@ def _no_fixed_scale(quantizer: InputQuantizer) -> str | None:
     return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
 
 
-def _tied(plain: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """For the key of each parameter: all keys of the same parameter, and the modules that hold it."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in plain.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(name, recurse=False):
-            holders.setdefault(id(parameter), []).append((key, module))
-    return {key: found for found in holders.values() for key, _ in found}
+def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
+    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float then.
 
-
-def _initializer_of(key: str, tied: Sequence[tuple[str, nn.Module]], graph: Graph) -> str:
-    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first.
-
-    Raises:
-        ExportError: several modules that compute alike have it, and the graph does not say which of its nodes is whose.
+    What of the example does not fit, the model says itself here. The exporter says it at length.
     """
-    for looks_up in (True, False):
-        if len({id(module) for _, module in tied if isinstance(module, nn.Embedding) == looks_up}) > 1:
-            names = ", ".join(name for name, _ in tied)
-            raise ExportError(f"{names} are one parameter, and the graph does not say which node is whose; an embedding and a head may be")
-    return next((name for name, _ in tied if name in graph.known), key)
+    ran: set[str] = set()
+    layers = quantized_layers(quantized)
+    hooks = [_module(layer).register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]
+    with torch.no_grad():
+        quantized(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+def _module(layer: QuantizedLayer | CompoundWeight) -> nn.Module:
+    """The module whose forward reads a layer's weight."""
+    return layer.owner if isinstance(layer, CompoundWeight) else layer
+
+
+def _names(model: nn.Module) -> dict[int, set[str]]:
+    """All names of each module; one that is shared has several."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].add(name)
+    return names
+
+
+def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
+    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    return next((other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known), key)
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
@@ -282,33 +313,3 @@ def _activation(quantizer: InputQuantizer) -> tuple[Tensor, Tensor, Any, int | N
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     return scale, zero_point, quantizer.spec.grid, axis
-
-
-def float_graph(
-    plain: nn.Module,
-    inputs: tuple[Any, ...],
-    shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-) -> Any:
-    """A float model as an ONNX graph whose initializers keep the names of the parameters."""
-    # They tell of every step on the console, and warn of packages that could be installed.
-    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()):
-        program = torch.onnx.export(
-            plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-            input_names=input_names, output_names=output_names,
-        )  # fmt: skip
-    assert program is not None
-    return program.model_proto
-
-
-def float_copy(model: nn.Module) -> nn.Module:
-    """A float copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
-    trainer = model.__dict__.pop("_trainer", None)
-    try:
-        plain = copy.deepcopy(model)
-    finally:
-        if trainer is not None:
-            model.__dict__["_trainer"] = trainer
-    remove(plain)
-    return plain.eval().cpu()

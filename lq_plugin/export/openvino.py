@@ -73,6 +73,8 @@ class OpenVINOSession:
             raise ExportError(f"OpenVINO cannot read {path}: {_why(Path(path), error)}") from error
         self.request = self.compiled.create_infer_request()
         self.names = [value.any_name for value in model.inputs]
+        self._dtypes = [value.get_element_type().to_dtype() for value in model.inputs]
+        self._tensor = functools.partial(openvino.Tensor, shared_memory=True)
         self.outputs = [value.any_name for value in model.outputs]
 
     def get_inputs(self) -> list[Input]:
@@ -83,14 +85,23 @@ class OpenVINOSession:
         """The named outputs of the graph, or all of them, for inputs by name.
 
         Raises:
-            ExportError: names that the graph does not have, or inputs that are missing.
+            ExportError: names that the graph does not have, inputs that are missing, shapes that it does not take.
         """
         faults = [f"there is no input {name!r}" for name in inputs if name not in self.names]
         faults += [f"the input {name!r} is missing" for name in self.names if name not in inputs]
         faults += [f"there is no output {name!r}" for name in output_names or () if name not in self.outputs]
         raise_all(ExportError, f"the graph has inputs {', '.join(self.names)} and outputs {', '.join(self.outputs)}", faults)
-        values = self.request.infer([inputs[name] for name in self.names], share_inputs=True).values()
-        results = [np.asarray(value) for value in values]
+        # The same as `infer(inputs)`, which takes 60 us longer: a seventh of what a small network takes. Tensors hold no reference.
+        arrays = [np.require(inputs[name], dtype, ["C", "W"]) for name, dtype in zip(self.names, self._dtypes, strict=True)]
+        try:
+            for index, array in enumerate(arrays):
+                self.request.set_input_tensor(index, self._tensor(array))
+        except RuntimeError as error:
+            graph = ", ".join(f"{value.any_name}: {value.partial_shape}" for value in self.compiled.inputs)
+            got = ", ".join(f"{name}: {list(array.shape)}" for name, array in zip(self.names, arrays, strict=True))
+            raise ExportError(f"the graph takes {graph}; got {got}") from error
+        self.request.infer(share_outputs=True)
+        results = [self.request.get_output_tensor(index).data.copy() for index in range(len(self.outputs))]
         return results if not output_names else [results[self.outputs.index(name)] for name in output_names]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections import defaultdict
 from collections.abc import Iterable
 
 import onnx
 
+from lq_plugin.export.readers import modules_of, told
 from lq_plugin.model.operations import Operation
 
 #: Operator of torch's exporter and of ONNX, for each operation whose operands both have in one order.
@@ -58,9 +58,7 @@ def _by_place(model: onnx.ModelProto) -> dict[tuple[str, str, str], list[onnx.No
             activations.update(node.output)
         if sum(read) < 2:
             continue
-        told = {entry.key.rpartition(".")[2]: entry.value for entry in node.metadata_props}
-        # The last one of each list is the operator itself.
-        scopes, kinds = (ast.literal_eval(told.get(key, "[]")) for key in ("name_scopes", "class_hierarchy"))
-        if len(scopes) > 1 and kinds:
-            places[scopes[-2], kinds[-1], node.op_type].append(node)
+        modules, kinds = modules_of(node), told(node, "class_hierarchy")
+        if modules and kinds:
+            places[modules[-1], kinds[-1], node.op_type].append(node)
     return places

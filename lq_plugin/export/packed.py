@@ -41,8 +41,14 @@ from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.spec import QuantSpec
 
 FORMAT, VERSION = "lq_plugin.packed", "1"
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8)}
-_DTYPES |= {str(t).removeprefix("torch."): t for t in (torch.int8, torch.int16, torch.int32, torch.int64)}
+#: Of tensors that are no quantized weights: those whose numbers are bytes in memory.
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128", "bool",
+        "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    )
+}  # fmt: skip
 
 
 def save_packed(model: nn.Module, path: str | Path) -> int:
@@ -88,18 +94,25 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
                 packed[name] = _pack_weight(name, layer, blob, packed)
             except ExportError as error:
                 faults.append(str(error))
-    raise_all(ExportError, "cannot pack the model", faults)
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightQuantizer))
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
     quantized = _weight_keys(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         # A quantized weight that a float module has, too (tied), is kept as float for that one.
-        if isinstance(tensor, Tensor) and not key.startswith(ours) and not (id(tensor) in weights and key in quantized):
-            first = seen.setdefault(id(tensor), key)
-            state[key] = state[first] if first in state else blob.add_raw(tensor)
+        if key.startswith(ours) or (id(tensor) in weights and key in quantized):
+            continue
+        if (fault := _raw_fault(tensor)) is not None:
+            faults.append(f"{key} {fault}")
+            continue
+        first = seen.setdefault(id(tensor), key)
+        state[key] = state[first] if first in state else blob.add_raw(tensor)
+    raise_all(ExportError, "cannot pack the model", faults)
     table = zlib.compress(json.dumps({"weights": packed, "state": state}, separators=(",", ":")).encode(), 9)
-    rules = [Rule(name, weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)]
+    # A model that is a layer itself has the name "", which is no pattern.
+    rules = [
+        Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)
+    ]
     rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model)]
     arrays = {"blob": np.frombuffer(bytes(blob.data), np.uint8), "table": np.frombuffer(table, np.uint8)}
     plan = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":"))
@@ -128,6 +141,8 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         ExportError: no such file, no packed file, a damaged one, or one of another model. Nothing in it is executed.
     """
     metadata, blob, table = _read(Path(path))
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ExportError(f"{type(model).__name__} is on the meta device, where nothing can be read to: call model.to_empty(device='cpu')")
     try:
         plan = QuantPlan.from_dict(json.loads(metadata["plan"]))
         content = json.loads(zlib.decompress(table.tobytes()))
@@ -167,10 +182,21 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         layer.weight_quantizer = quantizer.to(layer.weight.device)
     raise_all(ExportError, f"{path} is of another model", faults)
     expected = {key for key in model.state_dict() if ".weight_quantizer." not in f".{key}"}
-    raise_all(ExportError, f"{path} is of another model", _key_faults(model, values, expected))
+    raise_all(ExportError, f"{path} is of another model", _key_faults(model, values, expected, set(values) - set(state)))
     model.load_state_dict(values, strict=False)
     model.eval()
     return ledger
+
+
+def _raw_fault(value: Any) -> str | None:
+    """Why an entry of a state dict cannot be stored as its bytes; None: it can."""
+    if not isinstance(value, Tensor):
+        return (
+            f"is a {type(value).__name__} (get_extra_state), a packed file holds tensors: make it a buffer, or what the class is built with"
+        )
+    if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in _DTYPES:
+        return f"is a tensor of {value.dtype} ({value.layout}), a packed file holds dense ones of {', '.join(_DTYPES)}"
+    return None
 
 
 def _weight_keys(model: nn.Module) -> set[str]:
@@ -182,12 +208,21 @@ def _weight_keys(model: nn.Module) -> set[str]:
     return keys
 
 
-def _key_faults(model: nn.Module, values: Mapping[str, Tensor], expected: set[str]) -> list[str]:
+def _key_faults(model: nn.Module, values: Mapping[str, Tensor], expected: set[str], unpacked: set[str]) -> list[str]:
     here = model.state_dict()
     faults = [f"the file lacks {key!r}" for key in sorted(expected - set(values))]
     faults += [f"{key!r} is only in the file" for key in sorted(set(values) - set(here))]
-    shapes = [key for key in values if key in here and here[key].shape != values[key].shape]
-    return faults + [f"{key} has shape {list(here[key].shape)} here and {list(values[key].shape)} in the file" for key in shapes]
+    both = [key for key in values if key in here]
+    faults += [
+        f"{key} has shape {list(here[key].shape)} here and {list(values[key].shape)} in the file"
+        for key in both if here[key].shape != values[key].shape
+    ]  # fmt: skip
+    # Weights are unpacked to float32 whatever the model's precision.
+    kinds = {(here[key].dtype, values[key].dtype): key for key in both if key not in unpacked and here[key].dtype != values[key].dtype}
+    return faults + [
+        f"{key} is {theirs} in the file and {ours} here, which would round anew: load it into a model of {theirs}, and convert that"
+        for (ours, theirs), key in kinds.items()
+    ]
 
 
 def _pack_weight(name: str, layer: QuantizedLayer, blob: _Blob, packed: Mapping[str, Any]) -> dict[str, Any]:

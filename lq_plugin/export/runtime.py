@@ -20,6 +20,9 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     ONNX Runtime turns a DequantizeLinear before a MatMul into one operation and, left to itself, rounds the float
     activations of it to 8 bits, although the file does not ask for it. The accuracy level decides.
 
+    Float weights (and those from a table) of a convolution or Gemm beside whole numbers it rounds to 8 bits as well, which is
+    switched off for files that have such. Another session has it: `disabled_optimizers=["WeightBiasQuantization"]`.
+
     On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits: large weights
     beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as uint8, whose kernels do not.
 
@@ -41,23 +44,24 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     if accuracy_level not in (1, 2, 3, 4):
         raise ExportError(f"accuracy_level is 1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8), got {accuracy_level!r}")
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of each constant that it cannot compute in advance
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     if threads is not None:
         options.intra_op_num_threads = threads
     content = path if isinstance(path, bytes) else str(path)
     where = "the model" if isinstance(path, bytes) else str(path)
-    if saturates():
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-        try:
-            model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
-        except DecodeError as error:
-            raise ExportError(f"{where} is no ONNX file, or a damaged one: {error}") from error
-        if _weights_as_unsigned(model):
-            content = model.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        model = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
+    except DecodeError as error:
+        raise ExportError(f"{where} is no ONNX file, or a damaged one: {error}") from error
+    if saturates() and _weights_as_unsigned(model):
+        content = model.SerializeToString()
+    disabled = ["WeightBiasQuantization"] if _has_float_weights(model) else []
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except _refusals() as error:
         raise ExportError(f"ONNX Runtime cannot read {where}: {str(error)[:500]}") from error
 
@@ -84,6 +88,16 @@ def saturates() -> bool:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x, w = np.full((64, 64), 255, np.uint8), np.full((64, 64), 127, np.int8)
     return bool((session.run(None, {"x": x, "w": w})[0] != 255 * 127 * 64).any())
+
+
+def _has_float_weights(model: Any) -> bool:
+    """Whether float weights, or weights from a table, are multiplied with dequantized activations."""
+    nodes = model.graph.node
+    weights = {tensor.name for tensor in model.graph.initializer}
+    weights |= {node.output[0] for node in nodes if node.op_type == "Gather" and node.input[0] in weights}
+    whole = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    kinds = ("Conv", "ConvTranspose", "Gemm")
+    return any(node.op_type in kinds and node.input[0] in whole and node.input[1] in weights for node in nodes)
 
 
 def _weights_as_unsigned(model: Any) -> bool:

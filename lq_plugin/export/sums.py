@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.readers import names_read
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.ranges import Histogram, estimate_range
@@ -70,7 +71,7 @@ class _Sums:
         self.producer = {name: node for node in self.graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.graph.node:
-            for name in dict.fromkeys(node.input):
+            for name in dict.fromkeys(names_read(node)):
                 self.readers.setdefault(name, []).append(node)
 
     def find(self) -> list[onnx.NodeProto]:
@@ -210,7 +211,7 @@ class _Sums:
         while waiting:
             now = []
             for node in waiting:
-                if all(name in ready or name not in made for name in node.input):
+                if all(name in ready or name not in made for name in names_read(node)):
                     ordered.append(node)
                     ready.update(node.output)
                 else:

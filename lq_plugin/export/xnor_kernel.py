@@ -109,12 +109,13 @@ class Kernel:
         """`matmul` of the signs of float32 x `[..., elements]`, with the packing in the same call: `[..., outputs]`."""
         x = x.contiguous()
         elements = x.shape[-1]
-        y = torch.empty(*x.shape[:-1], outputs)
+        rows = x.numel() // elements
+        y = torch.empty(rows, outputs)
         self._linear(
             x.data_ptr(), weights.data_ptr(), _address(scale), _address(bias), y.data_ptr(),
-            x.numel() // elements, elements, outputs, self._number, torch.get_num_threads(),
+            rows, elements, outputs, self._number, torch.get_num_threads(),
         )  # fmt: skip
-        return y
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], outputs)
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import DTYPES, Kernels, Layout, layout_along, layout_of
+from lq_plugin.native.kernels import DTYPES, FakeQuantizeKernels, Kernels, Layout, layout_along, layout_of
 from lq_plugin.native.pass_band import pass_band
 from lq_plugin.spec import IntegerGrid
 
@@ -241,7 +241,7 @@ class _NativeFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
-        return _masked(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None, None, None, None
+        return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None, None, None, None
 
 
 class _NativeExtremes(torch.autograd.Function):
@@ -258,11 +258,12 @@ class _NativeExtremes(torch.autograd.Function):
     def backward(ctx, grad):
         if not ctx.covered:
             (mask,) = ctx.saved_tensors
-            grad = _masked(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
+            grad = masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
         return grad, None, None, None, None
 
 
-def _masked(grad, mask, layout, strides, kernels):
+def masked_gradient(grad: Tensor, mask: Tensor, layout: Layout, strides: tuple[int, ...], kernels: FakeQuantizeKernels) -> Tensor:
+    """The gradient where a bit of the kernels' `mask` is 1, 0 elsewhere, laid out in memory as what was masked."""
     if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or grad.dtype not in DTYPES[grad.device.type]:
         # A second derivative, or what cannot be taken by its address.
         return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)

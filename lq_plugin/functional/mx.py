@@ -67,4 +67,5 @@ def step_of(exponent: Tensor, shift: Tensor, mantissa_bits: int) -> Tensor:
 
 def _floor_log2(x: Tensor) -> Tensor:
     """Of floats that are not negative, from their bits, int32; -127 below 2^-126, 128 for infinity and NaN."""
-    return (x.contiguous().view(torch.int32) >> 23) - 127
+    # Without the sign: that of a NaN may be set.
+    return (x.contiguous().view(torch.int32) >> 23 & 0xFF) - 127

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
-from lq_plugin.functional.twn import ternary_signs
+from lq_plugin.functional.twn import sides
 
 #: t: Δ over the largest magnitude.
 THRESHOLD = 0.05
@@ -45,17 +45,16 @@ class _LearnedTernary(torch.autograd.Function):
     def forward(ctx, x, threshold, positive, negative, factor):
         ctx.save_for_backward(x, threshold, positive, negative)
         ctx.factor = factor
-        signs = ternary_signs(x.float(), threshold)
-        return torch.where(signs > 0, positive, torch.where(signs < 0, -negative, 0.0)).to(x.dtype)
+        above, below = sides(x.float(), threshold)
+        return above.mul_(positive).sub_(below.mul_(negative)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, threshold, positive, negative = ctx.saved_tensors
         g = grad.float()
-        signs = ternary_signs(x.float(), threshold)
-        above, below = signs > 0, signs < 0
+        above, below = sides(x.float(), threshold)
         dims = reduced_dims(tuple(positive.shape))
         to_positive = ctx.factor * (g * above).sum(dims, keepdim=True)
         to_negative = -ctx.factor * (g * below).sum(dims, keepdim=True)
-        to_x = torch.where(above, positive * g, torch.where(below, negative * g, g)).to(grad.dtype)
+        to_x = ((1 - above - below + above * positive + below * negative) * g).to(grad.dtype)
         return to_x, None, to_positive, to_negative, None

@@ -61,8 +61,8 @@ def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
     tensor([1.5000])
     """
     magnitude = rows.float().abs()
-    kept = magnitude > threshold.unsqueeze(1)
-    return (magnitude * kept).sum(1) / kept.sum(1).clamp(min=1)
+    kept = torch.gt(magnitude, threshold.unsqueeze(1), out=torch.empty_like(magnitude))
+    return magnitude.mul_(kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
@@ -81,13 +81,25 @@ def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
     >>> ternary_signs(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
     tensor([-1.,  0.,  1.])
     """
-    return (x > threshold).float() - (x < -threshold).float()
+    above, below = sides(x, threshold)
+    return above.sub_(below)
+
+
+def sides(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where x > Δ, and 1 where x < -Δ; 0 elsewhere, in the dtype of `x`. No gradient.
+
+    >>> sides(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
+    (tensor([0., 0., 1.]), tensor([1., 0., 0.]))
+    """
+    # Not through booleans, which take several times as long on CPU.
+    x = x.detach()
+    return torch.gt(x, threshold, out=torch.empty_like(x)), torch.lt(x, -threshold, out=torch.empty_like(x))
 
 
 class _Ternarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, threshold, scale):
-        return (ternary_signs(x.float(), threshold) * scale).to(x.dtype)
+        return ternary_signs(x.float(), threshold).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

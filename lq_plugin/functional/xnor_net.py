@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.binary_connect import LATENT_BOUND, plain_sign
+from lq_plugin.functional.binary_connect import LATENT_BOUND, hard_tanh_gradient, plain_sign
 from lq_plugin.functional.grouping import reduced_dims
 
 
@@ -56,13 +56,13 @@ class _BinaryWeight(torch.autograd.Function):
     def forward(ctx, weight, scale, paper_gradient):
         ctx.save_for_backward(weight, scale)
         ctx.paper_gradient = paper_gradient
-        return (plain_sign(weight.float()) * scale).to(weight.dtype)
+        return plain_sign(weight.float()).mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         if not ctx.paper_gradient:
-            return grad.masked_fill(weight.abs() > LATENT_BOUND, 0.0), None, None
+            return hard_tanh_gradient(grad, weight), None, None
         elements = weight.numel() // scale.numel()
         factor = 1.0 / elements + scale * (weight.abs() < LATENT_BOUND)
         return (grad * factor).to(grad.dtype), None, None

@@ -223,7 +223,9 @@ def compound_weights(module: nn.Module) -> dict[str, nn.Module]:
 
 def weight_key(name: str, layer: nn.Module) -> str:
     """Key of a layer's weight in the state dict of the model in which the plan calls the layer `name`."""
-    return f"{name.removesuffix(layer.key)}{layer.path}" if isinstance(layer, CompoundWeight) else f"{name}.weight"
+    if isinstance(layer, CompoundWeight):
+        return f"{name.removesuffix(layer.key)}{layer.path}"
+    return f"{name}.weight" if name else "weight"
 
 
 def why_unsupported_compound(module: nn.Module) -> str | None:

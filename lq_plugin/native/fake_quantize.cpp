@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -48,6 +49,25 @@ struct Spread {
     float low, high;
     bool nan;
 };
+
+// How the blocks of fake_quantize_blocks.h are quantized. The same numbers stand in kernels.py.
+enum Family { MICROEXPONENTS = 0, OCP = 1, NVFP4 = 2, VECTORS = 3 };
+enum Mode { FLOOR = 0, RCEIL = 1, CEIL = 2, EVEN = 3 };
+struct BlockRule {
+    int family, block;
+    // Elements that are whole numbers.
+    int quant_min, quant_max;
+    // Elements that are floats of few bits, the exponent of the smallest normal and of the largest one.
+    int mantissa_bits, min_exponent, max_exponent;
+    // Of a pair's exponent (MICROEXPONENTS), of a block's scale (VECTORS).
+    int scale_bits;
+    int mode;
+    float max_value;
+    // The float above the scales of blocks (NVFP4, VECTORS).
+    float coarse;
+};
+constexpr int LANES = 64, LINE = 256;
+constexpr int32_t MAGNITUDE = 0x7FFFFFFF, EXPONENT_FIELD = 0x7F800000;
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -183,6 +203,7 @@ inline Spread spread(const V& low, const V& high, bool nan) {
 }
 #include "fake_quantize_kernel.h"
 #include "fake_quantize_loops.h"
+#include "fake_quantize_blocks.h"
 }  // namespace portable
 
 #ifdef LQ_X86
@@ -264,6 +285,7 @@ inline Spread spread(const V& low, const V& high, bool nan) {
 }
 #include "fake_quantize_kernel.h"
 #include "fake_quantize_loops.h"
+#include "fake_quantize_blocks.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -321,6 +343,7 @@ inline Spread spread(V low, V high, bool nan) {
 }
 #include "fake_quantize_kernel.h"
 #include "fake_quantize_loops.h"
+#include "fake_quantize_blocks.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -388,6 +411,13 @@ void lq_fake_quantize_rows(const float* x, float* y, uint16_t* mask, float* scal
 // low, high: [rows], the extremes of each row of x: [rows][n].
 void lq_row_extremes(const float* x, float* low, float* high, int64_t rows, int64_t n, int variant, int threads) {
     LQ_DISPATCH(row_extremes(x, low, high, rows, n, threads));
+}
+
+// x, y: [outer][channels][inner], blocks along the channels. Masks: runs of `inner`, or of `channels` where inner is 1, begin at a word
+// each. mask may be null.
+void lq_fake_quantize_blocks(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule* rule,
+                             int variant, int threads) {
+    LQ_DISPATCH(blocks(x, y, mask, outer, channels, inner, *rule, threads));
 }
 
 // result = gradient where the bit is 1, else 0; result may be gradient itself.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple, Protocol
+import math
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ VARIANTS = ("portable", "avx2", "avx512")
 #: What the kernels of a device take.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _WORD = 16
+#: `LINE` of fake_quantize.cpp.
+_LINE = 256
 
 
 class Layout(NamedTuple):
@@ -101,6 +104,45 @@ def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
     return None if made is None else made(*number)  # type: ignore[operator]
 
 
+class BlockRule(ctypes.Structure):
+    """How blocks whose scales follow from their values are quantized; see `fake_quantize_blocks.h`.
+
+    >>> BlockRule(family=BlockRule.MICROEXPONENTS, block=16, quant_max=15, mantissa_bits=4, scale_bits=1).block
+    16
+    """
+
+    MICROEXPONENTS, OCP, NVFP4, VECTORS = range(4)
+    _INTEGERS = ("family", "block", "quant_min", "quant_max", "mantissa_bits", "min_exponent", "max_exponent", "scale_bits", "mode")
+    _fields_: ClassVar[Any] = [*((name, ctypes.c_int) for name in _INTEGERS), ("max_value", ctypes.c_float), ("coarse", ctypes.c_float)]
+
+
+class BlockLayout(NamedTuple):
+    """How the channels lie in memory: `[outer, channels, inner]`."""
+
+    outer: int
+    channels: int
+    inner: int
+
+    @property
+    def mask(self) -> Layout:
+        """That of a mask: the elements that begin at a word each."""
+        return Layout(self.outer, 1, self.channels, 1) if self.inner == 1 else Layout(self.outer * self.channels, 1, self.inner, 1)
+
+
+def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
+    """How the channels `axis` of a dense `x` lie in memory; None where the kernels cannot take blocks of so many of them.
+
+    >>> block_layout(torch.zeros(2, 3, 4, 4), 1, 16), block_layout(torch.zeros(5, 2, 8), 2, 4)
+    (BlockLayout(outer=2, channels=3, inner=16), None)
+    """
+    order = range(x.ndim) if x.is_contiguous() else sorted((d for d in range(x.ndim)), key=lambda d: (x.stride(d), -d), reverse=True)
+    sizes = [x.shape[d] for d in order]
+    at = list(order).index(axis % x.ndim)
+    found = BlockLayout(math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
+    # Words of a mask would be shared between blocks, or blocks not fit into a line.
+    return None if found.inner == 1 and (block % _WORD or block > _LINE) else found
+
+
 class FakeQuantizeKernels(Protocol):
     """Fake quantization in as few passes over memory as it takes; results are those of the torch operations, bit for bit."""
 
@@ -164,6 +206,7 @@ class Kernels:
             "lq_fake_quantize": [*[pointer] * 5, *[size] * 4, *[number] * 5],
             "lq_fake_quantize_observed": [*[pointer] * 5, size, number, number, pointer, pointer, number, number],
             "lq_fake_quantize_rows": [*[pointer] * 5, size, size, *[number] * 5],
+            "lq_fake_quantize_blocks": [*[pointer] * 3, *[size] * 3, ctypes.POINTER(BlockRule), number, number],
             "lq_row_extremes": [*[pointer] * 3, size, size, number, number],
             "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
             "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 4],
@@ -174,6 +217,7 @@ class Kernels:
         self._fake_quantize = compiled.lq_fake_quantize
         self._observed = compiled.lq_fake_quantize_observed
         self._rows = compiled.lq_fake_quantize_rows
+        self._blocks = compiled.lq_fake_quantize_blocks
         self._row_extremes = compiled.lq_row_extremes
         self._mask_gradient = compiled.lq_mask_gradient
         self._learned_backward = compiled.lq_learned_backward
@@ -208,6 +252,12 @@ class Kernels:
             self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
+
+    def fake_quantize_blocks(self, x: Tensor, layout: BlockLayout, rule: BlockRule, masked: bool) -> tuple[Tensor, Tensor | None]:
+        """Quantized `x`, that `accepts` holds for, and the bits of what was not clipped where `masked`, laid out as `layout.mask`."""
+        y, mask = torch.empty_like(x), new_mask(x, layout.mask, masked)
+        self._blocks(x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number, torch.get_num_threads())
+        return y, mask
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Smallest and largest element of each of the `rows` equal parts of a contiguous `x`, `[rows]`; NaN where one is there."""

@@ -7,10 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.affine import extremes
+from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.minifloat import E2M1, Minifloat
 from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale
+from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels
 from lq_plugin.quantizers.uniform import WeightQuantizer
 from lq_plugin.quantizers.vector import VectorInputQuantizer
@@ -35,6 +38,10 @@ class BlockWeightQuantizer(WeightQuantizer):
         """Fake-quantized blocks."""
         raise NotImplementedError
 
+    def block_rule(self, w: Tensor) -> BlockRule:
+        """What the kernels are to do with a weight: the same."""
+        raise NotImplementedError
+
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x is None:
             raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
@@ -46,6 +53,9 @@ class BlockWeightQuantizer(WeightQuantizer):
         return Levels(-self.element.max_value * scale, self.element.max_value * scale, self.element.largest_step * scale)
 
     def quantize_values(self, x: Tensor) -> Tensor:
+        done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x))
+        if done is not None:
+            return done
         return unblocks(self.quantize_blocks(blocks(x, self.spec.granularity)), self.shape, self.spec.granularity)
 
 
@@ -62,6 +72,9 @@ class OCPWeightQuantizer(BlockWeightQuantizer):
     def quantize_blocks(self, w: Tensor) -> Tensor:
         return fake_quantize_mx(w, self.element, self.mode)
 
+    def block_rule(self, w: Tensor) -> BlockRule:
+        return ocp_rule(self.element, self.mode)
+
 
 class NVFP4WeightQuantizer(BlockWeightQuantizer):
     """Weights in NVFP4 (see `lq_plugin.functional.nvfp4`)."""
@@ -74,6 +87,10 @@ class NVFP4WeightQuantizer(BlockWeightQuantizer):
 
     def quantize_blocks(self, w: Tensor) -> Tensor:
         return fake_quantize_nvfp4(w)
+
+    def block_rule(self, w: Tensor) -> BlockRule:
+        low, high = extremes(w, (1,) * w.ndim)
+        return nvfp4_rule(nvfp4_tensor_scale(torch.maximum(-low, high)).item())
 
 
 class OCPInputQuantizer(VectorInputQuantizer):
@@ -88,6 +105,9 @@ class OCPInputQuantizer(VectorInputQuantizer):
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         return fake_quantize_mx(vectors, self.element, self.mode)
 
+    def block_rule(self) -> BlockRule:
+        return ocp_rule(self.element, self.mode)
+
     def levels(self, x: Tensor | None = None) -> None:
         return None
 
@@ -97,6 +117,9 @@ class NVFP4InputQuantizer(VectorInputQuantizer):
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         return fake_quantize_nvfp4(vectors, self.scale)
+
+    def block_rule(self) -> BlockRule:
+        return nvfp4_rule(self.scale.item())
 
     def levels(self, x: Tensor | None = None) -> None:
         return None

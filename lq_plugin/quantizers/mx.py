@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule
 from lq_plugin.functional.mx import mx_step
+from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.uniform import WeightQuantizer
 from lq_plugin.quantizers.vector import VectorInputQuantizer
 
@@ -20,11 +22,18 @@ class MXWeightQuantizer(WeightQuantizer):
         step = mx_step(x.detach(), self.spec.bit_width - 1)
         return step, torch.zeros_like(step)
 
+    def quantize_values(self, x: Tensor) -> Tensor:
+        done = fake_quantize_blocks(x, 1, lambda: mx_rule(self.spec.bit_width - 1))
+        return super().quantize_values(x) if done is None else done
+
 
 class MXInputQuantizer(VectorInputQuantizer):
     """Activations in MX4, MX6 or MX9, blocks along the channels."""
 
     needs_calibration = False
+
+    def block_rule(self) -> BlockRule:
+        return mx_rule(self.spec.bit_width - 1)
 
     def vector_scale(self, vectors: Tensor) -> Tensor:
         return mx_step(vectors, self.spec.bit_width - 1)

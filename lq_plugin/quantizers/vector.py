@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import extremes, qparams_from_bounds
+from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.vs_quant import integer_scale
+from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.uniform import InputQuantizer
 from lq_plugin.spec import PerGroup, QuantSpec
 
@@ -33,11 +35,18 @@ class VectorInputQuantizer(InputQuantizer):
         self.group = cast(PerGroup, spec.granularity)
 
     def quantize_values(self, x: Tensor) -> Tensor:
+        if self.rounds_to_nearest and (done := fake_quantize_blocks(x, self.axis, self.block_rule)) is not None:
+            return done
         # Channels to dim 1, as in a weight: [N, C, *spatial].
         rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         vectors = blocks(rows, self.group)
         y = unblocks(self.rounded_vectors(vectors), rows.shape, self.group)
         return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
+
+    def block_rule(self) -> BlockRule:
+        """What the kernels are to do: the same as `rounded_vectors`."""
+        bits = cast(int, self.group.scale_bits)
+        return vector_rule(self.group.group_size, self.spec.grid, bits, (self.scale / (2**bits - 1)).item())
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         """Fake-quantized `[N, G, V, *spatial]`."""

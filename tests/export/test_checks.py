@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -145,6 +146,23 @@ def test_openvino_names(net, x, tmp_path):
         session.run(["nope"], {"in": x.numpy()})
     with pytest.raises(ExportError, match=f"(?s){names}: .*there is no input 'x'.*the input 'in' is missing"):
         session.run(None, {"x": x.numpy()})
+
+
+def test_openvino_reads_arrays_of_any_kind(net, x, tmp_path):
+    pytest.importorskip("openvino")
+    export_onnx(net, (x,), tmp_path / "net.onnx", input_names=["x"])
+    session = OpenVINOSession(tmp_path / "net.onnx", threads=1)
+    whole = x.numpy()
+    first = session.run(None, {"x": whole})[0]
+    kept = first.copy()
+    still = whole.copy()
+    still.flags.writeable = False
+    for same in (whole.astype("float64"), np.asfortranarray(whole), still, whole.repeat(2, axis=-1)[..., ::2]):
+        np.testing.assert_array_equal(session.run(None, {"x": same})[0], kept)
+    session.run(None, {"x": -whole})
+    np.testing.assert_array_equal(first, kept)
+    with pytest.raises(ExportError, match=r"the graph takes x: \[\?,.*; got x: \[2, 3\]"):
+        session.run(None, {"x": np.zeros((2, 3), np.float32)})
 
 
 def test_files_of_the_other_kind(net, tmp_path):

@@ -19,8 +19,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from lq_plugin.export import export_onnx
+from lq_plugin.export.float_model import float_graph
 from lq_plugin.export.latency import LatencyOptions, LatencyTable, latency_table, model_graph, model_latency, pair
-from lq_plugin.export.onnx import float_graph
 
 QUICK = LatencyOptions(rounds=3)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
@@ -97,7 +98,63 @@ def test_an_embedding_tied_to_a_head(rules, tmp_path):
     assert_runs_alike(tmp_path / "net.onnx", tokens, want, 1e-5 if not any(rule.input for rule in rules) else 0.03)
 
 
-def test_tied_layers_that_compute_alike_are_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"first\.weight, second\.weight are one parameter"):
-        exported(TiedHeads(), torch.randn(3, 8), [Rule("*", weight="int4 per_channel")], tmp_path / "net.onnx")
-    assert not (tmp_path / "net.onnx").exists()
+@pytest.mark.parametrize("inputs", [None, "uint8 affine"])
+def test_tied_layers_that_compute_alike(inputs, tmp_path):
+    """The graph says in which module a node is computed: each layer has its own bits and its own ranges."""
+    x = torch.randn(3, 8)
+    rules = [Rule("first", weight="int4 per_channel", input=inputs), Rule("second", weight="int8 per_channel", input=inputs)]
+    want = exported(TiedHeads(), x, rules, tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5 if inputs is None else 0.03)
+
+
+@pytest.mark.parametrize(("second", "kept"), [("int4 per_channel", 1), ("int3 per_channel", 2)])
+def test_the_weight_of_tied_layers_is_in_the_file_once(second, kept, tmp_path):
+    x = torch.randn(3, 8)
+    rules = [Rule("first", weight="int4 per_channel"), Rule("second", weight=second)]
+    want = exported(TiedHeads(), x, rules, tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5)
+    names = [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer]
+    assert sum(name.endswith("weight_codes") for name in names) == kept
+
+
+class ReadPast(nn.Module):
+    """An embedding whose weight the model reads as a head, and a layer that only lends its weight, as in Mamba."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lent = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        x = F.linear(self.embedding(tokens), self.lent.weight)
+        return F.linear(torch.relu(x), self.embedding.weight)
+
+
+def test_what_reads_a_weight_past_its_layer_stays_float_as_in_the_model(tmp_path, caplog):
+    tokens = torch.randint(0, 20, (3, 5))
+    want = exported(ReadPast(), tokens, [Rule("*", weight="int4 per_channel")], tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", tokens, want, 1e-5)
+    assert "lent does not run on the example inputs" in caplog.text
+
+
+class Positions(nn.Embedding):
+    """A table of which a forward of its own takes the first rows, as in Whisper."""
+
+    def forward(self, x):
+        return x + self.weight[: x.shape[1]]
+
+
+class Standardized(nn.Linear):
+    """Computes with something else than its weight."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def test_layers_with_a_forward_of_their_own(tmp_path):
+    net, x = nn.Sequential(nn.Linear(8, 8), Positions(9, 8), Standardized(8, 8)), torch.randn(3, 5, 8)
+    want = exported(net, x, [Rule("*", weight="int4 per_channel")], tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5)
+    kept = {tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert not kept & {"0.weight", "1.weight", "2.weight"}
+    with pytest.raises(ExportError, match="1: the forward of Standardized has no one node that reads its input"):
+        exported(nn.Sequential(nn.Linear(8, 8), Standardized(8, 8)), x, [Rule("*", weight="int4", input="uint8")], tmp_path / "other.onnx")

@@ -250,3 +250,74 @@ def test_a_model_from_a_packed_file_is_not_exported_again(tmp_path):
         with pytest.raises(ExportError, match=r"(?s)0\.weight was read from a packed file.*checkpoint.*1\.weight was read"):
             export(other, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+class Buffers(nn.Module):
+    """Buffers of every kind of number, rotary frequencies as complex ones among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("frequencies", torch.polar(torch.ones(4), torch.arange(4.0)))
+        self.register_buffer("table", torch.tensor([1, 65535]).to(torch.uint16))
+        self.register_buffer("small", torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn))
+
+    def forward(self, x):
+        return torch.view_as_real(torch.view_as_complex(self.fc(x).reshape(-1, 4, 2)) * self.frequencies)
+
+
+def test_buffers_of_every_kind_of_number(tmp_path):
+    net, x = Buffers(), torch.randn(3, 8)
+    packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
+    other = Buffers()
+    for buffer in other.buffers():
+        buffer.zero_()
+    load_packed(other, tmp_path / "net.safetensors")
+    assert torch.equal(other(x), net(x))
+    for name, buffer in net.named_buffers(recurse=False):
+        assert torch.equal(other.get_buffer(name).view(torch.uint8), buffer.view(torch.uint8)), name
+
+
+class ExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_no_tensor_holds_is_refused_before_a_file_is_written(tmp_path):
+    net, x = nn.Sequential(ExtraState(8, 8)), torch.randn(2, 8)
+    net.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(ExportError, match=r"2 faults(.|\n)*sparse is a tensor of torch\.float32(.|\n)*0\._extra_state is a dict"):
+        packed(net, x, tmp_path / "net.safetensors", "int4 per_channel")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_a_layer_itself(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Linear(64, 64), torch.randn(3, 64)
+    size = packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
+    assert size < 64 * 64 / 2 + 64 * 8 + 1000, "the float weight is in the file, too"
+    other = nn.Linear(64, 64)
+    load_packed(other, tmp_path / "net.safetensors")
+    assert torch.equal(other(x), net(x))
+
+
+def test_another_precision_and_no_memory_are_refused(tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    net, x = make().bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16)
+    packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
+    with pytest.raises(
+        ExportError, match=r"is torch\.bfloat16 in the file and torch\.float32 here(.|\n)*load it into a model of torch\.bfloat16"
+    ):
+        load_packed(make(), tmp_path / "net.safetensors")
+    other = make().bfloat16()
+    load_packed(other, tmp_path / "net.safetensors")
+    assert torch.equal(other(x), net(x))
+    with torch.device("meta"):
+        nowhere = make().bfloat16()
+    with pytest.raises(ExportError, match=r"Sequential is on the meta device(.|\n)*to_empty"):
+        load_packed(nowhere, tmp_path / "net.safetensors")

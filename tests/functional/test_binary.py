@@ -112,3 +112,21 @@ def test_float_evaluation_must_be_asked_for():
     assert torch.equal(net.eval()(x), plain)
     net = quantized(nn.Linear(8, 8), "sign stochastic", "float").eval()
     assert set(net[0].quantized_weight().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_second_derivatives_of_the_sign():
+    """∂/∂x of Σ b³ is 3 b² inside; of the sum of its squares 2 · 3 b² · 6 b = 36 b."""
+    x = torch.tensor([-2.0, -0.5, 0.25, 1.0, 1.5], requires_grad=True)
+    (first,) = torch.autograd.grad((sign(x) ** 3).sum(), x, create_graph=True)
+    assert first.tolist() == [0.0, 3.0, 3.0, 3.0, 0.0]
+    first.square().sum().backward()
+    assert x.grad.tolist() == [0.0, -36.0, 36.0, 36.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_bound_of_the_gradient_is_inside(dtype):
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([-1 - eps, -1, -0.0, 1, 1 + eps], dtype=dtype, requires_grad=True)
+    y = sign(x)
+    y.sum().backward()
+    assert (y.dtype, y.tolist(), x.grad.tolist()) == (dtype, [-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0])

@@ -105,3 +105,15 @@ def test_twn_per_filter_and_per_tensor_thresholds():
             keep = np.abs(row) > factor * np.abs(row).mean()
             want.append(np.sign(row) * keep * np.abs(row[keep]).mean())
         np.testing.assert_allclose(layer.quantized_weight().detach().flatten(), np.concatenate(want), rtol=1e-6)
+
+
+def test_second_derivatives_of_learned_scales():
+    """Of Σ w̃³ by Wp: 3 Wp² for each weight above Δ, then 6 Wp; by Wn the same with a minus sign."""
+    x = torch.tensor([0.9, 0.5, -0.8, 0.01], requires_grad=True)
+    positive, negative = torch.tensor([0.5], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    loss = (ternarize_learned(x, torch.tensor([0.1]), positive, negative) ** 3).sum()
+    by_x, by_positive, by_negative = torch.autograd.grad(loss, (x, positive, negative), create_graph=True)
+    assert by_x.tolist() == [0.375, 0.375, 24.0, 0.0]
+    assert (by_positive.item(), by_negative.item()) == (1.5, -12.0)
+    (by_positive + by_negative).backward()
+    assert (positive.grad.item(), negative.grad.item()) == (6.0, -12.0)

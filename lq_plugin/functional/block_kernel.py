@@ -1,0 +1,110 @@
+"""Formats whose scales follow from the values, in one pass over memory by the compiled kernels (`lq_plugin.native`).
+
+A rule says what the torch operations of a format do: those of `lq_plugin.functional.mx`, `ocp_mx`, `nvfp4` and `vs_quant`,
+bit for bit. Blocks lie along the channels, in whatever order the dims have in memory: nothing is moved, padded or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional import mx, nvfp4, ocp_mx
+from lq_plugin.functional.affine import masked_gradient
+from lq_plugin.functional.minifloat import E2M1, Minifloat
+from lq_plugin.native import ops
+from lq_plugin.native.kernels import BlockRule, Kernels, block_layout
+from lq_plugin.spec import IntegerGrid
+
+
+def mx_rule(mantissa_bits: int) -> BlockRule:
+    """MX4, MX6 and MX9: what `mx_step` and `fake_quantize` do."""
+    limit = 2**mantissa_bits - 1
+    return BlockRule(
+        family=BlockRule.MICROEXPONENTS,
+        block=mx.BLOCK,
+        quant_min=-limit,
+        quant_max=limit,
+        mantissa_bits=mantissa_bits,
+        scale_bits=mx.MICRO_BITS,
+    )
+
+
+def ocp_rule(element: Minifloat, mode: ocp_mx.ScaleMode) -> BlockRule:
+    """OCP MX: what `fake_quantize_mx` does."""
+    return _float_rule(BlockRule.OCP, ocp_mx.BLOCK, element, ocp_mx.MODES.index(mode), 1.0)
+
+
+def nvfp4_rule(tensor_scale: float) -> BlockRule:
+    """NVFP4: what `fake_quantize_nvfp4` does with this scale g of the tensor."""
+    return _float_rule(BlockRule.NVFP4, nvfp4.BLOCK, E2M1, 0, tensor_scale)
+
+
+def vector_rule(size: int, grid: IntegerGrid, scale_bits: int, coarse: float) -> BlockRule:
+    """VS-Quant of activations: integer scales of vectors of so many channels under the float scale γ."""
+    return BlockRule(
+        family=BlockRule.VECTORS,
+        block=size,
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
+        scale_bits=scale_bits,
+        coarse=coarse,
+    )
+
+
+def _float_rule(family: int, block: int, element: Minifloat, mode: int, coarse: float) -> BlockRule:
+    return BlockRule(
+        family=family,
+        block=block,
+        mantissa_bits=element.mantissa_bits,
+        min_exponent=element.min_exponent,
+        max_exponent=element.max_exponent,
+        max_value=element.max_value,
+        mode=mode,
+        coarse=coarse,
+    )
+
+
+def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) -> Tensor | None:
+    """Fake-quantized `x`, with the straight-through gradient of its format.
+
+    Args:
+        x: float tensor of any shape.
+        axis: of the channels; the last block may be shorter.
+        rule: makes the rule, where the kernels are used.
+
+    Returns:
+        Tensor like `x`, laid out in memory as it is; None where the kernels cannot be used, and torch operations are to do it.
+
+    >>> from lq_plugin.native import use_native
+    >>> with use_native(False):
+    ...     fake_quantize_blocks(torch.ones(1, 16), 1, lambda: mx_rule(4)) is None
+    True
+    """
+    if torch.compiler.is_compiling() or not isinstance(kernels := ops.kernels_for(x), Kernels):
+        return None
+    made = rule()
+    layout = block_layout(x, axis, made.block)
+    if layout is None:
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FakeQuantizeBlocks.apply(x, layout, made, kernels)
+    return kernels.fake_quantize_blocks(x, layout, made, masked=False)[0]
+
+
+class _FakeQuantizeBlocks(torch.autograd.Function):
+    """A bit an element is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, layout, rule, kernels):
+        y, mask = kernels.fake_quantize_blocks(x, layout, rule, masked=True)
+        ctx.save_for_backward(mask)
+        ctx.layout, ctx.strides, ctx.kernels = layout.mask, x.stride(), kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None
