@@ -1,4 +1,6 @@
-"""Entry points: `lq-train`, composed by Hydra from `pkg://lq_plugin.conf` and the user's own `--config-dir`.
+"""Entry points: `lq-train`, `lq-search`, `lq-sensitivity` and `lq-export`.
+
+Hydra composes their configs from `pkg://lq_plugin.conf` and the user's own `--config-dir`.
 
 Nothing heavy is imported before a run starts: `lq-train --help` and tab completion stay quick.
 """
@@ -6,21 +8,25 @@ Nothing heavy is imported before a run starts: `lq-train --help` and tab complet
 from __future__ import annotations
 
 import logging
-import math
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.export_command import check_export, run_export
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +39,10 @@ def train(cfg: DictConfig) -> float | None:
 
     Returns:
         The metric named by `optimized_metric`, for a sweep; None when none is named.
-
-    Raises:
-        ValueError: when the config lacks the plugin's own part, or that metric was not logged.
     """
-    require_lq_configs(cfg)
-    try:
+    with told():
+        check_request(cfg)
         return optimized_metric(run(cfg), cfg.optimized_metric)
-    finally:
-        close_wandb()
 
 
 def run(cfg: DictConfig) -> Metrics:
@@ -119,18 +120,30 @@ def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
     """The value of metric `name`.
 
     Raises:
-        ValueError: when it was not logged.
+        QuantizationError: when it was not logged.
 
     >>> optimized_metric({"val/acc": 0.5}, "val/ac")
     Traceback (most recent call last):
-    ValueError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean 'val/acc'?
+    lq_plugin.errors.QuantizationError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean 'val/acc'?
     """
     if name is None:
         return None
     if name not in metrics:
         listing = ", ".join(sorted(metrics)) or "nothing (no stage was run)"
-        raise ValueError(f"optimized_metric {name!r} was not logged; logged: {listing}.{did_you_mean(name, metrics)}")
+        raise QuantizationError(f"optimized_metric {name!r} was not logged; logged: {listing}.{did_you_mean(name, metrics)}")
     return metrics[name]
+
+
+def check_request(cfg: Any) -> None:
+    """Refuse what is wrong with any config, before anything is imported for it.
+
+    Raises:
+        QuantizationError: a group that was not found, or no file of float weights.
+    """
+    require_lq_configs(cfg)
+    path = cfg.get("float_checkpoint")
+    if path and not Path(path).is_file():
+        raise QuantizationError(f"float_checkpoint={path}: there is no such file")
 
 
 def require_lq_configs(cfg: Any) -> None:
@@ -139,10 +152,10 @@ def require_lq_configs(cfg: Any) -> None:
     Hydra makes it one where it does not find the group `lq`, and the run would be float without a word.
 
     Raises:
-        ValueError: saying so.
+        QuantizationError: saying so.
     """
     if isinstance(value := cfg.get("lq"), str):
-        raise ValueError(
+        raise QuantizationError(
             f"lq={value} was read as a plain string, not as the config group of lq_plugin: nothing would be quantized. "
             "Is lq_plugin installed in this environment (pip show lq_plugin)?"
         )
@@ -160,150 +173,55 @@ def log_once() -> None:
         logging.getLogger(name).handlers.clear()
 
 
-def close_wandb() -> None:
-    """End the W&B run of this job: the next job of a multirun would go on writing into it."""
-    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.finish()
+@contextmanager
+def told() -> Iterator[None]:
+    """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the traceback.
+
+    The W&B run of this job ends: the next job of a multirun would go on writing into it.
+    """
+    try:
+        yield
+    except QuantizationError as error:
+        if HydraConfig.get().mode != RunMode.RUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+            raise
+        log.error("%s", error)
+        sys.exit(2)
+    finally:
+        if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+            wandb.finish()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
 def search(cfg: DictConfig) -> None:
     """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
-    require_lq_configs(cfg)
-    log_once()
-    from lq_plugin.search.main import run as run_search
+    with told():
+        check_request(cfg)
+        log_once()
+        from lq_plugin.search.main import run as run_search
 
-    try:
-        run_search(cfg)
-    except KeyboardInterrupt:
-        log.warning("stopped; the same command goes on with the study in %s", cfg.paths.output_dir)
-        sys.exit(130)
-    finally:
-        close_wandb()
+        try:
+            run_search(cfg)
+        except KeyboardInterrupt:
+            log.warning("stopped; the same command goes on with the study in %s", cfg.paths.output_dir)
+            sys.exit(130)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
 def sensitivity(cfg: DictConfig) -> None:
-    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`.
+    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`."""
+    with told():
+        check_request(cfg)
+        log_once()
+        from lq_plugin.search.sensitivity_main import run as run_sensitivity
 
-    Raises:
-        QuantizationError: an unknown measure, or one that does not fit the space or the module.
-    """
-    require_lq_configs(cfg)
-    log_once()
-    from lq_plugin.search.sensitivity_main import run as run_sensitivity
-
-    run_sensitivity(cfg)
+        run_sensitivity(cfg)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
 def export(cfg: DictConfig) -> None:
-    """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX.
-
-    Raises:
-        ExportError: nothing to export, an unknown target, or a model that the file cannot hold.
-    """
-    log_once()
-    run_export(cfg)
-
-
-def run_export(cfg: DictConfig) -> Path:
-    """Build, load or calibrate the model; write and verify the file; returns its path."""
-    from lightning import seed_everything
-
-    from lq_plugin.export import export_onnx, save_packed, verify
-    from lq_plugin.export.verify import need_one_input
-    from lq_plugin.model.checkpoint import load_checkpoint
-
-    check_export(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model: LightningModule = instantiate(cfg.model)
-    datamodule: LightningDataModule = instantiate(cfg.data)
-    inputs: list[Tensor] = []
-    sums_from: list[Tensor] | None = None
-    if cfg.verify or cfg.to == "onnx":
-        # Before the work: a batch of another kind is refused at once.
-        need_one_input(model)
-        inputs, sums_from = example_batches(cfg, datamodule)
-    if cfg.ckpt_path is not None:
-        load_checkpoint(model, cfg.ckpt_path)
-    else:
-        calibrate_plan(cfg, model, datamodule)
-    model.eval().cpu()
-    if cfg.to == "packed":
-        size = save_packed(model, path)
-    else:
-        size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest)
-    log.info("written to %s: %s bytes", path, f"{size:,}")
-    if cfg.verify:
-        result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
-        nan = " (there is NaN in the outputs)" if math.isnan(result.largest_difference) else ""
-        log.info(
-            "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output%s",
-            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference, nan,
-        )  # fmt: skip
-    return path
-
-
-#: What `to=` may be, and what the file's name ends in.
-SUFFIXES = {"packed": ".safetensors", "onnx": ".onnx"}
-
-
-def check_export(cfg: DictConfig) -> None:
-    """Refuse what cannot be exported, before anything is built.
-
-    Raises:
-        ExportError: naming every fault.
-    """
-    from lq_plugin.export.checks import smallest_faults
-    from lq_plugin.export.verify import check_runtime
-
-    check_runtime(cfg.runtime)
-    if cfg.to not in SUFFIXES:
-        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to), SUFFIXES)}")
-    if (cfg.ckpt_path is None) == (cfg.plan is None):
-        raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
-    faults = smallest_faults(cfg.smallest)
-    if cfg.output is not None and Path(cfg.output).suffix != SUFFIXES[cfg.to]:
-        faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
-    if cfg.round_sums and cfg.to != "onnx":
-        faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
-    for name in ("verify_batches", "calibration_batches"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
-    raise_all(ExportError, "cannot export", faults)
-
-
-def example_batches(cfg: DictConfig, datamodule: LightningDataModule) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Inputs of validation batches, and of training batches where sums are rounded; the random state is as before.
-
-    Raises:
-        ExportError: there are none, or batches do not begin with a tensor.
-    """
-    from lightning.pytorch.utilities.seed import isolate_rng
-
-    from lq_plugin.export.verify import inputs_of
-
-    with isolate_rng():
-        datamodule.prepare_data()
-        datamodule.setup("fit" if cfg.round_sums else "validate")
-        inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches if cfg.verify else 1)
-        sums_from = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if cfg.round_sums else None
-    if not inputs or sums_from == []:
-        name = "train_dataloader" if inputs else "val_dataloader"
-        raise ExportError(f"{type(datamodule).__name__}.{name} gives no batches")
-    return inputs, sums_from
-
-
-def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule) -> None:
-    """Load float weights and run PTQ with the config's plan."""
-    from lq_plugin import PTQ
-    from lq_plugin.model.checkpoint import load_float_weights
-
-    if cfg.float_checkpoint:
-        load_float_weights(model, Path(cfg.float_checkpoint))
-    ptq = PTQ(cfg.plan, cfg.calibration_batches, cfg.phases)
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=[ptq], logger=False, enable_checkpointing=False)
-    trainer.validate(model, datamodule=datamodule, verbose=False)
+    """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX."""
+    with told():
+        # Before Lightning is imported, which takes longer than anything that can be wrong with a request takes to say.
+        check_export(cfg)
+        log_once()
+        run_export(cfg)

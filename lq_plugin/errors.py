@@ -29,6 +29,10 @@ class ExportError(QuantizationError):
     """A model that cannot be written to a file as it is, or a file that cannot be read."""
 
 
+class MissingPackageError(ExportError, ImportError):
+    """An optional package that is not installed, and what brings it."""
+
+
 class CoverageError(QuantizationError):
     """Less of the model is quantized than `min_coverage` asks for."""
 

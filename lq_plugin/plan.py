@@ -133,14 +133,13 @@ class QuantPlan:
                 return cls([Rule("*", weight=_spec_or_float(weight), input=_spec_or_float(rest))])
             if not re.match(r"[wa]\d", text.strip()):
                 return cls([Rule("*", weight=QuantSpec.parse(text))])
-            parts = re.split(r"(?:^|\s+)(?=[wa]\d)|(?<=\d)(?=a\d)", text.strip())
-            chosen: dict[str, str] = {}
+            parts = re.split(r"(?:^|\s+)(?=[wa]\d)|(?<=\d)(?=[wa]\d)", text.strip())
+            chosen: dict[str, Any] = {}
             for part in filter(None, parts):
-                head, *words = part.split()
-                slot, bits = ("weight", head[1:]) if head[0] == "w" else ("input", head[1:])
+                slot = "weight" if part[0] == "w" else "input"
                 if slot in chosen:
-                    raise PlanError(f"{head!r} sets the {slot} a second time")
-                chosen[slot] = _short_spec(slot, bits, words)
+                    raise PlanError(f"{part!r} sets the {slot} a second time")
+                chosen[slot] = _short_spec(slot, part)
             return cls([Rule("*", **chosen)])
         except QuantizationError as error:
             hint = "write 'w4a8', 'w4 group16 mse a8 percentile:99.9', 'int4 per_channel / uint8 affine', or a path ending in .yaml"
@@ -276,16 +275,21 @@ def _nothing_matches(pattern: str, layers: Sequence[LayerInfo], others: Mapping[
     return f"{pattern!r} matches no layer; layers: {shown}.{did_you_mean(pattern, valid)}"
 
 
-def _short_spec(slot: str, bits: str, words: list[str]) -> str:
-    extra = " ".join(words)
+def _short_spec(slot: str, text: str) -> QuantSpec:
+    """The spec of `w4 mse` or `a8`; what is wrong with it is said of these words, not of those that they stand for."""
+    head, *words = text.split()
+    bits = head[1:]
+    if not bits.isdecimal():
+        raise PlanError(f"{head!r}: {head[0]!r} is followed by a number of bits; words stand apart: '{head[0]}4 mse'")
     if slot == "weight":
-        shared = "" if any(word.startswith(("per_", "group")) for word in words) else "per_channel"
-        return f"int{bits} {shared} {extra}"
-    if "pact" in words:  # its zero is fixed
-        return f"uint{bits} {extra}"
-    # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
-    named = any(word.partition(":")[0] in RANGES for word in words)
-    return f"uint{bits} affine {'' if named else 'ema'} {extra}"
+        words = [f"int{bits}", *([] if any(word.startswith(("per_", "group")) for word in words) else ["per_channel"]), *words]
+    elif "pact" in words:  # its zero is fixed
+        words = [f"uint{bits}", *words]
+    else:
+        # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
+        named = any(word.partition(":")[0] in RANGES for word in words)
+        words = [f"uint{bits}", *([] if "affine" in words else ["affine"]), *([] if named else ["ema"]), *words]
+    return QuantSpec.parse(" ".join(words), written=text)
 
 
 @lru_cache(maxsize=1024)

@@ -244,8 +244,8 @@ class QuantSpec:
         return replace(self, **changes)
 
     @classmethod
-    def parse(cls, value: QuantSpec | str | dict[str, Any]) -> QuantSpec:
-        """Read a spec from its short string, a mapping of its fields, or a spec.
+    def parse(cls, value: QuantSpec | str | dict[str, Any], written: str | None = None) -> QuantSpec:
+        """Read a spec from its short string, a mapping of its fields, or a spec; errors quote what was `written` for it.
 
         Raises:
             SpecError: naming every word that is not understood.
@@ -258,13 +258,13 @@ class QuantSpec:
         if isinstance(value, QuantSpec):
             return value
         if isinstance(value, str):
-            return cls._from_words(value)
+            return cls._from_words(value, written or value)
         if isinstance(value, dict):
             return cls._from_fields(value)
         raise SpecError(f"a QuantSpec is written as a string, a mapping or a QuantSpec, got {type(value).__name__}: {value!r}")
 
     @classmethod
-    def _from_words(cls, text: str) -> QuantSpec:
+    def _from_words(cls, text: str, written: str) -> QuantSpec:
         words = text.split()
         chosen: dict[str, Any] = {}
         faults: list[str] = []
@@ -315,11 +315,11 @@ class QuantSpec:
                 chosen["granularity"] = replace(group, ragged=True)
             else:
                 faults.append("'ragged' belongs to a group size: group16 ragged")
-        raise_all(SpecError, f"cannot read the spec {text!r}", faults)
+        raise_all(SpecError, f"cannot read the spec {written!r}", faults)
         try:
             return cls(**chosen)
         except SpecError as error:
-            raise SpecError(f"spec {text!r}: {error}") from None
+            raise SpecError(f"spec {written!r}: {error}") from None
 
     @classmethod
     def _from_fields(cls, mapping: dict[str, Any]) -> QuantSpec:
@@ -330,7 +330,7 @@ class QuantSpec:
         raise_all(SpecError, "cannot read the spec", faults)
         chosen = dict(mapping)
         if isinstance(word := chosen.get("granularity"), str):
-            chosen["granularity"] = cls._from_words(f"int8 {word}").granularity
+            chosen["granularity"] = cls._from_words(f"int8 {word}", word).granularity
         return cls(**chosen)
 
     def __str__(self) -> str:

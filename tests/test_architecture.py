@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "errors", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan", "native", "functional", "metrics", "ranges",
+    "errors", "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
+    "native", "functional", "metrics", "ranges",
     "quantizers", "layers", "model", "plots", "export", "report",
-    "callbacks", "search", "demo", "cli", "__init__",
+    "callbacks", "search", "demo", "export_command", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 350
 USES_LIGHTNING = {"callbacks", "search", "demo", "cli"}

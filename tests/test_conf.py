@@ -196,3 +196,16 @@ def test_jobs_of_a_multirun_are_wandb_runs_of_their_own(tmp_path):
     lq_train("-m", "seed=1,2", "experiment=digits_float", "logger=wandb", *quiet, cwd=tmp_path)
     runs = sorted(path.relative_to(tmp_path / "logs").parts[-4] for path in tmp_path.glob("logs/**/wandb/offline-run-*/run-*.wandb"))
     assert runs == ["0", "1"]
+
+
+@pytest.mark.parametrize("command", ["train", "search", "sensitivity"])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_checkpoint_that_is_not_there_is_told_at_once(command, sweep, tmp_path):
+    code = f"import sys; from lq_plugin.cli import {command}\ntry: {command}()\nfinally: print('heavy:', 'lightning' in sys.modules)"
+    experiment = "digits_float" if command == "train" else "digits_search"
+    arguments = [*(["-m"] if sweep else []), f"experiment={experiment}", "logger=none", "float_checkpoint=flaot.ckpt"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert "float_checkpoint=flaot.ckpt: there is no such file" in done.stdout + done.stderr
+    assert "heavy: False" in done.stdout
+    # A sweeper gets the error itself.
+    assert (done.returncode, "Traceback" in done.stderr) == ((1, True) if sweep else (2, False))

@@ -139,3 +139,25 @@ def test_missing_file_and_wrong_type():
         QuantPlan.parse("four bits")
     with pytest.raises(PlanError, match="1..16, got 0"):
         QuantPlan.parse("w0a8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w99a8", "spec 'w99': impossible QuantSpec: bit_width must be 1..16, got 99"),
+        ("w4 a8 mxe", "cannot read the spec 'a8 mxe': unknown word 'mxe'"),
+        ("w4x a8", "'w4x': 'w' is followed by a number of bits; words stand apart: 'w4 mse'"),
+        ("w4a8mse", "'a8mse': 'a' is followed by a number of bits"),
+        ("a8 a4", "'a4' sets the input a second time"),
+    ],
+)
+def test_errors_quote_what_was_written(text, message):
+    with pytest.raises(PlanError) as caught:
+        QuantPlan.parse(text)
+    assert f"cannot read the plan {text!r}: {message}" in str(caught.value)
+    assert "uint8 affine ema" not in str(caught.value)
+    assert "rule" not in str(caught.value), "no rule was written"
+
+
+def test_short_strings_in_any_order_and_with_the_words_they_have_by_themselves():
+    assert QuantPlan.parse("a8w4") == QuantPlan.parse("w4a8") == QuantPlan.parse("w4 per_channel a8 affine")

@@ -13,19 +13,28 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq_plugin.callbacks.data import (
     calibration_batches,
+    one_batch,
     one_float_batch,
     statistics_merger,
     step_runner,
     with_progress,
     without_traces,
 )
-from lq_plugin.callbacks.neighbours import move_before_tuners, renew_averages
+from lq_plugin.callbacks.neighbours import TUNERS, move_before, renew_averages
 from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
-from lq_plugin.errors import CalibrationError, PlanError
-from lq_plugin.model.calibrate import Statistics, collect_statistics, evaluating, float_forward, load_statistics, never_reached
+from lq_plugin.errors import PlanError
+from lq_plugin.model.calibrate import (
+    Statistics,
+    collect_statistics,
+    evaluating,
+    float_forward,
+    load_statistics,
+    needs_data,
+    never_reached,
+)
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operation_rules import needs_recording
-from lq_plugin.model.prepare import prepare
+from lq_plugin.model.prepare import prepare, quantizers
 from lq_plugin.model.record import Recording, record
 from lq_plugin.plan import QuantPlan
 
@@ -67,7 +76,7 @@ class QuantizationCallback(Callback):
         self.statistics: Statistics = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        move_before_tuners(trainer, self)
+        move_before(trainer, self, TUNERS)
         original = pl_module.configure_model
 
         def configure_model() -> None:
@@ -116,12 +125,12 @@ class QuantizationCallback(Callback):
             CalibrationError: when there is no batch.
         """
         if self.recording is None:
-            run = step_runner(trainer, pl_module, self.calibration_step)
-            with resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module), torch.no_grad():
-                for batch in calibration_batches(trainer, pl_module, self.dataloader, 1):
-                    self.recording = record(pl_module, lambda: run(batch))  # noqa: B023
-            if self.recording is None:
-                raise CalibrationError("no calibration data: the loader gave 0 batches")
+            run = one_batch(trainer, pl_module, self.dataloader, self.calibration_step)
+            with (
+                resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module),
+                torch.no_grad(), isolate_rng(),
+            ):  # fmt: skip
+                self.recording = record(pl_module, run)
             self.ledger.add_recording(self.recording)
             rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
         self.ledger.require(self.min_coverage)
@@ -130,14 +139,16 @@ class QuantizationCallback(Callback):
     def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
         """Find every range from `count` batches of each rank. The statistics stay in `self.statistics`."""
         self.record(trainer, pl_module)
-        batches = calibration_batches(trainer, pl_module, self.dataloader, count)
+        batches = calibration_batches(trainer, pl_module, self.dataloader, count, needs_data(pl_module))
         batches = with_progress(trainer, "calibrate", batches, count)
         with resharded(pl_module), without_traces(pl_module):
             run = step_runner(trainer, pl_module, self.calibration_step)
             self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
         with whole_weights(pl_module):
             load_statistics(pl_module, self.statistics)
-        if missed := never_reached(self.statistics):
+        # Formats that find their scales at run time miss nothing.
+        waiting = {q.name for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated}
+        if missed := [name for name in never_reached(self.statistics) if name in waiting]:
             rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.unreached}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -18,28 +18,61 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.model.calibrate import Statistics
+from lq_plugin.model.calibrate import Statistics, needs_data
+from lq_plugin.model.loaders import loaders_in
 
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step")
 
 
-def calibration_batches(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, count: int) -> Iterator[Any]:
+def calibration_batches(
+    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, count: int, needed: bool = True
+) -> Iterator[Any]:
     """Up to `count` batches of this rank, on the module's device.
 
     They come from `given`, or from the train dataloader of the fit, of the datamodule, or of the
     module. Random states are as before afterwards.
 
+    Args:
+        trainer, pl_module: of the run.
+        given: the user's own, or None.
+        count: of the batches of each rank.
+        needed: False: no batches come where there is no such loader.
+
     Raises:
-        CalibrationError: when there is no such loader.
+        CalibrationError: when there is no such loader, or there are several.
     """
     with isolate_rng():
-        loader = given if given is not None else _train_loader(trainer, pl_module)
+        loader = _loader(trainer, pl_module, given)
+        if loader is None:
+            if needed:
+                raise CalibrationError(_NO_LOADER)
+            return
         # Each rank takes its share, as a distributed sampler would give it.
         mine = itertools.islice(loader, trainer.global_rank, count * trainer.world_size, trainer.world_size)
         for batch in mine:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            yield _transferred(trainer, pl_module, batch)
+
+
+def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """A batch as Lightning hands it to a step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def one_batch(
+    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: Callable[[LightningModule, Any], Any] | None
+) -> Callable[[], Any]:
+    """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see `one_float_batch`.
+
+    Raises:
+        CalibrationError: there is no batch (or none but of the evaluation, where ranges need training data), or no step that takes it.
+    """
+    # Where ranges will need others, that is said before anything of the module changes.
+    batch, step = _batch_and_step(trainer, pl_module, given, step, or_evaluation=not needs_data(pl_module))
+    run = step_runner(trainer, pl_module, step)
+    batch = _transferred(trainer, pl_module, batch)
+    return lambda: run(batch)
 
 
 def one_float_batch(
@@ -52,23 +85,32 @@ def one_float_batch(
     Raises:
         CalibrationError: there is no batch, or no step that takes it.
     """
-    with isolate_rng():
-        try:
-            batch = next(iter(given if given is not None else _train_loader(trainer, pl_module)), None)
-            step = step or _own_step(pl_module)
-        except CalibrationError:
-            name = f"{trainer.state.fn}_step" if trainer.state.fn in ("test", "predict") else "validation_step"
-            loop: Any = {"test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name, trainer.validate_loop)
-            if not loop._data_source.is_defined() or not is_overridden(name, pl_module):
-                raise
-            loaders = loop._data_source.dataloader()
-            batch = next(iter(loaders[0] if isinstance(loaders, (list, tuple)) else loaders), None)
-            step = step or _as_step(pl_module, name)
-    if batch is None:
-        raise CalibrationError("no calibration data: the loader gave 0 batches")
+    batch, step = _batch_and_step(trainer, pl_module, given, step)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
     return lambda: step(pl_module, batch)
+
+
+def _batch_and_step(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    given: Iterable[Any] | None,
+    step: Callable[[LightningModule, Any], Any] | None,
+    or_evaluation: bool = True,
+) -> tuple[Any, Callable[[LightningModule, Any], Any]]:
+    with isolate_rng():
+        loader = _loader(trainer, pl_module, given)
+        if loader is None:
+            name = f"{trainer.state.fn}_step" if trainer.state.fn in ("test", "predict") else "validation_step"
+            loop: Any = {"test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name, trainer.validate_loop)
+            if not or_evaluation or not loop._data_source.is_defined() or not is_overridden(name, pl_module):
+                raise CalibrationError(_NO_LOADER)
+            loader = itertools.chain.from_iterable(loaders_in(loop._data_source.dataloader()))
+            step = step or _as_step(pl_module, name)
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise CalibrationError("no calibration data: the loader gave 0 batches")
+    return batch, step or _own_step(pl_module)
 
 
 def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:
@@ -77,7 +119,31 @@ def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], to
     return iter(rich.progress.track(batches, description, total=total, disable=not shown, transient=True))
 
 
-def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
+#: Where calibration data is looked for in vain.
+_NO_LOADER = "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: PTQ(plan, dataloader=...)"
+
+
+def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Where calibration batches come from; None where there is no such loader.
+
+    Raises:
+        CalibrationError: there are several.
+    """
+    found = given if given is not None else _train_loader(trainer, pl_module)
+    if found is None:
+        return None
+    loaders = loaders_in(found)
+    if len(loaders) > 1:
+        # Lightning trains on batches of all of them at once, and validates on one after the other: neither is what is meant for sure.
+        name = "dataloader" if given is not None else "train_dataloader"
+        raise CalibrationError(
+            f"calibration takes the batches of one loader, {name} gives {len(loaders)}: say which, as PTQ(plan, dataloader=...) or "
+            "QAT(plan, dataloader=...)"
+        )
+    return loaders[0]
+
+
+def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
     source = trainer.fit_loop._data_source
     if source.is_defined():
         return source.dataloader()
@@ -88,9 +154,7 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]
         return datamodule.train_dataloader()
     if is_overridden("train_dataloader", pl_module):
         return pl_module.train_dataloader()
-    raise CalibrationError(
-        "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: PTQ(plan, dataloader=...)"
-    )
+    return None
 
 
 def step_runner(trainer: Trainer, pl_module: LightningModule, step: Callable[[LightningModule, Any], Any] | None) -> Callable[[Any], Any]:

@@ -10,16 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.data import calibration_batches
+from lq_plugin.callbacks.neighbours import TUNERS, move_before
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
-from lq_plugin.export.checks import check_float32, smallest_faults
+from lq_plugin.export.checks import check_float32, stored_faults
 from lq_plugin.export.verify import inputs_of, need_one_input
+from lq_plugin.export_options import SUFFIXES, need_onnx, smallest_faults
 from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
-
-SUFFIXES = (".safetensors", ".onnx")
 
 
 class Export(Callback):
@@ -36,6 +37,7 @@ class Export(Callback):
 
     Raises:
         ExportError: another suffix, impossible options; a run without quantization; a model that the file cannot hold.
+        MissingPackageError: for ONNX, without the packages for it.
 
     >>> from lightning import Trainer
     >>> from lq_plugin import QAT
@@ -46,15 +48,21 @@ class Export(Callback):
         self.path = Path(path)
         self.onnx = self.path.suffix == ".onnx"
         faults = smallest_faults(smallest)
-        if self.path.suffix not in SUFFIXES:
-            faults.append(f"a model is exported to a file that ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        if self.path.suffix not in SUFFIXES.values():
+            faults.append(f"a model is exported to a file that ends in {' or '.join(SUFFIXES.values())}, got {str(path)!r}")
         if round_sums and not self.onnx:
             faults.append(f"round_sums is for a file that ends in .onnx, got {str(path)!r}")
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             faults.append(f"batches is a number of batches, 1 or more, got {batches!r}")
         raise_all(ExportError, "Export", faults)
+        if self.onnx:
+            need_onnx(f"Export({str(path)!r})")
         self.round_sums, self.smallest, self.batches = round_sums, smallest, batches
         self.size: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # What cannot be exported is said before PTQ and QAT calibrate.
+        move_before(trainer, self, (QuantizationCallback, *TUNERS))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check(pl_module)
@@ -94,12 +102,14 @@ class Export(Callback):
         for fault in computed_faults(layers):
             # No error yet: what computes a weight may be taken away before the run ends.
             rank_zero_warn(f"Export: {fault}, before the run ends")
+        faults = stored_faults(pl_module)
         if self.onnx:
             from lq_plugin.export.onnx import knowable_faults  # not at the top: packed files need no onnx
 
             need_one_input(pl_module)
             check_float32(pl_module)
-            raise_all(ExportError, f"Export: {self.path} cannot hold {name} under its plan", knowable_faults(pl_module))
+            faults += knowable_faults(pl_module)
+        raise_all(ExportError, f"Export: {self.path} cannot hold {name} under its plan", faults)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, on the first process."""

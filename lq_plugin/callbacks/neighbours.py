@@ -16,14 +16,18 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 _WEIGHT_AVERAGING: Any = getattr(callbacks, "WeightAveraging", ())
 
 
-def move_before_tuners(trainer: Trainer, callback: Callback) -> None:
-    """Lightning puts tuners first; their trial runs need a model that has its ranges and an optimizer that has its scales."""
+#: Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its scales.
+TUNERS = (BatchSizeFinder, LearningRateFinder)
+
+
+def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type[Callback], ...]) -> None:
+    """Put a callback of the Trainer in front of all those of some kinds."""
     # A new list: the Trainer is walking along the old one.
     before: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    tuners = [index for index, other in enumerate(before) if isinstance(other, (BatchSizeFinder, LearningRateFinder))]
-    if tuners and before.index(callback) > tuners[0]:
+    first = next((index for index, other in enumerate(before) if isinstance(other, kinds)), len(before))
+    if before.index(callback) > first:
         others = [other for other in before if other is not callback]
-        trainer.callbacks = [*others[: tuners[0]], callback, *others[tuners[0] :]]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others[:first], callback, *others[first:]]  # type: ignore[attr-defined]
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,6 +26,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Packed files need no onnx.
     if name == "export_onnx":
+        from lq_plugin.export_options import need_onnx
+
+        need_onnx("export_onnx")
         from lq_plugin.export.onnx import export_onnx
 
         return export_onnx

@@ -8,16 +8,10 @@ import torch
 from torch import nn
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.codes import nothing_stored
 from lq_plugin.export.torchao import RowsLinear
 from lq_plugin.export.xnor import XNORConv, XNORLinear
-
-#: Bits that the smallest integer type of an ONNX file may have.
-SMALLEST = (2, 4, 8)
-
-
-def smallest_faults(smallest: int) -> list[str]:
-    """What is wrong with the bits of the smallest integer type."""
-    return [] if smallest in SMALLEST else [f"smallest is 2, 4 or 8 bits, got {smallest!r}"]
+from lq_plugin.model.prepare import quantized_layers
 
 
 def check_folder(path: str | Path) -> None:
@@ -48,6 +42,13 @@ def check_unchanged(model: nn.Module) -> None:
                 f"{type(model).__name__} was changed by {function} ({listed}), for inference in this process only: "
                 "export it before, or load its checkpoint into a new one"
             )
+
+
+def stored_faults(model: nn.Module) -> list[str]:
+    """What of a prepared model's last stage no file can hold whatever its weights will be."""
+    specs = {name: layer.layer_plan.weight for name, layer in quantized_layers(model)}
+    reasons = {name: nothing_stored(spec) for name, spec in specs.items() if spec is not None}
+    return [f"{name}.weight ({specs[name]}): {reason}" for name, reason in reasons.items() if reason is not None]
 
 
 def check_float32(model: nn.Module) -> None:

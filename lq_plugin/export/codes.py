@@ -79,6 +79,15 @@ def encode(quantizer: Any, weight: Tensor) -> Parts:
     return parts | {"codes": Part(codes.reshape(weight.shape), parts["codes"].bits)}
 
 
+def nothing_stored(spec: QuantSpec) -> str | None:
+    """Why `encode` refuses such weights, whatever their values; None: it does not.
+
+    >>> nothing_stored(QuantSpec.parse("sign:float_eval stochastic")), nothing_stored(QuantSpec.parse("sign"))
+    ('it is evaluated with float weights, there is nothing to store', None)
+    """
+    return "it is evaluated with float weights, there is nothing to store" if "float_eval" in spec.format_options else None
+
+
 def decode(spec: QuantSpec, shape: tuple[int, ...], parts: Values) -> Tensor:
     """The weight `[C_out, C_in / groups, *kernel]`, float32, of values by name (whole numbers int32)."""
     _, decoder = _FORMATS[spec.format_name]
@@ -175,8 +184,8 @@ def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
 
 
 def _encode_sign(quantizer: WeightQuantizer, w: Tensor) -> Parts:
-    if "float_eval" in quantizer.spec.format_options:
-        raise ExportError(f"{quantizer.name}: '{quantizer.spec}' is evaluated with float weights, there is nothing to pack")
+    if (reason := nothing_stored(quantizer.spec)) is not None:
+        raise ExportError(f"{quantizer.name} ({quantizer.spec}): {reason}")
     return {"codes": Part((w >= 0).to(torch.int32), 1)}
 
 

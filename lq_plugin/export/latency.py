@@ -11,17 +11,16 @@ What a runtime fuses across layers is not in it; `model_latency` measures the wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.float_model import float_copy, float_graph
 from lq_plugin.export.onnx import export_onnx
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export_options import LatencyOptions
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
 from lq_plugin.plan import LayerPlan, QuantPlan, Rule
@@ -41,52 +41,10 @@ from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
 
 log = logging.getLogger(__name__)
 
-#: Packages by runtime.
-RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 _FLOAT = "float"
 _WARM_UP = 3
 #: Between two lines of progress.
 _SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class LatencyOptions:
-    """Where and how latency is measured.
-
-    Args:
-        runtime: `"onnxruntime"` or `"openvino"`.
-        batch: samples at a time.
-        threads: of the runtime.
-        rounds: runs of each layer that count; the median does.
-        cache: JSON file that keeps what was measured; None: nothing is kept.
-
-    Raises:
-        ExportError: another runtime, or a number below 1.
-    """
-
-    runtime: str = "onnxruntime"
-    batch: int = 1
-    threads: int = 1
-    rounds: int = 25
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be at least 1, got {value}" for name in ("batch", "threads", "rounds") if (value := getattr(self, name)) < 1
-        ]
-        if self.runtime not in RUNTIMES:
-            valid = ", ".join(RUNTIMES)
-            faults.insert(0, f"unknown runtime {self.runtime!r}; valid: {valid}.{did_you_mean(self.runtime, RUNTIMES)}")
-        raise_all(ExportError, "cannot measure latency", faults)
-
-    @property
-    def place(self) -> str:
-        """What numbers are comparable within: runtime, processor, threads, batch."""
-        processor = platform.processor() or platform.machine()
-        info = Path("/proc/cpuinfo")
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-        name = names[0].partition(":")[2].strip() if names else processor
-        return f"{self.runtime} {version(RUNTIMES[self.runtime])}; {name}; {self.threads} threads; batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -198,9 +156,12 @@ def latency_table(
         progress = _Progress("exported", new)
         progress.step(timer.add(whole, model, batch))
         for name, row in keys.items():
+            layer = nn.Sequential(model.get_submodule(name))
+            # Its graph, which takes seconds to make, is the same under all specs.
+            graph = functools.cache(functools.partial(float_graph, float_copy(layer), (seen[name],)))
             for kind, key in row.items():
                 try:
-                    progress.step(timer.add(key, nn.Sequential(model.get_submodule(name)), [seen[name]], wanted[name][kind]))
+                    progress.step(timer.add(key, layer, [seen[name]], wanted[name][kind], graph))
                 except ExportError as error:
                     faults.append(f"{name} under '{kind}': {error}")
         raise_all(ExportError, "latency cannot be measured", faults)
@@ -209,11 +170,23 @@ def latency_table(
     return LatencyTable(options, times[whole], layers, left_out)
 
 
-def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions | None = None) -> float:
+def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], onnx.ModelProto]:
+    """What makes the graph of the float model when it is first asked for it, and remembers it; for `model_latency` under several plans."""
+    batch = tuple(_resized(x, options.batch) for x in inputs)
+    return functools.cache(functools.partial(float_graph, float_copy(model), batch))
+
+
+def model_latency(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    options: LatencyOptions | None = None,
+    graph: Callable[[], onnx.ModelProto] | None = None,
+) -> float:
     """Milliseconds of a whole model, prepared and calibrated, or float; never from the cache.
 
     Args:
         model, inputs, options: see `latency_table`.
+        graph: `model_graph` of the same weights, where several plans are measured; None: it is made for this one.
 
     Raises:
         ExportError: a model that cannot be exported.
@@ -221,7 +194,7 @@ def model_latency(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOp
     options = replace(options or LatencyOptions(), cache=None)
     with tempfile.TemporaryDirectory() as folder:
         timer = _Timer(options, Path(folder))
-        timer.add("model", model, [_resized(x, options.batch) for x in inputs])
+        timer.add("model", model, [_resized(x, options.batch) for x in inputs], graph=graph)
         return timer.measure()["model"]
 
 
@@ -248,8 +221,18 @@ class _Timer:
         self.known: dict[str, float] = self._read().get(options.place, {})
         self.runs: dict[str, Callable[[], Any]] = {}
 
-    def add(self, key: str, model: nn.Module, inputs: list[Tensor], plan: LayerPlan | None = None) -> bool:
-        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be."""
+    def add(
+        self,
+        key: str,
+        model: nn.Module,
+        inputs: list[Tensor],
+        plan: LayerPlan | None = None,
+        graph: Callable[[], onnx.ModelProto] | None = None,
+    ) -> bool:
+        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be.
+
+        `graph` makes that of the float model, where several keys share it.
+        """
         if key in self.known or key in self.runs:
             return False
         if plan is not None:
@@ -261,9 +244,10 @@ class _Timer:
         path = self.folder / f"{len(self.runs)}.onnx"
         if quantized_layers(model):
             # OpenVINO has no INT2.
-            export_onnx(model, inputs, path, dynamic_batch=False, smallest=4 if self.options.runtime == "openvino" else 2)
+            smallest = 4 if self.options.runtime == "openvino" else 2
+            export_onnx(model, inputs, path, dynamic_batch=False, smallest=smallest, exported=graph and graph())
         else:
-            onnx.save(float_graph(float_copy(model), tuple(inputs)), path)
+            onnx.save(graph() if graph else float_graph(float_copy(model), tuple(inputs)), path)
         self.runs[key] = self._runner(path, inputs)
         return True
 

@@ -8,6 +8,7 @@ sign of the channel's whole numbers, or of its scale where their type lacks the 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections import defaultdict
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.checks import check_float32, check_folder, check_unchanged, smallest_faults
+from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
 from lq_plugin.export.float_model import float_graph, inference_copy
@@ -29,6 +30,7 @@ from lq_plugin.export.graph import Graph
 from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.readers import layer_calls, products, readers
 from lq_plugin.export.sums import quantize_sums
+from lq_plugin.export_options import smallest_faults
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
@@ -49,6 +51,7 @@ def export_onnx(
     sums_from: Iterable[Any] | None = None,
     smallest: int = 2,
     dynamic_dims: Sequence[int] = (),
+    exported: onnx.ModelProto | None = None,
 ) -> int:
     """Write a prepared and calibrated model as ONNX.
 
@@ -63,6 +66,7 @@ def export_onnx(
             nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
         dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
+        exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most of the time.
 
     Returns:
         The size of the file, in bytes.
@@ -70,7 +74,7 @@ def export_onnx(
     Raises:
         ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every tensor that
             ONNX cannot say exactly. No file is written then.
-        ImportError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
+        MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
     check_folder(path)
@@ -90,7 +94,8 @@ def export_onnx(
     remove(plain)
     arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
     shapes = tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments) if free else None
-    graph = Graph(float_graph(plain, tuple(inputs), shapes, input_names, output_names), smallest)
+    made = float_graph(plain, tuple(inputs), shapes, input_names, output_names) if exported is None else copy.deepcopy(exported)
+    graph = Graph(made, smallest)
     operations = quantized_operations(model)
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}

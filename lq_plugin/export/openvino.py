@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.runtime import exceeds_16_bits
+from lq_plugin.extras import need_packages
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,11 @@ class OpenVINOSession:
     Raises:
         ExportError: no such file, or one that OpenVINO cannot read: it has no INT2 (export with `smallest=4`), and no groups that do
             not divide their axis.
-        ImportError: without openvino (`pip install "lq_plugin[openvino]"`).
+        MissingPackageError: without openvino (`pip install "lq_plugin[openvino]"`).
     """
 
     def __init__(self, path: str | Path, threads: int | None = None, batch: int | None = None) -> None:
+        need_packages("OpenVINOSession", "openvino")
         import openvino  # type: ignore[import-untyped]
 
         if not Path(path).is_file():

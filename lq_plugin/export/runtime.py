@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lq_plugin.errors import ExportError
+from lq_plugin.extras import need_packages
 from lq_plugin.layers.integer.kernels import LARGEST_EXACT
 
 
@@ -32,8 +33,10 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
 
     Raises:
         ExportError: when there is no such file, or ONNX Runtime cannot read it.
-        ImportError: without onnxruntime (`pip install "lq_plugin[onnx]"`).
+        MissingPackageError: without onnxruntime and onnx (`pip install "lq_plugin[onnx]"`).
     """
+    # A processor that saturates has the file read and changed.
+    need_packages("onnx_session", "onnxruntime", "onnx")
     import onnxruntime  # type: ignore[import-untyped]
 
     if not isinstance(path, bytes) and not Path(path).is_file():

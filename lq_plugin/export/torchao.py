@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.quiet import quiet
+from lq_plugin.extras import need_packages
 from lq_plugin.functional.affine import quantize
 from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
@@ -43,7 +44,7 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
 
     Raises:
         ExportError: no layer can be changed, with the reason for each.
-        ImportError: without torchao (`pip install "lq_plugin[torchao]"`).
+        MissingPackageError: without torchao (`pip install "lq_plugin[torchao]"`).
 
     >>> import lq_plugin
     >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -54,6 +55,7 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
     >>> use_torchao(net), type(net[0].weight.data).__name__, torch.allclose(net(x), y, atol=1e-5)
     ({}, 'Int8Tensor', True)
     """
+    need_packages("use_torchao", "torchao")
     layers = quantized_layers(model)
     reasons = {name: why_not(layer) for name, layer in layers}
     if not layers or all(reasons.values()):

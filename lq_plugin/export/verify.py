@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import ExportError, did_you_mean
+from lq_plugin.errors import ExportError
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.packed import load_packed
 from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export_options import check_runtime
 from lq_plugin.model.calibrate import evaluating
+from lq_plugin.model.loaders import loaders_in
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,10 @@ class Verification:
     largest_difference: float
 
 
-#: What opens an ONNX file, by name.
-RUNTIMES: dict[str, Callable[[Path], Any]] = {"onnxruntime": onnx_session, "openvino": OpenVINOSession}
+#: What opens an ONNX file, by the runtime's name.
+SESSIONS: dict[str, Callable[[Path], Any]] = {"onnxruntime": onnx_session, "openvino": OpenVINOSession}
 
 Run = Callable[..., Any]
-
-
-def check_runtime(runtime: str) -> None:
-    """Refuse a runtime that does not exist.
-
-    Raises:
-        ExportError: naming the valid ones.
-    """
-    if runtime not in RUNTIMES:
-        raise ExportError(f"runtime is {' or '.join(RUNTIMES)}, got {runtime!r}.{did_you_mean(str(runtime), RUNTIMES)}")
 
 
 def verify(
@@ -100,7 +93,7 @@ def verify(
 
 def _runtime(path: Path, runtime: str) -> tuple[Run, int]:
     """What runs an ONNX file on tensors, and how many it takes."""
-    session = RUNTIMES[runtime](path)
+    session = SESSIONS[runtime](path)
     names = [value.name for value in session.get_inputs()]
 
     def run(*args: Tensor) -> list[Tensor]:
@@ -197,11 +190,15 @@ class _Comparison:
 def inputs_of(batches: Iterable[Any], count: int) -> list[Tensor]:
     """The input tensor of up to `count` batches, on the CPU: the batch itself, or its first element.
 
+    Args:
+        batches: a loader, or several as a LightningDataModule may give them: one after the other.
+        count: of the batches.
+
     Raises:
         ExportError: when a batch is neither.
     """
     found: list[Tensor] = []
-    for batch in batches:
+    for batch in itertools.chain.from_iterable(loaders_in(batches)):
         if len(found) == count:
             break
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

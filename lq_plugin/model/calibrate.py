@@ -40,7 +40,8 @@ def calibrate(
         The statistics, for `lq_plugin.ranges.compare_ranges` or another plan's `load_statistics`.
 
     Raises:
-        CalibrationError: no batches, NaN or Inf in weights or activations (with the layer's name), or a model that is not prepared.
+        CalibrationError: no batches where activations need ranges, NaN or Inf in weights or activations (with the layer's name), or
+            a model that is not prepared.
 
     >>> import lq_plugin
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -70,6 +71,8 @@ def collect_statistics(
         for name, weight in weights.items() if not torch.isfinite(weight).all()
     ])  # fmt: skip
     watched = [q for q in quantizers(model) if isinstance(q, InputQuantizer)]
+    if not watched:
+        return {}  # ranges of weights come from the weights
     count = 0
     with evaluating(model), float_forward(model), torch.no_grad():
         for quantizer in watched:
@@ -84,11 +87,16 @@ def collect_statistics(
         finally:
             for quantizer in watched:
                 quantizer.collector = None
-    if not count:
+    if not count and needs_data(model):
         raise CalibrationError("no calibration data: the loader gave 0 batches")
     if merge is not None:
         merge(statistics)
     return statistics
+
+
+def needs_data(model: nn.Module) -> bool:
+    """Whether ranges come from data: those of activations do, but for formats that find their scales at run time."""
+    return any(isinstance(q, InputQuantizer) and q.needs_calibration for q in quantizers(model))
 
 
 def load_statistics(model: nn.Module, statistics: Statistics) -> None:

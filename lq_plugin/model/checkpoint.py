@@ -25,13 +25,15 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: it is truncated, has code in it, or is no checkpoint.
+        PlanError: it is truncated, has code in it, is no checkpoint, or of a quantized model.
         RuntimeError: its keys or shapes are not the model's, which is as before then.
     """
     path = Path(path)
-    content = _read(path)
+    state = _state_dict(_read(path), path)
+    if _is_quantized(state) and not quantized_layers(model):
+        raise PlanError(f"{path} is a checkpoint of a quantized model, which lq_plugin.load_checkpoint reads, with its plan and ranges")
     with _unchanged_on_failure(model):
-        model.load_state_dict(_state_dict(content, path))
+        model.load_state_dict(state)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger:
@@ -55,9 +57,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
     path = Path(path)
     content = _read(path)
     state = _state_dict(content, path)
-    plan = _saved_plan(content, path) if plan is None else plan
-    if not any(key.endswith("_quantizer.calibrated") for key in state):
+    if not _is_quantized(state):
         raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
+    plan = _saved_plan(content, path) if plan is None else plan
     with _unchanged_on_failure(model):
         ledger = prepare(model, plan, operations_in(state) or None)
         model.load_state_dict(state)
@@ -93,6 +95,10 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise PlanError(f"{path} is no checkpoint: it holds {type(content).__name__} where a state dict is expected")
     return state
+
+
+def _is_quantized(state: Mapping[str, Any]) -> bool:
+    return any(key.endswith("_quantizer.calibrated") for key in state)
 
 
 def _saved_plan(content: Mapping[str, Any], path: Path) -> QuantPlan:

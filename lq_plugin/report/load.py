@@ -11,7 +11,6 @@ from typing import Any
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.report.data import ReportData, Series, digits
-from lq_plugin.report.study import study_report
 
 #: What `lq-report` looks for in a folder.
 REPORT, STUDY, LOG = "report.json", "study.db", "metrics.csv"
@@ -84,6 +83,7 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
+    from lq_plugin.report.study import study_report
     from lq_plugin.search.result import SearchResult
     from lq_plugin.search.storage import FINGERPRINT, quiet
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.plan import QuantPlan
 
 
 def report(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +76,8 @@ def explain(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(arguments)
     try:
+        # A plan that cannot be read is said before torch is there.
+        plan = QuantPlan.parse(args.plan)
         import torch
 
         from lq_plugin.report.explain import explain as dry_run
@@ -83,7 +86,7 @@ def explain(arguments: Sequence[str] | None = None) -> int:
         model = build_model(args.model, args.arguments, args.config_dir).eval()
         batch = None if args.shape is None else zeros(args.shape)
         with torch.no_grad():
-            found = dry_run(args.plan, model, None if batch is None else lambda: model(batch))
+            found = dry_run(plan, model, None if batch is None else lambda: model(batch))
     except QuantizationError as error:
         return _failed("lq-explain", error)
     if args.json:

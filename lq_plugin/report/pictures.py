@@ -39,6 +39,8 @@ def write_pictures(report: ReportData, folder: str | Path, formats: Sequence[str
             with rc_context(STYLE):
                 # Without a date and the version, equal pictures are equal bytes.
                 figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+            # Places are found once: a search for them takes as long as drawing does.
+            figure.set_layout_engine("none")
             written.append(path)
     return written
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError, ExportError
 from lq_plugin.export.verify import inputs_of
+from lq_plugin.export_options import LatencyOptions, need_onnx
 from lq_plugin.plan import LayerPlan
 from lq_plugin.search.bound import BoundSpace
 from lq_plugin.search.evaluator import Evaluator
@@ -20,7 +21,7 @@ from lq_plugin.search.result import MEASURED, TABLE, SearchResult
 from lq_plugin.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from lq_plugin.export.latency import LatencyOptions, LatencyTable
+    from lq_plugin.export.latency import LatencyTable
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,14 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
 
     Raises:
         ExportError: options that do not exist, or cannot be.
-        ImportError: without onnx (`pip install "lq_plugin[onnx]"`).
+        MissingPackageError: without onnx and the runtime (`pip install "lq_plugin[onnx]"`).
     """
-    from lq_plugin.export.latency import LatencyOptions  # not at the top: it needs onnx
-
     try:
-        return LatencyOptions(**(given or {}))
+        options = LatencyOptions(**(given or {}))
     except TypeError as error:
         raise ExportError(f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}") from error
+    need_onnx("latency", options.runtime)
+    return options
 
 
 def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:
@@ -64,14 +65,16 @@ def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -
 
 def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:
     """Measure the whole model under each plan of the front, beside what the table predicts; the study keeps it."""
-    from lq_plugin.export.latency import model_latency
+    from lq_plugin.export.latency import model_graph, model_latency
 
     measured = dict(result.study.user_attrs.get(MEASURED, {}))
     inputs = example_inputs(evaluator)
+    # Plans exchange quantizers, the float weights are the same.
+    graph = model_graph(evaluator.model, inputs, options)
     for candidate in result.front:
         if str(candidate.number) not in measured:
             evaluator.apply(evaluator.layer_plans(candidate.plan))
-            measured[str(candidate.number)] = model_latency(evaluator.model, inputs, options)
+            measured[str(candidate.number)] = model_latency(evaluator.model, inputs, options, graph)
     result.study.set_user_attr(MEASURED, measured)
 
 
@@ -82,11 +85,8 @@ def example_inputs(evaluator: Evaluator) -> list[Tensor]:
         CalibrationError: there is none.
         ExportError: it is no tensor.
     """
-    loaders = evaluator.trainer.val_dataloaders
-    while isinstance(loaders, (list, tuple, dict)) and loaders:
-        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
-    for batch in loaders or ():
-        return inputs_of([batch], 1)
+    if inputs := inputs_of(evaluator.trainer.val_dataloaders or (), 1):
+        return inputs
     raise CalibrationError("latency is measured on a batch of validation data, and there is none")
 
 

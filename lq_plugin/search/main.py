@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lq_plugin import plots
 from lq_plugin.callbacks.loggers import Picture, Report, report_to
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.report import render, study_report
+from lq_plugin.search.options import read_options
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
 from lq_plugin.search.study import search
@@ -38,11 +40,14 @@ def run(cfg: DictConfig) -> SearchResult:
     """
     output_dir = Path(cfg.paths.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    options = {key: _plain(cfg.search[key]) for key in _OPTIONS}
+    trainer = partial(instantiate, cfg.trainer)
+    space = read_space(cfg)
+    # What is wrong with the rest is said before a float model is trained, too.
+    read_options(instantiate(cfg.model), trainer=trainer, **{key: options[key] for key in _READ})
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    # With `_target_`: any code that makes a Space.
-    space = instantiate(cfg.search.space) if "_target_" in cfg.search.space else Space.parse(_plain(cfg.search.space))
     storage = cfg.search.storage if isinstance(cfg.search.storage, str | None) else instantiate(cfg.search.storage)
     # Only the first worker shows anything: the others share its terminal.
     first = cfg.worker == 0
@@ -56,8 +61,8 @@ def run(cfg: DictConfig) -> SearchResult:
         seed=cfg.seed,
         worker=cfg.worker,
         progress=first and cfg.search.progress,
-        trainer=partial(instantiate, cfg.trainer),
-        **{key: _plain(cfg.search[key]) for key in _OPTIONS},
+        trainer=trainer,
+        **options,
     )
     if first:
         Console().print(result.table())
@@ -72,6 +77,16 @@ _OPTIONS = (
     "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",
     "fidelity", "promote_within", "promote_first", "pruner", "calibration_batches", "phases",
 )  # fmt: skip
+
+
+#: Those of them that `read_options` reads.
+_READ = [name for name in signature(read_options).parameters if name in _OPTIONS]
+
+
+def read_space(cfg: DictConfig) -> Space:
+    """The search space of a config; with `_target_`: whatever that code makes."""
+    given = cfg.search.space
+    return instantiate(given) if "_target_" in given else Space.parse(_plain(given))
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:

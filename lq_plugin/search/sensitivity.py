@@ -125,12 +125,8 @@ def measure_all(
     evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
 ) -> list[SensitivityTable]:
     """The same for several measures, which share what they can: forward passes, and gradients."""
+    check_measures(measures, others)
     measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
-    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, {', '.join(MEASURES)}.{did_you_mean(name, MEASURES)}"
-              for name in measures if name not in MEASURES]  # fmt: skip
-    faults += [] if others in OTHERS else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(others, OTHERS)}"]
-    faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
-    raise_all(QuantizationError, "cannot measure", faults)
     worker = _Measurement(evaluator, measures, batches, others)
     evaluator.run(worker)
     for measure, found in worker.values.items():
@@ -138,6 +134,19 @@ def measure_all(
         if odd:
             raise QuantizationError(f"the sensitivity {measure} is not finite for {len(odd)} choices, first of {odd[0]}")
     return [SensitivityTable(measure, worker.values[measure]) for measure in measures]
+
+
+def check_measures(measures: Sequence[str], others: str) -> None:
+    """Refuse measures that do not exist, and what the other tensors cannot be meanwhile.
+
+    Raises:
+        QuantizationError: naming every fault.
+    """
+    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, {', '.join(MEASURES)}.{did_you_mean(str(name), MEASURES)}"
+              for name in measures if name not in (AUTO, *MEASURES)]  # fmt: skip
+    faults += [] if others in OTHERS else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(str(others), OTHERS)}"]
+    faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
+    raise_all(QuantizationError, "cannot measure", faults)
 
 
 def _fitting(evaluator: Evaluator) -> str:

@@ -18,9 +18,8 @@ from lq_plugin import plots
 from lq_plugin.model.cost import FLOAT_BITS
 from lq_plugin.plots.sensitivity import digits
 from lq_plugin.search.evaluator import Evaluator
-from lq_plugin.search.main import load_model
-from lq_plugin.search.sensitivity import SensitivityTable, measure_all, to_csv
-from lq_plugin.search.space import Space
+from lq_plugin.search.main import load_model, read_space
+from lq_plugin.search.sensitivity import SensitivityTable, check_measures, measure_all, to_csv
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +32,13 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     """
     output_dir = Path(cfg.paths.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    # What is wrong with the request is said before a float model is trained.
+    space = read_space(cfg)
+    measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
+    check_measures(measures, cfg.others)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    space: Any = instantiate(cfg.search.space) if "_target_" in cfg.search.space else Space.parse(_plain(cfg.search.space))
-    measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
     evaluator = Evaluator(
         model,
         datamodule,

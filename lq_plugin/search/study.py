@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from optuna.pruners import BasePruner, NopPruner
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.search.build import build
-from lq_plugin.search.constraint import Constraint, parse_constraints
+from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.costs import COUNTED, LATENCY
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import stop_on_signal
-from lq_plugin.search.latency import latency_options, measure_front, share_latency
-from lq_plugin.search.levels import Level, level_faults, margin_faults, parse_levels
+from lq_plugin.search.latency import measure_front, share_latency
+from lq_plugin.search.levels import Level
 from lq_plugin.search.loop import Loop
 from lq_plugin.search.objective import ORIGIN, Objective
+from lq_plugin.search.options import read_options
 from lq_plugin.search.progress import SearchProgress
 from lq_plugin.search.promotion import Ladder
 from lq_plugin.search.proposer import Proposer, waiting_trial
@@ -43,7 +43,7 @@ from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
 
 if TYPE_CHECKING:
-    from lq_plugin.export.latency import LatencyOptions
+    from lq_plugin.export_options import LatencyOptions
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def search(
         sensitivity: what it is measured by, see `lq_plugin.search.sensitivity`.
         sensitivity_batches: of calibration data that it is measured on.
         latency: where it is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache": "latency.json"}`, see
-            `lq_plugin.export.latency.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
+            `lq_plugin.export_options.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
         heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
             worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
@@ -141,13 +141,11 @@ def search(
         QuantizationError: a space or metric that does not fit, a study made for others, too many failed trials.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
-    if mode not in ("max", "min"):
-        raise QuantizationError(f"mode is 'max' or 'min', got {mode!r}")
-    costs = () if cost is None else (cost,) if isinstance(cost, str) else tuple(cost)
-    levels, pruning = _read_fidelity(fidelity, promote_within, promote_first, pruner, len(costs), model, phases, trainer)
-    limits = parse_constraints(constraints)
-    timed = latency is not None or LATENCY in (*costs, *(limit.name for limit in limits))
-    timing = latency_options(latency) if timed else None
+    options = read_options(
+        model, n_trials=n_trials, mode=mode, cost=cost, constraints=constraints, sensitivity=sensitivity, latency=latency,
+        fidelity=fidelity, promote_within=promote_within, promote_first=promote_first, pruner=pruner, trainer=trainer, phases=phases,
+    )  # fmt: skip
+    costs, limits, levels, timing = options.costs, options.limits, options.levels, options.timing
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         storage = storage or f"sqlite:///{Path(output_dir).resolve() / 'study.db'}"
@@ -166,7 +164,7 @@ def search(
         fingerprint = _fingerprint(evaluator, metric, mode, costs, limits, timing, levels)
         study = open_study(study_name, storage, directions, fingerprint, heartbeat)
         if levels:
-            study.pruner = pruning
+            study.pruner = options.pruning
         if timing is not None:
             with locked(storage):
                 share_latency(evaluator, study, timing)
@@ -212,37 +210,6 @@ def search(
     if stop.received is not None:
         raise KeyboardInterrupt(signal.strsignal(stop.received))
     return result()
-
-
-def _read_fidelity(
-    fidelity: Any, within: Any, first: Any, pruner: Any, costs: int, model: LightningModule, phases: Sequence[str], trainer: Any
-) -> tuple[tuple[Level, ...], BasePruner]:
-    """The levels, none where there is one way to evaluate, and the pruner.
-
-    Raises:
-        QuantizationError: listing everything that is wrong in the setting.
-    """
-    faults: list[str] = []
-    levels: tuple[Level, ...] = ()
-    pruning: BasePruner = NopPruner()
-    try:
-        levels = () if fidelity is None else parse_levels(fidelity)
-        faults += level_faults(levels, model, phases, trainer)
-    except QuantizationError as error:
-        faults.append(str(error))
-    try:
-        pruning = pruner if isinstance(pruner, BasePruner) else build(pruner, BasePruner, "pruner") if pruner is not None else pruning
-    except QuantizationError as error:
-        faults.append(str(error))
-    if pruner is not None and costs:
-        faults.append(f"a pruner decides about one objective (cost=None), here are {1 + costs}: dominance decides, see promote_within")
-    if pruner is not None and fidelity is None:
-        faults.append("a pruner decides which trials climb to the next level: without fidelity there is one level")
-    faults += margin_faults(within)
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        faults.append(f"promote_first is a number of trials, got {first!r}")
-    raise_all(QuantizationError, "cannot search", faults)
-    return levels, pruning
 
 
 def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None:

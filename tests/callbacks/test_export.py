@@ -1,12 +1,14 @@
 """Files that the Export callback writes, read back."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lq_plugin import PTQ, QAT, Export
-from lq_plugin.errors import ExportError
+from lq_plugin.errors import ExportError, MissingPackageError
 from lq_plugin.export import load_packed, onnx_session
 from tests.callbacks.conftest import Data, Module
 
@@ -123,3 +125,24 @@ def test_computed_weights_are_said_at_the_start_and_may_be_made_plain_until_the_
     with pytest.warns(UserWarning, match=r"Export: net.fc: its weight is computed .*, before the run ends"):
         trainer(QAT("w4a8"), export).fit(Plain(), datamodule=Data())
     assert export.size
+
+
+@pytest.mark.parametrize("export_first", [False, True])
+def test_plans_that_onnx_cannot_hold_are_refused_before_ptq_calibrates(trainer, tmp_path, export_first, monkeypatch):
+    monkeypatch.setattr(PTQ, "quantize", lambda *_: pytest.fail("it was calibrated"))
+    callbacks = [PTQ("int8 per_channel / mx9"), Export(tmp_path / "model.onnx")]
+    with pytest.raises(ExportError, match=r"(?s)model.onnx cannot hold Module under its plan.*its scales are found at run time"):
+        trainer(*reversed(callbacks) if export_first else callbacks).validate(Module(), datamodule=Data(), verbose=False)
+
+
+def test_weights_that_are_evaluated_float_are_refused_at_the_start(trainer, tmp_path):
+    plan = {"rules": [{"match": "net.fc", "weight": "sign:float_eval stochastic"}]}
+    with pytest.raises(ExportError, match=r"net.fc.weight .*evaluated with float weights"):
+        trainer(QAT(plan), Export(tmp_path / "model.safetensors")).fit(Untrained(), datamodule=Data())
+
+
+def test_packages_that_are_missing_are_said_at_construction(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingPackageError, match=r"Export\('model.onnx'\) needs onnxscript, .* pip install \"lq_plugin\[onnx\]\""):
+        Export("model.onnx")
+    Export("model.safetensors")

@@ -207,3 +207,61 @@ def test_batch_norms_are_reestimated_on_the_float_model_before_ranges_are_found(
         torch.testing.assert_close(mine.running_mean, theirs.running_mean)
         torch.testing.assert_close(mine.running_var, theirs.running_var)
     assert float(module.net.bn.running_mean.abs().sum()) > 0
+
+
+class WithoutTraining(L.LightningDataModule):
+    """Validation data alone, of two loaders."""
+
+    def __init__(self):
+        super().__init__()
+        self.data = Data()
+
+    def val_dataloader(self):
+        return {"a": self.data.val_dataloader(), "b": self.data.val_dataloader()}
+
+
+class OfTwo(Module):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("plan", ["int4 per_channel", "mx6 / mx9"])
+def test_what_needs_no_data_needs_no_training_data(trainer, plan):
+    ptq, module = PTQ(plan), OfTwo()
+    trainer(ptq).validate(module, datamodule=WithoutTraining(), verbose=False)
+    assert all(q.is_calibrated or not q.needs_calibration for q in quantizers(module))
+    assert ptq.folded, "one batch of the evaluation shows what may be folded"
+    assert any(entry.functional for entry in ptq.ledger)
+
+
+def test_ranges_of_activations_need_training_data(trainer):
+    ptq = PTQ("w4a8")
+    with pytest.raises(CalibrationError, match="neither a datamodule nor the LightningModule has a train_dataloader"):
+        trainer(ptq).validate(OfTwo(), datamodule=WithoutTraining(), verbose=False)
+    assert ptq.folded is None, "the module is as before"
+
+
+def test_weights_are_calibrated_without_passes(trainer):
+    class Once(Data):
+        asked = 0
+
+        def train_dataloader(self):
+            self.asked += 1
+            return super().train_dataloader()
+
+    data = Once()
+    trainer(PTQ("int4 per_channel")).validate(Module(), datamodule=data, verbose=False)
+    assert data.asked == 1, "for the recorded batch alone"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_several_loaders_are_no_calibration_data(trainer, given):
+    class Two(Data):
+        def train_dataloader(self):
+            return [super().train_dataloader(), super().train_dataloader()]
+
+    data = Two()
+    name = "dataloader" if given else "train_dataloader"
+    ptq = PTQ("w4a8", dataloader=data.train_dataloader() if given else None)
+    with pytest.raises(CalibrationError, match=rf"batches of one loader, {name} gives 2: say which, as PTQ\(plan, dataloader=...\)"):
+        trainer(ptq).validate(Module(), datamodule=data, verbose=False)

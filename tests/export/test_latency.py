@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin import QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.errors import ExportError
 from lq_plugin.plan import LayerPlan
 from lq_plugin.spec import QuantSpec
@@ -18,7 +18,9 @@ from lq_plugin.spec import QuantSpec
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from lq_plugin.export.latency import LatencyOptions, LatencyTable, latency_table, model_latency, pair
+from lq_plugin.export import export_onnx
+from lq_plugin.export.float_model import float_graph
+from lq_plugin.export.latency import LatencyOptions, LatencyTable, latency_table, model_graph, model_latency, pair
 
 QUICK = LatencyOptions(rounds=3)
 
@@ -140,3 +142,46 @@ def test_specs_and_files_that_cannot_be(tmp_path: Path) -> None:
     broken.write_text("[1, 2")
     with pytest.raises(ExportError, match=r"broken\.json is no file of latencies"):
         latency_table(net(), [torch.randn(1, 32)], [], LatencyOptions(cache=str(broken)))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Models whose graph was made."""
+    models: list[nn.Module] = []
+
+    def counted(plain: nn.Module, *arguments: Any) -> Any:
+        models.append(plain)
+        return float_graph(plain, *arguments)
+
+    for module in ("lq_plugin.export.latency", "lq_plugin.export.onnx"):
+        monkeypatch.setattr(f"{module}.float_graph", counted)
+    return models
+
+
+def test_the_graph_of_a_layer_is_made_once_for_all_of_its_specs(made: list[nn.Module]) -> None:
+    plans = [{name: plan(f"int{bits} per_channel")} for name in "023" for bits in (2, 4, 8)]
+    table = latency_table(net(), [torch.randn(1, 32)], plans, QUICK)
+    assert [len(row) for row in table.layers.values()] == [4, 4, 4]
+    # The first two layers are alike.
+    assert len(made) == 3, "the model and two layers"
+
+
+def test_the_graph_of_a_model_is_made_once_for_several_plans(made: list[nn.Module]) -> None:
+    model, x = net(), [torch.randn(3, 32)]
+    graph = model_graph(model, x, QUICK)
+    for text in ("w8a8", "w4a8"):
+        prepare(model, text)
+        calibrate(model, x)
+        assert model_latency(model, x, QUICK, graph) > 0
+        remove(model)
+    assert len(made) == 1
+
+
+def test_a_graph_that_was_made_before_gives_the_same_file(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(2, 32)
+    graph = float_graph(model, (x,))
+    prepare(model, "w4a8")
+    calibrate(model, [x])
+    for name, exported in (("new", None), ("first", graph), ("second", graph)):
+        export_onnx(model, (x,), tmp_path / name, dynamic_batch=False, exported=exported)
+    assert len({(tmp_path / name).read_bytes() for name in ("new", "first", "second")}) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from lq_plugin.report.main import report as lq_report
 from lq_plugin.report.pictures import write_pictures
 from lq_plugin.search.storage import quiet
 from tests.report.synthetic import deep_report, large_study
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +149,19 @@ def test_names_that_are_markup_are_printed_as_they_are(tmp_path: Path, capsys: p
     ReportData("x").save(tmp_path / "[red]folder[" / "report.json")
     assert lq_report([str(tmp_path / "[red]folder["), "--no-pictures"]) == 0
     assert "[red]folder[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments", "said"),
+    [
+        ("report", ["nowhere"], "lq-report: there is no 'nowhere'"),
+        ("explain", ["w99", "some.module:Net"], "lq-explain: cannot read the plan 'w99'"),
+        ("explain", ["plan.yml", "some.module:Net"], "lq-explain: cannot open the plan file 'plan.yml'"),
+    ],
+)
+def test_commands_answer_before_anything_heavy_is_imported(entry: str, arguments: list[str], said: str) -> None:
+    heavy = "[name for name in ('torch', 'lightning', 'matplotlib', 'optuna', 'numpy') if name in sys.modules]"
+    code = f"import sys; from lq_plugin.report.main import {entry}; code = {entry}({arguments!r}); print(code, {heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "2 []\n"
+    assert said in done.stderr

@@ -20,9 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import MissingPackageError, QuantizationError
 from lq_plugin.search import Space
 from lq_plugin.search.main import run
+from lq_plugin.search.sensitivity_main import run as measure
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false", "search.seeds=0"]
@@ -154,3 +155,48 @@ def some_trial_is_complete(folder: Path) -> bool:
     with closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as connection, suppress(sqlite3.OperationalError):
         return bool(connection.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0])
     return False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["search.mode=maximum"], "mode is 'max' or 'min', got 'maximum'"),
+        (["search.cost=effective_bit"], "unknown cost 'effective_bit'; valid: .* Did you mean 'effective_bits'"),
+        (["search.n_trials=many"], "n_trials is a number of trials, got 'many'"),
+        (["search.sensitivity=fischer"], "unknown sensitivity measure 'fischer'; valid: .* Did you mean 'fisher'"),
+        (["search.constraints=['effective_bits < 4']"], "a constraint is written 'effective_bits <= 4.5'"),
+        (["search.phases=[calibrat]"], "Did you mean 'calibrate'"),
+        (["search.latency={runtime: onnx}"], "unknown runtime 'onnx'; valid: onnxruntime, openvino"),
+        (["search.space.weight={bit_widths: [99]}"], "bit_width must be 1..16, got 99"),
+        (
+            ["search.fidelity=[{batchs: 4}]", "search.promote_within=-1"],
+            r"(?s)2 faults.*unknown key 'batchs'.*promote_within is a number from 0",
+        ),
+    ],
+)
+def test_wrong_options_are_said_before_a_model_is_trained(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    with pytest.raises(QuantizationError, match=message):
+        run(composed(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("package", "runtime", "extra"),
+    [("onnx", "onnxruntime", "onnx"), ("onnxruntime", "onnxruntime", "onnx"), ("openvino", "openvino", "openvino")],
+)
+def test_packages_that_latency_needs_are_said_before_a_model_is_trained(
+    package: str, runtime: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf'latency needs {package}, which is not installed: pip install "lq_plugin\[{extra}\]"'):
+        run(composed(tmp_path, f"search.latency={{runtime: {runtime}}}", "search.cost=latency"))
+
+
+@pytest.mark.parametrize("override", ["measures=[fischer]", "others=wide", "search.space.weight={bit_widths: [99]}"])
+def test_wrong_measures_are_said_before_a_model_is_trained(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    with pytest.raises(QuantizationError, match="Did you mean 'fisher'|Did you mean 'widest'|got 99"):
+        measure(composed(tmp_path, override, name="sensitivity"))
