@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.openvino import OpenVINOSession
@@ -60,13 +61,14 @@ def verify(
         model: the one that was exported. It gives a tensor, or a tuple, list or dict of them: all are compared, and `agreement`
             is that of the first.
         path: `.onnx` or packed.
-        inputs: batches, each a tensor or a tuple or list that begins with the positional inputs.
+        inputs: batches, each a tensor or a tuple or list that begins with the positional inputs, which may be nested (keys in the
+            order of the example that the file was exported with).
         fresh: makes a float model for a packed file to be read into.
         runtime: of an ONNX file: "onnxruntime" or "openvino".
         classes: dim of the logits in the first output. None: 1 where it has four dims or more (`[N, C, H, W]`), else the last
             one (`[N, C]`, `[N, L, C]`).
         n_inputs: how many elements of a tuple or list are inputs; what follows them, such as the targets of a DataLoader's
-            `(x, y)`, is not looked at. None: as many as an ONNX file has inputs; all of them where the file is packed.
+            `(x, y)`, is not looked at. None: those with as many tensors as an ONNX file has inputs; all of them where the file is packed.
 
     Raises:
         ExportError: no inputs, an unknown runtime, no way to read the file, or batches or outputs that cannot be compared.
@@ -75,18 +77,18 @@ def verify(
     check_runtime(runtime)
     if path.suffix == ".onnx":
         run, taken = _runtime(path, runtime)
-        count: int | None = taken
-        if n_inputs not in (None, taken):
+        tensors: int | None = taken
+        if n_inputs is not None and n_inputs > taken:
             raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
     elif fresh is None:
         raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
     else:
-        run, count = fresh(), n_inputs
+        run, tensors = fresh(), None
         load_packed(run, path)
     found = _Comparison(classes)
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(inputs):
-            args = _arguments(model, batch, count, f"batch {index}")
+            args = _arguments(model, batch, n_inputs, tensors, f"batch {index}")
             found.add(list(_tensors(model(*args))), list(_tensors(run(*args))))
     return found.result()
 
@@ -96,29 +98,35 @@ def _runtime(path: Path, runtime: str) -> tuple[Run, int]:
     session = SESSIONS[runtime](path)
     names = [value.name for value in session.get_inputs()]
 
-    def run(*args: Tensor) -> list[Tensor]:
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, args, strict=True)}
+    def run(*args: Any) -> list[Tensor]:
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feed)]
 
     return run, len(names)
 
 
-def _arguments(model: nn.Module, batch: Any, count: int | None, where: str) -> Sequence[Tensor]:
-    """The positional inputs that a batch begins with: `count` of them, or all.
+def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
+    """The positional inputs that a batch begins with: `count` of them, those with so many `tensors`, or all.
 
     Raises:
         ExportError: where they are no tensors, too few, or not what the model takes.
     """
-    args = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-    if count is not None and len(args) < count:
-        raise ExportError(f"{where} has {len(args)} inputs, the file has {count}")
-    args = args[:count]
-    if wrong := [type(x).__name__ for x in args if not isinstance(x, Tensor)]:
-        raise ExportError(f"{where} is a tensor, or a tuple or list that begins with the positional inputs; got {', '.join(wrong)}")
+    args = (list(batch) if isinstance(batch, (tuple, list)) else [batch])[:count]
+    if tensors is not None:
+        sizes = itertools.accumulate(len(tree_leaves(arg)) for arg in args)
+        args = args[: next((index for index, size in enumerate(sizes, 1) if size >= tensors), None)]
+    leaves = [batch] if isinstance(batch, Mapping) else tree_leaves(args)
+    if wrong := [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]:
+        raise ExportError(
+            f"{where} is a tensor, or a tuple or list that begins with the positional inputs (a mapping that is one stands in a tuple); "
+            f"got {', '.join(wrong)}"
+        )
+    if tensors is not None and len(leaves) != tensors:
+        raise ExportError(f"{where} has {len(leaves)} inputs, the file has {tensors}")
     try:
         inspect.signature(model.forward).bind(*args)
     except TypeError as error:
-        advice = "; say n_inputs=1 where the batches are (x, y)" if len(args) > 1 and count is None else ""
+        advice = "; say n_inputs=1 where the batches are (x, y)" if len(args) > 1 and count is None and tensors is None else ""
         raise ExportError(f"{where} gives {type(model).__name__}.forward {len(args)} inputs: {error}{advice}") from error
     return args
 

@@ -12,7 +12,7 @@ from tests.models import randomize
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
+from lq_plugin.export import export_onnx, onnx_session, verify  # noqa: E402
 
 
 def exported(net, inputs, path, plan="int8 per_channel", **options):
@@ -96,6 +96,10 @@ def test_dim_0_of_nested_inputs_and_of_any_number_of_them_is_dynamic(tmp_path):
     net = exported(Nested(), inputs(2), tmp_path / "net.onnx")
     for n in (1, 2, 7):
         assert_runs_alike(net, inputs(n), tmp_path / "net.onnx")
+    # Of a batch with more behind, as many elements as the file has tensors.
+    result = verify(net, tmp_path / "net.onnx", [inputs(5), (*inputs(3), torch.zeros(3))])
+    assert (result.samples, result.agreement) == (8, 1.0)
+    assert result.largest_difference < 1e-5
 
 
 class BiasedAttention(nn.Module):

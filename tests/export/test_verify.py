@@ -113,7 +113,7 @@ def test_batches(path, x, kind):
 
 def test_wrong_batches_are_named(path, x):
     model = packed(Outputs(), path, x)
-    with pytest.raises(ExportError, match="batch 1 is a tensor, or .*; got dict"):
+    with pytest.raises(ExportError, match=r"batch 1 is a tensor, or .* \(a mapping that is one stands in a tuple\); got dict"):
         verify(model, path, [x, {"x": x}], Outputs)
     with pytest.raises(ExportError, match="nothing to verify with"):
         verify(model, path, [], Outputs)
@@ -151,8 +151,10 @@ def test_several_inputs_of_an_onnx_file(path, x, tmp_path):
     assert result.largest_difference < 1e-5
     with pytest.raises(ExportError, match="batch 0 has 1 inputs, the file has 2"):
         verify(model, file, [x])
-    with pytest.raises(ExportError, match=r"n_inputs=1, but .*net.onnx has 2 inputs"):
+    with pytest.raises(ExportError, match="batch 0 has 1 inputs, the file has 2"):
         verify(model, file, [(x, b)], n_inputs=1)
+    with pytest.raises(ExportError, match=r"n_inputs=3, but .*net.onnx has 2 inputs"):
+        verify(model, file, [(x, b, b)], n_inputs=3)
     with pytest.raises(ExportError, match=r"Two.forward needs 2 inputs \(a, b\)"):
         need_one_input(model)
     need_one_input(Outputs())
