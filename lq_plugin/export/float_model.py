@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lq_plugin.errors import ExportError
 from lq_plugin.export.quiet import quiet
 from lq_plugin.model.prepare import remove
 
@@ -25,16 +26,37 @@ def float_graph(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> Any:
-    """A float model as an ONNX graph whose initializers keep the names of the parameters."""
-    # They tell of every step on the console, and warn of packages that could be installed.
+    """A float model as an ONNX graph whose initializers keep the names of the parameters.
+
+    Raises:
+        ExportError: torch has no graph for it.
+    """
+    # They tell of every step on the console, warn of packages that could be installed, and print the graph of what fails.
     # Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot follow.
-    with quiet("torch.onnx", "onnx_ir", "onnxscript"), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(
-            plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-            input_names=input_names, output_names=output_names,
-        )  # fmt: skip
+    heard = io.StringIO()
+    with (
+        quiet("torch", "torch.onnx", "onnx_ir", "onnxscript"),
+        contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard), torch.no_grad(),
+    ):  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+                input_names=input_names, output_names=output_names,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"torch cannot make an ONNX graph of {type(plain).__name__}: {_reason(error)}") from error
     assert program is not None
     return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """What is at the root of it, and the line of the model where it happened, if that is told."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line), "")
+    place = [line for line in lines if line.startswith("File ")][-1:]
+    return f"{type(error).__name__}: {said}" + "".join(f" ({line}: {lines[lines.index(line) + 1]})" for line in place)
 
 
 def float_copy(model: nn.Module) -> nn.Module:

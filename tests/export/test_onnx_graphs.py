@@ -186,3 +186,44 @@ def test_attention_over_a_learned_bias(tmp_path, capfd):
     net = exported(BiasedAttention(), x, tmp_path / "net.onnx")
     assert_runs_alike(net, x, tmp_path / "net.onnx")
     assert not capfd.readouterr().err, "warnings that are not about the user's model"
+
+
+class Branch(nn.Module):
+    """Goes one way or the other by its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+class Unknown(nn.Module):
+    """Calls an operator that ONNX has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.linalg.svd(self.fc(x))[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Branch, r"of Branch: GuardOnDataDependentSymNode: .*test_onnx_graphs.py.*, in forward: return y \* 2 if y.sum\(\) > 0 else y"),
+        (Unknown, "of Unknown: DispatchError: No ONNX function found for .*svd"),
+    ],
+)
+def test_what_torch_has_no_graph_for_is_said_in_a_line(model, reason, tmp_path, capfd):
+    net, x = model(), torch.randn(4, 8)
+    prepare(net, "w8a8")
+    calibrate(net, [x])
+    with pytest.raises(ExportError, match=f"torch cannot make an ONNX graph {reason}") as caught:
+        export_onnx(net.eval(), (x,), tmp_path / "net.onnx")
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "net.onnx").exists()
