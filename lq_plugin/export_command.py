@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, did_you_mean, raise_all
-from lq_plugin.export_options import SUFFIXES, check_runtime, need_onnx, smallest_faults
+from lq_plugin.export_options import SUFFIXES, check_runtime, dims_faults, need_onnx, smallest_faults
 from lq_plugin.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_export(cfg: DictConfig) -> Path:
     else:
         from lq_plugin.export import export_onnx  # not above: packed files need no onnx
 
-        size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest)
+        size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest, dynamic_dims=list(cfg.dynamic_dims))
     log.info("written to %s: %s bytes", path, f"{size:,}")
     if cfg.verify:
         result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
@@ -93,7 +93,7 @@ def check_export(cfg: DictConfig) -> None:
         raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to).lower(), SUFFIXES)}")
     if (cfg.ckpt_path is None) == (cfg.plan is None):
         raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
-    faults = smallest_faults(cfg.smallest)
+    faults = smallest_faults(cfg.smallest) + dims_faults(cfg.dynamic_dims)
     for name in ("ckpt_path", "float_checkpoint"):
         if cfg[name] is not None and not Path(cfg[name]).is_file():
             faults.append(f"{name}={cfg[name]}: there is no such file")
@@ -110,6 +110,8 @@ def check_export(cfg: DictConfig) -> None:
         faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
     if cfg.round_sums and cfg.to != "onnx":
         faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
+    if cfg.dynamic_dims and cfg.to != "onnx":
+        faults.append(f"dynamic_dims is for to=onnx, got to={cfg.to}: a packed file has no sizes")
     faults += [f"{name} is true or false, got {cfg[name]!r}" for name in ("verify", "round_sums") if not isinstance(cfg[name], bool)]
     for name in ("verify_batches", "calibration_batches"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lq_plugin.errors import ExportError, did_you_mean, raise_all
 from lq_plugin.extras import need_packages
@@ -21,6 +23,14 @@ RUNTIMES = ("onnxruntime", "openvino")
 def smallest_faults(smallest: int) -> list[str]:
     """What is wrong with the bits of the smallest integer type."""
     return [] if smallest in SMALLEST else [f"smallest is 2, 4 or 8 bits, got {smallest!r}"]
+
+
+def dims_faults(dims: Any) -> list[str]:
+    """What is wrong with dims behind the batch, as far as that is known without an input."""
+    # A ListConfig of Hydra is a sequence, too.
+    whole = isinstance(dims, Sequence) and not isinstance(dims, str)
+    right = whole and all(isinstance(dim, int) and not isinstance(dim, bool) and dim > 0 for dim in dims)
+    return [] if right else [f"dynamic_dims are dims of the inputs behind the batch, 1 or more, as [1] for tokens [N, L]; got {dims!r}"]
 
 
 def check_runtime(runtime: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
 from lq_plugin.export.checks import check_float32, stored_faults
 from lq_plugin.export.verify import inputs_of, need_one_input
-from lq_plugin.export_options import SUFFIXES, need_onnx, smallest_faults
+from lq_plugin.export_options import SUFFIXES, dims_faults, need_onnx, smallest_faults
 from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
@@ -33,6 +34,7 @@ class Export(Callback):
         path: `.safetensors` for a packed file, `.onnx` for ONNX.
         round_sums: for ONNX: round residual sums to 8 bits too, see `lq_plugin.export.onnx.export_onnx`.
         smallest: for ONNX: bits of the smallest integer type.
+        dynamic_dims: for ONNX: dims of the input behind the batch that may have any size, too: `[1]` for tokens `[N, L]`.
         batches: of training data that the ranges of sums come from; one of them is the example input.
 
     Raises:
@@ -44,20 +46,25 @@ class Export(Callback):
     >>> trainer = Trainer(callbacks=[QAT("w4a8"), Export("model.safetensors")], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, path: str | Path, round_sums: bool = False, smallest: int = 2, batches: int = 8) -> None:
+    def __init__(
+        self, path: str | Path, round_sums: bool = False, smallest: int = 2, batches: int = 8, dynamic_dims: Sequence[int] = ()
+    ) -> None:
         self.path = Path(path)
         self.onnx = self.path.suffix == ".onnx"
-        faults = smallest_faults(smallest)
+        faults = smallest_faults(smallest) + dims_faults(dynamic_dims)
         if self.path.suffix not in SUFFIXES.values():
             faults.append(f"a model is exported to a file that ends in {' or '.join(SUFFIXES.values())}, got {str(path)!r}")
         if round_sums and not self.onnx:
             faults.append(f"round_sums is for a file that ends in .onnx, got {str(path)!r}")
+        if dynamic_dims and not self.onnx:
+            faults.append(f"dynamic_dims is for a file that ends in .onnx, got {str(path)!r}")
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             faults.append(f"batches is a number of batches, 1 or more, got {batches!r}")
         raise_all(ExportError, "Export", faults)
         if self.onnx:
             need_onnx(f"Export({str(path)!r})")
         self.round_sums, self.smallest, self.batches = round_sums, smallest, batches
+        self.dynamic_dims = tuple(dynamic_dims)
         self.size: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,7 +77,9 @@ class Export(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not at the start of the fit: a loader that is asked for a batch of its own does not go on where its checkpoint says.
         if self.onnx:
-            inputs_of([batch], 1)
+            (x,) = inputs_of([batch], 1)
+            if max(self.dynamic_dims, default=0) >= x.ndim:
+                raise ExportError(f"dynamic_dims={list(self.dynamic_dims)}, but the input has {x.ndim} dims, {list(x.shape)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, pl_module)
@@ -124,5 +133,7 @@ class Export(Callback):
         from lq_plugin.export import export_onnx
 
         batches = inputs_of(calibration_batches(trainer, pl_module, None, self.batches), self.batches)
-        options: dict[str, Any] = {"sums_from": batches if self.round_sums else None, "smallest": self.smallest}
-        return export_onnx(pl_module, batches[:1], self.path, **options)
+        return export_onnx(
+            pl_module, batches[:1], self.path, sums_from=batches if self.round_sums else None, smallest=self.smallest,
+            dynamic_dims=self.dynamic_dims,
+        )  # fmt: skip

@@ -43,6 +43,9 @@ def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
     [
         ({"path": "model.pt"}, r"ends in .safetensors or .onnx, got 'model.pt'"),
         ({"path": "model.onnx", "smallest": 3}, "smallest is 2, 4 or 8 bits, got 3"),
+        ({"path": "model.onnx", "dynamic_dims": [0]}, r"dynamic_dims are dims of the inputs behind the batch, 1 or more, .*; got \[0\]"),
+        ({"path": "model.onnx", "dynamic_dims": "1"}, "dynamic_dims are dims .*; got '1'"),
+        ({"path": "model.safetensors", "dynamic_dims": [1]}, "dynamic_dims is for a file that ends in .onnx"),
         ({"path": "model.onnx", "batches": 0}, "batches is a number of batches, 1 or more, got 0"),
         ({"path": "model.safetensors", "round_sums": True}, r"round_sums is for a file that ends in .onnx, got 'model.safetensors'"),
     ],
@@ -50,6 +53,18 @@ def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
 def test_wrong_arguments_are_refused_at_once(arguments, message):
     with pytest.raises(ExportError, match=message):
         Export(**arguments)
+
+
+def test_images_of_any_size(trainer, tmp_path):
+    module, data, path = Module(), Data(), tmp_path / "model.onnx"
+    trainer(PTQ("int4 per_channel"), Export(path, dynamic_dims=[2, 3])).validate(module, datamodule=data, verbose=False)
+    session = onnx_session(path)
+    for shape in ((1, 1, 6, 6), (3, 1, 9, 4)):
+        x = torch.randn(shape)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), module.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ExportError, match=r"dynamic_dims=\[4\], but the input has 4 dims, \[16, 1, 6, 6\]"):
+        trainer(QAT("int4 per_channel"), Export(path, dynamic_dims=[4])).fit(Untrained(), datamodule=data)
 
 
 class Untrained(Module):

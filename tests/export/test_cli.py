@@ -268,6 +268,8 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
         (["to=packed", "output=foo.onnx"], "output=foo.onnx: a file of to=packed ends in .safetensors"),
         (["to=packed", "round_sums=true"], "round_sums=true is for to=onnx"),
         (["to=onnx", "smallest=3"], "smallest is 2, 4 or 8 bits, got 3"),
+        (["to=onnx", "dynamic_dims=1"], "dynamic_dims are dims of the inputs behind the batch, 1 or more, .*; got 1"),
+        (["dynamic_dims=[1]"], "dynamic_dims is for to=onnx, got to=packed"),
         (["verify_batches=0"], "verify_batches is a number of batches, 1 or more, got 0"),
     ],
 )
