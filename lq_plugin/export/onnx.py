@@ -12,7 +12,7 @@ import copy
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,13 +100,40 @@ def export_onnx(
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
     nodes_of = operation_nodes(graph.model, recorded.values())
+    for name in (name for name, _ in layers if name not in ran):
+        log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
+    nodes, faults = _put_weights(graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations)
+    # Behind all weights, which take batch norms out of the graph.
+    for name in (name for name in nodes if name in activations):
+        scale, *rest = _activation(activations[name])
+        for node in nodes[name]:
+            graph.put_activation(node, scale, *rest)
+            graph.put_bias(name, node, scale)
+    faults += _put_operations(graph, operations, nodes_of)
+    raise_all(ExportError, "cannot export the model", faults)
+    for name, what in graph.slow.items():
+        log.warning("%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits", name, what)
+    file = graph.finish()
+    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
+        log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
+    onnx.checker.check_model(file, full_check=True)
+    onnx.save(file, path)
+    return Path(path).stat().st_size
+
+
+def _put_weights(
+    graph: Graph,
+    layers: Sequence[tuple[str, QuantizedLayer]],
+    model: nn.Module,
+    plain: nn.Module,
+    weights: Mapping[str, Container],
+    activations: Collection[str],
+) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
+    """Let the nodes of each layer read its weight from whole numbers: those nodes by the layer's name, and what has none."""
     faults: list[str] = []
     nodes: dict[str, list[onnx.NodeProto]] = {}
     names = _names(model)
     for name, layer in layers:
-        if name not in ran:
-            log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
-            continue
         try:
             source = _initializer_of(weight_key(name, layer), plain, graph)
             users = readers(graph.graph, source, names[id(_module(layer))])
@@ -128,22 +155,7 @@ def export_onnx(
                 )
         except ExportError as error:
             faults.append(str(error))
-    # Behind all weights, which take batch norms out of the graph.
-    for name in (name for name in nodes if name in activations):
-        scale, *rest = _activation(activations[name])
-        for node in nodes[name]:
-            graph.put_activation(node, scale, *rest)
-            graph.put_bias(name, node, scale)
-    faults += _put_operations(graph, operations, nodes_of)
-    raise_all(ExportError, "cannot export the model", faults)
-    for name, what in graph.slow.items():
-        log.warning("%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits", name, what)
-    file = graph.finish()
-    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
-        log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
-    onnx.checker.check_model(file, full_check=True)
-    onnx.save(file, path)
-    return Path(path).stat().st_size
+    return nodes, faults
 
 
 def _check_inputs(

@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lq_plugin import PTQ, QuantPlan
-from lq_plugin.callbacks.data import calibration_batches
+from lq_plugin.callbacks.data import calibration_batches, one_batch
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.model.cost import cost
@@ -118,7 +118,8 @@ def test_every_process_calibrates_on_the_same_batches(model: DigitsCNN) -> None:
 
 def test_calibration_reads_its_data_once_whatever_the_plans(model: DigitsCNN, datamodule: DigitsDataModule, monkeypatch: Any) -> None:
     read = []
-    monkeypatch.setattr("lq_plugin.callbacks.base.calibration_batches", lambda *a: read.append(a[-1]) or calibration_batches(*a))
+    monkeypatch.setattr("lq_plugin.callbacks.base.one_batch", lambda *a: read.append(1) or one_batch(*a))
+    monkeypatch.setattr("lq_plugin.callbacks.base.calibration_batches", lambda *a: read.append(a[3]) or calibration_batches(*a))
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2) as evaluator:
         evaluator.calibrate(SPACE)
         for plan in ("int2", "int8 / uint8 affine mse", "int4 / uint4 affine percentile:99.9"):
