@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ from lq_plugin.functional.affine import (
     qparams_from_bounds,
     zero_point_from,
 )
+from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
 from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
+from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
 from lq_plugin.quantizers.shared import SharedInput
 from lq_plugin.ranges import Histogram, Sample, estimate_range
@@ -107,12 +111,20 @@ class WeightQuantizer(Quantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         group = self.spec.granularity
         w = blocks(x, group)
-        two_level = isinstance(group, PerGroup) and group.scale_bits is not None
-        follows = self.live and not self._fixed and type(self).qparams is WeightQuantizer.qparams
-        if follows and not two_level and self.rounds_to_nearest:
-            return unblocks(fake_quantize_to_extremes(w, self.scale_shape, self.spec.grid), self.shape, group)
+        if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
+            if not isinstance(group, PerGroup) or group.scale_bits is None:
+                return unblocks(fake_quantize_to_extremes(w, self.scale_shape, self.spec.grid), self.shape, group)
+            if group.coarse == "tensor" and not self.spec.grid.affine:
+                done = fake_quantize_blocks(x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)))
+                if done is not None:
+                    return done
         scale, zero_point = self.qparams(w)
         return unblocks(self.rounded(w, scale, zero_point), self.shape, group)
+
+    def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
+        """Two-level scales, with γ of the weight as it is: the largest of all scales is that of the extremes."""
+        largest, _ = qparams_from_bounds(*extremes(x, (1,) * x.ndim), self.spec.grid)
+        return vector_rule(size, self.spec.grid, scale_bits, coarse_scale(largest, scale_bits).item())
 
     def sample(self, weight: Tensor) -> Sample:
         """The weight's values, one row for each scale; padding does not enter."""

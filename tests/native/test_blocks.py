@@ -43,7 +43,7 @@ def test_inputs(array, how, spec, axis, top):
 
 
 @settings(deadline=None, max_examples=40)
-@given(arrays, hows, st.sampled_from(FORMATS))
+@given(arrays, hows, st.sampled_from([*FORMATS, *VECTORS, "int4 group16:4:channel ragged", "int4 affine group16:4 ragged"]))
 def test_weights(array, how, spec):
     x = arranged(array, how)
     check(both(make_weight_quantizer(QuantSpec.parse(spec), "weight", tuple(x.shape)), x), x)
