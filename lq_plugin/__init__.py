@@ -7,8 +7,9 @@
 Without Lightning: `prepare(model, plan)`, `calibrate(model, batches)`, `remove(model)`.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lq_plugin.lazy import attributes
 
 if TYPE_CHECKING:
     from lq_plugin.callbacks import PTQ, QAT, Export, QuantMonitor
@@ -54,16 +55,5 @@ _ROOMS = {
     "schedule": ("Schedule",),
     "spec": ("PerChannel", "PerGroup", "PerTensor", "QuantSpec"),
 }
-_HOME = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attributes(__name__, _ROOMS)

@@ -34,7 +34,7 @@ from lq_plugin.model.calibrate import (
 )
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operation_rules import needs_recording
-from lq_plugin.model.prepare import prepare, quantizers
+from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
 from lq_plugin.plan import QuantPlan
 
@@ -146,9 +146,7 @@ class QuantizationCallback(Callback):
             self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
         with whole_weights(pl_module):
             load_statistics(pl_module, self.statistics)
-        # Formats that find their scales at run time miss nothing.
-        waiting = {q.name for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated}
-        if missed := [name for name in never_reached(self.statistics) if name in waiting]:
+        if missed := never_reached(pl_module, self.statistics):
             rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.unreached}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.record import without_compile
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Histogram, Sample
+
+log = logging.getLogger(__name__)
 
 #: Statistics of each activation, by the name of its quantizer.
 Statistics = dict[str, Histogram]
@@ -52,6 +55,8 @@ def calibrate(
     """
     statistics = collect_statistics(model, batches, run, merge)
     load_statistics(model, statistics)
+    if missed := never_reached(model, statistics):
+        log.warning("calibrate: no batch reached %s, which has no range yet", ", ".join(missed))
     return statistics
 
 
@@ -112,9 +117,11 @@ def load_statistics(model: nn.Module, statistics: Statistics) -> None:
             quantizer.load_sample(histogram.sample())
 
 
-def never_reached(statistics: Statistics) -> list[str]:
-    """Names of activations that no calibration batch reached."""
-    return [name for name, histogram in statistics.items() if not histogram.total.any()]
+def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:
+    """Names of activations that no calibration batch reached, and which have no range for it."""
+    # Formats that find their scales at run time miss nothing.
+    waiting = {q.name for q in quantizers(model) if q.needs_calibration and not q.is_calibrated}
+    return [name for name, histogram in statistics.items() if name in waiting and not histogram.total.any()]
 
 
 def weight_samples(model: nn.Module) -> dict[str, Sample]:

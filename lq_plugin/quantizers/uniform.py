@@ -110,14 +110,14 @@ class WeightQuantizer(Quantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         group = self.spec.granularity
-        w = blocks(x, group)
         if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
             if not isinstance(group, PerGroup) or group.scale_bits is None:
-                return unblocks(fake_quantize_to_extremes(w, self.scale_shape, self.spec.grid), self.shape, group)
+                return unblocks(fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), self.shape, group)
             if group.coarse == "tensor" and not self.spec.grid.affine:
                 done = fake_quantize_blocks(x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)))
                 if done is not None:
                     return done
+        w = blocks(x, group)
         scale, zero_point = self.qparams(w)
         return unblocks(self.rounded(w, scale, zero_point), self.shape, group)
 

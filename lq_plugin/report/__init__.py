@@ -1,7 +1,8 @@
 """Everything a run or a search says about itself, on one static page: `model_report`, `study_report`, `write_page`."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lq_plugin.lazy import attributes
 
 if TYPE_CHECKING:
     from lq_plugin.report.data import ReportData, Series
@@ -13,12 +14,5 @@ __all__ = ["ReportData", "Series", "model_report", "render", "study_report", "wr
 
 # Loaded on first use: `lq-report` and `lq-explain` must not pay for torch and matplotlib before they have something to do.
 _FILES = {"data": ("ReportData", "Series"), "model": ("model_report",), "page": ("render", "write_page"), "study": ("study_report",)}
-_HOME = {name: f"{__name__}.{file}" for file, names in _FILES.items() for name in names}
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = attributes(__name__, _FILES)

@@ -1,0 +1,75 @@
+// What fake_quantize_kernel.h asks of an instruction set, in AVX2: two registers hold 16 floats.
+
+struct V {
+    __m256 a, b;
+};
+struct Q {
+    V inverse, low, high, scale;
+};
+inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, const V& v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+inline V set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline __m256 half(__m256 x, __m256 inverse, __m256 low, __m256 high, __m256 scale, unsigned& bits) {
+    const __m256 r = _mm256_round_ps(_mm256_mul_ps(x, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 outside = _mm256_or_ps(_mm256_cmp_ps(r, low, _CMP_LT_OQ), _mm256_cmp_ps(r, high, _CMP_GT_OQ));
+    bits = ~static_cast<unsigned>(_mm256_movemask_ps(outside)) & 255u;
+    // Of a NaN and a number, max and min give the second.
+    return _mm256_mul_ps(_mm256_min_ps(high, _mm256_max_ps(low, r)), scale);
+}
+inline V quantized(const V& x, const Q& q, unsigned& bits) {
+    unsigned first, second;
+    const V y{half(x.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, first), half(x.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, second)};
+    bits = first | second << 8;
+    return y;
+}
+inline V lower(const V& a, const V& b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+inline V upper(const V& a, const V& b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+inline bool unordered(const V& x) { return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q)) != 0; }
+inline V kept(const V& x, unsigned bits) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i a = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
+    const __m256i b = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits >> 8)), lanes);
+    return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, lanes))),
+            _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cmpeq_epi32(b, lanes)))};
+}
+struct Totals {
+    __m256d scale[4], zero_point[4];
+    inline Totals() {
+        for (int i = 0; i < 4; ++i) scale[i] = zero_point[i] = _mm256_setzero_pd();
+    }
+    static double sum(const __m256d* parts) {
+        double lane[16], all = 0.0;
+        for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lane + 4 * i, parts[i]);
+        for (double value : lane) all += value;
+        return all;
+    }
+    Sums sum() const { return {sum(scale), sum(zero_point)}; }
+};
+inline void add(__m256d* totals, __m256 x) {
+    totals[0] = _mm256_add_pd(totals[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    totals[1] = _mm256_add_pd(totals[1], _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
+template <bool SHIFT>
+inline __m256 learned_half(__m256 x, __m256 g, __m256 inverse, __m256 low, __m256 high, __m256 scale, __m256d* scales, __m256d* shifts) {
+    const __m256 ratio = _mm256_mul_ps(x, inverse);
+    const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 level = _mm256_min_ps(high, _mm256_max_ps(low, rounded));
+    const __m256 outside = _mm256_cmp_ps(level, rounded, _CMP_NEQ_UQ);
+    add(scales, _mm256_mul_ps(g, _mm256_blendv_ps(_mm256_sub_ps(level, ratio), level, outside)));
+    if (SHIFT) add(shifts, _mm256_and_ps(outside, _mm256_mul_ps(g, _mm256_sub_ps(_mm256_set1_ps(-0.0f), scale))));
+    return _mm256_andnot_ps(outside, g);
+}
+template <bool SHIFT>
+inline V learned(const V& x, const V& g, const Q& q, Totals& totals) {
+    const __m256 a = learned_half<SHIFT>(x.a, g.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, totals.scale, totals.zero_point);
+    return {a, learned_half<SHIFT>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
+}
+inline Spread spread(const V& low, const V& high, bool nan) {
+    float a[16], b[16];
+    store(a, low);
+    store(b, high);
+    return {*std::min_element(a, a + 16), *std::max_element(b, b + 16), nan};
+}

@@ -1,0 +1,51 @@
+// What fake_quantize_kernel.h asks of an instruction set, in AVX-512.
+
+using V = __m512;
+struct Q {
+    V inverse, low, high, scale;
+};
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V set(float x) { return _mm512_set1_ps(x); }
+inline V quantized(V x, const Q& q, unsigned& bits) {
+    const V r = _mm512_roundscale_ps(_mm512_mul_ps(x, q.inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    bits = static_cast<unsigned>(_mm512_cmp_ps_mask(r, q.low, _CMP_NLT_UQ) & _mm512_cmp_ps_mask(r, q.high, _CMP_NGT_UQ));
+    return _mm512_mul_ps(_mm512_min_ps(q.high, _mm512_max_ps(q.low, r)), q.scale);
+}
+inline V lower(V a, V b) { return _mm512_min_ps(a, b); }
+inline V upper(V a, V b) { return _mm512_max_ps(a, b); }
+inline bool unordered(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+inline V kept(V x, unsigned bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x); }
+struct Totals {
+    __m512d scale[2], zero_point[2];
+    inline Totals() {
+        for (int i = 0; i < 2; ++i) scale[i] = zero_point[i] = _mm512_setzero_pd();
+    }
+    static double sum(const __m512d* parts) {
+        double lane[16], all = 0.0;
+        for (int i = 0; i < 2; ++i) _mm512_storeu_pd(lane + 8 * i, parts[i]);
+        for (double value : lane) all += value;
+        return all;
+    }
+    Sums sum() const { return {sum(scale), sum(zero_point)}; }
+};
+inline void add(__m512d* totals, V x) {
+    totals[0] = _mm512_add_pd(totals[0], _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+    totals[1] = _mm512_add_pd(totals[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+}
+template <bool SHIFT>
+inline V learned(V x, V g, const Q& q, Totals& totals) {
+    const V ratio = _mm512_mul_ps(x, q.inverse);
+    const V rounded = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V level = _mm512_min_ps(q.high, _mm512_max_ps(q.low, rounded));
+    const __mmask16 outside = _mm512_cmp_ps_mask(level, rounded, _CMP_NEQ_UQ);
+    add(totals.scale, _mm512_mul_ps(g, _mm512_mask_mov_ps(_mm512_sub_ps(level, ratio), outside, level)));
+    if (SHIFT) add(totals.zero_point, _mm512_maskz_mul_ps(outside, g, _mm512_sub_ps(_mm512_set1_ps(-0.0f), q.scale)));
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(~outside), g);
+}
+inline Spread spread(V low, V high, bool nan) {
+    float a[16], b[16];
+    store(a, low);
+    store(b, high);
+    return {*std::min_element(a, a + 16), *std::max_element(b, b + 16), nan};
+}

@@ -1,0 +1,75 @@
+// What fake_quantize_kernel.h asks of an instruction set, in plain loops.
+
+struct V {
+    float lane[16];
+};
+struct Q {
+    V inverse, low, high, scale;
+};
+inline V load(const float* p) {
+    V v;
+    std::memcpy(v.lane, p, sizeof v.lane);
+    return v;
+}
+inline void store(float* p, const V& v) { std::memcpy(p, v.lane, sizeof v.lane); }
+inline V set(float x) {
+    V v;
+    for (float& lane : v.lane) lane = x;
+    return v;
+}
+inline V quantized(const V& x, const Q& q, unsigned& bits) {
+    V y;
+    bits = 0;
+    for (int i = 0; i < 16; ++i) {
+        const float r = std::nearbyintf(x.lane[i] * q.inverse.lane[i]);
+        bits |= static_cast<unsigned>(!(r < q.low.lane[i] || r > q.high.lane[i])) << i;
+        y.lane[i] = at_most(at_least(r, q.low.lane[i]), q.high.lane[i]) * q.scale.lane[i];
+    }
+    return y;
+}
+inline V lower(const V& a, const V& b) {
+    V v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return v;
+}
+inline V upper(const V& a, const V& b) {
+    V v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return v;
+}
+inline bool unordered(const V& x) {
+    bool nan = false;
+    for (float lane : x.lane) nan |= std::isnan(lane);
+    return nan;
+}
+inline V kept(const V& x, unsigned bits) {
+    V v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = bits >> i & 1 ? x.lane[i] : 0.0f;
+    return v;
+}
+struct Totals {
+    double scale[16] = {}, zero_point[16] = {};
+    Sums sum() const {
+        Sums all{0.0, 0.0};
+        for (int i = 0; i < 16; ++i) all.scale += scale[i], all.zero_point += zero_point[i];
+        return all;
+    }
+};
+// The gradient of x, and the terms of those of scale and zero point added to `totals`.
+template <bool SHIFT>
+inline V learned(const V& x, const V& gradient, const Q& q, Totals& totals) {
+    V inside;
+    for (int i = 0; i < 16; ++i) {
+        const float ratio = x.lane[i] * q.inverse.lane[i], rounded = std::nearbyintf(ratio), g = gradient.lane[i];
+        const float level = at_most(at_least(rounded, q.low.lane[i]), q.high.lane[i]);
+        const bool outside = level != rounded;
+        const float term = g * (outside ? level : level - ratio), shift = outside ? g * -q.scale.lane[i] : 0.0f;
+        totals.scale[i] += term;
+        if (SHIFT) totals.zero_point[i] += shift;
+        inside.lane[i] = outside ? 0.0f : g;
+    }
+    return inside;
+}
+inline Spread spread(const V& low, const V& high, bool nan) {
+    return {*std::min_element(low.lane, low.lane + 16), *std::max_element(high.lane, high.lane + 16), nan};
+}
