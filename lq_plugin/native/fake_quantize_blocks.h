@@ -90,8 +90,7 @@ inline float vector_scale(float low, float high, bool nan, const BlockRule& rule
 inline float pair_scale(int32_t largest, int32_t pair, int32_t finest, int32_t mantissa_bits) {
     const int32_t field = largest >> 23, top = field > 254 ? 254 : field;
     int32_t shift = top - (pair >> 23);
-    // A pair of zeros has no exponent of its own and takes the finest step.
-    shift = pair == 0 || shift > finest ? finest : shift;
+    shift = shift > finest ? finest : shift;  // a pair of zeros is zero whatever its step
     const int32_t step = top - shift - (mantissa_bits - 1);
     return from_bits((step < 1 ? 1 : step) << 23);
 }
