@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "lazy", "errors", "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
+    "lazy", "errors", "files", "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
     "native", "functional", "metrics", "ranges",
     "quantizers", "layers", "model", "plots", "export", "report",
     "callbacks", "search", "demo", "export_command", "cli", "__init__",

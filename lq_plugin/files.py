@@ -1,0 +1,165 @@
+"""Files that appear whole or not at all, and temporary folders; what a killed process left of either is swept by the next one.
+
+A temporary file or folder lies next to what it becomes, under a name of its own, and is locked while its process lives. The lock ends
+with the process, whatever ended it: what bears such a name and is not locked is nobody's. Process ids tell nothing of the kind, since
+containers that share a folder have equal ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lq_plugin.errors import QuantizationError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, so nothing is swept.
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".lq_part"
+#: Second, what earlier versions named after a process id.
+_TEMPORARY = re.compile(
+    r"\..+\.[a-z0-9_]{8,16}\.lq_part|\.(front\.csv|pareto\.png|report\.json|report\.html|plan_.+\.yaml|unit_\d+\.safetensors)\.\d+"
+)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, error: type[QuantizationError] = QuantizationError) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of `path` at the end of the block, synced to the disk.
+
+    When the block raises, `path` stays as it was. A link is followed, permissions stay, and what is no ordinary file
+    (`/dev/stdout`, a pipe) is written to directly.
+
+    Args:
+        path: in a folder that exists.
+        error: what a file that cannot be written raises.
+
+    Raises:
+        QuantizationError: (as `error`) naming the path and what the system says.
+
+    >>> path = Path(tempfile.mkdtemp(), "front.csv")
+    >>> with replacing(path) as stream:
+    ...     _ = stream.write(b"trial,bits")
+    >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+    ('trial,bits', ['front.csv'])
+    """
+    earlier = ""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as stream:
+                yield stream
+            return
+        if target.exists():
+            earlier = "; the earlier file is unchanged"
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, "the file is write-protected")
+        sweep(target.parent)
+        with _temporary(target) as stream:
+            try:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+                if earlier:
+                    shutil.copymode(target, stream.name)
+                if fcntl is None:  # Windows renames no open file
+                    stream.close()
+                os.replace(stream.name, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(stream.name)
+                raise
+        _sync_folder(target.parent)
+    except (OSError, RuntimeError) as fault:
+        # torch.save hides the system's error in one of its own.
+        cause = fault if isinstance(fault, OSError) else fault.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise error(f"cannot write {path}: {cause.strerror or cause}{earlier}") from fault
+
+
+def write_file(path: str | Path, content: str | bytes, error: type[QuantizationError] = QuantizationError) -> None:
+    """Writes a whole file, text as UTF-8, see `replacing`."""
+    with replacing(path, error) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+def temporary_folder(name: str, parent: str | Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Makes a folder that goes with the object, and sweeps what killed processes left next to it.
+
+    Args:
+        name: what it is for; a part of its own name.
+        parent: where; None: the system's folder for temporary files.
+    """
+    parent = tempfile.gettempdir() if parent is None else parent
+    sweep(parent)
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=_SUFFIX, dir=parent)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder.name, os.O_RDONLY)
+            weakref.finalize(folder, os.close, descriptor)
+            if _claim(descriptor, folder.name):
+                return folder
+
+
+def sweep(folder: str | Path) -> None:
+    """Removes temporary files and folders whose process is gone. What cannot be read or locked is left alone."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if _TEMPORARY.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                # Some network file systems lock only what is open for writing.
+                descriptor = os.open(entry.path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if is_folder:
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[BinaryIO]:
+    """An empty file next to `target` that nobody sweeps while it is open."""
+    while True:
+        # Of a long name a part, since the system bounds names.
+        path = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}{_SUFFIX}")
+        with open(path, "xb") as stream:
+            if _claim(stream.fileno(), path):
+                yield stream
+                return
+
+
+def _claim(descriptor: int, path: str | Path) -> bool:
+    """Locks an open file or folder; whether it is still there: another process may have swept it before it was locked."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks, where nobody sweeps either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Lets a rename last through a power failure, where folders can be synced."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
