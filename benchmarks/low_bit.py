@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, help="instead of the recipes'")
     parser.add_argument("--distill", type=float, help="instead of the recipes'")
-    parser.add_argument("--weight", help="spec, instead of the recipes'")
+    parser.add_argument("--weight", nargs="+", metavar="SPEC", help="specs, each of them instead of the recipes'")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -128,18 +128,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not options.tune:
         load_images(options.data, "test", 0, 1)  # a missing file is said before hours of work
     results: dict[str, Any] = {"float": None, "results": []}
-    for name in options.formats:
+    runs = [(name, weight) for name in options.formats for weight in (options.weight if name != "float" else None) or [None]]
+    for name, weight in runs:
         recipe = recipe_of(name)
         if recipe.plan is not None:
             changes = {key: value for key in ("lr", "distill") if (value := getattr(options, key)) is not None}
-            plan = recipe.plan if options.weight is None else with_weight(recipe.plan, options.weight)
+            plan = recipe.plan if weight is None else with_weight(recipe.plan, weight)
             recipe = replace(recipe, plan=plan, **changes)
         row = train(name, recipe, model, data, options)
         if name == "float":
             results["float"] = row["accuracy"]
         results["results"].append(row)
         common.write_json(options.json, results)
-        Console().print(f"{name}: {row['accuracy']:.2f} %, {row['seconds']:.0f} s", highlight=False)
+        Console().print(f"{weight or name}: {row['accuracy']:.2f} %, {row['seconds']:.0f} s", highlight=False)
     Console().print(table(results))
     return results
 
@@ -151,7 +152,9 @@ def table(results: dict[str, Any]) -> Table:
         result.add_column(column, justify="left" if column == "format" else "right")
     for row in results["results"]:
         below = "-" if results["float"] is None else f"{results['float'] - row['accuracy']:.2f}"
-        result.add_row(row["format"], f"{row['accuracy']:.2f}", below, f"{row['effective_bits']:.2f}", f"{row['seconds']:.0f}")
+        result.add_row(
+            row["spec"] or row["format"], f"{row['accuracy']:.2f}", below, f"{row['effective_bits']:.2f}", f"{row['seconds']:.0f}"
+        )
     seconds = statistics.mean(row["seconds"] for row in results["results"])
     result.caption = f"{seconds:.0f} s a format on average"
     return result

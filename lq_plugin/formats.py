@@ -210,7 +210,7 @@ RANGES: dict[str, str] = {
     "aciq": "analytic, Gauss or Laplace, the paper's constants; aciq:gauss or aciq:laplace forces one",
     "aciq_exact": "the same for the grid that is really used",
     "octav": "Newton iteration on the clipping MSE",
-    "lsq": "learned step size",
+    "lsq": "learned step size; lsq:rounded lets the gradient pass where the rounded value is on the grid",
     "pact": "learned upper bound of a non-negative activation",
 }
 #: Ranges whose bounds are parameters trained by the optimizer.
@@ -244,7 +244,9 @@ def range_fault(text: str) -> str | None:
         return None if ok else f"range {text!r}: the option must be a number in {low:g}..{high:g}"
     if name in ("aciq", "aciq_exact") and option not in (None, "gauss", "laplace"):
         return f"range {text!r}: the option must be gauss or laplace"
-    if name in ("minmax", "mse", "kl", "octav", "lsq", "pact") and option is not None:
+    if name == "lsq" and option not in (None, "rounded"):
+        return f"range {text!r}: the option must be rounded"
+    if name in ("minmax", "mse", "kl", "octav", "pact") and option is not None:
         return f"range {name!r} takes no option, got {option!r}"
     return None
 

@@ -9,11 +9,16 @@ Backward:  ∂v̂/∂v = 1 inside, 0 outside
 and the gradients of s and z are multiplied by g = 1 / sqrt(N · Q_p), N the number of elements that
 share the scale (for activations: features of one sample, not of the batch). Their sums are taken in float64.
 
-Reference: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153), eqs. 1-3;
+What is inside is the `band`: `paper` is Q_n - z < v / s < Q_p - z (eqs. 3 and 5); `rounded` is what round(v / s) does not
+leave the grid of, half a step more on both sides, as in torch's `_fake_quantize_learnable_per_tensor_affine`.
+
+Reference: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153), eqs. 1-3 and 5;
 the learned zero point follows LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576).
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +26,8 @@ from torch import Tensor
 from lq_plugin.functional.affine import MIN_SCALE, native_layout
 from lq_plugin.native import ops
 from lq_plugin.spec import IntegerGrid
+
+Band = Literal["paper", "rounded"]
 
 
 def gradient_scale(elements: int, grid: IntegerGrid) -> float:
@@ -32,7 +39,9 @@ def gradient_scale(elements: int, grid: IntegerGrid) -> float:
     return (max(elements, 1) * max(grid.quant_max, 1)) ** -0.5
 
 
-def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, gradient_factor: float = 1.0) -> Tensor:
+def fake_quantize_learned(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, gradient_factor: float = 1.0, band: Band = "paper"
+) -> Tensor:
     """Quantize and dequantize with gradients for `x`, `scale` and `zero_point`.
 
     Args:
@@ -41,23 +50,34 @@ def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, grid: In
         zero_point: float32, broadcastable to `x`; used rounded, its gradient passes straight through.
         grid: the integer levels.
         gradient_factor: g above.
+        band: which elements the gradient passes, see above.
+
+    Raises:
+        ValueError: for another `band`.
+
+    >>> x = torch.tensor([0.9, 1.2, 1.6], requires_grad=True)
+    >>> fake_quantize_learned(x, torch.tensor([1.0]), torch.tensor([0.0]), IntegerGrid(-2, 1)).sum().backward()
+    >>> x.grad  # 1.2 rounds to the largest level, 1, and lies above it
+    tensor([1., 0., 0.])
     """
-    bounds = grid.quant_min, grid.quant_max
+    if band not in get_args(Band):
+        raise ValueError(f"band must be one of {', '.join(get_args(Band))}, got {band!r}")
+    constants = grid.quant_min, grid.quant_max, gradient_factor, band == "rounded"
     if torch.compiler.is_compiling():
         if ops.traceable(x, scale) and zero_point.numel() == 1:
-            return _TracedLearned.apply(x, scale, zero_point, *bounds, gradient_factor)
+            return _TracedLearned.apply(x, scale, zero_point, *constants)
     elif (kernels := ops.kernels_for(x)) is not None:
         layout = native_layout(x, scale, zero_point)
         if layout is not None and layout.inner == 1:
-            return _NativeLearned.apply(x, scale, zero_point, *bounds, gradient_factor, layout, kernels)
-    return _LearnedFakeQuantize.apply(x, scale, zero_point, *bounds, gradient_factor)
+            return _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels)
+    return _LearnedFakeQuantize.apply(x, scale, zero_point, *constants)
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor):
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded):
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = quant_min, quant_max, factor
+        ctx.constants = quant_min, quant_max, factor, rounded
         step = scale.abs().clamp(min=MIN_SCALE)
         shift = zero_point.round().clamp(quant_min, quant_max)
         y = (x.float() * step.reciprocal()).round_()
@@ -66,13 +86,15 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, factor = ctx.constants
+        quant_min, quant_max, factor, by_rounded = ctx.constants
         step = scale.abs().clamp(min=MIN_SCALE)
         shift = zero_point.round().clamp(quant_min, quant_max)
         ratio = x.float() * step.reciprocal()
         rounded = ratio.round()
-        level = torch.clamp(rounded, quant_min - shift, quant_max - shift)
-        outside = level != rounded
+        low, high = quant_min - shift, quant_max - shift
+        level = torch.clamp(rounded, low, high)
+        # A NaN is outside.
+        outside = level != rounded if by_rounded else ~((ratio > low) & (ratio < high))
         grad32 = grad.float()
         grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
         grad_scale = grad_zero_point = None
@@ -83,16 +105,16 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             per_element = (grad32 * -step).masked_fill(~outside, 0.0)
             grad_zero_point = _summed(per_element, zero_point) * factor
-        return grad_x, grad_scale, grad_zero_point, None, None, None
+        return grad_x, grad_scale, grad_zero_point, *(None,) * 4
 
 
 class _NativeLearned(torch.autograd.Function):
     """The kernels: one pass forward, one backward for all three gradients."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, layout, kernels):
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded, layout, kernels):
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = quant_min, quant_max, factor
+        ctx.constants = quant_min, quant_max, factor, rounded
         ctx.layout, ctx.kernels = layout, kernels
         return kernels.fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=True)[0]
 
@@ -104,15 +126,17 @@ class _NativeLearned(torch.autograd.Function):
         if watched or type(grad) is not Tensor or ops.kernels_for(x) is None:
             # A second derivative, or what cannot be taken by its address.
             return *_LearnedFakeQuantize.backward(ctx, grad), None, None
-        quant_min, quant_max, factor = ctx.constants
+        quant_min, quant_max, factor, rounded = ctx.constants
         grad = ops.laid_out(grad, x.stride())
         bounds = quant_min, quant_max
-        inside, slope, shift = ctx.kernels.learned_backward(x, grad, scale, zero_point, bounds, ctx.layout, needs_x, needs_zero_point)
+        inside, slope, shift = ctx.kernels.learned_backward(
+            x, grad, scale, zero_point, bounds, rounded, ctx.layout, needs_x, needs_zero_point
+        )
         return (
             inside,
             _of_scale(slope, scale, factor) if needs_scale else None,
             shift.float().view(zero_point.shape) * factor if shift is not None else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -120,17 +144,17 @@ class _TracedLearned(torch.autograd.Function):
     """The kernels in a graph of torch.compile."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor):
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded):
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = quant_min, quant_max, factor
+        ctx.constants = quant_min, quant_max, factor, rounded
         return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, True)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, factor = ctx.constants
-        inside, slope, shift = torch.ops.lq_plugin.learned_backward(x, grad, scale, zero_point, quant_min, quant_max)
-        return inside, _of_scale(slope, scale, factor), shift.float().view(zero_point.shape) * factor, None, None, None
+        quant_min, quant_max, factor, rounded = ctx.constants
+        inside, slope, shift = torch.ops.lq_plugin.learned_backward(x, grad, scale, zero_point, quant_min, quant_max, rounded)
+        return inside, _of_scale(slope, scale, factor), shift.float().view(zero_point.shape) * factor, *(None,) * 4
 
 
 def _of_scale(slope: Tensor, scale: Tensor, factor: float) -> Tensor:

@@ -234,14 +234,16 @@ void lq_mask_gradient(const float* gradient, float* result, const uint16_t* mask
 }
 
 // LSQ's backward pass for inner = 1; result, [outer] scale_gradient and zero_point_gradient without the factor g.
-// result and zero_point_gradient may be null.
+// result and zero_point_gradient may be null. rounded: see `Band` of lq_plugin/functional/lsq.py.
 void lq_learned_backward(const float* x, const float* gradient, float* result, const float* scale, const float* zero_point,
                          double* scale_gradient, double* zero_point_gradient, int64_t repeats, int64_t outer, int64_t run, int quant_min,
-                         int quant_max, int variant, int threads) {
+                         int quant_max, int rounded, int variant, int threads) {
     const Store levels(scale, zero_point, outer, quant_min, quant_max, true);
     const int64_t parts = pieces(run, CHUNK);
     std::vector<Sums> found(static_cast<size_t>(repeats * outer * parts));
-    LQ_DISPATCH(learned_backward(x, gradient, result, levels.table(), found.data(), Shape{repeats, outer, run, 1}, zero_point_gradient != nullptr, threads));
+    const bool shift = zero_point_gradient != nullptr;
+    const Shape shape{repeats, outer, run, 1};
+    LQ_DISPATCH(learned_backward(x, gradient, result, levels.table(), found.data(), shape, shift, rounded != 0, threads));
     std::fill(scale_gradient, scale_gradient + outer, 0.0);
     if (zero_point_gradient) std::fill(zero_point_gradient, zero_point_gradient + outer, 0.0);
     // In the order of memory, so that the number of threads changes nothing.

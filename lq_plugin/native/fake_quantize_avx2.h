@@ -52,20 +52,21 @@ inline void add(__m256d* totals, __m256 x) {
     totals[0] = _mm256_add_pd(totals[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
     totals[1] = _mm256_add_pd(totals[1], _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }
-template <bool SHIFT>
+template <bool SHIFT, bool ROUNDED>
 inline __m256 learned_half(__m256 x, __m256 g, __m256 inverse, __m256 low, __m256 high, __m256 scale, __m256d* scales, __m256d* shifts) {
     const __m256 ratio = _mm256_mul_ps(x, inverse);
     const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256 level = _mm256_min_ps(high, _mm256_max_ps(low, rounded));
-    const __m256 outside = _mm256_cmp_ps(level, rounded, _CMP_NEQ_UQ);
+    const __m256 outside = ROUNDED ? _mm256_cmp_ps(level, rounded, _CMP_NEQ_UQ)
+                                   : _mm256_or_ps(_mm256_cmp_ps(ratio, low, _CMP_NGT_UQ), _mm256_cmp_ps(ratio, high, _CMP_NLT_UQ));
     add(scales, _mm256_mul_ps(g, _mm256_blendv_ps(_mm256_sub_ps(level, ratio), level, outside)));
     if (SHIFT) add(shifts, _mm256_and_ps(outside, _mm256_mul_ps(g, _mm256_sub_ps(_mm256_set1_ps(-0.0f), scale))));
     return _mm256_andnot_ps(outside, g);
 }
-template <bool SHIFT>
+template <bool SHIFT, bool ROUNDED>
 inline V learned(const V& x, const V& g, const Q& q, Totals& totals) {
-    const __m256 a = learned_half<SHIFT>(x.a, g.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, totals.scale, totals.zero_point);
-    return {a, learned_half<SHIFT>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
+    const __m256 a = learned_half<SHIFT, ROUNDED>(x.a, g.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, totals.scale, totals.zero_point);
+    return {a, learned_half<SHIFT, ROUNDED>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
 }
 inline Spread spread(const V& low, const V& high, bool nan) {
     float a[16], b[16];

@@ -33,12 +33,13 @@ inline void add(__m512d* totals, V x) {
     totals[0] = _mm512_add_pd(totals[0], _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
     totals[1] = _mm512_add_pd(totals[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
 }
-template <bool SHIFT>
+template <bool SHIFT, bool ROUNDED>
 inline V learned(V x, V g, const Q& q, Totals& totals) {
     const V ratio = _mm512_mul_ps(x, q.inverse);
     const V rounded = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const V level = _mm512_min_ps(q.high, _mm512_max_ps(q.low, rounded));
-    const __mmask16 outside = _mm512_cmp_ps_mask(level, rounded, _CMP_NEQ_UQ);
+    const __mmask16 outside = ROUNDED ? _mm512_cmp_ps_mask(level, rounded, _CMP_NEQ_UQ)
+                                      : _mm512_cmp_ps_mask(ratio, q.low, _CMP_NGT_UQ) | _mm512_cmp_ps_mask(ratio, q.high, _CMP_NLT_UQ);
     add(totals.scale, _mm512_mul_ps(g, _mm512_mask_mov_ps(_mm512_sub_ps(level, ratio), outside, level)));
     if (SHIFT) add(totals.zero_point, _mm512_maskz_mul_ps(outside, g, _mm512_sub_ps(_mm512_set1_ps(-0.0f), q.scale)));
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~outside), g);

@@ -7,7 +7,7 @@
 //   lower(a, b), upper     of two, a NaN in `a` passed over
 //   unordered(x)           whether any lane is a NaN
 //   kept(x, bits)          x where the bit is 1, else 0
-//   learned(...), Totals   LSQ's backward pass
+//   learned(...), Totals   LSQ's backward pass; what passes is what lies strictly between low and high, or ROUNDED: rounds to within
 //   spread(low, high, nan) over the lanes
 
 // One run of n elements with the same qparams.
@@ -106,13 +106,13 @@ inline void masked(const float* gradient, float* result, const uint16_t* mask, i
 }
 
 // LSQ's backward pass over n elements that share a scale; result may be null. Sums in double, 16 lanes, then lane by lane.
-template <bool SHIFT>
+template <bool SHIFT, bool ROUNDED>
 inline Sums learned_span(const float* x, const float* gradient, float* result, int64_t n, const Levels& levels) {
     const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
     Totals totals;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        V inside = learned<SHIFT>(load(x + i), load(gradient + i), q, totals);
+        V inside = learned<SHIFT, ROUNDED>(load(x + i), load(gradient + i), q, totals);
         if (result) store(result + i, inside);
     }
     if (i < n) {
@@ -120,7 +120,7 @@ inline Sums learned_span(const float* x, const float* gradient, float* result, i
         float value[16] = {}, slope[16] = {};
         std::memcpy(value, x + i, (n - i) * sizeof(float));
         std::memcpy(slope, gradient + i, (n - i) * sizeof(float));
-        V inside = learned<SHIFT>(load(value), load(slope), q, totals);
+        V inside = learned<SHIFT, ROUNDED>(load(value), load(slope), q, totals);
         store(slope, inside);
         if (result) std::memcpy(result + i, slope, (n - i) * sizeof(float));
     }

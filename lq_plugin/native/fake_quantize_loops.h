@@ -59,15 +59,15 @@ inline void mask_gradient(const float* gradient, float* result, const uint16_t* 
 }
 
 inline void learned_backward(const float* x, const float* gradient, float* result, const Table& table, Sums* found, const Shape& shape,
-                             bool shift, int threads) {
+                             bool shift, bool rounded, int threads) {
+    const auto span = rounded ? shift ? learned_span<true, true> : learned_span<false, true>
+                              : shift ? learned_span<true, false> : learned_span<false, false>;
     const int64_t parts = pieces(shape.run, CHUNK), runs = shape.repeats * shape.outer;
     LQ_PARALLEL(runs * shape.run)
     for (int64_t unit = 0; unit < runs * parts; ++unit) {
         const int64_t row = unit / parts, part = unit % parts * CHUNK, first = row * shape.run + part;
         const int64_t n = std::min(CHUNK, shape.run - part);
         float* inside = result ? result + first : nullptr;
-        const Levels levels = table.at(row % shape.outer);
-        found[unit] = shift ? learned_span<true>(x + first, gradient + first, inside, n, levels)
-                            : learned_span<false>(x + first, gradient + first, inside, n, levels);
+        found[unit] = span(x + first, gradient + first, inside, n, table.at(row % shape.outer));
     }
 }

@@ -56,13 +56,13 @@ struct Totals {
     }
 };
 // The gradient of x, and the terms of those of scale and zero point added to `totals`.
-template <bool SHIFT>
+template <bool SHIFT, bool ROUNDED>
 inline V learned(const V& x, const V& gradient, const Q& q, Totals& totals) {
     V inside;
     for (int i = 0; i < 16; ++i) {
         const float ratio = x.lane[i] * q.inverse.lane[i], rounded = std::nearbyintf(ratio), g = gradient.lane[i];
         const float level = at_most(at_least(rounded, q.low.lane[i]), q.high.lane[i]);
-        const bool outside = level != rounded;
+        const bool outside = ROUNDED ? level != rounded : !(ratio > q.low.lane[i] && ratio < q.high.lane[i]);
         const float term = g * (outside ? level : level - ratio), shift = outside ? g * -q.scale.lane[i] : 0.0f;
         totals.scale[i] += term;
         if (SHIFT) totals.zero_point[i] += shift;

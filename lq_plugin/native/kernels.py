@@ -177,10 +177,13 @@ class FakeQuantizeKernels(Protocol):
         """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1."""
+        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1.
+
+        `rounded`: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
+        """
 
 
 class Kernels:
@@ -209,7 +212,7 @@ class Kernels:
             "lq_fake_quantize_blocks": [*[pointer] * 3, *[size] * 3, ctypes.POINTER(BlockRule), number, number],
             "lq_row_extremes": [*[pointer] * 3, size, size, number, number],
             "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
-            "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 4],
+            "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 5],
         }
         for name, signature in signatures.items():
             function = getattr(compiled, name)
@@ -275,7 +278,7 @@ class Kernels:
         return result
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         result = torch.empty_like(x) if needs_x else None
@@ -283,7 +286,7 @@ class Kernels:
         shift = torch.empty_like(slope) if needs_zero_point else None
         self._learned_backward(
             x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(), slope.data_ptr(),
-            _address(shift), *layout[:3], *bounds, self._number, torch.get_num_threads(),
+            _address(shift), *layout[:3], *bounds, rounded, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result, slope, shift
 

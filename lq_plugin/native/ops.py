@@ -109,20 +109,21 @@ def _(gradient, x, scale, zero_point, quant_min, quant_max):
 
 @_operator("lq_plugin::learned_backward")
 def learned_backward(
-    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.learned_backward`, with one scale."""
     x = _dense(x)
     layout = Layout(1, 1, x.numel(), 1)
     gradient = laid_out(gradient, x.stride())
-    inside, slope, shift = _kernels().learned_backward(x, gradient, scale, zero_point, (quant_min, quant_max), layout, True, True)
+    bounds = quant_min, quant_max
+    inside, slope, shift = _kernels().learned_backward(x, gradient, scale, zero_point, bounds, rounded, layout, True, True)
     assert inside is not None
     assert shift is not None
     return inside, slope, shift
 
 
 @learned_backward.register_fake
-def _(x, gradient, scale, zero_point, quant_min, quant_max):
+def _(x, gradient, scale, zero_point, quant_min, quant_max, rounded):
     return torch.empty_like(x), x.new_empty(1, dtype=torch.float64), x.new_empty(1, dtype=torch.float64)
 
 

@@ -182,6 +182,7 @@ def _mask_gradient(gradient_at, result_at, mask_at, rows, length, parts, ROWS: t
 def _learned_backward(
     x_at, gradient_at, result_at, scale_at, zero_at, slope_at, shift_at, rows, length, parts, outer, quant_min, quant_max,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_SHIFT: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     row, column, valid = _place(rows, length, parts, ROWS, COLUMNS)
     place = row[:, None] * length + column[None, :]
@@ -191,8 +192,10 @@ def _learned_backward(
     ratio = tl.load(x_at + place, mask=valid, other=0.0).to(tl.float32) * _inverse(scale)
     gradient = tl.load(gradient_at + place, mask=valid, other=0.0)
     rounded = _rounded(ratio)
-    level = _clipped(rounded, quant_min - zero_point, quant_max - zero_point)
-    outside = (level != rounded) | (rounded != rounded)
+    low, high = quant_min - zero_point, quant_max - zero_point
+    level = _clipped(rounded, low, high)
+    # A NaN is outside.
+    outside = (level != rounded) | (rounded != rounded) if ROUNDED else ~((ratio > low) & (ratio < high))
     # Inside: round(v/s) - v/s. Outside only the clipped level is left.
     term = gradient.to(tl.float32) * tl.where(outside, level, level - ratio)
     slope = tl.sum(tl.where(valid, term, 0.0).to(tl.float64), axis=1)
@@ -246,7 +249,7 @@ class TritonKernels:
         return result
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         programs, parts, rows, columns = _tiles(layout)
@@ -257,7 +260,7 @@ class TritonKernels:
             _learned_backward[programs,](
                 x, gradient, x if result is None else result, scale, zero_point, slope, slope if shift is None else shift, *layout.rows,
                 parts, layout.outer, *map(float, bounds), ROWS=rows, COLUMNS=columns, NEEDS_X=needs_x, NEEDS_SHIFT=needs_zero_point,
-                **_OPTIONS,
+                ROUNDED=rounded, **_OPTIONS,
             )  # fmt: skip
         return result, slope.sum((0, 2)), None if shift is None else shift.sum((0, 2))
 

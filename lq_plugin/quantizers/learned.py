@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.functional.lsq import fake_quantize_learned, gradient_scale
+from lq_plugin.functional.lsq import Band, fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
 from lq_plugin.quantizers.base import float32
 from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
+from lq_plugin.spec import QuantSpec
 
 
 class LSQWeightQuantizer(WeightQuantizer):
@@ -31,7 +32,7 @@ class LSQWeightQuantizer(WeightQuantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         w = blocks(x, self.spec.granularity)
-        y = fake_quantize_learned(w, self.scale, self.zero_point, self.spec.grid, self.gradient_factor)
+        y = fake_quantize_learned(w, self.scale, self.zero_point, self.spec.grid, self.gradient_factor, _band(self.spec))
         return unblocks(y, self.shape, self.spec.granularity)
 
 
@@ -51,7 +52,8 @@ class LSQInputQuantizer(InputQuantizer):
         # N counts the features of one sample that share the scale: the batch size must not change the step.
         features = x.numel() // max(x.shape[0], 1) // self.channels
         factor = gradient_scale(features, self.spec.grid)
-        return fake_quantize_learned(x, self._view(self.scale, x.ndim), self._view(self.zero_point, x.ndim), self.spec.grid, factor)
+        scale, zero_point = self._view(self.scale, x.ndim), self._view(self.zero_point, x.ndim)
+        return fake_quantize_learned(x, scale, zero_point, self.spec.grid, factor, _band(self.spec))
 
 
 class PACTInputQuantizer(InputQuantizer):
@@ -81,6 +83,10 @@ def _zero_point(quantizer: nn.Module, shape: tuple[int, ...]) -> Tensor:
         return nn.Parameter(float32(0.0, shape))
     quantizer.register_buffer("zero_point", zeros := float32(0.0, shape))
     return zeros
+
+
+def _band(spec: QuantSpec) -> Band:
+    return "rounded" if spec.range_option == "rounded" else "paper"
 
 
 def _effective(quantizer: WeightQuantizer | InputQuantizer) -> tuple[Tensor, Tensor]:

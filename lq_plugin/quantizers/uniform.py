@@ -197,7 +197,7 @@ class InputQuantizer(Quantizer):
         self.channels = channels if self.per_channel else 1
         self.moving = spec.range_name == "ema"
         self.pending: Histogram | None = None
-        self.momentum = float(spec.range_option or DEFAULT_MOMENTUM)
+        self.momentum = float(spec.range_option or DEFAULT_MOMENTUM) if self.moving else DEFAULT_MOMENTUM
         self._make_qparams()
 
     def _make_qparams(self) -> None:

@@ -27,7 +27,6 @@ def lsq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     Raises:
         SpecError: the grid has no positive level.
     """
-    no_option("lsq", option)
     x = sample.values
     if grid.affine:
         mean = sample.average(x)

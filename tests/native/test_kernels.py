@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lq_plugin.functional.affine import extremes, fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
-from lq_plugin.functional.lsq import fake_quantize_learned
+from lq_plugin.functional.lsq import Band, fake_quantize_learned
 from lq_plugin.native import NativeError, available, use_native
 from lq_plugin.native import switch as switch_module
 from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
@@ -36,6 +37,7 @@ finite = st.one_of(st.floats(-40, 40, width=32), st.sampled_from([0.0, -0.0, 1e-
 values = st.one_of(st.floats(-40, 40, width=32), special, st.integers(-60, 60).map(lambda n: n * 0.25))
 arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7), elements=values)
 grids = st.sampled_from(GRIDS)
+bands = st.sampled_from(get_args(Band))
 
 
 @pytest.fixture(params=VARIANTS)
@@ -184,13 +186,14 @@ def test_memory_stays_in_its_order():
 @settings(deadline=None, max_examples=25)
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=7), elements=st.floats(-9, 9, width=16)),
-    hows, grids, st.integers(-1, 3), st.sampled_from([0.5, -0.3, 0.0]), st.sampled_from([0.0, 2.6]),
+    hows, grids, st.integers(-1, 3), st.sampled_from([0.5, -0.3, 0.0]), st.sampled_from([0.0, 2.6]), bands,
 )  # fmt: skip
-def test_learned(array, how, grid, axis, scale, zero_point):
+def test_learned(array, how, grid, axis, scale, zero_point, band):
     x = arranged(array, how)
     shape = [size if d == axis else 1 for d, size in enumerate(x.shape)]
     names = ("y", "x", "scale", "zero point")
-    results = both(lambda v, s, z: fake_quantize_learned(v, s, z, grid, 0.3), x, torch.full(shape, scale), torch.full(shape, zero_point))
+    function = partial(fake_quantize_learned, grid=grid, gradient_factor=0.3, band=band)
+    results = both(function, x, torch.full(shape, scale), torch.full(shape, zero_point))
     for name, (mine, theirs) in zip(names, results, strict=True):
         assert torch.equal(mine, theirs), name
 
@@ -212,8 +215,9 @@ def test_variants_and_threads(variant, shape, threads):
                 assert active().variant == variant
             for mine, theirs in both(lambda v, s=s, z=z, grid=grid: fake_quantize(v, s, z, grid), x):
                 assert same(mine, theirs)
-            for mine, theirs in both(lambda v, s, z, grid=grid: fake_quantize_learned(v, s, z, grid, 0.3), x, s, z):
-                assert torch.equal(mine, theirs)
+            for band in get_args(Band):
+                for mine, theirs in both(partial(fake_quantize_learned, grid=grid, gradient_factor=0.3, band=band), x, s, z):
+                    assert torch.equal(mine, theirs)
             for mine, theirs in both(lambda v, size=size, grid=grid: fake_quantize_to_extremes(v, size, grid), x):
                 assert same(mine, theirs)
         low, high = torch.tensor([0.0]), torch.tensor([0.0])
@@ -334,16 +338,17 @@ def test_without_a_compiler(monkeypatch):
 @pytest.mark.slow
 # Dynamo makes what autograd warns of.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [None, *get_args(Band)])
 def test_compiled_in_one_graph_with_the_same_numbers(learned):
     def function(v, s, z):
-        return (fake_quantize_learned if learned else fake_quantize)(v, s, z, IntegerGrid(-8, 7))
+        grid = IntegerGrid(-8, 7)
+        return fake_quantize_learned(v, s, z, grid, band=learned) if learned else fake_quantize(v, s, z, grid)
 
     generator = torch.Generator().manual_seed(0)
     x, upstream = torch.randn(6, 5, 8, 8, generator=generator), torch.randn(6, 5, 8, 8, generator=generator)
     outcomes = []
     for made in (function, torch.compile(function, fullgraph=True)):
-        v, s = x.clone().requires_grad_(), torch.tensor([0.2], requires_grad=learned)
+        v, s = x.clone().requires_grad_(), torch.tensor([0.2], requires_grad=learned is not None)
         with use_native(True):
             y = made(v, s, torch.tensor([0.0]))
             y.backward(upstream)
@@ -415,4 +420,4 @@ def test_operators_are_sound():
         torch.library.opcheck(torch.ops.lq_plugin.fake_quantize_observed.default, (tensor, s, z, -8, 7), test_utils=tests)
         for gradient in (tensor, tensor.contiguous()):
             torch.library.opcheck(torch.ops.lq_plugin.passed_gradient.default, (gradient, tensor, s, z, -8, 7), test_utils=tests)
-            torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (tensor, gradient, s, z, -8, 7), test_utils=tests)
+            torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (tensor, gradient, s, z, -8, 7, False), test_utils=tests)

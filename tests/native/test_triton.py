@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import lightning
 import pytest
@@ -95,14 +96,14 @@ def test_fake_quantize(shape, sizes, grid):
     same(slope.masked_fill(x.isnan(), 0), their_slope.masked_fill(x.isnan(), 0))
 
 
+@pytest.mark.parametrize("band", ["paper", "rounded"])
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize(("shape", "sizes"), [case for case in CASES if case[1] not in ((33,), (4, 2, 1, 9))])
-def test_learned(shape, sizes, negative):
+def test_learned(shape, sizes, negative, band):
     x = numbers(shape, special=False)
     scale = (torch.rand(sizes, device=DEVICE) + 0.3) * (-1 if negative else 1)
-    results = both(
-        lambda v, s, z: fake_quantize_learned(v, s, z, IntegerGrid(-8, 7, True), 0.3), x.clamp(-40, 40), scale, scale.new_full(sizes, 2.6)
-    )
+    function = partial(fake_quantize_learned, grid=IntegerGrid(-8, 7, True), gradient_factor=0.3, band=band)
+    results = both(function, x.clamp(-40, 40), scale, scale.new_full(sizes, 2.6))
     for name, (mine, theirs) in zip(("y", "x", "scale", "zero point"), results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0 if name in "yx" else 1e-6, atol=0 if name in "yx" else 1e-6, msg=name)
 
@@ -218,7 +219,9 @@ tile = {"ROWS": 4, "COLUMNS": 512}
 plain = {**tile, "MASKED": True, "IN_COLUMNS": False, "LEARNED": False, "OBSERVED": False, "FROM_EXTREMES": False, "AFFINE": False}
 variants = [(k._forward, {**plain, **more}) for more in (
     {}, {"IN_COLUMNS": True}, {"LEARNED": True}, {"OBSERVED": True}, {"FROM_EXTREMES": True}, {"FROM_EXTREMES": True, "AFFINE": True})]
-variants += [(k._mask_gradient, tile), (k._learned_backward, {**tile, "NEEDS_X": True, "NEEDS_SHIFT": True}), (k._take_in, {"BLOCK": 1024})]
+learned = {**tile, "NEEDS_X": True, "NEEDS_SHIFT": True}
+variants += [(k._learned_backward, {**learned, "ROUNDED": rounded}) for rounded in (False, True)]
+variants += [(k._mask_gradient, tile), (k._take_in, {"BLOCK": 1024})]
 for dtype, (kernel, constants) in itertools.product(("fp32", "bf16", "fp16"), variants):
     tensors = {**kinds, **dict.fromkeys(["x_at", "y_at", "gradient_at", "result_at"], f"*{dtype}")}
     signature = {name: "constexpr" if name in constants else tensors[name] for name in kernel.arg_names}
@@ -237,7 +240,7 @@ def test_compiles_for_gpus_with_every_operation_rounded(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 27
+    assert len(lines) == 30
     for line in lines:
         kernel, _, fused, *divisions = line.split()
         assert fused == "-", line
