@@ -1,7 +1,8 @@
 """Multiply-accumulates (MACs) of one call, from shapes alone.
 
 Counted are the products that a quantized kernel would execute: linear, convolution, recurrent
-and attention products. Bias adds, norms, activations, residual adds and table look-ups are 0.
+and attention products. Bias adds, norms, activations, residual adds and table look-ups are 0. Masks
+of attention leave nothing out.
 
 Independent check: twice the MACs of products equals `torch.utils.flop_counter`.
 """
@@ -9,11 +10,14 @@ Independent check: twice the MACs of products equals `torch.utils.flop_counter`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from functools import cache
+from math import isqrt, prod
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lq_plugin.model.tensor_identity import tensors_of
 
 Shape = tuple[int, ...]
 
@@ -151,18 +155,93 @@ def _multi_head_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], outp
     return _attention_macs(batch, query.shape[0], key.shape[0], 0, query.shape[-1], key.shape[-1], value.shape[-1])
 
 
+def _grouped_mm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    """Each row meets the matrix of its group; of two matrices that are both cut along the inner dim, each slice counts once."""
+    first, second = _argument(args, kwargs, 0, "mat_a", "self", "input"), _argument(args, kwargs, 1, "mat_b", "mat2", "weight")
+    rows = first.shape[0] * second.shape[1] if first.dim() == second.dim() == 2 else output.numel()
+    return rows * first.shape[-1]
+
+
+def _addbmm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    batch = _argument(args, kwargs, 1, "batch1")
+    return output.numel() * batch.shape[0] * batch.shape[-1]
+
+
+def _any_convolution(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    return (_conv_transpose if _argument(args, kwargs, 6, "transposed") else _convolution)(args, kwargs, output)
+
+
+def _conv_tbc(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    return output.numel() * prod(_argument(args, kwargs, 1, "weight").shape[:2])
+
+
+def _bilinear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    weight = _argument(args, kwargs, 2, "weight")
+    return output.numel() * (weight.shape[1] + 1) * weight.shape[2]
+
+
+def _tensordot(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    # Contracted indices are in both operands and not in the output: |a| · |b| = |output| · contracted².
+    sizes = _argument(args, kwargs, 0, "a").numel() * _argument(args, kwargs, 1, "b").numel()
+    return output.numel() * isqrt(sizes // output.numel()) if output.numel() else 0
+
+
+def _vecdot(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    dim = kwargs.get("dim", -1)
+    return output.numel() * max(_argument(args, kwargs, i, name).shape[dim] for i, name in enumerate(("x", "y")))
+
+
+def _cdist(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    """The product of the Euclidean distance, ‖x‖² + ‖y‖² - 2 x·y; other distances multiply nothing."""
+    p = args[2] if len(args) > 2 else kwargs.get("p", 2.0)
+    return output.numel() * _argument(args, kwargs, 0, "x1").shape[-1] if p == 2 else 0
+
+
+def _chain(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
+    """A chain of matrices in its cheapest order, which is the one that torch takes."""
+    matrices = list(tensors_of((args, kwargs)))
+    sizes = [1 if matrices[0].dim() == 1 else matrices[0].shape[0]]
+    sizes += [matrix.shape[0] for matrix in matrices[1:]] + [1 if matrices[-1].dim() == 1 else matrices[-1].shape[1]]
+
+    @cache
+    def cheapest(first: int, last: int) -> int:
+        cuts = (
+            cheapest(first, cut) + cheapest(cut + 1, last) + sizes[first] * sizes[cut + 1] * sizes[last + 1] for cut in range(first, last)
+        )
+        return min(cuts, default=0)
+
+    return cheapest(0, len(matrices) - 1)
+
+
 def _einsum(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    """Product of all index sizes for each operand after the first: exact for two operands."""
-    operands = [t for a in args[1:] for t in (a if isinstance(a, (list, tuple)) else [a])]
+    """Products from left to right, torch's order without `opt_einsum`.
+
+    For each: the sizes of all indices of the two operands, but those that one of them has alone and nobody reads later:
+    these are summed before the two meet.
+    """
+    operands = list(tensors_of(args[1:]))
+    inputs, arrow, result = args[0].replace(" ", "").partition("->")
+    terms = [_einsum_labels(term, operand.dim()) for term, operand in zip(inputs.split(","), operands, strict=True)]
     sizes: dict[str, int] = {}
-    for term, operand in zip(args[0].replace(" ", "").partition("->")[0].split(","), operands, strict=True):
-        head, dots, tail = term.partition("...")
-        hidden = operand.dim() - len(head) - len(tail) if dots else 0
-        # Broadcast dims are aligned at the right, as everywhere in torch.
-        labels = [*head, *(f"...{hidden - i}" for i in range(hidden)), *tail]
+    for labels, operand in zip(terms, operands, strict=True):
         for label, size in zip(labels, operand.shape, strict=True):
             sizes[label] = max(sizes.get(label, 1), size)
-    return prod(sizes.values()) * (len(operands) - 1)
+    occurring = [label for labels in terms for label in labels]
+    kept = {label for label in occurring if (label in result if arrow else occurring.count(label) == 1) or label.startswith("...")}
+    held, total = set(terms[0]), 0
+    for index, labels in enumerate(terms[1:], 2):
+        later = kept.union(*terms[index:])
+        met = {label for label in held.union(labels) if label in later or (label in held and label in labels)}
+        total += prod(sizes[label] for label in met)
+        held = met & later
+    return total
+
+
+def _einsum_labels(term: str, dims: int) -> list[str]:
+    """One label a dim; those of an ellipsis are aligned at the right, as everywhere in torch."""
+    head, dots, tail = term.partition("...")
+    hidden = dims - len(head) - len(tail) if dots else 0
+    return [*head, *(f"...{hidden - i}" for i in range(hidden)), *tail]
 
 
 _FUNCTIONAL: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], int]] = {
@@ -170,9 +249,18 @@ _FUNCTIONAL: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], in
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _addmm),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
+    **dict.fromkeys(("scaled_dot_product_attention", "flex_attention"), _dot_product_attention),
     "linear": _linear,
+    "grouped_mm": _grouped_mm,
+    "addbmm": _addbmm,
+    "convolution": _any_convolution,
+    "conv_tbc": _conv_tbc,
+    "bilinear": _bilinear,
+    "tensordot": _tensordot,
+    "vecdot": _vecdot,
+    "cdist": _cdist,
+    "multi_dot": _chain,
     "einsum": _einsum,
-    "scaled_dot_product_attention": _dot_product_attention,
     "multi_head_attention_forward": _multi_head_attention,
 }
 #: Functional calls that multiply and accumulate.

@@ -19,10 +19,9 @@ from lq_plugin.model.op_names import ELEMENTWISE
 OPERATIONS = PRODUCTS | ELEMENTWISE | {"cat"}
 #: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks and biases.
 _OPERANDS = {
-    "scaled_dot_product_attention": 3,
-    "multi_head_attention_forward": 3,
-    **dict.fromkeys(("addmm", "baddbmm", "addmv"), 3),
-    **dict.fromkeys(("cat", "einsum"), 10**6),
+    **dict.fromkeys(("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"), 3),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv", "addbmm"), 3),
+    **dict.fromkeys(("cat", "einsum", "multi_dot"), 10**6),
 }
 
 
@@ -76,9 +75,12 @@ class Numbering:
 
 
 def channel_axis(op: str, index: int) -> int:
-    """The axis of operand `index` that a product sums over, counted from the end; -1 where it sums over none."""
-    if op.startswith("conv"):
+    """The axis of operand `index` that a product sums over; -1 where it sums over none, or over any."""
+    if op.startswith("conv") and op.endswith("d"):
         spatial = int(op[-2])
         return -(spatial + 1) - (index if "transpose" in op else 0)
-    second = {"matmul": 1, "mm": 1, "bmm": 1, "addmm": 2, "baddbmm": 2, "scaled_dot_product_attention": 2}
+    if op == "convolution":
+        return 1  # it takes any number of spatial dims
+    second = dict.fromkeys(("matmul", "mm", "bmm", "grouped_mm", "conv_tbc"), 1)
+    second |= dict.fromkeys(("addmm", "baddbmm", "addbmm", "scaled_dot_product_attention", "flex_attention"), 2)
     return -2 if second.get(op) == index else -1

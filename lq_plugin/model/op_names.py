@@ -17,7 +17,12 @@ COPIES = frozenset(
 )  # fmt: skip
 #: Two activations meet here, so a quantized model needs a scale for it.
 ELEMENTWISE = frozenset(("add", "sub", "mul"))
-SYNONYMS = {"multiply": "mul", "subtract": "sub", "rsub": "sub", "concat": "cat", "concatenate": "cat"}
+SYNONYMS = {
+    "multiply": "mul", "subtract": "sub", "rsub": "sub", "concat": "cat", "concatenate": "cat",
+    "linalg_matmul": "matmul", "linalg_vecdot": "vecdot", "linalg_multi_dot": "multi_dot", "chain_matmul": "multi_dot",
+    # transformers' own kernel of the same product, where torch's cannot be compiled.
+    "grouped_mm_fallback": "grouped_mm",
+}  # fmt: skip
 OPERATOR = re.compile(r"__([ir]?)(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__$")
 
 

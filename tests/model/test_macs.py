@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from lq_plugin.model.record import Recording, record
@@ -148,9 +149,61 @@ def test_functional_products_match_torch_flop_counter(op: str):
     assert 2 * call.macs == flops.get_total_flops() > 0
 
 
+#: Function, its name in the ledger, shapes of what it gets, MACs by hand.
+HAND_CASES = {
+    "F.grouped_mm": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(8, 16), (4, 16, 32)], 8 * 16 * 32),
+    "cut along K": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(16, 8), (8, 32)], 16 * 8 * 32),
+    "3-D x 2-D": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(4, 24, 16), (16, 8)], 24 * 16 * 8),
+    "addbmm": (lambda x, w: torch.addbmm(torch.zeros(8, 32), x, w), "addbmm", [(4, 8, 16), (4, 16, 32)], 4 * 8 * 16 * 32),
+    "F.bilinear": (lambda x, y, w: F.bilinear(x, y, w), "bilinear", [(8, 16), (8, 10), (4, 16, 10)], 8 * 4 * (16 * 10 + 10)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, dims=1), "tensordot", [(8, 16), (16, 32)], 8 * 16 * 32),
+    "two dims": (lambda x, w: torch.tensordot(x, w, ([1, 2], [2, 0])), "tensordot", [(2, 3, 5), (5, 7, 3)], 2 * 3 * 5 * 7),
+    "linalg.matmul": (lambda x, w: torch.linalg.matmul(x, w), "matmul", [(8, 16), (16, 32)], 8 * 16 * 32),
+    "linalg.vecdot": (lambda x, w: torch.linalg.vecdot(x, w), "vecdot", [(8, 16), (8, 16)], 8 * 16),
+    "multi_dot": (lambda *m: torch.linalg.multi_dot(m), "multi_dot", [(8, 16), (16, 32), (32, 8)], 16 * 32 * 8 + 8 * 16 * 8),
+    "vectors": (lambda *m: torch.linalg.multi_dot(m), "multi_dot", [(16,), (16, 32), (32,)], 16 * 32 + 16),
+    "convolution": (
+        lambda x, w: torch.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2),
+        "convolution", [(2, 4, 8, 8), (6, 2, 3, 3)], 2 * 6 * 36 * 2 * 9,
+    ),
+    "transposed": (
+        lambda x, w: torch.convolution(x, w, None, [2], [0], [1], True, [0], 1), "convolution", [(2, 4, 5), (4, 6, 3)], 2 * 4 * 5 * 6 * 3,
+    ),
+    "conv_tbc": (lambda x, w: torch.conv_tbc(x, w, torch.zeros(5)), "conv_tbc", [(7, 2, 4), (3, 4, 5)], 5 * 2 * 5 * 3 * 4),
+    "cdist": (lambda x, y: torch.cdist(x, y), "cdist", [(3, 8, 16), (3, 5, 16)], 3 * 8 * 5 * 16),
+    "cdist, p = 1": (lambda x, y: torch.cdist(x, y, p=1), "cdist", [(8, 16), (5, 16)], 0),
+    "flex_attention": (lambda q, k: flex_attention(q, k, k), "flex_attention", [(1, 2, 16, 32), (1, 2, 16, 32)], 2 * 16 * 16 * (32 + 32)),
+}  # fmt: skip
+OFFSETS = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("case", HAND_CASES)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_products_beside_a_hand_count(case: str):
+    function, op, shapes, macs = HAND_CASES[case]
+    recording = run(Function(lambda m, *xs: function(*xs)), *map(torch.randn, shapes))
+    (call,) = recording.functional_calls
+    assert (call.name, call.op, call.macs) == (f"{op}_0", op, macs)
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated")
+def test_chain_matmul_is_multi_dot():
+    recording = run(Function(lambda m, x: torch.chain_matmul(x, torch.ones(3, 4), torch.ones(4, 5))), torch.randn(2, 3))
+    assert [(call.op, call.macs) for call in recording.functional_calls] == [("multi_dot", 2 * 3 * 4 + 2 * 4 * 5)]
+
+
 @pytest.mark.parametrize(
     ("equation", "shapes", "macs"),
-    [("ij,jk->ik", [(2, 3), (3, 4)], 24), ("...ij,...jk", [(5, 2, 3), (7, 1, 3, 4)], 7 * 5 * 24), ("i,i->", [(6,), (6,)], 6)],
+    [
+        ("ij,jk->ik", [(2, 3), (3, 4)], 24),
+        ("...ij,...jk", [(5, 2, 3), (7, 1, 3, 4)], 7 * 5 * 24),
+        ("i,i->", [(6,), (6,)], 6),
+        ("bi,ij,j->b", [(8, 16), (16, 32), (32,)], 8 * 16 * 32 + 8 * 32),
+        ("ij,jk,kl", [(2, 3), (3, 4), (4, 5)], 2 * 3 * 4 + 2 * 4 * 5),
+        # The sums over i and j come first.
+        ("bi,bj->b", [(8, 16), (8, 32)], 8),
+        ("bij->bi", [(2, 3, 4)], 0),
+    ],
 )
 def test_einsum_macs(equation: str, shapes, macs: int):
     recording = run(Function(lambda m, *xs: torch.einsum(equation, *xs)), *map(torch.randn, shapes))
