@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from lq_plugin.callbacks.data import (
     one_batch,
     one_float_batch,
     statistics_merger,
-    step_runner,
     with_progress,
     without_traces,
 )
 from lq_plugin.callbacks.neighbours import TUNERS, move_before, renew_averages
 from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
+from lq_plugin.callbacks.steps import CalibrationStep, step_runner
 from lq_plugin.errors import PlanError
 from lq_plugin.model.calibrate import (
     Statistics,
@@ -37,9 +37,6 @@ from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
 from lq_plugin.plan import QuantPlan
-
-#: Runs the model on one batch, for calibration.
-CalibrationStep = Callable[[LightningModule, Any], Any]
 
 
 class QuantizationCallback(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,15 +12,15 @@ import rich.progress
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.call import _call_lightning_datamodule_hook
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
+from lq_plugin.callbacks.steps import CalibrationStep, as_step, loop_of, own_step, step_runner
 from lq_plugin.errors import CalibrationError
 from lq_plugin.model.calibrate import Statistics, needs_data
 from lq_plugin.model.loaders import loaders_in
-
-_STEPS = ("validation_step", "test_step", "predict_step", "training_step")
 
 
 def calibration_batches(
@@ -60,9 +59,7 @@ def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> An
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def one_batch(
-    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: Callable[[LightningModule, Any], Any] | None
-) -> Callable[[], Any]:
+def one_batch(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None) -> Callable[[], Any]:
     """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see `one_float_batch`.
 
     Raises:
@@ -76,7 +73,7 @@ def one_batch(
 
 
 def one_float_batch(
-    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: Callable[[LightningModule, Any], Any] | None
+    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
 ) -> Callable[[], Any]:
     """What runs the module on one batch before the strategy has moved or converted it: in float32, where its parameters are.
 
@@ -95,22 +92,23 @@ def _batch_and_step(
     trainer: Trainer,
     pl_module: LightningModule,
     given: Iterable[Any] | None,
-    step: Callable[[LightningModule, Any], Any] | None,
+    step: CalibrationStep | None,
     or_evaluation: bool = True,
-) -> tuple[Any, Callable[[LightningModule, Any], Any]]:
+) -> tuple[Any, CalibrationStep]:
     with isolate_rng():
         loader = _loader(trainer, pl_module, given)
         if loader is None:
-            name = f"{trainer.state.fn}_step" if trainer.state.fn in ("test", "predict") else "validation_step"
-            loop: Any = {"test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name, trainer.validate_loop)
+            steps: dict[TrainerFn | None, str] = {TrainerFn.TESTING: "test_step", TrainerFn.PREDICTING: "predict_step"}
+            name = steps.get(trainer.state.fn, "validation_step")
+            loop = loop_of(trainer, name)
             if not or_evaluation or not loop._data_source.is_defined() or not is_overridden(name, pl_module):
                 raise CalibrationError(_NO_LOADER)
             loader = itertools.chain.from_iterable(loaders_in(loop._data_source.dataloader()))
-            step = step or _as_step(pl_module, name)
+            step = step or as_step(trainer, pl_module, name)
         batch = next(iter(loader), None)
     if batch is None:
         raise CalibrationError("no calibration data: the loader gave 0 batches")
-    return batch, step or _own_step(pl_module)
+    return batch, step or own_step(trainer, pl_module)
 
 
 def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:
@@ -144,58 +142,28 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
 
 
 def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
-    source = trainer.fit_loop._data_source
-    if source.is_defined():
-        return source.dataloader()
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None and is_overridden("train_dataloader", datamodule):
-        # A validation run has only set up its own stage.
-        _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
-        return datamodule.train_dataloader()
-    if is_overridden("train_dataloader", pl_module):
-        return pl_module.train_dataloader()
-    return None
-
-
-def step_runner(trainer: Trainer, pl_module: LightningModule, step: Callable[[LightningModule, Any], Any] | None) -> Callable[[Any], Any]:
-    """A function that runs the module on one batch the way its author does, in the Trainer's precision.
+    """What the train dataloader of the run, of its datamodule or of the module gives; None where there is no such hook.
 
     Raises:
-        CalibrationError: when the module has no step that can run without training it.
+        CalibrationError: the hook fails in a run that sets up another stage than a fit.
     """
-    if step is None:
-        step = _own_step(pl_module)
-
-    def run(batch: Any) -> Any:
-        with trainer.precision_plugin.forward_context():
-            return step(pl_module, batch)
-
-    return run
-
-
-def _own_step(pl_module: LightningModule) -> Callable[[LightningModule, Any], Any]:
-    for name in _STEPS:
-        if name == "training_step" and not pl_module.automatic_optimization:
-            continue  # it would take optimizer steps
-        if is_overridden(name, pl_module):
-            break
-    else:
+    source = trainer.fit_loop._data_source
+    if source.is_defined() and not (source.is_module() and trainer.state.fn != TrainerFn.FITTING):
+        return source.dataloader()
+    datamodule = getattr(trainer, "datamodule", None)
+    owner: Any = next((o for o in (datamodule, pl_module) if o is not None and is_overridden("train_dataloader", o)), None)
+    if owner is None:
+        return None
+    try:
+        if owner is datamodule:
+            # An evaluation has only set up its own stage. A module is not set up again: it may build its layers there.
+            _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+        return owner.train_dataloader()
+    except Exception as error:
         raise CalibrationError(
-            f"{type(pl_module).__name__} has no validation, test or predict step, and its training step optimizes by hand; "
-            "give calibration_step=lambda module, batch: ..."
-        )
-    return _as_step(pl_module, name)
-
-
-def _as_step(pl_module: LightningModule, name: str) -> Callable[[LightningModule, Any], Any]:
-    """One of the module's own steps, as a function of the module and a batch."""
-    accepted = inspect.signature(getattr(pl_module, name)).parameters
-    extra = {key: 0 for key in ("batch_idx", "dataloader_idx") if key in accepted}
-    if not extra and len(accepted) > 1:
-        # Named differently, as in validation_step(self, batch, _).
-        positional = [0] * (len(accepted) - 1)
-        return lambda module, batch: getattr(module, name)(batch, *positional)
-    return lambda module, batch: getattr(module, name)(batch, **extra)
+            f"no calibration data: {type(owner).__name__}.train_dataloader fails in an evaluation, {type(error).__name__}: {error}; "
+            "give the batches: PTQ(plan, dataloader=...)"
+        ) from error
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lq_plugin.callbacks.data import step_runner, without_traces
+from lq_plugin.callbacks.data import without_traces
+from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.model.prepare import remove
 

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
-from lq_plugin.callbacks.data import step_runner, without_traces
+from lq_plugin.callbacks.data import without_traces
+from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.report import Series

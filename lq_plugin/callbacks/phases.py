@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import Progress, TaskID
 
-from lq_plugin.callbacks.data import calibration_batches, step_runner, with_progress, without_traces
+from lq_plugin.callbacks.data import calibration_batches, with_progress, without_traces
+from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
 from lq_plugin.model.batch_norm import reestimate_batch_norm
 from lq_plugin.model.bias_correct import bias_correct

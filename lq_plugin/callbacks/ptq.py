@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
+from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
+from lq_plugin.callbacks.steps import CalibrationStep
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import weight_of
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lq_plugin.callbacks.base import CalibrationStep, QuantizationCallback
+from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
 from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
 from lq_plugin.callbacks.neighbours import renew_averages
 from lq_plugin.callbacks.optimizers import adopt_learned_ranges
 from lq_plugin.callbacks.sharding import average_gradients, whole_weights
+from lq_plugin.callbacks.steps import CalibrationStep
 from lq_plugin.errors import PlanError
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.layers.integer import (

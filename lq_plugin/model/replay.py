@@ -112,8 +112,8 @@ class Replay:
                 self.cache.drop(key)
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass at the module that was asked for."""
+class _ReachedError(BaseException):
+    """Ends a forward pass at the module that was asked for. No `Exception`: the model's own `except` must not stop it."""
 
 
 def _is_within(name: str, outer: str) -> bool:

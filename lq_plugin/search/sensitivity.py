@@ -33,7 +33,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lq_plugin.callbacks.data import calibration_batches, step_runner, without_traces
+from lq_plugin.callbacks.data import calibration_batches, without_traces
+from lq_plugin.callbacks.steps import as_step, step_runner
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import evaluating, switched
@@ -329,8 +330,10 @@ def _loss_step(trainer: Trainer, module: LightningModule) -> Callable[[Any], Ten
             "use the measures kl or sqnr"
         )
 
+    own = as_step(trainer, module, "training_step")
+
     def step(module: LightningModule, batch: Any) -> Tensor:
-        given = module.training_step(batch, 0)
+        given = own(module, batch)
         loss = given["loss"] if isinstance(given, dict) else given
         if not isinstance(loss, Tensor):
             raise QuantizationError(f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss")
