@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from lq_plugin.files import write_file
+
 DEFAULT_DATA = Path("../shared/data")
 
 
@@ -136,4 +138,4 @@ def write_json(path: Path | None, results: Mapping[str, Any], packages: tuple[st
     """Write results plus `environment` to `path`; without a path nothing is written."""
     if path is not None:
         content = {**results, "environment": environment(("torch", "lightning", "numpy", *packages))}
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.export_command import check_export, run_export
+from lq_plugin.files import make_folder, write_file
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
@@ -53,9 +54,8 @@ def run(cfg: DictConfig) -> Metrics:
 
     log_once()
     seed_everything(cfg.seed, workers=True, verbose=False)
-    output_dir = Path(cfg.paths.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    output_dir = make_folder(cfg.paths.output_dir)
+    write_file(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)

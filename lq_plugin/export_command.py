@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.export_options import SUFFIXES, check_runtime, dims_faults, need_onnx, smallest_faults
+from lq_plugin.files import make_folder
 from lq_plugin.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -52,10 +53,7 @@ def run_export(cfg: DictConfig) -> Path:
             load(load_float_weights, model, cfg.float_checkpoint)
         check_plan(cfg, model, ptq.plan)
     path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error}") from error
+    make_folder(path.parent, ExportError)
     datamodule: LightningDataModule | None = instantiate(cfg.get("data"))
     inputs: list[Tensor] = []
     sums_from: list[Tensor] | None = None

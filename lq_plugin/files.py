@@ -53,15 +53,14 @@ def replacing(path: str | Path, error: type[QuantizationError] = QuantizationErr
     >>> path.read_text(), [file.name for file in path.parent.iterdir()]
     ('trial,bits', ['front.csv'])
     """
-    earlier = ""
-    try:
+    with named_faults(path, error) as say:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             with open(target, "wb") as stream:
                 yield stream
             return
         if target.exists():
-            earlier = "; the earlier file is unchanged"
+            say.append("the earlier file is unchanged")
             if not os.access(target, os.W_OK):
                 raise PermissionError(errno.EACCES, "the file is write-protected")
         sweep(target.parent)
@@ -70,7 +69,7 @@ def replacing(path: str | Path, error: type[QuantizationError] = QuantizationErr
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-                if earlier:
+                if target.exists():
                     shutil.copymode(target, stream.name)
                 if fcntl is None:  # Windows renames no open file
                     stream.close()
@@ -80,18 +79,43 @@ def replacing(path: str | Path, error: type[QuantizationError] = QuantizationErr
                     os.unlink(stream.name)
                 raise
         _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def named_faults(path: str | Path, error: type[QuantizationError]) -> Iterator[list[str]]:
+    """Lets what the system says against writing `path` be an `error` that names it.
+
+    Yields:
+        What else the error says; to append to.
+    """
+    also: list[str] = []
+    try:
+        yield also
     except (OSError, RuntimeError) as fault:
         # torch.save hides the system's error in one of its own.
         cause = fault if isinstance(fault, OSError) else fault.__context__
         if not isinstance(cause, OSError):
             raise
-        raise error(f"cannot write {path}: {cause.strerror or cause}{earlier}") from fault
+        raise error("; ".join([f"cannot write {path}: {cause.strerror or cause}", *also])) from fault
 
 
 def write_file(path: str | Path, content: str | bytes, error: type[QuantizationError] = QuantizationError) -> None:
     """Writes a whole file, text as UTF-8, see `replacing`."""
     with replacing(path, error) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
+
+
+def make_folder(path: str | Path, error: type[QuantizationError] = QuantizationError) -> Path:
+    """Makes a folder and those it is in, and returns it.
+
+    Raises:
+        QuantizationError: (as `error`) naming the path and what the system says.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise error(f"cannot make the folder {path}: {fault.strerror or fault}") from fault
+    return Path(path)
 
 
 def temporary_folder(name: str, parent: str | Path | None = None) -> tempfile.TemporaryDirectory[str]:

@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
+from lq_plugin.files import write_file
 from lq_plugin.formats import RANGES, SLOTS
 from lq_plugin.layer_plan import LayerInfo, LayerPlan, Stage, layer_faults, layer_plan
 from lq_plugin.plain_yaml import read_plain_yaml
@@ -203,7 +204,7 @@ class QuantPlan:
         """The plan as YAML text, also written to `path` when one is given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_file(path, text, PlanError)
         return text
 
     def resolve(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None) -> dict[str, LayerPlan]:

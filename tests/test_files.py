@@ -9,25 +9,32 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import lq_plugin
+from lq_plugin import QuantPlan, plots
 from lq_plugin.errors import ExportError, QuantizationError
+from lq_plugin.export import export_onnx, save_packed
 from lq_plugin.files import replacing, sweep, temporary_folder, write_file
+from lq_plugin.report.data import ReportData
+from lq_plugin.report.page import write_page
+from lq_plugin.search.sensitivity import SensitivityTable
+from lq_plugin.search.sensitivity_main import write as sensitivity_files
 
-#: Bytes that a file may have while the disk is "full".
+#: Bytes.
 LIMIT = 4096
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file of this process grows beyond `LIMIT`: the system fails the write, as it does when a disk is full."""
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Lets no file of this process grow beyond so many bytes: the system fails the write, as it does when a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    yield
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
@@ -42,15 +49,45 @@ def test_a_file_is_replaced_with_its_permissions(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
 
 
-@pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("content", [b"x" * 3 * LIMIT, torch.zeros(2 * LIMIT)], ids=["bytes", "torch.save"])
-def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, content: bytes | torch.Tensor) -> None:
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, content: bytes | torch.Tensor, full_disk: Callable[[int], None]) -> None:
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"earlier")
+    full_disk(LIMIT)
     with pytest.raises(ExportError, match=r"cannot write .*net\.safetensors: File too large; the earlier file is unchanged"):
         _put(path, content)
     assert path.read_bytes() == b"earlier"
     assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    lq_plugin.prepare(net, "w4a8")
+    lq_plugin.calibrate(net, [torch.ones(2, 4)])
+    return net.eval()
+
+
+WRITERS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "net.safetensors": save_packed,
+    "net.onnx": lambda net, path: export_onnx(net, (torch.ones(2, 4),), path),
+    "plan.yaml": lambda net, path: QuantPlan.parse("w4a8").to_yaml(path),
+    "report.json": lambda net, path: ReportData("t" * LIMIT).save(path),
+    "report.html": lambda net, path: write_page(ReportData("t"), path),
+    "curve.png": lambda net, path: plots.save(plots.style.new_figure(3, 3)[0], path),
+    "sensitivity.csv": lambda net, path: sensitivity_files([SensitivityTable("loss", {"a": {"b": 1.0}})], path.parent, {}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_writer_harms_the_earlier_file(tmp_path: Path, net: nn.Module, name: str, full_disk: Callable[[int], None]) -> None:
+    path = tmp_path / name
+    path.write_text("earlier")
+    full_disk(16)
+    with pytest.raises(QuantizationError, match=f"cannot write .*{name}: File too large; the earlier file is unchanged"):
+        WRITERS[name](net, path)
+    assert path.read_text() == "earlier"
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_an_error_of_the_writer_stays_itself(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lq_plugin.export import save_packed
 from lq_plugin.export.checks import check_float32, stored_faults
 from lq_plugin.export.verify import inputs_of, need_one_input
 from lq_plugin.export_options import SUFFIXES, dims_faults, need_onnx, smallest_faults
+from lq_plugin.files import make_folder
 from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
@@ -124,7 +125,7 @@ class Export(Callback):
         """Write the file, on the first process."""
         if not trainer.is_global_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, ExportError)
         with torch.inference_mode(False), torch.no_grad(), evaluating(pl_module):
             self.size = self._onnx(trainer, pl_module) if self.onnx else save_packed(pl_module, self.path)
         rank_zero_info(f"Export: {self.path}: {self.size:,} bytes")

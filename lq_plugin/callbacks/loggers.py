@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.fabric.utilities.cloud_io import get_filesystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from lq_plugin.files import temporary_folder, write_file
 from lq_plugin.plan import QuantPlan
 
 Rows = Sequence[Mapping[str, Any]]
@@ -100,7 +101,7 @@ def _to_wandb(logger: WandbLogger, report: Report) -> None:
         logger.log_metrics(shown, step=report.step)
     if report.final and (files := report.files()):
         artifact = wandb.Artifact(f"quantization-{run.id}", type="quantization")
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder("artifact") as folder:
             for name, content in files.items():
                 path = Path(folder, name)
                 path.write_bytes(content)
@@ -127,12 +128,15 @@ def _to_files(logger: CSVLogger, report: Report) -> None:
     files = report.files()
     for picture in report.pictures:
         files[f"step_{report.step:06d}/{picture.path}.png"] = picture.png
-    system = get_filesystem(folder)
+    system, folder = url_to_fs(folder)
     for name, content in files.items():
         path = f"{folder}/{name}"
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        with system.open(path, "wb") as stream:
-            stream.write(content)
+        if isinstance(system, LocalFileSystem):
+            write_file(path, content)
+        else:
+            with system.open(path, "wb") as stream:
+                stream.write(content)
 
 
 def _csv(rows: Rows) -> str:

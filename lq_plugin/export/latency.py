@@ -15,9 +15,7 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +32,7 @@ from lq_plugin.export.onnx import export_onnx
 from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.export_options import LatencyOptions
+from lq_plugin.files import make_folder, temporary_folder, write_file
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
 from lq_plugin.plan import LayerPlan, QuantPlan, Rule
@@ -146,7 +145,7 @@ def latency_table(
     whole = f"model {hashlib.sha256(f'{model} {[tuple(x.shape) for x in batch]}'.encode()).hexdigest()[:16]}"
     keys: dict[str, dict[str, str]] = {}
     faults: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("latency") as folder:
         timer = _Timer(options, Path(folder))
         for name, example in seen.items():
             keys[name] = {kind: f"{model.get_submodule(name)}; {tuple(example.shape)}; {kind}" for kind in wanted[name]}
@@ -192,7 +191,7 @@ def model_latency(
         ExportError: a model that cannot be exported.
     """
     options = replace(options or LatencyOptions(), cache=None)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("latency") as folder:
         timer = _Timer(options, Path(folder))
         timer.add("model", model, [_resized(x, options.batch) for x in inputs], graph=graph)
         return timer.measure()["model"]
@@ -288,10 +287,8 @@ class _Timer:
         # Another process may have measured something else meanwhile.
         content = self._read()
         content[self.options.place] = content.get(self.options.place, {}) | self.known
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        make_folder(path.parent, ExportError)
+        write_file(path, json.dumps(content, indent=1), ExportError)
 
 
 def _resized(x: Tensor, batch: int) -> Tensor:

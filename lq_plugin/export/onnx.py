@@ -31,6 +31,7 @@ from lq_plugin.export.operations import operation_nodes
 from lq_plugin.export.readers import layer_calls, products, readers
 from lq_plugin.export.sums import quantize_sums
 from lq_plugin.export_options import smallest_faults
+from lq_plugin.files import replacing
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers, remove
@@ -117,7 +118,8 @@ def export_onnx(
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
         log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
     onnx.checker.check_model(file, full_check=True)
-    onnx.save(file, path)
+    with replacing(path, ExportError) as stream:
+        onnx.save(file, stream)
     return Path(path).stat().st_size
 
 

@@ -30,6 +30,7 @@ from lq_plugin.errors import ExportError, PlanError, raise_all
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
 from lq_plugin.export.checks import check_folder, check_unchanged
 from lq_plugin.export.codes import decode, encode
+from lq_plugin.files import write_file
 from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
@@ -123,7 +124,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
         "plan": plan,
         "effective_bits": f"{cost(model).effective_bits:.6f}",
     }
-    Path(path).write_bytes(save(arrays, metadata))
+    write_file(path, save(arrays, metadata), ExportError)
     return Path(path).stat().st_size
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lq_plugin.errors import CalibrationError
+from lq_plugin.files import named_faults, temporary_folder
+
 DEFAULT_CACHE_BYTES = 2 * 2**30
 
 
@@ -49,12 +52,13 @@ class ActivationCache:
             self.in_memory += size
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lq_plugin_", dir=self._parent)
+            self._folder = temporary_folder("activations", self._parent)
         path = Path(self._folder.name) / f"{self._count}.pt"
         self._count += 1
         leaves, structure = tree_flatten(value)
         # Tensors alone go to the file, so that reading it executes nothing.
-        torch.save([leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)], path)
+        with named_faults(path, CalibrationError), open(path, "wb") as stream:
+            torch.save([leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)], stream)
         rest = [leaf.device if isinstance(leaf, Tensor) else _Plain((leaf,)) for leaf in leaves]
         self._files[key] = (path, size, rest, structure)
         self.on_disk += size

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import safetensors
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError
+from lq_plugin.files import make_folder, write_file
+from lq_plugin.model.digest import digest
 from lq_plugin.model.learned_rounding import Fit
 from lq_plugin.model.ranks import gathered, is_first
 
@@ -32,9 +33,8 @@ class UnitStore:
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, str]) -> None:
-        self.folder = Path(folder)
+        self.folder = make_folder(folder, CalibrationError)
         self.writes = is_first()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _RUN
         if path.exists():
             try:
@@ -48,7 +48,7 @@ class UnitStore:
                     "choose another folder, or delete this one"
                 )
         elif self.writes:
-            _write(path, lambda temporary: temporary.write_text(json.dumps(dict(run), indent=1)))
+            write_file(path, json.dumps(dict(run), indent=1), CalibrationError)
 
     def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> Fit | None:
         """Give the modules what unit number `index` has learned; None when not every process finds it in the folder.
@@ -64,6 +64,9 @@ class UnitStore:
                 metadata = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
             fit = Fit(**json.loads(metadata["fit"]))
+            # Units of earlier versions have no checksum.
+            if metadata.get("checksum", _checksum(state, metadata)) != _checksum(state, metadata):
+                raise ValueError("its checksum does not fit its content")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is not a reconstructed unit: {error}") from error
         if metadata.get("unit") != unit:
@@ -85,13 +88,12 @@ class UnitStore:
                 for key, value in module.state_dict().items()
             }
             metadata = {"unit": unit, "fit": json.dumps(asdict(fit))}
-            _write(self._path(index), lambda temporary: save_file(state, temporary, metadata))
+            metadata["checksum"] = _checksum(state, metadata)
+            write_file(self._path(index), save(state, metadata), CalibrationError)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"unit_{index:04d}.safetensors"
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
+def _checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return digest([(f"{metadata['unit']} {metadata['fit']}", torch.empty(0)), *sorted(state.items())])

@@ -1,7 +1,8 @@
 """C++ sources of this package, compiled when they are first asked for.
 
 The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin` in `XDG_CACHE_HOME` or `~/.cache`), under a name that
-holds a hash of the sources, the command and the platform: a changed source is compiled again. It takes a C++ compiler (`CXX`; else
+holds a hash of the sources, the command and the platform, and one of the library itself: a changed source, or a library that is damaged,
+is compiled again. It takes a C++ compiler (`CXX`; else
 c++) and nothing else. Processes that compile the same source at once each do so aside and move their result into place, so that no
 lock can be left behind by one that was killed.
 """
@@ -11,16 +12,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import sweep, temporary_folder
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 
@@ -61,14 +65,24 @@ def compiled(source: Path, folder: Path) -> Path:
         command.append("-fopenmp")
     parts = [shlex.join(command).encode(), platform.platform().encode()]
     parts += [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    target = folder / f"{source.stem}-{hashlib.blake2b(b'|'.join(parts), digest_size=8).hexdigest()}.so"
-    if target.exists():
-        return target
+    name = f"{source.stem}-{_hash(b'|'.join(parts))}"
+    sweep(folder)
+    for kept in sorted(folder.glob(f"{name}-*.so")):
+        if kept.stem == f"{name}-{_hash(kept.read_bytes())}":
+            return kept
+        log.warning("%s is damaged and compiled again", kept)
+        kept.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside, target.name)
+    with temporary_folder("compile", folder) as aside:
+        made = Path(aside, f"{name}.so")
         done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise NativeError(f"{shlex.join(command)} {source} gave {done.returncode}: {done.stderr[-2000:]}")
+        # The hash in the name, not in a second file: both appear at once.
+        target = folder / f"{name}-{_hash(made.read_bytes())}.so"
         made.replace(target)
     return target
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lq_plugin.files import make_folder, write_file
+
 #: Okabe and Ito's colours, told apart by colour-blind readers (jfly.uni-koeln.de/color).
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, MUTED, FAINT, FILL = "#222222", "#6B7280", "#D9DCE1", "#C9D7E3"
@@ -82,8 +84,8 @@ def to_png(figure: Figure) -> bytes:
 def save(figure: Figure, path: str | Path) -> Path:
     """Write the picture as a PNG file; folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_png(figure))
+    make_folder(path.parent)
+    write_file(path, to_png(figure))
     return path
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import make_folder, write_file
 from lq_plugin.report.codec import decode, encode
 
 FORMAT, VERSION = "lq_plugin.report", 1
@@ -327,8 +328,8 @@ class ReportData:
     def save(self, path: str | Path) -> Path:
         """Write JSON; folders are made."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        make_folder(path.parent)
+        write_file(path, self.to_json())
         return path
 
     @classmethod

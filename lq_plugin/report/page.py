@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import make_folder, write_file
 from lq_plugin.report.data import ReportData
 
 SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "study.js", "page.js")
@@ -73,8 +74,8 @@ def render(reports: ReportData | Sequence[ReportData]) -> str:
 def write_page(reports: ReportData | Sequence[ReportData], path: str | Path) -> Path:
     """Write the page; folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(reports), encoding="utf-8")
+    make_folder(path.parent)
+    write_file(path, render(reports))
     return path
 
 

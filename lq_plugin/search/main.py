@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lq_plugin import plots
 from lq_plugin.callbacks.loggers import Picture, Report, report_to
+from lq_plugin.files import make_folder, replacing
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.report import render, study_report
 from lq_plugin.search.options import read_options
@@ -38,8 +39,7 @@ def run(cfg: DictConfig) -> SearchResult:
         QuantizationError: see `search`.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
-    output_dir = Path(cfg.paths.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_folder(cfg.paths.output_dir)
     options = {key: _plain(cfg.search[key]) for key in _OPTIONS}
     trainer = partial(instantiate, cfg.trainer)
     space = read_space(cfg)
@@ -110,13 +110,12 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
 
 
 def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> None:
-    """Train `model` float and save its weights to `path`, which appears when it is whole."""
+    """Train `model` float and save its weights to `path`."""
     log.info("training the float model for %d epochs", cfg.float_epochs)
     trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, callbacks=[], logger=False, enable_checkpointing=False)
     trainer.fit(model, datamodule=datamodule)
-    temporary = path.with_suffix(".part")
-    torch.save({"state_dict": model.state_dict()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as stream:
+        torch.save({"state_dict": model.state_dict()}, stream)
 
 
 def log_to(cfg: DictConfig, result: SearchResult) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from lq_plugin import plots
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import make_folder, write_file
 from lq_plugin.plan import QuantPlan
 from lq_plugin.report import render, study_report
 from lq_plugin.search.costs import COSTS, LATENCY
@@ -196,23 +196,22 @@ class SearchResult:
         Other workers may write the same files: each appears whole, and plans that left the front go.
         """
         folder = Path(folder)
-        plans = folder / "plans"
-        plans.mkdir(parents=True, exist_ok=True)
+        plans = make_folder(folder / "plans")
         wanted = {c.file_name: c for c in self.front}
         for name, c in wanted.items():
             comment = (
                 f"# Trial {c.number} of {self.study.study_name}: {self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits\n"
             )
-            _write(plans / name, (comment + c.plan.to_yaml()).encode())
+            write_file(plans / name, comment + c.plan.to_yaml())
         for path in plans.glob("plan_*bits.yaml"):
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
-        _write(folder / "front.csv", self.to_csv().encode())
+        write_file(folder / "front.csv", self.to_csv())
         if self.candidates:
-            _write(folder / "pareto.png", plots.to_png(self.figure()))
+            write_file(folder / "pareto.png", plots.to_png(self.figure()))
             report = study_report(self)
-            _write(folder / "report.json", report.to_json().encode())
-            _write(folder / "report.html", render(report).encode())
+            write_file(folder / "report.json", report.to_json())
+            write_file(folder / "report.html", render(report))
         return folder
 
 
@@ -231,9 +230,3 @@ def _levels(candidate: Candidate) -> dict[str, float]:
 def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:
     """No worse anywhere, and better somewhere or equal and earlier."""
     return bool((mine <= other).all() and ((mine < other).any() or earlier))
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lq_plugin import plots
+from lq_plugin.files import make_folder, write_file
 from lq_plugin.model.cost import FLOAT_BITS
 from lq_plugin.plots.sensitivity import digits
 from lq_plugin.search.evaluator import Evaluator
@@ -30,8 +31,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     Raises:
         QuantizationError: see `measure_sensitivity`.
     """
-    output_dir = Path(cfg.paths.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_folder(cfg.paths.output_dir)
     # What is wrong with the request is said before a float model is trained.
     space = read_space(cfg)
     measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
@@ -71,9 +71,9 @@ def as_table(measured: SensitivityTable) -> Table:
 
 def write(tables: list[SensitivityTable], folder: Path, about: dict[str, Any]) -> None:
     """Write `sensitivity.csv` and `sensitivity.json` with all measures, and `sensitivity.png` of the first one."""
-    (folder / "sensitivity.csv").write_text(to_csv(tables))
+    write_file(folder / "sensitivity.csv", to_csv(tables))
     content = {**about, "measures": {table.measure: table.values for table in tables}}
-    (folder / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_file(folder / "sensitivity.json", json.dumps(content, indent=1) + "\n")
     first = tables[0]
     plots.save(plots.sensitivity_map(first.by_bits(), first.measure), folder / "sensitivity.png")
 

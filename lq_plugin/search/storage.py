@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
     file = _sqlite_file(url)
     if file is None:
         return _connect(url, options)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with quiet():
         storage = _SQLiteStorage(url, engine_kwargs={"connect_args": {"timeout": 100}}, **options)
 
@@ -147,7 +148,7 @@ def locked(storage: BaseStorage | str | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with FileLock(f"{file}.lock"):
         yield
 

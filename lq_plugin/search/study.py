@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 
 from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.files import make_folder
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.costs import COUNTED, LATENCY
 from lq_plugin.search.evaluator import Evaluator
@@ -147,7 +148,7 @@ def search(
     )  # fmt: skip
     costs, limits, levels, timing = options.costs, options.limits, options.levels, options.timing
     if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         storage = storage or f"sqlite:///{Path(output_dir).resolve() / 'study.db'}"
     evaluator = Evaluator(
         model, datamodule, trainer=trainer, calibration_batches=calibration_batches, phases=phases, dataloader=dataloader, seed=seed

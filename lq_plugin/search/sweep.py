@@ -9,7 +9,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -24,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.files import make_folder, write_file
 from lq_plugin.search.build import build
 from lq_plugin.search.dominance import REPORTS
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
@@ -80,7 +80,7 @@ def sweep(
     distributions = jobs.distributions | ({} if layers is None else layers.distributions)
     if not distributions:
         raise QuantizationError("nothing to sweep: give hydra.sweeper.params, hydra.sweeper.layers, or x=choice(...) on the command line")
-    settings.sweep_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.sweep_dir)
     OmegaConf.save(config, settings.sweep_dir / "multirun.yaml")
     _warn_of_times(config)
     storage = settings.storage if isinstance(settings.storage, str) else build(settings.storage, BaseStorage, "hydra.sweeper.storage")
@@ -265,9 +265,9 @@ class _Run:
             "study_name": self.settings.study_name,
             "best_trials": [{"number": trial.number, "values": list(trial.values), "params": trial.params} for trial in best],
         }
-        _replace(self.settings.sweep_dir / "optimization_results.yaml", yaml.safe_dump(content, sort_keys=False))
+        write_file(self.settings.sweep_dir / "optimization_results.yaml", yaml.safe_dump(content, sort_keys=False))
         if self.layers is not None and len(self.settings.directions) == 1:
-            _replace(self.settings.sweep_dir / "best_plan.yaml", self.layers.plan(best[0].params).to_yaml())
+            write_file(self.settings.sweep_dir / "best_plan.yaml", self.layers.plan(best[0].params).to_yaml())
 
 
 def _was_trained(trial: FrozenTrial) -> bool:
@@ -306,9 +306,3 @@ def _warn_of_times(config: DictConfig) -> None:
 def _shown(storage: Any) -> str:
     """Without a password."""
     return make_url(storage).render_as_string() if isinstance(storage, str) else str(storage.get("_target_"))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -281,7 +281,13 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, by):
         reconstruct(copy.deepcopy(net), batches[:1], **options)
     with pytest.raises(CalibrationError, match=r"other options, weights or ranges: choose"):
         reconstruct(whole, batches, **{**options, "iterations": 7})
-    (tmp_path / "units" / "unit_0001.safetensors").write_bytes(b"x" * 40)
+    unit = tmp_path / "units" / "unit_0001.safetensors"
+    content = bytearray(unit.read_bytes())
+    content[-5] ^= 16
+    unit.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"unit_0001.safetensors is not a reconstructed unit: its checksum does not fit its content"):
+        reconstruct(copy.deepcopy(net), batches, **options)
+    unit.write_bytes(b"x" * 40)
     with pytest.raises(CalibrationError, match=r"unit_0001.safetensors is not a reconstructed unit"):
         reconstruct(copy.deepcopy(net), batches, **options)
 

@@ -66,6 +66,23 @@ def test_processes_that_compile_at_once(source: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
+@pytest.mark.parametrize("harm", ["cut", "one bit", "empty"])
+def test_a_damaged_library_is_compiled_again(source: Path, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "kept"
+    first = compiled(source, folder)
+    whole = first.read_bytes()
+    middle = len(whole) // 2
+    damaged = {"cut": whole[:middle], "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "empty": b""}
+    # A new file: one that is loaded is not to be written into.
+    first.unlink()
+    first.write_bytes(damaged[harm])
+    again = compiled(source, folder)
+    assert again.read_bytes() != damaged[harm]
+    assert answer(again) == 42
+    assert "is damaged and compiled again" in caplog.text
+    assert list(folder.iterdir()) == [again]
+
+
 def test_what_the_compiler_says(source: Path, tmp_path: Path) -> None:
     source.write_text("nonsense", encoding="utf-8")
     with pytest.raises(NativeError, match=r"answer.cpp gave 1.*nonsense") as caught:
