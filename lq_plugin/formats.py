@@ -184,12 +184,12 @@ FORMATS: dict[str, Format] = {
         number=("threshold", 0.0, 0.95),
     ),
     "kmeans": Format(
-        "a codebook whose centroids are trained: kmeans2:linear, kmeans4:exact:mean:reassign",
+        "a codebook whose centroids are trained: kmeans2:linear, kmeans4:exact:reassign; sum takes the paper's gradient of a centroid",
         tuple(range(1, 9)),
         codebook=True,
         groups=False,
         slots=_WEIGHT,
-        options=(CODEBOOK_METHODS, ("sum", "mean"), ("fixed", "reassign")),
+        options=(CODEBOOK_METHODS, ("mean", "sum"), ("fixed", "reassign")),
     ),
 }
 #: Other words for a format.

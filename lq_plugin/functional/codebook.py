@@ -15,8 +15,11 @@ distinct weights than levels the centroids left over stay where they were, and n
 
 Backward (g = ∂L/∂ŵ):
 
-    ∂L/∂C_k = Σ_j g_j · 1{i_j = k}          (`sum`, the paper's; `mean` divides it by the number of members)
+    ∂L/∂C_k = Σ_j g_j · 1{i_j = k} / n_k    (`mean`; `sum`, the paper's, does not divide by n_k = Σ_j 1{i_j = k})
     ∂L/∂w_j = g_j                           (straight through, in `fake_quantize_codebook`)
+
+With `mean` a step of SGD moves a centroid as far as its members would have moved on average, so that the learning rate of the
+weights suits it. A sum over thousands of weights takes a rate thousands of times smaller; to Adam both are the same.
 
 n weights take n · b bits and 32 · k for the codebook.
 
@@ -34,7 +37,7 @@ from torch import Tensor
 from lq_plugin.functional.exact_kmeans import exact_centroids
 
 Method = Literal["exact", "linear", "quantile", "kmeans++"]
-Gradient = Literal["sum", "mean"]
+Gradient = Literal["mean", "sum"]
 METHODS: tuple[str, ...] = get_args(Method)
 #: Lloyd iterations at most; in one dimension tens are enough for the error to settle.
 ITERATIONS = 100
@@ -150,13 +153,13 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
     return indices.to(torch.uint8) if centroids.shape[1] <= 256 else indices
 
 
-def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "sum") -> Tensor:
-    """Values of indices; the gradient of a centroid is the sum, or the mean, of its members'.
+def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
+    """Values of indices; the gradient of a centroid is the mean, or the sum, of its members'.
 
     Args:
         centroids: `[R, levels]`.
         indices: `[R, n]`, whole numbers.
-        gradient: `sum` or `mean`.
+        gradient: `mean` or `sum`.
 
     Returns:
         `[R, n]`, in the dtype of the centroids.
@@ -167,24 +170,24 @@ def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "sum") -> Te
     >>> c = torch.tensor([[0.0, 1.0]], requires_grad=True)
     >>> lookup(c, torch.tensor([[1, 1, 0]])).backward(torch.tensor([[1.0, 2.0, 5.0]]))
     >>> c.grad
-    tensor([[5., 3.]])
+    tensor([[5.0000, 1.5000]])
     """
     _check_gradient(gradient)
     return _Lookup.apply(centroids, indices, gradient)
 
 
-def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradient: Gradient = "sum") -> Tensor:
+def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
     """`lookup` that also passes the gradient straight through to the latent weights.
 
     Forward:  x̂_j = C_{i_j}
 
-    Backward: ∂L/∂C_k = Σ_j g_j · 1{i_j = k}, or the mean over the members;  ∂L/∂x_j = g_j
+    Backward: ∂L/∂C_k = the mean of g_j over the members of k, or their sum;  ∂L/∂x_j = g_j
 
     Args:
         x: `[R, n]`, the weights that the indices stand for; only their gradient depends on them.
         centroids: `[R, levels]`.
         indices: `[R, n]`, whole numbers.
-        gradient: `sum` or `mean`.
+        gradient: `mean` or `sum`.
 
     Returns:
         `[R, n]`, in the dtype of `x`.

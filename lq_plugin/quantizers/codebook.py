@@ -34,7 +34,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
         self.register_buffer("indices", torch.zeros(units, members, dtype=torch.uint8))
         words = self.spec.format_options
         self.method = cast(Method, next((word for word in words if word in CODEBOOK_METHODS), "exact"))
-        self.gradient: Gradient = "mean" if "mean" in words else "sum"
+        self.gradient: Gradient = "sum" if "sum" in words else "mean"
         self.reassign = "reassign" in words
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -241,7 +241,21 @@ def test_gradients_of_the_centroids(gradient, dtype):
 def test_sum_is_the_gradient_of_the_forward_pass():
     centroids = torch.randn(2, 4, dtype=torch.float64, generator=seeded()).requires_grad_()
     indices = torch.randint(0, 4, (2, 20), generator=seeded())
-    assert torch.autograd.gradcheck(lambda c: lookup(c, indices), (centroids,))
+    assert torch.autograd.gradcheck(lambda c: lookup(c, indices, "sum"), (centroids,))
+
+
+@pytest.mark.parametrize("function", [lambda x, c, i: lookup(c, i), fake_quantize_codebook])
+def test_sgd_moves_a_centroid_as_far_as_its_members_on_average(function):
+    w, upstream = bimodal(2, 300), torch.randn(2, 300, generator=seeded())
+    centroids = codebook_kmeans(w, 4, "exact")
+    indices = assign(w, centroids).long()
+    moved = w.double() - 0.05 * upstream.double()
+    want = torch.stack([torch.stack([moved[r][indices[r] == k].mean() for k in range(4)]) for r in range(2)])
+    trained = centroids.clone().requires_grad_()
+    function(w.clone().requires_grad_(), trained, indices).backward(upstream)
+    torch.optim.SGD([trained], lr=0.05).step()
+    # The centroids start at the means of their members.
+    torch.testing.assert_close(trained.detach(), want.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_dtypes_and_what_is_saved():
@@ -263,5 +277,5 @@ def test_all_faults_at_once():
     with pytest.raises(ValueError, match=r"n ≥ 1, got \[2, 0\]"):
         codebook_kmeans(torch.ones(2, 0), 2)
     for function in (lambda: lookup(torch.ones(1, 2), torch.zeros(1, 3), "max"),):
-        with pytest.raises(ValueError, match="one of sum, mean, got 'max'"):
+        with pytest.raises(ValueError, match="one of mean, sum, got 'max'"):
             function()
