@@ -27,7 +27,7 @@ from lq_plugin.export_command import check_export, run_export
 from lq_plugin.files import make_folder, write_file
 
 if TYPE_CHECKING:
-    from lightning import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def train(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig) -> Metrics:
     """The stages that `cfg` switches on, in order; returns every metric they logged."""
-    from lightning import seed_everything
-
+    from lq_plugin.instantiate import instantiate_for
+    from lq_plugin.lightning_packages import any_package
     from lq_plugin.model.checkpoint import load_float_weights
 
     log_once()
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     output_dir = make_folder(cfg.paths.output_dir)
     write_file(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
@@ -66,9 +66,9 @@ def run(cfg: DictConfig) -> Metrics:
         metrics |= train_float(cfg, model, datamodule, output_dir / "float.ckpt")
 
     # Instantiated one by one: a list in the config would be merged away by an override.
-    callbacks = [instantiate(entry) for entry in (cfg.get("callbacks") or {}).values()]
-    loggers = [instantiate(entry) for entry in (cfg.get("logger") or {}).values()]
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    callbacks = [instantiate_for(model, entry) for entry in (cfg.get("callbacks") or {}).values()]
+    loggers = [instantiate_for(model, entry) for entry in (cfg.get("logger") or {}).values()]
+    trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=callbacks, logger=loggers)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         if metrics:
@@ -100,7 +100,10 @@ def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDa
     Returns:
         What validation and test logged, with `float/` before the names.
     """
-    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, callbacks=[], logger=False, enable_checkpointing=False)
+    from lq_plugin.instantiate import instantiate_for
+
+    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
     trainer.fit(model, datamodule=datamodule)
     trainer.save_checkpoint(path, weights_only=True)
     metrics: Metrics = {}
@@ -166,10 +169,10 @@ def log_once() -> None:
 
     And a warning of torch that Lightning calls a deprecated class, which a search would show for each of its trials.
     """
-    import lightning.pytorch  # noqa: F401  (adds them)
+    from lq_plugin.lightning_packages import LOGGERS  # adds them, with the package
 
-    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"lightning\.")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"(pytorch_)?lightning\.")
+    for name in ("lightning", *LOGGERS):
         logging.getLogger(name).handlers.clear()
 
 

@@ -18,7 +18,7 @@ from lq_plugin.files import make_folder
 from lq_plugin.plan import QuantPlan
 
 if TYPE_CHECKING:
-    from lightning import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from torch import Tensor
 
     from lq_plugin import PTQ
@@ -36,14 +36,13 @@ def run_export(cfg: DictConfig) -> Path:
         QuantizationError: nothing to export, an unknown target, a plan that does not fit, or a model that the file cannot hold.
     """
     check_export(cfg)
-    from lightning import seed_everything
-
     from lq_plugin import PTQ
     from lq_plugin.export import save_packed, verify
+    from lq_plugin.lightning_packages import any_package
     from lq_plugin.model.checkpoint import load_checkpoint, load_float_weights
 
     ptq = None if cfg.plan is None else PTQ(cfg.plan, cfg.calibration_batches, cfg.phases)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     model: LightningModule = instantiate(cfg.model)
     if ptq is None:
         load(load_checkpoint, model, cfg.ckpt_path)
@@ -141,8 +140,7 @@ def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None
     Raises:
         PlanError, ExportError: naming every fault.
     """
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
+    from lq_plugin.lightning_packages import is_overridden
     from lq_plugin.model.operation_rules import needs_recording
     from lq_plugin.model.prepare import prepare
 
@@ -181,9 +179,8 @@ def example_batches(cfg: DictConfig, datamodule: LightningDataModule) -> tuple[l
     Raises:
         ExportError: there are none, or batches do not begin with a tensor.
     """
-    from lightning.pytorch.utilities.seed import isolate_rng
-
     from lq_plugin.export.verify import inputs_of
+    from lq_plugin.lightning_packages import isolate_rng
 
     with isolate_rng():
         datamodule.prepare_data()
@@ -220,15 +217,15 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
     Raises:
         CalibrationError: there is no data, and what cannot do without is asked for.
     """
-    from lightning.pytorch.callbacks import LambdaCallback
-    from lightning.pytorch.utilities.model_helpers import is_overridden
+    from lq_plugin.instantiate import instantiate_for
+    from lq_plugin.lightning_packages import is_overridden, package_of
 
     if datamodule is None and not is_overridden("val_dataloader", model):
         calibrate_weights(model, ptq)
         return
     # What `check_plan` could not tell is known then, and nothing is calibrated yet.
-    check = LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
+    check = package_of(model).callbacks.LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
     # One batch: nobody sees a metric of it.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=[check, ptq], **quiet)
+    trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=[check, ptq], **quiet)
     trainer.validate(model, datamodule=datamodule, verbose=False)

@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "lazy", "errors", "files", "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
+    "lazy", "errors", "files", "lightning_packages", "instantiate", "extras", "export_options", "plain_yaml",
+    "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
     "native", "functional", "metrics", "ranges",
     "quantizers", "layers", "model", "plots", "export", "report",
     "callbacks", "search", "demo", "export_command", "cli", "__init__",
 ]  # fmt: skip
 ALLOWED_LENGTH = 450
-USES_LIGHTNING = {"callbacks", "search", "demo", "cli"}
+#: All else asks `lightning_packages`: either package may be the user's.
+USES_LIGHTNING = {"lightning_packages", "demo"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.data import (
     calibration_batches,
@@ -19,10 +17,11 @@ from lq_plugin.callbacks.data import (
     with_progress,
     without_traces,
 )
-from lq_plugin.callbacks.neighbours import TUNERS, move_before, renew_averages
+from lq_plugin.callbacks.neighbours import move_before, renew_averages, tuners
 from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep, step_runner
 from lq_plugin.errors import PlanError
+from lq_plugin.lightning_packages import Callback, isolate_rng
 from lq_plugin.model.calibrate import (
     Statistics,
     collect_statistics,
@@ -37,6 +36,9 @@ from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
 from lq_plugin.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class QuantizationCallback(Callback):
@@ -73,7 +75,7 @@ class QuantizationCallback(Callback):
         self.statistics: Statistics = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        move_before(trainer, self, TUNERS)
+        move_before(trainer, self, tuners())
         original = pl_module.configure_model
 
         def configure_model() -> None:

@@ -6,21 +6,20 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.progress
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.call import _call_lightning_datamodule_hook
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lq_plugin.callbacks.steps import CalibrationStep, as_step, loop_of, own_step, step_runner
 from lq_plugin.errors import CalibrationError
+from lq_plugin.lightning_packages import is_overridden, isolate_rng, package_of
 from lq_plugin.model.calibrate import Statistics, needs_data
 from lq_plugin.model.loaders import loaders_in
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def calibration_batches(
@@ -98,7 +97,7 @@ def _batch_and_step(
     with isolate_rng():
         loader = _loader(trainer, pl_module, given)
         if loader is None:
-            steps: dict[TrainerFn | None, str] = {TrainerFn.TESTING: "test_step", TrainerFn.PREDICTING: "predict_step"}
+            steps: dict[str | None, str] = {"test": "test_step", "predict": "predict_step"}
             name = steps.get(trainer.state.fn, "validation_step")
             loop = loop_of(trainer, name)
             if not or_evaluation or not loop._data_source.is_defined() or not is_overridden(name, pl_module):
@@ -148,7 +147,7 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
         CalibrationError: the hook fails in a run that sets up another stage than a fit.
     """
     source = trainer.fit_loop._data_source
-    if source.is_defined() and not (source.is_module() and trainer.state.fn != TrainerFn.FITTING):
+    if source.is_defined() and not (source.is_module() and trainer.state.fn != "fit"):
         return source.dataloader()
     datamodule = getattr(trainer, "datamodule", None)
     owner: Any = next((o for o in (datamodule, pl_module) if o is not None and is_overridden("train_dataloader", o)), None)
@@ -157,7 +156,7 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
     try:
         if owner is datamodule:
             # An evaluation has only set up its own stage. A module is not set up again: it may build its layers there.
-            _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+            package_of(trainer).trainer.call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
         return owner.train_dataloader()
     except Exception as error:
         raise CalibrationError(

@@ -13,10 +13,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -25,6 +24,9 @@ from lq_plugin.callbacks.data import without_traces
 from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.model.prepare import remove
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass(frozen=True)

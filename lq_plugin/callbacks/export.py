@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.data import calibration_batches
-from lq_plugin.callbacks.neighbours import TUNERS, move_before
+from lq_plugin.callbacks.neighbours import move_before, tuners
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
 from lq_plugin.export.checks import check_float32, stored_faults
@@ -21,8 +19,12 @@ from lq_plugin.export.verify import inputs_of, need_one_input
 from lq_plugin.export_options import SUFFIXES, dims_faults, need_onnx, smallest_faults
 from lq_plugin.files import make_folder
 from lq_plugin.layers import computed_faults
+from lq_plugin.lightning_packages import Callback
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class Export(Callback):
@@ -70,7 +72,7 @@ class Export(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # What cannot be exported is said before PTQ and QAT calibrate.
-        move_before(trainer, self, (QuantizationCallback, *TUNERS))
+        move_before(trainer, self, (QuantizationCallback, *tuners()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check(pl_module)
@@ -86,13 +88,13 @@ class Export(Callback):
         self.write(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             self.check(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             self.write(trainer, pl_module)
 
     on_test_end = on_predict_end = on_validation_end

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lq_plugin.callbacks.optimizers import PER_GROUP, Clones
 from lq_plugin.model.prepare import quantizers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def is_float(checkpoint: Mapping[str, Any]) -> bool:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
 from lq_plugin.callbacks.data import without_traces
 from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.layers import QuantizedLayer, weight_of
+from lq_plugin.lightning_packages import is_overridden, isolate_rng
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.report import Series
 from lq_plugin.report.data import digits
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Weights of at most so many bits: few enough levels for a flip of the sign to mean something.
 LOW_BITS = 2

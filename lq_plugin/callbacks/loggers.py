@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from lq_plugin.files import temporary_folder, write_file
+from lq_plugin.lightning_packages import either
 from lq_plugin.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -74,11 +77,11 @@ def report_to(logger: Logger, report: Report) -> None:
     """Show a report: scalars in every logger, the rest where the logger has a place for it."""
     if report.scalars:
         logger.log_metrics(dict(report.scalars), step=report.step)
-    if isinstance(logger, WandbLogger):
+    if isinstance(logger, either("loggers.WandbLogger")):
         _to_wandb(logger, report)
-    elif isinstance(logger, TensorBoardLogger):
+    elif isinstance(logger, either("loggers.TensorBoardLogger")):
         _to_tensorboard(logger, report)
-    elif isinstance(logger, CSVLogger):
+    elif isinstance(logger, either("loggers.CSVLogger")):
         _to_files(logger, report)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lq_plugin.callbacks.live import Flips, History, losses
 from lq_plugin.callbacks.loggers import Report, report_to
 from lq_plugin.callbacks.monitored import MonitoredModel, quantization_of
 from lq_plugin.errors import QuantizationError
+from lq_plugin.lightning_packages import Callback
 from lq_plugin.model.fidelity import Measurements, watching
 from lq_plugin.report import Series
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Optimizer steps between two measurements of the float loss: two forward passes a hundred steps are under 1 %.
 FLOAT_LOSS_STEPS = 100
@@ -145,17 +147,17 @@ class QuantMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn != TrainerFn.FITTING and batch_idx == dataloader_idx == 0:
+        if trainer.state.fn != "fit" and batch_idx == dataloader_idx == 0:
             self._start_watching(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             self._watch.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             self._log(trainer, pl_module, "once")
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start

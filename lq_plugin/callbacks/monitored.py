@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 
 from lq_plugin import plots
@@ -25,6 +24,9 @@ from lq_plugin.ranges import compare_ranges
 from lq_plugin.report import Series, model_report, render
 from lq_plugin.report.terminal import summary
 from lq_plugin.report.weights import in_force, original, quantized
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _MOVING = ("_sqnr_db", "_min", "_max", "_zeros", "_flips")
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-#: Older versions of Lightning have none.
-_WEIGHT_AVERAGING: Any = getattr(callbacks, "WeightAveraging", ())
+from lq_plugin.lightning_packages import either
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-#: Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its scales.
-TUNERS = (BatchSizeFinder, LearningRateFinder)
+def tuners() -> tuple[type, ...]:
+    """Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its scales."""
+    return (*either("callbacks.BatchSizeFinder"), *either("callbacks.LearningRateFinder"))
 
 
-def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type[Callback], ...]) -> None:
+def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -> None:
     """Put a callback of the Trainer in front of all those of some kinds."""
     # A new list: the Trainer is walking along the old one.
     before: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -36,11 +37,11 @@ def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
         average: Any = getattr(callback, "_average_model", None)
         if average is None:
             continue
-        if isinstance(callback, StochasticWeightAveraging):
+        if isinstance(callback, either("callbacks.StochasticWeightAveraging")):
             if _keys(average) != _keys(pl_module):
                 callback._average_model = copy.deepcopy(pl_module)
             continue
-        if not isinstance(callback, _WEIGHT_AVERAGING):
+        if not isinstance(callback, either("callbacks.WeightAveraging")):
             continue
         if _keys(average.module) != _keys(pl_module):
             device = callback._device or pl_module.device

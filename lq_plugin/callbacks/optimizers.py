@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,6 +13,9 @@ from lq_plugin.layers import weight_sources
 from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Lists that schedulers of torch keep with one element for each parameter group.
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")

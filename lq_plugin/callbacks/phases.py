@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import Progress, TaskID
 
 from lq_plugin.callbacks.data import calibration_batches, with_progress, without_traces
@@ -28,9 +27,11 @@ from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.smooth_quant import smooth_quant
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
     from lq_plugin.callbacks.ptq import PTQ
 
-PhaseFunction = Callable[["PTQ", Trainer, LightningModule], None]
+PhaseFunction: TypeAlias = "Callable[[PTQ, Trainer, LightningModule], None]"
 
 
 @dataclass(frozen=True)

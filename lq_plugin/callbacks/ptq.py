@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lq_plugin.callbacks.base import QuantizationCallback
@@ -18,6 +17,9 @@ from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.reconstruct import Reconstruction
 from lq_plugin.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class PTQ(QuantizationCallback):

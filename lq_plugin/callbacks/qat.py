@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,6 +35,9 @@ from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
 from lq_plugin.schedule import Phase, Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Ways to compute a layer in training.
 FORWARDS = ("fake_quantize", "integer", "integer_always")
@@ -167,7 +168,7 @@ class QAT(QuantizationCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Its optimizers' states are loaded later, out of this very mapping.
-        self.float_checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING and is_float(checkpoint) else None
+        self.float_checkpoint = checkpoint if trainer.state.fn == "fit" and is_float(checkpoint) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

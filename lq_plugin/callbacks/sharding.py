@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lq_plugin.errors import PlanError, raise_all
+from lq_plugin.lightning_packages import either
 from lq_plugin.model.prepare import quantizers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequence[str] = ()) -> None:
@@ -35,7 +36,7 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
         PlanError: `FSDPStrategy`; layers split by tensor parallelism; weights that are not there yet; what needs the whole model.
     """
     faults = []
-    if isinstance(trainer.strategy, FSDPStrategy):
+    if isinstance(trainer.strategy, either("strategies.FSDPStrategy")):
         faults.append("FSDPStrategy flattens weights and scales into one parameter")
     for name, parameter in pl_module.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
@@ -55,7 +56,7 @@ def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
     Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs there. A
     module that held quantizers before takes the ranges, too.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantizers(pl_module):
+    if isinstance(trainer.strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")) and not quantizers(pl_module):
         rank_zero_warn(
             f"the processes of {trainer.strategy.launcher._start_method!r} quantize their copies; the module that fit was called with "
             "stays float, with the trained weights. lq_plugin.prepare(module, plan) before fit makes it the quantized one; "
@@ -84,7 +85,7 @@ def whole_weights(pl_module: nn.Module) -> Iterator[None]:
 
 def average_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
     """Give every process the mean gradient of each learned range that FSDP2 does not know of."""
-    if not isinstance(trainer.strategy, ModelParallelStrategy) or not any(_sharded(pl_module)):
+    if not isinstance(trainer.strategy, either("strategies.ModelParallelStrategy")) or not any(_sharded(pl_module)):
         return
     whole = [p for q in quantizers(pl_module) for p in q.parameters(recurse=False) if p.requires_grad and not hasattr(p, "device_mesh")]
     if not whole:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.hooks import ModelHooks
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.memory import is_oom_error
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lq_plugin.errors import CalibrationError, QuantizationError
+from lq_plugin.lightning_packages import any_package, is_overridden
 from lq_plugin.model.loaders import loaders_in
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
 #: Runs the module on one batch, for calibration.
-CalibrationStep = Callable[[LightningModule, Any], Any]
+CalibrationStep: TypeAlias = "Callable[[LightningModule, Any], Any]"
 
 #: The steps that a module may have, those that say most about its use first.
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step")
@@ -59,7 +56,7 @@ def own_step(trainer: Trainer, pl_module: LightningModule) -> CalibrationStep:
 
 def loop_of(trainer: Trainer, name: str) -> Any:
     """The evaluation loop that runs a step in what the Trainer does now; None for the training step."""
-    fitting = trainer.state.fn == TrainerFn.FITTING
+    fitting = trainer.state.fn == "fit"
     validation = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     return {"validation_step": validation, "test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name)
 
@@ -70,7 +67,7 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
     Where the step fails, the module's hooks at the start of its loop may have been missing: they are called, and the step again.
     """
     arguments = _arguments_after_batch(getattr(pl_module, name), loop_of(trainer, name))
-    takes_iterator = is_param_in_hook_signature(getattr(pl_module, name), "dataloader_iter", explicit=True)
+    takes_iterator = _takes(getattr(pl_module, name), "dataloader_iter", explicit=True)
 
     def call(module: LightningModule, batch: Any) -> Any:
         if takes_iterator:
@@ -100,12 +97,17 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
 
 def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int, ...]:
     """What Lightning's loops would give after the first batch: its number, and that of its loader where there are several."""
-    indices = 1 if is_param_in_hook_signature(function, "batch_idx", min_args=2) else 0
+    indices = 1 if _takes(function, "batch_idx", min_args=2) else 0
     # Before the loop has asked a hook for its loaders, only the step says that there are several.
     required = [p for p in inspect.signature(function).parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
     if (loop is not None and _several_loaders(loop)) or len(required) > 1 + indices:
         indices += 1
     return (0,) * indices
+
+
+def _takes(function: Callable[..., Any], parameter: str, **options: Any) -> bool:
+    """Whether Lightning would give a hook an argument of that name."""
+    return bool(any_package().utilities.signature_utils.is_param_in_hook_signature(function, parameter, **options))
 
 
 def _several_loaders(loop: Any) -> bool:
@@ -119,13 +121,13 @@ def _several_loaders(loop: Any) -> bool:
 def _hooks_before(trainer: Trainer, module: LightningModule, name: str) -> list[str]:
     """The module's own hooks that Lightning calls before the first batch of a step, in its order."""
     stage = {"training_step": "train"}.get(name, name.removesuffix("_step"))
-    first = ["on_fit_start"] if trainer.state.fn == TrainerFn.FITTING else []
+    first = ["on_fit_start"] if trainer.state.fn == "fit" else []
     return [hook for hook in (*first, f"on_{stage}_start", f"on_{stage}_epoch_start") if is_overridden(hook, module)]
 
 
 def _is_final(error: Exception) -> bool:
     """Whether an error says all that is to be said, or is for Lightning's batch size finder."""
-    return isinstance(error, QuantizationError) or is_oom_error(error)
+    return isinstance(error, QuantizationError) or any_package().utilities.memory.is_oom_error(error)
 
 
 def _explained(module: LightningModule, name: str, hooks: list[str], error: Exception) -> CalibrationError:
@@ -145,6 +147,10 @@ def _makers_of(module: LightningModule, error: Exception, called: list[str]) -> 
     """The module's hooks that were not called and whose code names the attribute that the module lacks."""
     if not isinstance(error, AttributeError) or error.obj is not module:
         return []
-    hooks = [name for name in vars(ModelHooks) if name.startswith("on_") and name not in called and is_overridden(name, module)]
+    hooks = [
+        name
+        for name in vars(any_package().core.hooks.ModelHooks)
+        if name.startswith("on_") and name not in called and is_overridden(name, module)
+    ]
     codes = {name: getattr(getattr(module, name), "__code__", None) for name in hooks}
     return [name for name, code in codes.items() if code is not None and error.name in code.co_names]

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lq_plugin.callbacks import PTQ
 from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
+from lq_plugin.lightning_packages import package_of
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.digest import digest
 from lq_plugin.model.prepare import quantized_layers, remove
@@ -41,6 +41,9 @@ from lq_plugin.search.interrupt import interrupts_kept
 from lq_plugin.search.once import SetUpOnce
 from lq_plugin.search.space import Space
 from lq_plugin.spec import Granularity, PerChannel, PerTensor, QuantSpec
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 #: Options of a Trainer that shows, logs and keeps nothing.
 QUIET: dict[str, Any] = {
@@ -76,7 +79,7 @@ class Evaluator:
     Args:
         model: trained; nothing of it is changed in the end.
         datamodule: gives validation and calibration data; None where the module has its own loaders.
-        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords. One device.
+        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords; None: that of the model's package. One device.
         calibration_batches, phases, dataloader: of the calibration, see `PTQ`.
         seed: of the calibration data's order: every process that asks for the same gets the same statistics.
     """
@@ -86,7 +89,7 @@ class Evaluator:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         *,
-        trainer: Callable[..., Trainer] = Trainer,
+        trainer: Callable[..., Trainer] | None = None,
         calibration_batches: int = 8,
         phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
         dataloader: Iterable[Any] | None = None,
@@ -99,7 +102,7 @@ class Evaluator:
         self.phases = tuple(phases)
         self.dataloader = dataloader
         self.seed = seed
-        self._make_trainer = trainer
+        self._make_trainer = trainer or package_of(model).Trainer
         self.trainer = self.make_trainer()
         if self.trainer.world_size > 1:
             raise PlanError(f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers instead")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lq_plugin.lightning_packages import either
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def interrupts_kept() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(error, either("utilities.exceptions.SIGTERMException")) or isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from None
         raise

@@ -15,22 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
 from lq_plugin.callbacks import QAT
 from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.lightning_packages import LOGGERS, any_package, either, package_of
 from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.search.bound import as_plan
 from lq_plugin.search.calibration import LearnedRounding, seeded
 from lq_plugin.search.evaluator import QUIET, Evaluator, logged
 from lq_plugin.search.interrupt import interrupts_kept
 from lq_plugin.search.once import without_memory
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Options of a `qat` level that `QAT` takes; those of the Trainer are all others.
 _QAT = ("schedule", "init_batches", "distill", "forward")
@@ -131,7 +132,9 @@ def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...
     return tuple(levels)
 
 
-def level_faults(levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer]) -> list[str]:
+def level_faults(
+    levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
+) -> list[str]:
     """What in the levels does not fit a project: its phases of PTQ, its Trainer, its module."""
     faults = []
     for number, level in enumerate(levels):
@@ -142,8 +145,8 @@ def level_faults(levels: Sequence[Level], model: LightningModule, phases: Sequen
                 options = _Training.of(level.qat)
                 QAT("int8", **options.qat)
                 with _silent():
-                    launcher = trainer(**QUIET, **options.trainer).strategy.launcher
-                if isinstance(launcher, _SubprocessScriptLauncher):
+                    launcher = (trainer or package_of(model).Trainer)(**QUIET, **options.trainer).strategy.launcher
+                if isinstance(launcher, either("strategies.launchers._SubprocessScriptLauncher")):
                     faults.append(
                         f"level {number}: its strategy would start this search anew for each device; "
                         "use ddp_spawn, ddp_fork or ddp_notebook"
@@ -210,7 +213,7 @@ def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: 
     options = _Training.of(level.qat)
     module = evaluator.float_copy()
     if options.rate is not None:
-        lightning_setattr(module, _rates_of(module)[0], options.rate)
+        package_of(module).utilities.parsing.lightning_setattr(module, _rates_of(module)[0], options.rate)
     limit = {} if level.batches is None else {"limit_val_batches": level.batches}
     with _silent(), seeded(evaluator.seed), interrupts_kept():
         trainer = evaluator.make_trainer(**options.trainer, **limit)
@@ -239,17 +242,17 @@ class _Training:
 
 
 def _rates_of(model: LightningModule) -> list[str]:
-    return [name for name in _RATES if lightning_hasattr(model, name)]
+    return [name for name in _RATES if package_of(model).utilities.parsing.lightning_hasattr(model, name)]
 
 
 def _trainer_options() -> list[str]:
-    return [name for name in inspect.signature(Trainer.__init__).parameters if name not in _OURS]
+    return [name for name in inspect.signature(any_package().Trainer.__init__).parameters if name not in _OURS]
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
     """Without what every run of a Trainer says about devices and layers; warnings are shown."""
-    before = [(log, log.level) for log in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))]
+    before = [(log, log.level) for log in map(logging.getLogger, LOGGERS)]
     for log, level in before:
         log.setLevel(max(level, logging.WARNING))
     try:

@@ -8,19 +8,19 @@ import logging
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 from hydra.utils import instantiate
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lq_plugin import plots
 from lq_plugin.callbacks.loggers import Picture, Report, report_to
 from lq_plugin.files import make_folder, replacing
+from lq_plugin.instantiate import instantiate_for
+from lq_plugin.lightning_packages import any_package, either
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.report import render, study_report
 from lq_plugin.search.options import read_options
@@ -28,6 +28,10 @@ from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
 from lq_plugin.search.study import search
 from lq_plugin.search.trial_runs import log_trials
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +45,13 @@ def run(cfg: DictConfig) -> SearchResult:
     """
     output_dir = make_folder(cfg.paths.output_dir)
     options = {key: _plain(cfg.search[key]) for key in _OPTIONS}
-    trainer = partial(instantiate, cfg.trainer)
     space = read_space(cfg)
     # What is wrong with the rest is said before a float model is trained, too.
-    read_options(instantiate(cfg.model), trainer=trainer, **{key: options[key] for key in _READ})
+    model: LightningModule = instantiate(cfg.model)
+    read_options(model, trainer=partial(instantiate_for, model, cfg.trainer), **{key: options[key] for key in _READ})
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     storage = cfg.search.storage if isinstance(cfg.search.storage, str | None) else instantiate(cfg.search.storage)
     # Only the first worker shows anything: the others share its terminal.
     first = cfg.worker == 0
@@ -61,7 +65,7 @@ def run(cfg: DictConfig) -> SearchResult:
         seed=cfg.seed,
         worker=cfg.worker,
         progress=first and cfg.search.progress,
-        trainer=trainer,
+        trainer=partial(instantiate_for, model, cfg.trainer),
         **options,
     )
     if first:
@@ -94,7 +98,7 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
 
     Workers that start together train once: the others wait and load what the first has trained.
     """
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     model: LightningModule = instantiate(cfg.model)
     path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None
     if path is None and cfg.float_epochs:
@@ -112,7 +116,8 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
 def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> None:
     """Train `model` float and save its weights to `path`."""
     log.info("training the float model for %d epochs", cfg.float_epochs)
-    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, callbacks=[], logger=False, enable_checkpointing=False)
+    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
     trainer.fit(model, datamodule=datamodule)
     with replacing(path) as stream:
         torch.save({"state_dict": model.state_dict()}, stream)
@@ -137,7 +142,7 @@ def log_to(cfg: DictConfig, result: SearchResult) -> None:
             pages = {"report.json": page.to_json().encode(), "report.html": render(page).encode()}
             tables = {"front": result.rows(), "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates]}
             report_to(logger, Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages))
-        if isinstance(logger, WandbLogger) and cfg.search.trial_runs:
+        if isinstance(logger, either("loggers.WandbLogger")) and cfg.search.trial_runs:
             log_trials(logger, result)
         logger.finalize("success")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
 
 
 class SetUpOnce:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from optuna.pruners import BasePruner, NopPruner
 
 from lq_plugin.callbacks.phases import check_phases, names_and_options
@@ -18,6 +17,9 @@ from lq_plugin.search.costs import COSTS, LATENCY
 from lq_plugin.search.latency import latency_options
 from lq_plugin.search.levels import Level, level_faults, margin_faults, parse_levels
 from lq_plugin.search.sensitivity import AUTO, MEASURES
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass
@@ -52,7 +54,7 @@ def read_options(
     promote_within: float | None,
     promote_first: int,
     pruner: BasePruner | Mapping[str, Any] | None,
-    trainer: Callable[..., Trainer],
+    trainer: Callable[..., Trainer] | None,
     phases: Sequence[str],
 ) -> Options:
     """Read the options of `lq_plugin.search.search` by these names; of the model nothing but its class is looked at.

@@ -25,11 +25,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +35,7 @@ from lq_plugin.callbacks.data import calibration_batches, without_traces
 from lq_plugin.callbacks.steps import as_step, step_runner
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.layers import QuantizedLayer
+from lq_plugin.lightning_packages import Callback, is_overridden
 from lq_plugin.model.calibrate import evaluating, switched
 from lq_plugin.model.cost import FLOAT_BITS
 from lq_plugin.model.prepare import quantizers
@@ -48,6 +47,9 @@ from lq_plugin.search.learned_steps import by_learned_steps
 from lq_plugin.search.prefix import PrefixCache
 from lq_plugin.search.split import split
 from lq_plugin.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 #: Measures from a forward pass for each choice.
 FORWARD = ("kl", "sqnr", "layer_sqnr", "loss")

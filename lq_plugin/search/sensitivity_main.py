@@ -6,21 +6,25 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from lightning import LightningDataModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from lq_plugin import plots
 from lq_plugin.files import make_folder, write_file
+from lq_plugin.instantiate import instantiate_for
+from lq_plugin.lightning_packages import any_package
 from lq_plugin.model.cost import FLOAT_BITS
 from lq_plugin.plots.sensitivity import digits
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.main import load_model, read_space
 from lq_plugin.search.sensitivity import SensitivityTable, check_measures, measure_all, to_csv
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +42,11 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     check_measures(measures, cfg.others)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     evaluator = Evaluator(
         model,
         datamodule,
-        trainer=partial(instantiate, cfg.trainer),
+        trainer=partial(instantiate_for, model, cfg.trainer),
         calibration_batches=cfg.search.calibration_batches,
         phases=_plain(cfg.search.phases),
         seed=cfg.seed,

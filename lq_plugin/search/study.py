@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
@@ -44,6 +43,8 @@ from lq_plugin.search.space import Space
 from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
     from lq_plugin.export_options import LatencyOptions
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def search(
     promote_first: int = 4,
     pruner: BasePruner | Mapping[str, Any] | None = None,
     progress: bool = True,
-    trainer: Callable[..., Trainer] = Trainer,
+    trainer: Callable[..., Trainer] | None = None,
     calibration_batches: int = 8,
     phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
     dataloader: Iterable[Any] | None = None,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from typing import TYPE_CHECKING
+
 from optuna import TrialPruned
 
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.lightning_packages import Callback
 from lq_plugin.model.cost import cost
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.search.costs import cost_totals
 from lq_plugin.search.job import JobTrial, current_trial
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class TrialReport(Callback):
@@ -45,7 +49,7 @@ class TrialReport(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if trial is not None:
             trial.note(metrics)
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             self._report_costs(trainer, pl_module)
             return
         prune = False

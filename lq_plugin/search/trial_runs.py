@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-
-from lightning.pytorch.loggers import WandbLogger
+from typing import TYPE_CHECKING
 
 from lq_plugin.search.result import SearchResult
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
 
 
 def log_trials(logger: WandbLogger, result: SearchResult) -> None:

@@ -1,0 +1,80 @@
+"""Lightning is published twice, as `lightning` and as `pytorch_lightning`: the same names, and no class of one is a class of the other.
+
+What is asked of Lightning is asked here, of the package that the run at hand belongs to. Only what the user has imported is used;
+where nothing is yet, `lightning` is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+#: Modules with the same content in both packages.
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+#: Parents of the loggers that they write to.
+LOGGERS = (*PACKAGES, "lightning.fabric", "lightning_fabric")
+
+
+def any_package() -> Any:
+    """A package that is imported already, `lightning.pytorch` where none is: for what is the same in both."""
+    return import_module(next((name for name in PACKAGES if name in sys.modules), PACKAGES[0]))
+
+
+def package_of(instance: object) -> Any:
+    """The package that the class of a Trainer, module or datamodule derives from.
+
+    Raises:
+        TypeError: it is of neither.
+    """
+    for base in type(instance).__mro__:
+        for name in PACKAGES:
+            if f"{base.__module__}.".startswith(f"{name}."):
+                return sys.modules[name]
+    raise TypeError(f"{type(instance).__name__} derives from no class of {' or '.join(PACKAGES)}")
+
+
+def either(path: str) -> tuple[Any, ...]:
+    """The class at a path, such as `callbacks.Timer`, of each package that is imported, for `isinstance`; older versions may have none."""
+    module, _, name = path.rpartition(".")
+    packages = [".".join(filter(None, (package, module))) for package in PACKAGES if package in sys.modules]
+    found = [getattr(import_module(package), name, None) for package in packages]
+    return tuple(cls for cls in found if cls is not None)
+
+
+def is_overridden(name: str, instance: object) -> bool:
+    """Whether a module or datamodule has a method of its own under a name, instead of Lightning's."""
+    return bool(package_of(instance).utilities.model_helpers.is_overridden(name, instance))
+
+
+def isolate_rng() -> AbstractContextManager[None]:
+    """Random states are the same after the block as before it."""
+    isolated: AbstractContextManager[None] = any_package().utilities.seed.isolate_rng()
+    return isolated
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+    _Callback = any_package().Callback
+
+
+class Callback(_Callback):
+    """A callback for Trainers of both packages.
+
+    A Trainer calls whatever is in its list of callbacks. But a single callback (`Trainer(callbacks=QAT("w4a8"))`) and one in the
+    config of LightningCLI must be an instance of the package's own class.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
+        _join_packages()
+        return super().__new__(cls)
+
+
+def _join_packages() -> None:
+    """Make `Callback` a subclass of the classes of that name in all packages that are imported by now."""
+    Callback.__bases__ += tuple(base for base in either("Callback") if not issubclass(Callback, base))
+
+
+_join_packages()
