@@ -207,7 +207,7 @@ RANGES: dict[str, str] = {
     "percentile": "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
     "mse": "smallest mean squared error, by search on the real grid",
     "kl": "smallest KL divergence of the histograms (TensorRT)",
-    "aciq": "analytic, Gauss or Laplace, the paper's constants; aciq:gauss or aciq:laplace forces one",
+    "aciq": "analytic, the paper's constants for Gauss or Laplace, whichever errs less on the data; aciq:gauss or aciq:laplace forces one",
     "aciq_exact": "the same for the grid that is really used",
     "octav": "Newton iteration on the clipping MSE",
     "lsq": "learned step size; lsq:rounded lets the gradient pass where the rounded value is on the grid",

@@ -9,6 +9,7 @@ Per vector i of V elements along the reduction dim, with N-bit elements and M-bi
 
 The paper rounds x with the float s_i and quantizes the scale afterwards; here x is rounded with the scale that
 it is multiplied with again, which is never worse. A scale of 0, which would erase its vector, is 1 instead.
+With range `mse` the integer of each vector of a weight is the one with the least squared error at this γ.
 An element takes N + M / V bits: 4 + 4 / 16 = 4.25. Scales are constants of the straight-through gradient.
 
 Reference: Dai et al., "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Neural Network

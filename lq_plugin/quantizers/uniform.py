@@ -24,6 +24,9 @@ from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
 from lq_plugin.quantizers.shared import SharedInput
 from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.ranges.histogram import MAX_SAMPLES
+from lq_plugin.ranges.mse import best_multiples
+from lq_plugin.ranges.registry import COUNT_ALL
 from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, QuantSpec
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
@@ -99,12 +102,18 @@ class WeightQuantizer(Quantizer):
         # Zero padding of a ragged group does no harm here: every range includes zero.
         return self._from_bounds(*extremes(x, self.scale_shape))
 
-    def _from_bounds(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_bounds(self, minimum: Tensor, maximum: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures integer scales."""
         scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
         group = self.spec.granularity
         if isinstance(group, PerGroup) and group.scale_bits is not None:
             coarse = coarse_scale(scale, group.scale_bits, group.coarse == "channel")
-            scale = integer_scale(scale, coarse, group.scale_bits) * coarse
+            if sample is not None and self.spec.range_name == "mse":
+                low, own, shared = (of.expand_as(scale).flatten() for of in (minimum, scale, coarse))
+                found = best_multiples(sample, low, own, shared, 2**group.scale_bits - 1, self.spec.grid)
+                scale = found.view_as(scale) * coarse
+            else:
+                scale = integer_scale(scale, coarse, group.scale_bits) * coarse
             zero_point = zero_point_from(minimum.float().clamp(max=0.0), scale, self.spec.grid)
         return scale, zero_point
 
@@ -153,11 +162,11 @@ class WeightQuantizer(Quantizer):
     def load_sample(self, sample: Sample) -> None:
         if not self.live and not self._fixed:
             minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
-            self._store(minimum, maximum)
+            self._store(minimum, maximum, sample)
         self.set_calibrated()
 
-    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
-        scale, zero_point = self._from_bounds(minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape))
+    def _store(self, minimum: Tensor, maximum: Tensor, sample: Sample) -> None:
+        scale, zero_point = self._from_bounds(minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape), sample)
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -234,7 +243,8 @@ class InputQuantizer(Quantizer):
 
     def new_collector(self) -> Histogram:
         """Empty statistics for one calibration."""
-        return Histogram(rows=self.channels, device=self.calibrated.device, name=self.name)
+        at_most = None if self.spec.range_name in COUNT_ALL else MAX_SAMPLES
+        return Histogram(rows=self.channels, max_samples=at_most, device=self.calibrated.device, name=self.name)
 
     def collect(self, x: Tensor) -> None:
         assert self.collector is not None

@@ -28,6 +28,8 @@ MANTISSA_BITS = 7
 SUB_BINS = 2**MANTISSA_BITS
 #: `sample()` joins bins narrower than this share of the root mean square.
 FINEST_BIN = 1 / 256
+#: Elements of one update that are counted, where not all are.
+MAX_SAMPLES = 2**16
 _SHIFT = 23 - MANTISSA_BITS
 _CHUNK = 2**17
 
@@ -50,7 +52,8 @@ class Histogram:
         bins: bins for each sign, a multiple of 128 (bins an octave); 2048 covers 16 octaves.
         max_samples: at most about this many elements of one update are counted in bins, taken
             with a stride that is coprime with the row length, so that no pixel or channel is
-            preferred; at least 1024 a row. Bounds, zeros and total are always exact. None counts all.
+            preferred; at least 1024 a row. Bounds, zeros and total are always exact. None counts all, whatever the
+            order of the data; in one row what is smaller than 2^-133 counts as zero then.
         device: where the state lives.
         name: what error messages call the tensor.
 
@@ -66,7 +69,7 @@ class Histogram:
         self,
         rows: int = 1,
         bins: int = 2048,
-        max_samples: int | None = 2**16,
+        max_samples: int | None = MAX_SAMPLES,
         device: torch.device | str | None = None,
         name: str = "tensor",
     ) -> None:
@@ -101,12 +104,14 @@ class Histogram:
         if x.device != self.counts.device:
             for key, value in self.state_dict().items():
                 setattr(self, key, value.to(x.device))
-        nonzero = _count_nonzero(x, signed=bool((minimum < 0).any()))
         self.minimum = torch.minimum(self.minimum, minimum)
         self.maximum = torch.maximum(self.maximum, maximum)
         self.total += x.shape[1]
-        self.zeros += x.shape[1] - nonzero
         self.rebin(torch.maximum(self.octave, _octave(torch.maximum(maximum, -minimum))))
+        if self.rows == 1 and self.max_samples is None:
+            self._add_keys(_count_keys(x[0]))
+            return
+        self.zeros += x.shape[1] - _count_nonzero(x, signed=bool((minimum < 0).any()))
         stride = self._stride(x.shape[1])
         # Adding zero turns -0 into +0 in the same pass that gathers the elements.
         bits = (x[:, ::stride].float() + 0.0).view(torch.int32)
@@ -137,6 +142,13 @@ class Histogram:
     def _lowest_key(self) -> Tensor:
         """Key (float32 bits without the sign, shifted) of the first bin, `[rows]`."""
         return ((self.octave + 1) * SUB_BINS - self.bins).clamp(min=0)
+
+    def _add_keys(self, per_key: Tensor) -> None:
+        """Take in counts of all keys, negative and positive `[2, keys]`; key 0 holds the zeros."""
+        self.zeros += per_key[:, 0].sum()
+        per_key[:, 0] = 0
+        position = torch.arange(per_key.shape[1], device=per_key.device) - self._lowest_key()
+        self.counts.view(2, self.bins).index_add_(1, position.clamp_(0, self.bins - 1), per_key)
 
     def _count(self, bits: Tensor) -> Tensor:
         key = (bits & 0x7FFFFFFF).bitwise_right_shift_(_SHIFT)
@@ -253,6 +265,16 @@ class Histogram:
 def _octave(magnitude: Tensor) -> Tensor:
     """Biased exponent of float32 numbers, int64."""
     return (magnitude.contiguous().view(torch.int32) >> 23).clamp_(min=0).long()
+
+
+def _count_keys(x: Tensor) -> Tensor:
+    """How many of `x [n]` have each sign and key, int64 `[2, 2^15]`: in pieces that stay in the cache, a sixth of the time of `_count`."""
+    # With 7 mantissa bits sign and key are the upper half of a float32; arithmetic shifts put the negative ones first.
+    counted = torch.zeros(2**16, dtype=torch.int64, device=x.device)
+    for piece in x.split(2 * _CHUNK):
+        upper = piece.float().view(torch.int32).bitwise_right_shift(_SHIFT).add_(2**15)
+        counted += torch.bincount(upper, minlength=2**16)
+    return counted.view(2, -1)
 
 
 def _count_nonzero(x: Tensor, signed: bool) -> Tensor:

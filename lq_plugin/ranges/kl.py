@@ -3,7 +3,12 @@
 For a threshold at bin i, P is the histogram up to there with everything beyond added to its last
 bin, Q the same bins without the outliers, merged into as many levels as the grid has on [0, t], each
 spread evenly over its bins that are not empty. The i with the least KL(P || Q) wins, the largest on a
-tie; the threshold is (i + 1/2) bin widths. With prefix sums one i costs as much as there are levels.
+tie; the threshold is (i + 1/2) bin widths.
+
+The divergence jumps from one i to the next where the tail has few values to a bin, so its minimum has to be looked
+for among all i. Only what clipping adds to it jumps, and that costs the same for any number of levels; what merging
+adds is smooth in i and costs as much as there are levels. The second is computed at every 30th i or so and read off
+straight lines between these; the `EXACT` best sums are then computed exactly.
 
 What departs from the slides, and why:
 * exact zeros are left out (they are exact on every grid; kept, they make a ReLU output collapse);
@@ -11,7 +16,8 @@ What departs from the slides, and why:
 * the histogram ends at twice the 99.9 % quantile, so one outlier does not cost all resolution;
 * few values get fewer bins, else each lies alone in its bin and nothing is ever clipped; with
   less than 8 values for each level there is no distribution to compare, and nothing is clipped;
-* a candidate that leaves Q = 0 where P > 0 has infinite divergence and never wins.
+* a candidate that leaves Q = 0 where P > 0 has infinite divergence and never wins, nor does one that clips most values
+  (values far from zero: with the lowest of them alone P and Q would be the same).
 
 It ignores the size of errors and covers too much at 4 bits and below; above 10 bits a level is finer
 than a bin and the range of the data is returned.
@@ -37,8 +43,8 @@ MOST_LEVELS = 512
 TAIL_QUANTILE, TAIL_FACTOR = 0.999, 2.0
 #: Values for each bin and for each level, at least, when there are few.
 VALUES_EACH = 8
-#: Thresholds tried before the neighbourhood of the best is searched bin by bin.
-_CANDIDATES = 64
+#: Numbers of kept bins at which all of the divergence is computed: spread evenly, and the most promising ones.
+_KNOTS, EXACT = 64, 64
 _CHUNK = 2**20
 
 
@@ -69,54 +75,92 @@ def _thresholds(folded: Folded, levels: int) -> Tensor:
     beyond = (folded.total() - counts.sum(1)).clamp(min=0.0)
     # Rounding of the sums is no outlier.
     beyond = torch.where(beyond > 1e-6 * counts.sum(1), beyond, 0.0)
-    stride = max((bins - levels) // _CANDIDATES, 1)
-    first = torch.arange(bins, levels - 1, -stride, device=counts.device).flip(0)
-    best = best_bin(counts, beyond, levels, first.expand(counts.shape[0], -1))
-    if stride > 1:
-        near = best.unsqueeze(1) + torch.arange(-stride + 1, stride, device=counts.device)
-        best = best_bin(counts, beyond, levels, near.clamp(levels, bins))
-    return (best + 0.5) * end / bins
+    return (best_bin(counts, beyond, levels) + 0.5) * end / bins
 
 
-def best_bin(counts: Tensor, beyond: Tensor, levels: int, candidates: Tensor) -> Tensor:
-    """Number of bins to keep, among `candidates`, with the least divergence; the last on a tie.
+def best_bin(counts: Tensor, beyond: Tensor, levels: int) -> Tensor:
+    """Number of bins to keep, `levels..bins`, with the least divergence; the last on a tie.
 
     Args:
         counts: float64 `[rows, bins]`.
         beyond: mass above the histogram, `[rows]`.
         levels: levels that the kept bins are merged into.
-        candidates: int64 `[rows, k]`, ascending, `levels..bins`.
 
     Returns:
         int64 `[rows]`.
     """
-    parts = []
-    for part in candidates.split(max(_CHUNK // (levels * counts.shape[0]), 1), dim=1):
-        parts.append(_divergence(counts, beyond, levels, part))
-    divergence = torch.cat(parts, dim=1)
-    last = divergence.shape[1] - 1 - divergence.flip(1).argmin(dim=1, keepdim=True)
-    return candidates.gather(1, last).squeeze(1)
+    divergence = Divergence(counts, beyond, levels)
+    kept = torch.arange(levels, counts.shape[1] + 1, device=counts.device)
+    stride = max(len(kept) // _KNOTS, 1)
+    if stride == 1:
+        candidates = kept.unsqueeze(0)
+        merging = divergence.of_merging(candidates)
+    else:
+        knots = torch.cat([kept[:1], kept.flip(0)[: len(kept) - 1 : stride].flip(0)])
+        merging = _between(divergence.of_merging(knots.unsqueeze(0)), knots, kept)
+        estimate = merging.add_(divergence.of_clipping(kept.unsqueeze(0)))
+        # With few levels what merging adds is less smooth, and cheap.
+        candidates = estimate.topk(min(max(EXACT, BINS // levels), len(kept)), largest=False, dim=1).indices.sort(dim=1).values + levels
+        merging = divergence.of_merging(candidates)
+    total = merging + divergence.of_clipping(candidates)
+    last = total.shape[1] - 1 - total.flip(1).argmin(dim=1, keepdim=True)
+    return candidates.expand(len(counts), -1).gather(1, last).squeeze(1)
 
 
-def _divergence(counts: Tensor, beyond: Tensor, levels: int, kept: Tensor) -> Tensor:
-    """KL(P || Q) for each number of kept bins, float64 `[rows, k]`."""
-    cumulated, occupied, entropy = (_prefix(v) for v in (counts, (counts > 0).double(), torch.xlogy(counts, counts)))
-    # Bin j belongs to level floor(j * levels / kept): level k begins at bin ceil(k * kept / levels).
-    begins = -(-kept.unsqueeze(2) * torch.arange(levels + 1, device=kept.device)).div(levels, rounding_mode="floor")
-    flat = begins.flatten(1)
-    merged = cumulated.gather(1, flat).view(begins.shape).diff(dim=2)
-    spread_over = occupied.gather(1, flat).view(begins.shape).diff(dim=2)
-    quantized = torch.xlogy(merged, merged / spread_over.clamp(min=1.0)).sum(2)
+class Divergence:
+    """KL(P || Q) times the number of values, in two parts, for numbers of kept bins `[rows or 1, k]`."""
 
-    inside = cumulated.gather(1, kept)
-    total = cumulated[:, -1:] + beyond.unsqueeze(1)
-    outliers = total - inside
-    last = counts.gather(1, kept - 1)
-    original = entropy.gather(1, kept) - torch.xlogy(last, last) + torch.xlogy(last + outliers, last + outliers)
-    level_of_last = (merged[:, :, -1] / spread_over[:, :, -1].clamp(min=1.0)).clamp(min=1e-300)
-    quantized = quantized + torch.xlogy(outliers, level_of_last)
-    divergence = (original - quantized) / total - torch.log(total / inside.clamp(min=1e-300))
-    return divergence.masked_fill(((outliers > 0) & (last == 0)) | (inside == 0), torch.inf)
+    def __init__(self, counts: Tensor, beyond: Tensor, levels: int) -> None:
+        self.counts, self.levels = counts, levels
+        self.own = torch.xlogy(counts, counts)
+        self.cumulated, self.occupied, self.entropy = (_prefix(v) for v in (counts, (counts > 0).double(), self.own))
+        self.total = self.cumulated[:, -1:] + beyond.unsqueeze(1)
+
+    def at(self, kept: Tensor) -> Tensor:
+        """KL(P || Q) itself, float64 `[rows, k]`."""
+        return (self.of_merging(kept) + self.of_clipping(kept)) / self.total
+
+    def of_merging(self, kept: Tensor) -> Tensor:
+        """What is lost because each level is spread evenly over its bins, float64 `[rows, k]`."""
+        level = torch.arange(self.levels + 1, device=kept.device)
+        parts = []
+        for part in kept.split(max(_CHUNK // (self.levels * len(self.counts)), 1), dim=1):
+            merged, spread_over = self._merged(self._begin(part.unsqueeze(2), level))
+            parts.append(torch.xlogy(merged, merged / spread_over).sum(2))
+        return _at(self.entropy, kept) - torch.cat(parts, dim=1)
+
+    def of_clipping(self, kept: Tensor) -> Tensor:
+        """What is lost because the outliers are in the last bin of P and not in Q; infinite where it is empty or most are outliers."""
+        inside, last = _at(self.cumulated, kept), _at(self.counts, kept - 1)
+        outliers = self.total - inside
+        merged, spread_over = self._merged(torch.stack([self._begin(kept, self.levels - 1), kept], dim=2))
+        lost = torch.xlogy(outliers, (merged / spread_over).squeeze(2).clamp(min=1e-300))
+        lost += self.total * torch.log(self.total / inside.clamp(min=1e-300))
+        both = last + outliers
+        added = torch.xlogy(both, both) - _at(self.own, kept - 1)
+        return (added - lost).masked_fill(((outliers > 0) & (last == 0)) | (inside < outliers), torch.inf)
+
+    def _begin(self, kept: Tensor, level: Tensor | int) -> Tensor:
+        """First bin of a level: bin j belongs to level floor(j * levels / kept)."""
+        return -(-kept * level).div(self.levels, rounding_mode="floor")
+
+    def _merged(self, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """Mass, and number of bins that are not empty (at least 1), between neighbours of `begins [rows or 1, k, n]`."""
+        mass, bins = (_at(of, begins.flatten(1)).unflatten(1, begins.shape[1:]).diff(dim=2) for of in (self.cumulated, self.occupied))
+        return mass, bins.clamp_(min=1.0)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """`values [rows, n]` at `index [rows or 1, k]`."""
+    return values[:, index[0]] if len(index) == 1 else values.gather(1, index)
+
+
+def _between(values: Tensor, knots: Tensor, at: Tensor) -> Tensor:
+    """`values [rows, n]`, known at the ascending `knots [n]`, along straight lines at `at [k]`."""
+    above = torch.searchsorted(knots, at).clamp(min=1)
+    low, high = knots[above - 1], knots[above]
+    share = (at - low).double() / (high - low)
+    return torch.lerp(values[:, above - 1], values[:, above], share)
 
 
 def _histogram(folded: Folded, end: Tensor, bins: int) -> Tensor:
@@ -131,15 +175,12 @@ def _histogram(folded: Folded, end: Tensor, bins: int) -> Tensor:
         mass = None if folded.mass is None else folded.mass.double().flatten()
         counts = torch.bincount(index.flatten(), mass, minlength=rows * (bins + 1))
         return counts.view(rows, bins + 1)[:, :-1].double()
-    at = end.unsqueeze(1) * torch.linspace(0.0, 1.0, bins + 1, device=end.device, dtype=torch.float64)
-    centre = folded.centre.double().unsqueeze(1)
-    above = _cumulated(sample, centre + at).diff(dim=1)
-    below = -_cumulated(sample, centre - at).diff(dim=1)
+    at = end.unsqueeze(1) * torch.linspace(-1.0, 1.0, 2 * bins + 1, device=end.device, dtype=torch.float64)
+    mass = _cumulated(sample, folded.centre.double().unsqueeze(1) + at).diff(dim=1).clamp_(min=0.0)
+    below, above = mass[:, :bins].flip(1), mass[:, bins:]
     if clips_negative(folded.grid):
-        return above.clamp_(min=0.0)
-    if clips_positive(folded.grid):
-        return below.clamp_(min=0.0)
-    return (above + below).clamp_(min=0.0)
+        return above
+    return below if clips_positive(folded.grid) else below + above
 
 
 def _cumulated(sample: Sample, at: Tensor) -> Tensor:
@@ -147,11 +188,12 @@ def _cumulated(sample: Sample, at: Tensor) -> Tensor:
     assert sample.edges is not None
     edges = sample.edges.double()
     bins = edges.shape[1] - 1
+    # The mass up to an edge belongs to it; between two edges the numbers interpolate.
     cumulated = _prefix(sample.weights()[:, :bins].double())
-    index = torch.searchsorted(edges, at.contiguous(), right=True).sub_(1).clamp_(0, bins - 1)
-    low, high = edges.gather(1, index), edges.gather(1, index + 1)
-    share = ((at - low) / (high - low).clamp(min=1e-300)).clamp_(0.0, 1.0)
-    return cumulated.gather(1, index) + share * sample.weights().double().gather(1, index)
+    index = torch.searchsorted(edges, at, right=True).sub_(1).clamp_(0, bins - 1)
+    (low, high), (before, after) = (tuple(of.gather(1, index + side) for side in (0, 1)) for of in (edges, cumulated))
+    share = ((at - low) / (high - low).clamp_(min=1e-300)).clamp_(0.0, 1.0)
+    return before.addcmul_(share, after - before)
 
 
 def _prefix(values: Tensor) -> Tensor:

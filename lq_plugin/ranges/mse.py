@@ -11,7 +11,7 @@ from math import inf, log
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.affine import MIN_SCALE, bounds_from_qparams, qparams_from_bounds
+from lq_plugin.functional.affine import MIN_SCALE, bounds_from_qparams, qparams_from_bounds, zero_point_from
 from lq_plugin.ranges.folding import fold
 from lq_plugin.ranges.grid_error import clipping_error, mean_squared_error
 from lq_plugin.ranges.minmax import minmax
@@ -36,6 +36,9 @@ HIGHEST = 1.1
 _AT_ONCE, _ELEMENTS = 8, 2**17
 #: Rounding of the errors compared there.
 _ROUNDING = 1e-4
+#: Multiples of a coarse scale that are tried on each side of the nearest one: all of them with 4 bits.
+MULTIPLES = 15
+_BLOCK = 2**18
 
 
 @register_range("mse", RANGES["mse"])
@@ -56,6 +59,33 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     for rows, search in ((~two_sided, _one_scale), (two_sided, _two_bounds)):
         low[rows], high[rows] = search(sample.select(rows), grid)
     return as_bounds(low, high)
+
+
+def best_multiples(sample: Sample, minimum: Tensor, scale: Tensor, coarse: Tensor, most: int, grid: IntegerGrid) -> Tensor:
+    """The multiple of a coarse scale with the least squared error for each row: the grid that two-level scales really have.
+
+    Args:
+        sample: the values.
+        minimum: lower bounds, for zero points, `[rows]`.
+        scale: what the rows would have without a coarse scale, `[rows]`: multiples near it are tried.
+        coarse: the coarse scale, `[rows]`.
+        most: the largest multiple.
+        grid: the integer levels.
+
+    Returns:
+        Integers in 1..most, float32 `[rows]`.
+    """
+    found = []
+    step = max(_BLOCK // sample.values.shape[1], 1)
+    for first in range(0, sample.rows, step):
+        rows = slice(first, first + step)
+        nearest = (scale[rows] / coarse[rows]).round().clamp(1, most)
+        tried = (nearest.unsqueeze(1) + torch.arange(-MULTIPLES, MULTIPLES + 1, device=scale.device)).clamp(1, most)
+        scales = tried * coarse[rows].unsqueeze(1)
+        zero_point = zero_point_from(minimum[rows].clamp(max=0.0).unsqueeze(1), scales, grid)
+        best = mean_squared_error(sample.select(rows), scales, zero_point, grid).argmin(dim=1, keepdim=True)
+        found.append(tried.gather(1, best).squeeze(1))
+    return torch.cat(found)
 
 
 def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:

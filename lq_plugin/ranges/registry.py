@@ -16,6 +16,9 @@ from lq_plugin.spec import RANGES, IntegerGrid
 #: largest magnitude of each row lies in [0.5, 1), or is 0.
 RangeFunction: TypeAlias = Callable[[Sample, IntegerGrid, str | None], tuple[Tensor, Tensor]]
 
+#: Ranges that follow from few values far out: their statistics count every element, so that they are the same in any order of the data.
+COUNT_ALL = frozenset({"kl"})
+
 _Registered = TypeVar("_Registered", bound=RangeFunction)
 _BLOCK = 2**18
 

@@ -13,7 +13,7 @@ from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
 from lq_plugin.ranges.folding import fold
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
-from lq_plugin.ranges.kl import MOST_LEVELS, VALUES_EACH, _divergence, _histogram
+from lq_plugin.ranges.kl import MOST_LEVELS, VALUES_EACH, Divergence, _histogram
 from lq_plugin.ranges.percentile import quantile
 from lq_plugin.report.data import Curve, Mark, TensorView, digits
 from lq_plugin.report.weights import in_force, original, quantized
@@ -155,7 +155,7 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
     counts = _histogram(folded, end, bins)
     beyond = (folded.total() - counts.sum(1)).clamp(min=0.0)
     kept = torch.logspace(float(np.log10(levels)), float(np.log10(bins)), points).round().long().unique().unsqueeze(0)
-    divergence = _divergence(counts, beyond, levels, kept)[0]
+    divergence = Divergence(counts, beyond, levels).at(kept)[0]
     thresholds = (kept[0] + 0.5) * end / bins
     found = []
     for threshold, value in zip(thresholds, divergence.tolist(), strict=True):

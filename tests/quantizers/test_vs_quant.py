@@ -59,6 +59,33 @@ def test_signal_to_noise_on_rows_of_different_spread(scale_bits, coarse, want):
     assert sqnr_db(w, got) == pytest.approx(want, abs=0.6 if coarse == "tensor" else 0.15)
 
 
+@pytest.mark.parametrize("spec", ["int4 group16:4 mse", "int3 group16:4:channel mse", "int4 affine group12:5 mse ragged"])
+def test_integer_scales_by_error_are_the_best_of_all(spec):
+    """Every multiple of γ is tried on every vector, in numpy."""
+    torch.manual_seed(0)
+    w = torch.randn(24, 48) * torch.rand(24, 1)
+    chosen = QuantSpec.parse(spec)
+    quantizer = make_weight_quantizer(chosen, "w", w.shape)
+    quantizer.calibrate(w)
+    group, grid = chosen.granularity, chosen.grid
+    vectors = w.double().numpy().reshape(24, -1, group.group_size)
+    scale, zero_point = (of.double().numpy()[..., 0] for of in (quantizer.scale, quantizer.zero_point))
+    most = 2**group.scale_bits - 1
+    gamma = (scale.max(1, keepdims=True) if group.coarse == "channel" else scale.max()) / most * np.ones_like(scale)
+    assert np.rint(scale / gamma).max() == most
+
+    def error(step, zero):
+        q = np.clip(np.rint(vectors / step[..., None]) + zero[..., None], grid.quant_min, grid.quant_max)
+        return (((q - zero[..., None]) * step[..., None] - vectors) ** 2).sum(-1)
+
+    if not grid.affine:
+        best = np.min([error(gamma * k, zero_point) for k in range(1, most + 1)], axis=0)
+        np.testing.assert_allclose(error(scale, zero_point), best, rtol=1e-4)
+    plain = make_weight_quantizer(QuantSpec.parse(spec.replace("mse", "octav")), "w", w.shape)
+    plain.calibrate(w)
+    assert error(scale, zero_point).sum() < (plain(w) - w).square().sum().item()
+
+
 @pytest.mark.parametrize(
     "spec", ["int4 group4:4 mse", "int4 affine group4:4", "uint4 group4:4:channel octav", "int4 affine group3:6:channel mse ragged"]
 )

@@ -61,6 +61,17 @@ def test_every_value_lies_in_its_bin(values):
     assert torch.equal(counts, torch.bincount(index, minlength=4096))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_one_row_is_counted_as_several_are(scale):
+    """One row that counts all has a shorter way."""
+    x = torch.randn(1, 300_000, generator=torch.Generator().manual_seed(0)) * scale
+    x[0, :1000] = 0.0
+    x[0, 1000:1100] *= 1e3
+    one, two = filled(x, x * 5, max_samples=None), filled(x.expand(2, -1), x.expand(2, -1) * 5, rows=2, max_samples=None)
+    for key in STATE:
+        assert torch.equal(getattr(one, key)[0], getattr(two, key)[1]), key
+
+
 def test_bins_are_narrower_than_one_percent():
     histogram = filled(torch.tensor([[1.0]]))
     edges = histogram.edges()[0]
