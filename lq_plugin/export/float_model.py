@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.quiet import quiet
@@ -69,8 +69,10 @@ def float_copy(model: nn.Module) -> nn.Module:
 def inference_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
     trainer = model.__dict__.pop("_trainer", None)
+    # Old weight_norm, spectral_norm and pruning keep a weight there that a training step has computed, which torch refuses to copy.
+    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     finally:
         if trainer is not None:
             model.__dict__["_trainer"] = trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from lq_plugin.errors import ExportError
 from lq_plugin.export.containers import Container
 from lq_plugin.export.readers import CONV, MATRIX, calls, names_read
+from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.spec import IntegerGrid
 
 _TYPES = {
@@ -31,6 +33,9 @@ _TYPES = {
 }
 #: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for. It takes a hundred times as long for others.
 _FAST_GROUPS = (128, 64, 32)
+#: Of an activation, and of a weight, that is 0 altogether, where any scale says so. In steps of their product biases up to 32 fit into
+#: int32, with 26 bits after the point.
+_SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
 #: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
 _NEWER = {2: (25, 13)}
 
@@ -53,7 +58,6 @@ class Graph:
         self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
         self.codes: dict[tuple[Any, ...], str] = {}
-        self.made: set[str] = set()
         #: Layers that ONNX Runtime has no kernel for, and why.
         self.slow: dict[str, str] = {}
 
@@ -79,7 +83,11 @@ class Graph:
         if len(nodes) == 1 and nodes[0].op_type in MATRIX:
             self.put_weight(name, source, nodes, content, through_transpose)
             return
-        value = self._dequantized(name, users[0], *content)
+        weight, exchanged = content
+        if weight.bits == 2 and weight.zero_point is not None and any(node.op_type == "Transpose" for node in users):
+            # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for the result.
+            weight = replace(weight, bits=4)
+        value = self._dequantized(name, users[0], weight, exchanged)
         for node in users:
             node.input[:] = [value if read == source else read for read in node.input]
 
@@ -114,6 +122,8 @@ class Graph:
             scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
             q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
             zero_point = zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
+        if not weight.block:
+            scale = _ordinary(scale, q.transpose(0, 1) if flipped else q, zero_point)
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
@@ -146,36 +156,6 @@ class Graph:
             flag.i = 0
         return bool(flags)
 
-    def put_bias(self, name: str, node: onnx.NodeProto, input_scale: Tensor) -> None:
-        """Let a Gemm of whole numbers read its bias as int32 in steps of what it adds up, as ONNX Runtime's kernel has it.
-
-        The rounding is half a step of the products: a thousandth of the activations' own or less.
-        """
-        scale = self.known.get(f"{name}.weight_scale")
-        codes = self.known.get(f"{name}.weight_codes")
-        if node.op_type != "Gemm" or len(node.input) != 3 or scale is None or codes is None or input_scale.ndim:
-            return
-        if f"{name}.bias_dequantized" in self.made:  # for another call of the layer
-            node.input[2] = f"{name}.bias_dequantized"
-            return
-        if codes.data_type not in (TensorProto.INT8, TensorProto.UINT8) or len(scale.dims) > 1 or node.input[2] not in self.known:
-            return
-        bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64)
-        step = (numpy_helper.to_array(scale) * np.float32(input_scale)).astype(np.float32)
-        whole = np.rint(bias / step)
-        if bias.shape != np.broadcast_shapes(bias.shape, step.shape) or not (np.abs(whole) < 2**31).all():
-            return
-        inputs = [
-            self._initializer(f"{name}.bias_codes", whole, TensorProto.INT32),
-            self._initializer(f"{name}.bias_scale", step, TensorProto.FLOAT),
-        ]
-        weight = next(new for new in self.before[node.name] if new.output[0] == node.input[1])
-        if len(weight.input) == 2:
-            # Its kernel wants a zero point to be there, though it is 0.
-            weight.input.append(self._initializer(f"{name}.weight_zero_point", np.zeros_like(step), codes.data_type))
-        node.input[2] = self._node(node, "DequantizeLinear", inputs, f"{name}.bias_dequantized", **({"axis": 0} if step.ndim else {}))
-        self.made.add(node.input[2])
-
     def _type(self, bits: int, signed: bool, name: str) -> int:
         kind = _TYPES[bits, signed]
         if kind is None:
@@ -192,26 +172,54 @@ class Graph:
     ) -> None:
         """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the nodes."""
         source = node.input[operand]
-        key = (source, scale.numpy().tobytes(), zero_point.numpy().tobytes(), grid, axis)
+        # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each channel.
+        qparams = scale.numpy(), zero_point.numpy()
+        by_operations = axis is not None and (node.op_type in MATRIX or grid.levels not in (256, 65536))
+        key = (source, *(value.tobytes() for value in qparams), grid, axis, by_operations)
         if key not in self.shared:
-            self.shared[key] = self._quantize(source, scale.numpy(), zero_point.numpy(), grid, axis)
+            if axis is not None and by_operations:
+                self.shared[key] = self._round(source, *qparams, grid, axis)
+            else:
+                self.shared[key] = self._quantize(source, *qparams, grid, axis)
         node.input[operand] = self.shared[key]
+
+    def _round(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int) -> str:
+        """An activation on its levels, by float operations: what `fake_quantize` computes, bit for bit."""
+        shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]
+        added, stem = self.behind[source], f"{source}.quantized_{len(self.shared)}"
+        constants = {
+            "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point, "scale": scale,
+        }  # fmt: skip
+        inverse, low, high, step = (
+            self._initializer(f"{stem}_{key}", value.astype(np.float32).reshape(shape), TensorProto.FLOAT)
+            for key, value in constants.items()
+        )
+        value = _make(added, "Mul", [source, inverse], f"{stem}_steps")
+        value = _make(added, "Round", [value], f"{stem}_rounded")
+        value = _make(added, "Max", [value, low], f"{stem}_raised")
+        value = _make(added, "Min", [value, high], stem)
+        return _make(added, "Mul", [value, step], f"{stem}_real")
+
+    def _rank(self, name: str) -> int:
+        found = [value for value in (*self.graph.value_info, *self.graph.input) if value.name == name]
+        if not found:
+            raise ExportError(f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end")
+        return len(found[0].type.tensor_type.shape.dim)
 
     def _quantize(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None) -> str:
         # Next to where it is made: those who read it may stand in any order.
         added = self.behind[source]
         bits = 8 if grid.levels <= 256 else 16
         stem = f"{source}.quantized_{len(self.shared)}"
-        whole = grid.levels in (256, 65536)
-        if not whole:
+        outermost = {"low": (grid.quant_min - zero_point) * scale, "high": (grid.quant_max - zero_point) * scale}
+        if axis is None and scale <= MIN_SCALE:
+            # Nothing but 0 was seen, and nothing else passes.
+            scale, outermost = np.full_like(scale, _SCALE_OF_ZEROS), dict.fromkeys(outermost, np.zeros_like(scale))
+        elif grid.levels in (256, 65536):
+            outermost = {}
+        if outermost:
             # Fewer levels than the type has: clipped to the outermost ones first.
-            if axis is not None:
-                raise ExportError(f"{source}: per-channel activations of {grid.levels} levels have no exact form in ONNX")
-            outermost = {"low": grid.quant_min, "high": grid.quant_max}
-            ends = [
-                self._initializer(f"{stem}_{key}", np.asarray((end - zero_point) * scale, np.float32), TensorProto.FLOAT)
-                for key, end in outermost.items()
-            ]
+            ends = [self._initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT) for key, end in outermost.items()]
             source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
         # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
         kind = self._type(bits, False, source)
@@ -317,3 +325,17 @@ def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tenso
     over_q, over_scale = (-1, *[1] * (q.ndim - 1)), (-1, *[1] * (scale.ndim - 1))
     q = torch.where(opposite.view(over_q), -q, q).masked_fill(gone.view(over_q), 0)
     return q, (scale * factor.view(over_scale)).masked_fill(gone.view(over_scale), 1.0)
+
+
+def _ordinary(scale: Tensor, q: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Scales of output channels, the median one for those whose weights are all 0, where any says the same.
+
+    Their own scale is the smallest that there is, and biases are rounded in steps of it.
+
+    >>> _ordinary(torch.tensor([0.5, 1e-30]), torch.tensor([[1, 2], [0, 0]]), None)
+    tensor([0.5000, 0.5000])
+    """
+    rows = q.flatten(1) if scale.ndim else q.reshape(1, -1)
+    dead = (rows == (0 if zero_point is None else zero_point.reshape(-1, 1))).all(1)
+    live = scale.reshape(-1)[~dead].abs()
+    return torch.where(dead.view(scale.shape), live.median() if len(live) else _SCALE_OF_ZERO_WEIGHTS, scale)

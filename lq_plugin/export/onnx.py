@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.biases import settle_biases
 from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
 from lq_plugin.export.codes import encode
 from lq_plugin.export.containers import Container, container, refusal
@@ -106,10 +107,8 @@ def export_onnx(
     nodes, faults = _put_weights(graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations)
     # Behind all weights, which take batch norms out of the graph.
     for name in (name for name in nodes if name in activations):
-        scale, *rest = _activation(activations[name])
         for node in nodes[name]:
-            graph.put_activation(node, scale, *rest)
-            graph.put_bias(name, node, scale)
+            graph.put_activation(node, *_activation(activations[name]))
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     for name, what in graph.slow.items():
@@ -117,6 +116,8 @@ def export_onnx(
     file = graph.finish()
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
         log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
+    for bias in settle_biases(file):
+        log.warning("%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there", bias)
     onnx.checker.check_model(file, full_check=True)
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
@@ -227,7 +228,7 @@ def _slot_faults(name: str, layer: QuantizedLayer) -> list[str]:
     """What ONNX cannot say of a layer's input and output."""
     faults = []
     if layer.output_quantizer is not None:
-        faults.append(f"{name}.output: quantized outputs have no place in the file yet; quantize the input of the next layer")
+        faults.append(f"{name}.output: a file has one step between two layers, that of the next one's input: leave the output float")
     if layer.input_quantizer is not None and (reason := _no_fixed_scale(layer.input_quantizer)) is not None:
         faults.append(reason)
     return faults

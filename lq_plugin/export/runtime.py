@@ -20,8 +20,8 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     ONNX Runtime turns a DequantizeLinear before a MatMul into one operation and, left to itself, rounds the float
     activations of it to 8 bits, although the file does not ask for it. The accuracy level decides.
 
-    Float weights (and those from a table) of a convolution or Gemm beside whole numbers it rounds to 8 bits as well, which is
-    switched off for files that have such. Another session has it: `disabled_optimizers=["WeightBiasQuantization"]`.
+    It quantizes what a file leaves float next to quantized activations, biases (that may not fit into int32) and weights. That pass,
+    `WeightBiasQuantization`, is off here. Files of `export_onnx` need nothing of it: they compute the same in any session.
 
     On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits: large weights
     beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as uint8, whose kernels do not.
@@ -59,7 +59,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
         raise ExportError(f"{where} is no ONNX file, or a damaged one: {error}") from error
     if saturates() and _weights_as_unsigned(model):
         content = model.SerializeToString()
-    disabled = ["WeightBiasQuantization"] if _has_float_weights(model) else []
+    disabled = ["WeightBiasQuantization"]
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except _refusals() as error:
@@ -88,16 +88,6 @@ def saturates() -> bool:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x, w = np.full((64, 64), 255, np.uint8), np.full((64, 64), 127, np.int8)
     return bool((session.run(None, {"x": x, "w": w})[0] != 255 * 127 * 64).any())
-
-
-def _has_float_weights(model: Any) -> bool:
-    """Whether float weights, or weights from a table, are multiplied with dequantized activations."""
-    nodes = model.graph.node
-    weights = {tensor.name for tensor in model.graph.initializer}
-    weights |= {node.output[0] for node in nodes if node.op_type == "Gather" and node.input[0] in weights}
-    whole = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    kinds = ("Conv", "ConvTranspose", "Gemm")
-    return any(node.op_type in kinds and node.input[0] in whole and node.input[1] in weights for node in nodes)
 
 
 def _weights_as_unsigned(model: Any) -> bool:

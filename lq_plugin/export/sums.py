@@ -8,7 +8,8 @@ runtime has an integer kernel only for a convolution whose output is quantized a
 
 Here both operands and the result of such sums get a QuantizeLinear and a DequantizeLinear of 8 bits, their ranges found on
 calibration data, by running the file. A shortcut that leads from a tensor which is quantized to 8 bits already reads that
-one; slices and zero pads on its way then move whole numbers. This is more rounding than the plan asks for: compare with
+one; slices and zero pads on its way then move whole numbers. Where only layers of other levels read the
+sum (16 bits, a scale for each channel), theirs alone are in force. This is more rounding than the plan asks for: compare with
 `lq_plugin.export.verify`.
 """
 
@@ -86,7 +87,8 @@ class _Sums:
 
     def quantize(self, sums: list[onnx.NodeProto], feeds: Iterable[Feed], range_name: str) -> None:
         operands = {self._origin(name) for node in sums for name in node.input}
-        results = {self._result(node) for node in sums}
+        # What every reader rounds to levels of its own gets no others before: of two pairs in a row ONNX Runtime (1.32) may take one.
+        results = {name for name in map(self._result, sums) if self._codes(name) or not self._is_quantized(name)}
         wanted = sorted(operands | results)
         unknown = [name for name in wanted if self._codes(name) is None]
         ranges = self._ranges(unknown, feeds, range_name)
@@ -96,9 +98,13 @@ class _Sums:
                 node.input[index] = self._moved(name, real)
         for name, (quantizer, dequantized) in real.items():
             for reader in self.readers.get(name, []):
-                if reader is not quantizer:
+                if reader is not quantizer and reader.op_type != "QuantizeLinear":
                     reader.input[:] = [dequantized if value == name else value for value in reader.input]
         self._rebuild()
+
+    def _is_quantized(self, name: str) -> bool:
+        readers = self.readers.get(name, [])
+        return bool(readers) and all(node.op_type == "QuantizeLinear" for node in readers)
 
     def _is_integer_conv(self, name: str) -> bool:
         node = self.producer.get(name)

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from lq_plugin import calibrate, prepare
 from lq_plugin.errors import ExportError
 from lq_plugin.export import export_onnx, load_packed, save_packed, use_torchao
+from lq_plugin.export.float_model import inference_copy
 
 
 @pytest.fixture
@@ -42,3 +43,19 @@ def test_made_plain_it_is_exported(model: nn.Module, tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     load_packed(other, tmp_path / "model.safetensors")
     assert torch.equal(other.eval()(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
+def test_layers_left_float_are_copied_after_a_training_step(kind) -> None:
+    """The hooks of old keep a weight with a gradient function in the module, which torch refuses to copy."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(kind(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4)), torch.randn(5, 8)
+    prepare(net, {"rules": [{"match": "2", "weight": "int8 per_channel", "input": "uint8 affine"}]})
+    calibrate(net, [x])
+    net.train()(x).sum().backward()
+    computed = vars(net[0])["weight"]
+    copied = inference_copy(net)
+    assert vars(net[0])["weight"] is computed
+    assert computed.grad_fn is not None
+    assert torch.equal(copied(x), net.eval()(x))

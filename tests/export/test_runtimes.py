@@ -10,6 +10,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
+from tests.export.test_biases import plain  # noqa: E402
 
 
 def assert_exact(session, net, x):
@@ -30,7 +31,8 @@ def test_float_weights_are_not_rounded(kind, weight, tmp_path):
     prepare(net, QuantPlan([Rule("*", weight=weight, input="uint8 affine")]))
     calibrate(net, [x])
     export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"])
-    assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)
+    for session in (onnx_session(tmp_path / "net.onnx", threads=1), plain(tmp_path / "net.onnx")):
+        assert_exact(session, net, x)
 
 
 @pytest.mark.parametrize("weight", ["int4 per_channel", "uint3 affine per_tensor", "int2 per_channel"])
@@ -68,3 +70,30 @@ def test_groups_without_a_kernel_are_named(tmp_path, caplog):
             export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"], smallest=smallest)
         assert ("0: ONNX Runtime has no kernel for 2-bit groups of 16" in caplog.text) == warned
         assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)
+
+
+@pytest.mark.parametrize("inputs", ["uint8 per_channel affine", "int6 per_channel"])
+def test_a_scale_for_each_channel_in_front_of_matrix_products(inputs, tmp_path):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 4)), torch.randn(6, 5, 8) * torch.logspace(-2, 2, 8)
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input=inputs)]))
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"])
+    for session in (onnx_session(tmp_path / "net.onnx", threads=1), OpenVINOSession(tmp_path / "net.onnx", threads=1)):
+        got = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        torch.testing.assert_close(got, net(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.t() + x.square() @ self.weight.abs().t()
+
+
+def test_weights_of_two_bits_that_are_transposed(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Twice(64, 32)), torch.randn(8, 64)
+    prepare(net, "int2 per_channel affine mse")
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"])
+    assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)

@@ -165,3 +165,15 @@ def test_openvino_reads_the_same_file(tmp_path):
     export_onnx(small, (torch.randn(2, 8),), tmp_path / "int2.onnx")
     with pytest.raises(ExportError, match="has no INT2: export with smallest=4"):
         OpenVINOSession(tmp_path / "int2.onnx")
+
+
+@pytest.mark.parametrize("inputs", ["int16", pytest.param("uint8 affine per_channel", marks=pytest.mark.slow)])
+def test_a_sum_is_rounded_once_for_the_layer_that_reads_it(inputs, tmp_path):
+    torch.manual_seed(0)
+    net, x = Residual(), torch.randn(8, 3, 16, 16)
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), Rule("down", input=inputs)]))
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), tmp_path / "net.onnx", sums_from=[x])
+    model = onnx.load(tmp_path / "net.onnx")
+    real = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    assert not [node.name for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in real]
