@@ -18,7 +18,7 @@ from lq_plugin.files import make_folder
 from lq_plugin.plan import QuantPlan
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule
     from torch import Tensor
 
     from lq_plugin import PTQ
@@ -217,6 +217,7 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
     Raises:
         CalibrationError: there is no data, and what cannot do without is asked for.
     """
+    from lq_plugin.callbacks.traces import SilentLogger
     from lq_plugin.instantiate import instantiate_for
     from lq_plugin.lightning_packages import is_overridden, package_of
 
@@ -227,5 +228,6 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
     check = package_of(model).callbacks.LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
     # One batch: nobody sees a metric of it.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
-    trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=[check, ptq], **quiet)
+    trainer: Any = instantiate_for(model, cfg.trainer, callbacks=[check, ptq], **quiet)
+    trainer.logger = SilentLogger()  # a step that calls its logger finds one
     trainer.validate(model, datamodule=datamodule, verbose=False)

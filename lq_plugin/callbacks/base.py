@@ -15,11 +15,11 @@ from lq_plugin.callbacks.data import (
     one_float_batch,
     statistics_merger,
     with_progress,
-    without_traces,
 )
 from lq_plugin.callbacks.neighbours import move_before, renew_averages, tuners
 from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep, step_runner
+from lq_plugin.callbacks.traces import without_traces
 from lq_plugin.errors import PlanError
 from lq_plugin.lightning_packages import Callback, isolate_rng
 from lq_plugin.model.calibrate import (
@@ -97,9 +97,8 @@ class QuantizationCallback(Callback):
         """A recorded batch of the float module, where the plan names operations that are not known yet."""
         if not needs_recording(pl_module, self.plan):
             return None
-        run = one_float_batch(trainer, pl_module, self.dataloader, self.calibration_step)
         with resharded(pl_module), without_traces(pl_module), evaluating(pl_module), torch.no_grad(), isolate_rng():
-            return record(pl_module, run)
+            return record(pl_module, one_float_batch(trainer, pl_module, self.dataloader, self.calibration_step))
 
     def inject(self, pl_module: LightningModule, recording: Recording | None = None) -> Ledger:
         """Put the quantizers in; nothing changes when they are in already.
@@ -124,12 +123,11 @@ class QuantizationCallback(Callback):
             CalibrationError: when there is no batch.
         """
         if self.recording is None:
-            run = one_batch(trainer, pl_module, self.dataloader, self.calibration_step)
             with (
                 resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module),
                 torch.no_grad(), isolate_rng(),
             ):  # fmt: skip
-                self.recording = record(pl_module, run)
+                self.recording = record(pl_module, one_batch(trainer, pl_module, self.dataloader, self.calibration_step))
             self.ledger.add_recording(self.recording)
             rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
         self.ledger.require(self.min_coverage)

@@ -1,16 +1,13 @@
-"""Batches for calibration, and running a LightningModule on them without leaving traces."""
+"""Batches for calibration, and the step that runs a LightningModule on them."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import rich.progress
 import torch
-from torchmetrics import Metric
 
 from lq_plugin.callbacks.steps import CalibrationStep, as_step, loop_of, own_step, step_runner
 from lq_plugin.errors import CalibrationError
@@ -163,28 +160,6 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
             f"no calibration data: {type(owner).__name__}.train_dataloader fails in an evaluation, {type(error).__name__}: {error}; "
             "give the batches: PTQ(plan, dataloader=...)"
         ) from error
-
-
-@contextmanager
-def without_traces(pl_module: LightningModule) -> Iterator[None]:
-    """Nothing is logged inside, and torchmetrics' states are as before afterwards."""
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
-    states = [(m, {key: copy.deepcopy(getattr(m, key)) for key in m._defaults}, m._update_count, m._computed) for m in metrics]
-    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
-        pl_module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for name, before in silenced.items():
-            if before is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = before
-        for metric, state, updates, computed in states:
-            for key, value in state.items():
-                setattr(metric, key, value)
-            metric._update_count, metric._computed = updates, computed
 
 
 def all_reduce_max(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lq_plugin.callbacks.data import without_traces
 from lq_plugin.callbacks.steps import step_runner
+from lq_plugin.callbacks.traces import silenced
 from lq_plugin.errors import PlanError, raise_all
+from lq_plugin.model.kept_state import KeptState
 from lq_plugin.model.prepare import remove
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ class Teacher:
         if state is not None:
             self.module.load_state_dict(state)
         self.module._trainer = trainer
-        self.run = step_runner(trainer, self.module, calibration_step)
+        self.step = step_runner(trainer, self.module, calibration_step)
+        # Its own, so that what its steps keep does not grow with the batches.
+        self.before = KeptState(self.module)
         self.output = distillation.output
         if self.output is not None and self.output not in dict(pl_module.named_modules()):
             raise PlanError(f"distill: {type(pl_module).__name__} has no submodule {self.output!r}")
@@ -145,9 +148,17 @@ class Teacher:
         """The float model's logits for a batch, one for each call."""
         if self.output is None:
             self.output = self._find_output(batch)
-        with torch.no_grad(), without_traces(self.module), _outputs(self.module, self.output) as logits:
+        with _outputs(self.module, self.output) as logits:
             self.run(batch)
         return logits
+
+    def run(self, batch: Any) -> None:
+        """Run the step of the float model; it leaves no trace, not even in the float model."""
+        try:
+            with torch.no_grad(), silenced(self.module):
+                self.step(batch)
+        finally:
+            self.before.restore()
 
     def _find_output(self, batch: Any) -> str:
         """The last module with parameters that the step calls itself, not from within another one."""
@@ -170,8 +181,7 @@ class Teacher:
         chosen = [(n, m) for n, m in self.module.named_modules() if not isinstance(m, Metric) and any(True for _ in m.parameters())]
         handles = [m.register_forward_pre_hook(enter(n)) for n, m in chosen] + [m.register_forward_hook(leave) for _, m in chosen]
         try:
-            with torch.no_grad(), without_traces(self.module):
-                self.run(batch)
+            self.run(batch)
         finally:
             for handle in handles:
                 handle.remove()

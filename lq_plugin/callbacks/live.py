@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lq_plugin.callbacks.data import without_traces
 from lq_plugin.callbacks.steps import step_runner
+from lq_plugin.callbacks.traces import without_traces
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.lightning_packages import is_overridden, isolate_rng
 from lq_plugin.model.calibrate import evaluating, float_forward

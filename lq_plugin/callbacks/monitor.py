@@ -56,8 +56,7 @@ class QuantMonitor(Callback):
         max_layers: the largest so many layers get a box plot and a histogram of their own.
         page: add the report page (`lq_plugin.report`) to the files of the last report, about 0.2 s a layer.
         float_loss: every `FLOAT_LOSS_STEPS` optimizer steps at most, when scalars are due, run the module's validation step
-            on the training batch twice, quantized and float: `quant/quantized/loss`, `quant/float/loss`. Not for a step
-            that collects its outputs in the module: it would find these among them.
+            on the training batch twice, quantized and float: `quant/quantized/loss`, `quant/float/loss`.
         terminal: print a table of the layers when training starts and when it or an evaluation ends; None: where the
             Trainer shows a progress bar.
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import Progress, TaskID
 
-from lq_plugin.callbacks.data import calibration_batches, with_progress, without_traces
+from lq_plugin.callbacks.data import calibration_batches, with_progress
 from lq_plugin.callbacks.steps import step_runner
+from lq_plugin.callbacks.traces import without_traces
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
 from lq_plugin.model.batch_norm import reestimate_batch_norm
 from lq_plugin.model.bias_correct import bias_correct
@@ -204,7 +205,6 @@ def _reconstruct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None
     options = dict(ptq.phase_options.get("reconstruct", {}))
     by = options.pop("by", "block")
     chosen = ReconstructOptions(**options)
-    batches = list(calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches))
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     with without_traces(pl_module), Progress(disable=not shown, transient=True) as progress:
         tasks: dict[str, TaskID] = {}
@@ -215,6 +215,7 @@ def _reconstruct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None
             progress.update(tasks[unit], completed=iteration)
 
         ptq.keep_float_weights(pl_module)
+        batches = list(calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches))
         run = step_runner(trainer, pl_module, ptq.calibration_step)
         ptq.reconstruction = reconstruct(pl_module, batches, run, by, chosen, on_step=on_step)
     for layer, reason in ptq.reconstruction.skipped.items():

@@ -22,6 +22,7 @@ import torch
 
 from lq_plugin.callbacks import PTQ
 from lq_plugin.callbacks.phases import check_phases, names_and_options
+from lq_plugin.callbacks.traces import KeepState, SilentLogger
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
@@ -129,7 +130,9 @@ class Evaluator:
 
     def make_trainer(self, **options: Any) -> Trainer:
         """A Trainer that shows, logs and keeps nothing."""
-        return self._make_trainer(**QUIET, **options)
+        trainer = self._make_trainer(**QUIET, **options)
+        trainer.logger = SilentLogger()  # a step that calls its logger finds one
+        return trainer
 
     def float_copy(self) -> LightningModule:
         """The module with its float weights, batch norms included, and nothing of the search; it belongs to no Trainer."""
@@ -306,8 +309,15 @@ class Evaluator:
         return self.space
 
     def _validate(self) -> dict[str, float]:
-        with interrupts_kept():
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        # One trial finds the module as the other did, with all that its steps have counted, kept and cached.
+        callbacks, keeper = vars(self.trainer)["callbacks"], KeepState()
+        callbacks.insert(0, keeper)
+        try:
+            with interrupts_kept():
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        finally:
+            callbacks.remove(keeper)
+            keeper.close()
         return logged(self.trainer)
 
 

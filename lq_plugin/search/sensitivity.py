@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lq_plugin.callbacks.data import calibration_batches, without_traces
+from lq_plugin.callbacks.data import calibration_batches
 from lq_plugin.callbacks.steps import as_step, step_runner
+from lq_plugin.callbacks.traces import without_traces
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.lightning_packages import Callback, is_overridden
