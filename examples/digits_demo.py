@@ -1,7 +1,7 @@
 """The main job from end to end, on data that comes with scikit-learn: `make demo`.
 
 1. trains a small CNN, float;
-2. calibrates it to 4 bits with each range estimator (PTQ);
+2. calibrates it to 4 bits with each range estimator, and to 2 bits everywhere (PTQ);
 3. searches bits, granularity and clipping of every layer with Optuna;
 4. trains on with the best plan that fits the budget (QAT), tracked by W&B, offline;
 5. loads the checkpoint into a new model, scores it, and writes it as a packed file.
@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,11 +33,25 @@ from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.export import save_packed
 from lq_plugin.model.cost import cost
+from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.report import model_report, study_report, write_page
 from lq_plugin.search import Space, StudyError, search
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
+#: The plan that the searched one is compared with: its budget is what this one takes.
+UNIFORM = "w2 mse a8 mse"
 console = Console()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table at the end: effective bits of its weights, bits of its layers' inputs."""
+
+    name: str
+    accuracy: float
+    effective_bits: float
+    inputs: str
+    bytes: int
 
 
 def main() -> None:
@@ -55,23 +69,23 @@ def main() -> None:
     model = DigitsCNN(width=args.width)
     trainer(args.float_epochs).fit(model, datamodule=data)
     torch.save(model.state_dict(), output / "float.pt")
-    rows = [("float", test(model, data), 32.0, float_bytes(model), "-")]
+    rows = [Row("float", test(model, data), 32.0, "32", float_bytes(model))]
 
     console.rule("2. PTQ: int4 weights, uint4 activations, each range estimator")
     table = Table("range", "val/acc", "test/acc")
     uniform = {}
     for name in ESTIMATORS:
-        calibrated = copy.deepcopy(model)
-        ptq = PTQ(f"w4 {name} a4 {name}")
-        (result,) = trainer(callbacks=[ptq], enable_progress_bar=False).validate(calibrated, datamodule=data, verbose=False)
-        uniform[name] = (result["val/acc"], test(calibrated, data), calibrated)
-        table.add_row(name, percent(result["val/acc"]), percent(uniform[name][1]))
+        plan = f"w4 {name} a4 {name}"
+        ptq = copy.deepcopy(model)
+        (result,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(ptq, datamodule=data, verbose=False)
+        uniform[name] = (result["val/acc"], scored(f"PTQ, {plan}", ptq, data))
+        table.add_row(name, percent(result["val/acc"]), percent(uniform[name][1].accuracy))
     console.print(table)
-    chosen = max(uniform, key=lambda name: uniform[name][0])
-    price = cost(uniform[chosen][2])
-    rows.append((f"PTQ, {chosen}", uniform[chosen][1], price.effective_bits, price.bytes, "w4a4"))
+    rows.append(max(uniform.values(), key=lambda scores: scores[0])[1])
+    rows.append(scored(f"PTQ, {UNIFORM}", calibrated(model, data, UNIFORM), data))
+    budget = rows[-1].effective_bits if args.budget is None else args.budget
 
-    console.rule(f"3. search: {args.trials} trials, at most {args.budget} effective bits")
+    console.rule(f"3. search: {args.trials} trials, at most {budget:.2f} effective bits")
     weight = {"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}
     space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
     try:
@@ -80,13 +94,11 @@ def main() -> None:
         # What it was made for stands in the error, value by value; here one sentence will do.
         sys.exit(f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output")
     console.print(result.table())
-    best = result.best(args.budget)
+    best = result.best(budget)
     plan_path = output / "plan.yaml"
     best.plan.to_yaml(plan_path)
-    searched = copy.deepcopy(model)
-    trainer(callbacks=[PTQ(plan_path)], enable_progress_bar=False).validate(searched, datamodule=data, verbose=False)
-    price = cost(searched)
-    rows.append(("PTQ, searched", test(searched, data), price.effective_bits, price.bytes, plan_path.name))
+    searched = calibrated(model, data, plan_path)
+    rows.append(scored("PTQ, searched", searched, data))
 
     console.rule("4. QAT of that plan, from the float weights")
     seed_everything(args.seed, verbose=False)  # whatever the search drew
@@ -103,8 +115,7 @@ def main() -> None:
     # A new model, as another program would load it.
     loaded = DigitsCNN(width=args.width)
     load_checkpoint(loaded, output / "quantized.ckpt")
-    price = cost(loaded)
-    rows.append(("QAT of it", test(loaded, data), price.effective_bits, price.bytes, plan_path.name))
+    rows.append(scored("QAT of that plan", loaded, data))
     save_packed(loaded, output / "model.safetensors")
     trained = model_report(
         tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics,
@@ -112,7 +123,7 @@ def main() -> None:
     )  # fmt: skip
     write_page(replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html")
 
-    show(rows, output, time.perf_counter() - start)
+    show(rows, len(data.test_dataloader().dataset), output, time.perf_counter() - start)
 
 
 def trainer(max_epochs: int = 1, callbacks: list | None = None, logger: WandbLogger | bool = False, **options) -> Trainer:
@@ -122,6 +133,20 @@ def trainer(max_epochs: int = 1, callbacks: list | None = None, logger: WandbLog
     return Trainer(
         max_epochs=max_epochs, accelerator="cpu", callbacks=[*(callbacks or []), *progress], logger=logger, **(defaults | options)
     )
+
+
+def calibrated(model: DigitsCNN, data: DigitsDataModule, plan: str | Path) -> DigitsCNN:
+    """A copy of the float model, calibrated to `plan`."""
+    copied = copy.deepcopy(model)
+    trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(copied, datamodule=data, verbose=False)
+    return copied
+
+
+def scored(name: str, model: DigitsCNN, data: DigitsDataModule) -> Row:
+    """The row of a quantized model."""
+    price = cost(model)
+    widths = {layer.input_quantizer.spec.bit_width for _, layer in quantized_layers(model) if layer.input_quantizer is not None}
+    return Row(name, test(model, data), price.effective_bits, " and ".join(map(str, sorted(widths))), price.bytes)
 
 
 def test(model: DigitsCNN, data: DigitsDataModule) -> float:
@@ -134,12 +159,14 @@ def float_bytes(model: torch.nn.Module) -> int:
     return sum(4 * tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
-def show(rows: list[tuple[str, float, float, int, str]], output: Path, seconds: float) -> None:
-    table = Table("model", title="digits: 360 test images")
-    for column in ("accuracy", "effective bits", "bytes", "smaller", "plan"):
+def show(rows: list[Row], images: int, output: Path, seconds: float) -> None:
+    note = f"digits, {images} test images: one of them, {percent(1 / images)}, makes no difference"
+    table = Table("model", title=note)
+    for column in ("accuracy", "weight bits", "input bits", "bytes", "smaller"):
         table.add_column(column, justify="right")
-    for name, accuracy, bits, size, plan in rows:
-        table.add_row(name, percent(accuracy), f"{bits:.2f}", f"{size:,}", f"{rows[0][3] / size:.1f} x", plan)
+    for row in rows:
+        smaller = f"{rows[0].bytes / row.bytes:.1f} x"
+        table.add_row(row.name, percent(row.accuracy), f"{row.effective_bits:.2f}", row.inputs, f"{row.bytes:,}", smaller)
     console.print(table)
     for what, path in (
         ("report page", "report.html"),
@@ -176,7 +203,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/digits_demo"), help="where everything is written")
     parser.add_argument("--trials", type=int, default=160)
-    parser.add_argument("--budget", type=float, default=3.0, help="largest effective bits of the chosen plan")
+    parser.add_argument("--budget", type=float, help="largest effective bits of the chosen plan; those of 2 bits everywhere when not given")
     parser.add_argument("--float-epochs", type=int, default=12)
     parser.add_argument("--qat-epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
