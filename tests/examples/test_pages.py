@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from functools import partial
@@ -15,9 +16,11 @@ import pytest
 import torch
 import yaml
 
-from lq_plugin import QAT, QuantPlan, calibrate, prepare
+from benchmarks.qsnr import COLUMNS, DATA, ROWS, quantized
+from lq_plugin import QAT, QuantPlan, QuantSpec, calibrate, prepare
 from lq_plugin.callbacks.phases import PHASES
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from lq_plugin.model.cost import spec_bits
 from tests.examples.conftest import EXAMPLES
 from tests.examples.test_migration import FAST
 
@@ -147,16 +150,14 @@ def test_the_low_bit_table_is_that_of_the_benchmark() -> None:
         assert numbers(bits)[0] == pytest.approx(row["effective_bits"], abs=0.011), name
 
 
-def test_the_format_table_is_that_of_the_benchmark() -> None:
-    names = {"int4 per_channel": ["int4 minmax", "int4 mse"], "int4 group16:4": ["VS-Quant 4/16:4"]}
-    rows = result("qsnr")["results"]
+def test_the_format_table_is_what_its_specs_compute() -> None:
+    samples = {kind: DATA[kind]((ROWS, COLUMNS), torch.Generator().manual_seed(0)).double() for kind in ("gaussian", "laplace", "relu")}
     for title, bits, *cells in table("## What the formats keep")[1:]:
-        (name,) = re.findall(r"`(.+?)`", title)
-        wanted = names.get(name) or [next(r["format"] for r in rows if r["spec"].startswith(name))]
-        for kind, cell in zip(("gaussian", "laplace", "relu"), cells, strict=True):
-            chosen = [next(r for r in rows if (r["format"], r["data"]) == (format_name, kind)) for format_name in wanted]
-            assert numbers(cell) == [pytest.approx(r["qsnr_db"], abs=0.0501) for r in chosen], (name, kind)
-            assert numbers(bits) == pytest.approx([chosen[0]["effective_bits"]], abs=0.01), name
+        specs = [QuantSpec.parse(text) for text in re.findall(r"`(.+?)`", title)]
+        assert numbers(bits) == pytest.approx([spec_bits(specs[0], (ROWS, COLUMNS)) / (ROWS * COLUMNS)], abs=0.01), title
+        for (kind, x), cell in zip(samples.items(), cells, strict=True):
+            error = x - quantized(x.float(), specs[-1] if kind == "relu" else specs[0])
+            assert numbers(cell) == pytest.approx([10 * math.log10(x.square().sum() / error.square().sum())], abs=0.0501), (title, kind)
 
 
 STEPS = {
