@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.export_command import check_export, run_export
 from lq_plugin.files import make_folder, write_file
+from lq_plugin.hydra_files import hide_passwords, plain, storage_passwords
+from lq_plugin.passwords import masked, without
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -41,7 +44,7 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The metric named by `optimized_metric`, for a sweep; None when none is named.
     """
-    with told():
+    with told(cfg):
         check_request(cfg)
         return optimized_metric(run(cfg), cfg.optimized_metric)
 
@@ -55,7 +58,8 @@ def run(cfg: DictConfig) -> Metrics:
     log_once()
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     output_dir = make_folder(cfg.paths.output_dir)
-    write_file(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    shown = masked(plain(cfg))
+    write_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(shown)))
 
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
@@ -70,7 +74,7 @@ def run(cfg: DictConfig) -> Metrics:
     loggers = [instantiate_for(model, entry) for entry in (cfg.get("logger") or {}).values()]
     trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=callbacks, logger=loggers)
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_hyperparams(shown)
         if metrics:
             logger.log_metrics(metrics, step=0)
     metrics |= run_stages(cfg, trainer, model, datamodule)
@@ -177,18 +181,27 @@ def log_once() -> None:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def told(cfg: DictConfig) -> Iterator[None]:
     """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the traceback.
 
-    The W&B run of this job ends: the next job of a multirun would go on writing into it.
+    The W&B run of this job ends: the next job of a multirun would go on writing into it. Passwords of storages are taken out of
+    what Hydra has written, and out of what is said.
     """
+    passwords = storage_passwords(cfg)
+    hide_passwords(passwords)
     try:
         yield
     except QuantizationError as error:
         if HydraConfig.get().mode != RunMode.RUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
-        log.error("%s", error)
+        log.error("%s", without(str(error), passwords))
         sys.exit(2)
+    except Exception:
+        # Hydra would show the overrides next to the traceback.
+        if not passwords or HydraConfig.get().mode != RunMode.RUN:
+            raise
+        log.error("%s", without(traceback.format_exc(), passwords))
+        sys.exit(1)
     finally:
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
             wandb.finish()
@@ -197,7 +210,7 @@ def told() -> Iterator[None]:
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
 def search(cfg: DictConfig) -> None:
     """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
-    with told():
+    with told(cfg):
         check_request(cfg)
         log_once()
         from lq_plugin.search.main import run as run_search
@@ -212,7 +225,7 @@ def search(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
 def sensitivity(cfg: DictConfig) -> None:
     """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`."""
-    with told():
+    with told(cfg):
         check_request(cfg)
         log_once()
         from lq_plugin.search.sensitivity_main import run as run_sensitivity
@@ -223,7 +236,7 @@ def sensitivity(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
 def export(cfg: DictConfig) -> None:
     """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX."""
-    with told():
+    with told(cfg):
         # Before Lightning is imported, which takes longer than anything that can be wrong with a request takes to say.
         check_export(cfg)
         log_once()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "lazy", "errors", "files", "lightning_packages", "instantiate", "extras", "export_options", "plain_yaml",
+    "lazy", "errors", "files", "passwords", "hydra_files", "lightning_packages", "instantiate", "extras", "export_options", "plain_yaml",
     "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
     "native", "functional", "metrics", "ranges",
     "quantizers", "layers", "model", "plots", "export", "report",

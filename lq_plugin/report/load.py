@@ -84,8 +84,9 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
     from sqlalchemy.exc import SQLAlchemyError
 
     from lq_plugin.report.study import study_report
+    from lq_plugin.search.database import quiet
     from lq_plugin.search.result import SearchResult
-    from lq_plugin.search.storage import FINGERPRINT, quiet
+    from lq_plugin.search.storage import FINGERPRINT
 
     parsed = make_url(url)
     if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").is_file():

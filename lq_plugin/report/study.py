@@ -106,7 +106,7 @@ def parameter_importance(result: SearchResult) -> dict[str, float]:
         return {}
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    from lq_plugin.search.storage import quiet
+    from lq_plugin.search.database import quiet
 
     with quiet(), warnings.catch_warnings():
         # It says that smaller targets count as better, which the sign is for.

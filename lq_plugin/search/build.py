@@ -15,7 +15,8 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.storage import quiet
+from lq_plugin.passwords import masked, passwords_in, without
+from lq_plugin.search.database import quiet
 
 _PARTS: tuple[type, ...] = (BaseSampler, BasePruner, BaseStorage, BaseJournalBackend)
 
@@ -28,7 +29,7 @@ def part_class(config: Any, kind: type, where: str) -> type:
     """
     target = config.get("_target_") if isinstance(config, Mapping) else None
     if not isinstance(target, str):
-        raise QuantizationError(f"{where}: a mapping with the _target_ of an Optuna {kind.__name__} is wanted, got {config!r}")
+        raise QuantizationError(f"{where}: a mapping with the _target_ of an Optuna {kind.__name__} is wanted, got {masked(config)!r}")
     try:
         found = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
@@ -64,7 +65,7 @@ def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
         with quiet():
             return made(**arguments)
     except (TypeError, ValueError) as error:
-        raise QuantizationError(f"{where}: cannot make {config['_target_']}: {error}") from error
+        raise QuantizationError(f"{where}: cannot make {config['_target_']}: {without(str(error), passwords_in(config))}") from error
 
 
 def _nested(config: Mapping[str, Any], where: str) -> Any:

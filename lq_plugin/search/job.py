@@ -29,17 +29,21 @@ from typing import Any
 import optuna
 from hydra.core.hydra_config import HydraConfig
 from optuna import Study, Trial, TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.hydra_files import hide_passwords
+from lq_plugin.passwords import passwords_in
 from lq_plugin.search.build import build
 from lq_plugin.search.constraint import Constraint
+from lq_plugin.search.database import SharedStorage, StudyError, has_heartbeat, quiet, rdb_storage
 from lq_plugin.search.dominance import REPORTS, with_report
 from lq_plugin.search.objective import ERROR, METRICS
-from lq_plugin.search.storage import StudyError, has_heartbeat, quiet, rdb_storage
+from lq_plugin.search.others import TAKEN_FOR_DEAD
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +84,7 @@ class StudyAccess:
             storage = (
                 _connected(self.storage, self.heartbeat, os.getpid())
                 if isinstance(self.storage, str)
-                else build(self.storage, BaseStorage, "hydra.sweeper.storage")
+                else SharedStorage.of(build(self.storage, BaseStorage, "hydra.sweeper.storage"))
             )
             # A job samples nothing.
             return optuna.load_study(study_name=self.name, storage=storage, sampler=RandomSampler(), pruner=pruner)
@@ -168,14 +172,19 @@ class JobTrial:
         self.tell(TrialState.FAIL, None, {ERROR: error} | ({INTERRUPTED: True} if interrupted else {}))
 
     def tell(self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None) -> None:
-        """Record how the trial ended."""
-        for limit in self.access.constraints:
-            if limit.name in self.metrics and math.isfinite(self.metrics[limit.name]):
-                with quiet():
-                    self._trial.set_constraint(str(limit), limit.violation(self.metrics))
-        for name, value in {**({METRICS: self.metrics} if self.metrics else {}), **(attrs or {})}.items():
-            self._trial.set_user_attr(name, value)
-        self.study.tell(self.number, values, state)
+        """Record how the trial ended; nothing where another process has taken this one for dead."""
+        try:
+            for limit in self.access.constraints:
+                if limit.name in self.metrics and math.isfinite(self.metrics[limit.name]):
+                    with quiet():
+                        self._trial.set_constraint(str(limit), limit.violation(self.metrics))
+            for name, value in {**({METRICS: self.metrics} if self.metrics else {}), **(attrs or {})}.items():
+                self._trial.set_user_attr(name, value)
+            self.study.tell(self.number, values, state)
+        except (UpdateFinishedTrialError, ValueError):
+            if not self.study._storage.get_trial(self._id).state.is_finished():
+                raise
+            log.warning(TAKEN_FOR_DEAD, self.number)
 
     def _noted(self, names: Iterable[str], what: str) -> list[float]:
         missing = [
@@ -217,6 +226,7 @@ class TrialJob:
         return job
 
     def __call__(self, cfg: Any) -> Any:
+        hide_passwords(passwords_in(self.access.storage))
         return self.run(HydraConfig.get().job.num, cfg)
 
     def run(self, number: int, cfg: Any) -> Any:

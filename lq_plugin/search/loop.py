@@ -7,21 +7,21 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-import optuna
 from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search.database import StudyError, has_heartbeat, quiet
 from lq_plugin.search.interrupt import StopRequest
 from lq_plugin.search.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective, held_back
+from lq_plugin.search.others import TAKEN_FOR_DEAD, OtherWorkers
 from lq_plugin.search.promotion import LEVELS
 from lq_plugin.search.proposer import Proposer
-from lq_plugin.search.storage import StudyError, has_heartbeat, quiet
 
 log = logging.getLogger(__name__)
 
 _COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING
-#: Seconds between two looks at what other workers do.
-_POLL = 0.5
 
 
 class Loop:
@@ -34,6 +34,7 @@ class Loop:
         self.shown: Any = None
         #: Only then do the trials of a killed worker end.
         self.heartbeat = has_heartbeat(study._storage)
+        self.others = OtherWorkers(study)
 
     def run(self, bar: AbstractContextManager[Any]) -> None:
         with bar as self.shown, quiet():
@@ -43,10 +44,10 @@ class Loop:
                     break
                 if self.heartbeat and self._count(_RUNNING) >= missing:
                     # Others do the rest; should one of them have been killed, its trial comes back into the queue.
-                    optuna.storages.fail_stale_trials(self.study)
-                    time.sleep(_POLL)
+                    self.others.wait()
                     if not self._count(_WAITING):
                         continue
+                self.others.go_on()
                 if not self._count(_WAITING):
                     self.proposer.publish()
                 try:
@@ -54,10 +55,23 @@ class Loop:
                 except KeyboardInterrupt:
                     _try_again(self.study, self.objective.interrupted)
                     raise
+                except (UpdateFinishedTrialError, ValueError) as refused:
+                    if isinstance(refused, QuantizationError) or not self._taken_for_dead():
+                        raise
             self._reap()
         if len(self.failed) > self.max_failures:
             error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
             raise StudyError(f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last one:\n{error}")
+
+    def _taken_for_dead(self) -> bool:
+        """Whether another worker has failed the trial of this one, which stood still for too long, or could not reach the storage."""
+        trial = self.objective.trial
+        if trial is None or trial.number in {failed.number for failed in self.failed}:
+            return False
+        if self.study.get_trials(deepcopy=False)[trial.number].state != TrialState.FAIL:
+            return False
+        log.warning(TAKEN_FOR_DEAD, trial.number)
+        return True
 
     def _exhausted(self) -> bool:
         """Whether every plan of the space has been tried."""
@@ -93,8 +107,7 @@ class Loop:
         interval = storage.get_heartbeat_interval() if self.heartbeat else None  # type: ignore[attr-defined]
         until = time.monotonic() + 4 * (interval or 0)
         while not self.stop and self._count(_RUNNING) and time.monotonic() < until:
-            optuna.storages.fail_stale_trials(self.study)
-            time.sleep(_POLL)
+            self.others.wait()
 
 
 def _try_again(study: Study, trial: Trial | None) -> None:

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from optuna.storages import BaseStorage
 from rich.console import Console
 
 from lq_plugin import plots
 from lq_plugin.callbacks.loggers import Picture, Report, report_to
+from lq_plugin.errors import QuantizationError
 from lq_plugin.files import make_folder, replacing
+from lq_plugin.hydra_files import plain
 from lq_plugin.instantiate import instantiate_for
 from lq_plugin.lightning_packages import any_package, either
 from lq_plugin.model.checkpoint import load_float_weights
+from lq_plugin.passwords import masked, passwords_in, without
 from lq_plugin.report import render, study_report
+from lq_plugin.search.database import alone
 from lq_plugin.search.options import read_options
 from lq_plugin.search.result import SearchResult
 from lq_plugin.search.space import Space
@@ -44,7 +49,7 @@ def run(cfg: DictConfig) -> SearchResult:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
     output_dir = make_folder(cfg.paths.output_dir)
-    options = {key: _plain(cfg.search[key]) for key in _OPTIONS}
+    options = {key: plain(cfg.search[key]) for key in _OPTIONS}
     space = read_space(cfg)
     # What is wrong with the rest is said before a float model is trained, too.
     model: LightningModule = instantiate(cfg.model)
@@ -52,7 +57,7 @@ def run(cfg: DictConfig) -> SearchResult:
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
-    storage = cfg.search.storage if isinstance(cfg.search.storage, str | None) else instantiate(cfg.search.storage)
+    storage = make_storage(cfg.search.storage)
     # Only the first worker shows anything: the others share its terminal.
     first = cfg.worker == 0
     result = search(
@@ -75,6 +80,20 @@ def run(cfg: DictConfig) -> SearchResult:
     return result
 
 
+def make_storage(given: Any) -> BaseStorage | str | None:
+    """The storage that `search.storage` stands for: a URL, None, or a mapping with its `_target_`.
+
+    Raises:
+        QuantizationError: it cannot be made.
+    """
+    if isinstance(given, str | None):
+        return given
+    try:
+        return instantiate(given)
+    except InstantiationException as error:
+        raise QuantizationError(f"search.storage: {without(str(error), passwords_in(plain(given)))}") from None
+
+
 #: Keys of `cfg.search` that `search` takes by the same name.
 _OPTIONS = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name",
@@ -90,7 +109,7 @@ _READ = [name for name in signature(read_options).parameters if name in _OPTIONS
 def read_space(cfg: DictConfig) -> Space:
     """The search space of a config; with `_target_`: whatever that code makes."""
     given = cfg.search.space
-    return instantiate(given) if "_target_" in given else Space.parse(_plain(given))
+    return instantiate(given) if "_target_" in given else Space.parse(plain(given))
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
@@ -103,9 +122,9 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
     path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None
     if path is None and cfg.float_epochs:
         # Named after all it depends on: with another model or more epochs it is trained anew.
-        recipe = [_plain(cfg[key]) for key in ("model", "data", "float_epochs", "seed")]
+        recipe = [plain(cfg[key]) for key in ("model", "data", "float_epochs", "seed")]
         path = output_dir / f"float_{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.ckpt"
-        with FileLock(f"{path}.lock"):
+        with alone(f"{path}.lock", f"the float model, {path}"):
             if not path.exists():
                 train(cfg, model, datamodule, path)
     if path is not None:
@@ -132,7 +151,7 @@ def log_to(cfg: DictConfig, result: SearchResult) -> None:
         wandb = str(entry.get("_target_", "")).endswith("WandbLogger")
         grouped = {"group": entry.get("group") or cfg.search.study_name, "job_type": "study"} if wandb else {}
         logger: Logger = instantiate(entry, **grouped)
-        logger.log_hyperparams(_plain(cfg))
+        logger.log_hyperparams(masked(plain(cfg)))
         for candidate in result.candidates:
             logger.log_metrics({f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number)
         if result.candidates:
@@ -145,7 +164,3 @@ def log_to(cfg: DictConfig, result: SearchResult) -> None:
         if isinstance(logger, either("loggers.WandbLogger")) and cfg.search.trial_runs:
             log_trials(logger, result)
         logger.finalize("success")
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -65,11 +65,14 @@ class Objective:
         self.evaluator = evaluator
         self.metric, self.costs, self.constraints = metric, tuple(costs), tuple(constraints)
         self.ladder = ladder
+        #: What is evaluated, or was last; what a Ctrl-C ended.
+        self.trial: Trial | None = None
         self.interrupted: Trial | None = None
         read(evaluator.float_metrics, metric)
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         started = time.perf_counter()
+        self.trial = trial
         noted: dict[str, Any] = {}
         try:
             space = self.evaluator.space

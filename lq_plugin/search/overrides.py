@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, QuotedStri
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.search.storage import quiet
+from lq_plugin.search.database import quiet
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.search.bound import BoundSpace, Params
 from lq_plugin.search.constraint import Constraint
+from lq_plugin.search.database import StudyError, quiet
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, REPEATS
 from lq_plugin.search.refine import Point, Refiner
-from lq_plugin.search.storage import StudyError, quiet
 
 #: Proposals in a row that may break a constraint before the search gives up.
 _PATIENCE = 1000

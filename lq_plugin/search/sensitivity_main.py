@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from lq_plugin import plots
 from lq_plugin.files import make_folder, write_file
+from lq_plugin.hydra_files import plain
 from lq_plugin.instantiate import instantiate_for
 from lq_plugin.lightning_packages import any_package
 from lq_plugin.model.cost import FLOAT_BITS
@@ -48,7 +49,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
         datamodule,
         trainer=partial(instantiate_for, model, cfg.trainer),
         calibration_batches=cfg.search.calibration_batches,
-        phases=_plain(cfg.search.phases),
+        phases=plain(cfg.search.phases),
         seed=cfg.seed,
     )
     with evaluator:
@@ -80,7 +81,3 @@ def write(tables: list[SensitivityTable], folder: Path, about: dict[str, Any]) -
     write_file(folder / "sensitivity.json", json.dumps(content, indent=1) + "\n")
     first = tables[0]
     plots.save(plots.sensitivity_map(first.by_bits(), first.measure), folder / "sensitivity.png")
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -25,6 +25,7 @@ from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.files import make_folder
 from lq_plugin.search.constraint import Constraint
 from lq_plugin.search.costs import COUNTED, LATENCY
+from lq_plugin.search.database import HEARTBEAT, locked, quiet
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import stop_on_signal
 from lq_plugin.search.latency import measure_front, share_latency
@@ -40,7 +41,7 @@ from lq_plugin.search.result import SearchResult
 from lq_plugin.search.seeds import Seed, Table, distinct, make_seeds, unit_costs
 from lq_plugin.search.sensitivity import measure_sensitivity
 from lq_plugin.search.space import Space
-from lq_plugin.search.storage import HEARTBEAT, locked, open_study, quiet
+from lq_plugin.search.storage import open_study
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,21 +17,25 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from optuna import Study
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import make_url
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.files import make_folder, write_file
+from lq_plugin.hydra_files import hidden_yaml, hide_passwords
+from lq_plugin.passwords import masked, passwords_in
 from lq_plugin.search.build import build
+from lq_plugin.search.database import StudyError, has_heartbeat, locked, quiet, shown
 from lq_plugin.search.dominance import REPORTS
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.job import INTERRUPTED, beating
 from lq_plugin.search.objective import ERROR, PLAN
+from lq_plugin.search.others import TAKEN_FOR_DEAD, OtherWorkers
 from lq_plugin.search.overrides import JobOverrides
 from lq_plugin.search.patterns import PatternSpace
-from lq_plugin.search.storage import StudyError, has_heartbeat, locked, open_study, quiet
+from lq_plugin.search.storage import open_study
 from lq_plugin.search.sweep_proposer import SweepProposer
 from lq_plugin.search.sweep_settings import SweepSettings
 
@@ -39,8 +43,6 @@ log = logging.getLogger(__name__)
 
 #: Runs jobs with these overrides; the second argument is the number of the first.
 Launch = Callable[[Sequence[Sequence[str]], int], None]
-#: Seconds between two looks at trials that run elsewhere.
-_POLL = 0.5
 #: How often a trial that was interrupted is tried again.
 _INTERRUPTIONS = 3
 #: Trials in a row that may end before anything is trained.
@@ -81,7 +83,9 @@ def sweep(
     if not distributions:
         raise QuantizationError("nothing to sweep: give hydra.sweeper.params, hydra.sweeper.layers, or x=choice(...) on the command line")
     make_folder(settings.sweep_dir)
-    OmegaConf.save(config, settings.sweep_dir / "multirun.yaml")
+    passwords = passwords_in(settings.storage)
+    write_file(settings.sweep_dir / "multirun.yaml", hidden_yaml(config, passwords))
+    hide_passwords(passwords)
     _warn_of_times(config)
     storage = settings.storage if isinstance(settings.storage, str) else build(settings.storage, BaseStorage, "hydra.sweeper.storage")
     fingerprint = {
@@ -91,7 +95,7 @@ def sweep(
         "optimized_metric": OmegaConf.select(config, "optimized_metric"),
         "params": {name: str(distribution) for name, distribution in jobs.distributions.items()},
         "layers": {} if layers is None else layers.describe(),
-        "overrides": [text for text in jobs.fixed if not text.lstrip("+~").startswith(_HARMLESS)],
+        "overrides": [masked(text) for text in jobs.fixed if not text.lstrip("+~").startswith(_HARMLESS)],
     }
     study = open_study(settings.study_name, storage, settings.directions, fingerprint, settings.heartbeat)
     # What this process samples itself stands in the queue already; a trial that another one took from there is drawn at random.
@@ -99,7 +103,8 @@ def sweep(
     known = study.get_trials(deepcopy=False)
     first = [*settings.enqueue, *(layers.uniform() if layers is not None and settings.uniform else [])]
     proposer = SweepProposer(study, settings.make_sampler(len(known)), distributions, first)
-    log.info("study %s in %s: %d trials so far", settings.study_name, _shown(settings.storage), len(known))
+    where = shown(settings.storage) if isinstance(settings.storage, str) else settings.storage.get("_target_")
+    log.info("study %s in %s: %d trials so far", settings.study_name, where, len(known))
     with stop_on_signal() as stop:
         run = _Run(settings, study, proposer, jobs, layers, plan_keys, launch, validate, stop)
         try:
@@ -130,6 +135,7 @@ class _Run:
         self.failures = self.idle = 0
         self.validated = False
         self.last_error = ""
+        self.others = OtherWorkers(study)
 
     def all(self) -> None:
         """Run batches until there is enough, or too much has failed."""
@@ -147,14 +153,15 @@ class _Run:
             # Another process has them; should it be dead, they come back into the queue.
             running = len(self._trials(TrialState.RUNNING)) if has_heartbeat(self.study._storage) else 0
             if running >= missing:
-                time.sleep(_POLL)
+                self.others.wait()
                 continue
             if not self._trials(TrialState.WAITING) and self.proposer.exhausted():
                 if running:
-                    time.sleep(_POLL)
+                    self.others.wait()
                     continue
                 log.info("every combination has been tried")
                 break
+            self.others.go_on()
             self._batch(min(self.settings.n_jobs, missing - running))
         if self.failures:
             log.warning("%d trials of this run failed; the last one:\n%s", self.failures, self.last_error)
@@ -212,8 +219,10 @@ class _Run:
         for trial in self._of(numbers):
             if trial.state == TrialState.RUNNING:
                 self._fail(trial, "the job ended, or was stopped, without a word about its trial")
-            if trial.state in (TrialState.RUNNING, TrialState.FAIL):
                 trial = self._of([trial.number])[0]
+            if trial.state == TrialState.FAIL and ERROR not in trial.user_attrs:
+                log.warning(TAKEN_FOR_DEAD, trial.number)
+            elif trial.state == TrialState.FAIL:
                 self.last_error = str(trial.user_attrs.get(ERROR, "no traceback"))
                 lost += 1
                 log.warning("trial %d failed: %s", trial.number, self.last_error.strip().splitlines()[-1])
@@ -224,9 +233,11 @@ class _Run:
         self.idle = 0 if trained else self.idle + len(numbers)
 
     def _fail(self, trial: FrozenTrial, error: str) -> None:
-        self.study._storage.set_trial_user_attr(trial._trial_id, ERROR, error)
-        self.study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
-        self.study.tell(trial.number, state=TrialState.FAIL)
+        # Another process may have taken this one for dead, and failed it.
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.study._storage.set_trial_user_attr(trial._trial_id, ERROR, error)
+            self.study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
+            self.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _try_again(self) -> None:
         """Queue failed trials that have attempts left; also those of an earlier run."""
@@ -301,8 +312,3 @@ def _warn_of_times(config: DictConfig) -> None:
             "Set hydra.sweep.dir, or hydra.sweeper.storage",
             raw["dir"],
         )
-
-
-def _shown(storage: Any) -> str:
-    """Without a password."""
-    return make_url(storage).render_as_string() if isinstance(storage, str) else str(storage.get("_target_"))

@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
-from lq_plugin.search.storage import quiet
+from lq_plugin.search.database import quiet
 
 #: Proposals in a row that may be known before any other combination is taken.
 _REPEATS = 10

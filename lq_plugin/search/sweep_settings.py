@@ -21,9 +21,9 @@ from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.build import build, part_class
 from lq_plugin.search.constraint import parse_constraints
 from lq_plugin.search.costs import COUNTED
+from lq_plugin.search.database import HEARTBEAT
 from lq_plugin.search.dominance import DominancePruner
 from lq_plugin.search.job import StudyAccess
-from lq_plugin.search.storage import HEARTBEAT
 
 _SAMPLER, _PRUNER = "hydra.sweeper.sampler", "hydra.sweeper.pruner"
 #: Where `+lq=qat` and `+lq=ptq` take their plan.

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lq_plugin import QuantPlan
 from lq_plugin.report.load import load_report
-from lq_plugin.search.storage import quiet
+from lq_plugin.search.database import quiet
 from tests.examples.conftest import EXAMPLES
 from tests.report.browser import why_not
 

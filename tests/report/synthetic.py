@@ -16,8 +16,9 @@ from lq_plugin.model.record import record
 from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.report import ReportData, model_report, study_report
 from lq_plugin.report.data import Series
+from lq_plugin.search.database import quiet
 from lq_plugin.search.result import SearchResult
-from lq_plugin.search.storage import FINGERPRINT, quiet
+from lq_plugin.search.storage import FINGERPRINT
 
 PLAN = {
     "rules": [

@@ -16,7 +16,7 @@ from lq_plugin.report import ReportData, Series, study_report
 from lq_plugin.report.load import load_report, read_log
 from lq_plugin.report.main import report as lq_report
 from lq_plugin.report.pictures import write_pictures
-from lq_plugin.search.storage import quiet
+from lq_plugin.search.database import quiet
 from tests.report.synthetic import deep_report, large_study
 
 ROOT = Path(__file__).parents[2]

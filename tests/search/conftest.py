@@ -11,6 +11,8 @@ from lightning import Trainer, seed_everything
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 
+from .server import Server, postgresql
+
 CPU = partial(Trainer, accelerator="cpu", devices=1)
 
 
@@ -23,6 +25,13 @@ def trained() -> DigitsCNN:
     trainer = CPU(max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(model, datamodule=DigitsDataModule())
     return model
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """PostgreSQL."""
+    with postgresql() as running:
+        yield running
 
 
 @pytest.fixture

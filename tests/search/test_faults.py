@@ -4,9 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -16,26 +14,15 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from lq_plugin.search import StudyError
-from lq_plugin.search.storage import open_study, rdb_storage
+from lq_plugin.search.database import rdb_storage
+from lq_plugin.search.storage import open_study
 
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """URL of a PostgreSQL server of our own, behind a Unix socket in a temporary folder."""
-    # Not pytest's folder: a socket's path has at most 107 characters.
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        # pgserver warns where a login shell has not set it.
-        patch.setenv("XDG_RUNTIME_DIR", folder)
-        import pgserver
-
-        server = pgserver.get_server(f"{folder}/data")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
-        server.cleanup()
+from .server import Server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return request.getfixturevalue("postgresql") if request.param == "postgresql" else f"sqlite:///{tmp_path / 'study.db'}"
+    return request.getfixturevalue("server").url if request.param == "postgresql" else f"sqlite:///{tmp_path / 'study.db'}"
 
 
 class Worker:
@@ -112,6 +99,25 @@ def test_the_same_command_again_goes_on(url: str, tmp_path: Path) -> None:
         assert len({frozenset(trial.params.items()) for trial in complete}) == 12
         assert not trials(url, TrialState.RUNNING)
     assert optuna.get_all_study_names(url) == [name]
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_restart_of_the_server(server: Server, tmp_path: Path) -> None:
+    for study in optuna.get_all_study_names(server.url):
+        optuna.delete_study(study_name=study, storage=server.url)
+    workers = [Worker(tmp_path, server.url, 14, number, 0.5) for number in range(2)]
+    wait_for(server.url, TrialState.COMPLETE, 3, *workers)
+    server.cut_connections()
+    wait_for(server.url, TrialState.COMPLETE, 6, *workers)
+    server.stop()
+    # Longer than the grace time of three seconds: the trials may have been taken for dead.
+    time.sleep(5)
+    server.start()
+    for worker in workers:
+        worker.finish()
+    complete = trials(server.url, TrialState.COMPLETE)
+    assert len(complete) == len({frozenset(trial.params.items()) for trial in complete}) == 14
+    assert not trials(server.url, TrialState.RUNNING)
 
 
 def test_a_database_that_is_not_there_is_named() -> None:

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
+from lq_plugin.cli import told
 from lq_plugin.errors import MissingPackageError, QuantizationError
 from lq_plugin.search import Space
 from lq_plugin.search.main import run
@@ -92,6 +93,41 @@ def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -
         (history,) = [h for start, h in runs["trial"] if start["display_name"] == f"digits_search {candidate.number}"]
         assert history[0]["val/acc"] == pytest.approx(candidate.metric)
         assert history[0]["effective_bits"] == pytest.approx(candidate.effective_bits)
+
+
+@pytest.mark.slow
+def test_no_file_and_no_word_holds_the_password_of_a_storage(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    secret = "hunter2-xyz"
+    storage = f"sqlite:///file:{tmp_path}/study.db?uri=true&password={secret}"
+    monkeypatch.setenv("STORAGE", storage)
+    monkeypatch.setattr(sys, "argv", ["lq-search", f"search.storage={storage}"])
+    loggers = {
+        "csv": f"{{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: {tmp_path}/csv}}",
+        "tensorboard": f"{{_target_: lightning.pytorch.loggers.TensorBoardLogger, save_dir: {tmp_path}/tensorboard}}",
+        "wandb": f"{{_target_: lightning.pytorch.loggers.WandbLogger, save_dir: {tmp_path}, offline: true}}",
+    }
+    given = [
+        "search.storage=${oc.env:STORAGE}",
+        "search.n_trials=1",
+        "float_epochs=0",
+        f"hydra.runtime.output_dir={tmp_path}/job",
+        "hydra.mode=RUN",
+    ]
+    cfg = composed(tmp_path / "logs", *given, *(f"+logger.{name}={value}" for name, value in loggers.items()))
+    with told(cfg):
+        run(cfg)
+    cfg.search.metric = "none"
+    with pytest.raises(SystemExit), told(cfg):
+        run(cfg)
+    monkeypatch.setenv("STORAGE", storage.replace("study.db", "none/study.db").replace("uri=true", "uri=never"))
+    with pytest.raises(SystemExit), told(cfg):
+        run(cfg)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"hparams.yaml", "report.html"} <= {path.name for path in written}
+    assert any(path.suffix == ".wandb" for path in written)
+    assert any("tfevents" in path.name for path in written)
+    assert [path for path in written if secret.encode() in path.read_bytes()] == []
+    assert secret not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("space", ["weights", "weights_and_inputs"])

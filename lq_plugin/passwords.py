@@ -1,0 +1,62 @@
+"""Passwords of storages stay out of everything that is written, shown or sent.
+
+>>> masked({"url": "postgresql://me:s3cret@host/db", "connect_args": {"password": "s3cret"}, "note": "with s3cret"})
+{'url': 'postgresql://me:***@host/db', 'connect_args': {'password': '***'}, 'note': 'with ***'}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import unquote, unquote_plus
+
+MASK = "***"
+#: A key that holds a password, alone or at the end of a name: `connect_args.password`, `db_passwd`.
+_KEY = r"(?:password|passwd|passphrase|pwd)"
+_IS_KEY = re.compile(rf"(?:^|[._-]|ssl){_KEY}$", re.IGNORECASE)
+#: `scheme://user:password@host`; up to the last @, since a password may hold one that should have been written %40.
+_IN_AUTHORITY = re.compile(r"://[^:/@\s]*:(.*)@", re.DOTALL)
+#: `?password=...` of a URL, `connect_args.password=...` of an override, `{password: ...}` of a mapping in one.
+_AS_KEY = re.compile(rf"{_KEY}['\"]?\s*[=:]\s*['\"]?([^&\s,;'\"}}\])]+)", re.IGNORECASE)
+#: Shorter ones are only taken out of texts that show where a password stands: they may be part of any word.
+_UNMISTAKABLE = 6
+
+
+def passwords_in(value: Any) -> set[str]:
+    """Returns the passwords that nested mappings and lists hold, as they stand there and as they are meant (%40 is @)."""
+    found: set[str] = set()
+    if isinstance(value, str):
+        found.update(_IN_AUTHORITY.findall(value), _AS_KEY.findall(value))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if _IS_KEY.search(str(key)) and isinstance(inner, str | int):
+                found.add(str(inner))
+            else:
+                found |= passwords_in(inner)
+    elif isinstance(value, list | tuple):
+        found.update(*map(passwords_in, value))
+    # An interpolation is a name, not a password.
+    found = {text for text in found if text and text != MASK and not (text.startswith("${") and text.endswith("}"))}
+    return found | {unquote(text) for text in found} | {unquote_plus(text) for text in found}
+
+
+def without(value: Any, passwords: Collection[str]) -> Any:
+    """Returns nested mappings and lists with `***` where one of these passwords stands; `value` itself stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: without(inner, passwords) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without(inner, passwords) for inner in value]
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) in passwords:
+        return MASK
+    if isinstance(value, str):
+        # The longest first: one may be part of another.
+        for password in sorted(passwords, key=len, reverse=True):
+            if value == password or len(password) >= _UNMISTAKABLE or "://" in value or _AS_KEY.search(value):
+                value = value.replace(password, MASK)
+    return value
+
+
+def masked(value: Any) -> Any:
+    """Returns nested mappings and lists, or a text, without the passwords that stand in them."""
+    return without(value, passwords_in(value))
