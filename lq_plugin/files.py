@@ -162,7 +162,7 @@ def _temporary(target: Path) -> Iterator[BinaryIO]:
     while True:
         # Of a long name a part, since the system bounds names.
         path = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}{_SUFFIX}")
-        with open(path, "xb") as stream:
+        with open(path, "x+b") as stream:
             if _claim(stream.fileno(), path):
                 yield stream
                 return

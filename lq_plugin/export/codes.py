@@ -17,9 +17,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ from lq_plugin.functional.affine import quantize
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, round_to_minifloat
 from lq_plugin.functional.mx import mx_exponents, step_of
-from lq_plugin.functional.nvfp4 import nvfp4_scales
+from lq_plugin.functional.nvfp4 import nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, mx_scale, power_of_two
 from lq_plugin.functional.twn import ternary_signs
-from lq_plugin.quantizers import WeightQuantizer
+from lq_plugin.quantizers import WeightQuantizer, make_weight_quantizer
 from lq_plugin.quantizers.blockwise import element_and_mode
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
@@ -53,6 +54,8 @@ class Part:
 
 Parts = dict[str, Part]
 Values = Mapping[str, Tensor]
+#: Sliced along dim 0 where it is as long as the weight.
+Statistics = tuple[Tensor, ...]
 
 
 def encode(quantizer: Any, weight: Tensor) -> Parts:
@@ -65,18 +68,66 @@ def encode(quantizer: Any, weight: Tensor) -> Parts:
     Raises:
         ExportError: for what is evaluated with float weights, or was read from a packed file.
     """
+    return encode_rows(quantizer, weight, statistics(quantizer, weight))
+
+
+def statistics(quantizer: Any, weight: Tensor) -> Statistics:
+    """What the parts of some rows take from the whole weight: small, but for the indices of a codebook.
+
+    Raises:
+        ExportError: see `encode`.
+    """
     if isinstance(quantizer, PackedWeightQuantizer):
         raise ExportError(
             f"{quantizer.name} was read from a packed file, which holds its values and not its scales as parameters: "
             "export the model that it was packed from, or its checkpoint (lq_plugin.load_checkpoint)"
         )
-    encoder, _ = _FORMATS[quantizer.spec.format_name]
-    granularity = quantizer.spec.granularity
     with torch.no_grad():
-        parts = encoder(quantizer, blocks(weight.detach().float(), granularity))
+        return _FORMATS[quantizer.spec.format_name].statistics(quantizer, blocks(weight.detach().float(), quantizer.spec.granularity))
+
+
+def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice = slice(None)) -> Parts:
+    """The parts of some rows of a weight; what is one for the whole weight has size 1 along dim 0.
+
+    Args:
+        quantizer: calibrated.
+        weight: the whole one.
+        found: its `statistics`.
+        rows: output channels.
+    """
+    some, granularity = weight.detach()[rows].float(), quantizer.spec.granularity
+    mine = tuple(value[rows] if len(value) == len(weight) else value for value in found)
+    with torch.no_grad():
+        parts = _FORMATS[quantizer.spec.format_name].encode(quantizer, blocks(some, granularity), *mine)
         # Without what pads a ragged group.
-        codes = unblocks(parts["codes"].values, tuple(weight.shape), granularity)
-    return parts | {"codes": Part(codes.reshape(weight.shape), parts["codes"].bits)}
+        codes = unblocks(parts["codes"].values, tuple(some.shape), granularity)
+    return parts | {"codes": Part(codes.reshape(some.shape), parts["codes"].bits)}
+
+
+@functools.lru_cache(256)
+def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """Shape and bits of each part of a weight `[C_out, ...]`, as `encode` makes them; None for bits: float32.
+
+    >>> layout(QuantSpec.parse("int4 group16"), (8, 40))
+    {'codes': ((8, 40), 4), 'scale': ((8, 3, 1), None)}
+
+    Raises:
+        ExportError: a spec whose weights are not stored.
+    """
+    if spec.format_name not in _FORMATS:
+        raise ExportError(f"'{spec}' is no format of weights")
+    rows = 1 if shape[0] == 1 else 2
+    probe = torch.zeros(rows, *shape[1:])
+    parts = encode(make_weight_quantizer(spec, "weight", tuple(probe.shape)), probe)
+    return {
+        key: ((shape[0] if part.values.shape[0] == rows else part.values.shape[0], *part.values.shape[1:]), part.bits)
+        for key, part in parts.items()
+    }
+
+
+def any_code_is_finite(spec: QuantSpec) -> bool:
+    """Whether every code decodes to a finite value where the scales are finite."""
+    return spec.format_name in ("int", "sign", "bwn", "kmeans")
 
 
 def nothing_stored(spec: QuantSpec) -> str | None:
@@ -90,21 +141,26 @@ def nothing_stored(spec: QuantSpec) -> str | None:
 
 def decode(spec: QuantSpec, shape: tuple[int, ...], parts: Values) -> Tensor:
     """The weight `[C_out, C_in / groups, *kernel]`, float32, of values by name (whole numbers int32)."""
-    _, decoder = _FORMATS[spec.format_name]
-    values = decoder(spec, {**parts, "codes": blocks(parts["codes"], spec.granularity)})
+    values = _FORMATS[spec.format_name].decode(spec, {**parts, "codes": blocks(parts["codes"], spec.granularity)})
     return unblocks(values, shape, spec.granularity)
 
 
-def _encode_int(quantizer: WeightQuantizer, w: Tensor) -> Parts:
-    spec, grid = quantizer.spec, quantizer.spec.grid
+def _statistics_of_int(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
     scale, zero_point = quantizer.qparams(w)
-    parts = {"codes": Part(quantize(w, scale, zero_point, grid) - grid.quant_min, spec.bit_width)}
+    if (levels := _integer_scales(quantizer.spec)) is None:
+        return scale, zero_point
+    per_channel = cast(PerGroup, quantizer.spec.granularity).coarse == "channel"
+    return scale, zero_point, *_two_levels(quantizer.name, scale, levels, per_channel)
+
+
+def _encode_int(quantizer: WeightQuantizer, w: Tensor, scale: Tensor, zero_point: Tensor, *two_levels: Tensor) -> Parts:
+    spec, grid = quantizer.spec, quantizer.spec.grid
+    parts = {"codes": Part(quantize(w, scale, zero_point, grid).sub_(grid.quant_min), spec.bit_width)}
     if grid.affine:
         parts["zero_point"] = Part(zero_point.to(torch.int32) - grid.quant_min, spec.bit_width)
-    if (levels := _integer_scales(spec)) is not None:
-        per_channel = cast(PerGroup, spec.granularity).coarse == "channel"
-        coarse, whole = _two_levels(quantizer.name, scale, levels, per_channel)
-        return parts | {"scale": Part(whole - 1, levels), "coarse": Part(coarse)}
+    if two_levels:
+        coarse, whole = two_levels
+        return parts | {"scale": Part(whole - 1, _integer_scales(spec)), "coarse": Part(coarse)}
     return parts | {"scale": Part(scale)}
 
 
@@ -160,10 +216,10 @@ def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
     return _minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
 
 
-def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor) -> Parts:
-    block, tensor_scale = nvfp4_scales(w)
+def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
+    block, _ = nvfp4_scales(w, tensor_scale)
     codes = _minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
-    return {"codes": Part(codes, 4), "scale": Part(_minifloat_codes(block, E4M3), 8), "tensor_scale": Part(tensor_scale.reshape(1))}
+    return {"codes": Part(codes, 4), "scale": Part(_minifloat_codes(block, E4M3), 8), "tensor_scale": Part(tensor_scale)}
 
 
 def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
@@ -183,22 +239,21 @@ def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
     return torch.where(codes >= half, -magnitude, magnitude)
 
 
-def _encode_sign(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+def _statistics_of_sign(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
     if (reason := nothing_stored(quantizer.spec)) is not None:
         raise ExportError(f"{quantizer.name} ({quantizer.spec}): {reason}")
-    return {"codes": Part((w >= 0).to(torch.int32), 1)}
+    return () if quantizer.spec.format_name == "sign" else (quantizer.qparams(w)[0],)
 
 
-def _encode_bwn(quantizer: WeightQuantizer, w: Tensor) -> Parts:
-    return _encode_sign(quantizer, w) | {"scale": Part(quantizer.qparams(w)[0])}
+def _encode_binary(quantizer: WeightQuantizer, w: Tensor, *scale: Tensor) -> Parts:
+    return {"codes": Part((w >= 0).to(torch.int32), 1)} | dict(zip(("scale",), map(Part, scale), strict=False))
 
 
 def _decode_binary(spec: QuantSpec, parts: Values) -> Tensor:
     return (2.0 * parts["codes"] - 1.0) * parts.get("scale", torch.ones(()))
 
 
-def _encode_twn(quantizer: Any, w: Tensor) -> Parts:
-    threshold, scale = quantizer.threshold_and_scale(w)
+def _encode_twn(quantizer: Any, w: Tensor, threshold: Tensor, scale: Tensor) -> Parts:
     return {"codes": Part(ternary_signs(w, threshold).to(torch.int32) + 1, 2), "scale": Part(scale)}
 
 
@@ -206,9 +261,8 @@ def _decode_twn(spec: QuantSpec, parts: Values) -> Tensor:
     return (parts["codes"] - 1) * parts["scale"]
 
 
-def _encode_ttq(quantizer: Any, w: Tensor) -> Parts:
-    positive, negative = quantizer.scales()
-    codes = ternary_signs(w, quantizer.threshold(w)).to(torch.int32) + 1
+def _encode_ttq(quantizer: Any, w: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor) -> Parts:
+    codes = ternary_signs(w, threshold).to(torch.int32) + 1
     return {"codes": Part(codes, 2), "positive": Part(positive), "negative": Part(negative)}
 
 
@@ -217,8 +271,12 @@ def _decode_ttq(spec: QuantSpec, parts: Values) -> Tensor:
     return torch.where(signs > 0, parts["positive"], torch.where(signs < 0, -parts["negative"], 0.0))
 
 
-def _encode_kmeans(quantizer: Any, w: Tensor) -> Parts:
-    return {"codes": Part(quantizer.indices.to(torch.int32), quantizer.spec.bit_width), "centroids": Part(quantizer.centroids)}
+def _statistics_of_kmeans(quantizer: Any, w: Tensor) -> Statistics:
+    return quantizer.indices.view(w.shape), quantizer.centroids.detach()
+
+
+def _encode_kmeans(quantizer: Any, w: Tensor, indices: Tensor, centroids: Tensor) -> Parts:
+    return {"codes": Part(indices.to(torch.int32), quantizer.spec.bit_width), "centroids": Part(centroids)}
 
 
 def _decode_kmeans(spec: QuantSpec, parts: Values) -> Tensor:
@@ -226,14 +284,26 @@ def _decode_kmeans(spec: QuantSpec, parts: Values) -> Tensor:
     return centroids.gather(1, codes.reshape(len(centroids), -1).long()).reshape(codes.shape)
 
 
-_FORMATS: dict[str, tuple[Callable[[Any, Tensor], Parts], Callable[[QuantSpec, Values], Tensor]]] = {
-    "int": (_encode_int, _decode_int),
-    **dict.fromkeys(MX_FORMATS, (_encode_mx, _decode_mx)),
-    **dict.fromkeys(ELEMENTS, (_encode_ocp, _decode_ocp)),
-    "nvfp4": (_encode_nvfp4, _decode_nvfp4),
-    "sign": (_encode_sign, _decode_binary),
-    "bwn": (_encode_bwn, _decode_binary),
-    "twn": (_encode_twn, _decode_twn),
-    "ttq": (_encode_ttq, _decode_ttq),
-    "kmeans": (_encode_kmeans, _decode_kmeans),
+def _none(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
+    return ()
+
+
+class _Format(NamedTuple):
+    """`statistics` of the whole weight's blocks; `encode` makes parts of some rows' blocks and theirs; `decode` the blocks of parts."""
+
+    statistics: Callable[[Any, Tensor], Statistics]
+    encode: Callable[..., Parts]
+    decode: Callable[[QuantSpec, Values], Tensor]
+
+
+_FORMATS: dict[str, _Format] = {
+    "int": _Format(_statistics_of_int, _encode_int, _decode_int),
+    **dict.fromkeys(MX_FORMATS, _Format(_none, _encode_mx, _decode_mx)),
+    **dict.fromkeys(ELEMENTS, _Format(_none, _encode_ocp, _decode_ocp)),
+    "nvfp4": _Format(lambda _, w: (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin())).reshape(1),), _encode_nvfp4, _decode_nvfp4),
+    "sign": _Format(_statistics_of_sign, _encode_binary, _decode_binary),
+    "bwn": _Format(_statistics_of_sign, _encode_binary, _decode_binary),
+    "twn": _Format(lambda quantizer, w: quantizer.threshold_and_scale(w), _encode_twn, _decode_twn),
+    "ttq": _Format(lambda quantizer, w: (quantizer.threshold(w), *quantizer.scales()), _encode_ttq, _decode_ttq),
+    "kmeans": _Format(_statistics_of_kmeans, _encode_kmeans, _decode_kmeans),
 }

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from lq_plugin.spec import Granularity, PerChannel, PerGroup
 
+#: Of MX: what is a block by its format is padded to a whole one.
+_LARGEST_BLOCK = 32
+
 
 def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: int = 0) -> tuple[int, ...]:
     """Shape of the scales for a tensor of `shape`, broadcastable to `blocks(x, granularity)`.
@@ -42,10 +45,15 @@ def blocks(x: Tensor, granularity: Granularity) -> Tensor:
     if not isinstance(granularity, PerGroup):
         return x
     rows, columns, *kernel = x.shape
-    size = granularity.group_size
+    size = _block_size(granularity, columns)
     if short := -columns % size:
         x = torch.cat([x, x.new_zeros(rows, short, *kernel)], dim=1)
     return x.reshape(rows, -1, size, *kernel)
+
+
+def _block_size(granularity: PerGroup, columns: int) -> int:
+    """The group size; of a group of more channels than there are, no more than the largest block of any format pads them to."""
+    return min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
 
 
 def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
@@ -58,7 +66,7 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
 
 def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | None:
     """Boolean blocks, False on padding; None when nothing is padded."""
-    if not isinstance(granularity, PerGroup) or shape[1] % granularity.group_size == 0:
+    if not isinstance(granularity, PerGroup) or shape[1] % _block_size(granularity, shape[1]) == 0:
         return None
     return blocks(torch.ones(shape), granularity) > 0
 
