@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,8 +22,10 @@ from lq_plugin.export.checks import check_folder, check_unchanged
 from lq_plugin.export.codes import decode, encode_rows, layout, statistics
 from lq_plugin.export.packed_checks import PackedModel
 from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter, row_chunks
+from lq_plugin.export.past_reads import weights_read_past_layers
 from lq_plugin.files import replacing
 from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
+from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operations import operations_in, quantized_operations
@@ -30,12 +33,15 @@ from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remov
 from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.quantizers import WeightQuantizer
 
+log = logging.getLogger(__name__)
+
 
 def save_packed(model: nn.Module, path: str | Path) -> int:
     """Write a prepared and calibrated model.
 
     Args:
-        model: prepared; it is not changed. What is in evaluation the quantized weight is what is stored.
+        model: prepared; it is not changed. What is in evaluation the quantized weight is what is stored; where the model's own code
+            reads a weight past its layer (`F.linear(x, self.embedding.weight)`), its float values as well, which a warning says.
         path: of the file, usually `.safetensors`.
 
     Returns:
@@ -103,9 +109,9 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightQuantizer))
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
-    keys = _weight_keys(model)
+    keys = _weight_keys(model) - _read_as_float(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        # A quantized weight that a float module has, too (tied), is kept as float for that one.
+        # A quantized weight that a float module has, too (tied), or that the model reads itself, is kept as float for that.
         if key.startswith(ours) or (id(tensor) in quantized and key in keys):
             continue
         if (fault := _raw_fault(tensor)) is not None:
@@ -192,6 +198,18 @@ def _raw_fault(value: Any) -> str | None:
     if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in DTYPES:
         return f"is a tensor of {value.dtype} ({value.layout}), a packed file holds dense ones of {', '.join(DTYPES)}"
     return None
+
+
+def _read_as_float(model: nn.Module) -> set[str]:
+    """Keys of weights whose float values the model's own code reads, where those are not the quantized ones already."""
+    layers = {weight_key(name, layer): layer for name, layer in quantized_layers(model)}
+    found = set()
+    with torch.no_grad(), evaluating(model):
+        for key, where in weights_read_past_layers(model).items():
+            if not torch.equal(layers[key].quantized_weight(), layers[key].weight):
+                log.warning("%s is read by %s past its layer, where it is float: the file holds it twice, quantized and float", key, where)
+                found.add(key)
+    return found
 
 
 def _weight_keys(model: nn.Module) -> set[str]:
