@@ -12,7 +12,8 @@ setup(
         *find_packages(include=["lq_plugin", "lq_plugin.*"]),
         *find_namespace_packages(include=["hydra_plugins", "hydra_plugins.*"]),
         "lq_plugin.conf",
+        "lq_plugin.conf.shared",
     ],
-    package_dir={"lq_plugin.conf": "conf"},
+    package_dir={"lq_plugin.conf": "conf", "lq_plugin.conf.shared": "conf/shared"},
     package_data={"lq_plugin": ["py.typed", "**/*.cpp", "**/*.h", "report/assets/*"], "lq_plugin.conf": ["**/*.yaml"]},
 )

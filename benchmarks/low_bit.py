@@ -4,7 +4,7 @@
 
 The first convolution and the last linear layer stay float, as in the papers; every format starts from the same float
 weights and gets the same budget, and so does the float model. Every run is an ordinary Trainer with the callback
-QAT and the recipe of conf/experiment/cifar10_low_bit.yaml and conf/quantization/cifar10_*.yaml.
+QAT and the recipe of conf/experiment/cifar10_low_bit.yaml and conf/shared/quantization/cifar10_*.yaml.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lq_plugin.model.cost import cost
 HELD_OUT = 5_000
 
 
-#: Formats, by the names of conf/quantization/cifar10_*.yaml.
+#: Formats, by the names of conf/shared/quantization/cifar10_*.yaml.
 FORMATS = ("sign", "bwn", "twn", "ttq", "kmeans2", "mx4", "vsq4", "lsq2")
-CONF = files("lq_plugin.conf")
+CONF, SHARED = files("lq_plugin.conf"), files("lq_plugin.conf.shared")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def recipe_of(name: str) -> Recipe:
     lr = experiment["model"]["lr"]
     if name == "float":
         return Recipe(None, lr)
-    rules = yaml.safe_load((CONF / f"quantization/cifar10_{name}.yaml").read_text())["rules"]
+    rules = yaml.safe_load((SHARED / f"quantization/cifar10_{name}.yaml").read_text())["rules"]
     return Recipe(QuantPlan.from_dict({"rules": rules}), lr, experiment["callbacks"]["lq_qat"]["distill"])
 
 

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 # Loaded on first use: Hydra imports this package whenever an application of the environment starts, to
-# look at `lq_plugin.conf`, and must not pay for torch and Lightning then.
+# look at `lq_plugin.conf.shared`, and must not pay for torch and Lightning then.
 _ROOMS = {
     "callbacks": ("PTQ", "QAT", "Export", "QuantMonitor"),
     "errors": ("CalibrationError", "CoverageError", "PlanError", "QuantizationError", "SpecError"),

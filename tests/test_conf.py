@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -17,7 +18,9 @@ from lq_plugin.cli import optimized_metric, require_lq_configs, run
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.model.checkpoint import load_float_weights
 
-CONF = Path(__file__).parents[1] / "conf"
+ROOT = Path(__file__).parents[1]
+#: What every application sees.
+SHARED = {"hparams_search", "lq", "quantization"}
 QUIET = ["callbacks=none", "+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false"]
 
 
@@ -28,7 +31,8 @@ def composed(*overrides: str, config_name: str = "train", output_dir: Path = Pat
 
 
 def options(group: str) -> list[str]:
-    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    room = "conf/shared" if group in SHARED else "conf"
+    found = sorted(path.stem for path in (ROOT / room / group).glob("*.yaml"))
     assert found
     return found
 
@@ -61,7 +65,7 @@ def test_plans_read_from_hydra_equal_the_same_plan_from_yaml(option):
     cfg = composed("+lq=qat", f"quantization={option}")
     plain = yaml.safe_load(OmegaConf.to_yaml(cfg.quantization))
     assert instantiate(cfg.callbacks.lq_qat).plan == QuantPlan.from_dict(plain)
-    rules = yaml.safe_load((CONF / "quantization" / f"{option}.yaml").read_text())["rules"]
+    rules = yaml.safe_load((ROOT / "conf/shared" / "quantization" / f"{option}.yaml").read_text())["rules"]
     assert plain["rules"] == rules
 
 
@@ -209,3 +213,18 @@ def test_a_checkpoint_that_is_not_there_is_told_at_once(command, sweep, tmp_path
     assert "heavy: False" in done.stdout
     # A sweeper gets the error itself.
     assert (done.returncode, "Traceback" in done.stderr) == ((1, True) if sweep else (2, False))
+
+
+def test_other_applications_see_nothing_but_what_is_meant_for_them(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text("seed: 1")
+    (tmp_path / "quantization").mkdir()
+    (tmp_path / "quantization" / "w8a8.yaml").write_text("own: true")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        # What a sweep over experiment=glob(*) walks along.
+        assert loader.get_group_options("experiment") == ["own"]
+        shown = {group for group in loader.list_groups("") if group != "hydra"}
+        assert shown - {"experiment"} == SHARED
+        assert compose(overrides=["+quantization=w8a8"]) == {"quantization": {"own": True}}
+        assert isinstance(instantiate(compose(overrides=["+lq=qat", "quantization=w4a4"]).callbacks.lq_qat), QAT)

@@ -41,7 +41,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     assert held <= names
     assert {"lq_plugin/py.typed", "lq_plugin/native/fake_quantize_kernel.h", "lq_plugin/layers/integer/integer.cpp"} <= held
     assert {f"lq_plugin/conf/{name}" for name in configs(source / "conf")} <= names
-    assert "lq_plugin/conf/__init__.py" in names
+    assert {"lq_plugin/conf/__init__.py", "lq_plugin/conf/shared/__init__.py"} <= names
     assert "hydra_plugins/__init__.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
@@ -78,7 +78,7 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {name in done.stdout for name in ("fake_quantize", "integer", "xnor")} == {True}
     info = subprocess.run([*command[:3], "--info", "searchpath"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert info.stdout.count("pkg://lq_plugin.conf") == 1
+    assert [info.stdout.count(f"pkg://lq_plugin.{room} ") for room in ("conf", "conf.shared")] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     [
         ("hydra_plugins.lq_plugin_searchpath", ["torch"]),
         ("hydra_plugins.lq_sweeper", ["torch", "optuna", "lightning"]),
-        ("lq_plugin.conf", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
+        ("lq_plugin.conf.shared", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
         ("lq_plugin.cli", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
     ],
 )

@@ -76,15 +76,15 @@ def _composed(name: str, arguments: Sequence[str], config_dir: str | Path | None
     from hydra.utils import instantiate
 
     GlobalHydra.instance().clear()
-    own = config_dir is not None
     start = (
-        initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3")  # type: ignore[arg-type]
-        if own
-        else initialize_config_module("lq_plugin.conf", version_base="1.3")
+        initialize_config_module("lq_plugin.conf", version_base="1.3")
+        if config_dir is None
+        else initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3")
     )
     try:
         with start:
-            cfg = compose(overrides=[f"+model={name}", *(f"model.{argument}" for argument in arguments)])
+            ours = [] if config_dir is None else ["hydra.searchpath=[pkg://lq_plugin.conf]"]
+            cfg = compose(overrides=[*ours, f"+model={name}", *(f"model.{argument}" for argument in arguments)])
             return instantiate(cfg.model)
     except HydraException as error:
         raise QuantizationError(f"model {name!r}: {error}\n{_HOW}") from error

@@ -75,7 +75,7 @@ def test_export_and_serve(example: Load, tmp_path: Path) -> None:
 
 def cluster(*overrides: str) -> Any:
     with initialize_config_dir(str(EXAMPLES / "cluster"), version_base="1.3"):
-        cfg = compose("cluster", overrides=list(overrides), return_hydra_config=True)
+        cfg = compose("cluster", overrides=["hydra.searchpath=[pkg://lq_plugin.conf]", *overrides], return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     return cfg
 
