@@ -34,7 +34,7 @@ from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
-from lq_plugin.schedule import Phase, Schedule
+from lq_plugin.schedule import Schedule
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,13 +94,15 @@ class QAT(QuantizationCallback):
         self.distill = Distillation.parse(distill)
         self.teacher: Teacher | None = None
         self.teacher_state: Mapping[str, Tensor] | None = None
-        self.phase: Phase | None = None
         self.resumed = False
         self.float_checkpoint: dict[str, Any] | None = None
         self.frozen: FrozenBatchNorms | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.resumed, self.float_checkpoint = False, None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.phase = None
         renew_averages(trainer, pl_module)  # one that called configure_model itself was not there yet
         uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated]
         if uncalibrated and self.init_batches:
@@ -111,17 +113,21 @@ class QAT(QuantizationCallback):
         adopted, clones = adopt_learned_ranges(trainer, pl_module)
         for name in adopted:
             rank_zero_info(f"QAT: added {name} to the optimizer")
+        moment = trainer.current_epoch, trainer.global_step
         if self.float_checkpoint is not None:
             make_room_for_ranges(trainer, pl_module, self.float_checkpoint, clones)
-            self.float_checkpoint = None
+            # Lightning restores them later, and comes to no batch where the float run was finished.
+            moment = self.float_checkpoint["epoch"], self.float_checkpoint["global_step"]
         disable_integer_forward(pl_module)
         if self.forward != "fake_quantize":
             choices = True if self.forward == "integer_always" else self.integer_choices
             enable_integer_forward(pl_module, choices, trainer.strategy.broadcast)
         self.integer_named = {}
         if not self.resumed:
-            self._enter_stage(trainer, pl_module, calibrate=False)
-        self._apply_schedule(trainer, pl_module)
+            # A resumed run is in the state of its last batch: the schedule goes on with the next one, if there is one.
+            self._enter_stage(pl_module, moment, calibrate=False)
+            self._apply_schedule(pl_module, moment)
+        self.float_checkpoint = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.init_batches:
@@ -138,8 +144,6 @@ class QAT(QuantizationCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         forget_batch(quantizers(pl_module))
-        # A resumed run has its epoch and step only now.
-        self._apply_schedule(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Resumed in the middle of an epoch, the ranges found at its start are in the checkpoint.
@@ -152,10 +156,11 @@ class QAT(QuantizationCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.
-        changed = self._enter_stage(trainer, pl_module, calibrate=True)
+        moment = trainer.current_epoch, trainer.global_step
+        changed = self._enter_stage(pl_module, moment, calibrate=True)
         if changed:
-            rank_zero_info(f"QAT: epoch {trainer.current_epoch}, step {trainer.global_step}: {len(changed)} tensors enter their next stage")
-        self._apply_schedule(trainer, pl_module)
+            rank_zero_info(f"QAT: epoch {moment[0]}, step {moment[1]}: {len(changed)} tensors enter their next stage")
+        self._apply_schedule(pl_module, moment)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         average_gradients(trainer, pl_module)
@@ -186,7 +191,6 @@ class QAT(QuantizationCallback):
         if self.frozen is not None:
             self.frozen.release()
             self.frozen = None
-        self.resumed = False
         for quantizer in quantizers(pl_module):
             quantizer.observing = False
 
@@ -214,23 +218,22 @@ class QAT(QuantizationCallback):
             count = sum(how.startswith("integer") for how in report.values())
             rank_zero_info(f"QAT: {count} of {len(report)} layers compute with integers in training\n  " + "\n  ".join(news))
 
-    def _enter_stage(self, trainer: Trainer, pl_module: LightningModule, calibrate: bool) -> list[str]:
+    def _enter_stage(self, pl_module: LightningModule, moment: tuple[int, int], calibrate: bool) -> list[str]:
         operations = [operation for _, operation in quantized_operations(pl_module)]
         whole = partial(whole_weights, pl_module)
-        return enter_stage(self._layers(pl_module), trainer.current_epoch, trainer.global_step, calibrate, operations, whole)
+        return enter_stage(self._layers(pl_module), *moment, calibrate, operations, whole)
 
-    def _apply_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        phase = self.plan.schedule.at(trainer.current_epoch, trainer.global_step)
+    def _apply_schedule(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
+        """Bring all switches to where the schedule has them at an epoch and optimizer step."""
+        phase = self.plan.schedule.at(*moment)
         if phase.freeze_batch_norm:
             # Again at each batch: model.train() after a validation switches it back on.
             self.frozen = self.frozen or freeze_batch_norm(pl_module)
             self.frozen.apply()
-        if phase == self.phase:
-            return
+        # At each batch: somebody may have loaded a state of another moment into the module.
         for quantizer in quantizers(pl_module):
             if isinstance(quantizer, WeightQuantizer):
                 quantizer.set_enabled(phase.weights)
             elif isinstance(quantizer, InputQuantizer):
                 quantizer.set_enabled(phase.activations)
                 quantizer.observing = phase.observe
-        self.phase = phase
