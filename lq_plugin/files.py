@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -116,6 +117,18 @@ def make_folder(path: str | Path, error: type[QuantizationError] = QuantizationE
     except OSError as fault:
         raise error(f"cannot make the folder {path}: {fault.strerror or fault}") from fault
     return Path(path)
+
+
+def file_name(name: str) -> str:
+    """Returns a name that every system takes for a file: of letters, digits, `.`, `_` and `-`, and not too long.
+
+    >>> file_name("layer_a/b"), len(file_name("x" * 300)), file_name("x" * 300) == file_name("x" * 301)
+    ('layer_a_b', 57, False)
+    """
+    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    if len(safe.encode()) <= 200:
+        return safe
+    return f"{safe[:40]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def temporary_folder(name: str, parent: str | Path | None = None) -> tempfile.TemporaryDirectory[str]:

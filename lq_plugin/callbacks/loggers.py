@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from lq_plugin.files import temporary_folder, write_file
+from lq_plugin.csv_text import to_csv
+from lq_plugin.files import file_name, temporary_folder, write_file
 from lq_plugin.lightning_packages import either
 from lq_plugin.plan import QuantPlan
 
@@ -37,6 +37,11 @@ class Picture:
     def path(self) -> str:
         """Kind and name, once where they are the same."""
         return self.kind if self.kind == self.name else f"{self.kind}/{self.name}"
+
+    @property
+    def file(self) -> str:
+        """The path as that of a file."""
+        return "/".join(file_name(part) for part in dict.fromkeys((self.kind, self.name)))
 
     def image(self) -> Image.Image:
         """The decoded picture."""
@@ -67,7 +72,7 @@ class Report:
 
     def files(self) -> dict[str, bytes]:
         """Plan and tables as files, by name."""
-        files = {f"{name}.csv": _csv(rows).encode() for name, rows in self.tables.items()}
+        files = {f"{name}.csv": to_csv(rows, list(rows[0]), "\n").encode() for name, rows in self.tables.items()}
         if self.plan is not None:
             files["plan.yaml"] = self.plan.to_yaml().encode()
         return files | dict(self.pages)
@@ -130,7 +135,7 @@ def _to_files(logger: CSVLogger, report: Report) -> None:
     folder = logger.experiment.log_dir.rstrip("/") + "/quant"
     files = report.files()
     for picture in report.pictures:
-        files[f"step_{report.step:06d}/{picture.path}.png"] = picture.png
+        files[f"step_{report.step:06d}/{picture.file}.png"] = picture.png
     system, folder = url_to_fs(folder)
     for name, content in files.items():
         path = f"{folder}/{name}"
@@ -140,14 +145,6 @@ def _to_files(logger: CSVLogger, report: Report) -> None:
         else:
             with system.open(path, "wb") as stream:
                 stream.write(content)
-
-
-def _csv(rows: Rows) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 def _markdown(rows: Rows) -> str:

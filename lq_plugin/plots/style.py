@@ -50,6 +50,8 @@ STYLE: Any = {
     "legend.fontsize": 8.5,
     "figure.facecolor": "white",
     "figure.dpi": DPI,
+    # A $ in a name is a $.
+    "text.parse_math": False,
 }
 
 P = ParamSpec("P")
@@ -77,7 +79,8 @@ def to_png(figure: Figure) -> bytes:
     """The picture as a PNG file's bytes."""
     stream = io.BytesIO()
     # Without the version of matplotlib in it, equal pictures are equal bytes.
-    figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    with rc_context(STYLE):
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     return stream.getvalue()
 
 

@@ -316,8 +316,8 @@ class ReportData:
             QuantizationError: another kind of JSON, or a version this library does not read.
         """
         try:
-            content = json.loads(text)
-        except ValueError as error:
+            content = json.loads(text, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             raise QuantizationError(f"{where} is no JSON: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise QuantizationError(f"{where} is no report of lq_plugin")
@@ -343,3 +343,7 @@ class ReportData:
             return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise QuantizationError(f"cannot read {path}: {error}") from error
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.passwords import masked, passwords_in, without
 from lq_plugin.report.data import ReportData, Series, digits
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 #: What `lq-report` looks for in a folder.
 REPORT, STUDY, LOG = "report.json", "study.db", "metrics.csv"
@@ -79,22 +84,16 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
         QuantizationError: no such storage or study, several without a name, or one that is not of lq_plugin.
     """
     import optuna
-    from optuna.storages import RDBStorage
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
 
     from lq_plugin.report.study import study_report
     from lq_plugin.search.database import quiet
     from lq_plugin.search.result import SearchResult
     from lq_plugin.search.storage import FINGERPRINT
 
-    parsed = make_url(url)
-    if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").is_file():
-        raise QuantizationError(f"there is no database {parsed.database!r}: {_HOW}")
-    shown = parsed.render_as_string()
+    shown = masked(url)
     try:
         with quiet():
-            storage = RDBStorage(url)
+            storage = _read_only(url)
             names = optuna.get_all_study_names(storage)
             if not names:
                 raise QuantizationError(f"{shown} holds no study")
@@ -103,13 +102,47 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
             if name is not None and name not in names:
                 raise QuantizationError(f"{shown} holds no study {name!r}; there: {', '.join(names)}.{did_you_mean(name, names)}")
             study = optuna.load_study(study_name=name or names[0], storage=storage)
-    except (SQLAlchemyError, ImportError) as error:
-        raise QuantizationError(f"cannot read {shown}: {error}") from error
-    made_for = study.user_attrs.get(FINGERPRINT)
-    if made_for is None:
-        raise QuantizationError(f"study {study.study_name!r} was not made by lq_plugin, so its trials have no plans")
-    costs = [cost for cost in str(made_for.get("cost", "")).split(", ") if cost]
-    return study_report(SearchResult(study, made_for["metric"], costs, made_for["mode"] == "max", {}))
+        made_for = study.user_attrs.get(FINGERPRINT)
+        if made_for is None:
+            raise QuantizationError(f"study {study.study_name!r} was not made by lq_plugin, so its trials have no plans")
+        costs = [cost for cost in str(made_for.get("cost", "")).split(", ") if cost]
+        return study_report(SearchResult(study, made_for["metric"], costs, made_for["mode"] == "max", {}))
+    except QuantizationError:
+        raise
+    except Exception as error:
+        # A database that was edited or cut can hold anything.
+        told = without(str(getattr(error.__cause__, "orig", None) or error), passwords_in(url))
+        raise QuantizationError(f"cannot read {shown}: {type(error).__name__}: {told}") from error
+
+
+def _read_only(url: str) -> RDBStorage:
+    """Optuna's storage on a connection that cannot write: it would make its tables in any database."""
+    from optuna.storages import RDBStorage
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.engine import make_url
+
+    from lq_plugin.search.database import sqlite_file
+
+    options: dict[str, Any] = {}
+    if (file := sqlite_file(url)) is not None:
+        if not file.is_file():
+            raise QuantizationError(f"there is no database {str(file)!r}: {_HOW}")
+        # A reader of a write-ahead log makes files next to it, unless it is told that nobody writes.
+        with file.open("rb") as stream:
+            write_ahead = stream.read(20)[18:] == b"\x02\x02"
+        unused = write_ahead and not file.with_name(f"{file.name}-wal").exists()
+        opened = f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&uri=true" + "&immutable=1" * unused
+    else:
+        opened = url
+        if make_url(url).get_backend_name() == "postgresql":
+            options["execution_options"] = {"postgresql_readonly": True}
+    engine = create_engine(opened, **options)
+    try:
+        if not inspect(engine).has_table("studies"):
+            raise QuantizationError(f"{masked(url)} is no storage of Optuna: it has no table of studies")
+    finally:
+        engine.dispose()
+    return RDBStorage(opened, engine_kwargs=options)
 
 
 def _training(report: Path, root: Path) -> list[Series]:
@@ -123,20 +156,30 @@ def _training(report: Path, root: Path) -> list[Series]:
 
 
 def read_log(path: str | Path) -> list[Series]:
-    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are left out."""
+    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are left out.
+
+    Raises:
+        QuantizationError: a file that cannot be read, or what stands in it is no number, naming the line.
+    """
     found: dict[str, tuple[list[int], list[float]]] = {}
-    with Path(path).open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            if not (row.get("step") or "").isdigit():
-                continue
-            for name, text in row.items():
-                if name in ("step", "epoch") or not text or name is None:
+    line = 1
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            for row in reader:
+                line = reader.line_num
+                if not (row.get("step") or "").isdigit():
                     continue
-                steps, values = found.setdefault(name, ([], []))
-                # The evaluation behind a fit logs at its last step again.
-                if isfinite(value := float(text)) and (not steps or steps[-1] != int(row["step"])):
-                    steps.append(int(row["step"]))
-                    values.append(digits(value))
+                for name, text in row.items():
+                    if name in ("step", "epoch") or not text or name is None:
+                        continue
+                    steps, values = found.setdefault(name, ([], []))
+                    # The evaluation behind a fit logs at its last step again.
+                    if isfinite(value := float(text)) and (not steps or steps[-1] != int(row["step"])):
+                        steps.append(int(row["step"]))
+                        values.append(digits(value))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise QuantizationError(f"cannot read {path}, line {line} or the next: {error}") from error
     series = []
     for name, (steps, values) in found.items():
         keep = range(0, len(steps), max(1, -(-len(steps) // MAX_POINTS)))

@@ -9,12 +9,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from lq_plugin.report.data import ReportData
 
 
 def report(arguments: Sequence[str] | None = None) -> int:
@@ -48,14 +52,11 @@ def report(arguments: Sequence[str] | None = None) -> int:
         size = page.stat().st_size / 1e6
         console.print(Text(f"{page.resolve()}  ({size:.2f} MB, {time.perf_counter() - started:.1f} s)"), soft_wrap=True)
         if not args.no_pictures:
-            from lq_plugin.report.pictures import write_pictures
-
             pictures: Path = args.pictures or page.parent / "figures"
             for data, name in zip(reports, "AB", strict=False):
                 target = pictures if len(reports) == 1 else pictures / name
-                console.print(
-                    Text(f"{target.resolve()}  ({len(write_pictures(data, target, max_layers=args.layers))} files)"), soft_wrap=True
-                )
+                written = _drawn(data, target, args.layers)
+                console.print(Text(f"{target.resolve()}  ({len(written)} files)"), soft_wrap=True)
     except QuantizationError as error:
         return _failed("lq-report", error)
     return 0
@@ -99,6 +100,20 @@ def explain(arguments: Sequence[str] | None = None) -> int:
     console.print(Text("schedule", style="bold"))
     console.print(found.timeline(), soft_wrap=True)
     return 0
+
+
+def _drawn(data: ReportData, folder: Path, layers: int) -> list[Path]:
+    from lq_plugin.report.pictures import write_pictures
+
+    try:
+        return write_pictures(data, folder, max_layers=layers)
+    except QuantizationError:
+        raise
+    except Exception as error:
+        # In a report that was edited, any list may have any length.
+        raise QuantizationError(
+            f"the figures of {data.title!r} cannot be drawn, was its report edited? {type(error).__name__}: {error}"
+        ) from error
 
 
 def _failed(command: str, error: QuantizationError) -> int:

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from lq_plugin import plots
-from lq_plugin.files import make_folder, replacing
+from lq_plugin.files import file_name, make_folder, replacing
 from lq_plugin.model.cost import Cost, CostRow
 from lq_plugin.model.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
@@ -33,9 +33,8 @@ def write_pictures(report: ReportData, folder: str | Path, formats: Sequence[str
     folder = make_folder(folder)
     written = []
     for name, figure in pictures(report, max_layers):
-        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
         for kind in formats:
-            path = folder / f"{safe}.{kind}"
+            path = folder / f"{file_name(name)}.{kind}"
             with rc_context(STYLE), replacing(path) as stream:
                 # Without a date and the version, equal pictures are equal bytes.
                 figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})

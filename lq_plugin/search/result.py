@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +12,14 @@ import numpy as np
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
+from rich.text import Text
 
 from lq_plugin import plots
+from lq_plugin.csv_text import to_csv
 from lq_plugin.errors import QuantizationError
 from lq_plugin.files import make_folder, write_file
 from lq_plugin.plan import QuantPlan
+from lq_plugin.plots.style import short
 from lq_plugin.report import render, study_report
 from lq_plugin.search.costs import COSTS, LATENCY
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
@@ -142,31 +143,32 @@ class SearchResult:
             references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin.startswith("uniform")},
             seeds=[(c.cost, c.metric) for c in self.candidates if c.origin.startswith(("ilp", "greedy"))],
             float_metric=self.float_metrics.get(self.metric),
-            metric=self.metric,
+            metric=short(self.metric, 60),
             maximize=self.maximize,
             size=size,
-            title=f"{self.study.study_name}: {self.metric} over {size}",
+            title=f"{short(self.study.study_name, 60)}: {short(self.metric, 40)} over {size}",
         )
 
     def table(self) -> Table:
         """The float model and the front, for a terminal."""
         stopped = f", {self.held_back} more stopped below the top level" if self.held_back else ""
-        table = Table(title=f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}")
+        # As Text: brackets in a name are no markup.
+        table = Table(title=Text(f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}"))
         timed = any(LATENCY in c.metrics for c in self.front)
         # Predicted from the table of layers, and measured with the whole model.
         latencies = ("latency ms", "measured ms") if timed else ()
         for column in ("trial", self.metric, "effective bits", "bytes", *latencies, "plan from"):
-            table.add_column(column, justify="left" if column == "plan from" else "right")
+            table.add_column(Text(column), justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
         float_ms = self.study.user_attrs.get(TABLE, {}).get("float_model")
         row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes]
         # The float model's time is a measured one.
-        table.add_row(*row, *(["", _milliseconds(float_ms)] if timed else []), "", end_section=True)
+        table.add_row(*map(Text, [*row, *(["", _milliseconds(float_ms)] if timed else []), ""]), end_section=True)
         measured = self.study.user_attrs.get(MEASURED, {})
         for c in reversed(self.front):
             row = [str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
             times = [c.metrics.get(LATENCY), measured.get(str(c.number))] if timed else []
-            table.add_row(*row, *map(_milliseconds, times), c.origin)
+            table.add_row(*map(Text, [*row, *map(_milliseconds, times), c.origin]))
         return table
 
     def rows(self) -> list[dict[str, Any]]:
@@ -181,14 +183,9 @@ class SearchResult:
 
     def to_csv(self) -> str:
         """The rows as CSV text with a header."""
-        stream = io.StringIO()
         rows = self.rows()
         # Trials of one study log the same; should one not, its place is empty.
-        columns = list(dict.fromkeys(name for row in rows for name in row)) or ["trial"]
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        return stream.getvalue()
+        return to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)) or ["trial"])
 
     def write(self, folder: str | Path) -> Path:
         """Write `front.csv`, `plans/`, `pareto.png` and `report.html` with its data; nothing but `front.csv` when no trial is complete.

@@ -19,8 +19,6 @@ z are logits, g is a sample's gradient. All are estimates of one kind: larger is
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lq_plugin import csv_text
 from lq_plugin.callbacks.data import calibration_batches
 from lq_plugin.callbacks.steps import as_step, step_runner
 from lq_plugin.callbacks.traces import without_traces
@@ -100,12 +99,12 @@ class SensitivityTable:
 
 def to_csv(tables: Sequence[SensitivityTable]) -> str:
     """Tables of one space as CSV text: a row for each unit and choice, a column for each measure, in the order of the first table."""
-    stream = io.StringIO()
-    writer = csv.writer(stream)
-    writer.writerow(["unit", "choice", *(table.measure for table in tables)])
-    for name in tables[0].order:
-        writer.writerows([name, choice, *(table.values[name][choice] for table in tables)] for choice in tables[0].values[name])
-    return stream.getvalue()
+    rows = [
+        {"unit": name, "choice": choice, **{table.measure: table.values[name][choice] for table in tables}}
+        for name in tables[0].order
+        for choice in tables[0].values[name]
+    ]
+    return csv_text.to_csv(rows, ["unit", "choice", *(table.measure for table in tables)])
 
 
 def measure_sensitivity(evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float") -> SensitivityTable:

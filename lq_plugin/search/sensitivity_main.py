@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lq_plugin import plots
 from lq_plugin.files import make_folder, write_file
@@ -70,7 +71,7 @@ def as_table(measured: SensitivityTable) -> Table:
     for bits in widths:
         table.add_column("float" if bits == FLOAT_BITS else f"{bits} bits", justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(digits(row[bits]) if bits in row else "" for bits in widths))
+        table.add_row(Text(name), *(digits(row[bits]) if bits in row else "" for bits in widths))
     return table
 
 
