@@ -71,6 +71,13 @@ def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | Non
     return blocks(torch.ones(shape), granularity) > 0
 
 
+def has_row_scales(granularity: Granularity) -> bool:
+    """Whether the scales of a row, dim 0, follow from that row, or there is one for all."""
+    if isinstance(granularity, PerGroup):
+        return granularity.scale_bits is None
+    return not isinstance(granularity, PerChannel) or granularity.axis in (None, 0)
+
+
 def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:
     """`[rows, n]`: the elements that share scale number `row` of a scale tensor of shape `scale`.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.registry import register_layer
+from lq_plugin.quantizers import WeightQuantizer
 
 
 @register_layer(nn.Embedding)
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
-    """Rows of Q(W). Weight `[num_embeddings, embedding_dim]`; a channel is one row, groups run inside a row."""
+    """Rows of Q(W). Weight `[num_embeddings, embedding_dim]`; a channel is one row, groups run inside a row.
+
+    Rows are looked up first and quantized then, so that a table of any size costs what is read of it, unless what a row becomes
+    depends on the others.
+    """
 
     float_class = nn.Embedding
     slots = ("weight", "output")
@@ -20,9 +27,27 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         return 0, self.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        weight, quantizer = self.weight, self.weight_quantizer
         if self.max_norm is not None:
             # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized copy.
             F.embedding(input, weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
-        rows = F.embedding(input, self.quantize_weight(weight), self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        return self.quantized_output(rows)
+        reading = Reading(self.padding_idx, self.scale_grad_by_freq, self.sparse)
+        if isinstance(quantizer, WeightQuantizer) and input.numel() and quantizer.takes_rows(reading):
+            return self.quantized_output(quantizer.quantize_rows(weight, input, reading))
+        if quantizer is not None and self.sparse:
+            reading = reading._replace(sparse=False)
+            if weight.requires_grad and torch.is_grad_enabled():
+                weight = _SparseGradient.apply(weight)
+        return self.quantized_output(read_rows(self.quantize_weight(weight), input, reading))
+
+
+class _SparseGradient(torch.autograd.Function):
+    """The table itself; what comes back of it, of which most rows are 0, becomes a sparse gradient."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to_sparse(1)

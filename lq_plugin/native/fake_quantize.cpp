@@ -50,6 +50,9 @@ struct Spread {
     bool nan;
 };
 
+// Where the scales of a table's rows come from: one for all, one for each part of a row, or the part's own extremes.
+enum Ranges { ONE = 0, GIVEN = 1, OWN = 2 };
+
 // How the blocks of fake_quantize_blocks.h are quantized. The same numbers stand in kernels.py.
 enum Family { MICROEXPONENTS = 0, OCP = 1, NVFP4 = 2, VECTORS = 3 };
 enum Mode { FLOOR = 0, RCEIL = 1, CEIL = 2, EVEN = 3 };
@@ -214,6 +217,18 @@ void lq_fake_quantize_observed(const float* x, float* y, uint16_t* mask, const f
 void lq_fake_quantize_rows(const float* x, float* y, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n, int quant_min,
                            int quant_max, int affine, int variant, int threads) {
     LQ_DISPATCH(rows_with_ranges(x, y, mask, scale, zero_point, rows, n, quant_min, quant_max, affine != 0, threads));
+}
+
+// y: [count][parts][n], the rows `index` [count] of table: [rows][parts][n], whose parts each have a scale. mask may be null.
+// Returns whether each index is one of the table's; y is of no use otherwise.
+int lq_fake_quantize_lookup(const float* table, const int64_t* index, float* y, uint16_t* mask, const float* scale, const float* zero_point,
+                            int64_t rows, int64_t count, int64_t parts, int64_t n, int ranges, int quant_min, int quant_max, int affine,
+                            int variant, int threads) {
+    for (int64_t i = 0; i < count; ++i)
+        if (index[i] < 0 || index[i] >= rows) return 0;
+    const Ranges kind = static_cast<Ranges>(ranges);
+    LQ_DISPATCH(lookup(table, index, y, mask, scale, zero_point, count, parts, n, kind, quant_min, quant_max, affine != 0, threads));
+    return 1;
 }
 
 // low, high: [rows], the extremes of each row of x: [rows][n].

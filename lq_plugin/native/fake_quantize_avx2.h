@@ -69,8 +69,10 @@ inline V learned(const V& x, const V& g, const Q& q, Totals& totals) {
     return {a, learned_half<SHIFT, ROUNDED>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
 }
 inline Spread spread(const V& low, const V& high, bool nan) {
-    float a[16], b[16];
-    store(a, low);
-    store(b, high);
-    return {*std::min_element(a, a + 16), *std::max_element(b, b + 16), nan};
+    float a[8], b[8];
+    _mm256_storeu_ps(a, _mm256_min_ps(low.a, low.b));
+    _mm256_storeu_ps(b, _mm256_max_ps(high.a, high.b));
+    for (int half = 4; half; half /= 2)
+        for (int i = 0; i < half; ++i) a[i] = std::min(a[i], a[i + half]), b[i] = std::max(b[i], b[i + half]);
+    return {a[0], b[0], nan};
 }

@@ -45,8 +45,5 @@ inline V learned(V x, V g, const Q& q, Totals& totals) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~outside), g);
 }
 inline Spread spread(V low, V high, bool nan) {
-    float a[16], b[16];
-    store(a, low);
-    store(b, high);
-    return {*std::min_element(a, a + 16), *std::max_element(b, b + 16), nan};
+    return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), nan};
 }

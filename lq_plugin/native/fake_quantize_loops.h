@@ -40,6 +40,24 @@ inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* sc
     }
 }
 
+inline void lookup(const float* table, const int64_t* index, float* y, uint16_t* mask, const float* scale, const float* zero_point,
+                   int64_t count, int64_t parts, int64_t n, Ranges ranges, int quant_min, int quant_max, bool affine, int threads) {
+    const int64_t words = pieces(n, 16);
+    LQ_PARALLEL(count * parts * n)
+    for (int64_t unit = 0; unit < count * parts; ++unit) {
+        const int64_t place = index[unit / parts] * parts + unit % parts, k = ranges == ONE ? 0 : place;
+        const float* x = table + place * n;
+        float s, z;
+        if (ranges == OWN) {
+            const Spread found = extremes(x, n);
+            s = scale_of(found.nan ? NAN : found.low, found.nan ? NAN : found.high, quant_min, quant_max, affine, z);
+        } else {
+            s = scale[k], z = zero_point[k];
+        }
+        span(x, y + unit * n, mask ? mask + unit * words : nullptr, n, levels_of(s, z, quant_min, quant_max));
+    }
+}
+
 inline void row_extremes(const float* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
     LQ_PARALLEL(rows * n)
     for (int64_t row = 0; row < rows; ++row) {

@@ -210,6 +210,7 @@ class Kernels:
             "lq_fake_quantize_observed": [*[pointer] * 5, size, number, number, pointer, pointer, number, number],
             "lq_fake_quantize_rows": [*[pointer] * 5, size, size, *[number] * 5],
             "lq_fake_quantize_blocks": [*[pointer] * 3, *[size] * 3, ctypes.POINTER(BlockRule), number, number],
+            "lq_fake_quantize_lookup": [*[pointer] * 6, *[size] * 4, *[number] * 6],
             "lq_row_extremes": [*[pointer] * 3, size, size, number, number],
             "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
             "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 5],
@@ -221,6 +222,8 @@ class Kernels:
         self._observed = compiled.lq_fake_quantize_observed
         self._rows = compiled.lq_fake_quantize_rows
         self._blocks = compiled.lq_fake_quantize_blocks
+        self._lookup = compiled.lq_fake_quantize_lookup
+        self._lookup.restype = number
         self._row_extremes = compiled.lq_row_extremes
         self._mask_gradient = compiled.lq_mask_gradient
         self._learned_backward = compiled.lq_learned_backward
@@ -260,6 +263,34 @@ class Kernels:
         """Quantized `x`, that `accepts` holds for, and the bits of what was not clipped where `masked`, laid out as `layout.mask`."""
         y, mask = torch.empty_like(x), new_mask(x, layout.mask, masked)
         self._blocks(x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number, torch.get_num_threads())
+        return y, mask
+
+    def fake_quantize_lookup(
+        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int], affine: bool, parts: int,
+        masked: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The rows `index` of a quantized table, and the bits of what was not clipped where `masked`, laid out as `[n · parts]` runs.
+
+        Args:
+            table: `[rows, length]`, contiguous, that `accepts` holds for.
+            index: int64, contiguous.
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each part.
+            parts: into which each row is divided, of equal length.
+
+        Raises:
+            IndexError: an index is none of the table's.
+        """
+        rows, length = table.shape
+        y = torch.empty(*index.shape, length)
+        mask = new_mask(y, Layout(1, index.numel() * parts, length // parts, 1), masked)
+        scale, zero_point = qparams or (None, None)
+        ranges = 2 if scale is None else int(scale.numel() > 1)
+        found = self._lookup(
+            table.data_ptr(), index.data_ptr(), y.data_ptr(), _address(mask), _address(scale), _address(zero_point),
+            rows, index.numel(), parts, length // parts, ranges, *bounds, affine, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        if not found:
+            raise IndexError(f"index out of range: the table has {rows} rows, got {index.min()}..{index.max()}")
         return y, mask
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:

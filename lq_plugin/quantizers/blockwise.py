@@ -10,6 +10,7 @@ from torch import Tensor
 from lq_plugin.functional.affine import extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
 from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.minifloat import E2M1, Minifloat
 from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale
@@ -56,7 +57,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x))
         if done is not None:
             return done
-        return unblocks(self.quantize_blocks(blocks(x, self.spec.granularity)), self.shape, self.spec.granularity)
+        return unblocks(self.quantize_blocks(blocks(x, self.spec.granularity)), x.shape, self.spec.granularity)
 
 
 class OCPWeightQuantizer(BlockWeightQuantizer):
@@ -74,6 +75,12 @@ class OCPWeightQuantizer(BlockWeightQuantizer):
 
     def block_rule(self, w: Tensor) -> BlockRule:
         return ocp_rule(self.element, self.mode)
+
+    def _rows_are_independent(self) -> bool:
+        return True
+
+    def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        return self.quantize_values(read_rows(weight, index.reshape(-1), reading)).view(*index.shape, -1)
 
 
 class NVFP4WeightQuantizer(BlockWeightQuantizer):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.affine import MIN_SCALE
-from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.grouping import blocks, has_row_scales, unblocks
+from lq_plugin.functional.lookup import Reading, read_rows, scales_of_rows
 from lq_plugin.functional.lsq import Band, fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
 from lq_plugin.quantizers.base import float32
@@ -31,9 +32,24 @@ class LSQWeightQuantizer(WeightQuantizer):
         return _effective(self)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        w = blocks(x, self.spec.granularity)
-        y = fake_quantize_learned(w, self.scale, self.zero_point, self.spec.grid, self.gradient_factor, _band(self.spec))
-        return unblocks(y, self.shape, self.spec.granularity)
+        return self._rounded(x, self.scale, self.zero_point)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        group = self.spec.granularity
+        y = fake_quantize_learned(blocks(x, group), scale, zero_point, self.spec.grid, self.gradient_factor, _band(self.spec))
+        return unblocks(y, x.shape, group)
+
+    def _rows_are_independent(self) -> bool:
+        return has_row_scales(self.spec.granularity)
+
+    def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        rows = read_rows(weight, index.reshape(-1), reading)
+        scale, zero_point = (scales_of_rows(value, index, reading.sparse) for value in (self.scale, self.zero_point))
+        y = self._rounded(rows, scale, zero_point).view(*index.shape, -1)
+        if reading.padding_idx is None:
+            return y
+        # The padding trains nothing, scales neither.
+        return torch.where((index == reading.padding_idx).unsqueeze(-1), y.detach(), y)
 
 
 class LSQInputQuantizer(InputQuantizer):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule
+from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.mx import mx_step
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.uniform import WeightQuantizer
@@ -25,6 +26,12 @@ class MXWeightQuantizer(WeightQuantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         done = fake_quantize_blocks(x, 1, lambda: mx_rule(self.spec.bit_width - 1))
         return super().quantize_values(x) if done is None else done
+
+    def _rows_are_independent(self) -> bool:
+        return True
+
+    def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        return self.quantize_values(read_rows(weight, index.reshape(-1), reading)).view(*index.shape, -1)
 
 
 class MXInputQuantizer(VectorInputQuantizer):

@@ -18,7 +18,16 @@ from lq_plugin.functional.affine import (
     zero_point_from,
 )
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
-from lq_plugin.functional.grouping import block_mask, blocks, reduced_dims, scale_shape, to_rows, unblocks
+from lq_plugin.functional.grouping import (
+    block_mask,
+    blocks,
+    has_row_scales,
+    reduced_dims,
+    scale_shape,
+    to_rows,
+    unblocks,
+)
+from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
@@ -27,7 +36,7 @@ from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.ranges.histogram import MAX_SAMPLES
 from lq_plugin.ranges.mse import best_multiples
 from lq_plugin.ranges.registry import COUNT_ALL
-from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, QuantSpec
+from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, PerTensor, QuantSpec
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
@@ -58,6 +67,7 @@ class WeightQuantizer(Quantizer):
         # In the state_dict once it is True: what follows the weight is nobody's to load.
         self.register_buffer("fixed", torch.zeros(1, dtype=torch.bool), persistent=False)
         self._fixed = False
+        self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
         self.scale_shape = scale_shape(self.shape, spec.granularity)
@@ -121,14 +131,65 @@ class WeightQuantizer(Quantizer):
         group = self.spec.granularity
         if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
             if not isinstance(group, PerGroup) or group.scale_bits is None:
-                return unblocks(fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), self.shape, group)
+                return unblocks(fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), x.shape, group)
             if group.coarse == "tensor" and not self.spec.grid.affine:
                 done = fake_quantize_blocks(x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)))
                 if done is not None:
                     return done
         w = blocks(x, group)
         scale, zero_point = self.qparams(w)
-        return unblocks(self.rounded(w, scale, zero_point), self.shape, group)
+        return unblocks(self.rounded(w, scale, zero_point), x.shape, group)
+
+    def takes_rows(self, reading: Reading) -> bool:
+        """Whether `quantize_rows` may stand for a call, now: what a row becomes depends on it and on known qparams alone."""
+        if self.starts or self.collector is not None or not self._enabled or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        if self.needs_calibration and not self._calibrated:
+            return False
+        # What trains a scale is what trains its rows, before it is divided by how often they are read.
+        return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
+
+    def _rows_are_independent(self) -> bool:
+        plain = type(self).quantize_values is WeightQuantizer.quantize_values and type(self).qparams is WeightQuantizer.qparams
+        return plain and has_row_scales(self.spec.granularity) and not (self.spec.stochastic and self.training)
+
+    def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        """`quantize_values(weight)[index]`, of the rows that are read alone; where `takes_rows` says so.
+
+        Args:
+            weight: `[rows, columns]`.
+            index: integers of any shape.
+            reading: how gradients come back.
+        """
+        group, qparams = self.spec.granularity, None
+        if not self.live or self._fixed:
+            qparams = self.scale, self.zero_point
+        elif isinstance(group, PerTensor):
+            qparams = self._qparams_of(weight)
+        if self.rounds_to_nearest:
+            done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading)
+            if done is not None:
+                return done
+        rows = read_rows(weight, index.reshape(-1), reading)
+        w = blocks(rows, group)
+        if qparams is None:
+            scale, zero_point = self._from_bounds(*extremes(w, scale_shape(tuple(rows.shape), group)))
+        else:
+            scale, zero_point = (scales_of_rows(value, index) for value in qparams)
+        return unblocks(self.rounded(w, scale, zero_point), rows.shape, group).view(*index.shape, -1)
+
+    def _qparams_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a live range; in evaluation of the weight as it was at the last call, while nothing wrote to it."""
+        if self.training or weight.is_inference():
+            return self.qparams(weight)
+        state = weight.data_ptr(), weight._version
+        if self._last is None or self._last[0] != state:
+            self._last = state, self.qparams(weight)
+        return self._last[1]
+
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        self._last = None
+        return super().train(mode)
 
     def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
         """Two-level scales, with γ of the weight as it is: the largest of all scales is that of the extremes."""

@@ -1,0 +1,156 @@
+"""Embedding tables: what is looked up and then quantized is what a lookup in the quantized table gives, gradients included."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lq_plugin import CalibrationError, calibrate, prepare
+from lq_plugin.functional.lookup import Reading
+from lq_plugin.native import use_native
+
+BY_ROWS = [
+    "int8 per_channel", "int8", "int4 per_channel affine", "int4 affine mse", "int4 per_channel mse", "uint4 per_channel affine",
+    "int4 group4", "int4 group3 ragged", "int4 group4 mse", "int4 per_channel lsq", "int4 lsq", "int4 per_channel affine lsq",
+    "int4 group4 lsq", "int4 per_channel octav mad", "int4 per_channel mad", "mx6", "mxfp4:rceil",
+]  # fmt: skip
+BY_TABLE = [
+    "int4 group4:4",
+    "bwn",
+    "bwn:paper per_tensor",
+    "sign",
+    "twn",
+    "ttq",
+    "kmeans4",
+    "kmeans2:reassign",
+    "nvfp4",
+]
+INDEX = torch.tensor([[3, 0, 3, 8], [1, 1, 3, 19]])
+
+
+def table(spec, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 12, **options))
+    prepare(net, {"rules": [{"match": "*", "weight": spec}]})
+    calibrate(net, [INDEX])
+    return net
+
+
+def gradients(net):
+    return {name: p.grad.to_dense() if p.grad.is_sparse else p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True, "padding_idx": 1}], ids=str)
+@pytest.mark.parametrize("spec", BY_ROWS)
+def test_numbers_and_gradients_are_those_of_the_quantized_table(spec, options, native):
+    net = table(spec, **options)
+    layer = net[0]
+    with torch.no_grad():
+        layer.weight.mul_(1.3)  # so that fixed ranges clip
+    upstream = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(1))
+    with use_native(None if native else False):
+        reading = Reading(layer.padding_idx, layer.scale_grad_by_freq, layer.sparse)
+        assert layer.weight_quantizer.takes_rows(reading) or ("lsq" in spec and layer.scale_grad_by_freq)
+        (net.train()(INDEX) * upstream).sum().backward()
+        whole = copy.deepcopy(net)
+        whole.zero_grad()
+        dense = {key: value for key, value in options.items() if key != "sparse"}
+        y = F.embedding(INDEX, whole[0].quantized_weight(), **dense)
+        (y * upstream).sum().backward()
+        assert torch.equal(net(INDEX), y)
+        with torch.no_grad():
+            assert torch.equal(net.eval()(INDEX), y)
+            assert torch.equal(net(INDEX[0, 1]), y[0, 1])
+            assert net(INDEX[:0]).shape == (0, 4, 12)
+    mine, theirs = gradients(net), gradients(whole)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("spec", [*BY_ROWS, *BY_TABLE, "int4 per_channel stochastic"])
+def test_sparse_gradients_stay_sparse_and_equal_the_dense_ones(spec):
+    nets = [table(spec, sparse=sparse).train() for sparse in (True, False)]
+    for net in nets:
+        net(INDEX).square().sum().backward()
+    mine, theirs = (net[0].weight.grad for net in nets)
+    assert mine.layout == torch.sparse_coo
+    torch.testing.assert_close(mine.to_dense(), theirs, rtol=1e-5, atol=1e-6)
+    before = nets[0][0].weight.detach().clone()
+    torch.optim.SparseAdam([nets[0][0].weight]).step()
+    changed = (nets[0][0].weight != before).any(1)
+    assert set(changed.nonzero().flatten().tolist()) == set(theirs.any(1).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("spec", ["int8 per_channel", "int8", "int4 per_channel mse", "mx6"])
+def test_only_the_rows_that_are_read_are_quantized(spec, monkeypatch):
+    net = table(spec)
+    net.eval()(INDEX)  # the one scale of a table is found once
+
+    def never(*arguments):
+        raise AssertionError("the whole table is quantized")
+
+    monkeypatch.setattr(type(net[0]), "quantized_weight", never)
+    monkeypatch.setattr(type(net[0]), "quantize_weight", never)
+    if spec == "int8":
+        monkeypatch.setattr(type(net[0].weight_quantizer), "qparams", never)
+    assert net(INDEX).shape == (2, 4, 12)
+
+
+def test_the_scale_of_a_table_follows_every_change_of_it():
+    net = table("int8").eval()
+
+    def right():
+        return torch.equal(net(INDEX), net[0].quantized_weight()[INDEX])
+
+    with torch.no_grad():
+        net(INDEX)
+        net[0].weight[7] *= 50  # a row that is not read
+        assert right()
+        net[0].weight.data = torch.randn(20, 12)
+        assert right()
+        net.load_state_dict({**net.state_dict(), "0.weight": torch.randn(20, 12) * 9})
+        assert right()
+    net.train()(INDEX).sum().backward()
+    net.eval()
+    net[0].weight.data.mul_(3)  # autograd does not count what is written past it; a change of mode is noticed
+    net.eval()
+    assert right()
+
+
+def test_before_there_is_a_range_and_while_switched_off():
+    net = nn.Sequential(nn.Embedding(20, 12))
+    prepare(net, {"rules": [{"match": "*", "weight": "int4 per_channel mse"}]})
+    with pytest.raises(CalibrationError, match="no range yet"):
+        net.eval()(INDEX)
+    calibrate(net, [INDEX])
+    net[0].weight_quantizer.set_enabled(False)
+    assert torch.equal(net.eval()(INDEX), net[0].weight[INDEX])
+    net[0].weight_quantizer.set_enabled(True)
+    seen = []
+    net[0].weight_quantizer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    net(INDEX)
+    assert seen == [(20, 12)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("bad", [20, -1])
+def test_an_index_that_is_none_raises(bad, native):
+    net = table("int4 per_channel mse").eval()
+    with use_native(None if native else False), pytest.raises(IndexError, match="out of range"):
+        net(torch.tensor([0, bad]))
+
+
+def test_second_derivatives():
+    net = table("int4 per_channel mse").train()
+    with torch.no_grad():
+        net[0].weight.mul_(1.3)
+    outcomes = []
+    for y in (net(INDEX), net[0].quantized_weight()[INDEX]):
+        (first,) = torch.autograd.grad((y**3).sum(), net[0].weight, create_graph=True)
+        outcomes.append(torch.autograd.grad(first.square().sum(), net[0].weight)[0])
+    torch.testing.assert_close(*outcomes)
+    assert outcomes[0].any()
