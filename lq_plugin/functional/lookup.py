@@ -32,16 +32,15 @@ def read_rows(table: Tensor, index: Tensor, reading: Reading) -> Tensor:
     return F.embedding(index, table, reading.padding_idx, None, 2.0, reading.scale_grad_by_freq, reading.sparse)
 
 
-def scales_of_rows(scale: Tensor, index: Tensor, sparse: bool = False) -> Tensor:
-    """The scales of the rows `index`, flattened: one for each of them, or the one for all; `sparse` makes their gradient so.
+def scales_of_rows(scale: Tensor, index: Tensor) -> Tensor:
+    """The scales of the rows `index`, flattened: one for each of them, or the one for all.
 
     >>> scales_of_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 1, 0])).tolist()
     [[2.0], [2.0], [1.0]]
     """
     if scale.numel() == 1:
         return scale
-    # torch makes no view of a sparse gradient, as those of a row's groups would be.
-    return F.embedding(index.reshape(-1), scale.flatten(1), sparse=sparse and scale.ndim == 2).view(-1, *scale.shape[1:])
+    return F.embedding(index.reshape(-1), scale.flatten(1)).view(-1, *scale.shape[1:])
 
 
 def fake_quantize_rows(

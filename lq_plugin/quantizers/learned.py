@@ -44,7 +44,7 @@ class LSQWeightQuantizer(WeightQuantizer):
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
         rows = read_rows(weight, index.reshape(-1), reading)
-        scale, zero_point = (scales_of_rows(value, index, reading.sparse) for value in (self.scale, self.zero_point))
+        scale, zero_point = (scales_of_rows(value, index) for value in (self.scale, self.zero_point))
         y = self._rounded(rows, scale, zero_point).view(*index.shape, -1)
         if reading.padding_idx is None:
             return y
