@@ -29,8 +29,10 @@ accuracy after fine-tuning. Arthur, Vassilvitskii, "k-means++", SODA 2007.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 ITERATIONS = 100
 #: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
 MAX_POINTS = 4096
+#: Elements that are worked on at a time, where that takes several times their memory; and values of a long row with one sum.
+_AT_A_TIME, _BLOCK = 2**22, 4096
 
 
 def codebook_kmeans(
@@ -73,7 +77,7 @@ def codebook_kmeans(
     tensor([[0.0500, 1.1000, 5.0000]])
     """
     _check(rows, levels, method, generator)
-    ordered = rows.detach().float().sort(1).values
+    ordered = _sorted(rows.detach().float())
     if method == "exact":
         centroids, optimal = exact_centroids(ordered, levels, max_points)
         iterations = 0 if optimal else iterations
@@ -104,14 +108,18 @@ def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> T
     tensor([[0.5000, 8.5000]])
     """
     count = ordered.shape[1]
-    sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
+    if len(ordered) > 1 and ordered.numel() > _AT_A_TIME:
+        step = max(_AT_A_TIME // count, 1)
+        pairs = zip(ordered.split(step), centroids.split(step), strict=True)
+        return torch.cat([lloyd(some, start, iterations) for some, start in pairs])
+    sums_before = _prefix_sums(ordered)
     for _ in range(iterations):
         inner = torch.searchsorted(ordered, midpoints(centroids), right=True)
         edges = torch.nn.functional.pad(inner, (1, 0))
         edges = torch.cat([edges, torch.full_like(edges[:, :1], count)], 1)
         first, last = edges[:, :-1], edges[:, 1:]
         members = last - first
-        means = ((sums.gather(1, last) - sums.gather(1, first)) / members.clamp(min=1)).float()
+        means = ((sums_before(last) - sums_before(first)) / members.clamp(min=1)).float()
         # The difference of two long sums may miss its members by a rounding.
         means = means.clamp(ordered.gather(1, first.clamp(max=count - 1)), ordered.gather(1, (last - 1).clamp(min=0)))
         moved = torch.where(members > 0, means, centroids)
@@ -122,6 +130,31 @@ def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> T
             break
         centroids = moved
     return centroids
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Each row ascending, without the order: torch's own takes two more copies of the size of the rows for that."""
+    return torch.from_numpy(np.sort(rows.numpy(), 1)) if rows.device.type == "cpu" else rows.sort(1).values
+
+
+def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
+    """Sums, float64, of the values before each of some indices `[R, k]`; of one long row without a sum for each of its values."""
+    if ordered.numel() <= _AT_A_TIME:
+        sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
+        return lambda index: sums.gather(1, index)
+    row, block = ordered[0], _BLOCK
+    blocks = row[: len(row) // block * block].view(-1, block)
+    whole = torch.cat([some.double().sum(1) for some in blocks.split(_AT_A_TIME // 4 // block)])
+    before = torch.nn.functional.pad(whole.cumsum(0), (1, 0))
+    inside = torch.arange(block, device=row.device)
+
+    def of_one_row(index: Tensor) -> Tensor:
+        starts = index[0] // block * block
+        places = (starts.unsqueeze(1) + inside).clamp(max=len(row) - 1)
+        rest = row[places].double() * (inside < (index[0] - starts).unsqueeze(1))
+        return (before[index[0] // block] + rest.sum(1)).unsqueeze(0)
+
+    return of_one_row
 
 
 def midpoints(centroids: Tensor) -> Tensor:
@@ -149,8 +182,24 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
     >>> assign(torch.tensor([[0.1, 0.5, 9.0]]), torch.tensor([[0.0, 1.0, 4.0]]))
     tensor([[0, 0, 2]], dtype=torch.uint8)
     """
-    indices = torch.searchsorted(midpoints(centroids.detach().float()), rows.detach().float().contiguous())
-    return indices.to(torch.uint8) if centroids.shape[1] <= 256 else indices
+    bounds = midpoints(centroids.detach().float())
+    indices = torch.empty(rows.shape, dtype=torch.uint8 if centroids.shape[1] <= 256 else torch.int64, device=rows.device)
+    for some in _columns(rows):
+        indices[:, some] = torch.searchsorted(bounds, rows[:, some].detach().float().contiguous())
+    return indices
+
+
+def _columns(rows: Tensor) -> Iterator[slice]:
+    """All columns, so many at a time that an index of eight bytes for each element is not much."""
+    step = max(_AT_A_TIME // 4 // max(len(rows), 1), 1)
+    yield from (slice(start, start + step) for start in range(0, rows.shape[1], step))
+
+
+def _values(centroids: Tensor, indices: Tensor) -> Tensor:
+    values = torch.empty(indices.shape, dtype=centroids.dtype, device=centroids.device)
+    for some in _columns(indices):
+        values[:, some] = centroids.gather(1, indices[:, some].long())
+    return values
 
 
 def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
@@ -210,7 +259,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, centroids, indices, gradient):
         ctx.save_for_backward(indices)
         ctx.levels, ctx.gradient = centroids.shape[1], gradient
-        return centroids.gather(1, indices.long())
+        return _values(centroids, indices)
 
     @staticmethod
     def backward(ctx, grad):
@@ -223,7 +272,7 @@ class _FakeQuantizeCodebook(torch.autograd.Function):
     def forward(ctx, x, centroids, indices, gradient):
         ctx.save_for_backward(indices)
         ctx.levels, ctx.gradient, ctx.dtype = centroids.shape[1], gradient, centroids.dtype
-        return centroids.gather(1, indices.long()).to(x.dtype)
+        return _values(centroids, indices).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -280,7 +329,7 @@ def _check(rows: Tensor, levels: int, method: str, generator: torch.Generator | 
         faults.append(f"levels must be at least 1, got {levels}")
     if rows.ndim != 2 or not rows.shape[1]:
         faults.append(f"rows must be [R, n] with n ≥ 1, got {list(rows.shape)}")
-    elif not rows.isfinite().all():
+    elif not torch.stack([rows.amin(), rows.amax()]).isfinite().all():
         faults.append("rows must be finite")
     if method == "kmeans++" and generator is None:
         faults.append("kmeans++ draws at random and needs a generator")

@@ -16,6 +16,8 @@ Reference: Wang, Song, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimensi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,16 +43,18 @@ def exact_centroids(ordered: Tensor, levels: int, max_points: int = 4096) -> tup
     (tensor([[ 0.5000,  8.5000, 30.0000]]), True)
     """
     results, optimal = [], True
-    for row in ordered.cpu().numpy().astype(np.float64):
-        points, counts = np.unique(row, return_counts=True)
-        if len(points) > max_points:
+    for row in ordered.cpu().numpy():
+        # No copy of a long row in float64: eight bytes a weight, and as many again to find what is distinct.
+        if 1 + np.count_nonzero(row[1:] != row[:-1]) > max_points:
             points, counts, optimal = *summary(row, max_points), False
+        else:
+            points, counts = np.unique(row.astype(np.float64), return_counts=True)
         found = weighted_kmeans(points, counts, min(levels, len(points)))
         results.append(np.pad(found, (0, levels - len(found)), mode="edge"))
     return torch.from_numpy(np.stack(results)).float().to(ordered.device), optimal
 
 
-def summary(ordered: Floats, max_points: int) -> tuple[Floats, Ints]:
+def summary(ordered: NDArray[np.floating[Any]], max_points: int) -> tuple[Floats, Ints]:
     """At most `max_points` means of neighbours, ascending, and how many values each stands for.
 
     >>> summary(np.array([0.0, 1.0, 2.0, 3.0, 100.0]), 4)
@@ -58,10 +62,23 @@ def summary(ordered: Floats, max_points: int) -> tuple[Floats, Ints]:
     """
     half, n = max_points // 2, len(ordered)
     even_counts = np.arange(half) * n // half
-    even_width = np.searchsorted(ordered, np.linspace(ordered[0], ordered[-1], half, endpoint=False))
+    even_width = _first_from(ordered, np.linspace(ordered[0], ordered[-1], half, endpoint=False, dtype=np.float64))
     starts = np.union1d(even_counts, even_width)
-    counts = np.diff(starts, append=n)
-    return np.add.reduceat(ordered, starts) / counts, counts
+    ends = np.append(starts[1:], n)
+    sums = np.empty(len(starts))
+    step = max(half // 64, 1)
+    for first in range(0, len(starts), step):
+        some = slice(first, first + step)
+        begin = starts[first]
+        sums[some] = np.add.reduceat(ordered[begin : ends[some][-1]].astype(np.float64), starts[some] - begin)
+    return sums / (ends - starts), ends - starts
+
+
+def _first_from(ordered: NDArray[np.floating[Any]], bounds: Floats) -> Ints:
+    """Index of the first value that is no smaller than each bound; bounds in the values' own dtype, or all values would be converted."""
+    rounded = bounds.astype(ordered.dtype)
+    above = np.nextafter(rounded, np.array(np.inf, ordered.dtype))
+    return np.searchsorted(ordered, np.where(rounded < bounds, above, rounded))
 
 
 def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:

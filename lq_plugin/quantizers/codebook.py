@@ -52,8 +52,10 @@ class CodebookWeightQuantizer(WeightQuantizer):
         if self.reassign:
             values = fake_quantize_codebook(rows, self.centroids, self.indices, self.gradient)
         else:
-            # The weight takes part with factor 0: DDP refuses parameters without a gradient.
-            values = lookup(self.centroids, self.indices, self.gradient).to(x.dtype) + 0.0 * rows
+            values = lookup(self.centroids, self.indices, self.gradient).to(x.dtype)
+            if torch.is_grad_enabled():
+                # The weight takes part with factor 0: DDP refuses parameters without a gradient.
+                values = values + 0.0 * rows
         return self._from_rows(values)
 
     def _from_rows(self, rows: Tensor) -> Tensor:

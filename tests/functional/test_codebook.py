@@ -279,3 +279,22 @@ def test_all_faults_at_once():
     for function in (lambda: lookup(torch.ones(1, 2), torch.zeros(1, 3), "max"),):
         with pytest.raises(ValueError, match="one of mean, sum, got 'max'"):
             function()
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_what_is_worked_on_at_a_time_changes_nothing(rows, monkeypatch):
+    weights = bimodal(rows, 10_007)
+    start = torch.linspace(-3, 6, 8).repeat(rows, 1)
+    expected = lloyd(weights.sort(1).values, start)
+    found, values = assign(weights, expected), lookup(expected, assign(weights, expected))
+    monkeypatch.setattr("lq_plugin.functional.codebook._AT_A_TIME", 5000)
+    monkeypatch.setattr("lq_plugin.functional.codebook._BLOCK", 64)
+    torch.testing.assert_close(lloyd(weights.sort(1).values, start), expected, rtol=1e-6, atol=0)
+    assert torch.equal(assign(weights, expected), found)
+    assert torch.equal(lookup(expected, found), values)
+
+
+def test_a_summary_of_float32_is_that_of_its_values():
+    row = bimodal(1, 20_000).sort(1).values[0].numpy()
+    for mine, doubles in zip(summary(row, 512), summary(row.astype(np.float64), 512), strict=True):
+        np.testing.assert_array_equal(mine, doubles)
