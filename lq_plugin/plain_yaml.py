@@ -1,4 +1,8 @@
-"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without bound."""
+"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without bound.
+
+What this library writes says in its first line how it ends: the beginning of a longer plan is a plan as well, and a file that was cut
+off must not be taken for one. Files written by hand need no such line.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,29 @@ from lq_plugin.errors import PlanError
 MAX_DEPTH = 20
 #: Characters of all values once aliases are written out: "billion laughs" is a kilobyte that stands for a terabyte.
 MAX_SIZE = 50_000_000
+#: Announces `END` as the last line, YAML's own mark of the end of a document.
+ANNOUNCED = "# This file is whole if its last line is '...'"
+END = "..."
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def plain_yaml_text(content: Any) -> str:
+    """Plain values as YAML between the two lines that tell a whole file from the beginning of one.
+
+    >>> print(plain_yaml_text({"rules": []}))
+    # This file is whole if its last line is '...'
+    rules: []
+    ...
+    <BLANKLINE>
+    """
+    return f"{ANNOUNCED}\n{yaml.safe_dump(content, sort_keys=False)}{END}\n"
 
 
 def read_plain_yaml(path: Path) -> Any:
     """The content of a YAML file: mappings, lists and plain values.
 
     Raises:
-        PlanError: naming the file, when it cannot be opened, is no plain YAML (tags that build objects, a date that is
+        PlanError: naming the file, when it cannot be opened, is cut off, is no plain YAML (tags that build objects, a date that is
             none), is nested deeper than `MAX_DEPTH`, or stands for more than `MAX_SIZE` characters.
     """
     try:
@@ -31,6 +50,7 @@ def read_plain_yaml(path: Path) -> Any:
     except ValueError as error:  # not UTF-8, or a name with a null byte
         raise PlanError(f"{path} is not plain YAML: {error}") from error
     try:
+        _check_end(text)
         _check_depth(text)
         content = yaml.load(text, Loader=_LOADER)  # the safe one
         _check_size(content)
@@ -39,6 +59,12 @@ def read_plain_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # 2024-13-01 is a ValueError of datetime
         raise PlanError(f"{path} is not plain YAML: {error}") from error
     return content
+
+
+def _check_end(text: str) -> None:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if ANNOUNCED in lines and [line for line in lines if not line.startswith("#")][-1:] != [END]:
+        raise PlanError(f"the file is cut off: its first line announces a last line {END!r}, which is not there")
 
 
 def _check_depth(text: str) -> None:

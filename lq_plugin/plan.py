@@ -10,8 +10,8 @@ The same plan as a short string, as YAML, and in Python::
                                                 input: float
 
 Later rules win, each field on its own: a rule that says nothing of `weight` leaves it as it was.
-A pattern is a layer's name, a glob over names (`layer1.*`), a regular expression behind `re:`, or a
-class name behind `type:`. A plan is data: reading one never instantiates or executes anything.
+A pattern is a layer's name, a glob over names (`layer1.*`), a regular expression after `re:` (`lq_plugin.name_pattern`), or a
+class name after `type:`. A plan is data: reading one never instantiates or executes anything.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.files import write_file
-from lq_plugin.formats import RANGES, SLOTS
+from lq_plugin.formats import SLOTS
 from lq_plugin.layer_plan import LayerInfo, LayerPlan, Stage, layer_faults, layer_plan
-from lq_plugin.plain_yaml import read_plain_yaml
+from lq_plugin.name_pattern import name_pattern
+from lq_plugin.plain_yaml import plain_yaml_text, read_plain_yaml
 from lq_plugin.schedule import Moment, Schedule
+from lq_plugin.short_plan import is_short, read_short
 from lq_plugin.spec import QuantSpec
 
 __all__ = ["FLOAT", "LayerInfo", "LayerPlan", "QuantPlan", "Rule", "Stage", "matches"]
@@ -69,9 +69,9 @@ class Rule:
             faults.append(f"match must be a name, a glob, 're:...' or 'type:...', got {self.match!r}")
         elif self.match.startswith("re:"):
             try:
-                re.compile(self.match[3:])
-            except (re.error, OverflowError, RecursionError) as error:
-                faults.append(f"{self.match!r} is no regular expression: {error}")
+                name_pattern(self.match[3:])
+            except PlanError as error:
+                faults.append(f"re: {error}")
         for slot in SLOTS:
             value = getattr(self, slot)
             if value is None or value == FLOAT:
@@ -132,16 +132,7 @@ class QuantPlan:
             if "/" in text:
                 weight, _, rest = text.partition("/")
                 return cls([Rule("*", weight=_spec_or_float(weight), input=_spec_or_float(rest))])
-            if not re.match(r"[wa]\d", text.strip()):
-                return cls([Rule("*", weight=QuantSpec.parse(text))])
-            parts = re.split(r"(?:^|\s+)(?=[wa]\d)|(?<=\d)(?=[wa]\d)", text.strip())
-            chosen: dict[str, Any] = {}
-            for part in filter(None, parts):
-                slot = "weight" if part[0] == "w" else "input"
-                if slot in chosen:
-                    raise PlanError(f"{part!r} sets the {slot} a second time")
-                chosen[slot] = _short_spec(slot, part)
-            return cls([Rule("*", **chosen)])
+            return cls([Rule("*", **read_short(text)) if is_short(text) else Rule("*", weight=QuantSpec.parse(text))])
         except QuantizationError as error:
             hint = "write 'w4a8', 'w4 group16 mse a8 percentile:99.9', 'int4 per_channel / uint8 affine', or a path ending in .yaml"
             raise PlanError(f"cannot read the plan {text!r}: {error}\n  {hint}") from None
@@ -202,7 +193,7 @@ class QuantPlan:
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The plan as YAML text, also written to `path` when one is given."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text = plain_yaml_text(self.to_dict())
         if path is not None:
             write_file(path, text, PlanError)
         return text
@@ -258,7 +249,10 @@ def _matcher(pattern: str) -> Callable[[str, Sequence[str]], bool]:
         return lambda _, types: pattern[5:] in types
     if not pattern.startswith("re:") and not set(pattern) & set("*?["):
         return lambda name, _: name == pattern
-    expression = re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+    if pattern.startswith("re:"):
+        fits = name_pattern(pattern[3:])
+        return lambda name, _: fits(name)
+    expression = re.compile(translate(pattern))  # stars of a glob do not backtrack
     return lambda name, _: expression.fullmatch(name) is not None
 
 
@@ -274,23 +268,6 @@ def _nothing_matches(pattern: str, layers: Sequence[LayerInfo], others: Mapping[
     valid = [layer.name for layer in layers]
     shown = ", ".join(valid[:6]) + (f", ... ({len(valid)} layers)" if len(valid) > 6 else "")
     return f"{pattern!r} matches no layer; layers: {shown}.{did_you_mean(pattern, valid)}"
-
-
-def _short_spec(slot: str, text: str) -> QuantSpec:
-    """The spec of `w4 mse` or `a8`; what is wrong with it is said of these words, not of those that they stand for."""
-    head, *words = text.split()
-    bits = head[1:]
-    if not bits.isdecimal():
-        raise PlanError(f"{head!r}: {head[0]!r} is followed by a number of bits; words stand apart: '{head[0]}4 mse'")
-    if slot == "weight":
-        words = [f"int{bits}", *([] if any(word.startswith(("per_", "group")) for word in words) else ["per_channel"]), *words]
-    elif "pact" in words:  # its zero is fixed
-        words = [f"uint{bits}", *words]
-    else:
-        # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
-        named = any(word.partition(":")[0] in RANGES for word in words)
-        words = [f"uint{bits}", *([] if "affine" in words else ["affine"]), *([] if named else ["ema"]), *words]
-    return QuantSpec.parse(" ".join(words), written=text)
 
 
 @lru_cache(maxsize=1024)

@@ -28,6 +28,14 @@ LAYERS = [
         ("w4 group16 mse a8 percentile:99.9", "int4 group16 mse", "uint8 affine percentile:99.9"),
         ("w2 per_tensor lsq a4 lsq", "int2 per_tensor lsq", "uint4 affine lsq"),
         ("w4a4 pact", "int4 per_channel", "uint4 pact"),
+        ("W4A8", "int4 per_channel", "uint8 affine ema"),
+        ("W8 mse A4", "int8 per_channel mse", "uint4 affine ema"),
+        ("w4a16", "int4 per_channel", None),
+        ("w4a", "int4 per_channel", None),
+        ("w4a16 mse", "int4 per_channel mse", None),
+        ("w4 group16 a16", "int4 group16", None),
+        ("w4a8 ema:0.9", "int4 per_channel", "uint8 affine ema:0.9"),  # no weight has a moving average
+        ("w4a8 group16", "int4 group16", "uint8 affine ema"),  # no input has groups with float scales
         ("int4 per_channel mse / uint8 affine", "int4 per_channel mse", "uint8 affine"),
         ("int4 group16", "int4 group16", None),
         ("float / uint8", "float", "uint8"),
@@ -148,7 +156,7 @@ def test_missing_file_and_wrong_type():
         ("w4 a8 mxe", "cannot read the spec 'a8 mxe': unknown word 'mxe'"),
         ("w4x a8", "'w4x': 'w' is followed by a number of bits; words stand apart: 'w4 mse'"),
         ("w4a8mse", "'a8mse': 'a' is followed by a number of bits"),
-        ("a8 a4", "'a4' sets the input a second time"),
+        ("a8 a4", "'a8 a4' sets the input a second time"),
     ],
 )
 def test_errors_quote_what_was_written(text, message):
@@ -157,6 +165,52 @@ def test_errors_quote_what_was_written(text, message):
     assert f"cannot read the plan {text!r}: {message}" in str(caught.value)
     assert "uint8 affine ema" not in str(caught.value)
     assert "rule" not in str(caught.value), "no rule was written"
+
+
+@pytest.mark.parametrize(
+    ("text", "readings"),
+    [
+        ("w8a8 per_tensor", ("w8 per_tensor a8 per_tensor", "w8 a8 per_tensor")),
+        ("w4a8 lsq", ("w4 lsq a8 lsq", "w4 a8 lsq")),
+        ("W4A4 mse stochastic", ("W4 mse stochastic A4 mse stochastic", "W4 A4 mse stochastic")),
+    ],
+)
+def test_words_that_could_belong_to_either_are_refused_with_both_readings(text, readings):
+    with pytest.raises(PlanError, match="two ways") as caught:
+        QuantPlan.parse(text)
+    for reading in readings:
+        assert repr(reading) in str(caught.value)
+        QuantPlan.parse(reading)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a16", "quantizes nothing"), ("w8 a16 ema", "16-bit integers are written '... / uint16 affine ema'"), ("w4a8 mxe", "unknown word")],
+)
+def test_float_inputs_take_no_words(text, message):
+    with pytest.raises(PlanError, match=message):
+        QuantPlan.parse(text)
+
+
+def test_a_file_that_was_cut_off_is_no_smaller_plan(tmp_path):
+    layers = [{"match": f"layer{i}.conv", "weight": "int4 per_channel mse", "input": "uint4 affine ema"} for i in range(2)]
+    plan = QuantPlan.parse({"rules": [{"match": "*", "weight": "int8"}, *layers], "schedule": {"observer_freeze": "epoch 5"}})
+    path = tmp_path / "plan.yaml"
+    text = plan.to_yaml(path)
+    for length in range(len(text) - 1):  # all but the last line break
+        path.write_text(text[:length])
+        with pytest.raises(PlanError, match="plan.yaml"):
+            QuantPlan.parse(path)
+    path.write_text(text[:-1])
+    assert QuantPlan.parse(path) == plan
+    path.write_text("# trial 7\n" + text.replace("int8", "int6") + "\n# edited by hand\n")
+    assert str(QuantPlan.parse(path).rules[0].weight) == "int6"
+
+
+def test_files_written_by_hand_need_no_mark(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("---\nrules: [{match: '*', weight: int8}]\n")
+    assert QuantPlan.parse(path) == QuantPlan.parse("int8")
 
 
 def test_short_strings_in_any_order_and_with_the_words_they_have_by_themselves():

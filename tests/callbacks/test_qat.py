@@ -217,7 +217,7 @@ def test_without_first_batches_the_sanity_check_says_it_is_float(trainer, module
     assert all(q.is_calibrated for q in quantizers(module) if q.needs_calibration)
 
 
-@pytest.mark.parametrize("plan", ["w4 lsq a4 lsq", "w8a8 mse", "w8a8"])
+@pytest.mark.parametrize("plan", ["w4 lsq a4 lsq", "w8 a8 mse", "w8a8"])
 def test_layer_that_only_training_reaches_gets_its_range_from_its_first_batch(plan, trainer, data):
     """As in a GAN whose generator no validation step calls: it must not stay float."""
 

@@ -73,7 +73,7 @@ def test_a_constant_and_an_all_zero_input_have_a_range(module, data):
     """A range of no width is a scale that divides nothing by zero."""
     for value in (0.0, 3.0, -2.0, 1e-30, 1e30):
         net = nn.Sequential(nn.Linear(4, 3))
-        prepare(net, "w8a8 mse")
+        prepare(net, "w8 a8 mse")
         x = torch.full((5, 4), value)
         calibrate(net, [x])
         y = net.eval()(x)

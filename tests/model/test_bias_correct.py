@@ -26,7 +26,7 @@ from tests.models import randomize, resnet20
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def quantized(model: nn.Module, batches: list[Tensor], plan: Any = "w3a4 per_tensor") -> nn.Module:
+def quantized(model: nn.Module, batches: list[Tensor], plan: Any = "w3 a4 per_tensor") -> nn.Module:
     result = copy.deepcopy(model)
     prepare(result, plan)
     calibrate(result, batches)
@@ -184,7 +184,7 @@ def means_in_front(model: nn.Module, batches: list[Tensor]) -> dict[str, np.ndar
 def test_folded_and_plain_batch_norms_are_corrected_alike() -> None:
     torch.manual_seed(0)
     model, batches = randomize(resnet20(8)), [torch.randn(8, 3, 32, 32)]
-    plan = "w4a8 per_channel"  # folding scales a channel's levels with its weights
+    plan = "w4 a8 per_channel"  # folding scales a channel's levels with its weights
     plain = quantized(model, batches, plan)
     folded = copy.deepcopy(model)
     with torch.no_grad():

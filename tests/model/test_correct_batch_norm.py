@@ -82,7 +82,7 @@ def test_stored_statistics_are_those_of_the_formula() -> None:
 
 def test_a_model_that_hardly_changed_hardly_changes() -> None:
     model, batches = stack(), list(images(8).split(2))
-    mine = quantized(model, batches, "w16a16")
+    mine = quantized(model, batches, "int16 per_channel / uint16 affine ema")
     shifts = correct_batch_norm(mine, batches).shifts
     assert max(s.mean_shift for s in shifts.values()) < 1e-3
     assert all(0.999 < low <= high < 1.001 for low, high in (s.variance_ratio for s in shifts.values()))

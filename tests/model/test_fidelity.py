@@ -85,7 +85,7 @@ def test_padding_of_a_ragged_group_is_no_element() -> None:
 def test_min_max_clips_nothing_and_a_tight_range_does() -> None:
     model, x, _ = calibrated("w8a8")
     assert all(row.clipping_share == 0 for row in layer_fidelity(model, lambda: model(x)))
-    model, x, _ = calibrated("w8a8 percentile:90")
+    model, x, _ = calibrated("w8 a8 percentile:90")
     shares = {(row.layer, row.slot): row.clipping_share for row in layer_fidelity(model, lambda: model(x))}
     assert 0.05 < shares["0", "input"] < 0.12
 

@@ -101,10 +101,10 @@ def test_outliers_no_longer_cost_the_other_channels_their_levels(norm: type[nn.M
     target = net(x)
     # The same network a second time, prepared before it is smoothed.
     second = copy.deepcopy(net)
-    before = quantized_error(net, x, target, "w8a8 per_tensor")
+    before = quantized_error(net, x, target, "w8 a8 per_tensor")
     smoothed(net, x)
-    assert quantized_error(net, x, target, "w8a8 per_tensor") < before / 5
-    prepare(second, "w8a8 per_tensor")
+    assert quantized_error(net, x, target, "w8 a8 per_tensor") < before / 5
+    prepare(second, "w8 a8 per_tensor")
     smoothed(second, x)
     calibrate(second, [x])
     assert float((second(x) - target).square().mean()) < before / 5
