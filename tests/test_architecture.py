@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
     "lazy", "errors", "files", "csv_text", "passwords", "hydra_files", "lightning_packages", "instantiate",
-    "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan", "plan",
+    "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan",
+    "short_plan", "name_pattern", "plan",
     "native", "functional", "metrics", "ranges",
     "quantizers", "layers", "model", "plots", "export", "report",
     "callbacks", "search", "demo", "export_command", "cli", "__init__",
