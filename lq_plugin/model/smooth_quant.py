@@ -99,7 +99,9 @@ def _largest_activations(model: nn.Module, producers: list[str], batches: Iterab
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, y: Tensor) -> None:
-            found = y.detach().reshape(-1, y.shape[-1]).abs().amax(0).cpu().double()
+            rows = y.detach().reshape(-1, y.shape[-1]).abs()
+            # An expert without tokens is not smoothed, as channels that are 0 are not.
+            found = (rows.amax(0) if len(rows) else rows.new_zeros(rows.shape[1])).cpu().double()
             largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
         return hook

@@ -117,6 +117,8 @@ class Quantizer(nn.Module):
         return self._calibrated
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():  # an expert without tokens, an image without proposals: nothing to see, nothing to round
+            return self.pass_on(x)
         if not self.starts:
             self.watch(x)
             return self.apply_to(x)

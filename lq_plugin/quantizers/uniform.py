@@ -349,13 +349,13 @@ class InputQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         # Observing and quantizing with what was observed before take one pass over the data together.
-        if self._watches and self._calibrated and self._enabled and self._is_plain():
+        if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
             return fake_quantize_observed(x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max)
         return super().forward(x)
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
         """The same, by what another quantizer with the same qparams made of the same tensor."""
-        if not (self._calibrated and self._enabled and self._is_plain()) or self._forward_hooks or self._forward_pre_hooks:
+        if not (self._calibrated and self._enabled and x.numel() and self._is_plain()) or self._forward_hooks or self._forward_pre_hooks:
             return self(x)
         watches, grid = self._watches, self.spec.grid
 

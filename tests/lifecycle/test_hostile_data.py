@@ -101,3 +101,31 @@ def test_a_plan_for_another_model_changes_nothing(trainer, module, data):
     assert not quantizers(module)
     assert "configure_model" not in module.__dict__
     assert_same(module, before)
+
+
+class Sums(L.LightningModule):
+    """Its loss is a sum, so that an empty batch has the gradient 0."""
+
+    def __init__(self):
+        super().__init__()
+        L.seed_everything(0, verbose=False)
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 4))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.001)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "bwn / sign", "nvfp4 / nvfp4", "int4 group4:4 ragged / int8 group4:4 ragged"])
+@pytest.mark.parametrize("where", [0, 2])
+def test_an_empty_batch_in_training_changes_nothing(plan, where, trainer):
+    batches = [torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    with_empty = [*batches[:where], batches[0][:0], *batches[where:]]
+    states = []
+    for given in (batches, with_empty):
+        module = Sums()
+        trainer(QAT(plan, init_batches=where), max_epochs=1).fit(module, DataLoader(given, batch_size=None))
+        states.append(module.state_dict())
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items() if not key.endswith("draws"))

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lq_plugin import CalibrationError, PlanError, QuantPlan, QuantSpec, Rule, calibrate, prepare, remove
-from lq_plugin.formats import FORMATS
+from lq_plugin.formats import FORMATS, RANGES
 from lq_plugin.model.cost import cost
 from lq_plugin.model.fidelity import layer_fidelity
+from lq_plugin.model.observe import commit_observers
 
 WEIGHTS = [
     "int4 per_channel mse",
@@ -142,6 +143,45 @@ def test_embeddings(spec):
     layer = nn.Embedding(12, 20)
     net = ready(layer, QuantPlan([Rule("*", weight=spec)]), torch.arange(12)).eval()
     torch.testing.assert_close(net(torch.tensor([3, 3])), layer.quantized_weight()[[3, 3]])
+
+
+ESTIMATED = [*(f"uint8 affine {name}" for name in RANGES if name != "pact"), "uint4 pact", "int8 per_channel ema", "int4 lsq per_channel"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("spec", INPUTS + ESTIMATED)
+def test_empty_inputs_pass_and_move_no_range(spec, kind):
+    """An expert without tokens, an image without proposals: the output of the float layer, and nothing learned from it."""
+    if spec == "xnor" and kind == "conv_transpose2d":
+        pytest.skip("it scales the output of plain layers")
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    net, x = nn.Sequential(make()), torch.randn(shape)
+    empty = x[:0]
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input=spec)]))
+    quantizer = net[0].input_quantizer
+    quantizer.observing = True
+
+    # Before there are ranges: neither an error nor the first one.
+    assert torch.equal(net.eval()(empty), nn.Sequential(make())(empty))
+    net.train()(empty)
+    commit_observers([quantizer])
+    assert not (quantizer.needs_calibration and quantizer.is_calibrated)
+
+    calibrate(net, [empty, x, empty])
+    state = {key: value for key, value in copy.deepcopy(net.state_dict()).items() if "draws" not in key}
+    once = nn.Sequential(make())
+    prepare(once, QuantPlan([Rule("*", weight="int8 per_channel", input=spec)]))
+    calibrate(once, [x])
+    assert all(torch.equal(value, state[key]) for key, value in once.state_dict().items() if "input_quantizer" in key and key in state)
+
+    empty.requires_grad_()
+    net.train()(empty).sum().backward()
+    commit_observers([quantizer])
+    assert empty.grad.shape == empty.shape
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in quantizer.parameters())
+    assert net.eval()(empty).shape == nn.Sequential(make())(empty).shape
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
 
 
 @pytest.mark.parametrize("spec", ["bwn", "twn", "ttq", "kmeans2", "sign", "mxfp4", "nvfp4"])

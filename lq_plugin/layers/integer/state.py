@@ -141,7 +141,7 @@ def _why_not_convolution(layer: nn.Conv2d) -> str | None:
 def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     """The layer's output before its output quantizer, by integer sums; None: fake quantization is to compute it."""
     state = cast(IntegerForward, layer.integer)
-    if not cast(nn.Module, layer).training or state.reason is not None or state.chosen is False:
+    if not cast(nn.Module, layer).training or state.reason is not None or state.chosen is False or not x.numel():
         return None
     if torch.compiler.is_compiling():
         state.refusals["torch.compile traces it"] = None
