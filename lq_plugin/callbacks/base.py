@@ -35,7 +35,9 @@ from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
+from lq_plugin.model.unreached import REASON, suspend, unreached
 from lq_plugin.plan import QuantPlan
+from lq_plugin.quantizers import Suspension
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,7 +57,7 @@ class QuantizationCallback(Callback):
     """
 
     #: What happens to tensors that no calibration batch reached.
-    unreached = "using them raises an error"
+    if_unreached = "their layers stay float, weights also: more calibration batches may reach them"
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class QuantizationCallback(Callback):
         self.ledger = Ledger()
         self.recording: Recording | None = None
         self.statistics: Statistics = {}
+        self.suspension: Suspension | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         move_before(trainer, self, tuners())
@@ -85,9 +88,19 @@ class QuantizationCallback(Callback):
             refuse_unsupported(trainer, pl_module, self.needs_whole_model())
             warn_of_copies(trainer, pl_module)
             self.inject(pl_module, self._operations(trainer, pl_module))
+            # What runs the model before it has ranges (a summary, a counter of FLOPs, a logger's graph) sees the float one.
+            self.suspension = suspend(pl_module)
             renew_averages(trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = configure_model
+
+    def end_suspension(self) -> None:
+        """From now on the model evaluates quantized."""
+        if self.suspension is not None:
+            self.suspension.active = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.end_suspension()
 
     def needs_whole_model(self) -> list[str]:
         """What it does that is impossible where parameters are split over processes."""
@@ -143,12 +156,14 @@ class QuantizationCallback(Callback):
             self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
         with whole_weights(pl_module):
             load_statistics(pl_module, self.statistics)
+        self.ledger.note_unreached(unreached(pl_module), REASON)
         if missed := never_reached(pl_module, self.statistics):
-            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.unreached}")
+            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A run that failed before configure_model must not leave the patch behind.
         pl_module.__dict__.pop("configure_model", None)
+        self.end_suspension()
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.to_dict()}

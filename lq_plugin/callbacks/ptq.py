@@ -16,6 +16,7 @@ from lq_plugin.layers import weight_of
 from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.reconstruct import Reconstruction
+from lq_plugin.model.unreached import REASON, unreached
 from lq_plugin.plan import QuantPlan
 
 if TYPE_CHECKING:
@@ -78,11 +79,15 @@ class PTQ(QuantizationCallback):
         self.quantize(trainer, pl_module)
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the phases, unless the model is calibrated already."""
-        if not self.recalibrate and all(quantizer.is_calibrated for quantizer in quantizers(pl_module)):
-            return
-        for phase in self.phases:
-            PHASES[phase].run(self, trainer, pl_module)
+        """Run the phases, unless the model is calibrated already, as far as data reached it."""
+        silent = unreached(pl_module)
+        waiting = {id(q) for q in quantizers(pl_module) if not q.is_calibrated} - {id(q) for group in silent.values() for q in group}
+        if not self.recalibrate and not waiting:
+            self.ledger.note_unreached(silent, REASON)
+        else:
+            for phase in self.phases:
+                PHASES[phase].run(self, trainer, pl_module)
+        self.end_suspension()
 
     def needs_whole_model(self) -> list[str]:
         return [f"phase {phase}" for phase in self.phases if phase != "calibrate"]

@@ -32,9 +32,10 @@ from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage, forget_batch
 from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.unreached import REASON, settle, unreached, waiting
 from lq_plugin.plan import QuantPlan
-from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
-from lq_plugin.schedule import Schedule
+from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.schedule import Phase, Schedule
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -67,7 +68,7 @@ class QAT(QuantizationCallback):
     >>> trainer = Trainer(callbacks=[QAT("w4a8", schedule={"activations_start": "epoch 1"})], logger=False, accelerator="cpu")
     """
 
-    unreached = "their first training batch gives them a range"
+    if_unreached = "their layers are float until a training batch reaches them"
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class QAT(QuantizationCallback):
         self.distill = Distillation.parse(distill)
         self.teacher: Teacher | None = None
         self.teacher_state: Mapping[str, Tensor] | None = None
+        self.phase: Phase | None = None
+        self.unreached: dict[str, list[Quantizer]] = {}
         self.resumed = False
         self.float_checkpoint: dict[str, Any] | None = None
         self.frozen: FrozenBatchNorms | None = None
@@ -104,9 +107,12 @@ class QAT(QuantizationCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         renew_averages(trainer, pl_module)  # one that called configure_model itself was not there yet
-        uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated]
+        silent = {id(quantizer) for group in unreached(pl_module).values() for quantizer in group}
+        uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated and id(q) not in silent]
         if uncalibrated and self.init_batches:
             self.calibrate(trainer, pl_module, self.init_batches)
+        if self.init_batches:
+            self.end_suspension()
         if self.distill is not None:
             self.teacher = Teacher(self.distill, trainer, pl_module, self.calibration_step, self.teacher_state)
             self.teacher.attach(pl_module)
@@ -123,6 +129,7 @@ class QAT(QuantizationCallback):
             choices = True if self.forward == "integer_always" else self.integer_choices
             enable_integer_forward(pl_module, choices, trainer.strategy.broadcast)
         self.integer_named = {}
+        self._wait_for_unreached(pl_module, moment)
         if not self.resumed:
             # A resumed run is in the state of its last batch: the schedule goes on with the next one, if there is one.
             self._enter_stage(pl_module, moment, calibrate=False)
@@ -134,16 +141,19 @@ class QAT(QuantizationCallback):
             return
         missing = [q for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated]
         if missing:
-            rank_zero_warn(f"QAT: the sanity check runs {len(missing)} tensors float, they have no range yet (first: {missing[0].name})")
-        for quantizer in missing:
-            quantizer.allow_uncalibrated = True
+            rank_zero_warn(f"QAT: the sanity check runs float, {len(missing)} tensors have no range yet (first: {missing[0].name})")
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for quantizer in quantizers(pl_module):
-            quantizer.allow_uncalibrated = False
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An evaluation finds no ranges: without those of a checkpoint it is an error.
+        if trainer.state.fn != "fit":
+            self.end_suspension()
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         forget_batch(quantizers(pl_module))
+        # Under some strategies a resumed run has its state only now.
+        self._wait_for_unreached(pl_module, (trainer.current_epoch, trainer.global_step))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Resumed in the middle of an epoch, the ranges found at its start are in the checkpoint.
@@ -152,7 +162,9 @@ class QAT(QuantizationCallback):
                 for layer in self._layers(pl_module):
                     for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
                         if isinstance(stage, WeightQuantizer):
-                            stage.new_epoch(layer.canonical(weight_of(layer)))
+                            # Without first batches a learned range is still to be found.
+                            found = stage.is_calibrated or not stage.needs_calibration
+                            (stage.new_epoch if found else stage.calibrate)(layer.canonical(weight_of(layer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.
@@ -167,7 +179,11 @@ class QAT(QuantizationCallback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         clip_latent_weights(self._layers(pl_module))
-        commit_observers(quantizers(pl_module), all_reduce_max(trainer), statistics_merger(trainer))
+        chosen = quantizers(pl_module)
+        commit_observers(chosen, all_reduce_max(trainer), statistics_merger(trainer))
+        if self.unreached or waiting(chosen):
+            self._settle_unreached(pl_module)
+        self.end_suspension()
         if self.forward != "fake_quantize":
             self._settle_integer_forward(trainer, pl_module)
 
@@ -192,7 +208,7 @@ class QAT(QuantizationCallback):
             self.frozen.release()
             self.frozen = None
         for quantizer in quantizers(pl_module):
-            quantizer.observing = False
+            quantizer.observing = quantizer.waiting = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -225,15 +241,45 @@ class QAT(QuantizationCallback):
 
     def _apply_schedule(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
         """Bring all switches to where the schedule has them at an epoch and optimizer step."""
-        phase = self.plan.schedule.at(*moment)
+        self.phase = phase = self.plan.schedule.at(*moment)
         if phase.freeze_batch_norm:
             # Again at each batch: model.train() after a validation switches it back on.
             self.frozen = self.frozen or freeze_batch_norm(pl_module)
             self.frozen.apply()
         # At each batch: somebody may have loaded a state of another moment into the module.
+        silent = {id(quantizer) for group in self.unreached.values() for quantizer in group}
         for quantizer in quantizers(pl_module):
-            if isinstance(quantizer, WeightQuantizer):
-                quantizer.set_enabled(phase.weights)
-            elif isinstance(quantizer, InputQuantizer):
-                quantizer.set_enabled(phase.activations)
-                quantizer.observing = phase.observe
+            quantizer.observing = isinstance(quantizer, InputQuantizer) and phase.observe
+            if id(quantizer) not in silent:
+                self._switch(quantizer, phase)
+
+    @staticmethod
+    def _switch(quantizer: Quantizer, phase: Phase) -> None:
+        """Switch a quantizer on or off as the phase wants it."""
+        quantizer.set_enabled(phase.weights if isinstance(quantizer, WeightQuantizer) else phase.activations)
+
+    def _wait_for_unreached(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
+        """Let what no batch has reached gather a first range in training."""
+        phase = self.plan.schedule.at(*moment)
+        # Without first batches nothing was missed before the schedule begins.
+        self.unreached = unreached(pl_module) if self.init_batches or phase.weights or phase.activations else {}
+        for quantizer in (quantizer for group in self.unreached.values() for quantizer in group):
+            quantizer.waiting = True
+
+    def _settle_unreached(self, pl_module: LightningModule) -> None:
+        """After a batch: what it reached for the first time follows the phase, what misses its range is float until it is reached."""
+        assert self.phase is not None
+        before = self.unreached
+        self.unreached = settle(before, pl_module)
+        if before.keys() == self.unreached.keys():
+            return
+        for name, group in {**before, **self.unreached}.items():
+            for quantizer in group:
+                quantizer.waiting = name in self.unreached
+                if not quantizer.waiting:
+                    self._switch(quantizer, self.phase)
+        self.ledger.note_unreached(self.unreached, REASON)
+        for name in before.keys() - self.unreached.keys():
+            rank_zero_info(f"QAT: a batch has reached {name}, it is quantized from now on")
+        for name in self.unreached.keys() - before.keys():
+            rank_zero_warn(f"QAT: the batch did not reach {name}; {self.if_unreached}")

@@ -35,8 +35,9 @@ from lq_plugin.export_options import smallest_faults
 from lq_plugin.files import replacing
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.operations import QuantizedOperation, operations_of, quantized_operations
-from lq_plugin.model.prepare import quantized_layers, quantizers, remove
+from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.record import record
+from lq_plugin.model.unreached import unreached, without_range
 from lq_plugin.quantizers import InputQuantizer
 from lq_plugin.spec import PerChannel, PerGroup
 
@@ -88,8 +89,12 @@ def export_onnx(
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
-    missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
+    missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
     raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
+    silent = unreached(model)
+    for name in silent:
+        log.warning("%s is float in %s: no batch has reached it", name, path)
+    layers = [(name, layer) for name, layer in layers if name not in silent]
     weights, activations = _collect(layers)
     plain = inference_copy(model)
     ran = _layers_that_run(plain, inputs)
@@ -98,7 +103,7 @@ def export_onnx(
     shapes = tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments) if free else None
     made = float_graph(plain, tuple(inputs), shapes, input_names, output_names) if exported is None else copy.deepcopy(exported)
     graph = Graph(made, smallest)
-    operations = quantized_operations(model)
+    operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
     nodes_of = operation_nodes(graph.model, recorded.values())

@@ -29,7 +29,8 @@ from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operations import operations_in, quantized_operations
-from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
+from lq_plugin.model.prepare import prepare, quantized_layers, remove
+from lq_plugin.model.unreached import unreached, without_range
 from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.quantizers import WeightQuantizer
 
@@ -67,13 +68,13 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
-    missing = [f"{q.name} ({q.spec}) has no range" for q in quantizers(model) if q.needs_calibration and not q.is_calibrated]
+    missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
     raise_all(ExportError, "cannot pack the model", missing + computed_faults(layers))
+    silent = unreached(model)
+    plans = {name: layer.layer_plan for name, layer in layers if name not in silent}
     # A model that is a layer itself has the name "", which is no pattern.
-    rules = [
-        Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, layer in layers if (p := layer.layer_plan)
-    ]
-    rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model)]
+    rules = [Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, p in plans.items() if p]
+    rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model) if name not in silent]
     plan, bits = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":")), cost(model).effective_bits
 
     state = model.state_dict()
@@ -99,14 +100,17 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
     digests: dict[bytes, str] = {}
     quantized: set[int] = set()
     faults: list[str] = []
+    silent = unreached(model)
     for name, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
+        if layer.weight_quantizer is not None and name not in silent:
             quantized.add(id(layer.weight))
             try:
                 weights[name] = _add_weight(name, layer, writer, digests)
             except ExportError as error:
                 faults.append(str(error))
-    ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightQuantizer))
+    without = {id(quantizer) for group in silent.values() for quantizer in group}
+    # The file holds weights as they are used, and what no batch has reached as float.
+    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, WeightQuantizer) or id(m) in without)
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
     keys = _weight_keys(model) - _read_as_float(model)

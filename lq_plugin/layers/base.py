@@ -106,7 +106,7 @@ def scales_output(quantizer: InputQuantizer | None) -> bool:
     """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
     # Something else may stand in for a quantizer while roundings are learned.
     current = quantizer.current if isinstance(quantizer, Quantizer) else None
-    return isinstance(current, XNORInputQuantizer) and current.is_enabled and current.collector is None
+    return isinstance(current, XNORInputQuantizer) and current.is_enabled and current.collector is None and not current.is_suspended
 
 
 class ShadowedForward(nn.Module):

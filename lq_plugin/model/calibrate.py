@@ -14,6 +14,7 @@ from lq_plugin.errors import CalibrationError, raise_all
 from lq_plugin.layers import weight_of
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.record import without_compile
+from lq_plugin.model.unreached import settle, unreached
 from lq_plugin.quantizers import InputQuantizer, Quantizer
 from lq_plugin.ranges import Histogram, Sample
 
@@ -56,7 +57,7 @@ def calibrate(
     statistics = collect_statistics(model, batches, run, merge)
     load_statistics(model, statistics)
     if missed := never_reached(model, statistics):
-        log.warning("calibrate: no batch reached %s, which has no range yet", ", ".join(missed))
+        log.warning("calibrate: no batch reached %s; what has no range stays float", ", ".join(missed))
     return statistics
 
 
@@ -107,14 +108,16 @@ def needs_data(model: nn.Module) -> bool:
 def load_statistics(model: nn.Module, statistics: Statistics) -> None:
     """The second half of `calibrate`: set each range by its spec's estimator.
 
-    An activation that no batch reached stays uncalibrated; using it later raises.
+    A layer or operation that no batch reached stays float, see `lq_plugin.model.unreached`.
     """
+    before = unreached(model)
     for _, layer in quantized_layers(model):
         layer.calibrate_weight()
     for quantizer in quantizers(model):
         histogram = statistics.get(quantizer.name)
         if isinstance(quantizer, InputQuantizer) and histogram is not None and histogram.total.any():
             quantizer.load_sample(histogram.sample())
+    settle(before, model)
 
 
 def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:

@@ -17,7 +17,9 @@ from lq_plugin.errors import PlanError
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operations import operations_in
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
+from lq_plugin.model.unreached import REASON, settle, unreached, without_range
 from lq_plugin.plan import QuantPlan
+from lq_plugin.quantizers import InputQuantizer
 
 
 def load_float_weights(model: nn.Module, path: str | Path) -> None:
@@ -63,9 +65,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
     with _unchanged_on_failure(model):
         ledger = prepare(model, plan, operations_in(state) or None)
         model.load_state_dict(state)
-        missing = [quantizer.name for quantizer in quantizers(model) if quantizer.needs_calibration and not quantizer.is_calibrated]
+        from_data = [q for q in quantizers(model) if isinstance(q, InputQuantizer) and q.needs_calibration]
+        if any(quantizer.is_calibrated for quantizer in from_data):
+            # Data has come, and has not reached the others.
+            settle({}, model)
+            missing = without_range(model)
+        else:
+            missing = [*from_data, *without_range(model)]
         if missing:
-            raise PlanError(f"{path} has no ranges for {', '.join(missing[:5])}: it was written before they were calibrated")
+            names = ", ".join(dict.fromkeys(quantizer.name for quantizer in missing[:5]))
+            raise PlanError(f"{path} has no ranges for {names}: it was written before they were calibrated")
+        ledger.note_unreached(unreached(model), REASON)
     return ledger
 
 

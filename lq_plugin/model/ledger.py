@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Entry:
         macs: multiply-accumulates in the recorded batch; None before a recording.
         calls: how often it ran in the recorded batch; None before a recording.
         functional: a functional call, not a module.
+        reached: False where data that should have reached it did not: it stays float then.
     """
 
     name: str
@@ -37,11 +38,12 @@ class Entry:
     macs: int | None = None
     calls: int | None = None
     functional: bool = False
+    reached: bool = True
 
     @property
     def quantized(self) -> bool:
         """Whether it computes with quantized weights or inputs, and was not seen idle."""
-        return bool(self.plan) and self.calls != 0
+        return bool(self.plan) and self.calls != 0 and self.reached
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Ledger:
     """All entries, in the model's order."""
 
     entries: list[Entry] = field(default_factory=list)
+    #: Of entries that no batch has reached, the reasons beside that.
+    _other_reasons: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -114,6 +118,15 @@ class Ledger:
         for name, plan in plans.items():
             reason = "never called in the recorded batch"
             self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
+
+    def note_unreached(self, names: Collection[str], reason: str) -> None:
+        """Take in which layers and operations are float because no batch has reached them; others that were are so no longer."""
+        for entry in self.entries:
+            if entry.name in names and entry.reached:
+                self._other_reasons[entry.name] = entry.reason
+                entry.reached, entry.reason = False, reason
+            elif entry.name not in names and not entry.reached:
+                entry.reached, entry.reason = True, self._other_reasons.pop(entry.name, None)
 
     def require(self, min_coverage: float | None) -> None:
         """Raise CoverageError, with the largest float entries, when coverage is below `min_coverage`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lq_plugin.functional.ocp_mx import ELEMENTS
-from lq_plugin.quantizers.base import Quantizer, Unquantized
+from lq_plugin.quantizers.base import Quantizer, Suspension, Unquantized
 from lq_plugin.quantizers.binary import BWNWeightQuantizer, SignInputQuantizer, SignWeightQuantizer, XNORInputQuantizer
 from lq_plugin.quantizers.blockwise import NVFP4InputQuantizer, NVFP4WeightQuantizer, OCPInputQuantizer, OCPWeightQuantizer
 from lq_plugin.quantizers.codebook import CodebookWeightQuantizer
@@ -86,6 +86,7 @@ __all__ = [
     "SharedInput",
     "SignInputQuantizer",
     "SignWeightQuantizer",
+    "Suspension",
     "TTQWeightQuantizer",
     "TWNWeightQuantizer",
     "VectorInputQuantizer",

@@ -8,8 +8,9 @@ these states, all of which live in its `state_dict`:
 * calibrated: it quantizes while `enabled`;
 * disabled: it passes its input on unchanged, bit for bit.
 
-Two attributes steer it in one process only: `collector` (calibration in progress: gather statistics,
-pass on) and `observing` (training: keep a running range, committed once a batch).
+Four attributes steer it in one process only: `collector` (calibration in progress: gather statistics,
+pass on), `observing` (training: keep a running range, committed once a batch), `waiting` (training: gather a first
+range although disabled, for a layer that no batch has reached) and `suspension` (a run has not found the ranges yet).
 
 Where a plan lowers the precision step by step, the quantizer of the last stage holds those of the `earlier`
 ones. All of them watch the data, one quantizes; which one is in the `state_dict`, too.
@@ -41,6 +42,19 @@ class Levels(NamedTuple):
     step: Tensor
 
 
+class Suspension:
+    """Held by all quantizers of a model that a run will give its ranges: until then its evaluation is float.
+
+    Copies of the model share it: they are quantized from the same moment.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+
+    def __deepcopy__(self, memo: Any) -> Suspension:
+        return self
+
+
 class Quantizer(nn.Module):
     """Base class. A subclass gives `quantize_values`, `qparams` and `load_sample`.
 
@@ -64,7 +78,8 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.name = name
         self.observing = False
-        self.allow_uncalibrated = False
+        self.suspension: Suspension | None = None
+        self.waiting = False
         self.collector: Histogram | None = None
         self.starts: tuple[Moment | None, ...] = ()
         if spec.stochastic:
@@ -116,6 +131,11 @@ class Quantizer(nn.Module):
         """Whether it has a range."""
         return self._calibrated
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the model evaluates float because it waits for its first ranges."""
+        return self.suspension is not None and self.suspension.active and not self.training
+
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # an expert without tokens, an image without proposals: nothing to see, nothing to round
             return self.pass_on(x)
@@ -136,20 +156,18 @@ class Quantizer(nn.Module):
         elif self.training:
             if self.observing:
                 self.observe(x)
-            if self._enabled and self.needs_calibration and not self._calibrated:
+            if (self._enabled or self.waiting) and self.needs_calibration and not self._calibrated:
                 self.collect_first(x)
 
     def apply_to(self, x: Tensor) -> Tensor:
         """`x` as this quantizer's state wants it: quantized, or as it is."""
-        if self.collector is not None:
+        if self.collector is not None or self.is_suspended:
             return x
         if not self._enabled:
             return self.pass_on(x)
         if self.needs_calibration and not self._calibrated:
             if self.training:
                 return self.pass_on(x)
-            if self.allow_uncalibrated:
-                return x
             raise CalibrationError(
                 f"{self.name} ({self.spec}) has no range yet: calibrate first (PTQ(...) with trainer.validate, or "
                 "lq_plugin.calibrate), train with QAT(...), or load a quantized checkpoint"
@@ -252,6 +270,7 @@ class Quantizer(nn.Module):
         self._calibrated = bool(self.calibrated)
         self._draws = int(self.draws) if self.spec.stochastic else 0
         self._stage = int(self.stage) if self.starts else 0
+        self.suspension = None
 
     def extra_repr(self) -> str:
         return f"{self.spec}{'' if self._calibrated else ', not calibrated'}{'' if self._enabled else ', disabled'}"

@@ -384,7 +384,7 @@ class InputQuantizer(Quantizer):
     def _is_plain(self) -> bool:
         """Whether a forward pass is `fake_quantize` with one scale and nothing else."""
         plain = type(self).quantize_values is InputQuantizer.quantize_values and not self.per_channel
-        return plain and self.rounds_to_nearest and self.collector is None and not self.starts
+        return plain and self.rounds_to_nearest and self.collector is None and not self.starts and not self.is_suspended
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
         """Fold one batch's extremes `[C]` (over all ranks) into the moving range and empty the batch buffers.

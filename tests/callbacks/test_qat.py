@@ -212,7 +212,7 @@ def test_gradient_checkpointing_equals_none(trainer, data):
 
 
 def test_without_first_batches_the_sanity_check_says_it_is_float(trainer, module, data):
-    with pytest.warns(UserWarning, match="sanity check runs 3 tensors float"):
+    with pytest.warns(UserWarning, match="sanity check runs float, 3 tensors"):
         trainer(QAT("w4a8", init_batches=0), max_epochs=1).fit(module, datamodule=data)
     assert all(q.is_calibrated for q in quantizers(module) if q.needs_calibration)
 
@@ -230,7 +230,7 @@ def test_layer_that_only_training_reaches_gets_its_range_from_its_first_batch(pl
             return super().training_step(batch, batch_idx) + self.auxiliary(batch[0].flatten(1)).square().mean()
 
     module = Auxiliary()
-    with pytest.warns(UserWarning, match=r"reached auxiliary.input; their first training batch gives them a range"):
+    with pytest.warns(UserWarning, match=r"reached auxiliary.input; their layers are float until a training batch reaches them"):
         trainer(QAT(plan), max_epochs=1).fit(module, datamodule=data)
     quantizer = module.auxiliary.input_quantizer
     assert quantizer.is_calibrated
