@@ -38,9 +38,11 @@ def float_graph(
         quiet("torch", "torch.onnx", "onnx_ir", "onnxscript"),
         contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard), torch.no_grad(),
     ):  # fmt: skip
+        # torch takes a mapping at the end for keyword arguments, unless another one follows.
+        given = (*inputs, {}) if inputs and isinstance(inputs[-1], dict) else inputs
         try:
             program = torch.onnx.export(
-                plain, inputs, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+                plain, given, dynamo=True, optimize=False, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
                 input_names=input_names, output_names=output_names,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:

@@ -86,6 +86,7 @@ def export_onnx(
     batches = None if sums_from is None else list(sums_from)
     free = {**({0: torch.export.Dim("batch")} if dynamic_batch else {}), **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC)}
     _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
+    inputs = _without_empty_keywords(model, inputs)
     layers = quantized_layers(model)
     if not layers:
         raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
@@ -204,6 +205,17 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Ite
         if x.dtype != example.dtype or x.ndim != example.ndim or not differ <= free:
             wanted = f"{example.dtype} of shape {list(example.shape)}"
             yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
+
+
+def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for it."""
+    if len(inputs) < 2 or inputs[-1] != {} or not isinstance(inputs[-1], dict):
+        return inputs
+    try:
+        inspect.signature(model.forward).bind(*inputs)
+    except TypeError:
+        return inputs[:-1]
+    return inputs
 
 
 def _tensors(value: Any) -> list[Tensor]:
