@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import rich.progress
 import torch
 
@@ -105,6 +108,19 @@ def _batch_and_step(
     if batch is None:
         raise CalibrationError("no calibration data: the loader gave 0 batches")
     return batch, step or own_step(trainer, pl_module)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Inside, every source of random numbers starts from `seed`; outside they go on as if nothing had been drawn. None: nothing changes."""
+    if seed is None:
+        yield
+        return
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
 
 
 def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -81,7 +81,7 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
     Raises:
         PlanError: no list, or a mapping that does not have one key with a mapping of options.
     """
-    if isinstance(phases, str | Mapping):
+    if isinstance(phases, str | Mapping) or not isinstance(phases, Iterable):
         raise PlanError(f"phases are a list, got {phases!r}: write [{phases!r}]; valid: {', '.join(PHASES)}")
     names: list[str] = []
     options: dict[str, dict[str, Any]] = {}

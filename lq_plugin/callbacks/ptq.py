@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lq_plugin.callbacks.base import QuantizationCallback
+from lq_plugin.callbacks.data import seeded
 from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
 from lq_plugin.callbacks.steps import CalibrationStep
 from lq_plugin.errors import PlanError
@@ -39,6 +40,8 @@ class PTQ(QuantizationCallback):
             `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+        seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search scores exactly
+            what its trial did with the search's seed and number of batches.
     """
 
     def __init__(
@@ -50,14 +53,18 @@ class PTQ(QuantizationCallback):
         min_coverage: float | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__(plan, min_coverage, dataloader, calibration_step)
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
+            raise PlanError(f"seed is an integer from 0 to 2**32 - 1, or None, got {seed!r}")
         phases, self.phase_options = names_and_options(phases)
         check_phases(phases, self.phase_options)
         self.calibration_batches = calibration_batches
         self.phases = phases
+        self.seed = seed
         self.recalibrate = recalibrate
         self.folded: FoldedBatchNorms | None = None
         self.reconstruction: Reconstruction | None = None
@@ -85,8 +92,9 @@ class PTQ(QuantizationCallback):
         if not self.recalibrate and not waiting:
             self.ledger.note_unreached(silent, REASON)
         else:
-            for phase in self.phases:
-                PHASES[phase].run(self, trainer, pl_module)
+            with seeded(self.seed):
+                for phase in self.phases:
+                    PHASES[phase].run(self, trainer, pl_module)
         self.end_suspension()
 
     def needs_whole_model(self) -> list[str]:

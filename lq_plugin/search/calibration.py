@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from lq_plugin.callbacks import PTQ
-from lq_plugin.lightning_packages import isolate_rng
+from lq_plugin.callbacks.data import seeded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
 
 class Calibration(PTQ):
     """PTQ on the same batches in every process, whatever the order of a shuffling loader."""
-
-    seed = 0
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         datamodule = getattr(trainer, "datamodule", None)
@@ -63,13 +58,3 @@ class LearnedRounding(Calibration):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Injects nothing."""
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, every source of random numbers starts from `seed`; outside they go on as if nothing had been drawn."""
-    with isolate_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        yield

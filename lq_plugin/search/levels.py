@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lq_plugin.callbacks import QAT
+from lq_plugin.callbacks.data import seeded
 from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.lightning_packages import LOGGERS, any_package, either, package_of
 from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.search.bound import as_plan
-from lq_plugin.search.calibration import LearnedRounding, seeded
+from lq_plugin.search.calibration import LearnedRounding
 from lq_plugin.search.evaluator import QUIET, Evaluator, logged
 from lq_plugin.search.interrupt import interrupts_kept
 from lq_plugin.search.once import without_memory

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def run(cfg: DictConfig) -> SearchResult:
     space = read_space(cfg)
     # What is wrong with the rest is said before a float model is trained, too.
     model: LightningModule = instantiate(cfg.model)
-    read_options(model, trainer=partial(instantiate_for, model, cfg.trainer), **{key: options[key] for key in _READ})
+    read_options(model, trainer=partial(instantiate_for, model, cfg.trainer), seed=cfg.seed, worker=cfg.worker, **options)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
@@ -100,10 +99,6 @@ _OPTIONS = (
     "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",
     "fidelity", "promote_within", "promote_first", "pruner", "calibration_batches", "phases",
 )  # fmt: skip
-
-
-#: Those of them that `read_options` reads.
-_READ = [name for name in signature(read_options).parameters if name in _OPTIONS]
 
 
 def read_space(cfg: DictConfig) -> Space:

@@ -147,7 +147,11 @@ def search(
     options = read_options(
         model, n_trials=n_trials, mode=mode, cost=cost, constraints=constraints, sensitivity=sensitivity, latency=latency,
         fidelity=fidelity, promote_within=promote_within, promote_first=promote_first, pruner=pruner, trainer=trainer, phases=phases,
+        datamodule=datamodule, metric=metric, study_name=study_name, storage=storage, output_dir=output_dir, sampler=sampler, seed=seed,
+        worker=worker, uniform=uniform, seeds=seeds, sensitivity_batches=sensitivity_batches, heartbeat=heartbeat,
+        max_failures=max_failures, progress=progress, calibration_batches=calibration_batches, dataloader=dataloader,
     )  # fmt: skip
+    space = Space.parse(space)
     costs, limits, levels, timing = options.costs, options.limits, options.levels, options.timing
     if output_dir is not None:
         make_folder(output_dir)

@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_project_is_told_before_any_work(monkeypatch: Any)
         "pruner: cannot find optuna.pruners.MedanPruner",
         "a pruner decides about one objective (cost=None), here are 2",
         "promote_within is a number from 0, got -0.5",
-        "promote_first is a number of trials, got -1",
+        "promote_first is an integer, 0 or more, got -1",
     ):
         assert part in str(raised.value)
     with pytest.raises(QuantizationError, match="without fidelity there is one level"):

@@ -198,7 +198,7 @@ def some_trial_is_complete(folder: Path) -> bool:
     [
         (["search.mode=maximum"], "mode is 'max' or 'min', got 'maximum'"),
         (["search.cost=effective_bit"], "unknown cost 'effective_bit'; valid: .* Did you mean 'effective_bits'"),
-        (["search.n_trials=many"], "n_trials is a number of trials, got 'many'"),
+        (["search.n_trials=many"], "n_trials is an integer, 0 or more, got 'many'"),
         (["search.sensitivity=fischer"], "unknown sensitivity measure 'fischer'; valid: .* Did you mean 'fisher'"),
         (["search.constraints=['effective_bits < 4']"], "a constraint is written 'effective_bits <= 4.5'"),
         (["search.phases=[calibrat]"], "Did you mean 'calibrate'"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import subprocess
@@ -249,6 +250,72 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
     sampler = optuna.samplers.RandomSampler(seed=5)
     assert run(model, 4, sampler=sampler).study.sampler is sampler
     assert isinstance(run(model, 4, sampler=optuna.samplers.NSGAIISampler).study.sampler, optuna.samplers.NSGAIISampler)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "seed is an integer, 0 or more, 4294967295 at most, got -1"),
+        ({"seed": 2**32}, "seed is an integer, 0 or more, 4294967295 at most"),
+        ({"heartbeat": 0}, "heartbeat is an integer, 1 or more, got 0"),
+        ({"heartbeat": 2.5}, "heartbeat is an integer, 1 or more, got 2.5"),
+        ({"worker": -1, "seeds": "many"}, r"2 faults(.|\n)*worker is an integer, 0 or more, got -1(.|\n)*seeds is an integer"),
+        ({"n_trials": True}, "n_trials is an integer, 0 or more, got True"),
+        ({"max_failures": None}, "max_failures is an integer"),
+        ({"sensitivity_batches": 0}, "sensitivity_batches is an integer, 1 or more"),
+        ({"calibration_batches": 0}, "calibration_batches is an integer, 1 or more"),
+        ({"promote_first": -1}, "promote_first is an integer, 0 or more"),
+        ({"metric": None}, "metric is the name of a logged metric, got None"),
+        ({"study_name": 3}, "study_name is a name, got 3"),
+        ({"cost": 3}, "cost is a name, several names, or None, got 3"),
+        ({"cost": [["bytes"]]}, "unknown cost"),
+        ({"constraints": 3}, "constraints is a text or several, got 3"),
+        ({"constraints": [3]}, "a constraint is written"),
+        ({"latency": 3}, "latency is a mapping of options or None"),
+        ({"latency": {"batch": "x"}}, "options of latency"),
+        ({"fidelity": 3}, "fidelity is a list of levels"),
+        ({"pruner": 3}, "pruner"),
+        ({"phases": 3}, "phases are a list, got 3"),
+        ({"phases": [3]}, "unknown phases"),
+        ({"storage": 3}, "storage is an Optuna storage, its URL, or None, got 3"),
+        ({"storage": "study.db"}, "storage 'study.db' is no URL"),
+        ({"storage": "postgresql://me:s3cret@host:port/db"}, r"storage 'postgresql://me:\*\*\*@host:port/db' is no URL"),
+        ({"output_dir": 3}, "output_dir is a folder or None"),
+        ({"sampler": 3}, "sampler is an Optuna sampler, or what makes one from a seed"),
+        ({"trainer": 3}, "trainer is a class or function that makes a Trainer"),
+        ({"dataloader": 3}, "dataloader is an iterable of batches or None"),
+        ({"uniform": "yes"}, "uniform is true or false"),
+        ({"progress": 1}, "progress is true or false"),
+        ({"sensitivity": 3}, "unknown sensitivity measure 3"),
+        ({"mode": ["max"]}, "mode is 'max' or 'min'"),
+        ({"promote_within": "far"}, "promote_within is a number"),
+        ({"space": 3}, "a Space is written as a mapping"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_said_before_anything_is_done(model: DigitsCNN, monkeypatch: Any, given: dict[str, Any], message: str) -> None:
+    monkeypatch.setattr(Evaluator, "__init__", None)  # nothing is evaluated
+    with pytest.raises(QuantizationError, match=message):
+        run(model, **({"n_trials": 1} | given))
+
+
+def test_plans_score_what_their_trials_did_also_where_the_loader_shuffles(model: DigitsCNN, tmp_path: Path) -> None:
+    floats = copy.deepcopy(model.state_dict())
+    # Per channel and per tensor: the search reads the data twice.
+    space = SPACE | {"input": ["uint8 affine mse", "uint8 affine per_channel"]}
+    result = run(model, 3, space=space, output_dir=tmp_path, seed=5)
+    scores = []
+    for seed in (5, None):
+        for c in result.front:
+            torch.manual_seed(1234)
+            callback = PTQ(tmp_path / "plans" / c.file_name, calibration_batches=1, seed=seed)
+            fresh = DigitsCNN(width=8)
+            fresh.load_state_dict(floats)
+            (found,) = quiet_trainer(callbacks=[callback]).validate(fresh, datamodule=DigitsDataModule(batch_size=120), verbose=False)
+            scores.append(found["val/loss"])
+    trials = [c.metrics["val/loss"] for c in result.front]
+    assert scores[: len(trials)] == trials
+    assert scores[len(trials) :] != trials, "another order, another range"
 
 
 def test_the_first_signal_asks_and_the_second_one_raises() -> None:
