@@ -66,6 +66,8 @@ def _extend_optimizer(optimizer: Optimizer, saved: dict[str, Any], ours: set[int
         options = {key: value for key, value in known[origin[index]].items() if key not in ("params", "param_names")}
         if index >= len(known) and "weight_decay" in options:
             options["weight_decay"] = group["weight_decay"]
+        if index >= len(known):
+            options["name"] = group["name"]
         groups.append({**options, "params": numbers})
     saved["state"], saved["param_groups"] = state, groups
 

@@ -16,7 +16,7 @@ from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
 from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
 from lq_plugin.callbacks.neighbours import renew_averages
-from lq_plugin.callbacks.optimizers import adopt_learned_ranges
+from lq_plugin.callbacks.optimizers import RangeOptimizer, adopt_learned_ranges, hide_learned_ranges, show_learned_ranges
 from lq_plugin.callbacks.sharding import average_gradients, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep
 from lq_plugin.errors import PlanError
@@ -99,11 +99,18 @@ class QAT(QuantizationCallback):
         self.unreached: dict[str, list[Quantizer]] = {}
         self.resumed = False
         self.float_checkpoint: dict[str, Any] | None = None
+        self.range_optimizers: list[RangeOptimizer] = []
+        self.range_states: list[dict[str, Any]] = []
+        #: Whether the run goes on from a checkpoint of a version whose ranges `configure_optimizers` saw.
+        self.ranges_were_seen = False
         self.frozen: FrozenBatchNorms | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.resumed, self.float_checkpoint = False, None
+        self.range_states, self.ranges_were_seen = [], False
+        if stage == "fit":
+            hide_learned_ranges(pl_module, lambda: self.ranges_were_seen)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         renew_averages(trainer, pl_module)  # one that called configure_model itself was not there yet
@@ -116,9 +123,11 @@ class QAT(QuantizationCallback):
         if self.distill is not None:
             self.teacher = Teacher(self.distill, trainer, pl_module, self.calibration_step, self.teacher_state)
             self.teacher.attach(pl_module)
-        adopted, clones = adopt_learned_ranges(trainer, pl_module)
+        adopted, clones, self.range_optimizers = adopt_learned_ranges(trainer, pl_module)
         for name in adopted:
             rank_zero_info(f"QAT: added {name} to the optimizer")
+        for optimizer, state in zip(self.range_optimizers, self.range_states, strict=False):
+            optimizer.load_state_dict(state)
         moment = trainer.current_epoch, trainer.global_step
         if self.float_checkpoint is not None:
             make_room_for_ranges(trainer, pl_module, self.float_checkpoint, clones)
@@ -176,6 +185,8 @@ class QAT(QuantizationCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         average_gradients(trainer, pl_module)
+        for own in self.range_optimizers:
+            own.step(trainer, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         clip_latent_weights(self._layers(pl_module))
@@ -195,13 +206,16 @@ class QAT(QuantizationCallback):
         super().load_state_dict(state_dict)
         self.teacher_state = state_dict.get("teacher")
         self.integer_choices = dict(state_dict.get("integer_choices", {}))
+        self.range_states = list(state_dict.get("range_optimizers", []))
+        self.ranges_were_seen = "range_optimizers" not in state_dict
         self.resumed = True
 
     def state_dict(self) -> dict[str, Any]:
         # The resumed module's weights are trained already: its float copy would be another teacher.
         teacher = {} if self.teacher is None else {"teacher": self.teacher.module.state_dict()}
         integer = {"integer_choices": self.integer_choices} if self.integer_choices else {}
-        return super().state_dict() | teacher | integer
+        ranges = {"range_optimizers": [optimizer.state_dict() for optimizer in self.range_optimizers]}
+        return super().state_dict() | teacher | integer | ranges
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.frozen is not None:
@@ -212,6 +226,7 @@ class QAT(QuantizationCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        show_learned_ranges(pl_module)
         if self.teacher is not None:
             Teacher.detach(pl_module)
             self.teacher = self.teacher_state = None
