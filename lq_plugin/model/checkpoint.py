@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remov
 from lq_plugin.model.unreached import REASON, settle, unreached, without_range
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def load_float_weights(model: nn.Module, path: str | Path) -> None:
@@ -38,21 +41,36 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(state)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger:
+@overload
+def load_checkpoint(
+    model: type[_Module], path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None, **arguments: Any
+) -> _Module: ...
+
+
+@overload
+def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger: ...
+
+
+def load_checkpoint(
+    model: nn.Module | type[nn.Module], path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None, **arguments: Any
+) -> Ledger | nn.Module:
     """Prepare a float `model` with a checkpoint's plan and load its weights and ranges, strictly.
 
     Args:
-        model: of the class that was trained, on any device.
+        model: of the class that was trained, on any device; or the class itself, which is built with the hyper-parameters in the file
+            (`save_hyperparameters`).
         path: written by a Trainer with `QAT` or `PTQ`, or by `torch.save(model.state_dict(), path)`.
             No code in it is executed.
         plan: needed where the file holds none (weights-only checkpoints, bare state dicts).
+        arguments: of the class, where the file lacks them or has others.
 
     Returns:
-        The ledger; the model computes what it did when it was saved, bit for bit.
+        The ledger; of a class, the model. It computes what it did when it was saved, bit for bit.
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: it is truncated, has code in it, is no checkpoint (but a packed file), or of a float model; or there is no plan.
+        PlanError: it is truncated, has code in it, is no checkpoint (but a packed file), or of a float model; or there is no plan; or the
+            class cannot be built with what is in it.
         RuntimeError: its keys or shapes are not the model's.
             After every error the model is as before.
     """
@@ -62,6 +80,40 @@ def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | 
     if not _is_quantized(state):
         raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
     plan = _saved_plan(content, path) if plan is None else plan
+    if isinstance(model, type):
+        built = _built(model, content, path, arguments)
+        _load(built, state, plan, path)
+        return built
+    if arguments:
+        raise PlanError(f"{', '.join(arguments)}: arguments are for a class, which load_checkpoint builds; {type(model).__name__} is built")
+    return _load(model, state, plan, path)
+
+
+def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model of a LightningModule's class, with the hyper-parameters of its checkpoint."""
+    saved = content.get("hyper_parameters", {})
+    if "_instantiator" in saved:
+        raise PlanError(f"{path} was written under LightningCLI, which builds its classes: give load_checkpoint an instance")
+    parameters = inspect.signature(kind).parameters
+    named = {name for name, parameter in parameters.items() if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)}
+    if (name := content.get("hparams_name")) in named:
+        saved = {name: saved}  # one argument holds all of them
+    if len(named) == len(parameters):
+        saved = {key: value for key, value in saved.items() if key in named}
+    try:
+        inspect.signature(kind).bind(**{**saved, **arguments})
+    except TypeError as error:
+        raise PlanError(
+            f"{kind.__name__} cannot be built with the hyper-parameters in {path} ({', '.join(saved) or 'none'}): {error}; call "
+            f"save_hyperparameters() in its __init__, give load_checkpoint({kind.__name__}, path, name=...) the others, or an instance"
+        ) from error
+    model = kind(**{**saved, **arguments})
+    if (configure := getattr(model, "configure_model", None)) is not None:
+        configure()
+    return model
+
+
+def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Mapping[str, Any], path: Path) -> Ledger:
     with _unchanged_on_failure(model):
         ledger = prepare(model, plan, operations_in(state) or None)
         model.load_state_dict(state)

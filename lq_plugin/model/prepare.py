@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lq_plugin.errors import PlanError, did_you_mean, raise_all
+from lq_plugin.errors import ExportError, PlanError, did_you_mean, raise_all
 from lq_plugin.layers import (
     CONTAINER,
     CompoundWeight,
@@ -103,7 +103,14 @@ def prepare(
     attach_operations(model, operation_plans)
     disable_fast_paths(model)
     share_inputs(model)
+    if getattr(getattr(type(model), "to_onnx", None), "__module__", "").startswith(("lightning.", "pytorch_lightning.")):
+        model.__dict__["to_onnx"] = _to_onnx
     return ledger
+
+
+def _to_onnx(*args: Any, **kwargs: Any) -> None:
+    """In the place of `LightningModule.to_onnx`, which ends in an error of torch's exporter about one of our operators."""
+    raise ExportError("a quantized model is written to ONNX by lq_plugin.export.export_onnx(model, (x,), path), not by to_onnx")
 
 
 def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
@@ -128,6 +135,8 @@ def remove(model: nn.Module) -> None:
     detach_operations(model)
     restore_fast_paths(model)
     unshare_inputs(model)
+    if model.__dict__.get("to_onnx") is _to_onnx:
+        del model.__dict__["to_onnx"]
 
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:

@@ -102,6 +102,24 @@ def test_dim_0_of_nested_inputs_and_of_any_number_of_them_is_dynamic(tmp_path):
     assert result.largest_difference < 1e-5
 
 
+def test_a_dictionary_as_last_input(tmp_path):
+    """torch.onnx.export takes it for keyword arguments, unless `{}` follows; here both are the same."""
+
+    class OfADictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, batch):
+            return self.fc(batch["x"])
+
+    net = exported(OfADictionary(), ({"x": torch.randn(2, 8)},), tmp_path / "net.onnx")
+    assert_runs_alike(net, ({"x": torch.randn(3, 8)},), tmp_path / "net.onnx")
+    before = (tmp_path / "net.onnx").read_bytes()
+    export_onnx(net, ({"x": torch.randn(2, 8)}, {}), tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").read_bytes() == before
+
+
 class BiasedAttention(nn.Module):
     """Attention over a learned bias of distances, as in T5."""
 
