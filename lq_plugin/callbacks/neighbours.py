@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from lq_plugin.lightning_packages import either
+from lq_plugin.model.prepare import quantizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -49,6 +50,15 @@ def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
             callback._average_model = average
         if not isinstance(average.multi_avg_fn, partial):
             average.multi_avg_fn = partial(_average_floats, average.multi_avg_fn or _one_by_one(average.avg_fn))
+
+
+def start_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Averages of nothing yet begin with the ranges and switches that the fit begins with: a sanity check evaluates them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average: Any = getattr(callback, "_average_model", None)
+        if isinstance(callback, either("callbacks.WeightAveraging")) and average is not None and not average.n_averaged.any():
+            for mine, other in zip(quantizers(average.module), quantizers(pl_module), strict=True):
+                mine.load_state_dict(other.state_dict())
 
 
 def _keys(module: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
 from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
-from lq_plugin.callbacks.neighbours import renew_averages
+from lq_plugin.callbacks.neighbours import renew_averages, start_averages
 from lq_plugin.callbacks.optimizers import RangeOptimizer, adopt_learned_ranges, hide_learned_ranges, show_learned_ranges
 from lq_plugin.callbacks.sharding import average_gradients, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep
@@ -143,6 +143,7 @@ class QAT(QuantizationCallback):
             # A resumed run is in the state of its last batch: the schedule goes on with the next one, if there is one.
             self._enter_stage(pl_module, moment, calibrate=False)
             self._apply_schedule(pl_module, moment)
+        start_averages(trainer, pl_module)
         self.float_checkpoint = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,6 +183,21 @@ class QAT(QuantizationCallback):
         if changed:
             rank_zero_info(f"QAT: epoch {moment[0]}, step {moment[1]}: {len(changed)} tensors enter their next stage")
         self._apply_schedule(pl_module, moment)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            self._look_again(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_again(pl_module)
+
+    @staticmethod
+    def _look_again(pl_module: LightningModule) -> None:
+        # Lightning's weight averages are swapped in and out around the batches of a validation, past all counting.
+        for quantizer in quantizers(pl_module):
+            quantizer.forget_switches()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         average_gradients(trainer, pl_module)

@@ -33,6 +33,9 @@ from lq_plugin.ranges import Histogram, Sample
 from lq_plugin.schedule import Moment
 from lq_plugin.spec import QuantSpec
 
+#: Buffers that say what a quantizer does, of which it keeps Python copies.
+_SWITCHES = ("enabled", "calibrated", "stage", "draws", "fixed")
+
 
 class Levels(NamedTuple):
     """The outermost values that the levels stand for, and the step between levels there."""
@@ -91,6 +94,7 @@ class Quantizer(nn.Module):
         # Python copies: reading a tensor would synchronize the device at every call.
         self._enabled = True
         self._calibrated = False
+        self._written: int | None = None
 
     def quantize_values(self, x: Tensor) -> Tensor:
         """Fake-quantized `x`: same shape and dtype."""
@@ -111,24 +115,68 @@ class Quantizer(nn.Module):
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch quantization on or off."""
-        if enabled != self._enabled:
-            self.enabled.fill_(enabled)
+        if enabled != self.is_enabled:
             self._enabled = enabled
+            self._write("enabled", enabled)
 
     def set_calibrated(self, calibrated: bool = True) -> None:
         """Mark the range as found (or as lost)."""
-        if calibrated != self._calibrated:
-            self.calibrated.fill_(calibrated)
+        if calibrated != self.is_calibrated:
             self._calibrated = calibrated
+            self._write("calibrated", calibrated)
+
+    def _write(self, switch: str, value: int) -> None:
+        self._buffers[switch].fill_(value)  # type: ignore[union-attr]
+        self._written = self._count_writes()
+
+    def follow_buffers(self) -> None:
+        """Read the switches anew if somebody has written to them in place: a weight average, whose copy this is.
+
+        Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code the
+        switches are those of the last call outside of it.
+        """
+        if not torch.compiler.is_compiling():
+            written = self._count_writes()
+            if (written is None or written != self._written) and not self.enabled.is_meta:
+                self._read_switches()
+
+    def _count_writes(self) -> int | None:
+        buffers = self._buffers
+        try:
+            return sum(buffer._version for name in _SWITCHES if (buffer := buffers.get(name)) is not None)
+        except RuntimeError:
+            return None  # made in inference mode, where torch does not count
+
+    def _read_switches(self) -> None:
+        self._enabled = bool(self.enabled)
+        self._calibrated = bool(self.calibrated)
+        self._draws = int(self.draws) if self.spec.stochastic else 0
+        self._stage = int(self.stage) if self.starts else 0
+        self._written = self._count_writes()
+
+    def forget_switches(self) -> None:
+        """Read them at the next call, whatever was written to."""
+        self._written = None
+
+    def train(self, mode: bool = True) -> Quantizer:
+        if not mode:
+            self.forget_switches()
+        return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forget_switches()  # a copy's tensors are counted anew
 
     @property
     def is_enabled(self) -> bool:
         """Whether it quantizes, once calibrated."""
+        self.follow_buffers()
         return self._enabled
 
     @property
     def is_calibrated(self) -> bool:
         """Whether it has a range."""
+        self.follow_buffers()
         return self._calibrated
 
     @property
@@ -151,6 +199,7 @@ class Quantizer(nn.Module):
 
     def watch(self, x: Tensor) -> None:
         """Gather what ranges come from: always in a calibration, where told to in training."""
+        self.follow_buffers()
         if self.collector is not None:
             self.collect(x)
         elif self.training:
@@ -206,8 +255,9 @@ class Quantizer(nn.Module):
     def next_draw(self) -> None:
         """A training batch is over: stochastic rounding draws new numbers."""
         if self.spec.stochastic:
+            self.follow_buffers()
             self._draws += 1
-            self.draws.fill_(self._draws)
+            self._write("draws", self._draws)
 
     def add_earlier(self, earlier: Sequence[Quantizer | Unquantized], starts: Sequence[Moment | None]) -> None:
         """Make this the last of several stages.
@@ -228,16 +278,18 @@ class Quantizer(nn.Module):
 
     def set_stage(self, epoch: int, step: int) -> bool:
         """Go to the stage of this moment; whether that changed anything."""
+        self.follow_buffers()
         reached = [index for index, start in enumerate(self.starts) if start is None or start.reached(epoch, step)]
         if not reached or reached[-1] == self._stage:
             return False
         self._stage = reached[-1]
-        self.stage.fill_(self._stage)
+        self._write("stage", self._stage)
         return True
 
     @property
     def current(self) -> Any:
         """The quantizer in force: itself unless an earlier stage is; None where that one is float."""
+        self.follow_buffers()
         stage = self.earlier[self._stage] if self.starts and self._stage < len(self.earlier) else self
         return stage if isinstance(stage, Quantizer) else None
 
@@ -258,6 +310,7 @@ class Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.forget_switches()  # other tensors, with counts of their own
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -266,10 +319,7 @@ class Quantizer(nn.Module):
             self.set_calibrated(False)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._enabled = bool(self.enabled)
-        self._calibrated = bool(self.calibrated)
-        self._draws = int(self.draws) if self.spec.stochastic else 0
-        self._stage = int(self.stage) if self.starts else 0
+        self._read_switches()
         self.suspension = None
 
     def extra_repr(self) -> str:

@@ -81,6 +81,7 @@ class WeightQuantizer(Quantizer):
     @property
     def is_fixed(self) -> bool:
         """Whether the qparams were set by `fix`."""
+        self.follow_buffers()
         return self._fixed
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -92,7 +93,16 @@ class WeightQuantizer(Quantizer):
         self.set_calibrated()
 
     def _set_fixed(self, fixed: bool) -> None:
-        self.fixed.fill_(fixed)
+        self.follow_buffers()
+        self._write("fixed", fixed)
+        self._note_fixed(fixed)
+
+    def _read_switches(self) -> None:
+        super()._read_switches()
+        if (fixed := bool(self.fixed)) != self._fixed:
+            self._note_fixed(fixed)
+
+    def _note_fixed(self, fixed: bool) -> None:
         self._fixed = fixed
         keys = {"fixed", "scale", "zero_point"} if self.live else {"fixed"}
         hidden = self._non_persistent_buffers_set
@@ -348,6 +358,7 @@ class InputQuantizer(Quantizer):
             self.take_in(rows.amin(1).float(), rows.amax(1).float())
 
     def forward(self, x: Tensor) -> Tensor:
+        self.follow_buffers()
         # Observing and quantizing with what was observed before take one pass over the data together.
         if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
             return fake_quantize_observed(x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max)
@@ -355,6 +366,7 @@ class InputQuantizer(Quantizer):
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
         """The same, by what another quantizer with the same qparams made of the same tensor."""
+        self.follow_buffers()
         if not (self._calibrated and self._enabled and x.numel() and self._is_plain()) or self._forward_hooks or self._forward_pre_hooks:
             return self(x)
         watches, grid = self._watches, self.spec.grid
