@@ -5,7 +5,9 @@
 For each model, all layers at 8 bits (`w8a8`):
 
     layers              that hold quantizers; every one of them must run, in training and in evaluation
-    coverage            their share of the multiply-accumulates of one batch
+    weight_coverage     share of the weights that are quantized
+    compute_coverage    share of the multiply-accumulates of one batch whose operands all are (results of before counted, as
+                        macs_in_quantized_layers, those of layers of which any tensor is)
     disabled_bit_equal  with all quantizers off, outputs are those of the float model, bit for bit
     sqnr_db             of the logits after calibration, in dB
     round_trip          two steps of quantization-aware training, a checkpoint, loaded into a fresh model: outputs bit-equal
@@ -168,7 +170,7 @@ def first_line(message: object) -> str:
 def measure(case: Case) -> dict[str, Any]:
     """One row. Nothing raises: what fails is in its `error`."""
     row: dict[str, Any] = {"model": case.name} | dict.fromkeys(
-        ("layers", "coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error")
+        ("layers", "weight_coverage", "compute_coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error")
     )
     try:
         for key, value in _measured(case):
@@ -188,7 +190,7 @@ def _measured(case: Case) -> Iterator[tuple[str, Any]]:
         with float_forward(module):
             ledger.add_recording(record(module, lambda: module(*inputs)))
             yield "layers", len(ledger.quantized)
-            yield "coverage", ledger.coverage
+            yield from ledger.coverages().items()
             with ordinary_paths():
                 yield "disabled_bit_equal", torch.equal(module(*inputs), plain(*inputs))
         rows = [tuple(part) for part in zip(*(tensor.split(BATCH_SIZE) for tensor in inputs), strict=True)]
@@ -257,10 +259,11 @@ def table(results: dict[str, Any]) -> Table:
     failed = [f"{row['model']}: {row['error']}" for row in rows if row["error"] is not None]
     result = Table(title=f"w8a8: {len(rows)} models, {len(failed)} failed", caption=escape("\n".join(failed)), caption_justify="left")
     result.add_column("model", no_wrap=True)
-    for heading in ("layers", "coverage", "off", "dB", "saved"):
+    for heading in ("layers", "weights", "compute", "off", "dB", "saved"):
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("compile")
-    forms = {"layers": "{}", "coverage": "{:.1%}", "disabled_bit_equal": "{}", "sqnr_db": "{:.1f}", "round_trip": "{}", "compile": "{}"}
+    forms = {"layers": "{}", "weight_coverage": "{:.1%}", "compute_coverage": "{:.1%}", "disabled_bit_equal": "{}"}
+    forms |= {"sqnr_db": "{:.1f}", "round_trip": "{}", "compile": "{}"}
     for row in rows:
         result.add_row(row["model"], *("" if row[key] is None else text.format(row[key]) for key, text in forms.items()))
     return result

@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Table:
     """One row a format, with its distance to float."""
     result = Table(title=f"ResNet on CIFAR-10, {results['results'][0]['epochs']} epochs")
-    for column in ("format", "accuracy", "below float", "effective bits", "seconds"):
+    for column in ("format", "accuracy", "below float", "bits a weight", "seconds"):
         result.add_column(column, justify="left" if column == "format" else "right")
     for row in results["results"]:
         below = "-" if results["float"] is None else f"{results['float'] - row['accuracy']:.2f}"

@@ -43,6 +43,8 @@ SPACE: dict[str, Any] = {
     "weight": {"bit_widths": [2, 3, 4, 5, 6, 7, 8], "granularities": ["per_channel"], "ranges": ["mse"]},
     "input": "uint8 affine mse",
 }
+#: What plans are compared by: bits of a weight of the layers that a plan can change.
+BITS = "quantizable_effective_bits"
 CALIBRATION, IMAGES = 1024, 2000
 BUDGETS = (4.0, 3.5, 3.0)
 REFERENCE = (0.1, 8.2)
@@ -147,14 +149,23 @@ class Comparison:
         """One search from start to end, sensitivity included."""
         with common.Stopwatch() as watch:
             result = search(
-                Classifier(self.net), self.data, SPACE, "val/acc", n_trials, trainer=CPU, study_name=name, progress=False, **given
+                Classifier(self.net),
+                self.data,
+                SPACE,
+                "val/acc",
+                n_trials,
+                cost=BITS,
+                trainer=CPU,
+                study_name=name,
+                progress=False,
+                **given,
             )
         trials = [t for t in result.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
         ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete]
         starts = [t.datetime_start.timestamp() for t in trials if t.datetime_start]
         seconds = [end - before for end, before in zip(ends, [starts[0], *ends[:-1]], strict=True)]
-        points = [(c.metric, c.effective_bits) for c in result.candidates]
-        self.plans[name] = [(c.metric, c.effective_bits, c.plan) for c in result.candidates]
+        points = [(c.metric, c.cost) for c in result.candidates]
+        self.plans[name] = [(c.metric, c.cost, c.plan) for c in result.candidates]
         found = curve(points, seconds)
         self.results["hypervolume"][name] = found["hypervolume"]
         self.results["curves"][name] = {
@@ -173,11 +184,11 @@ class Comparison:
         with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
             space = evaluator.calibrate(SPACE)
             table = measure_sensitivity(evaluator)
-            base, costs = unit_costs(evaluator, "effective_bits")
+            base, costs = unit_costs(evaluator, BITS)
             path = [params for _, params in greedy_path(space, table.values, costs, base)]
             for name, plans in (("uniform", [space.uniform(bits) for bits in space.bit_widths]), ("greedy", path)):
                 scored = [(evaluator.evaluate(plan := space.plan(params)), plan) for params in plans]
-                self.plans[name] = [(e.metrics["val/acc"], e.cost.effective_bits, plan) for e, plan in scored]
+                self.plans[name] = [(e.metrics["val/acc"], getattr(e.cost, BITS), plan) for e, plan in scored]
                 points = [(accuracy, bits) for accuracy, bits, _ in self.plans[name]]
                 self.results["hypervolume"][name] = {str(len(points)): round(hypervolume(points), 5)}
                 self.note(f"{name}: {self.results['hypervolume'][name]}")

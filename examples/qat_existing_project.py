@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     qat = QAT(
         "w4 mse a8",  # int4 weights per channel, clipped for the smallest error; uint8 inputs
         schedule={"activations_start": "epoch 1", "batch_norm_freeze": "epoch 2"},
-        min_coverage=0.9,  # fail at once when less than 90 % of the work would be quantized
+        min_coverage=0.9,  # fail at once when less than 90 % of the weights or of the MACs would be quantized
     )
     logger = CSVLogger(args.output, name="", version="")
     trainer = Trainer(

@@ -58,7 +58,7 @@ class LatencyOptions:
 
     Args:
         runtime: `"onnxruntime"` or `"openvino"`.
-        batch: samples at a time.
+        batch: samples at a time; latencies are those of one of them.
         threads: of the runtime.
         rounds: runs of each layer that count; the median does.
         cache: JSON file that keeps what was measured; None: nothing is kept.

@@ -31,7 +31,7 @@ from lq_plugin.model.calibrate import (
     needs_data,
     never_reached,
 )
-from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.ledger import Ledger, least_coverage
 from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.record import Recording, record
@@ -51,7 +51,9 @@ class QuantizationCallback(Callback):
 
     Args:
         plan: anything `QuantPlan.parse` reads.
-        min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work.
+        min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work. A number
+            bounds the share of weights that are quantized and the share of MACs whose operands are, weight and input alike;
+            `{"weights": 0.9, "compute": 0.5}` bounds each, or one of them.
         dataloader: calibration data; the datamodule's train dataloader when None.
         calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step) when None.
     """
@@ -62,13 +64,12 @@ class QuantizationCallback(Callback):
     def __init__(
         self,
         plan: QuantPlan | str | Path | Mapping[str, Any],
-        min_coverage: float | None = None,
+        min_coverage: float | Mapping[str, float] | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
     ) -> None:
         self.plan = QuantPlan.parse(plan)
-        if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
-            raise PlanError(f"min_coverage is a share in 0..1, got {min_coverage!r}")
+        least_coverage(min_coverage)
         self.min_coverage = min_coverage
         self.dataloader = dataloader
         self.calibration_step = calibration_step
@@ -140,7 +141,8 @@ class QuantizationCallback(Callback):
                 resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module),
                 torch.no_grad(), isolate_rng(),
             ):  # fmt: skip
-                self.recording = record(pl_module, one_batch(trainer, pl_module, self.dataloader, self.calibration_step))
+                run, samples = one_batch(trainer, pl_module, self.dataloader, self.calibration_step)
+                self.recording = record(pl_module, run, samples=samples)
             self.ledger.add_recording(self.recording)
             rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
         self.ledger.require(self.min_coverage)

@@ -17,6 +17,7 @@ from lq_plugin.errors import CalibrationError
 from lq_plugin.lightning_packages import is_overridden, isolate_rng, package_of
 from lq_plugin.model.calibrate import Statistics, needs_data
 from lq_plugin.model.loaders import loaders_in
+from lq_plugin.model.tensor_identity import leading_size
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -58,8 +59,13 @@ def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> An
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def one_batch(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None) -> Callable[[], Any]:
+def one_batch(
+    trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
+) -> tuple[Callable[[], Any], int | None]:
     """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see `one_float_batch`.
+
+    Returns:
+        A function, and the samples of its batch: dim 0 of its first tensor; None without a tensor.
 
     Raises:
         CalibrationError: there is no batch (or none but of the evaluation, where ranges need training data), or no step that takes it.
@@ -68,7 +74,7 @@ def one_batch(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any]
     batch, step = _batch_and_step(trainer, pl_module, given, step, or_evaluation=not needs_data(pl_module))
     run = step_runner(trainer, pl_module, step)
     batch = _transferred(trainer, pl_module, batch)
-    return lambda: run(batch)
+    return lambda: run(batch), leading_size(batch)
 
 
 def one_float_batch(

@@ -106,7 +106,7 @@ class MonitoredModel:
         chosen = quantizers(self.model)
         active = sum(q.is_enabled and (q.is_calibrated or not q.needs_calibration) for q in chosen)
         values: dict[str, float | None] = {
-            "quant/coverage": self.callback.ledger.coverage,
+            **{f"quant/{name}": value for name, value in self.callback.ledger.coverages().items()},
             "quant/active": active / len(chosen) if chosen else 0.0,
         }
         values |= {f"quant/{name}": value for name, value in self.priced.totals().items()}

@@ -50,7 +50,7 @@ class PTQ(QuantizationCallback):
         calibration_batches: int = 8,
         phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate"),
         recalibrate: bool = False,
-        min_coverage: float | None = None,
+        min_coverage: float | Mapping[str, float] | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
         seed: int | None = None,

@@ -76,7 +76,7 @@ class QAT(QuantizationCallback):
         schedule: Schedule | Mapping[str, Any] | None = None,
         init_batches: int = 1,
         distill: Distillation | Mapping[str, Any] | float | None = None,
-        min_coverage: float | None = None,
+        min_coverage: float | Mapping[str, float] | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
         forward: str = "fake_quantize",

@@ -48,7 +48,7 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of a model, layer by layer.
+    """Milliseconds of one run of a model, layer by layer: of `options.batch` samples together.
 
     Args:
         options: of the measurement.
@@ -63,7 +63,7 @@ class LatencyTable:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def predict(self, plans: Mapping[str, LayerPlan]) -> float:
-        """Milliseconds of the model under a plan, by layer name as `QuantPlan.resolve` gives it.
+        """Milliseconds of the model for one sample under a plan, by layer name as `QuantPlan.resolve` gives it.
 
         Raises:
             ExportError: a pair of specs that was not measured.
@@ -77,7 +77,7 @@ class LatencyTable:
                 raise ExportError(f"the latency of {name} was not measured for '{key}'; measured: {', '.join(row)}")
             total += row[key] - row[_FLOAT]
         # Layers alone are slower than in a model that a runtime has fused.
-        return max(total, 0.0)
+        return max(total, 0.0) / self.options.batch
 
 
 def pair(plan: LayerPlan) -> str:
@@ -181,7 +181,7 @@ def model_latency(
     options: LatencyOptions | None = None,
     graph: Callable[[], onnx.ModelProto] | None = None,
 ) -> float:
-    """Milliseconds of a whole model, prepared and calibrated, or float; never from the cache.
+    """Milliseconds of a whole model, prepared and calibrated, or float, for one sample of a batch; never from the cache.
 
     Args:
         model, inputs, options: see `latency_table`.
@@ -194,7 +194,7 @@ def model_latency(
     with temporary_folder("latency") as folder:
         timer = _Timer(options, Path(folder))
         timer.add("model", model, [_resized(x, options.batch) for x in inputs], graph=graph)
-        return timer.measure()["model"]
+        return timer.measure()["model"] / options.batch
 
 
 class _Progress:

@@ -44,8 +44,8 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
             key = weight_key(name, layer)
-            path, _, attribute = key.rpartition(".")
-            owners[id(model.get_submodule(path)), attribute] = key
+            holding, _, attribute = key.rpartition(".")
+            owners[id(model.get_submodule(holding)), attribute] = key
     attributes = {attribute for _, attribute in owners}
     found: dict[str, str] = {}
     for name, module in model.named_modules():

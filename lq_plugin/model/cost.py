@@ -1,7 +1,16 @@
 """What a plan costs: bits, bytes, multiply-accumulates and bit operations, layer by layer.
 
-All counts follow from shapes and specs, so a plan is priced before anything is quantized. A float
-number counts 32 bits whatever its dtype; a scale is a float, a zero point takes the bit-width of its spec.
+All counts follow from shapes and specs, so a plan is priced before anything is quantized.
+
+    bytes               of the whole model as a packed file stores it: all weights, and all that stays float
+    effective_bits      of a parameter of the whole model: quantized weights with their scales and zero points, float
+                        parameters with the bits of their dtype; neither buffers nor ranges of activations
+    quantizable_effective_bits, quantized_effective_bits
+                        the same of the layers that can hold quantizers, and of those whose weight does
+    macs, bops          of one input sample; of all samples of a batch there are as many times more
+
+In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. A float operand
+counts 32 bits in BOPs.
 
 Bit operations (BOPs): MACs · b_w · b_a, as in Baskin et al., "UNIQ", 2018 (arXiv 1804.10969), without
 the accumulator term.
@@ -13,6 +22,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, cast
 
@@ -21,14 +31,17 @@ from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, quantized_class, weight_is_computed, weight_of, weight_parts
-from lq_plugin.model.record import Recording
-from lq_plugin.model.survey import Survey, float_class
+from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_of, weight_parts
+from lq_plugin.model.operations import quantized_operations
+from lq_plugin.model.recording import Call, Recording
+from lq_plugin.model.survey import Survey, float_class, input_owner
 from lq_plugin.plan import LayerPlan
-from lq_plugin.quantizers import Quantizer
-from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
+from lq_plugin.quantizers import Quantizer, make_input_quantizer
+from lq_plugin.spec import PerGroup, QuantSpec
 
 FLOAT_BITS = 32
+#: What the table of a packed file takes, about: the file's own head, each quantized weight, each other tensor.
+_TABLE, _TABLE_WEIGHT, _TABLE_TENSOR = 450, 55, 12
 
 
 def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
@@ -73,8 +86,8 @@ class CostRow:
         weight_bits: bits an element takes, 32 when float.
         storage_bits: bits the whole weight takes with scales and zero points; 0 when a tied one holds it.
         input_bits: bits of an element of its input, 32 when float.
-        macs: in the recorded batch, all calls together; None without a recording.
-        bytes: the weight, and scales and zero points of weight, input and output.
+        macs: for one input sample, all calls together; None without a recording.
+        bytes: the weight with its scales and zero points, and all that quantizers of input and output hold.
         float_bytes: the weight as float.
         tied_to: the earlier layer that owns the same weight.
     """
@@ -107,7 +120,7 @@ class CostRow:
 
     @property
     def bops(self) -> int | None:
-        """Bit operations: MACs · weight_bits · input_bits."""
+        """Bit operations for one input sample: MACs · weight_bits · input_bits."""
         return None if self.macs is None else self.macs * self.weight_bits * self.input_bits
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,12 +135,18 @@ class Cost:
     Args:
         rows: layers that can hold quantizers, in the model's order.
         other_bytes: everything else that is saved: biases, norms, other layers, persistent buffers.
-        other_macs: MACs outside the rows, functional calls above all; their operands are float.
+        other_parameters, other_parameter_bits: how many parameters there are outside of the rows, and what they take.
+        table_bytes: about what a packed file needs to say where everything is; 0 of a float model.
+        other_macs, other_bops: outside the rows, those of functional calls above all.
     """
 
     rows: tuple[CostRow, ...]
     other_bytes: int = 0
+    other_parameters: int = 0
+    other_parameter_bits: int = 0
+    table_bytes: int = 0
     other_macs: int | None = None
+    other_bops: int | None = None
 
     def __iter__(self) -> Iterator[CostRow]:
         return iter(self.rows)
@@ -143,7 +162,12 @@ class Cost:
 
     @property
     def effective_bits(self) -> float:
-        """Mean bits of a weight element over all rows, scales and zero points included, float layers at 32."""
+        """Mean bits of a parameter of the model, scales and zero points included, and all that stays float."""
+        return _mean_bits(self.rows, self.other_parameters, self.other_parameter_bits)
+
+    @property
+    def quantizable_effective_bits(self) -> float:
+        """Mean bits of a weight element over all rows: of the layers that can hold quantizers, float ones among them."""
         return _mean_bits(self.rows)
 
     @property
@@ -154,8 +178,8 @@ class Cost:
 
     @property
     def bytes(self) -> int:
-        """Size of the whole model, in bytes."""
-        return self.other_bytes + sum(row.bytes for row in self.rows)
+        """Size of the model's packed file, in bytes; of a float model that of all its tensors."""
+        return self.other_bytes + self.table_bytes + sum(row.bytes for row in self.rows)
 
     @property
     def float_bytes(self) -> int:
@@ -169,18 +193,18 @@ class Cost:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of the recorded batch; None without a recording."""
+        """Multiply-accumulates for one input sample; None without a recording."""
         return None if self.other_macs is None else self.other_macs + sum(row.macs or 0 for row in self.rows)
 
     @property
     def bops(self) -> int | None:
-        """Bit operations of the recorded batch, float operations as 32 x 32 bit; None without a recording."""
-        return None if self.other_macs is None else self.other_macs * FLOAT_BITS**2 + sum(row.bops or 0 for row in self.rows)
+        """Bit operations for one input sample, float operations as 32 x 32 bit; None without a recording."""
+        return None if self.other_bops is None else self.other_bops + sum(row.bops or 0 for row in self.rows)
 
     def totals(self) -> dict[str, float | int | None]:
         """The totals by name."""
-        names = ("effective_bits", "quantized_effective_bits", "bytes", "float_bytes", "compression", "macs", "bops")
-        return {name: getattr(self, name) for name in names}
+        bits = ("effective_bits", "quantizable_effective_bits", "quantized_effective_bits")
+        return {name: getattr(self, name) for name in (*bits, "bytes", "float_bytes", "compression", "macs", "bops")}
 
     def records(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -197,11 +221,11 @@ class Cost:
 
 
 def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
-    """The cost of a model as it is prepared; a float model costs 32 bits an element.
+    """The cost of a model as it is prepared; a float model costs the bits of its dtype.
 
     Args:
         model: prepared or float.
-        recording: of one batch, for MACs and BOPs; they grow with its batch size.
+        recording: of one batch, for MACs and BOPs; they are those of one of its samples.
 
     Raises:
         QuantizationError: lazy modules that have no shape yet.
@@ -211,12 +235,12 @@ def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
     >>> cost(net).effective_bits
     32.0
     >>> _ = lq_plugin.prepare(net, "w4 group16")
-    >>> cost(net).effective_bits, cost(net)["0"].weight_bits
-    (6.0, 4)
+    >>> cost(net)["0"].weight_bits, cost(net).quantizable_effective_bits, round(cost(net).effective_bits, 2)
+    (4, 6.0, 6.4)
     """
     survey = Survey.of(model)
     plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
-    return _price(model, survey, plans, recording)
+    return _price(model, survey, plans | {name: operation.plan for name, operation in quantized_operations(model)}, recording)
 
 
 def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording: Recording | None = None) -> Cost:
@@ -224,7 +248,7 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
 
     Args:
         model: any module.
-        layer_plans: specs by layer name, as `QuantPlan.resolve` gives them; layers left out are float.
+        layer_plans: specs by name of layer, as `QuantPlan.resolve` gives them, or of recorded operation; what is left out is float.
         recording: of one batch, for MACs and BOPs.
 
     Raises:
@@ -236,8 +260,10 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
     8
     """
     survey = Survey.of(model)
+    operations = set() if recording is None else {call.name for call in recording.functional_calls}
     names = list(survey.candidates)
-    faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in layer_plans if name not in survey.candidates]
+    unknown = [name for name in layer_plans if name not in survey.candidates and name not in operations]
+    faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in unknown]
     raise_all(PlanError, "cannot price the plan", faults)
     return _price(model, survey, layer_plans, recording)
 
@@ -246,17 +272,23 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
     rows: list[CostRow] = []
     owners: dict[int, str] = {}
     stored: set[tuple[int, Any]] = set()
+    parts = {id(part) for module in survey.candidates.values() for part in weight_parts(module)}
+    rest = _Rest.of(model, parts, tuple(f"{name}." for name in survey.aside))
     for name, module in survey.candidates.items():
         plan = plans.get(name, LayerPlan())
+        if recording is not None and recording.reader_of(name) is not None:
+            plan = LayerPlan()  # nothing computes with its quantizers
         weight = weight_of(module)
         # A weight that is computed is another tensor each time.
         identity = id(module if weight_is_computed(module) else weight)
         tied_to = owners.setdefault(identity, name)
         # Tied layers share their codes where they share the spec; a learned scale belongs to one layer.
         key = (identity, (plan.weight, name) if plan.weight and plan.weight.learned else plan.weight)
-        read = plans.get(_shared_input(name, module), LayerPlan()).input
+        read = plans.get(input_owner(name, module), LayerPlan()).input
         bits = 0 if key in stored else _weight_bits(module, plan.weight)
         stored.add(key)
+        ranges, tensors = _activation_state(module, plan)
+        rest.tensors += tensors + (plan.weight is None)
         rows.append(
             CostRow(
                 name=name,
@@ -265,62 +297,103 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
                 weight_bits=plan.weight.bit_width if plan.weight else FLOAT_BITS,
                 storage_bits=bits,
                 input_bits=read.bit_width if read else FLOAT_BITS,
-                macs=None if recording is None else recording.macs.get(name, 0),
-                bytes=_bytes(bits) + _bytes(_activation_bits(module, plan)),
-                float_bytes=0 if tied_to != name else _bytes(weight.numel() * FLOAT_BITS),
+                macs=None if recording is None else recording.sample_macs.get(name, 0),
+                bytes=_bytes(bits) + ranges,
+                float_bytes=0 if tied_to != name else weight.numel() * weight.element_size(),
                 tied_to=tied_to if tied_to != name else None,
             )
         )
-    other_macs = None if recording is None else recording.total_macs - sum(row.macs or 0 for row in rows)
-    parts = {id(part) for module in survey.candidates.values() for part in weight_parts(module)}
-    return Cost(tuple(rows), _other_bytes(model, parts), other_macs)
+    quantized = sum(row.quantized for row in rows)
+    table = _TABLE + _TABLE_WEIGHT * quantized + _TABLE_TENSOR * rest.tensors if any(plans.values()) else 0
+    return Cost(tuple(rows), rest.bytes, rest.parameters, rest.parameter_bits, table, *_other_work(survey, plans, recording))
 
 
-def _shared_input(name: str, module: nn.Module) -> str:
-    """The layer whose input quantizer this layer's input goes through: itself, or another weight of the same module."""
-    if isinstance(module, CompoundWeight) and module.input_of is not None:
-        return name.removesuffix(module.key) + module.input_of
-    return name
+def _other_work(survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> tuple[int | None, int | None]:
+    """MACs and BOPs outside of the layers that can hold quantizers."""
+    if recording is None:
+        return None, None
+    macs = bops = 0
+    for name, work in recording.sample_macs.items():
+        if name not in survey.candidates:
+            macs += work
+            bops += work * prod(_factor_bits(recording.calls_of(name)[0], plans.get(name, LayerPlan())))
+    return macs, bops
+
+
+def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
+    """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
+    bits = plan.input.bit_width if plan.input and call.operands else FLOAT_BITS
+    return bits, bits if call.fully_quantizable else FLOAT_BITS
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:
     weight = weight_of(module)
     if spec is None:
-        return weight.numel() * FLOAT_BITS
+        return weight.numel() * weight.element_size() * 8
     # On a float module too: `canonical` uses nothing but attributes of the float class.
     return spec_bits(spec, tuple(cast(Any, quantized_class(module)).canonical(module, weight.detach()).shape))
 
 
-def _activation_bits(module: nn.Module, plan: LayerPlan) -> int:
-    bits = 0
-    for spec, channels in zip((plan.input, plan.output), cast(Any, quantized_class(module)).channels(module), strict=True):
-        if spec is not None:
-            bits += _qparams_bits(spec, channels if isinstance(spec.granularity, PerChannel) else 1)
-    return bits
+def _activation_state(module: nn.Module, plan: LayerPlan) -> tuple[int, int]:
+    """Bytes and number of the tensors that the quantizers of input and output hold."""
+    size = count = 0
+    for slot, channels in zip(("input", "output"), cast(Any, quantized_class(module)).channels(module), strict=True):
+        for _, spec in plan.stages_of(slot):
+            if spec is not None:
+                more = _range_state(spec, channels)
+                size, count = size + more[0], count + more[1]
+    return size, count
 
 
-def _other_bytes(model: nn.Module, weights: set[int]) -> int:
-    """Parameters and persistent buffers that are no part of a layer's weight and belong to no quantizer, each once."""
-    seen = set(weights)
-    total = 0
-    for name, module in model.named_modules():
-        if isinstance(module, Quantizer):
-            continue
-        saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
-        for key, tensor in (*module._parameters.items(), *saved.items()):
-            if tensor is None or id(tensor) in seen:
+@lru_cache(maxsize=4096)
+def _range_state(spec: QuantSpec, channels: int) -> tuple[int, int]:
+    return _state_size(make_input_quantizer(spec, "", channels, -1))
+
+
+def _state_size(module: nn.Module) -> tuple[int, int]:
+    state = list(module.state_dict().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in state), len(state)
+
+
+@dataclass
+class _Rest:
+    """What is no part of a layer's weight and belongs to no quantizer of a layer: parameters and persistent buffers, each once."""
+
+    bytes: int = 0
+    parameters: int = 0
+    parameter_bits: int = 0
+    tensors: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: set[int], aside: tuple[str, ...]) -> _Rest:
+        """What is `aside` is saved with the model, and no part of it otherwise."""
+        rest, seen = cls(), set(weights)
+        for name, module in model.named_modules():
+            if isinstance(module, Quantizer):
                 continue
-            if is_lazy(tensor):
-                raise QuantizationError(f"{name}.{key} has no shape yet: run one batch through the model first")
-            seen.add(id(tensor))
-            total += tensor.numel() * (FLOAT_BITS // 8 if tensor.is_floating_point() else tensor.element_size())
-    return total
+            saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+            for key, tensor in (*module._parameters.items(), *saved.items()):
+                if tensor is None or id(tensor) in seen:
+                    continue
+                if is_lazy(tensor):
+                    raise QuantizationError(f"{name}.{key} has no shape yet: run one batch through the model first")
+                seen.add(id(tensor))
+                size = tensor.numel() * tensor.element_size()
+                rest.bytes += size
+                rest.tensors += 1
+                if key in module._parameters and not f"{name}.".startswith(aside):
+                    rest.parameters += tensor.numel()
+                    rest.parameter_bits += 8 * size
+        for _, operation in quantized_operations(model):
+            size, tensors = _state_size(operation)
+            rest.bytes, rest.tensors = rest.bytes + size, rest.tensors + tensors
+        return rest
 
 
 def _bytes(bits: int) -> int:
     return -(-bits // 8)
 
 
-def _mean_bits(rows: list[CostRow] | tuple[CostRow, ...]) -> float:
-    elements = sum(row.owned for row in rows)
-    return sum(row.storage_bits for row in rows) / elements if elements else float(FLOAT_BITS)
+def _mean_bits(rows: list[CostRow] | tuple[CostRow, ...], others: int = 0, other_bits: int = 0) -> float:
+    elements = sum(row.owned for row in rows) + others
+    return (sum(row.storage_bits for row in rows) + other_bits) / elements if elements else float(FLOAT_BITS)

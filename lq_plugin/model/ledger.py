@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lq_plugin.errors import CoverageError
+from lq_plugin.errors import CoverageError, PlanError, did_you_mean, raise_all
 from lq_plugin.formats import SLOTS
 from lq_plugin.model.record import Recording
 from lq_plugin.plan import LayerPlan
@@ -23,11 +23,14 @@ class Entry:
         kind: `"Conv2d"`, `"matmul"`, ...
         plan: the specs in force.
         reason: why (a part of) it stays float; None when nothing does.
-        parameters: weights it owns.
-        macs: multiply-accumulates in the recorded batch; None before a recording.
+        parameters: all numbers that it owns.
+        weights: those of its parameters that have two dims or more, which are multiplied; biases and factors of norms have one.
+        macs: multiply-accumulates for one input sample; None before a recording.
         calls: how often it ran in the recorded batch; None before a recording.
         functional: a functional call, not a module.
         reached: False where data that should have reached it did not: it stays float then.
+        all_quantized: whether its plan leaves no operand of its products float.
+        read_past: its weight is read by something else than the layer, which never ran, and so in float.
     """
 
     name: str
@@ -35,15 +38,18 @@ class Entry:
     plan: LayerPlan = field(default_factory=LayerPlan)
     reason: str | None = None
     parameters: int = 0
+    weights: int = 0
     macs: int | None = None
     calls: int | None = None
     functional: bool = False
     reached: bool = True
+    all_quantized: bool = False
+    read_past: bool = False
 
     @property
     def quantized(self) -> bool:
-        """Whether it computes with quantized weights or inputs, and was not seen idle."""
-        return bool(self.plan) and self.calls != 0 and self.reached
+        """Whether it computes with quantized weights or inputs wherever it is called; no recorded batch may have called it."""
+        return bool(self.plan) and self.reached and not self.read_past and not (self.functional and self.calls == 0)
 
 
 @dataclass
@@ -82,18 +88,24 @@ class Ledger:
         return any(entry.macs is not None for entry in self.entries)
 
     @property
-    def coverage(self) -> float:
-        """Quantized share of the model's work, 0..1.
+    def weight_coverage(self) -> float:
+        """Share of the model's weights that are quantized, 0..1; 1 without any.
 
-        Of all multiply-accumulates once a batch is recorded (functional matrix products included),
-        of all parameters before. A model without either counts as covered.
+        Weights are the parameters of two dims or more: those of layers, embedding tables, experts.
         """
+        return _share((entry.weights, entry.quantized and entry.plan.weight is not None) for entry in self.entries)
 
-        def work(entry: Entry) -> int:
-            return (entry.macs or 0) if self.recorded else entry.parameters
+    @property
+    def compute_coverage(self) -> float | None:
+        """Share of the MACs of the recorded batch whose operands are all quantized, 0..1; 1 without any, None before a recording.
 
-        total = sum(map(work, self.entries))
-        return sum(map(work, self.quantized)) / total if total else 1.0
+        A product of a quantized weight and a float input does not count; nor do functional products that no rule asks for.
+        """
+        return _share((entry.macs or 0, entry.quantized and entry.all_quantized) for entry in self.entries) if self.recorded else None
+
+    def coverages(self) -> dict[str, float | None]:
+        """Both shares by name."""
+        return {"weight_coverage": self.weight_coverage, "compute_coverage": self.compute_coverage}
 
     def same_layers(self, other: Ledger) -> bool:
         """Whether both name the same layers and quantized operations with the same specs, recorded or not."""
@@ -106,15 +118,20 @@ class Ledger:
         kinds = {entry.name: entry.kind for entry in self.entries if entry.functional}
         self.entries = [entry for entry in self.entries if not entry.functional]
         for entry in self.entries:
-            entry.macs = recording.macs.get(entry.name, 0)
+            entry.macs = recording.sample_macs.get(entry.name, 0)
             entry.calls = len(recording.calls_of(entry.name))
             if entry.calls == 0 and entry.plan:
-                entry.reason = "never called in the recorded batch"
+                reader = recording.reader_of(entry.name)
+                entry.read_past = reader is not None
+                entry.reason = "never called in the recorded batch" + (f": {reader} reads its weight, in float" if reader else "")
         for call in {call.name: call for call in recording.functional_calls}.values():
             plan = plans.pop(call.name, LayerPlan())
             reason = None if plan else f"functional {call.op}: no rule asks for it by name"
+            if plan and call.macs and not call.fully_quantizable:
+                reason = f"functional {call.op}: a parameter, or what it computes inside, stays float"
             calls = len(recording.calls_of(call.name))
-            self.entries.append(Entry(call.name, call.op, plan, reason, macs=recording.macs[call.name], calls=calls, functional=True))
+            macs, whole = recording.sample_macs[call.name], bool(plan) and call.fully_quantizable
+            self.entries.append(Entry(call.name, call.op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole))
         for name, plan in plans.items():
             reason = "never called in the recorded batch"
             self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
@@ -128,13 +145,34 @@ class Ledger:
             elif entry.name not in names and not entry.reached:
                 entry.reached, entry.reason = True, self._other_reasons.pop(entry.name, None)
 
-    def require(self, min_coverage: float | None) -> None:
-        """Raise CoverageError, with the largest float entries, when coverage is below `min_coverage`."""
-        if min_coverage is None or self.coverage >= min_coverage:
-            return
-        largest = sorted(self.left_float, key=lambda e: -((e.macs or 0) if self.recorded else e.parameters))[:10]
-        lines = "\n".join(f"  - {entry.name} ({entry.kind}): {entry.reason}" for entry in largest)
-        raise CoverageError(f"coverage is {self.coverage:.1%}, min_coverage asks for {min_coverage:.1%}. Largest float parts:\n{lines}")
+    def require(self, min_coverage: float | Mapping[str, float] | None) -> None:
+        """Refuse a model of which too little is quantized; a bound on compute needs a recording.
+
+        Args:
+            min_coverage: see `least_coverage`.
+
+        Raises:
+            CoverageError: naming each share that is below its bound, with the largest float parts.
+        """
+        faults = []
+        for what, least in least_coverage(min_coverage).items():
+            weights = what == "weights"
+            share = self.weight_coverage if weights else self.compute_coverage
+            if share is None:
+                faults.append(f"{what} coverage is not known before a batch is recorded, min_coverage asks for {least:.1%}")
+            elif share < least:
+                float_parts = [
+                    entry for entry in self.entries
+                    if not (entry.quantized and (entry.plan.weight is not None if weights else entry.all_quantized))
+                ]  # fmt: skip
+                size = (lambda entry: entry.weights) if weights else (lambda entry: entry.macs or 0)
+                largest = sorted((entry for entry in float_parts if size(entry)), key=size, reverse=True)[:10]
+                lines = "\n".join(f"  - {entry.name} ({entry.kind}): {entry.reason}" for entry in largest)
+                faults.append(f"{what} coverage is {share:.1%}, min_coverage asks for {least:.1%}. Largest float parts:\n{lines}")
+        if faults and not isinstance(min_coverage, Mapping):
+            faults.append('a number bounds both shares; for one of them write min_coverage={"weights": 0.9} or {"compute": 0.9}')
+        if faults:
+            raise CoverageError("\n".join(faults))
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain rows for tables, CSV and loggers."""
@@ -156,8 +194,46 @@ class Ledger:
 
     def summary(self) -> str:
         """One line for a log."""
-        of = "MACs" if self.recorded else "parameters"
         # A recording finds operations that no layer owns, and the parameters count none of them.
         operations = sum(entry.functional for entry in self.left_float)
         float_ = f"{len(self.left_float)} float" + (f" ({operations} of them operations)" if operations else "")
-        return f"{len(self.quantized)} quantized, {float_}; coverage {self.coverage:.1%} of {of}"
+        compute = "" if self.compute_coverage is None else f", {self.compute_coverage:.1%} of MACs"
+        return f"{len(self.quantized)} quantized, {float_}; coverage {self.weight_coverage:.1%} of weights{compute}"
+
+
+#: What `min_coverage` can bound.
+COVERAGES = ("weights", "compute")
+
+
+def least_coverage(min_coverage: float | Mapping[str, float] | None) -> dict[str, float]:
+    """The bounds that `min_coverage` sets, by `COVERAGES`.
+
+    Args:
+        min_coverage: shares in 0..1, `{"weights": 0.9, "compute": 0.5}` or one of the two; a number bounds both alike.
+
+    Raises:
+        PlanError: anything else.
+
+    >>> least_coverage(0.9), least_coverage({"weights": 1}), least_coverage(None)
+    ({'weights': 0.9, 'compute': 0.9}, {'weights': 1}, {})
+    """
+    if min_coverage is None:
+        return {}
+    bounds = dict(min_coverage) if isinstance(min_coverage, Mapping) else dict.fromkeys(COVERAGES, min_coverage)
+    faults = [
+        f"unknown share {key!r}; valid: {', '.join(COVERAGES)}.{did_you_mean(str(key), COVERAGES)}"
+        for key in bounds
+        if key not in COVERAGES
+    ]
+    faults += [
+        f"{key} is a share in 0..1, got {value!r}" for key, value in bounds.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
+    ]  # fmt: skip
+    raise_all(PlanError, "min_coverage", faults)
+    return bounds
+
+
+def _share(parts: Iterable[tuple[int, bool]]) -> float:
+    known = list(parts)
+    total = sum(size for size, _ in known)
+    return sum(size for size, counts in known if counts) / total if total else 1.0

@@ -17,12 +17,20 @@ from lq_plugin.model.op_names import ELEMENTWISE
 
 #: Operations whose operands can be quantized.
 OPERATIONS = PRODUCTS | ELEMENTWISE | {"cat"}
+#: Products that are added to the first of their tensors.
+_ADDED = ("addmm", "baddbmm", "addmv", "addbmm")
 #: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks and biases.
 _OPERANDS = {
+    "bilinear": 3,
     **dict.fromkeys(("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"), 3),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv", "addbmm"), 3),
+    **dict.fromkeys(_ADDED, 3),
     **dict.fromkeys(("cat", "einsum", "multi_dot"), 10**6),
 }
+
+
+def product_factors(op: str, count: int) -> range:
+    """Indices of the tensors that a product multiplies, of the `count` that it gets; what it adds or masks with is none."""
+    return range(1 if op in _ADDED else 0, min(count, _OPERANDS.get(op, 2)))
 
 
 class Numbering:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
+from lq_plugin.model.aside import names, quantizes, quantizing
 from lq_plugin.model.numbering import OPERATIONS
 from lq_plugin.model.operations import Operation, quantized_operations
 from lq_plugin.model.survey import Survey
@@ -31,13 +32,18 @@ def names_operation(pattern: str) -> bool:
     return pattern[5:] in OPERATIONS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
 
 
-def split(plan: QuantPlan, layers: Sequence[LayerInfo]) -> tuple[QuantPlan | None, list[Rule]]:
-    """The plan of the rules about layers (None where there are none), and the rules about operations."""
+def split(plan: QuantPlan, layers: Sequence[LayerInfo], aside: Iterable[str] = ()) -> tuple[QuantPlan | None, list[Rule]]:
+    """The plan of the rules about layers (None where there are none), and the rules about operations.
+
+    A rule that keeps float what is no part of the model (the names `aside`) asks for nothing.
+    """
     chosen: list[Rule] = []
     others: list[Rule] = []
     for rule in plan.rules:
-        about_operations = names_operation(rule.match) and not _matches_any(rule, layers)
-        (chosen if about_operations else others).append(rule)
+        found = _matches_any(rule, layers)
+        if not found and not quantizes(rule) and any(names(rule.match, name) for name in aside):
+            continue
+        (chosen if names_operation(rule.match) and not found else others).append(rule)
     return (QuantPlan(others, plan.schedule) if others else None), chosen
 
 
@@ -56,7 +62,8 @@ def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
     """Whether `prepare` must be told the operations of `model`: the plan asks for some that have no quantizers yet."""
     if not any(names_operation(rule.match) for rule in plan.rules):
         return False
-    _, rules = split(plan, Survey.of(model).infos())
+    survey = Survey.of(model, quantizing(plan))
+    _, rules = split(plan, survey.infos(), survey.aside)
     present = _infos(operation.operation for _, operation in quantized_operations(model))
     return not all(_matches_any(rule, present) for rule in rules)
 

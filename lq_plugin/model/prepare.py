@@ -29,12 +29,13 @@ from lq_plugin.layers import (
     weight_of,
     weight_sources,
 )
+from lq_plugin.model.aside import quantizing
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.operation_rules import blocked, resolve_operations, split
 from lq_plugin.model.operations import Operation, attach_operations, detach_operations, operations_of, quantized_operations
 from lq_plugin.model.recording import Recording
-from lq_plugin.model.survey import OPAQUE, Survey
+from lq_plugin.model.survey import OPAQUE, Survey, input_owner
 from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
 from lq_plugin.quantizers import Quantizer, make_weight_quantizer
 
@@ -64,12 +65,12 @@ def prepare(
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> ledger = prepare(net, "w4a8")
     >>> type(net[0]).__name__, isinstance(net[0], nn.Linear), ledger.summary()
-    ('QuantizedLinear', True, '2 quantized, 0 float; coverage 100.0% of parameters')
+    ('QuantizedLinear', True, '2 quantized, 0 float; coverage 100.0% of weights')
     """
     plan = QuantPlan.parse(plan)
-    survey = Survey.of(model)
+    survey = Survey.of(model, quantizing(plan))
     layers = survey.infos()
-    for_layers, operation_rules = split(plan, layers)
+    for_layers, operation_rules = split(plan, layers, survey.aside)
     if not layers and for_layers is not None:
         found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
         raise _nothing_to_quantize(model, found, ", the plan matches no layer")
@@ -159,21 +160,24 @@ def _ledger(
     weights = {id(layer.weight) for layer in survey.candidates.values() if isinstance(layer, CompoundWeight)}
     for name, kind in survey.kinds.items():
         if (layer := survey.candidates.get(name)) is not None:
-            reason = _missing(plans[name], cast(Any, quantized_class(layer)).slots)
+            plan = plans[name]
+            reason = _missing(plan, cast(Any, quantized_class(layer)).slots)
+            # A weight counts as it is used, not as what it is computed from.
+            size = weight_of(layer).numel()
+            whole = bool(plan.weight and plans[input_owner(name, layer)].input)
             if isinstance(layer, CompoundWeight):
-                entries.append(Entry(name, kind, plans[name], reason or layer.remark, layer.weight.numel()))
+                reason, others = reason or layer.remark, 0
             else:
-                # A weight counts as it is used, not as what it is computed from.
                 sources = {id(source) for source in weight_sources(layer)}
                 others = sum(p.numel() for p in layer.parameters(recurse=False) if id(p) not in sources)
-                entries.append(Entry(name, kind, plans[name], reason, weight_of(layer).numel() + others))
+            entries.append(Entry(name, kind, plan, reason, size + others, size, all_quantized=whole))
         elif name in survey.reasons:
             module = model.get_submodule(name)
-            named = module.named_parameters(recurse=isinstance(module, OPAQUE))
+            named = module.named_parameters(recurse=isinstance(module, OPAQUE) or name in survey.aside)
             # A lazy parameter has no size yet.
             owned = [p for key, p in named if id(p) not in weights and not key.startswith(CONTAINER) and not is_lazy(p)]
-            size = sum(p.numel() for p in owned)
-            entries.append(Entry(name, kind, reason=survey.reasons[name], parameters=size))
+            counted = 0 if name in survey.aside else sum(p.numel() for p in owned if p.dim() > 1)
+            entries.append(Entry(name, kind, LayerPlan(), survey.reasons[name], sum(p.numel() for p in owned), counted))
     for name, (operation, operation_plan) in (operations or {}).items():
         entries.append(Entry(name, operation.op, operation_plan, functional=True))
     return Ledger(entries)

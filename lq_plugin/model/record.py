@@ -11,7 +11,8 @@ call, not a functional one. The result is plain data without tensors, made from 
 
 Tensors are followed by storage, not by `id`: views share their producer, an in-place write makes
 a new one, and everything is kept alive for the length of the pass, so nothing is mistaken for
-something freed. Unseen are calls into scripted functions and C++ extensions.
+something freed. Unseen are calls into scripted functions and C++ extensions, and what metrics and frozen
+teachers compute (`lq_plugin.model.aside`), which are no part of the model.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.layers import why_unsupported_compound
+from lq_plugin.model.aside import set_aside
 from lq_plugin.model.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs, weight_macs
 from lq_plugin.model.numbering import OPERATIONS, Numbering
 from lq_plugin.model.op_names import COPIES, ELEMENTWISE, METADATA, normalize
 from lq_plugin.model.recording import Call, Recording, Source
-from lq_plugin.model.tensor_identity import geometry_of, storage_of, tensors_of, version_of
+from lq_plugin.model.tensor_identity import geometry_of, leading_size, storage_of, tensors_of, version_of
 from lq_plugin.quantizers import Quantizer
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
@@ -60,7 +62,9 @@ def default_is_leaf(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
 
 
-def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Module], bool] = default_is_leaf) -> Recording:
+def record(
+    model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Module], bool] = default_is_leaf, samples: int | None = None
+) -> Recording:
     """Record what `run()` does with `model`.
 
     The caller decides eval or train and whether gradients are on; in train mode batch norms move as
@@ -73,6 +77,8 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
         model: any module.
         run: performs one forward pass; what it returns counts as read by the outside.
         is_leaf: modules whose inside is not looked into.
+        samples: how many `run` passes through the model; None: those of the first tensor that the first called module is given,
+            in dim 0, or in dim 1 where the module says `batch_first=False`.
 
     Raises:
         QuantizationError: lazy modules that have no shape yet.
@@ -81,7 +87,7 @@ def record(model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Mo
         f"{name!r} ({type(m).__name__}) is not initialized: run one forward pass before" for name, m in model.named_modules()
         if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()  # type: ignore[misc]
     ])  # fmt: skip
-    recorder = _Recorder(model, is_leaf)
+    recorder = _Recorder(model, is_leaf, samples)
     try:
         with recorder.attached(), without_compile(), recorder:
             result = run()
@@ -122,8 +128,9 @@ class _Frame(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], samples: int | None) -> None:
         super().__init__()
+        self._samples = samples
         self._modules = {module: name for name, module in model.named_modules()}
         self._root, self._is_leaf = model, is_leaf
         self._calls: list[Call] = []
@@ -133,6 +140,9 @@ class _Recorder(TorchFunctionMode):
         self._parameters: dict[Any, dict[str, Tensor]] = {}
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
             self._parameters.setdefault(storage_of(tensor)[0], {})[name] = tensor
+        self._aside = [model.get_submodule(name) for name in set_aside(model)]
+        # By id: the hash of a torchmetrics.Metric changes with its state.
+        self._not_ours = {id(part) for module in self._aside for part in module.modules()}
         self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
@@ -148,6 +158,12 @@ class _Recorder(TorchFunctionMode):
                     module.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
                 ):
                     stack.callback(handle.remove)
+            for module in self._aside:
+                # `metric.update(x)` in a step is no call of the metric itself.
+                for name in ("update", "compute"):
+                    if callable(original := module.__dict__.get(name)):
+                        module.__dict__[name] = self._hidden(module, original)
+                        stack.callback(module.__dict__.__setitem__, name, original)
             if any(isinstance(module, torch.jit.ScriptModule) for module in self._modules):
                 # ScriptModules refuse hooks of their own.
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(self._enter_script).remove)
@@ -156,6 +172,19 @@ class _Recorder(TorchFunctionMode):
                 # torch forgets this one, and from then on calls all modules as if there were global hooks.
                 stack.callback(nn.modules.module._global_forward_hooks_with_kwargs.pop, leave.id, None)
             yield
+
+    def _hidden(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            depth = len(self._frames)
+            # Within a forward it has a number among that module's operations, as it has where they are quantized.
+            if depth == 1:
+                self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                del self._frames[depth:]
+
+        return run
 
     def _enter_script(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, torch.jit.ScriptModule) and module in self._modules:
@@ -166,11 +195,13 @@ class _Recorder(TorchFunctionMode):
             self._leave(module, args, kwargs, output)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frames[-1].opaque:  # a part of a leaf: only its place on the stack matters
+        if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
             self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             return
         name, opaque = self._modules[module], self._is_leaf(module)
         self._busy = True
+        if self._samples is None:
+            self._samples = leading_size((args, kwargs), 0 if getattr(module, "batch_first", True) else 1)
         inputs = list(tensors_of((args, kwargs))) if opaque else []
         sources = tuple(self._source(t) for t in inputs)
         self._frames.append(_Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs]))
@@ -181,7 +212,7 @@ class _Recorder(TorchFunctionMode):
             return  # a hook before ours raised: it was never entered
         while (frame := self._frames.pop()).module is not module:
             pass
-        if self._frames[-1].opaque:
+        if self._frames[-1].opaque or id(module) in self._not_ours:
             return
         self._busy = True
         if frame.opaque and frame.module is not None:
@@ -310,14 +341,16 @@ class _Recorder(TorchFunctionMode):
         inside: set[nn.Module] = set()
         uncalled = []
         for module, name in self._modules.items():  # parents come first
-            if module in inside or not self._is_leaf(module):
+            if id(module) in self._not_ours or module in inside or not self._is_leaf(module):
                 continue
             inside.update(module.modules())
             if name not in called and next(module.parameters(), None) is not None:
                 uncalled.append(name)
-        return Recording(tuple(self._calls), tuple(uncalled))
+        return Recording(tuple(self._calls), tuple(uncalled), self._samples or 1)
 
     def release(self) -> None:
         self._values.clear()
         self._parameters.clear()
+        self._aside.clear()
+        self._not_ours.clear()
         del self._frames[:]

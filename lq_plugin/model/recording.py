@@ -9,6 +9,7 @@ from typing import Literal
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.macs import Shape
+from lq_plugin.model.numbering import product_factors
 
 #: Names without underscores, so that a module type and a function compare equal.
 _ACTIVATIONS = frozenset(
@@ -70,6 +71,15 @@ class Call:
     operands: tuple[int, ...] = ()
 
     @property
+    def fully_quantizable(self) -> bool:
+        """Whether quantizers of its operands leave no factor of its product float.
+
+        A parameter among them has none; an operation on three tensors or more (attention) also multiplies its own results.
+        """
+        factors = product_factors(self.op, len(self.inputs))
+        return len(factors) == 2 and set(factors) <= set(self.operands)
+
+    @property
     def weight_names(self) -> tuple[str, ...]:
         """What the plan calls the weights of a module that holds several."""
         return tuple(f"{self.name}.{key}" if self.name else key for key, _ in self.weight_macs)
@@ -91,10 +101,12 @@ class Recording:
     Args:
         calls: every call, in order.
         uncalled: opaque modules with parameters that never ran.
+        samples: of the input that the pass was made with.
     """
 
     calls: tuple[Call, ...]
     uncalled: tuple[str, ...] = ()
+    samples: int = 1
 
     @property
     def module_calls(self) -> tuple[Call, ...]:
@@ -108,11 +120,17 @@ class Recording:
 
     @property
     def total_macs(self) -> int:
+        """MACs of the whole pass, all samples together."""
         return sum(call.macs for call in self.calls)
 
     @cached_property
+    def sample_macs(self) -> dict[str, int]:
+        """`macs` for one input sample: the mean over the samples of the pass, rounded to an integer."""
+        return {name: (2 * macs + self.samples) // (2 * self.samples) for name, macs in self.macs.items()}
+
+    @cached_property
     def macs(self) -> dict[str, int]:
-        """MACs by name of module, weight or functional call, summed over its calls; what a weight does counts for it alone."""
+        """MACs of the whole pass by name of module, weight or functional call, summed over its calls; a weight's are its alone."""
         total: Counter[str] = Counter()
         for call in (*self.module_calls, *self.functional_calls):
             total[call.name] += call.macs - sum(macs for _, macs in call.weight_macs)
@@ -140,6 +158,18 @@ class Recording:
     def calls_of(self, name: str) -> tuple[Call, ...]:
         """All calls of a module or functional name, or of the module with a weight of that name; empty when it never ran."""
         return tuple(self._by_name.get(name, ()))
+
+    @cached_property
+    def _readers(self) -> dict[str, str]:
+        calls = [call for call in self.calls if call.kind in ("functional", "other")]
+        return {name: call.name for call in reversed(calls) for source in call.inputs for name in source.parameters}
+
+    def reader_of(self, name: str) -> str | None:
+        """The call that reads the weight of a layer which never ran itself, and so reads it in float; None where there is none."""
+        if self.calls_of(name):
+            return None
+        keys = (name, f"{name}.weight" if name else "weight")
+        return next((self._readers[key] for key in keys if key in self._readers), None)
 
     def producer_of(self, call: Call | str, index: int = 0) -> Call | None:
         """The call that made input `index` of `call`, looking through views.

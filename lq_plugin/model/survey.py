@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from lq_plugin.layers import (
     why_unsupported_compound,
 )
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.model.aside import set_aside
 from lq_plugin.model.operations import OperationQuantizers
 from lq_plugin.plan import LayerInfo
 from lq_plugin.quantizers import Quantizer
@@ -37,19 +39,27 @@ class Survey:
         candidates: layers that can hold quantizers, by name; a module with several weights is one layer for each.
         reasons: other modules with parameters, and why they (or what is left of them) stay float.
         kinds: float types of all modules and layers.
+        aside: modules that are no part of the model, see `lq_plugin.model.aside`; what is inside of them is in none of the others.
     """
 
     candidates: dict[str, nn.Module]
     reasons: dict[str, str]
     kinds: dict[str, str]
+    aside: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Survey:
-        """Look at every module of `model`; quantizers in it are passed over."""
+    def of(cls, model: nn.Module, patterns: Iterable[str] = ()) -> Survey:
+        """Look at every module of `model`; quantizers in it are passed over.
+
+        Args:
+            model: any module.
+            patterns: of a plan's rules, which may name what is no part of the model otherwise.
+        """
         candidates: dict[str, nn.Module] = {}
         reasons: dict[str, str] = {}
         kinds: dict[str, str] = {}
         inside: tuple[str, ...] = ()
+        aside = set_aside(model, patterns)
         for name, module in model.named_modules():
             if f"{name}.".startswith(inside):
                 continue
@@ -57,6 +67,11 @@ class Survey:
                 inside += (f"{name}.",)
                 continue
             kinds[name] = float_class(module).__name__
+            if name in aside:
+                inside += (f"{name}.",)
+                if next(module.parameters(), None) is not None:
+                    reasons[name] = f"{aside[name]}, no part of the model; a rule that names it quantizes it: '{name}.*'"
+                continue
             if (family := compound_family(module)) is not None:
                 inside += (_join(name, "" if isinstance(module, OPAQUE) else f"{CONTAINER}."),)
                 if reason := why_unsupported_compound(module):
@@ -77,7 +92,7 @@ class Survey:
                 continue
             if any(True for _ in module.parameters(recurse=False)):
                 reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
-        return cls(candidates, reasons, kinds)
+        return cls(candidates, reasons, kinds, aside)
 
     def infos(self) -> list[LayerInfo]:
         """What a plan must know of the candidates."""
@@ -103,6 +118,13 @@ def float_class(module: nn.Module) -> type[nn.Module]:
         module = module.owner
     kind = class_before(module)
     return getattr(kind, "float_class", kind)
+
+
+def input_owner(name: str, module: nn.Module) -> str:
+    """The layer whose input quantizer this layer's input goes through: itself, or another weight of the same module."""
+    if isinstance(module, CompoundWeight) and module.input_of is not None:
+        return name.removesuffix(module.key) + module.input_of
+    return name
 
 
 def _join(name: str, key: str) -> str:

@@ -24,6 +24,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
+def leading_size(value: Any, dim: int = 0) -> int | None:
+    """Size of the first tensor inside a value along `dim`, the samples of a batch; None without a tensor that has it."""
+    return next((tensor.shape[dim] for tensor in tensors_of(value) if tensor.dim() > dim), None)
+
+
 def storage_of(tensor: Tensor) -> tuple[Any, Any]:
     """A key for the memory behind a tensor, and the object that keeps that key from being reused."""
     try:

@@ -49,7 +49,7 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
         axes.annotate(text, (1.06, i), xycoords=_BESIDE, ha="right", va="center", fontsize=8.5)
     axes.annotate("effective", (1.06, -0.75), xycoords=_BESIDE, ha="right", va="bottom", fontsize=8, color=MUTED)
     axes.set_xlabel("bits an element (log₂)")
-    axes.set_title(f"{title}: {priced.effective_bits:.2f} effective, {_size(priced.bytes)} (float {_size(priced.float_bytes)})")
+    axes.set_title(f"{title}: {priced.effective_bits:.2f} effective a parameter, {_size(priced.bytes)} (float {_size(priced.float_bytes)})")
     handles = [
         _swatch(axes, BLUE, "weight"),
         _swatch(axes, "#A6CBE5", "scales and zero points"),

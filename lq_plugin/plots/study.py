@@ -37,7 +37,7 @@ def pareto(
     float_metric: float | None = None,
     metric: str = "accuracy",
     maximize: bool = True,
-    size: str = "effective bits a weight",
+    size: str = "effective bits a parameter",
     title: str = "Search: quality over size",
     seeds: Sequence[Point] = (),
 ) -> Figure:

@@ -18,8 +18,9 @@ from typing import Any
 from lq_plugin.errors import QuantizationError
 from lq_plugin.files import make_folder, write_file
 from lq_plugin.report.codec import decode, encode
+from lq_plugin.report.versions import from_version_1
 
-FORMAT, VERSION = "lq_plugin.report", 1
+FORMAT, VERSION = "lq_plugin.report", 2
 
 
 def digits(value: Any, count: int = 4) -> float:
@@ -166,7 +167,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer; the numbers are those of `CostRow` and `FidelityRow`."""
+    """One layer; the numbers are those of `CostRow` and `FidelityRow`, MACs and BOPs those of one input sample."""
 
     name: str
     kind: str
@@ -220,7 +221,7 @@ class ModelReport:
         name: its class.
         plan: YAML.
         totals: of the cost.
-        coverage: share that is quantized, 0..1.
+        weight_coverage, compute_coverage: quantized shares of the weights, and of the MACs with all operands, 0..1; None: not known.
         layers: in the model's order.
         ledger: rows of the coverage ledger.
         metrics: what it scores.
@@ -232,8 +233,9 @@ class ModelReport:
     name: str
     plan: str
     totals: dict[str, float | None]
-    coverage: float
     layers: list[LayerReport]
+    weight_coverage: float | None = None
+    compute_coverage: float | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     schedule: list[Phase] = field(default_factory=list)
@@ -321,9 +323,11 @@ class ReportData:
             raise QuantizationError(f"{where} is no JSON: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise QuantizationError(f"{where} is no report of lq_plugin")
-        if content.get("version") != VERSION:
-            raise QuantizationError(f"{where} has version {content.get('version')!r}, this lq_plugin reads {VERSION}")
-        return decode(cls, {key: value for key, value in content.items() if key not in ("format", "version")}, where)
+        version = content.get("version")
+        if version not in (1, VERSION):
+            raise QuantizationError(f"{where} has version {version!r}, this lq_plugin reads 1 and {VERSION}")
+        content = {key: value for key, value in content.items() if key not in ("format", "version")}
+        return decode(cls, from_version_1(content) if version == 1 else content, where)
 
     def save(self, path: str | Path) -> Path:
         """Write JSON; folders are made."""

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from lq_plugin.formats import SLOTS
+from lq_plugin.model.aside import quantizing
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.operation_rules import resolve_operations, split
@@ -46,7 +47,7 @@ class Explanation:
     schedule: list[Phase]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a layer: specs, effective bits, bytes, MACs and BOPs where a batch was recorded, the reason of a float part."""
+        """One row a layer: specs, effective bits, bytes, MACs and BOPs of a sample where a batch was recorded, why a part is float."""
         reasons = {entry.name: entry.reason for entry in self.ledger}
         found = []
         for row in self.cost:
@@ -77,7 +78,7 @@ class Explanation:
             "layers": self.rows(),
             "operations": self.operations(),
             "float": self.others(),
-            "totals": self.cost.totals() | {"coverage": self.ledger.coverage},
+            "totals": self.cost.totals() | self.ledger.coverages(),
             "schedule": [vars(phase) for phase in self.schedule],
         }
 
@@ -90,11 +91,11 @@ class Explanation:
         table.add_column("layer", "all layers", overflow="fold")
         for slot in shown:
             table.add_column(slot, overflow="fold")
-        table.add_column("eff. bits", f"{self.cost.effective_bits:.2f}", justify="right")
+        table.add_column("eff. bits", f"{self.cost.quantizable_effective_bits:.2f}", justify="right")
         table.add_column("bytes", f"{sum(row['bytes'] for row in rows):,}", justify="right")
         recorded = totals["bops"] is not None
         if recorded:
-            table.add_column("BOPs", _short(sum(row["bops"] or 0 for row in rows)), justify="right")
+            table.add_column("BOPs/sample", _short(sum(row["bops"] or 0 for row in rows)), justify="right")
         for row in rows:
             bits = "" if row["effective_bits"] is None else f"{row['effective_bits']:.2f}"
             cells = [row["layer"] or row["kind"], *(row[slot] for slot in shown), bits, f"{row['bytes']:,}"]
@@ -104,8 +105,10 @@ class Explanation:
     def summary(self) -> Text:
         """The totals of the whole model, and what stays float with the reasons."""
         priced = self.cost
-        size = f"model: {priced.bytes:,} bytes, {priced.compression:.2f} times smaller than {priced.float_bytes:,}"
-        lines = [self.ledger.summary(), size + ("" if priced.bops is None else f"; {_short(priced.bops)} BOPs, the float parts included")]
+        size = f"model: {priced.effective_bits:.2f} effective bits a parameter, {priced.bytes:,} bytes, "
+        size += f"{priced.compression:.2f} times smaller than {priced.float_bytes:,}"
+        bops = "" if priced.bops is None else f"; {_short(priced.bops)} BOPs a sample, the float parts included"
+        lines = [self.ledger.summary(), size + bops]
         lines += [f"operation {row['operation']} ({row['kind']}): operands {row['input']}" for row in self.operations()]
         reasons: dict[str, list[str]] = {}
         for row in [*self.rows(), *self.others()]:
@@ -136,26 +139,28 @@ def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, 
     Args:
         plan: anything `QuantPlan.parse` reads.
         model: float.
-        run: runs the model on a batch, for MACs, BOPs and functional calls; a plan that names operations needs it.
+        run: runs the model on a batch, for functional calls and the MACs and BOPs of a sample; a plan that names operations needs it.
 
     Raises:
         PlanError: a plan that cannot be read, or that does not fit the model.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> found = explain("w4 group16 a8", net)
-    >>> found.cost.effective_bits, [row["input"] for row in found.rows()]
+    >>> found.cost.quantizable_effective_bits, [row["input"] for row in found.rows()]
     (6.0, ['uint8 affine ema', 'uint8 affine ema'])
     """
     chosen = QuantPlan.parse(plan)
-    survey = Survey.of(model)
+    survey = Survey.of(model, quantizing(chosen))
     recording = None if run is None else record(model, run)
-    for_layers, operation_rules = split(chosen, survey.infos())
+    for_layers, operation_rules = split(chosen, survey.infos(), survey.aside)
     layers = for_layers.resolve(survey.infos(), survey.others()) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
     known = {} if recording is None else operations_of(recording)
-    ledger = _ledger(model, survey, layers, resolve_operations(operation_rules, known, chosen, recording is not None))
+    resolved = resolve_operations(operation_rules, known, chosen, recording is not None)
+    operations = {name: operation_plan for name, (_, operation_plan) in resolved.items()}
+    ledger = _ledger(model, survey, layers, resolved)
     if recording is not None:
         ledger.add_recording(recording)
-    return Explanation(chosen, layers, plan_cost(model, layers, recording), ledger, moments(chosen))
+    return Explanation(chosen, layers, plan_cost(model, layers | operations, recording), ledger, moments(chosen))
 
 
 def _stages(plan: LayerPlan, slot: str) -> str:

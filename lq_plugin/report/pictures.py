@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lq_plugin import plots
 from lq_plugin.files import file_name, make_folder, replacing
-from lq_plugin.model.cost import Cost, CostRow
+from lq_plugin.model.cost import FLOAT_BITS, Cost, CostRow
 from lq_plugin.model.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
 from lq_plugin.report.data import Boxes, ErrorMap, LayerReport, ModelReport, ReportData, Rounding, Series, StudyReport, TensorView
@@ -69,13 +69,18 @@ def pictures(report: ReportData, max_layers: int = 8) -> Iterator[tuple[str, Fig
 
 
 def _cost(report: ReportData) -> Cost:
-    """The priced rows that the report was made of; what is outside of layers follows from the total."""
+    """The priced rows that the report was made of; what is outside of layers follows from the totals."""
     assert report.model is not None
     rows = []
     for x in report.model.layers:
         storage = 0 if x.effective_bits is None else round(x.effective_bits * x.elements)
         rows.append(CostRow(x.name, x.kind, x.elements, x.weight_bits, storage, x.input_bits, x.macs, x.bytes, x.float_bytes, x.tied_to))
-    return Cost(tuple(rows), int(report.model.totals.get("bytes") or 0) - sum(row.bytes for row in rows))
+    other_bytes = int(report.model.totals.get("bytes") or 0) - sum(row.bytes for row in rows)
+    elements, bits = sum(row.owned for row in rows), sum(row.storage_bits for row in rows)
+    # Parameters outside of the layers are float, so that many of them make up the mean.
+    mean = report.model.totals.get("effective_bits")
+    others = 0 if mean is None or mean >= FLOAT_BITS else max(0, round((elements * mean - bits) / (FLOAT_BITS - mean)))
+    return Cost(tuple(rows), other_bytes, others, others * FLOAT_BITS)
 
 
 @styled

@@ -71,7 +71,7 @@ def study_report(result: SearchResult, title: str | None = None) -> ReportData:
 def _costs(result: SearchResult) -> list[str]:
     """What trials can be placed by beside the metric."""
     shared = set.intersection(*(set(c.metrics) for c in result.candidates)) if result.candidates else set()
-    usual = [name for name in ("effective_bits", "bytes", "bops") if name in shared]
+    usual = [name for name in ("effective_bits", "quantizable_effective_bits", "bytes", "bops") if name in shared]
     return list(dict.fromkeys([result.cost, *usual, *sorted(name for name in shared if "latency" in name)]))
 
 

@@ -56,7 +56,7 @@ def summary(
     table.add_column("bits", f"{priced.effective_bits:.2f}", justify="right")
     table.add_column("bytes", f"{priced.bytes:,}", justify="right")
     if priced.bops is not None:
-        table.add_column("BOPs", _short(priced.bops), justify="right")
+        table.add_column("BOPs/sample", _short(priced.bops), justify="right")
     for slot in ("weight", "input") * bool(errors):
         table.add_column(f"SQNR {slot}", justify="right")
     for row in priced:

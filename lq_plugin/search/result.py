@@ -21,7 +21,7 @@ from lq_plugin.files import make_folder, write_file
 from lq_plugin.plan import QuantPlan
 from lq_plugin.plots.style import short
 from lq_plugin.report import render, study_report
-from lq_plugin.search.costs import COSTS, LATENCY
+from lq_plugin.search.costs import COSTS, LABELS, LATENCY
 from lq_plugin.search.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
 from lq_plugin.search.promotion import reached_by
 
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def effective_bits(self) -> float:
-        """Mean bits of a weight, scales and zero points included."""
+        """Mean bits of a parameter of the model, scales and zero points included."""
         return self.metrics["effective_bits"]
 
     @property
@@ -135,9 +135,7 @@ class SearchResult:
 
     def figure(self) -> Any:
         """Metric over cost of every trial, the front, the uniform plans and the float model."""
-        size = {"effective_bits": "effective bits a weight", "bytes": "bytes", "bops": "bit operations", "latency": "milliseconds"}[
-            self.cost
-        ]
+        size = LABELS[self.cost]
         return plots.pareto(
             [(c.cost, c.metric) for c in self.candidates],
             references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin.startswith("uniform")},
@@ -156,11 +154,12 @@ class SearchResult:
         table = Table(title=Text(f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}"))
         timed = any(LATENCY in c.metrics for c in self.front)
         # Predicted from the table of layers, and measured with the whole model.
-        latencies = ("latency ms", "measured ms") if timed else ()
+        latencies = ("latency ms/sample", "measured ms/sample") if timed else ()
         for column in ("trial", self.metric, "effective bits", "bytes", *latencies, "plan from"):
             table.add_column(Text(column), justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
-        float_ms = self.study.user_attrs.get(TABLE, {}).get("float_model")
+        timing = self.study.user_attrs.get(TABLE)
+        float_ms = None if timing is None else timing["float_model"] / timing["options"]["batch"]
         row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes]
         # The float model's time is a measured one.
         table.add_row(*map(Text, [*row, *(["", _milliseconds(float_ms)] if timed else []), ""]), end_section=True)

@@ -38,7 +38,7 @@ class Seed:
 def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[str, float]]]:
     """What the plan of first choices costs, and what each choice of each unit adds to it or takes from it.
 
-    Exact for `effective_bits` and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of a
+    Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of a
     layer: exact where one of the two is fixed. So does `latency`, where kernels depend on both.
     """
     space = evaluator.space

@@ -24,7 +24,7 @@ from optuna.storages import BaseStorage
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.files import make_folder
 from lq_plugin.search.constraint import Constraint
-from lq_plugin.search.costs import COUNTED, LATENCY
+from lq_plugin.search.costs import COUNTED, COUNTS, LATENCY
 from lq_plugin.search.database import HEARTBEAT, locked, quiet
 from lq_plugin.search.evaluator import Evaluator
 from lq_plugin.search.interrupt import stop_on_signal
@@ -110,8 +110,8 @@ def search(
         n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There are fewer
             where the space has fewer plans. Trials that were stopped below the top level of `fidelity` count, too.
         mode: `"max"` or `"min"` of the metric.
-        cost: the other objectives, minimized: `"effective_bits"`, `"bytes"`, `"bops"`, `"latency"` (milliseconds), several of them,
-            or None for the metric alone.
+        cost: the other objectives, minimized: `"effective_bits"`, `"quantizable_effective_bits"`, `"bytes"`, `"bops"`, `"latency"`
+            (milliseconds), several of them, or None for the metric alone; see `lq_plugin.search.costs` for what they count.
         constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high is not evaluated.
         study_name: a study of that name goes on.
         storage: an Optuna storage or its URL. None: `study.db` (SQLite) in `output_dir`, in memory without one.
@@ -269,6 +269,7 @@ def _fingerprint(
         "weights of the model": evaluator.weights,
         "calibration": {"batches": evaluator.calibration_batches, "seed": evaluator.seed, "phases": list(evaluator.phases)},
         "space": evaluator.space.describe(),
+        **COUNTS,
     }
 
 

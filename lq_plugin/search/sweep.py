@@ -27,6 +27,7 @@ from lq_plugin.files import make_folder, write_file
 from lq_plugin.hydra_files import hidden_yaml, hide_passwords
 from lq_plugin.passwords import masked, passwords_in
 from lq_plugin.search.build import build
+from lq_plugin.search.costs import COUNTS
 from lq_plugin.search.database import StudyError, has_heartbeat, locked, quiet, shown
 from lq_plugin.search.dominance import REPORTS
 from lq_plugin.search.interrupt import StopRequest, stop_on_signal
@@ -92,6 +93,7 @@ def sweep(
         "direction": list(settings.directions),
         "costs": list(settings.costs),
         "constraints": list(settings.constraints),
+        **(COUNTS if settings.costs or settings.constraints else {}),
         "optimized_metric": OmegaConf.select(config, "optimized_metric"),
         "params": {name: str(distribution) for name, distribution in jobs.distributions.items()},
         "layers": {} if layers is None else layers.describe(),

@@ -30,7 +30,10 @@ from lq_plugin.model.fidelity import layer_fidelity
 from lq_plugin.model.prepare import quantizers
 
 LAYERS = ["stem.0", "down.0", "block.conv1", "block.conv2", "mix.0", "head.2"]
-TOTALS = ["effective_bits", "quantized_effective_bits", "bytes", "float_bytes", "compression", "macs", "bops", "coverage", "active"]
+TOTALS = [
+    *("effective_bits", "quantizable_effective_bits", "quantized_effective_bits", "bytes", "float_bytes", "compression", "macs", "bops"),
+    *("weight_coverage", "compute_coverage", "active"),
+]
 PLAN = "w4 mse a8"
 
 
@@ -140,7 +143,7 @@ def scalars_of_end(run: Run) -> dict[str, float]:
     qat = next(c for c in run.trainer.callbacks if isinstance(c, QAT))
     priced = cost(run.model, qat.recording)
     expected = {f"quant/{key}": float(value) for key, value in priced.totals().items() if value is not None}
-    expected |= {"quant/coverage": qat.ledger.coverage, "quant/active": 1.0}
+    expected |= {"quant/weight_coverage": 1.0, "quant/compute_coverage": qat.ledger.compute_coverage, "quant/active": 1.0}
     for row in priced:
         expected |= {f"quant/{row.name}/weight_bits": 4.0, f"quant/{row.name}/input_bits": 8.0}
         expected[f"quant/{row.name}/effective_bits"] = row.effective_bits
@@ -166,7 +169,7 @@ KEYS = {f"quant/{name}" for name in TOTALS} | {
 def test_wandb_has_numbers_tables_pictures_plan_and_artifact(run: Run) -> None:
     records = run.wandb_records()
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    scalars = [row for row in rows if "quant/coverage" in row]
+    scalars = [row for row in rows if "quant/weight_coverage" in row]
     assert [row["trainer/global_step"] for row in scalars] == [0, 3, 6]
     for row in scalars:
         assert set(row) >= KEYS
@@ -219,7 +222,7 @@ def test_wandb_offline_never_calls_out(run: Run) -> None:
 def test_csv_has_numbers_and_files(run: Run) -> None:
     folder = run.folder / "csv" / "version_0"
     with open(folder / "metrics.csv", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["quant/coverage"]]
+        rows = [row for row in csv.DictReader(stream) if row["quant/weight_coverage"]]
     assert [int(row["step"]) for row in rows] == [0, 3, 6]
     assert all(row[key] for row in rows for key in KEYS)
     got = {key: float(rows[-1][key]) for key in scalars_of_end(run)}

@@ -161,6 +161,8 @@ def test_corrected_batch_norm_restores_each_channels_mean(phases, trained, train
         ({"phases": ["fold_batch_norm"]}, "lack 'calibrate'"),
         ({"phases": ["fold_batch_norm", "calibrate", "reestimate_batch_norm"]}, "put reestimate_batch_norm before"),
         ({"min_coverage": 90}, "share in 0..1, got 90"),
+        ({"min_coverage": {"weigths": 0.9}}, "unknown share 'weigths'; valid: weights, compute. Did you mean 'weights'"),
+        ({"min_coverage": {"compute": True}}, "compute is a share in 0..1, got True"),
     ],
 )
 def test_bad_arguments(arguments, message):

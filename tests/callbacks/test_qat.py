@@ -254,8 +254,36 @@ def test_ledger_has_functional_calls_and_reasons(trainer, module, data):
     assert ledger["net.add_0"].reason == "functional add: no rule asks for it by name"
     assert ledger["net.conv"].reason == "the plan leaves its input float"
     assert ledger["net.fc"].reason is None
-    assert ledger["net.conv2"].macs == 16 * 8 * 8 * 9 * 36  # batch · C_out · C_in · kernel · pixels
-    assert 0 < ledger.coverage <= 1
+    assert ledger["net.conv2"].macs == 8 * 8 * 9 * 36  # C_out · C_in · kernel · pixels, of one sample
+    assert ledger.weight_coverage == 1
+    assert ledger.compute_coverage == ledger["net.fc"].macs / sum(entry.macs for entry in ledger)
+
+
+@pytest.mark.filterwarnings("ignore:QAT. no calibration batch reached critic.input")
+def test_layers_that_run_in_training_only_are_what_they_are_in_training(trainer):
+    class Adversarial(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.critic, self.unused = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1), torch.nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return self.critic(self.generator(batch)).mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/mean", self.generator(batch).mean())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    module, callback = Adversarial(), QAT("w4a8", min_coverage=1.0)
+    loader = torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
+    trainer(callback, max_epochs=1).fit(module, loader, loader)
+    entry = callback.ledger["critic"]
+    assert (entry.quantized, entry.calls, entry.reason) == (True, 0, "never called in the recorded batch")
+    x = torch.randn(16, 8)
+    critic = module.critic
+    assert critic.input_quantizer.is_calibrated
+    assert not torch.equal(critic(x), torch.nn.functional.linear(x, critic.weight, critic.bias))
 
 
 def test_nan_in_training_data_names_the_layer(trainer, module, data):

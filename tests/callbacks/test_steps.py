@@ -174,7 +174,7 @@ def test_a_datamodule_that_makes_each_stage_apart(run, plan, trainer):
 
 @pytest.mark.parametrize("run", ["validate", "test", "predict"])
 def test_weights_alone_need_no_training_data(run, trainer):
-    module, callback = Net(), PTQ("w4", min_coverage=1.0)
+    module, callback = Net(), PTQ("w4", min_coverage={"weights": 1.0})
     getattr(trainer(callback), run)(module, loader(8))
     assert callback.ledger["net"].calls == 1
     assert module.net.weight_quantizer.is_calibrated

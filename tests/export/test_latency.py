@@ -64,6 +64,12 @@ def test_what_leads_to_the_same_kernel_is_timed_once(one: LayerPlan, other: Laye
     assert (pair(one) == pair(other)) == equal
 
 
+def test_milliseconds_are_those_of_one_sample() -> None:
+    table = LatencyTable(LatencyOptions(batch=4), 8.0, {"0": {"float": 4.0, "int8 per_channel / 8 bit": 2.0}})
+    int8 = LayerPlan(weight=QuantSpec.parse("int8 per_channel"), input=QuantSpec.parse("uint8 affine"))
+    assert (table.predict({}), table.predict({"0": int8})) == (2.0, 1.5)
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_every_layer_under_every_pair(runtime: str) -> None:
     pytest.importorskip(runtime)

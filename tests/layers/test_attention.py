@@ -194,7 +194,7 @@ def test_names_cost_and_ledger():
     module = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
     q, k, v = torch.randn(3, 7, 8), torch.randn(3, 11, 6), torch.randn(3, 11, 5)
     net = nn.ModuleDict({"attention": module})
-    recording = record(net, lambda: module(q, k, v))
+    recording = record(net, lambda: module(q, k, v), samples=1)
     everything = sum(p.numel() for p in net.parameters())
     assert cost(net).float_bytes == 4 * everything
     ledger = prepare(net, PLAN)
@@ -211,7 +211,9 @@ def test_names_cost_and_ledger():
     assert priced.other_bytes == (24 + 8) * 4
     ledger.add_recording(recording)
     assert ledger["attention"].macs == 3 * 2 * 7 * 11 * 8
-    assert ledger.coverage == pytest.approx(1 - ledger["attention"].macs / recording.total_macs)
+    read = 3 * (7 * 8 * 8 + 11 * 6 * 8 + 11 * 5 * 8)
+    assert ledger.compute_coverage == read / (read + 3 * 2 * 7 * 11 * 8 + 3 * 7 * 8 * 8), "scores and the input of out_proj are float"
+    assert ledger.weight_coverage == 1.0
     calibrate(net, [(q, k, v)], lambda batch: module(*batch))
     rows = layer_fidelity(net, lambda: module(q, k, v))
     assert [(row.layer, row.slot) for row in rows if row.slot == "input"] == [(name, "input") for name in names[:3]]

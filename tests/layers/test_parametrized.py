@@ -356,7 +356,7 @@ def test_no_operations_are_recorded_inside_the_computation():
     ledger = prepare(net, PLAN)
     ledger.add_recording(recording)
     assert [entry.name for entry in ledger] == ["0"]
-    assert ledger.coverage == 1.0
+    assert (ledger.weight_coverage, ledger.compute_coverage) == (1.0, 1.0)
 
 
 WRITES = {

@@ -295,8 +295,9 @@ def test_what_is_no_plain_parameter_stays_float():
     for name in ("old", "new"):
         assert ledger[name].reason.startswith("its weight_hh_l0 is no plain parameter")
     recording = record(net, lambda: (old(torch.randn(4, 3, 5)), new(torch.randn(4, 3, 5))))
+    assert recording.samples == 3, "of sequences [L, N, C]"
     ledger.add_recording(recording)
-    assert ledger["old"].macs == ledger["new"].macs == 4 * 3 * 24 * (5 + 6)
+    assert ledger["old"].macs == ledger["new"].macs == 4 * 24 * (5 + 6)
 
 
 def test_inputs_must_be_seen():
@@ -319,14 +320,17 @@ def test_cost_and_ledger_count_each_weight_once():
     ledger = prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8)]))
     priced = cost(net, recording)
     assert priced.float_bytes == 4 * everything
-    assert priced.macs == recording.total_macs == free.macs
-    assert sum(row.macs for row in priced) == recording.total_macs, "all of it is the weights' work"
+    assert priced.macs == recording.total_macs // 3 == free.macs
+    assert sum(row.macs for row in priced) == recording.total_macs // 3, "all of it is the weights' work"
     assert [row.input_bits for row in priced][:6] == [8, 32, 32, 8, 32, 32], "both directions read one quantized sequence"
     row = priced["rnn.weight_hh_l0"]
     assert (row.elements, row.storage_bits, row.kind) == (24 * 4, 24 * 4 * 4 + 24 * 32, "LSTM")
     assert sum(entry.parameters for entry in ledger) == everything
     ledger.add_recording(recording)
-    assert ledger.coverage == 1.0
+    assert ledger.weight_coverage == 1.0
+    # Of 4 gates x 6 units that read 5 inputs in both directions, all that is left multiplies states, which are float.
+    one_step = 2 * (24 * (5 + 4) + 6 * 4 + 24 * (8 + 4) + 6 * 4)
+    assert ledger.compute_coverage == 2 * 24 * 5 / one_step
     assert ledger["rnn.weight_hr_l1"].calls == 1
     assert ledger["tied.weight_hh_l0"].reason == "never called in the recorded batch"
     calibrate(net, [x], lambda batch: (module(batch), net["tied"](batch)))

@@ -120,11 +120,11 @@ def test_json_has_the_promised_form(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     lifecycle.main(["--json", str(out), "--models", "broken", "Conv1d"])
     first, second = json.loads(out.read_text())["results"]
-    keys = ["model", "layers", "coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error"]
+    keys = ["model", "layers", "weight_coverage", "compute_coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error"]
     assert list(first) == list(second) == keys
     assert first["error"].startswith("PlanError: nothing to quantize in Student, the plan matches no layer: it has no layers with weights")
     assert second["error"] is None
-    assert (second["layers"], second["coverage"], second["round_trip"]) == (3, 1.0, True)
+    assert (second["layers"], second["weight_coverage"], second["round_trip"]) == (3, 1.0, True)
     assert "broken: PlanError" in capsys.readouterr().out
 
 

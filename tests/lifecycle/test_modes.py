@@ -46,6 +46,6 @@ def test_scripted_modules_stay_float_with_the_reason(make):
     ledger = prepare(net, "w4a8")
     assert [entry.name for entry in ledger.quantized] == ["0"]
     assert [(entry.name, entry.reason) for entry in ledger.left_float] == [("1", "no quantized form of this layer type")]
-    assert ledger.coverage == 0.5
+    assert ledger.weight_coverage == 0.5
     with pytest.raises(PlanError, match=r"nothing to quantize in .*no quantized form of this layer type"):
         prepare(make(nn.Linear(4, 4)), "w4a8")

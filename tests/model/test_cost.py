@@ -15,6 +15,7 @@ from torch import nn
 import lq_plugin
 from lq_plugin import PerChannel, PerGroup, PerTensor, QuantSpec
 from lq_plugin.errors import PlanError, QuantizationError
+from lq_plugin.export import save_packed
 from lq_plugin.model.cost import Cost, cost, plan_cost, spec_bits
 from lq_plugin.model.record import record
 from lq_plugin.plan import LayerPlan
@@ -84,17 +85,20 @@ def test_a_quantized_model_by_hand() -> None:
     conv, linear = priced["0"], priced["4"]
     assert (conv.kind, conv.elements, conv.weight_bits, conv.input_bits) == ("Conv2d", 216, 4, 8)
     assert conv.effective_bits == 4 + 8 * 32 / 216
-    assert conv.macs == 2 * 8 * 36 * 27
+    assert conv.macs == 8 * 36 * 27
     assert conv.bops == conv.macs * 4 * 8
-    assert conv.bytes == ceil((216 * 4 + 8 * 32) / 8) + 5  # and one scale and one 8-bit zero point of the input
+    # The input has a scale, a zero point and two flags.
+    assert conv.bytes == ceil((216 * 4 + 8 * 32) / 8) + 4 + 4 + 2
     assert (linear.weight_bits, linear.input_bits, linear.effective_bits) == (32, 32, 32.0)
-    assert linear.bops == 2 * 2880 * 32 * 32
-    assert priced.effective_bits == (216 * 4 + 8 * 32 + 2880 * 32) / (216 + 2880)
+    assert linear.bops == 2880 * 32 * 32
+    # Two biases and the batch norm's factors and offsets stay float.
+    assert priced.effective_bits == (216 * 4 + 8 * 32 + 2880 * 32 + 34 * 32) / (216 + 2880 + 34)
+    assert priced.quantizable_effective_bits == (216 * 4 + 8 * 32 + 2880 * 32) / (216 + 2880)
     assert priced.quantized_effective_bits == conv.effective_bits
-    assert priced.bytes == float_bytes - 216 * 4 + conv.bytes
+    assert priced.bytes == float_bytes - 216 * 4 + conv.bytes + priced.table_bytes
     assert priced.float_bytes == float_bytes
     assert priced.compression == pytest.approx(float_bytes / priced.bytes)
-    assert priced.macs == recording.total_macs
+    assert priced.macs == recording.total_macs / 2
     assert priced.bops == conv.bops + linear.bops
     with pytest.raises(KeyError):
         priced["1"]
@@ -128,7 +132,7 @@ def test_a_shared_module_counts_once_and_its_calls_all() -> None:
 
     model = Twice()
     priced = cost(model, recorded(model, torch.randn(4, 8)))
-    assert [(row.name, row.elements, row.macs) for row in priced] == [("first", 64, 2 * 4 * 64)]
+    assert [(row.name, row.elements, row.macs) for row in priced] == [("first", 64, 2 * 64)]
     assert priced.bytes == (64 + 8) * 4
 
 
@@ -158,7 +162,7 @@ def test_a_tied_weight_counts_once(embedding: QuantSpec | None, head: QuantSpec 
     priced = plan_cost(Tied(), {"embedding": LayerPlan(weight=embedding), "head": LayerPlan(weight=head)})
     assert [row.tied_to for row in priced] == [None, "embedding"]
     assert priced.effective_bits == bits / 128
-    assert priced.bytes == bits / 8
+    assert priced.bytes - priced.table_bytes == bits / 8
     assert priced.float_bytes == 128 * 4
     if embedding or head:
         assert priced.quantized_effective_bits == bits / 128
@@ -193,9 +197,9 @@ def test_transposed_and_grouped_convolutions_have_scales_per_output_channel() ->
 def test_other_parts_are_counted_as_they_are_saved() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(8, 2), "norm": nn.BatchNorm1d(4)})
     model["linear"].register_buffer("cache", torch.zeros(1000), persistent=False)
-    model["norm"].bfloat16()  # float numbers are 32 bits, whatever they are kept in
-    rest = 3 * 8 + 8 + 4 + 4 * 4  # biases of the attention, of the linear layer, and the norm
-    assert cost(model).other_bytes == rest * 4 + 8  # num_batches_tracked is int64
+    model["norm"].bfloat16()
+    rest = 3 * 8 + 8 + 4  # biases of the attention and of the linear layer
+    assert cost(model).other_bytes == rest * 4 + 4 * 4 * 2 + 8  # num_batches_tracked is int64
     assert [row.name for row in cost(model)] == ["linear", "attention.in_proj_weight", "attention.out_proj"]
 
 
@@ -203,6 +207,89 @@ def test_metrics_and_quantizers_do_not_enter_the_size() -> None:
     model = small()
     lq_plugin.prepare(model, "int4 per_channel lsq / uint8 lsq")
     assert cost(model).other_bytes == (8 * 4 + 8 + 10) * 4 + 8
+
+
+@pytest.mark.parametrize("plan", ["w4", "w4a8", "w2 group16 a8 per_channel", "int4 per_channel lsq / uint4 lsq", "mxfp4 / mxfp8", "twn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_the_size_of_the_packed_file(plan: str, dtype: torch.dtype, tmp_path) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 96, 3), nn.BatchNorm2d(96), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(1536, 40)).to(
+        dtype
+    )
+    lq_plugin.prepare(model, plan)
+    lq_plugin.calibrate(model, [torch.randn(2, 16, 8, 8, dtype=dtype)])
+    assert cost(model).bytes == pytest.approx(save_packed(model, tmp_path / "model.safetensors"), rel=0.02)
+
+
+def test_what_stays_float_counts_in_effective_bits() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Linear(8, 4, bias=False), nn.Parameter(torch.zeros(4, 8, 8))
+
+        def forward(self, x):
+            return torch.einsum("nd,edf,ne->nf", x, self.experts, self.router(x))
+
+    model = Experts()
+    lq_plugin.prepare(model, "int8 per_channel")
+    priced = cost(model)
+    assert priced.quantizable_effective_bits == priced.quantized_effective_bits == 8 + 4 * 32 / 32
+    assert priced.effective_bits == (32 * 8 + 4 * 32 + 256 * 32) / (32 + 256)
+    assert cost(Experts().bfloat16()).effective_bits == 16
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_work_is_of_one_sample(batch: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    recording = recorded(model, torch.randn(batch, 3, 4, 4))
+    pairs = record(model, lambda: model(torch.randn(2 * batch, 3, 4, 4)), samples=batch)
+    lq_plugin.prepare(model, "w4a8")
+    priced = cost(model, recording)
+    assert (priced.macs, priced.bops) == (4 * 4 * 27 + 32, (4 * 4 * 27 + 32) * 4 * 8)
+    assert cost(model, pairs).macs == 2 * priced.macs
+
+
+def test_operands_of_operations_have_the_bits_of_their_rule() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, x):
+            y = self.linear(x)
+            z = y @ y.transpose(1, 2)  # [N, 5, 5]
+            return nn.functional.scaled_dot_product_attention(y, y, y), z, y @ self.table
+
+    model = Model()
+    run = recorded(model, torch.randn(2, 5, 8))
+    rules = [{"match": "linear", "weight": "int4", "input": "uint8 affine"}, {"match": "*matmul_*", "input": "uint4 affine"}]
+    ledger = lq_plugin.prepare(model, {"rules": [*rules, {"match": "scaled_dot_product_attention_0", "input": "uint8 affine"}]}, run)
+    ledger.add_recording(run)
+    linear, scores, table, attention = 5 * 64, 5 * 5 * 8, 5 * 8 * 6, 2 * 5 * 5 * 8
+    priced = cost(model, run)
+    assert priced.macs == linear + scores + table + attention
+    # A parameter and what attention computes inside are float.
+    assert priced.bops == linear * 4 * 8 + scores * 4 * 4 + table * 4 * 32 + attention * 8 * 32
+    assert ledger.compute_coverage == (linear + scores) / priced.macs
+    assert ledger.weight_coverage == 64 / (64 + 48)
+
+
+def test_a_weight_that_is_read_past_its_layer_costs_float() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            return self.b(nn.functional.linear(x, self.a.weight))
+
+    model = Past()
+    run = recorded(model, torch.randn(3, 8))
+    ledger = lq_plugin.prepare(model, "int4 per_channel")
+    ledger.add_recording(run)
+    assert (ledger["a"].quantized, ledger["a"].reason) == (False, "never called in the recorded batch: linear_0 reads its weight, in float")
+    assert ledger.weight_coverage == 32 / (64 + 32)
+    assert [row.weight_bits for row in cost(model, run)] == [32, 4]
+    assert cost(model, run).effective_bits == (64 * 32 + 32 * 4 + 4 * 32) / 96
 
 
 def test_faults_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_json_gives_the_report_back(small: ReportData, study: ReportData, tmp_pa
 
 @given(st.lists(st.floats(allow_nan=False), max_size=5), st.text(max_size=30))
 def test_any_numbers_and_names_survive_json(values: list[float], name: str) -> None:
-    model = ModelReport(name, "", {"bytes": None}, 0.5, [], training=[Series(name, list(range(len(values))), values)])
+    model = ModelReport(name, "", {"bytes": None}, [], 0.5, training=[Series(name, list(range(len(values))), values)])
     assert ReportData.from_json(ReportData(name, model).to_json()) == ReportData(name, model)
 
 
@@ -69,13 +70,38 @@ def test_what_does_not_fit_is_named() -> None:
         ReportData.from_json("{")
     with pytest.raises(QuantizationError, match="no report of lq_plugin"):
         ReportData.from_json('{"title": "x"}')
-    with pytest.raises(QuantizationError, match="version 99"):
+    with pytest.raises(QuantizationError, match="version 99, this lq_plugin reads 1 and 2"):
         ReportData.from_json('{"format": "lq_plugin.report", "version": 99}')
     with pytest.raises(QuantizationError, match=r"report\.error\[1\] must be a number, got 'x'"):
         decode(Curve, {"threshold": [1], "error": [1.5, "x"]})
     with pytest.raises(QuantizationError, match=r"report must be only threshold, error, got"):
         decode(Curve, {"threshold": [], "error": [], "colour": 1})
     assert encode(Curve([1.0], [math.inf])) == {"threshold": [1.0], "error": ["inf"]}
+
+
+def test_reports_of_version_1_lose_what_has_another_meaning_now() -> None:
+    layer = {"name": "a", "kind": "Linear", "shape": [2, 2], "specs": {}, "weight_bits": 4, "input_bits": 8, "elements": 4, "bytes": 2}
+    model = {
+        "name": "Net", "plan": "", "coverage": 1.0, "totals": {"effective_bits": 4.2, "bytes": 9, "macs": 64, "bops": 2048},
+        "layers": [layer | {"float_bytes": 16, "macs": 64, "bops": 2048}], "ledger": [{"name": "a", "macs": 64}],
+    }  # fmt: skip
+    trial = {"number": 0, "metric": 0.9, "cost": 4.2, "origin": "sampled", "seconds": 1.0, "numbers": {"effective_bits": 4.2, "bops": 7}}
+    study = {
+        "name": "s",
+        "metric": "acc",
+        "cost": "effective_bits",
+        "costs": ["effective_bits", "bops"],
+        "maximize": True,
+        "trials": [trial],
+    }
+    old = {"format": "lq_plugin.report", "version": 1, "title": "old", "model": model, "study": study}
+    report = ReportData.from_json(json.dumps(old))
+    assert report.model is not None
+    assert report.study is not None
+    assert report.model.totals == {"quantizable_effective_bits": 4.2, "bytes": 9}
+    assert (report.model.weight_coverage, report.model.layers[0].macs, report.model.ledger[0]["macs"]) == (None, None, None)
+    assert (report.study.cost, report.study.costs) == ("quantizable_effective_bits", ["quantizable_effective_bits", "batch_bops"])
+    assert report.study.trials[0].numbers == {"quantizable_effective_bits": 4.2, "batch_bops": 7}
 
 
 def test_numbers_are_those_of_cost_ledger_and_tensors() -> None:
@@ -89,7 +115,7 @@ def test_numbers_are_those_of_cost_ledger_and_tensors() -> None:
     assert [layer.bytes for layer in report.layers] == [row.bytes for row in priced]
     assert [layer.bops for layer in report.layers] == [row.bops for row in priced]
     assert report.totals["bytes"] == digits(priced.bytes, 6)
-    assert report.coverage == digits(ledger.coverage)
+    assert (report.weight_coverage, report.compute_coverage) == (1.0, None), "the ledger has seen no batch"
     assert report.ledger == ledger.rows()
     for layer, (name, module) in zip(report.layers, quantized_layers(model), strict=True):
         weight = module.canonical(module.weight)

@@ -46,7 +46,8 @@ def test_it_tells_what_prepare_then_does_and_changes_nothing() -> None:
     assert [row["weight"] for row in found.rows()] == [str(entry.plan.weight) for entry in ledger if not entry.functional]
     text = shown(found.table())
     assert "int3 per_channel mse" in text
-    assert f"{found.cost.effective_bits:.2f}" in text
+    assert f"{found.cost.quantizable_effective_bits:.2f}" in text
+    assert f"{found.cost.effective_bits:.2f} effective bits a parameter" in shown(found.summary(), 200)
     assert "float: the plan leaves its input float: head" in shown(found.summary(), 200)
 
 
@@ -128,7 +129,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "functional add: no rule asks for it by name: block.add_0" in out
     assert lq_explain(["w4a8", "digits_cnn", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["totals"]["effective_bits"] == pytest.approx(4.15, abs=0.05)
+    assert content["totals"]["quantizable_effective_bits"] == pytest.approx(4.15, abs=0.05)
+    assert (content["totals"]["weight_coverage"], content["totals"]["compute_coverage"]) == (1.0, None)
     assert content["float"][0]["layer"] == "stem.1"
     assert lq_explain(["w4a99", "digits_cnn"]) == 2
     assert "bit_width must be 1..16, got 99" in capsys.readouterr().err

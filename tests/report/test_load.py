@@ -141,7 +141,7 @@ def test_pictures_of_every_figure(small: ReportData, tmp_path: Path) -> None:
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
     assert write_pictures(ReportData("none"), tmp_path / "none") == []
     assert small.model is not None
-    still = replace(small.model, training=[Series("quant/coverage", [0, 5], [1.0, 1.0])])
+    still = replace(small.model, training=[Series("quant/weight_coverage", [0, 5], [1.0, 1.0])])
     assert "training" not in {path.stem for path in write_pictures(ReportData("still", still), tmp_path / "still", max_layers=0)}
 
 

@@ -54,8 +54,8 @@ def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Pat
         want = table["float_model"] + sum(rows[name][kind] - rows[name]["float"] for name, kind in changes.items())
         assert candidate.cost == candidate.metrics["latency"] == pytest.approx(max(want, 0.0))
     columns = {column.header: list(column.cells) for column in result.table().columns}
-    assert columns["latency ms"] == ["", *(f"{c.cost:.3g}" for c in reversed(result.front))]
-    assert [float(cell) > 0 for cell in columns["measured ms"]] == [True] * (1 + len(result.front))
+    assert columns["latency ms/sample"] == ["", *(f"{c.cost:.3g}" for c in reversed(result.front))]
+    assert [float(cell) > 0 for cell in columns["measured ms/sample"]] == [True] * (1 + len(result.front))
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
     assert rows
     assert all(float(row["measured_latency"]) > 0 for row in rows)

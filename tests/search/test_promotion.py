@@ -192,13 +192,13 @@ def test_a_plan_that_was_stopped_is_not_tried_again(model: DigitsCNN, storage: I
 
 
 def test_constraints_go_with_levels(model: DigitsCNN) -> None:
-    limits = ["effective_bits <= 4", "val/acc >= 0.5"]
+    limits = ["quantizable_effective_bits <= 4", "val/acc >= 0.5"]
     result = run(model, 10, fidelity=LEVELS[:2], promote_within=0.02, promote_first=1, constraints=limits)
     stopped = [t for t in by_state(result, TrialState.PRUNED) if "levels" in t.user_attrs]
     assert stopped
     for trial in [*stopped, *by_state(result, TrialState.COMPLETE)]:
         assert trial.constraints["val/acc >= 0.5"] == pytest.approx(0.5 - trial.user_attrs["levels"][-1]["val/acc"])
-        assert trial.constraints["effective_bits <= 4"] <= 0
+        assert trial.constraints["quantizable_effective_bits <= 4"] <= 0
     assert all(c.metric >= 0.5 for c in result.candidates)
     assert result.held_back == len(stopped)
 

@@ -168,24 +168,26 @@ def test_plans_that_cost_too_much_are_never_evaluated(model: DigitsCNN, monkeypa
     original, seen = Evaluator.evaluate_layers, []
 
     def evaluate(self: Evaluator, plans: Any) -> Any:
-        seen.append(self.cost(plans).effective_bits)
+        seen.append(self.cost(plans).quantizable_effective_bits)
         return original(self, plans)
 
     monkeypatch.setattr(Evaluator, "evaluate_layers", evaluate)
-    result = run(model, 8, constraints=["effective_bits <= 3.0", "val/acc >= 0.2"])
+    result = run(model, 8, constraints=["quantizable_effective_bits <= 3.0", "val/acc >= 0.2"])
     assert len(seen) == 8
     assert max(seen) <= 3.0
     pruned = [t for t in result.study.trials if t.state == TrialState.PRUNED]
     assert {t.user_attrs["origin"] for t in pruned if "origin" in t.user_attrs} >= {"uniform 8 bits"}
-    assert all(t.constraints["effective_bits <= 3"] > 0 and t.user_attrs["metrics"]["effective_bits"] > 3.0 for t in pruned)
+    assert all(
+        t.constraints["quantizable_effective_bits <= 3"] > 0 and t.user_attrs["metrics"]["quantizable_effective_bits"] > 3.0 for t in pruned
+    )
     assert all(c.metric >= 0.2 for c in result.candidates), "the metric's bound is known after evaluation only"
     complete = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
     assert all(t.constraints["val/acc >= 0.2"] == pytest.approx(0.2 - t.values[0]) for t in complete)
 
 
 def test_constraints_that_cannot_be_kept_are_refused(model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match=r"no plan of the space keeps 'effective_bits <= 1': the smallest has 2\."):
-        run(model, 3, constraints="effective_bits <= 1")
+    with pytest.raises(QuantizationError, match=r"no plan of the space keeps 'quantizable_effective_bits <= 1': the smallest has 2\."):
+        run(model, 3, constraints="quantizable_effective_bits <= 1")
     with pytest.raises(QuantizationError, match=r"(?s)constraint 'bits <= 3'.*constraint 'val/ac >= 1'.*Did you mean 'val/acc'"):
         run(model, 3, constraints=["bits <= 3", "val/ac >= 1"])
     with pytest.raises(QuantizationError, match=r"a constraint is written .*, got 'effective_bits < 3'"):
@@ -194,7 +196,7 @@ def test_constraints_that_cannot_be_kept_are_refused(model: DigitsCNN) -> None:
 
 @pytest.mark.parametrize("cost", [None, ["effective_bits", "bops"]])
 def test_one_objective_or_three(model: DigitsCNN, cost: Any) -> None:
-    result = run(model, 8, cost=cost, constraints="effective_bits <= 4")
+    result = run(model, 8, cost=cost, constraints="quantizable_effective_bits <= 4")
     names = ["effective_bits", "bops"] if cost else []
     assert all(c.values == (c.metric, *(c.metrics[name] for name in names)) for c in result.candidates)
     assert len(result.study.directions) == 1 + len(names)

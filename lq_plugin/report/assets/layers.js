@@ -8,7 +8,7 @@ const LANES = [
   ["SQNR input", (l) => (l.sqnr_db ?? {}).input, db],
   ["sensitivity", (l) => l.sensitivity, (v) => fmt(v)],
   ["bytes", (l) => l.bytes, bytes],
-  ["BOPs", (l) => l.bops, big],
+  ["BOPs a sample", (l) => l.bops, big],
   ["latency", (l) => l.latency_ms, (v) => fmt(v, 3) + " ms"],
 ];
 const isFloat = (l) => l.weight_bits === 32;
@@ -50,7 +50,7 @@ function strip(model, open) {
 const LAYER_COLUMNS = [
   ["layer", (l) => l.name, null, "name"], ["kind", (l) => l.kind], ["weight", weightSpec], ["input", (l) => (l.specs ?? {}).input ?? "float"],
   ["effective bits", (l) => l.effective_bits, (v) => fmt(v)], ["SQNR weight", (l) => num((l.sqnr_db ?? {}).weight), db], ["SQNR input", (l) => num((l.sqnr_db ?? {}).input), db],
-  ["sensitivity", (l) => l.sensitivity, fmt], ["bytes", (l) => l.bytes, bytes], ["MACs", (l) => l.macs, big], ["BOPs", (l) => l.bops, big], ["latency", (l) => l.latency_ms, (v) => fmt(v, 3) + " ms"],
+  ["sensitivity", (l) => l.sensitivity, fmt], ["bytes", (l) => l.bytes, bytes], ["MACs a sample", (l) => l.macs, big], ["BOPs a sample", (l) => l.bops, big], ["latency a sample", (l) => l.latency_ms, (v) => fmt(v, 3) + " ms"],
 ];
 function layerTable(model, open) {
   const columns = LAYER_COLUMNS.filter(([, of]) => model.layers.some((l) => of(l) != null && of(l) !== undefined));
@@ -62,7 +62,7 @@ function layerPage(l) {
   const facts = [
     ["kind", `${l.kind} [${(l.shape ?? []).join(", ")}]`], ["weight", weightSpec(l)], ["input", (l.specs ?? {}).input ?? "float"], (l.specs ?? {}).output ? ["output", l.specs.output] : null,
     ["effective bits", l.effective_bits == null ? `held by ${l.tied_to}` : fmt(l.effective_bits)], ["size", `${bytes(l.bytes)} of ${bytes(l.float_bytes)} float`],
-    l.macs == null ? null : ["MACs, BOPs", `${big(l.macs)}, ${big(l.bops)}`], l.latency_ms == null ? null : ["latency", fmt(l.latency_ms, 3) + " ms"], l.sensitivity == null ? null : ["sensitivity", fmt(l.sensitivity)],
+    l.macs == null ? null : ["MACs, BOPs a sample", `${big(l.macs)}, ${big(l.bops)}`], l.latency_ms == null ? null : ["latency", fmt(l.latency_ms, 3) + " ms"], l.sensitivity == null ? null : ["sensitivity", fmt(l.sensitivity)],
     ...Object.keys(l.sqnr_db ?? {}).map((slot) => [`SQNR ${slot}`, `${db(l.sqnr_db[slot])}${(l.clipped ?? {})[slot] == null ? "" : ", clipped " + share(l.clipped[slot])}`]),
     ...Object.entries(l.bounds ?? {}).map(([slot, [low, high]]) => [`range ${slot}`, `${fmt(low)} … ${fmt(high)}`]),
     l.reason ? ["float because", l.reason] : null,

@@ -16,14 +16,14 @@ function cards(run) {
   const found = [];
   if (run.model) {
     const t = run.model.totals ?? {};
-    found.push(["effective bits", fmt(t.effective_bits)], ["size", bytes(t.bytes)], ["smaller than float", t.compression == null ? "–" : fmt(t.compression, 3) + " ×"], ["coverage", share(run.model.coverage)], ["layers", String(run.model.layers.length)]);
-    if (t.bops != null) found.push(["BOPs", big(t.bops)]);
+    found.push(["effective bits", fmt(t.effective_bits)], ["size", bytes(t.bytes)], ["smaller than float", t.compression == null ? "–" : fmt(t.compression, 3) + " ×"], ["weights quantized", share(run.model.weight_coverage)], ["MACs quantized", share(run.model.compute_coverage)], ["layers", String(run.model.layers.length)]);
+    if (t.bops != null) found.push(["BOPs a sample", big(t.bops)]);
     for (const [name, value] of Object.entries(run.model.metrics ?? {}).slice(0, 4)) found.push([name, fmt(value)]);
   }
   if (run.study) {
     const s = run.study, best = s.best[0] && s.trials.find((t) => t.number === s.best[0].number);
     found.push(["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]);
-    if (best) found.push(["best " + s.metric, `${fmt(best.metric)} at ${s.cost === "effective_bits" ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
+    if (best) found.push(["best " + s.metric, `${fmt(best.metric)} at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
     if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
   }
   return html("dl", { class: "cards" }, found.map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v))));
@@ -66,10 +66,10 @@ function layerDifferences() {
   const both = (of) => (r) => (r.a && r.b && of(r.a) != null && of(r.b) != null ? num(of(r.b)) - num(of(r.a)) : null);
   const weightDb = (l) => (l.sqnr_db ?? {}).weight, inputDb = (l) => (l.sqnr_db ?? {}).input;
   return dataTable("differences", [["layer", (r) => r.name], ["weight A", (r) => r.a && weightSpec(r.a)], ["weight B", (r) => r.b && weightSpec(r.b)], ["input A", (r) => r.a && ((r.a.specs ?? {}).input ?? "float")], ["input B", (r) => r.b && ((r.b.specs ?? {}).input ?? "float")],
-    ["effective bits B−A", both((l) => l.effective_bits), (v) => signed(v, fmt)], ["SQNR weight B−A", both(weightDb), (v) => signed(v, db)], ["SQNR input B−A", both(inputDb), (v) => signed(v, db)], ["bytes B−A", both((l) => l.bytes), (v) => signed(v, bytes)], ["BOPs B−A", both((l) => l.bops), (v) => signed(v, big)]], rows, { open: (r) => openLayer(r.name) });
+    ["effective bits B−A", both((l) => l.effective_bits), (v) => signed(v, fmt)], ["SQNR weight B−A", both(weightDb), (v) => signed(v, db)], ["SQNR input B−A", both(inputDb), (v) => signed(v, db)], ["bytes B−A", both((l) => l.bytes), (v) => signed(v, bytes)], ["BOPs a sample B−A", both((l) => l.bops), (v) => signed(v, big)]], rows, { open: (r) => openLayer(r.name) });
 }
 function totals() {
-  const rows = [["effective bits", (r) => r.model?.totals.effective_bits, fmt], ["bytes", (r) => r.model?.totals.bytes, bytes], ["MACs", (r) => r.model?.totals.macs, big], ["BOPs", (r) => r.model?.totals.bops, big], ["coverage", (r) => r.model?.coverage, share]];
+  const rows = [["effective bits", (r) => r.model?.totals.effective_bits, fmt], ["bytes", (r) => r.model?.totals.bytes, bytes], ["MACs a sample", (r) => r.model?.totals.macs, big], ["BOPs a sample", (r) => r.model?.totals.bops, big], ["weights quantized", (r) => r.model?.weight_coverage, share], ["MACs quantized", (r) => r.model?.compute_coverage, share]];
   for (const name of new Set(RUNS.flatMap((r) => Object.keys(r.model?.metrics ?? {})))) rows.push([name, (r) => r.model?.metrics?.[name], fmt]);
   if (studies.length) rows.push(["trials", (r) => r.study?.trials.length, fmt], ["best metric", (r) => r.study && Math.max(...r.study.trials.map((t) => (r.study.maximize ? 1 : -1) * t.metric)) * (r.study.maximize ? 1 : -1), fmt]);
   const known = rows.map(([name, of, show]) => ({ name, a: of(RUNS[0]), b: of(RUNS[1]), show })).filter((r) => r.a != null || r.b != null);
@@ -130,7 +130,7 @@ function build() {
   document.documentElement.dataset.ready = "true";
 }
 function trialTable(study) {
-  const columns = [["trial", (t) => t.number], [study.metric, (t) => t.metric], ...study.costs.map((c) => [c, (t) => number(study, t, c), c === "effective_bits" ? undefined : big]), ["from", (t) => t.origin], ["front", (t) => (t.front ? "front" : "")], ["seconds", (t) => t.seconds]];
+  const columns = [["trial", (t) => t.number], [study.metric, (t) => t.metric], ...study.costs.map((c) => [c, (t) => number(study, t, c), isBits(c) ? undefined : big]), ["from", (t) => t.origin], ["front", (t) => (t.front ? "front" : "")], ["seconds", (t) => t.seconds]];
   return dataTable("trials", columns, study.trials, { open: (t) => showTrial(study, t) });
 }
 build();

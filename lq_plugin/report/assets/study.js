@@ -1,7 +1,8 @@
 "use strict";
 // A search: front, parallel coordinates, bits of the best plans, importance, hypervolume.
 const seeded = (t) => t.origin !== "sampled" && t.origin !== "refined", uniform = (t) => t.origin.startsWith("uniform");
-const LABELS = { effective_bits: "effective bits a weight", bytes: "bytes", bops: "bit operations" };
+const LABELS = { effective_bits: "effective bits a parameter", quantizable_effective_bits: "effective bits of quantizable layers", bytes: "bytes", bops: "bit operations a sample", batch_bops: "bit operations of a batch", latency: "milliseconds a sample" };
+const isBits = (name) => name.endsWith("effective_bits");
 const axisLabel = (name) => LABELS[name] ?? name;
 const number = (study, t, name) => (name === study.metric ? t.metric : name === study.cost ? t.cost : (t.numbers ?? {})[name]);
 
@@ -25,7 +26,7 @@ function drawPareto(studies, cost, show, width) {
   // A front that falls to guessing would squeeze what matters: three times the median's loss is shown.
   const sign = studies[0].study.maximize ? 1 : -1, sorted = all.map(([, t]) => sign * t.metric).sort((a, b) => b - a), top = sorted[0], middle = sorted[Math.floor(sorted.length / 2)];
   const least = top - Math.max(3 * (top - middle), 0.02 * Math.abs(top)), kept = [...sorted.filter((v) => v >= least).map((v) => sign * v), ...floats];
-  const f = frame({ width, height: Math.min(430, Math.max(300, width * 0.5)), x: padded(extent(all.map(([s, t]) => number(s, t, cost)))), y: padded(extent(kept), 0.08), xLabel: axisLabel(cost), yLabel: studies[0].study.metric, left: 60, xFormat: cost === "effective_bits" ? undefined : big });
+  const f = frame({ width, height: Math.min(430, Math.max(300, width * 0.5)), x: padded(extent(all.map(([s, t]) => number(s, t, cost)))), y: padded(extent(kept), 0.08), xLabel: axisLabel(cost), yLabel: studies[0].study.metric, left: 60, xFormat: isBits(cost) ? undefined : big });
   const clip = "clip" + Math.random().toString(36).slice(2);
   put(f.root, svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", { x: f.left - 8, y: f.top - 6, width: f.right - f.left + 16, height: f.bottom - f.top + 6 }))));
   f.plot.setAttribute("clip-path", `url(#${clip})`);

@@ -50,7 +50,7 @@ function copyable(text, label) {
 }
 
 function ledgerTable(model) {
-  const columns = [["name", (r) => r.name], ["kind", (r) => r.kind], ...["weight", "input", "output"].map((slot) => [slot, (r) => r[slot]]), ["parameters", (r) => r.parameters, big], ["MACs", (r) => r.macs, big], ["calls", (r) => r.calls], ["why float", (r) => r.reason]];
+  const columns = [["name", (r) => r.name], ["kind", (r) => r.kind], ...["weight", "input", "output"].map((slot) => [slot, (r) => r[slot]]), ["parameters", (r) => r.parameters, big], ["MACs a sample", (r) => r.macs, big], ["calls", (r) => r.calls], ["why float", (r) => r.reason]];
   return dataTable("ledger", columns.filter(([title, of]) => title === "name" || (model.ledger ?? []).some((r) => of(r) != null)), model.ledger ?? []);
 }
 
