@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
@@ -31,8 +31,9 @@ from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.functional.grouping import scale_shape
-from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_of, weight_parts
+from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_key, weight_of, weight_parts
 from lq_plugin.model.operations import quantized_operations
+from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.recording import Call, Recording
 from lq_plugin.model.survey import Survey, float_class, input_owner
 from lq_plugin.plan import LayerPlan
@@ -240,7 +241,9 @@ def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
     """
     survey = Survey.of(model)
     plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
-    return _price(model, survey, plans | {name: operation.plan for name, operation in quantized_operations(model)}, recording)
+    plans |= {name: operation.plan for name, operation in quantized_operations(model)}
+    past = weights_read_past_layers(model)
+    return _price(model, survey, plans, recording, {name for name, layer in survey.candidates.items() if weight_key(name, layer) in past})
 
 
 def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording: Recording | None = None) -> Cost:
@@ -268,7 +271,10 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
     return _price(model, survey, layer_plans, recording)
 
 
-def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> Cost:
+def _price(
+    model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None, past: Collection[str] = ()
+) -> Cost:
+    """The cost under these plans; weights of the layers `past` are also read in float, and so stored twice."""
     rows: list[CostRow] = []
     owners: dict[int, str] = {}
     stored: set[tuple[int, Any]] = set()
@@ -276,8 +282,6 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
     rest = _Rest.of(model, parts, tuple(f"{name}." for name in survey.aside))
     for name, module in survey.candidates.items():
         plan = plans.get(name, LayerPlan())
-        if recording is not None and recording.reader_of(name) is not None:
-            plan = LayerPlan()  # nothing computes with its quantizers
         weight = weight_of(module)
         # A weight that is computed is another tensor each time.
         identity = id(module if weight_is_computed(module) else weight)
@@ -287,6 +291,11 @@ def _price(model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], rec
         read = plans.get(input_owner(name, module), LayerPlan()).input
         bits = 0 if key in stored else _weight_bits(module, plan.weight)
         stored.add(key)
+        in_float = name in past or (recording is not None and recording.reader_of(name) is not None)
+        if in_float and (identity, None) not in stored:
+            bits += _weight_bits(module, None)
+            stored.add((identity, None))
+            rest.tensors += 1
         ranges, tensors = _activation_state(module, plan)
         rest.tensors += tensors + (plan.weight is None)
         rows.append(

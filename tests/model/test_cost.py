@@ -273,7 +273,7 @@ def test_operands_of_operations_have_the_bits_of_their_rule() -> None:
     assert ledger.weight_coverage == 64 / (64 + 48)
 
 
-def test_a_weight_that_is_read_past_its_layer_costs_float() -> None:
+def test_a_weight_that_is_read_past_its_layer_is_stored_in_float_as_well(tmp_path) -> None:
     class Past(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,8 +288,12 @@ def test_a_weight_that_is_read_past_its_layer_costs_float() -> None:
     ledger.add_recording(run)
     assert (ledger["a"].quantized, ledger["a"].reason) == (False, "never called in the recorded batch: linear_0 reads its weight, in float")
     assert ledger.weight_coverage == 32 / (64 + 32)
-    assert [row.weight_bits for row in cost(model, run)] == [32, 4]
-    assert cost(model, run).effective_bits == (64 * 32 + 32 * 4 + 4 * 32) / 96
+    # With a recorded batch or without, and for a plan that is not applied.
+    bits = 64 * (32 + 4) + 8 * 32 + 32 * 4 + 4 * 32
+    assert [priced.effective_bits for priced in (cost(model), cost(model, run))] == [bits / 96] * 2
+    assert plan_cost(Past(), {entry.name: entry.plan for entry in ledger if entry.plan}, run).effective_bits == bits / 96
+    lq_plugin.calibrate(model, [])
+    assert cost(model).bytes == pytest.approx(save_packed(model, tmp_path / "past.safetensors"), rel=0.1), "a file of a few hundred bytes"
 
 
 def test_faults_are_named() -> None:

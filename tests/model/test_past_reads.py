@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lq_plugin import calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
-from lq_plugin.export.past_reads import weights_read_past_layers
+from lq_plugin.model.past_reads import weights_read_past_layers
 
 
 class Base(nn.Module):
