@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.registry import register_layer
+from lq_plugin.layers.swapped_class import swapped_class
 
 #: The submodule that holds the quantizers of each weight.
 CONTAINER = "quantized_weights"
@@ -245,7 +246,7 @@ def _swapped_class(kind: type[nn.Module]) -> type[QuantizedCompound]:
     if kind not in _SWAPPED:
         family = next(_COMPOUND[parent] for parent in kind.__mro__ if parent in _COMPOUND)
         content = {"float_class": kind, "input_positions": _positions(family, kind), "__module__": __name__}
-        _SWAPPED[kind] = type(f"Quantized{kind.__name__}", (family, kind), content)
+        _SWAPPED[kind] = swapped_class((family,), kind, content)
     return _SWAPPED[kind]
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, shadowable, weight_sources
+from lq_plugin.layers.swapped_class import swapped_class
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
 _BY_NAME: dict[str, type[QuantizedLayer]] = {}
@@ -81,8 +82,8 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
     base = named or next((_REGISTRY[parent] for parent in kind.__mro__ if parent in _REGISTRY), None)
     if base is None:
         return None
-    bases = (base, kind) if issubclass(base, ShadowedForward) else (ShadowedForward, base, kind)
-    shadowed = type(f"Quantized{kind.__name__}", bases, {"float_class": kind, "__module__": __name__})
+    mixins = (base,) if issubclass(base, ShadowedForward) else (ShadowedForward, base)
+    shadowed = swapped_class(mixins, kind, {"float_class": kind, "__module__": __name__})
     return _SHADOWED.setdefault(kind, shadowed)
 
 
