@@ -198,6 +198,11 @@ class QuantSpec:
         return self.format_name == "int" or self.kind.sign_magnitude
 
     @property
+    def lacks_a_side(self) -> bool:
+        """Whether its levels are all on one side of zero (`uint8`, `int1`), with no zero point to move them."""
+        return self.has_grid and not self.affine and (not self.signed or self.grid.quant_max <= 0)
+
+    @property
     def stochastic(self) -> bool:
         """Whether values are rounded at random in training."""
         return self.rounding.startswith("stochastic")

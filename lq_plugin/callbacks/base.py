@@ -30,6 +30,7 @@ from lq_plugin.model.calibrate import (
     load_statistics,
     needs_data,
     never_reached,
+    without_levels,
 )
 from lq_plugin.model.ledger import Ledger, least_coverage
 from lq_plugin.model.operation_rules import needs_recording
@@ -158,9 +159,12 @@ class QuantizationCallback(Callback):
             self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
         with whole_weights(pl_module):
             load_statistics(pl_module, self.statistics)
+            clipped = without_levels(pl_module, self.statistics)
         self.ledger.note_unreached(unreached(pl_module), REASON)
         if missed := never_reached(pl_module, self.statistics):
             rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}")
+        if clipped:
+            rank_zero_warn(f"{type(self).__name__}: {'; '.join(clipped)}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A run that failed before configure_model must not leave the patch behind.

@@ -9,6 +9,7 @@ from lq_plugin.model.calibrate import (
     load_statistics,
     never_reached,
     weight_samples,
+    without_levels,
 )
 from lq_plugin.model.checkpoint import load_checkpoint
 from lq_plugin.model.ledger import Entry, Ledger
@@ -37,4 +38,5 @@ __all__ = [
     "record",
     "remove",
     "weight_samples",
+    "without_levels",
 ]

@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from lq_plugin.errors import CalibrationError, raise_all
+from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import weight_of
 from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.model.record import without_compile
 from lq_plugin.model.unreached import settle, unreached
-from lq_plugin.quantizers import InputQuantizer, Quantizer
+from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.ranges import Histogram, Sample
+from lq_plugin.ranges.grid_error import side_without_levels
 
 log = logging.getLogger(__name__)
 
+#: Share of the values on a side without levels that is worth a warning.
+MISSED_SHARE = 0.01
 #: Statistics of each activation, by the name of its quantizer.
 Statistics = dict[str, Histogram]
 
@@ -58,6 +62,8 @@ def calibrate(
     load_statistics(model, statistics)
     if missed := never_reached(model, statistics):
         log.warning("calibrate: no batch reached %s; what has no range stays float", ", ".join(missed))
+    if clipped := without_levels(model, statistics):
+        log.warning("calibrate: %s", "; ".join(clipped))
     return statistics
 
 
@@ -125,6 +131,30 @@ def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:
     # Formats that find their scales at run time miss nothing.
     waiting = {q.name for q in quantizers(model) if q.needs_calibration and not q.is_calibrated}
     return [name for name, histogram in statistics.items() if name in waiting and not histogram.total.any()]
+
+
+def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
+    """What lies, by more than `MISSED_SHARE`, on the side of zero where its spec has no level: a sentence for each tensor."""
+    samples: list[tuple[Quantizer, Sample, torch.Tensor]] = []
+    for _, layer in quantized_layers(model):
+        for q in () if layer.weight_quantizer is None else layer.weight_quantizer.stages():
+            if isinstance(q, WeightQuantizer) and q.spec.lacks_a_side:
+                weight = layer.canonical(weight_of(layer)).detach()
+                samples.append((q, q.sample(weight), q.qparams(blocks(weight.float(), q.spec.granularity))[0]))
+    for q in quantizers(model):
+        histogram = statistics.get(q.name)
+        if isinstance(q, InputQuantizer) and q.spec.lacks_a_side and histogram is not None and histogram.total.any():
+            samples.append((q, histogram.sample(), q.qparams()[0]))
+    found = []
+    for q, sample, scale in samples:
+        share = side_without_levels(sample, scale.reshape(-1), q.spec.grid)
+        if share > MISSED_SHARE:
+            side = "negative" if q.spec.grid.quant_min >= 0 else "positive"
+            found.append(
+                f"{q.name}: {share:.1%} of its values are {side} and become 0, {str(q.spec)!r} has no levels there; "
+                "write 'affine', for a zero point, or a format with levels on both sides"
+            )
+    return found
 
 
 def weight_samples(model: nn.Module) -> dict[str, Sample]:

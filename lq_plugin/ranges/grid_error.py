@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import bounds_from_qparams
+from lq_plugin.ranges.folding import clips_negative, clips_positive
 from lq_plugin.ranges.sample import Sample
 from lq_plugin.spec import IntegerGrid
 
@@ -66,6 +67,20 @@ def clipped_share(sample: Sample, scale: Tensor, zero_point: Tensor, grid: Integ
     """
     q = (sample.values * scale.reciprocal().unsqueeze(1)).round() + zero_point.unsqueeze(1)
     return sample.average(((q < grid.quant_min) | (q > grid.quant_max)).float())
+
+
+def side_without_levels(sample: Sample, scale: Tensor, grid: IntegerGrid) -> float:
+    """Share of all elements on the side of zero where a grid without zero point has no level, beyond what rounds to zero anyway.
+
+    Args:
+        scale: `[rows]`.
+    """
+    if not (clips_negative(grid) or clips_positive(grid)):
+        return 0.0
+    q = (sample.values / scale.unsqueeze(1)).round()
+    missed = sample.average((q < 0 if clips_negative(grid) else q > 0).float())
+    total = sample.total()
+    return float((missed * total).sum() / total.sum())
 
 
 def _candidates(count: int, elements_each: int) -> list[slice]:

@@ -63,12 +63,13 @@ def report(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(arguments: Sequence[str] | None = None) -> int:
-    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained.
+    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained; `--defaults`: what the words of a plan stand for.
 
     Returns:
         0, or 2 when the plan does not fit.
     """
     parser = argparse.ArgumentParser("lq-explain", description="What a plan would do to a model: a dry run.")
+    parser.add_argument("--defaults", action=_Defaults, help="print what the words of a plan stand for, and exit")
     parser.add_argument("plan", help='a plan\'s file, or its short string: "w4a8"')
     parser.add_argument("model", help="module:callable, or the name of a Hydra config in the group `model`; the code it names is run")
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the model")
@@ -114,6 +115,19 @@ def _drawn(data: ReportData, folder: Path, layers: int) -> list[Path]:
         raise QuantizationError(
             f"the figures of {data.title!r} cannot be drawn, was its report edited? {type(error).__name__}: {error}"
         ) from error
+
+
+class _Defaults(argparse.Action):
+    """Like `--version`: no other argument is needed."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from lq_plugin.report.defaults import markdown
+
+        sys.stdout.write(markdown())
+        parser.exit()
 
 
 def _failed(command: str, error: QuantizationError) -> int:

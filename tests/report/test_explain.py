@@ -138,3 +138,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     plan.write_text("rules: [{match: 'convv', weight: int4}]")
     assert lq_explain([str(plan), "digits_cnn"]) == 2
     assert "matches no layer" in capsys.readouterr().err
+
+
+def test_readme_has_the_defaults_that_the_code_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        lq_explain(["--defaults"])
+    assert ended.value.code == 0
+    table = capsys.readouterr().out
+    assert table in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    # By hand, against the plan's own words.
+    assert "| `a8` | 0..255 | tensor | yes | ema |" in table
+    assert "| `/ uint8` | 0..255 | tensor | no | minmax |" in table
+    assert "`percentile` is `percentile:99.99`" in table
