@@ -138,7 +138,7 @@ FORMATS: dict[str, Format] = {
         tuple(range(1, MAX_BIT_WIDTH + 1)),
         scale_bits=None,
         roundings=("nearest", "stochastic"),
-        gradients=("clipped", "mad"),
+        gradients=("clipped", "mad", "identity"),
     ),
     "mx9": _mx(9, 8),
     "mx6": _mx(6, 5),
@@ -153,11 +153,13 @@ FORMATS: dict[str, Format] = {
         "E2M1 elements, an E4M3 scale for 16 of them, one float scale above", (4,), PerGroup(16, True), True, scale_bits=8, tensor_bits=32
     ),
     "sign": Format(
-        "-1 and +1 (BinaryConnect weights, BNN activations); sign:float_eval evaluates with the real-valued weights",
+        "-1 and +1 (BinaryConnect, BNN); sign:0.1 sets the threshold, sign:float_eval evaluates with the real-valued weights",
         (1,),
         fixed=True,
         options=(("float_eval",),),
+        number=("threshold", -1.0, 1.0),
         roundings=("nearest", "stochastic"),
+        gradients=("clipped", "identity"),
     ),
     "xnor": Format("sign of an input, its windows' mean magnitudes K multiplied to the output", (1,), fixed=True, slots=("input",)),
     "bwn": Format(
@@ -203,7 +205,7 @@ MX_FORMATS = tuple(name for name, kind in FORMATS.items() if kind.sign_magnitude
 #: `lq_plugin.ranges.register_range` adds to it.
 RANGES: dict[str, str] = {
     "minmax": "smallest and largest value",
-    "ema": "exponential moving average of each batch's min and max; ema:0.99 sets the momentum it grows to",
+    "ema": "moving average of each batch's min and max; ema:0.99 sets the momentum it grows to, ema:0.99:constant has it at once",
     "percentile": "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
     "mse": "smallest mean squared error, by search on the real grid",
     "kl": "smallest KL divergence of the histograms (TensorRT)",
@@ -221,6 +223,7 @@ ROUNDINGS: dict[str, str] = {
 }
 GRADIENTS: dict[str, str] = {
     "clipped": "straight through inside the range, 0 outside",
+    "identity": "straight through everywhere",
     "mad": "straight through inside, bound / |x| outside (OCTAV's magnitude-aware derivative)",
 }
 
@@ -235,6 +238,8 @@ def range_fault(text: str) -> str | None:
     option = rest or None
     if name not in RANGES:
         return name_fault("range", text, RANGES)
+    if name == "ema" and option is not None:
+        option = option.removesuffix(":constant")
     if name in ("ema", "percentile") and option is not None:
         low, high = (0.0, 1.0) if name == "ema" else (50.0, 100.0)
         try:

@@ -145,12 +145,14 @@ class QuantSpec:
         learned = isinstance(self.range, str) and self.range_name in LEARNED_RANGES
         if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(str(self.gradient), kind, self.format):
             faults.append(fault)
-        elif self.stochastic and self.gradient != "clipped":
+        elif self.stochastic and self.gradient != "clipped" and self.format_name == "int":
             faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
         elif learned and (self.gradient != "clipped" or self.stochastic):
             faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
         if self.format_name == "sign" and "float_eval" in self.format_options and not self.stochastic:
             faults.append("sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'")
+        if self.format_name == "sign" and self.stochastic and any(map(self.kind._is_number, self.format_options)):
+            faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
         return faults
 
     def _scale_faults(self, group: PerGroup) -> list[str]:
@@ -196,6 +198,11 @@ class QuantSpec:
     def has_grid(self) -> bool:
         """Whether the levels are those of an `IntegerGrid`, times a scale."""
         return self.format_name == "int" or self.kind.sign_magnitude
+
+    @property
+    def threshold(self) -> float:
+        """Number among the format's options: from where on binarization gives +1; 0 where none is written."""
+        return next((float(word) for word in self.format_options if word not in sum(self.kind.options, ())), 0.0)
 
     @property
     def lacks_a_side(self) -> bool:

@@ -246,7 +246,7 @@ def _statistics_of_sign(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
 
 
 def _encode_binary(quantizer: WeightQuantizer, w: Tensor, *scale: Tensor) -> Parts:
-    return {"codes": Part((w >= 0).to(torch.int32), 1)} | dict(zip(("scale",), map(Part, scale), strict=False))
+    return {"codes": Part((w >= quantizer.spec.threshold).to(torch.int32), 1)} | dict(zip(("scale",), map(Part, scale), strict=False))
 
 
 def _decode_binary(spec: QuantSpec, parts: Values) -> Tensor:

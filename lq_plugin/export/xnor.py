@@ -95,6 +95,8 @@ def why_not(layer: QuantizedLayer) -> str | None:
         return " and ".join(wrong) + ", not one bit"
     if any("float_eval" in spec.format_options for spec in specs.values()):
         return "it is evaluated with float numbers"
+    if any(spec.threshold for spec in specs.values()):
+        return "its signs have a threshold other than 0"
     if isinstance(specs["weight"].granularity, PerGroup):
         return f"its weight is '{specs['weight']}': bits are counted over whole rows"
     if layer.output_quantizer is not None:

@@ -112,6 +112,17 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
     return _FakeQuantize.apply(x, scale, zero_point, *bounds)
 
 
+def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
+    """`fake_quantize` with the straight-through gradient taken literally: ∂x̂/∂x = 1, also where x is clipped.
+
+    >>> x = torch.tensor([-2.0, 0.26, 0.9], requires_grad=True)
+    >>> fake_quantize_identity(x, torch.tensor(0.5), torch.tensor(0.0), IntegerGrid(-2, 1)).sum().backward()
+    >>> x.grad
+    tensor([1., 1., 1.])
+    """
+    return _IdentityFakeQuantize.apply(x, scale, zero_point, grid)
+
+
 def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor) -> Tensor:
     """`fake_quantize` with one scale; `low` and `high`, float32 `[1]`, take in the extremes of `x`, in place.
 
@@ -211,6 +222,16 @@ class _FakeQuantize(torch.autograd.Function):
         r = (x.float() * scale.reciprocal()).round_()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)
         return grad.masked_fill(outside, 0.0), None, None, None, None
+
+
+class _IdentityFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, grid):
+        return fake_quantize(x, scale, zero_point, grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None
 
 
 class _CoveredFakeQuantize(torch.autograd.Function):

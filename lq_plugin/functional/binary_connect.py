@@ -5,8 +5,8 @@
 
 Backward (both):    ∂b/∂x = 1 where |x| ≤ 1, else 0             (BNN's hard-tanh gradient)
 
-BinaryConnect passes the gradient on everywhere and keeps its weights in [-1, 1] by clipping them after each update;
-inside that interval the two agree.
+BinaryConnect passes the gradient on everywhere (`sign identity`) and keeps its weights in [-1, 1] by clipping them after each
+update; inside that interval the two agree. `sign:t` has the deterministic threshold t in place of 0.
 
 Reference: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015 (arXiv 1511.00363), section 2;
 Hubara et al., "Binarized Neural Networks", NIPS 2016 (arXiv 1602.02830), eqs. 1-4.
@@ -30,12 +30,14 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def sign(x: Tensor, noise: Tensor | None = None) -> Tensor:
+def sign(x: Tensor, noise: Tensor | None = None, threshold: float = 0.0, clipped: bool = True) -> Tensor:
     """-1 and +1, with the straight-through gradient.
 
     Args:
         x: float tensor of any shape.
         noise: uniform in [0, 1), shaped like `x`, for stochastic binarization; None: deterministic.
+        threshold: from where on the deterministic sign is +1.
+        clipped: the gradient is 0 where |x| > 1; False passes it on everywhere.
 
     Returns:
         Tensor like `x`.
@@ -43,17 +45,17 @@ def sign(x: Tensor, noise: Tensor | None = None) -> Tensor:
     >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
     tensor([-1.,  1.,  1.])
     """
-    return _Sign.apply(x, noise)
+    return _Sign.apply(x, noise, threshold, clipped)
 
 
-def plain_sign(x: Tensor) -> Tensor:
-    """-1 and +1, sign(0) = +1, without a gradient.
+def plain_sign(x: Tensor, threshold: float = 0.0) -> Tensor:
+    """-1 and +1, the latter from the threshold on (sign(0) = +1), without a gradient.
 
     >>> plain_sign(torch.tensor([-0.0, 0.0]))
     tensor([1., 1.])
     """
     # 0 and 1 in x's own dtype: through booleans it takes five times as long on CPU.
-    return torch.ge(x.detach(), 0, out=torch.empty_like(x)).mul_(2).sub_(1)
+    return torch.ge(x.detach(), threshold, out=torch.empty_like(x)).mul_(2).sub_(1)
 
 
 def hard_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -69,11 +71,12 @@ def hard_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, noise):
-        ctx.save_for_backward(x)
-        return plain_sign(x if noise is None else hard_sigmoid(x) - noise)
+    def forward(ctx, x, noise, threshold, clipped):
+        ctx.clipped = clipped
+        if clipped:
+            ctx.save_for_backward(x)
+        return plain_sign(x if noise is None else hard_sigmoid(x) - noise, threshold)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return hard_tanh_gradient(grad, x), None
+        return hard_tanh_gradient(grad, *ctx.saved_tensors) if ctx.clipped else grad, None, None, None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize
+from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize, fake_quantize_identity
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
 from lq_plugin.ranges import Histogram, Sample
@@ -35,6 +35,8 @@ from lq_plugin.spec import QuantSpec
 
 #: Buffers that say what a quantizer does, of which it keeps Python copies.
 _SWITCHES = ("enabled", "calibrated", "stage", "draws", "fixed")
+#: Rounding to nearest, by the spec's gradient.
+_WITH_GRADIENT = {"clipped": fake_quantize, "mad": fake_quantize_mad, "identity": fake_quantize_identity}
 
 
 class Levels(NamedTuple):
@@ -235,22 +237,26 @@ class Quantizer(nn.Module):
         """Fake-quantized `x` on the spec's integer grid, with the spec's rounding and gradient."""
         if self.spec.stochastic and self.training:
             return fake_quantize_stochastic(x, scale, zero_point, self.spec.grid, self.noise(x))
-        function = fake_quantize_mad if self.spec.gradient == "mad" else fake_quantize
-        return function(x, scale, zero_point, self.spec.grid)
+        return _WITH_GRADIENT[self.spec.gradient](x, scale, zero_point, self.spec.grid)
 
     @property
     def rounds_to_nearest(self) -> bool:
         """Whether `rounded` is `fake_quantize`, now."""
-        return self.spec.gradient != "mad" and not (self.spec.stochastic and self.training)
+        return self.spec.gradient == "clipped" and not (self.spec.stochastic and self.training)
 
     def noise(self, x: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) shaped like `x`: a function of the seed, the tensor's name and the batches so far.
 
         Gradient checkpointing repeats them, a resumed run continues them, and all ranks draw the same for a weight.
         """
-        digest = hashlib.blake2b(f"{self.spec.seed}:{self.name}:{self._draws}".encode(), digest_size=7).digest()
+        words = f"{self.spec.seed}:{self.name}:{self._draws}{self.draw_key(x)}"
+        digest = hashlib.blake2b(words.encode(), digest_size=7).digest()
         generator = torch.Generator(device=x.device).manual_seed(int.from_bytes(digest, "big"))
         return torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+
+    def draw_key(self, x: Tensor) -> str:
+        """What else its random numbers depend on."""
+        return ""
 
     def next_draw(self) -> None:
         """A training batch is over: stochastic rounding draws new numbers."""

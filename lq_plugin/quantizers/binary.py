@@ -32,7 +32,8 @@ class SignWeightQuantizer(WeightQuantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         if "float_eval" in self.spec.format_options and not self.training:
             return x
-        return sign(x, self.noise(x) if self.spec.stochastic and self.training else None)
+        noise = self.noise(x) if self.spec.stochastic and self.training else None
+        return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
 
 
 class BWNWeightQuantizer(WeightQuantizer):
@@ -72,7 +73,8 @@ class SignInputQuantizer(InputQuantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         if "float_eval" in self.spec.format_options and not self.training:
             return x
-        return sign(x, self.noise(x) if self.spec.stochastic and self.training else None)
+        noise = self.noise(x) if self.spec.stochastic and self.training else None
+        return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
 
 
 class XNORInputQuantizer(SignInputQuantizer):

@@ -41,6 +41,8 @@ from lq_plugin.spec import IntegerGrid, PerChannel, PerGroup, PerTensor, QuantSp
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
 DEFAULT_MOMENTUM = 0.99
+#: Batches that a calibration stands for in the ramp of an average: the next one then has a weight of 0.09.
+CALIBRATED = 90
 
 
 class WeightQuantizer(Quantizer):
@@ -250,7 +252,9 @@ class InputQuantizer(Quantizer):
     in training: `observe` gathers the extremes of one batch, however often it runs over the same
     data (gradient checkpointing), and `commit` folds them into the average once the batch is over:
     r ← mₜ·r + (1 - mₜ)·batch with mₜ = min(m, (1 + t) / (10 + t)) after t batches. Without the ramp a
-    network trained from scratch would outrun an average of the last hundred batches.
+    network trained from scratch would outrun an average of the last hundred batches. A calibration counts as
+    `CALIBRATED` of them, so that its range is not forgotten with the first batch; without one that batch is the
+    first range. `ema:0.99:constant` has mₜ = m from the second batch on.
 
     Args:
         spec: how to quantize; per tensor or per channel.
@@ -277,7 +281,8 @@ class InputQuantizer(Quantizer):
         self.channels = channels if self.per_channel else 1
         self.moving = spec.range_name == "ema"
         self.pending: Histogram | None = None
-        self.momentum = float(spec.range_option or DEFAULT_MOMENTUM) if self.moving else DEFAULT_MOMENTUM
+        momentum, _, constant = (spec.range_option or "").partition(":") if self.moving else ("", "", "")
+        self.momentum, self.ramps = float(momentum or DEFAULT_MOMENTUM), not constant
         self._make_qparams()
 
     def _make_qparams(self) -> None:
@@ -312,6 +317,11 @@ class InputQuantizer(Quantizer):
         found = super().levels()
         return found if x is None or found is None else Levels(*(self._view(value, x.ndim) for value in found))
 
+    def draw_key(self, x: Tensor) -> str:
+        # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing makes it, the same.
+        ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return f":{torch.distributed.get_rank() if ranked else 0}:{x.detach().sum(dtype=torch.float32).item()}"
+
     def new_collector(self) -> Histogram:
         """Empty statistics for one calibration."""
         at_most = None if self.spec.range_name in COUNT_ALL else MAX_SAMPLES
@@ -337,7 +347,7 @@ class InputQuantizer(Quantizer):
             with torch.no_grad():
                 self.running_min.copy_(minimum)
                 self.running_max.copy_(maximum)
-                self.batches.zero_()
+                self.batches.fill_(CALIBRATED)
         self._store(minimum, maximum)
         self.set_calibrated()
 
@@ -408,7 +418,8 @@ class InputQuantizer(Quantizer):
             raise CalibrationError(f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})")
         with torch.no_grad():
             if self._calibrated:
-                share = 1.0 - ((1.0 + self.batches) / (10.0 + self.batches)).clamp(max=self.momentum)
+                ramp = (1.0 + self.batches) / (10.0 + self.batches)
+                share = 1.0 - (ramp.clamp(max=self.momentum) if self.ramps else torch.full_like(ramp, self.momentum))
                 self.running_min.lerp_(batch_min, share)
                 self.running_max.lerp_(batch_max, share)
                 self.batches.add_(1)

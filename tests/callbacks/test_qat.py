@@ -65,15 +65,15 @@ def test_training_forward_is_really_quantized(trainer, module, data):
 
 
 def test_ema_is_the_formula_on_the_training_batches_only(trainer, data):
-    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)), from the first calibration batch; validation moves nothing."""
+    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)); the calibration counts as 90 batches; validation moves nothing."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     data.x[64:] *= 1000  # the validation part: would be seen at once
-    trainer(QAT("int8 / uint8 affine ema:0.3"), max_epochs=2).fit(module, datamodule=data)
+    trainer(QAT("int8 / uint8 affine ema:0.95"), max_epochs=2).fit(module, datamodule=data)
     batches = [batch[0] for batch in data.train_dataloader()]
     low, high = batches[0].min(), batches[0].max()
-    for t, batch in enumerate(batches * 2):
-        m = min(0.3, (1 + t) / (10 + t))
+    for t, batch in enumerate(batches * 2, start=90):
+        m = min(0.95, (1 + t) / (10 + t))
         low, high = m * low + (1 - m) * batch.min(), m * high + (1 - m) * batch.max()
     quantizer = module.net.conv.input_quantizer
     torch.testing.assert_close(quantizer.running_min, low.reshape(1))

@@ -130,3 +130,11 @@ def test_the_bound_of_the_gradient_is_inside(dtype):
     y = sign(x)
     y.sum().backward()
     assert (y.dtype, y.tolist(), x.grad.tolist()) == (dtype, [-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0])
+
+
+def test_threshold_and_literal_gradient():
+    x = torch.tensor([-1.5, -0.3, -0.25, 0.0, 0.2, 2.0], requires_grad=True)
+    y = sign(x, threshold=-0.25, clipped=False)
+    assert y.tolist() == [-1, -1, 1, 1, 1, 1]
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0] * 6

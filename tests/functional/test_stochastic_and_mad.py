@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lq_plugin.functional.affine import fake_quantize
+from lq_plugin.functional.affine import fake_quantize, fake_quantize_identity
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
 from lq_plugin.spec import IntegerGrid
@@ -53,3 +53,13 @@ def test_mad_gradient_is_the_formula(values, affine):
     low, high = (grid.quant_min - zero) * 0.5, (grid.quant_max - zero) * 0.5
     want = [high / v if v > high else low / v if v < low else 1.0 for v in values]
     np.testing.assert_allclose(x.grad, want, rtol=1e-6)
+
+
+@given(st.lists(st.floats(-40, 40, width=32), min_size=1, max_size=20))
+def test_the_identity_gradient_passes_everywhere(values):
+    x = torch.tensor(values, requires_grad=True)
+    y = fake_quantize_identity(x, torch.tensor(0.5), ZERO, GRID)
+    assert torch.equal(y, fake_quantize(x, torch.tensor(0.5), ZERO, GRID))
+    weights = torch.arange(1.0, len(values) + 1)
+    (y * weights).sum().backward()
+    assert torch.equal(x.grad, weights)

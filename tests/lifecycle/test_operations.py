@@ -152,7 +152,7 @@ def test_operations_of_the_lightning_module_itself(trainer, data, tmp_path):
     fit.fit(module, datamodule=data)
     assert [name for name, _ in quantized_operations(module)] == ["add_0"]
     x, y = (q for _, q in sorted((q.name, q) for q in quantizers(module)))
-    assert int(x.batches) == int(y.batches) == 8
+    assert int(x.batches) == int(y.batches) == 90 + 8
     with torch.no_grad():
         assert float(x.running_max) < 2 * float(module.first(data.x * 2).max())
     with pytest.raises(PlanError, match=r"'outside.add_0' matches no layer and no operation"):

@@ -17,6 +17,7 @@ WEIGHTS = [
     "int2 per_channel lsq",
     "int4 per_channel stochastic",
     "int3 mse mad",
+    "int3 mse identity",
     "int4 group16:4 ragged",
     "mx9",
     "mx4",
@@ -29,6 +30,7 @@ WEIGHTS = [
     "nvfp4",
     "sign",
     "sign stochastic:3",
+    "sign:0.1 identity",
     "bwn",
     "bwn:paper per_tensor",
     "bwn group8 ragged",
@@ -51,6 +53,7 @@ INPUTS = [
     "nvfp4",
     "sign",
     "sign stochastic",
+    "sign:-0.2",
     "xnor",
 ]
 LAYERS = {

@@ -112,7 +112,7 @@ def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str)
         return f"its {slot} is quantized by {quantizer.spec}"
     if quantizer.starts:
         return f"its {slot} is quantized in stages"
-    if quantizer.spec.stochastic or quantizer.spec.gradient == "mad":
+    if quantizer.spec.stochastic or quantizer.spec.gradient != "clipped":
         return f"its {slot}'s rounding is {quantizer.spec}"
     grid = quantizer.spec.grid if quantizer.spec.has_grid else IntegerGrid(0, 2**16)
     fits = grid.levels <= 256 if slot == "input" else grid.quant_min >= -128 and grid.quant_max <= 127
