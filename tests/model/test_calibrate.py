@@ -31,7 +31,7 @@ def test_a_layer_that_no_batch_reaches_is_named(caplog):
     [
         (
             "int8 / uint8",
-            "0.input: 49.",
+            "0.input: 50.8% of its values are negative",
         ),
         ("int8 / uint4 group8:4", "0.input: 4"),
         ("uint8 per_channel", "0.weight: "),
