@@ -24,7 +24,7 @@ PLANS = {
     "activations_start": {"rules": [EMA], "schedule": {"activations_start": "epoch 1"}},
     "freezes": {"rules": [EMA], "schedule": {"observer_freeze": "epoch 1", "batch_norm_freeze": "step 3"}},
     "stages": {"rules": [EMA, STAGES]},
-    "learned": {"rules": [{"match": "*", "weight": "int4 per_channel lsq", "input": "uint4 lsq"}], "schedule": {"weights_start": "step 6"}},
+    "learned": {"rules": [{"match": "*", "weight": "int4 per_channel lsq", "input": "int4 lsq"}], "schedule": {"weights_start": "step 6"}},
     "not reached": {"rules": [EMA], "schedule": {"activations_start": "step 8", "weights_start": "epoch 2"}},
 }
 
