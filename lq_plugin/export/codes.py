@@ -150,17 +150,21 @@ def _statistics_of_int(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
     if (levels := _integer_scales(quantizer.spec)) is None:
         return scale, zero_point
     per_channel = cast(PerGroup, quantizer.spec.granularity).coarse == "channel"
-    return scale, zero_point, *_two_levels(quantizer.name, scale, levels, per_channel)
+    coarse, whole = _two_levels(quantizer.name, scale, levels, per_channel)
+    # A scale is their product. They are a sixteenth of the weight each, or more.
+    return whole, coarse, *([zero_point] if quantizer.spec.grid.affine else [])
 
 
-def _encode_int(quantizer: WeightQuantizer, w: Tensor, scale: Tensor, zero_point: Tensor, *two_levels: Tensor) -> Parts:
+def _encode_int(quantizer: WeightQuantizer, w: Tensor, *found: Tensor) -> Parts:
     spec, grid = quantizer.spec, quantizer.spec.grid
+    levels = _integer_scales(spec)
+    scale = found[0] if levels is None else found[0] * found[1]
+    zero_point = found[-1] if levels is None or grid.affine else torch.zeros(())
     parts = {"codes": Part(quantize(w, scale, zero_point, grid).sub_(grid.quant_min), spec.bit_width)}
     if grid.affine:
         parts["zero_point"] = Part(zero_point.to(torch.int32) - grid.quant_min, spec.bit_width)
-    if two_levels:
-        coarse, whole = two_levels
-        return parts | {"scale": Part(whole - 1, _integer_scales(spec)), "coarse": Part(coarse)}
+    if levels is not None:
+        return parts | {"scale": Part(found[0] - 1, levels), "coarse": Part(found[1])}
     return parts | {"scale": Part(scale)}
 
 

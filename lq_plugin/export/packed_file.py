@@ -36,7 +36,7 @@ DTYPES = {
     )
 }  # fmt: skip
 #: Elements of a weight that are worked on at a time, and bytes that are read at a time.
-CHUNK = 2**20
+CHUNK = 2**18
 Place = list[Any]
 
 
@@ -54,7 +54,7 @@ def size_of(place: Place) -> int:
 def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Rows along dim 0, a chunk of elements at a time; all but the last begin with a whole byte of each bit plane.
 
-    >>> list(row_chunks((20, 2**17)))
+    >>> list(row_chunks((20, 2**15)))
     [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
     step = max(CHUNK // max(math.prod(shape[1:]), 1) // 8, 1) * 8

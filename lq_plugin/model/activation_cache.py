@@ -43,6 +43,10 @@ class ActivationCache:
         self._files: dict[Hashable, tuple[Path, int, list[Any], Any]] = {}
         self._count = 0
 
+    def reserve(self, size: int) -> None:
+        """Counts so many bytes that someone else holds as held here; fewer than 0: they are free again."""
+        self.in_memory += size
+
     def put(self, key: Hashable, value: Any) -> None:
         """Keep a copy of `value`, in place of what the key had."""
         self.drop(key)

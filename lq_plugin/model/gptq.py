@@ -28,7 +28,7 @@ from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptq import gptq_quantize, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
-from lq_plugin.model.activation_cache import ActivationCache
+from lq_plugin.model.activation_cache import DEFAULT_CACHE_BYTES, ActivationCache
 from lq_plugin.model.batch_norm import ReestimatedBatchNorms, _Pool
 from lq_plugin.model.blocks import Unit, find_units, owner_name
 from lq_plugin.model.calibrate import evaluating, float_forward
@@ -87,6 +87,7 @@ def gptq(
     act_order: bool = True,
     block_columns: int = 128,
     correct_batch_norm: bool = True,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> GPTQResult:
     """Round the weights of linear layers and convolutions by GPTQ, in place.
 
@@ -94,13 +95,14 @@ def gptq(
 
     Args:
         model: prepared and calibrated.
-        batches: calibration data, read once and kept, on disk where memory is short.
+        batches: calibration data, read once and kept in the cache.
         run: runs the model on one batch; `model(batch)` when None.
         dampening: what is added to the Hessian's diagonal, as a share of its mean.
         act_order: columns with larger inputs are rounded first.
         block_columns: columns that are done before the others are updated; it changes the speed alone.
         correct_batch_norm: correct the statistics of batch norms. Do not do it again: it compares with the float model,
             whose weights are gone.
+        cache_bytes: memory for batches and activations; what is more goes to disk.
 
     Raises:
         CalibrationError: no batches, a model without ranges, NaN or Inf in a layer's inputs, or a Hessian that is not
@@ -117,21 +119,30 @@ def gptq(
     >>> [fit.after < fit.before for fit in result.layers.values()]
     [True, True]
     """
-    check_options(dampening, act_order, block_columns, correct_batch_norm)
+    check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes)
     options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
-    with torch.no_grad(), evaluating(model), without_compile(), ActivationCache() as cache:
+    with torch.no_grad(), evaluating(model), without_compile(), ActivationCache(cache_bytes) as cache:
         return _GPTQ(model, run or model, cache, options).round(batches, correct_batch_norm)
 
 
-def check_options(dampening: float = 0.01, act_order: bool = True, block_columns: int = 128, correct_batch_norm: bool = True) -> None:
+def check_options(
+    dampening: float = 0.01,
+    act_order: bool = True,
+    block_columns: int = 128,
+    correct_batch_norm: bool = True,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> None:
     """Refuse options that cannot be.
 
     Raises:
         QuantizationError: naming each.
     """
-    whole = isinstance(block_columns, int) and not isinstance(block_columns, bool) and block_columns >= 1
     faults = [] if dampening >= 0 else [f"dampening must not be negative, got {dampening!r}"]
-    faults += [] if whole else [f"block_columns is a whole number from 1, got {block_columns!r}"]
+    faults += [
+        f"{name} is an integer from {low}, got {value!r}"
+        for name, value, low in (("block_columns", block_columns, 1), ("cache_bytes", cache_bytes, 0))
+        if isinstance(value, bool) or not isinstance(value, int) or value < low
+    ]
     flags = {"act_order": act_order, "correct_batch_norm": correct_batch_norm}
     faults += [f"{name} is true or false, got {value!r}" for name, value in flags.items() if not isinstance(value, bool)]
     raise_all(QuantizationError, "GPTQ", faults)

@@ -59,26 +59,38 @@ class Samples:
         )
 
     def merge(self) -> None:
-        """Make one record of all, where they fit together and half the cache's budget holds them."""
-        if len(self.sizes) < 2 or not self.separable or 2 * self.bytes > self.cache.budget:
+        """Make one record of all, where they fit together and the cache's budget holds both; a record at a time."""
+        room = self.cache.budget - self.cache.in_memory
+        if len(self.sizes) < 2 or not self.separable or self.bytes > min(room, self.cache.budget // 2):
             return
-        records = [self.cache.get(("sample", index)) for index in range(len(self.sizes))]
-        flat = [tree_flatten(record) for record in records]
-        if any(spec != flat[0][1] for _, spec in flat):
-            return
-        merged = []
-        for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-            joined = _join(leaves, self.sizes)
-            if joined is None:
+        first, structure = tree_flatten(self.cache.get(("sample", 0)))
+        joined, same = [True] * len(first), [True] * len(first)
+        for index, size in enumerate(self.sizes):
+            leaves, spec = tree_flatten(self.cache.get(("sample", index)))
+            if spec != structure:
                 return
-            merged.append(joined[0])
+            for i, (leaf, other) in enumerate(zip(leaves, first, strict=True)):
+                joined[i] &= _is_batch(leaf, size) and leaf.shape[1:] == other.shape[1:]
+                same[i] &= _is_same(leaf, other)
+        if not all(a or b for a, b in zip(joined, same, strict=True)):
+            return
+        count = sum(self.sizes)
+        merged = [leaf.new_empty((count, *leaf.shape[1:])) if along else leaf for leaf, along in zip(first, joined, strict=True)]
+        start = 0
+        for index, size in enumerate(self.sizes):
+            for leaf, whole, along in zip(tree_leaves(self.cache.get(("sample", index))), merged, joined, strict=True):
+                if along:
+                    whole[start : start + size] = leaf
+            start += size
         self.clear()
-        self._merged = tree_unflatten(merged, flat[0][1])
-        self.sizes = [sum(len(record[2][0]) for record in records)]
+        self._merged = tree_unflatten(merged, structure)
+        self.cache.reserve(tree_bytes(self._merged))
+        self.sizes = [count]
 
     def clear(self) -> None:
         """Drop the records from the cache."""
         self.cache.drop_where(lambda key: key[0] == "sample")
+        self.cache.reserve(-tree_bytes(self._merged))
         self._merged = None
 
     def draw(self, size: int, generator: torch.Generator) -> Record:
@@ -105,15 +117,14 @@ def _take(tree: Any, chosen: Tensor, count: int) -> Any:
     return tree_map(take, tree)
 
 
-def _join(leaves: tuple[Any, ...], sizes: list[int]) -> tuple[Any] | None:
-    """The leaf of a merged record, in a tuple; None where the records' leaves do not fit together."""
-    first = leaves[0]
-    if not isinstance(first, Tensor):
-        return (first,) if all(type(leaf) is type(first) and leaf == first for leaf in leaves) else None
-    if all(leaf.dim() and leaf.shape[0] == size for leaf, size in zip(leaves, sizes, strict=True)):
-        same = all(leaf.shape[1:] == first.shape[1:] for leaf in leaves)
-        return (torch.cat(leaves),) if same else None
-    return (first,) if all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in leaves) else None
+def _is_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def _is_same(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return isinstance(other, Tensor) and leaf.shape == other.shape and torch.equal(leaf, other)
+    return type(leaf) is type(other) and bool(leaf == other)
 
 
 def copied(leaf: Any) -> Any:
