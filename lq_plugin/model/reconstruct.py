@@ -39,7 +39,7 @@ from lq_plugin.model.ranks import averaged, gathered
 from lq_plugin.model.reconstruct_options import ReconstructOptions
 from lq_plugin.model.record import Recording, record
 from lq_plugin.model.replay import Arguments, Replay
-from lq_plugin.model.samples import Samples, copied, float_leaves, mixed
+from lq_plugin.model.samples import Samples, copied, float_leaves, mixed, renewed
 from lq_plugin.model.soft_unit import SoftUnit, writable_weights
 from lq_plugin.model.unit_store import UnitStore
 
@@ -239,7 +239,9 @@ class _Reconstructor:
                 inputs = replay.inputs_of(unit.name, batch, calls)
                 with self.float_state():
                     for call, arguments in enumerate(float_replay.inputs_of(unit.name, batch, calls)):
-                        output = module(*arguments[0], **arguments[1])
+                        # Its own copy: the module may write into them.
+                        args, kwargs = tree_map(renewed, arguments)
+                        output = module(*args, **kwargs)
                         float_replay.keep_output(unit.name, batch, call, output)
                         floats = arguments if self.options.drop else None
                         samples.add((inputs[call], floats, float_leaves(unit.finish(self.model, output))))

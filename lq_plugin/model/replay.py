@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from lq_plugin.model.activation_cache import ActivationCache
+from lq_plugin.model.samples import copied
 
 #: One call of a module: positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -77,7 +78,7 @@ class Replay:
                 call = counts[name]
                 counts[name] += 1
                 if name == target:
-                    captured.append((args, kwargs) if calls == 1 else tree_map(_copied, (args, kwargs)))
+                    captured.append((args, kwargs) if calls == 1 else tree_map(copied, (args, kwargs)))
                     if len(captured) == calls:
                         raise _ReachedError
                     return original(*args, **kwargs)
@@ -124,7 +125,3 @@ def _outer_names(name: str) -> list[str]:
     """`"a.b.c"` -> `["a", "a.b"]`."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

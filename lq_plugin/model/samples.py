@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lq_plugin.model.activation_cache import ActivationCache, tree_bytes
@@ -99,7 +101,7 @@ class Samples:
         record = self._merged if self._merged is not None else self.cache.get(("sample", index))
         count = self.sizes[index]
         if not self.separable or size >= count:
-            return tree_map(copied, record) if self._merged is not None else record
+            return tree_map(copied if self._merged is not None else renewed, record)
         chosen = torch.randperm(count, generator=generator)[:size]
         return _take(record, chosen, count)
 
@@ -109,12 +111,10 @@ class Samples:
 
 
 def _take(tree: Any, chosen: Tensor, count: int) -> Any:
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count:
-            return leaf.index_select(0, chosen.to(leaf.device))
-        return leaf
+    def take(leaf: Tensor) -> Tensor:
+        return leaf.index_select(0, chosen.to(leaf.device)) if leaf.dim() and leaf.shape[0] == count else leaf
 
-    return tree_map(take, tree)
+    return tree_map(lambda leaf: take(leaf) if isinstance(leaf, Tensor) else renewed(leaf, take), tree)
 
 
 def _is_batch(leaf: Any, size: int) -> bool:
@@ -128,7 +128,32 @@ def _is_same(leaf: Any, other: Any) -> bool:
 
 
 def copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    """A copy of a tensor, or of an object that a model may write into."""
+    return leaf.clone() if isinstance(leaf, Tensor) else renewed(leaf)
+
+
+def renewed(leaf: Any, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+    """A copy of an object that a model may write into, such as a cache of keys and values; `of` makes the tensors in it.
+
+    Tensors stay as they are, so do modules, and what cannot be copied (a lock, a generator).
+    """
+    if isinstance(leaf, (Tensor, nn.Module)):
+        return leaf
+    held = {id(tensor): tensor for tensor in _held_tensors(leaf, set())}
+    try:
+        return copy.deepcopy(leaf, {key: of(tensor) for key, tensor in held.items()})
+    except (TypeError, pickle.PicklingError):
+        return leaf
+
+
+def _held_tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        for item in (*inner, *getattr(value, "__dict__", {}).values()):
+            yield from _held_tensors(item, seen)
 
 
 def mixed(quantized: Any, floats: Any, share: float, generator: torch.Generator) -> Any:

@@ -144,6 +144,56 @@ def test_shared_layers_and_layers_that_never_run():
     assert result.units["head"].after < result.units["head"].before
 
 
+class Memory:
+    """Keys so far, which each block writes into, as a cache of a language model."""
+
+    def __init__(self, prefix=None):
+        self.keys = [prefix, prefix]
+
+    def extend(self, index, keys):
+        held = self.keys[index]
+        self.keys[index] = keys if held is None else torch.cat([held, keys], dim=1)
+        return self.keys[index]
+
+
+class Attending(nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.index, self.key, self.out = index, nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, memory=None):
+        keys = self.key(x) if memory is None else memory.extend(self.index, self.key(x))
+        return x + self.out((x @ keys.transpose(1, 2)).softmax(-1) @ keys)
+
+
+class Remembering(nn.Module):
+    """`memory` says whether it hands a memory from block to block, empty or with a prefix of each sample."""
+
+    def __init__(self, memory):
+        super().__init__()
+        torch.manual_seed(0)
+        self.memory, self.blocks = memory, nn.ModuleList([Attending(0), Attending(1)])
+
+    def forward(self, x):
+        memory = {"none": None, "empty": Memory(), "prefix": Memory(x[:, :1])}[self.memory]
+        for block in self.blocks:
+            x = block(x, memory)
+        return x
+
+
+def test_a_memory_that_blocks_write_into_is_as_it_was_in_every_run():
+    batches = [correlated(80, 6).reshape(16, 5, 6)]
+    rounded = {}
+    for memory in ("none", "empty", "prefix"):
+        net = prepared(Remembering(memory), batches)
+        result = reconstruct(net, batches, by="block", iterations=60, batch_size=8)
+        assert set(result.units) == {"blocks.0", "blocks.1"}
+        assert all(fit.after <= fit.before for fit in result.units.values())
+        rounded[memory] = net.state_dict()
+    # A memory that is empty when a block begins computes what no memory does.
+    assert all(torch.equal(rounded["empty"][key], value) for key, value in rounded["none"].items())
+
+
 def test_formats_without_levels_to_choose_from_are_named():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = correlated(64, 8)
