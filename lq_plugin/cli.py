@@ -192,12 +192,13 @@ def told(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
     except QuantizationError as error:
-        if HydraConfig.get().mode != RunMode.RUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        whole = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        # Next to a traceback Hydra shows the overrides, and with them passwords.
+        if HydraConfig.get().mode != RunMode.RUN or (whole and not passwords):
             raise
-        log.error("%s", without(str(error), passwords))
+        log.error("%s", without(traceback.format_exc() if whole else str(error), passwords))
         sys.exit(2)
     except Exception:
-        # Hydra would show the overrides next to the traceback.
         if not passwords or HydraConfig.get().mode != RunMode.RUN:
             raise
         log.error("%s", without(traceback.format_exc(), passwords))

@@ -49,15 +49,19 @@ def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: SharedStorage, *args: Any, **kwargs: Any) -> Any:
-        started, pause = time.monotonic(), _FIRST_PAUSE
+        pause = _FIRST_PAUSE
         while True:
             try:
-                return method(self, *args, **kwargs)
+                result = method(self, *args, **kwargs)
+                self._away_since = None
+                return result
             except StorageInternalError as error:
                 # What the driver says, without the statement that SQLAlchemy adds.
                 cause = without(str(getattr(error.__cause__, "orig", None) or error.__cause__ or error), passwords_in(self.url))
                 away = sqlite_file(self.url) is None and isinstance(error.__cause__, OperationalError | InterfaceError)
-                if not away or time.monotonic() - started > _PATIENCE:
+                # Counted over all calls: a worker that gives up makes several more, which shall not wait again.
+                self._away_since = self._away_since or time.monotonic()
+                if not away or time.monotonic() - self._away_since > _PATIENCE:
                     raise StudyError(f"the storage {shown(self.url)} failed: {cause}") from error
                 log.warning("the storage %s does not answer, next attempt in %.3g s: %s", shown(self.url), pause, cause)
             time.sleep(pause)
@@ -79,6 +83,8 @@ class SharedStorage(RDBStorage):
         super().__init__(url, **options)
         #: Trials that run without a sign of life, and since when.
         self._silent: dict[int, float] = {}
+        #: Since when the server has not answered.
+        self._away_since: float | None = None
 
     @classmethod
     def of(cls, storage: BaseStorage) -> BaseStorage:
@@ -86,7 +92,7 @@ class SharedStorage(RDBStorage):
         if type(storage) is not RDBStorage:
             return storage
         same = cls.__new__(cls)
-        same.__dict__.update(storage.__dict__, _silent={})
+        same.__dict__.update(storage.__dict__, _silent={}, _away_since=None)
         return same
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:

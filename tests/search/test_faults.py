@@ -116,7 +116,8 @@ def test_workers_outlive_a_restart_of_the_server(server: Server, tmp_path: Path)
     for worker in workers:
         worker.finish()
     complete = trials(server.url, TrialState.COMPLETE)
-    assert len(complete) == len({frozenset(trial.params.items()) for trial in complete}) == 14
+    assert len({frozenset(trial.params.items()) for trial in complete}) == len(complete)
+    assert len(complete) in (14, 15), "one more where both come back at once and see one that is missing"
     assert not trials(server.url, TrialState.RUNNING)
 
 
