@@ -35,6 +35,7 @@ from lq_plugin.model.calibrate import (
 from lq_plugin.model.ledger import Ledger, least_coverage
 from lq_plugin.model.operation_rules import needs_recording
 from lq_plugin.model.prepare import prepare
+from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
 from lq_plugin.model.record import Recording, record
 from lq_plugin.model.unreached import REASON, suspend, unreached
 from lq_plugin.plan import QuantPlan
@@ -42,6 +43,10 @@ from lq_plugin.quantizers import Suspension
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+#: What the callback's state is called that holds the quantizers of a partial checkpoint.
+_QUANTIZERS = "quantizers"
 
 
 class QuantizationCallback(Callback):
@@ -149,8 +154,8 @@ class QuantizationCallback(Callback):
         self.ledger.require(self.min_coverage)
         return self.recording
 
-    def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
-        """Find every range from `count` batches of each rank. The statistics stay in `self.statistics`."""
+    def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int, missing_only: bool = False) -> None:
+        """Find every range, or those that are missing, from `count` batches of each rank. The statistics stay in `self.statistics`."""
         self.record(trainer, pl_module)
         batches = calibration_batches(trainer, pl_module, self.dataloader, count, needs_data(pl_module))
         batches = with_progress(trainer, "calibrate", batches, count)
@@ -158,7 +163,7 @@ class QuantizationCallback(Callback):
             run = step_runner(trainer, pl_module, self.calibration_step)
             self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
         with whole_weights(pl_module):
-            load_statistics(pl_module, self.statistics)
+            load_statistics(pl_module, self.statistics, missing_only)
             clipped = without_levels(pl_module, self.statistics)
         self.ledger.note_unreached(unreached(pl_module), REASON)
         if missed := never_reached(pl_module, self.statistics):
@@ -173,6 +178,15 @@ class QuantizationCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.to_dict()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The module's own hook comes later, and may leave out whatever is frozen: ranges that have moved can be found nowhere else.
+        if not getattr(pl_module, "strict_loading", True):
+            checkpoint["callbacks"][self.state_key][_QUANTIZERS] = quantizer_states(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["callbacks"].get(self.state_key, {}).get(_QUANTIZERS, {})
+        load_missing_states(pl_module, kept, checkpoint["state_dict"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = QuantPlan.from_dict(state_dict["plan"])

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-def is_float(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of a training run without quantizers."""
+def is_float(checkpoint: Mapping[str, Any], callback: str) -> bool:
+    """Whether a checkpoint is of a training run without quantizers, and without the callback of that key: a partial one may hold none."""
+    if callback in checkpoint.get("callbacks", {}):
+        return False
     return "optimizer_states" in checkpoint and not any("_quantizer." in key for key in checkpoint["state_dict"])
 
 

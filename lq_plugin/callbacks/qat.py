@@ -117,7 +117,7 @@ class QAT(QuantizationCallback):
         silent = {id(quantizer) for group in unreached(pl_module).values() for quantizer in group}
         uncalibrated = [q for q in quantizers(pl_module) if not q.is_calibrated and id(q) not in silent]
         if uncalibrated and self.init_batches:
-            self.calibrate(trainer, pl_module, self.init_batches)
+            self.calibrate(trainer, pl_module, self.init_batches, missing_only=True)
         if self.init_batches:
             self.end_suspension()
         if self.distill is not None:
@@ -215,8 +215,9 @@ class QAT(QuantizationCallback):
             self._settle_integer_forward(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         # Its optimizers' states are loaded later, out of this very mapping.
-        self.float_checkpoint = checkpoint if trainer.state.fn == "fit" and is_float(checkpoint) else None
+        self.float_checkpoint = checkpoint if trainer.state.fn == "fit" and is_float(checkpoint, self.state_key) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

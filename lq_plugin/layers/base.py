@@ -82,12 +82,12 @@ class QuantizedLayer(nn.Module):
         """The output as the next layer sees it."""
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
-    def calibrate_weight(self) -> None:
-        """Find the weight's range from the weight, for every stage."""
+    def calibrate_weight(self, missing_only: bool = False) -> None:
+        """Find the weight's range from the weight, for every stage (that has none yet)."""
         if self.weight_quantizer is not None:
             weight = self.canonical(weight_of(self))
             for stage in self.weight_quantizer.stages():
-                if isinstance(stage, WeightQuantizer):
+                if isinstance(stage, WeightQuantizer) and not (missing_only and stage.is_calibrated):
                     stage.calibrate(weight)
 
     @property

@@ -111,15 +111,17 @@ def needs_data(model: nn.Module) -> bool:
     return any(isinstance(q, InputQuantizer) and q.needs_calibration for q in quantizers(model))
 
 
-def load_statistics(model: nn.Module, statistics: Statistics) -> None:
-    """The second half of `calibrate`: set each range by its spec's estimator.
+def load_statistics(model: nn.Module, statistics: Statistics, missing_only: bool = False) -> None:
+    """The second half of `calibrate`: set each range (or only those that are not there yet) by its spec's estimator.
 
     A layer or operation that no batch reached stays float, see `lq_plugin.model.unreached`.
     """
     before = unreached(model)
     for _, layer in quantized_layers(model):
-        layer.calibrate_weight()
+        layer.calibrate_weight(missing_only)
     for quantizer in quantizers(model):
+        if missing_only and quantizer.is_calibrated:
+            continue
         histogram = statistics.get(quantizer.name)
         if isinstance(quantizer, InputQuantizer) and histogram is not None and histogram.total.any():
             quantizer.load_sample(histogram.sample())

@@ -326,6 +326,9 @@ class Quantizer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._read_switches()
+        learned = [prefix + name for name, _ in self.named_parameters(recurse=False)]
+        if learned and prefix + "calibrated" not in state_dict and all(key in state_dict for key in learned):
+            self.set_calibrated()  # a checkpoint of what is trained alone
         self.suspension = None
 
     def extra_repr(self) -> str:
