@@ -49,7 +49,7 @@ class Flips:
                 self._signs.pop(name, None)
                 continue
             with evaluating(quantizer):  # type: ignore[arg-type]  # stochastic rounding draws nothing then
-                levels = quantizer.quantize_values(layer.canonical(weight_of(layer)).detach())  # type: ignore[union-attr]
+                levels = quantizer.quantize_values(type(layer).canonical(layer, weight_of(layer)).detach())  # type: ignore[union-attr]
             signs = levels.sign().to(torch.int8)
             found[f"{name}/weight_zeros"] = float((signs == 0).float().mean())
             if (before := self._signs.get(name)) is not None and before.shape == signs.shape:

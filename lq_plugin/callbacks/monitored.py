@@ -172,4 +172,4 @@ class MonitoredModel:
 def _box_plot(name: str, layer: QuantizedLayer) -> Figure:
     minimum, maximum = weight_bounds(layer) or (None, None)
     spec = "" if layer.weight_quantizer is None else str(layer.weight_quantizer.spec)
-    return plots.weight_box_plot(layer.canonical(weight_of(layer)), minimum, maximum, f"{name}.weight", spec)
+    return plots.weight_box_plot(type(layer).canonical(layer, weight_of(layer)), minimum, maximum, f"{name}.weight", spec)

@@ -174,7 +174,7 @@ class QAT(QuantizationCallback):
                         if isinstance(stage, WeightQuantizer):
                             # Without first batches a learned range is still to be found.
                             found = stage.is_calibrated or not stage.needs_calibration
-                            (stage.new_epoch if found else stage.calibrate)(layer.canonical(weight_of(layer)))
+                            (stage.new_epoch if found else stage.calibrate)(type(layer).canonical(layer, weight_of(layer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.

@@ -160,7 +160,7 @@ def _put_weights(
                 graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
             else:
                 raise ExportError(
-                    f"{name}: the forward of {layer.float_class.__name__} has no one node that reads its input; leave that float"
+                    f"{name}: the forward of {type(layer).float_class.__name__} has no one node that reads its input; leave that float"
                 )
         except ExportError as error:
             faults.append(str(error))
@@ -261,7 +261,7 @@ def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Co
             try:
                 if quantizer is None:
                     raise ExportError(f"{name}.weight is float at this stage of its plan")
-                weights[name] = container(quantizer.spec, encode(quantizer, layer.canonical(layer.weight)), f"{name}.weight")
+                weights[name] = container(quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight")
             except ExportError as error:
                 faults.append(str(error))
         faults += _slot_faults(name, layer)
@@ -332,7 +332,7 @@ def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
     """The container, and whether the layer keeps its weight with dims 0 and 1 exchanged."""
     probe = torch.arange(content.q.numel()).reshape(content.q.shape)
-    held = layer.from_canonical(probe)
+    held = type(layer).from_canonical(layer, probe)
     if torch.equal(held, probe):
         return content, False
     if held.shape == probe.transpose(0, 1).shape and torch.equal(held, probe.transpose(0, 1)):

@@ -132,7 +132,7 @@ def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests:
     quantizer = cast(Any, layer.weight_quantizer).current
     if quantizer is None:
         raise ExportError(f"{name}.weight is float at this stage of its plan")
-    weight, spec = layer.canonical(layer.weight), quantizer.spec
+    weight, spec = type(layer).canonical(layer, layer.weight), quantizer.spec
     shape, before = tuple(weight.shape), writer.size
     found = statistics(quantizer, weight)
     training = quantizer.training

@@ -74,7 +74,7 @@ class PackedModel:
         if layer.weight_quantizer is None:
             yield f"{name}.weight is quantized in the file, its plan leaves it float"
             return
-        shape = tuple(layer.canonical(layer.weight).shape)
+        shape = tuple(type(layer).canonical(layer, layer.weight).shape)
         if source["shape"] != list(shape):
             yield f"{name}.weight has shape {list(shape)} here and {str(source['shape'])[:100]} in the file"
             return
@@ -174,7 +174,7 @@ class PackedModel:
                 small[key] = self.file.read(place)
         for name, spec in self.specs.items():
             layer = self.layers[name]
-            weight = layer.canonical(layer.weight)
+            weight = type(layer).canonical(layer, layer.weight)
             quantizer = PackedWeightQuantizer(spec, f"{name}.weight", tuple(weight.shape))
             if id(layer.weight) not in filled:
                 for rows in row_chunks(tuple(weight.shape)):

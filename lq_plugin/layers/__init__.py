@@ -9,6 +9,7 @@ from lq_plugin.layers.compound import (
     compound_family,
     compound_weights,
     register_compound,
+    swapped_compound,
     weight_key,
     why_unsupported_compound,
 )
@@ -32,7 +33,7 @@ from lq_plugin.layers.parametrized import (
     weight_sources,
 )
 from lq_plugin.layers.recurrent import QuantizedRecurrent
-from lq_plugin.layers.registry import quantized_class, register_layer, why_unsupported
+from lq_plugin.layers.registry import names_taken, quantized_class, register_layer, why_unsupported
 from lq_plugin.layers.siblings import share_inputs, unshare_inputs
 
 __all__ = [
@@ -59,10 +60,12 @@ __all__ = [
     "compound_weights",
     "computed_faults",
     "detach_quantizers",
+    "names_taken",
     "quantized_class",
     "register_compound",
     "register_layer",
     "share_inputs",
+    "swapped_compound",
     "unshare_inputs",
     "weight_is_computed",
     "weight_key",

@@ -45,7 +45,7 @@ class QuantizedAttention(QuantizedCompound):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         part = self._parts().get("in_proj_weight")
         # A subclass may mean something else by its arguments.
-        if part is not None and part.integer is not None and self.float_class is nn.MultiheadAttention:
+        if part is not None and part._integer_state is not None and type(self).float_class is nn.MultiheadAttention:
             y = self._integer_forward(part, *args, **kwargs)
             if y is not None:
                 return y, None
@@ -64,7 +64,7 @@ class QuantizedAttention(QuantizedCompound):
         is_causal: bool = False,
     ) -> Tensor | None:
         """Self-attention whose projection is summed with integers; None: torch's own forward is to compute it."""
-        module, state = cast(Any, self), cast(Any, part.integer)
+        module, state = cast(Any, self), cast(Any, part._integer_state)
         plain = query is key and key is value and query.ndim == 3 and not need_weights and not query.is_nested
         if not plain or module.bias_k is not None or module.add_zero_attn or (is_causal and attn_mask is None):
             state.refusals["it is not self-attention of a batch whose weights nobody reads"] = None

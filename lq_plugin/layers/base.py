@@ -28,6 +28,9 @@ from lq_plugin.spec import QuantSpec
 class QuantizedLayer(nn.Module):
     """Mixin before a float layer class: `class QuantizedLinear(QuantizedLayer, nn.Linear)`.
 
+    What a layer says of itself is read from its class (`type(layer).channels(layer)`), for the instance may have attributes of
+    these names of its own; a class that has them is refused (`names_taken`).
+
     A layer says which axis of its input and output carries the channels, and how its weight is brought
     into the order `[C_out, C_in / groups, *kernel]` and back, as views, so that gradients flow.
     """
@@ -41,9 +44,9 @@ class QuantizedLayer(nn.Module):
     input_quantizer: InputQuantizer | None
     output_quantizer: InputQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
-    integer: IntegerForward | None = None
+    _integer_state: IntegerForward | None = None
     #: With the layers beside it that may read the same tensor, see `share_inputs`.
-    shared_input: SharedInput | None = None
+    _shared_input: SharedInput | None = None
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -65,13 +68,13 @@ class QuantizedLayer(nn.Module):
         """`weight`, which is the layer's, quantized."""
         if self.weight_quantizer is None:
             return weight
-        return self.from_canonical(self.weight_quantizer(self.canonical(weight)))
+        return type(self).from_canonical(self, self.weight_quantizer(type(self).canonical(self, weight)))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the forward pass uses it."""
         quantizer = self.input_quantizer
-        if self.shared_input is not None and isinstance(quantizer, InputQuantizer) and self.shared_input.takes(x):
-            return quantizer.forward_shared(x, self.shared_input)
+        if self._shared_input is not None and isinstance(quantizer, InputQuantizer) and self._shared_input.takes(x):
+            return quantizer.forward_shared(x, self._shared_input)
         return x if quantizer is None else quantizer(x)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
@@ -85,7 +88,7 @@ class QuantizedLayer(nn.Module):
     def calibrate_weight(self, missing_only: bool = False) -> None:
         """Find the weight's range from the weight, for every stage (that has none yet)."""
         if self.weight_quantizer is not None:
-            weight = self.canonical(weight_of(self))
+            weight = type(self).canonical(self, weight_of(self))
             for stage in self.weight_quantizer.stages():
                 if isinstance(stage, WeightQuantizer) and not (missing_only and stage.is_calibrated):
                     stage.calibrate(weight)
@@ -129,8 +132,10 @@ class ShadowedForward(nn.Module):
         weight = self.__dict__["weight"] = layer.quantized_weight()
         try:
             if layer.weight is not weight:
-                raise QuantizationError(f"a {self.float_class.__name__} was parametrized after its quantizers came in: prepare it later")
-            y = self.float_class.forward(self, *args, **kwargs)
+                raise QuantizationError(
+                    f"a {type(self).float_class.__name__} was parametrized after its quantizers came in: prepare it later"
+                )
+            y = type(self).float_class.forward(self, *args, **kwargs)
         finally:
             if computed is None:
                 del self.__dict__["weight"]
@@ -140,7 +145,7 @@ class ShadowedForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle cannot find it by name: it is made again from the float class.
-        return _rebuild_shadowed, (self.float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild_shadowed, (type(self).float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
 def _rebuild_shadowed(float_class: type[nn.Module]) -> nn.Module:
@@ -156,13 +161,13 @@ def _rebuild_shadowed(float_class: type[nn.Module]) -> nn.Module:
 def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None:
     """Give a layer (whose class is swapped already) the quantizers its plan asks for."""
     layer.weight_quantizer = layer.input_quantizer = layer.output_quantizer = None
-    c_in, c_out = layer.channels()
+    c_in, c_out = type(layer).channels(layer)
     weight, trained = weight_of(layer), any(source.requires_grad for source in weight_sources(layer))
-    shape = tuple(layer.canonical(weight).shape)
+    shape = tuple(type(layer).canonical(layer, weight).shape)
     makers: dict[str, Callable[[QuantSpec, str], Quantizer]] = {
         "weight": lambda spec, name: make_weight_quantizer(spec, name, shape),
-        "input": lambda spec, name: make_input_quantizer(spec, name, c_in, layer.input_axis),
-        "output": lambda spec, name: make_input_quantizer(spec, name, c_out, layer.input_axis),
+        "input": lambda spec, name: make_input_quantizer(spec, name, c_in, type(layer).input_axis),
+        "output": lambda spec, name: make_input_quantizer(spec, name, c_out, type(layer).input_axis),
     }
     for slot in SLOTS:
         if getattr(plan, slot) is not None:
@@ -181,14 +186,14 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     """Take the quantizers away and give the float class back."""
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
-    layer.__dict__.pop("integer", None)
-    layer.__dict__.pop("shared_input", None)
+    layer.__dict__.pop("_integer_state", None)
+    layer.__dict__.pop("_shared_input", None)
     cast(nn.Module, layer).__class__ = _float_class(layer)
 
 
 def _float_class(layer: QuantizedLayer) -> type[nn.Module]:
     """The class from before the quantizers, with the parametrizations there are now: they can have come and gone since."""
-    names, kind = parametrized_names(layer), layer.float_class
+    names, kind = parametrized_names(layer), type(layer).float_class
     known = [name for name, value in kind.__dict__.items() if isinstance(value, property)]
     if not names or ("float_class" in type(layer).__dict__ and set(known) == set(names)):
         return kind

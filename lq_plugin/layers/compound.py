@@ -69,7 +69,7 @@ class CompoundWeight(nn.Module):
         """Make the owner compute with this weight's quantizers."""
         owner = self.owner
         if not isinstance(owner, QuantizedCompound):
-            owner.__class__ = _swapped_class(type(owner))
+            owner.__class__ = swapped_compound(type(owner))
             owner.add_module(CONTAINER, nn.ModuleDict().train(owner.training))
         container = cast(nn.ModuleDict, getattr(owner, CONTAINER))
         container[self.key] = self
@@ -81,7 +81,7 @@ class CompoundWeight(nn.Module):
         del container[self.key]
         if not container:
             delattr(owner, CONTAINER)
-            cast(nn.Module, owner).__class__ = owner.float_class
+            cast(nn.Module, owner).__class__ = type(owner).float_class
 
 
 class InputWeight(CompoundWeight):
@@ -149,7 +149,7 @@ class QuantizedCompound(nn.Module):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward; the parameters are the quantized ones now."""
-        return self.float_class.forward(self, *args, **kwargs)
+        return type(self).float_class.forward(self, *args, **kwargs)
 
     def _parts(self) -> dict[str, QuantizedLayer]:
         return cast(Any, getattr(self, CONTAINER))._modules
@@ -181,7 +181,7 @@ class QuantizedCompound(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle cannot find it by name: it is made again from the float class.
-        return _rebuild, (self.float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (type(self).float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
 def _quantized(part: QuantizedLayer, x: Any) -> Any:
@@ -242,7 +242,8 @@ def why_unsupported_compound(module: nn.Module) -> str | None:
     return None
 
 
-def _swapped_class(kind: type[nn.Module]) -> type[QuantizedCompound]:
+def swapped_compound(kind: type[nn.Module]) -> type[QuantizedCompound]:
+    """The class that a module of several weights is swapped to."""
     if kind not in _SWAPPED:
         family = next(_COMPOUND[parent] for parent in kind.__mro__ if parent in _COMPOUND)
         content = {"float_class": kind, "input_positions": _positions(family, kind), "__module__": __name__}
@@ -262,5 +263,5 @@ def _positions(family: type[QuantizedCompound], kind: type[nn.Module]) -> dict[s
 
 
 def _rebuild(float_class: type[nn.Module]) -> nn.Module:
-    kind = _swapped_class(float_class)
+    kind = swapped_compound(float_class)
     return kind.__new__(kind)

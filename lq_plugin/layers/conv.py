@@ -28,19 +28,19 @@ class _QuantizedConv(QuantizedLayer):
         return self.in_channels, self.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.integer is not None and (y := integer_forward(self, input)) is not None:
+        if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)
         scale = self.output_scale(input)
         if scale is None:
             return self.quantized_output(self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias))
         y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), None) * scale
-        return self.quantized_output(y if self.bias is None else y + self.bias.view(-1, *[1] * (-self.input_axis - 1)))
+        return self.quantized_output(y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1)))
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         if not scales_output(self.input_quantizer):
             return None
         box = x.new_full((1, 1, *self.kernel_size), 1.0 / prod(self.kernel_size))
-        return self._conv_forward(x.abs().mean(self.input_axis, keepdim=True), box, None)
+        return self._conv_forward(x.abs().mean(type(self).input_axis, keepdim=True), box, None)
 
 
 @register_layer(nn.Conv1d)

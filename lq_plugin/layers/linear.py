@@ -21,7 +21,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self.in_features, self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.integer is not None and (y := integer_forward(self, input)) is not None:
+        if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)
         scale = self.output_scale(input)
         if scale is None:

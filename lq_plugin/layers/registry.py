@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lq_plugin.formats import SLOTS
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, shadowable, weight_sources
 from lq_plugin.layers.swapped_class import swapped_class
@@ -85,6 +86,32 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
     mixins = (base,) if issubclass(base, ShadowedForward) else (ShadowedForward, base)
     shadowed = swapped_class(mixins, kind, {"float_class": kind, "__module__": __name__})
     return _SHADOWED.setdefault(kind, shadowed)
+
+
+#: What is read from the class of a quantized layer, never from the layer: an instance may have these names for itself.
+READ_FROM_CLASS = frozenset({"channels", "slots", "canonical", "from_canonical", "float_class", "input_axis"})
+#: What a quantized class replaces on purpose.
+_REPLACED = frozenset({"forward", "weight", "extra_repr"})
+
+
+def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> list[str]:
+    """Attributes of a float module that its quantized class has under the same name for something else.
+
+    Args:
+        module: a layer, or a module of several weights.
+        swapped: the class it is to be swapped to; None: that of a layer.
+    """
+    swapped, kind = swapped or quantized_class(module), class_before(module)
+    if swapped is None or isinstance(module, QuantizedLayer):
+        return []
+    known = [base for base in swapped.__mro__ if base not in type(module).__mro__]
+    ours = {name for base in known for name in vars(base) if not name.startswith("__")} - _REPLACED
+    ours |= {f"{slot}_quantizer" for slot in SLOTS}
+    # torch's own classes and ours are known to go together.
+    others = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "lq_plugin")]
+    in_class = {name for base in others for name in vars(base)}
+    in_instance = {*module.__dict__, *module._parameters, *module._buffers, *module._modules} - READ_FROM_CLASS
+    return sorted(ours & (in_class | in_instance))
 
 
 def why_unsupported(module: nn.Module) -> str | None:

@@ -20,13 +20,13 @@ def share_inputs(model: nn.Module) -> None:
             continue
         groups: dict[int, list[QuantizedLayer]] = defaultdict(list)
         for child in dict.fromkeys(module.children()):
-            if isinstance(child, QuantizedLayer) and "input" in child.slots and child.input_axis == -1:
-                groups[child.channels()[0]].append(child)
+            if isinstance(child, QuantizedLayer) and "input" in type(child).slots and type(child).input_axis == -1:
+                groups[type(child).channels(child)[0]].append(child)
         for layers in groups.values():
             if len(layers) > 1:
                 shared = SharedInput()
                 for layer in layers:
-                    layer.shared_input = shared
+                    layer._shared_input = shared
                 module.register_forward_pre_hook(shared.enter)
                 module.register_forward_hook(shared.leave, always_call=True)
 

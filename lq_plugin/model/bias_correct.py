@@ -160,7 +160,7 @@ class _Watch:
 
     def see(self, y: Tensor) -> Tensor:
         """`y`, with the float model's means in the quantized pass."""
-        axis = self.layer.input_axis % y.dim()
+        axis = type(self.layer).input_axis % y.dim()
         others = [dim for dim in range(y.dim()) if dim != axis]
         values = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
         mean = (values.mean(others) if others else values).cpu().double()
@@ -267,7 +267,7 @@ def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recor
         return f"{without}; {bn_name!r} behind it reads other layers, too"
     dims = {len(call.output_shapes[0]) for call in calls}
     direct = all(reader.inputs[0].direct for reader in readers)
-    if not direct or any(layer.input_axis % dim != 1 for dim in dims) or bn.num_features != layer.channels()[1]:
+    if not direct or any(type(layer).input_axis % dim != 1 for dim in dims) or bn.num_features != type(layer).channels(layer)[1]:
         return f"{without}; the channels of {bn_name!r} behind it are not shown to be its own"
     key = f"{bn_name}.running_mean"
     return _sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bn.running_mean, 1.0)

@@ -141,7 +141,7 @@ def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
     for _, layer in quantized_layers(model):
         for q in () if layer.weight_quantizer is None else layer.weight_quantizer.stages():
             if isinstance(q, WeightQuantizer) and q.spec.lacks_a_side:
-                weight = layer.canonical(weight_of(layer)).detach()
+                weight = type(layer).canonical(layer, weight_of(layer)).detach()
                 samples.append((q, q.sample(weight), q.qparams(blocks(weight.float(), q.spec.granularity))[0]))
     for q in quantizers(model):
         histogram = statistics.get(q.name)
@@ -162,7 +162,9 @@ def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
 def weight_samples(model: nn.Module) -> dict[str, Sample]:
     """The values of each quantized weight, one row for each scale, by the name of its quantizer."""
     layers = (layer for _, layer in quantized_layers(model))
-    return {q.name: q.sample(layer.canonical(weight_of(layer))) for layer in layers if (q := layer.weight_quantizer) is not None}
+    return {
+        q.name: q.sample(type(layer).canonical(layer, weight_of(layer))) for layer in layers if (q := layer.weight_quantizer) is not None
+    }
 
 
 @contextmanager

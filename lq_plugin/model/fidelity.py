@@ -173,7 +173,7 @@ def weight_errors(layer: QuantizedLayer) -> Errors | None:
     quantizer = _in_force(layer.weight_quantizer)
     if quantizer is None:
         return None
-    weight = layer.canonical(weight_of(layer)).detach()
+    weight = type(layer).canonical(layer, weight_of(layer)).detach()
     grouped = blocks(weight, quantizer.spec.granularity)
     errors = Errors()
     _add(errors, weight, quantizer.quantize_values(weight), grouped, quantizer.levels(grouped))
@@ -186,7 +186,7 @@ def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
     quantizer = _in_force(layer.weight_quantizer)
     if quantizer is None:
         return None
-    weight = layer.canonical(weight_of(layer)).detach()
+    weight = type(layer).canonical(layer, weight_of(layer)).detach()
     minimum, maximum, _ = quantizer.levels(blocks(weight, quantizer.spec.granularity))
     rows = len(weight)
     return minimum.reshape(minimum.shape[0], -1).amin(1).expand(rows), maximum.reshape(maximum.shape[0], -1).amax(1).expand(rows)
@@ -216,7 +216,7 @@ def _row(name: str, slot: str, quantizer: InputQuantizer | WeightQuantizer, laye
     row: dict[str, Any] = {"layer": name, "slot": slot, "spec": str(quantizer.spec)}
     if (current := _in_force(quantizer)) is not None:
         row["spec"] = str(current.spec)
-        weight = layer.canonical(weight_of(layer)).detach() if isinstance(current, WeightQuantizer) else None
+        weight = type(layer).canonical(layer, weight_of(layer)).detach() if isinstance(current, WeightQuantizer) else None
         if (levels := current.levels(None if weight is None else blocks(weight, current.spec.granularity))) is not None:
             low, high, step = levels
             row |= {

@@ -231,7 +231,7 @@ class _GPTQ:
         hessian = inputs.mean_over_ranks()
         quantizer = layer.weight_quantizer
         assert quantizer is not None
-        canonical = layer.canonical(layer.weight)
+        canonical = type(layer).canonical(layer, layer.weight)
         rounding = _Rounding(quantizer, canonical)
         weight, nearest = inputs.to_matrix(canonical.to(hessian.device)), inputs.to_matrix(quantizer(canonical).to(hessian))
         scale, zero_point = (inputs.to_matrix(t.to(hessian.device)) for t in rounding.elementwise_qparams())

@@ -37,7 +37,7 @@ class InputHessian:
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
         self.groups = int(getattr(layer, "groups", 1))
-        columns = layer.canonical(layer.weight)[0].numel()
+        columns = type(layer).canonical(layer, layer.weight)[0].numel()
         self.count = 0
         self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))
 

@@ -123,5 +123,5 @@ def enter_stage(
     if calibrate and begun:
         with whole():
             for layer, current in begun:
-                current.calibrate(layer.canonical(weight_of(layer)))
+                current.calibrate(type(layer).canonical(layer, weight_of(layer)))
     return changed

@@ -22,8 +22,10 @@ from lq_plugin.layers import (
     QuantizedLayer,
     attach_quantizers,
     detach_quantizers,
+    names_taken,
     quantized_class,
     share_inputs,
+    swapped_compound,
     unshare_inputs,
     weight_is_computed,
     weight_of,
@@ -88,6 +90,10 @@ def prepare(
         for name, layer_plan in layer_plans.items() if weight_is_computed(survey.candidates[name])
         for _, spec in layer_plan.stages_of("weight") if spec and make_weight_quantizer(spec, name, (1, 1)).latent_bound is not None
     ])  # fmt: skip
+    raise_all(PlanError, "attributes with names that quantized layers use for something else: rename them, or leave these layers float", [
+        f"{name} ({type(module).__name__}): {', '.join(taken)}"
+        for name, layer_plan in layer_plans.items() if layer_plan and (taken := _names_taken(module := survey.candidates[name]))
+    ])  # fmt: skip
     ledger = _ledger(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
         raise _nothing_to_quantize(model, [(entry.name, entry.kind, entry.reason) for entry in ledger.left_float])
@@ -112,6 +118,11 @@ def prepare(
 def _to_onnx(*args: Any, **kwargs: Any) -> None:
     """In the place of `LightningModule.to_onnx`, which ends in an error of torch's exporter about one of our operators."""
     raise ExportError("a quantized model is written to ONNX by lq_plugin.export.export_onnx(model, (x,), path), not by to_onnx")
+
+
+def _names_taken(layer: nn.Module) -> list[str]:
+    owner = layer.owner if isinstance(layer, CompoundWeight) else None
+    return names_taken(layer) if owner is None else names_taken(owner, swapped_compound(type(owner)))
 
 
 def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:

@@ -41,7 +41,7 @@ class SoftUnit:
         for name, layer in layers.items():
             quantizer = layer.weight_quantizer
             if quantizer is not None and quantizer.spec.format == "int" and quantizer.is_enabled and not weight_is_computed(layer):
-                self.roundings[name] = SoftRounding(quantizer, layer.canonical(layer.weight), options.scale_learning_rate > 0)
+                self.roundings[name] = SoftRounding(quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0)
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
                 if isinstance(held, InputQuantizer) and held.is_enabled:
@@ -77,7 +77,7 @@ class SoftUnit:
             assert quantizer is not None
             weight, scale, zero_point = rounding.rounded()
             with torch.no_grad():
-                layer.weight.copy_(layer.from_canonical(weight))
+                layer.weight.copy_(type(layer).from_canonical(layer, weight))
                 quantizer.fix(scale, zero_point)
                 if not torch.equal(layer.quantized_weight(), layer.weight):
                     raise QuantizationError(f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}")

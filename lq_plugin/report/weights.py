@@ -35,13 +35,13 @@ def in_force(layer: QuantizedLayer) -> Any:
 
 def original(layer: QuantizedLayer, before: Tensor | None = None) -> Tensor:
     """The weight to measure against, `[C_out, ...]` float32 on the CPU: as it was `before`, where a reconstruction has moved it."""
-    return layer.canonical(layer.weight if before is None else before).detach().float().cpu()
+    return type(layer).canonical(layer, layer.weight if before is None else before).detach().float().cpu()
 
 
 def quantized(layer: QuantizedLayer) -> Tensor:
     """The weight on its levels, of the same order; the quantizer has its range."""
     with torch.no_grad():
-        return in_force(layer).quantize_values(layer.canonical(layer.weight).detach()).float().cpu()
+        return in_force(layer).quantize_values(type(layer).canonical(layer, layer.weight).detach()).float().cpu()
 
 
 def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:
@@ -126,7 +126,10 @@ def rounding(layer: QuantizedLayer, before: Tensor | None, unit: str = "", fit: 
     if before is None or quantizer is None or quantizer.spec.format_name != "int":
         return Rounding(0, 0, 0, **told) if told else None
     granularity = quantizer.spec.granularity
-    now, was = (blocks(layer.canonical(value.detach().to(layer.weight.device)).float(), granularity) for value in (layer.weight, before))
+    now, was = (
+        blocks(type(layer).canonical(layer, value.detach().to(layer.weight.device)).float(), granularity)
+        for value in (layer.weight, before)
+    )
     scale, zero_point = quantizer.qparams(now)
     low, high, fraction = neighbours(was, scale, zero_point, quantizer.spec.grid)
     nearest = torch.where(fraction >= 0.5, high, low)

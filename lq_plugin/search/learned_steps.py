@@ -133,7 +133,7 @@ def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _
         evaluator.apply(alone(unit, spec))
         for name, into in zip(unit.layers, ranges, strict=True):
             layer = evaluator.layers[name]
-            parts = blocks(layer.canonical(layer.weight).detach(), spec.granularity) if unit.slot == "weight" else None
+            parts = blocks(type(layer).canonical(layer, layer.weight).detach(), spec.granularity) if unit.slot == "weight" else None
             levels = getattr(layer, f"{unit.slot}_quantizer").levels(parts)
             assert levels is not None, "a range of integers is known"
             # One step a tensor: the range that holds those of all its parts.

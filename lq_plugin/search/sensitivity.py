@@ -158,7 +158,8 @@ def _fitting(evaluator: Evaluator) -> str:
     called = [call.name for call in evaluator.recording.module_calls if call.name in evaluator.layers]
     if not called:
         return "loss"
-    return "kl" if evaluator.layers[called[-1]].channels()[1] > 1 else "sqnr"
+    last = evaluator.layers[called[-1]]
+    return "kl" if type(last).channels(last)[1] > 1 else "sqnr"
 
 
 class _Measurement(Callback):

@@ -82,7 +82,7 @@ class _Ranked(QAT):
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
         for index, name in enumerate(LAYERS):
-            pl_module.get_submodule(name).integer.ratio = 0.5 if (index + trainer.global_rank) % 2 else 2.0
+            pl_module.get_submodule(name)._integer_state.ratio = 0.5 if (index + trainer.global_rank) % 2 else 2.0
 
 
 @needs_kernels

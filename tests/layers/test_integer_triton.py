@@ -252,9 +252,9 @@ def test_a_trial_chooses():
     y, _, seen = outcome(model, x)
     assert_close(y, expected[0])
     assert all(map(torch.equal, seen, expected[2]))
-    ratio = model[0].integer.ratio
+    ratio = model[0]._integer_state.ratio
     assert ratio > 0
-    model[0].integer.worth = ratio / 2
+    model[0]._integer_state.worth = ratio / 2
     settle_integer_forward(model)
     assert "slower" in integer_report(model)["0"]
 

@@ -251,8 +251,8 @@ def test_who_watches_a_quantizer_sees_every_call(counted):
 def test_nothing_is_held_afterwards():
     """Neither after a forward pass nor after one that raised, and copies begin empty."""
     net = ready(Two())
-    held = net.first.query.shared_input
-    assert held is net.first.key.shared_input is not net.second.query.shared_input
+    held = net.first.query._shared_input
+    assert held is net.first.key._shared_input is not net.second.query._shared_input
     net(torch.randn(3, 5, WIDTH))
     assert held._entry is None
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -260,9 +260,9 @@ def test_nothing_is_held_afterwards():
     assert held._entry is None
     assert held._depth == 0
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert twin.first.query.shared_input is twin.first.key.shared_input is not held
+        assert twin.first.query._shared_input is twin.first.key._shared_input is not held
         hook = next(iter(twin.first._forward_pre_hooks.values()))
-        assert hook.__self__ is twin.first.query.shared_input
+        assert hook.__self__ is twin.first.query._shared_input
 
 
 def test_removed_without_a_trace():

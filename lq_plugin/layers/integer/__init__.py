@@ -46,7 +46,7 @@ def enable_integer_forward(
     if agree is not None:
         reasons = agree(reasons)
     for name, layer in layers.items():
-        layer.integer = IntegerForward(choices.get(name) if isinstance(choices, Mapping) else choices, reasons[name])
+        layer._integer_state = IntegerForward(choices.get(name) if isinstance(choices, Mapping) else choices, reasons[name])
 
 
 def disable_integer_forward(model: nn.Module) -> None:
@@ -55,7 +55,7 @@ def disable_integer_forward(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            module.integer = None
+            module._integer_state = None
 
 
 def settle_integer_forward(model: nn.Module, agree: Callable[[dict[str, bool]], dict[str, bool]] | None = None) -> list[str]:
@@ -92,7 +92,7 @@ def integer_report(model: nn.Module) -> dict[str, str]:
 def _states(model: nn.Module) -> dict[str, IntegerForward]:
     from lq_plugin.layers.base import QuantizedLayer
 
-    found = {_plain(name): module.integer for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    found = {_plain(name): module._integer_state for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     return {name: state for name, state in found.items() if state is not None}
 
 

@@ -74,7 +74,7 @@ def why_never(layer: QuantizedLayer) -> str | None:
         return arithmetic
     if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
         owner = getattr(layer, "owner", None)
-        kind = layer.float_class.__name__ if owner is None else f"{cast(Any, layer).key} of {owner.float_class.__name__}"
+        kind = type(layer).float_class.__name__ if owner is None else f"{cast(Any, layer).key} of {type(owner).float_class.__name__}"
         return f"{kind} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
@@ -140,7 +140,7 @@ def _why_not_convolution(layer: nn.Conv2d) -> str | None:
 
 def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     """The layer's output before its output quantizer, by integer sums; None: fake quantization is to compute it."""
-    state = cast(IntegerForward, layer.integer)
+    state = cast(IntegerForward, layer._integer_state)
     if not cast(nn.Module, layer).training or state.reason is not None or state.chosen is False or not x.numel():
         return None
     if torch.compiler.is_compiling():
@@ -164,7 +164,7 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
             # Who watches the quantizers sees what it would; looking changes no number.
             with torch.no_grad():
                 module(value)
-    shared = layer.shared_input if layer.shared_input is not None and layer.shared_input.takes(x) else None
+    shared = layer._shared_input if layer._shared_input is not None and layer._shared_input.takes(x) else None
     y = _integer(layer, x, weight, bias, arithmetic, shared)
     if y is None:
         state.refusals["the input or the weight has a NaN"] = None
