@@ -19,6 +19,7 @@ from lq_plugin.errors import ExportError, PlanError, did_you_mean, raise_all
 from lq_plugin.layers import (
     CONTAINER,
     CompoundWeight,
+    QuantizedCompound,
     QuantizedLayer,
     attach_quantizers,
     detach_quantizers,
@@ -121,8 +122,9 @@ def _to_onnx(*args: Any, **kwargs: Any) -> None:
 
 
 def _names_taken(layer: nn.Module) -> list[str]:
-    owner = layer.owner if isinstance(layer, CompoundWeight) else None
-    return names_taken(layer) if owner is None else names_taken(owner, swapped_compound(type(owner)))
+    if not isinstance(layer, CompoundWeight):
+        return names_taken(layer)
+    return [] if isinstance(layer.owner, QuantizedCompound) else names_taken(layer.owner, swapped_compound(type(layer.owner)))
 
 
 def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
