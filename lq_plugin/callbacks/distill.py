@@ -8,7 +8,6 @@ for quantized students: Mishra, Marr, "Apprentice", ICLR 2018 (arXiv 1711.05852)
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torchmetrics import Metric
 from lq_plugin.callbacks.steps import step_runner
 from lq_plugin.callbacks.traces import silenced
 from lq_plugin.errors import PlanError, raise_all
+from lq_plugin.model.copies import copy_model
 from lq_plugin.model.kept_state import KeptState
 from lq_plugin.model.prepare import remove
 
@@ -212,10 +212,6 @@ def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
 
 def _float_copy(pl_module: LightningModule) -> LightningModule:
     """The module without quantizers, in evaluation mode, without gradients."""
-    trainer, pl_module._trainer = pl_module._trainer, None
-    try:
-        teacher = copy.deepcopy(pl_module)
-    finally:
-        pl_module._trainer = trainer
+    teacher = copy_model(pl_module)
     remove(teacher)
     return teacher.eval().requires_grad_(False)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.quiet import quiet
+from lq_plugin.model.copies import copy_model
 from lq_plugin.model.prepare import remove
 
 #: The first one with 4-bit types and blocks of scales.
@@ -70,12 +70,4 @@ def float_copy(model: nn.Module) -> nn.Module:
 
 def inference_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
-    trainer = model.__dict__.pop("_trainer", None)
-    # Old weight_norm, spectral_norm and pruning keep a weight there that a training step has computed, which torch refuses to copy.
-    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-    try:
-        copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    finally:
-        if trainer is not None:
-            model.__dict__["_trainer"] = trainer
-    return copied.eval().cpu()
+    return copy_model(model).eval().cpu()

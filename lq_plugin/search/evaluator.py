@@ -10,7 +10,6 @@ data, exactly: it is the Trainer's own validation loop.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.lightning_packages import package_of
+from lq_plugin.model.copies import copy_model
 from lq_plugin.model.cost import Cost, plan_cost
 from lq_plugin.model.digest import digest
 from lq_plugin.model.prepare import quantized_layers, remove
@@ -137,11 +137,7 @@ class Evaluator:
     def float_copy(self) -> LightningModule:
         """The module with its float weights, batch norms included, and nothing of the search; it belongs to no Trainer."""
         self._calibrated()
-        trainer, self.model._trainer = self.model._trainer, None
-        try:
-            copied = copy.deepcopy(self.model)
-        finally:
-            self.model._trainer = trainer
+        copied = copy_model(self.model)
         remove(copied)
         with torch.no_grad():
             self._make_float(copied)
