@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import QuantizationError
@@ -23,6 +24,8 @@ from lq_plugin.quantizers import (
     make_weight_quantizer,
 )
 from lq_plugin.spec import QuantSpec
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class QuantizedLayer(nn.Module):
@@ -71,8 +74,17 @@ class QuantizedLayer(nn.Module):
         return type(self).from_canonical(self, self.weight_quantizer(type(self).canonical(self, weight)))
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input as the forward pass uses it."""
+        """The input as the forward pass uses it.
+
+        Raises:
+            QuantizationError: a sparse input is to be quantized.
+        """
         quantizer = self.input_quantizer
+        if quantizer is not None and x.layout in _SPARSE:
+            raise QuantizationError(
+                f"{quantizer.name}: the input is sparse ({x.layout}), which no format quantizes; pass x.to_dense(), "
+                "or leave the input of this layer float and quantize its weight alone"
+            )
         if self._shared_input is not None and isinstance(quantizer, InputQuantizer) and self._shared_input.takes(x):
             return quantizer.forward_shared(x, self._shared_input)
         return x if quantizer is None else quantizer(x)

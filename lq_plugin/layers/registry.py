@@ -118,6 +118,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     """Why this layer, although of a known type, cannot hold quantizers; None when it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy module without shape yet: run one batch through the model before the Trainer"
+    if any(source.is_complex() for source in weight_sources(module)):
+        return "its weight is complex, levels are real numbers"
     if not is_parametrized(module, "weight"):
         return None
     if "weight" not in parametrized_names(module) and not isinstance(module, QuantizedLayer):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lq_plugin import CalibrationError, QuantPlan, Rule, calibrate, prepare, remove
+from lq_plugin import CalibrationError, PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model import float_forward
@@ -274,3 +274,24 @@ def test_every_range_serves_weights_and_inputs_at_every_granularity(range_name):
         assert error > 25, f"{granularity}: {error:.1f} dB"
         scale, _ = net[0].weight_quantizer.qparams(blocks(net[0].weight, net[0].weight_quantizer.spec.granularity))
         assert scale.numel() == {"per_tensor": 1, "per_channel": 8, "group8": 8 * 2 * 9}[granularity]
+
+
+def test_complex_weights_stay_float_with_the_reason():
+    net = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    ledger = prepare(net, "w8a8")
+    assert [(entry.name, entry.reason) for entry in ledger.left_float] == [("0", "its weight is complex, levels are real numbers")]
+    assert type(net[0]) is nn.Linear
+    with pytest.raises(PlanError, match="its weight is complex"):
+        prepare(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "w8a8")
+
+
+def test_sparse_inputs_are_refused_with_the_remedies():
+    x = torch.eye(4)
+    net = nn.Sequential(nn.Linear(4, 4))
+    prepare(net, "w8a8")
+    with pytest.raises(QuantizationError, match=r"0\.input: the input is sparse \(torch\.sparse_coo\).*to_dense"):
+        net.train()(x.to_sparse())
+    net = nn.Sequential(nn.Linear(4, 4))
+    prepare(net, "int8 per_channel")
+    calibrate(net, [x])
+    torch.testing.assert_close(net(x.to_sparse()), net(x))
