@@ -206,11 +206,11 @@ def _raw_fault(value: Any) -> str | None:
 
 def _read_as_float(model: nn.Module) -> set[str]:
     """Keys of weights whose float values the model's own code reads, where those are not the quantized ones already."""
-    layers = {weight_key(name, layer): layer for name, layer in quantized_layers(model)}
-    found = set()
+    silent, found = unreached(model), set()
+    layers = {weight_key(name, layer): layer for name, layer in quantized_layers(model) if name not in silent}
     with torch.no_grad(), evaluating(model):
         for key, where in weights_read_past_layers(model).items():
-            if not torch.equal(layers[key].quantized_weight(), layers[key].weight):
+            if key in layers and not torch.equal(layers[key].quantized_weight(), layers[key].weight):
                 log.warning("%s is read by %s past its layer, where it is float: the file holds it twice, quantized and float", key, where)
                 found.add(key)
     return found

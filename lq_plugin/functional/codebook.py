@@ -46,7 +46,7 @@ ITERATIONS = 100
 #: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
 MAX_POINTS = 4096
 #: Elements that are worked on at a time, where that takes several times their memory; and values of a long row with one sum.
-_AT_A_TIME, _BLOCK = 2**22, 4096
+_AT_A_TIME, _BLOCK = 2**18, 4096
 
 
 def codebook_kmeans(
