@@ -16,6 +16,7 @@ from lq_plugin.callbacks.data import (
     statistics_merger,
     with_progress,
 )
+from lq_plugin.callbacks.load_guard import guard_load_from_checkpoint
 from lq_plugin.callbacks.neighbours import move_before, renew_averages, tuners
 from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep, step_runner
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 #: What the callback's state is called that holds the quantizers of a partial checkpoint.
 _QUANTIZERS = "quantizers"
 
+guard_load_from_checkpoint()
+
 
 class QuantizationCallback(Callback):
     """Injects a plan's quantizers into the LightningModule of a Trainer.
@@ -74,6 +77,7 @@ class QuantizationCallback(Callback):
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
     ) -> None:
+        guard_load_from_checkpoint()  # of a package that was imported after us, also
         self.plan = QuantPlan.parse(plan)
         least_coverage(min_coverage)
         self.min_coverage = min_coverage

@@ -35,7 +35,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = _state_dict(_read(path), path)
-    if _is_quantized(state) and not quantized_layers(model):
+    if is_quantized(state) and not quantized_layers(model):
         raise PlanError(f"{path} is a checkpoint of a quantized model, which lq_plugin.load_checkpoint reads, with its plan and ranges")
     with _unchanged_on_failure(model):
         model.load_state_dict(state)
@@ -77,7 +77,7 @@ def load_checkpoint(
     path = Path(path)
     content = _read(path)
     state = _state_dict(content, path)
-    if not _is_quantized(state):
+    if not is_quantized(state):
         raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
     plan = _saved_plan(content, path) if plan is None else plan
     if isinstance(model, type):
@@ -159,7 +159,8 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _is_quantized(state: Mapping[str, Any]) -> bool:
+def is_quantized(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict is of a quantized model."""
     return any(key.endswith("_quantizer.calibrated") for key in state)
 
 

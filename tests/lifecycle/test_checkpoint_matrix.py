@@ -126,6 +126,8 @@ def test_without_a_callback_a_quantized_checkpoint_is_refused(entry, kind, saved
         evaluated(saved, entry, saved / f"{kind}.ckpt")
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_quantizer"):
         Watched.load_from_checkpoint(saved / f"{kind}.ckpt", weights_only=True)
+    with pytest.raises(RuntimeError, match=r"lq_plugin\.load_checkpoint\(Watched, path\)"):
+        Watched.load_from_checkpoint(saved / f"{kind}.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("weights", ["", "-weights"])

@@ -137,3 +137,22 @@ def test_to_onnx_of_a_quantized_module_names_the_function_that_writes_it():
     module = Own()
     prepare(module, "w8a8")
     assert module.to_onnx() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are not in the model")
+def test_lightnings_load_from_checkpoint_names_the_remedy(fitted):
+    module, folder = fitted
+    for options, kind in (({}, RuntimeError), ({"strict": False}, PlanError)):
+        with pytest.raises(kind, match=r"lq_plugin\.load_checkpoint\(Module, path\)"):
+            Module.load_from_checkpoint(folder / "full.ckpt", **options)
+
+    class Prepared(Module):
+        """Prepares itself, so that the checkpoint fits."""
+
+        def configure_model(self):
+            super().configure_model()
+            prepare(self, "w4 lsq a4 ema")
+
+    loaded = Prepared.load_from_checkpoint(folder / "full.ckpt")
+    x = Data().x
+    assert torch.equal(loaded.eval()(x), module(x))
