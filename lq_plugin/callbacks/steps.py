@@ -112,10 +112,13 @@ def _takes(function: Callable[..., Any], parameter: str, **options: Any) -> bool
 
 def _several_loaders(loop: Any) -> bool:
     """Whether an evaluation loop walks along several loaders: it names their number to the step then."""
-    if loop._combined_loader is not None:
-        return bool(loop.num_dataloaders > 1)
-    source = loop._data_source
-    return not source.is_module() and len(loaders_in(source.instance)) > 1
+    source, combined = loop._data_source, loop._combined_loader
+    if combined is None and not source.is_module():
+        combined = source.instance
+    # A CombinedLoader in another mode gives one batch of all of them at once.
+    if getattr(combined, "_mode", "sequential") != "sequential":
+        return False
+    return bool(loop.num_dataloaders > 1) if loop._combined_loader is not None else len(loaders_in(combined)) > 1
 
 
 def _hooks_before(trainer: Trainer, module: LightningModule, name: str) -> list[str]:

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -282,3 +283,17 @@ def test_training_batches_of_another_form_are_named_with_the_remedy(trainer):
 def test_errors_of_ones_own_calibration_step_stay_as_they_are(trainer):
     with pytest.raises(ZeroDivisionError):
         trainer(QAT("w8a8", calibration_step=lambda module, batch: 1 / 0)).fit(Net(), loader(), loader(8))
+
+
+@pytest.mark.parametrize("fn", ["validate", "test"])
+def test_loaders_that_are_read_together_have_no_number(fn, trainer):
+    class Joint(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", self(batch["a"][0] if isinstance(batch, dict) else batch[0]).square().mean())
+
+        test_step = validation_step
+
+    joint = CombinedLoader({"a": loader(), "b": loader(16)}, mode="max_size_cycle")
+    module = Joint()
+    getattr(trainer(PTQ("w8a8", dataloader=loader())), fn)(module, joint, verbose=False)
+    assert all(quantizer.is_calibrated for quantizer in quantizers(module))
