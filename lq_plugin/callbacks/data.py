@@ -16,6 +16,7 @@ from lq_plugin.callbacks.steps import CalibrationStep, as_step, loop_of, own_ste
 from lq_plugin.errors import CalibrationError
 from lq_plugin.lightning_packages import is_overridden, isolate_rng, package_of
 from lq_plugin.model.calibrate import Statistics, needs_data
+from lq_plugin.model.kept_state import KeptState
 from lq_plugin.model.loaders import loaders_in
 from lq_plugin.model.tensor_identity import leading_size
 
@@ -29,7 +30,7 @@ def calibration_batches(
     """Up to `count` batches of this rank, on the module's device.
 
     They come from `given`, or from the train dataloader of the fit, of the datamodule, or of the
-    module. Random states are as before afterwards.
+    module. Random states, and those of the loader, are as before afterwards.
 
     Args:
         trainer, pl_module: of the run.
@@ -46,10 +47,37 @@ def calibration_batches(
             if needed:
                 raise CalibrationError(_NO_LOADER)
             return
-        # Each rank takes its share, as a distributed sampler would give it.
-        mine = itertools.islice(loader, trainer.global_rank, count * trainer.world_size, trainer.world_size)
-        for batch in mine:
-            yield _transferred(trainer, pl_module, batch)
+        with _read_twice(trainer, pl_module, loader) as batches:
+            # Each rank takes its share, as a distributed sampler would give it.
+            mine = itertools.islice(batches, trainer.global_rank, count * trainer.world_size, trainer.world_size)
+            for batch in mine:
+                yield _transferred(trainer, pl_module, batch)
+
+
+@contextmanager
+def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """The loader, which gives the same batches after the block as inside it: the training has all of them, as without calibration.
+
+    Generators of loaders, samplers and data sets, positions, and iterators that can be read once are put back, see
+    `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied.
+
+    Raises:
+        CalibrationError: the training has one iterator, which nothing can stand in for.
+    """
+    source = trainer.fit_loop._data_source
+    holders = (source, source.instance, getattr(trainer, "datamodule", None), pl_module)
+    state = KeptState(loader, *(holder for holder in holders if holder is not None), values=False)
+    try:
+        batches = state.stand_in(loader)
+        once = isinstance(loader, Iterator) and batches is loader
+        if once and trainer.state.fn == "fit" and source.is_defined() and source.dataloader() is loader:
+            raise CalibrationError(
+                f"the training data is a {type(loader).__name__}, which can be read once: calibration would take its first batches; "
+                "give others: QAT(plan, dataloader=...)"
+            )
+        yield batches
+    finally:
+        state.close()
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
@@ -110,7 +138,8 @@ def _batch_and_step(
                 raise CalibrationError(_NO_LOADER)
             loader = itertools.chain.from_iterable(loaders_in(loop._data_source.dataloader()))
             step = step or as_step(trainer, pl_module, name)
-        batch = next(iter(loader), None)
+        with _read_twice(trainer, pl_module, loader) as batches:
+            batch = next(iter(batches), None)
     if batch is None:
         raise CalibrationError("no calibration data: the loader gave 0 batches")
     return batch, step or own_step(trainer, pl_module)

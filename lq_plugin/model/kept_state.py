@@ -14,6 +14,7 @@ variables. Not entered are the elements of containers with more than 10,000. Wri
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import itertools
@@ -99,6 +100,10 @@ class KeptState:
             kept[key] = item
         return kept
 
+    def stand_in(self, value: Any) -> Any:
+        """What stands in for an iterator until `close`; other values are themselves."""
+        return self.iterators.get(id(value), value)
+
     def restore(self) -> None:
         """Put everything back; may be called again and again."""
         with torch.no_grad():
@@ -139,7 +144,8 @@ class _Recorded:
         if self._position == len(self._given):
             self._given.append(next(self._iterator))
         self._position += 1
-        return self._given[self._position - 1]
+        # A copy: what is given once more must not have been written to.
+        return copy.deepcopy(self._given[self._position - 1])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)

@@ -147,7 +147,7 @@ def test_metrics_in_collections_and_after_an_error():
 
 def test_what_calibration_changes_stays():
     module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    prepare(module, "w8a8 mse")
+    prepare(module, "w8 mse a8 mse")
     module.view = module[0].weight.detach()
     module.parameters_of_mine = [module[0].weight]
     chosen = quantizers(module)
