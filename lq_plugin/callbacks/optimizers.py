@@ -104,7 +104,7 @@ def hide_learned_ranges(pl_module: LightningModule, seen: Callable[[], bool]) ->
 def show_learned_ranges(pl_module: LightningModule) -> None:
     """Take the patch of `hide_learned_ranges` away, if it is there."""
     patch = pl_module.__dict__.get("configure_optimizers")
-    if hasattr(patch, "before"):
+    if patch is not None and hasattr(patch, "before"):
         del pl_module.__dict__["configure_optimizers"]
         if patch.before is not None:
             pl_module.__dict__["configure_optimizers"] = patch.before

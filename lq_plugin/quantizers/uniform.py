@@ -201,7 +201,8 @@ class WeightQuantizer(Quantizer):
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         self._last = None
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
         """Two-level scales, with γ of the weight as it is: the largest of all scales is that of the extremes."""
