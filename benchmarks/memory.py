@@ -143,10 +143,10 @@ def main() -> None:
                 line += f"   {options.beside}: {row['beside']['layers']:6.2f} layers" if other else ""
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
+                common.write_json(options.json, {"limits": LIMITS, "beside": options.beside, "rows": rows}, ("safetensors",))
         finally:
             if other is not None:
                 subprocess.run(["git", "worktree", "remove", "--force", str(other)], check=True)
-    common.write_json(options.json, {"limits": LIMITS, "beside": options.beside, "rows": rows}, ("safetensors",))
 
 
 if __name__ == "__main__":
