@@ -1,0 +1,127 @@
+"""A training step and an evaluation of a network that reads 1,024 rows of an embedding table, over the float ones.
+
+    python -m benchmarks.embedding --json out.json --rows 1000 30000 300000 --columns 32 256
+
+The network: 256 samples of four rows each, their mean, a hidden layer of 256, ten classes; SGD, dense and sparse gradients. `layer`
+is the evaluation of the table alone. The peer is torchao's quantization-aware embedding (int4 per group of 32), where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks import common
+from lq_plugin import calibrate, prepare
+
+SPECS = ("int8 per_channel", "int8", "int4 per_channel mse", "int4 group32", "int4 per_channel lsq")
+PEER = "torchao int4 group32"
+SAMPLES, READ, HIDDEN, CLASSES = 256, 4, 256, 10
+
+
+class Net(nn.Module):
+    def __init__(self, table: nn.Module, columns: int) -> None:
+        super().__init__()
+        self.table = table
+        self.head = nn.Sequential(nn.Linear(columns, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(index).mean(1))
+
+
+def nets(rows: int, columns: int, index: torch.Tensor, sparse: bool) -> dict[str, Net]:
+    """The float network, ours, and the peer's."""
+    result = {"float": Net(nn.Embedding(rows, columns, sparse=sparse), columns)}
+    for spec in SPECS:
+        net = Net(nn.Embedding(rows, columns, sparse=sparse), columns)
+        prepare(net, {"rules": [{"match": "table", "weight": spec}]})
+        calibrate(net, [index])
+        result[spec] = net
+    if not sparse and (peer := peers_table(rows, columns)) is not None:
+        result[PEER] = Net(peer, columns)
+    return result
+
+
+def peers_table(rows: int, columns: int) -> nn.Module | None:
+    """torchao's; it has no sparse gradients."""
+    try:
+        from torchao.quantization.qat import IntxFakeQuantizeConfig
+        from torchao.quantization.qat.embedding import FakeQuantizedEmbedding
+    except ImportError:
+        return None
+    return FakeQuantizedEmbedding(rows, columns, weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32))
+
+
+def step_of(net: Net, index: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    loss = nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(net(index), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
+    """One row for each network."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, rows, (SAMPLES, READ), generator=generator)
+    target = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
+    dense, sparse = (nets(rows, columns, index, kind) for kind in (False, True))
+    times = {}
+    for what, held in (("step", dense), ("sparse step", sparse)):
+        steps = {name: step_of(net.train(), index, target) for name, net in held.items()}
+        times[what] = common.interleaved(steps, rounds, warm_up=2)
+    with torch.no_grad():
+        for net in dense.values():
+            net.eval()
+        times["evaluation"] = common.interleaved({name: (lambda net=net: net(index)) for name, net in dense.items()}, rounds, warm_up=2)
+        times["layer"] = common.interleaved({name: (lambda net=net: net.table(index)) for name, net in dense.items()}, rounds, warm_up=2)
+    result = []
+    for name in dense:
+        row: dict[str, Any] = {"rows": rows, "columns": columns, "name": name}
+        for what, seconds in times.items():
+            if name in seconds:
+                row[what] = round(common.ratio(seconds, name, "float")["ratio"], 3)
+                row[f"{what} microseconds"] = round(1e6 * min(seconds[name]), 1)
+        result.append(row)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser: argparse.ArgumentParser = common.parser(__doc__, data=False)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 30_000, 300_000], metavar="N", help="default: %(default)s")
+    parser.add_argument("--columns", type=int, nargs="+", default=[32, 256], metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    common.start(options)
+    results: dict[str, Any] = {"read": SAMPLES * READ, "results": []}
+    for columns in options.columns:
+        for rows in options.rows:
+            results["results"] += measure(rows, columns, options.rounds)
+            common.write_json(options.json, results, ("torchao",))
+    Console().print(table(results))
+    return results
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Times over those of the float network."""
+    found = Table(title=f"{results['read']:,} rows of a table, time over that of float")
+    kinds = ("step", "sparse step", "evaluation", "layer")
+    for column in ("rows", "columns", "table", *kinds):
+        found.add_column(column, justify="left" if column == "table" else "right")
+    for row in results["results"]:
+        found.add_row(f"{row['rows']:,}", str(row["columns"]), row["name"], *(f"{row[kind]:.2f}" if kind in row else "-" for kind in kinds))
+    return found
+
+
+if __name__ == "__main__":
+    main()
