@@ -1,4 +1,4 @@
-# make setup | test | test-all | demo | docs-pictures | wheel | clean
+# make setup | test | test-all | test-projects | demo | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all demo docs-pictures wheel clean
+.PHONY: setup check test test-all test-projects demo docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -32,6 +32,18 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+# Released projects of the package index, each trained quantized for some steps; writes tests/projects/results.md.
+PROJECTS := .venv-projects
+
+$(PROJECTS)/.ready: pyproject.toml setup.py tests/projects/requirements.txt
+	test -x $(PROJECTS)/bin/python || $(PYTHON) -m venv $(PROJECTS)
+	$(PROJECTS)/bin/python -m pip install "$(TORCH)"
+	$(PROJECTS)/bin/python -m pip install -e . -r tests/projects/requirements.txt
+	touch $@
+
+test-projects: $(PROJECTS)/.ready
+	$(PROJECTS)/bin/python tests/projects/run.py
 
 demo: setup
 	$(BIN)/python examples/digits_demo.py
