@@ -160,7 +160,7 @@ class Quantizer(nn.Module):
         """Read them at the next call, whatever was written to."""
         self._written = None
 
-    def train(self, mode: bool = True) -> Quantizer:
+    def train(self, mode: bool = True) -> Any:
         if not mode:
             self.forget_switches()
         return super().train(mode)
