@@ -281,7 +281,8 @@ class QAT(QuantizationCallback):
         # At each batch: somebody may have loaded a state of another moment into the module.
         silent = {id(quantizer) for group in self.unreached.values() for quantizer in group}
         for quantizer in quantizers(pl_module):
-            quantizer.observing = isinstance(quantizer, InputQuantizer) and phase.observe
+            # Frozen ranges are those that there are: what a batch reaches later still gets its first.
+            quantizer.observing = isinstance(quantizer, InputQuantizer) and (phase.observe or not quantizer.is_calibrated)
             if id(quantizer) not in silent:
                 self._switch(quantizer, phase)
 

@@ -163,8 +163,16 @@ def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: _Recorded) ->
 
 
 def _is_read_once(value: Any) -> bool:
-    """Whether it is an iterator without attributes that could be put back: a generator, `map`, `itertools.count`."""
-    return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not isinstance(value, io.IOBase)
+    """Whether it is an iterator and nothing else, without attributes that could be put back: a generator, `map`, `itertools.count`.
+
+    A database's cursor or a reader of a file format has methods of its own, which a stand-in that only iterates would lack.
+    """
+    return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not _has_methods(type(value))
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_methods(kind: type) -> bool:
+    return any(callable(getattr(kind, name)) for name in dir(kind) if not name.startswith("_") and not hasattr(types.GeneratorType, name))
 
 
 def _is_opaque(value: Any) -> bool:
@@ -234,7 +242,8 @@ def _(value: nn.Module, state: KeptState) -> Iterable[Any]:
     found: list[Any] = [module for module in value._modules.values() if module is not None]
     found += _keep_items(vars(value), state, taken=(value._modules, value._parameters, value._buffers))
     if not isinstance(value, _BatchNorm):
-        found += _keep_items(value._buffers, state)
+        # A scripted module has a view of them, which makes its tensors anew each time and cannot be written to.
+        found += _keep_items(value._buffers, state) if isinstance(value._buffers, dict) else value._buffers.values()
     for kind in type(value).__mro__:
         if kind.__module__.partition(".")[0] not in _OPAQUE and kind is not object:
             found += _keep_class(kind, state)

@@ -192,7 +192,8 @@ class WeightQuantizer(Quantizer):
 
     def _qparams_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a live range; in evaluation of the weight as it was at the last call, while nothing wrote to it."""
-        if self.training or weight.is_inference():
+        # In compiled code nothing can be remembered from call to call.
+        if self.training or torch.compiler.is_compiling() or weight.is_inference():
             return self.qparams(weight)
         state = weight.data_ptr(), weight._version
         if self._last is None or self._last[0] != state:

@@ -121,6 +121,16 @@ def test_the_scale_of_a_table_follows_every_change_of_it():
     assert right()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
+def test_evaluated_in_one_compiled_graph():
+    net = table("int8").eval()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(INDEX), net(INDEX))
+            net[0].weight.mul_(2)
+
+
 def test_before_there_is_a_range_and_while_switched_off():
     net = nn.Sequential(nn.Embedding(20, 12))
     prepare(net, {"rules": [{"match": "*", "weight": "int4 per_channel mse"}]})

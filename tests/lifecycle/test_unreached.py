@@ -193,6 +193,29 @@ def test_the_schedule_decides_when_a_layer_that_was_reached_late_is_quantized(tr
     assert states == [(False, False), (True, False), (True, False), (True, True)]
 
 
+@pytest.mark.parametrize("plan", ["w8a8", PLAN])
+def test_a_layer_that_is_reached_after_ranges_are_frozen_gets_a_range_that_stays(plan, trainer):
+    class Late(Auxiliary):
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.head(h) + self.aux(h * self.global_step) if self.training and self.global_step > 1 else self.head(h)
+
+    module, scales = Late(), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            quantizers_of = (pl_module.body.input_quantizer, pl_module.aux.input_quantizer)
+            scales.append([q.scale.item() if q.is_calibrated else None for q in quantizers_of])
+
+    trainer(QAT(plan, schedule={"observer_freeze": "step 1"}), Look()).fit(module, DATA)
+    body, aux = zip(*scales, strict=True)
+    assert body[1] == body[2] == body[3]
+    assert aux[0] is aux[1] is None
+    assert aux[2] == aux[3] is not None
+    assert module.aux.weight_quantizer.is_enabled
+    assert module.aux.input_quantizer.is_enabled
+
+
 def test_stopped_before_a_layer_is_reached_and_resumed(trainer, tmp_path):
     """`experts.1` is reached in the second epoch alone."""
     late = x_of(2)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import sqlite3
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
@@ -187,6 +188,38 @@ def test_iterators_give_once_more_what_they_gave():
     with state_kept(module):
         pass
     assert module.numbers is original
+
+
+def test_an_iterator_with_methods_of_its_own_stays_what_it_is():
+    module = Module()
+    module.cursor = original = sqlite3.connect(":memory:").cursor()
+    with state_kept(module):
+        assert next(module.cursor.execute("SELECT 1")) == (1,)
+        assert next(module.cursor, None) is None
+    assert module.cursor is original
+    assert module.cursor.execute("SELECT 2").fetchone() == (2,)
+    module.cursor.connection.close()
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        return x - self.mean
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is (deprecated|not supported)")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 3))], ids=["script", "trace"])
+def test_scripted_modules_keep_their_buffers(make):
+    module = Module()
+    module.loss = make(nn.Sequential(nn.Linear(3, 3), Shifted()))
+    mean = next(buffer for name, buffer in module.named_buffers() if name.endswith("mean"))
+    with state_kept(module), torch.no_grad():
+        module.loss(torch.randn(2, 3))
+        mean.add_(1)
+    assert mean.tolist() == [0.0] * 3
 
 
 def test_kept_once_and_restored_after_each_step():
