@@ -1,4 +1,4 @@
-# make setup | test | test-all | test-projects | demo | docs-pictures | wheel | clean
+# make setup | test | test-all | test-projects | fuzz | demo | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all test-projects demo docs-pictures wheel clean
+.PHONY: setup check test test-all test-projects fuzz demo docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ $(PROJECTS)/.ready: pyproject.toml setup.py tests/projects/requirements.txt
 
 test-projects: $(PROJECTS)/.ready
 	$(PROJECTS)/bin/python tests/projects/run.py
+
+# Ten thousand mutated inputs; ends with a table, tests/fuzz/RESULTS.md, and exit status 1 where one ended as it must not.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seed 0 --count 10000 --write
 
 demo: setup
 	$(BIN)/python examples/digits_demo.py

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lq_plugin.errors import QuantizationError, raise_all
@@ -75,7 +76,11 @@ class JobOverrides:
         faults: list[str] = []
         fixed: dict[str, str] = {}
         swept: dict[str, Parameter] = {}
-        for override in parser.parse_overrides([*lines, *arguments]):
+        try:
+            overrides = parser.parse_overrides([*lines, *arguments])
+        except HydraException as error:
+            raise QuantizationError(f"cannot sweep: {error}") from error
+        for override in overrides:
             key = override.get_key_element()
             fixed.pop(key, None)
             swept.pop(key, None)

@@ -53,6 +53,8 @@ class PatternSpace:
     @classmethod
     def parse(cls, layers: Mapping[str, Any]) -> PatternSpace:
         """Read the fields of a `Space`, and `plan`: anything `QuantPlan.parse` reads, or None."""
+        if not isinstance(layers, Mapping):
+            raise PlanError(f"layers is a mapping, {{rules: [...]}}, got {layers!r}")
         fields = dict(layers)
         base = fields.pop("plan", None)
         return cls(Space.parse(fields), None if base is None else QuantPlan.parse(base))

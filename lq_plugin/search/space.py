@@ -77,7 +77,7 @@ def _product(entry: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]
     constant = {key: entry[key] for key in _CONSTANT if key in entry}
     # Bit-widths vary fastest: the first granularity and range written are the preferred ones.
     axes = [key for key in reversed(_PRODUCT) if key in entry]
-    lists = [[item] if isinstance(item := entry[key], (str, int)) else list(item) for key in axes]
+    lists = [list(item) if isinstance(item := entry[key], Sequence) and not isinstance(item, str) else [item] for key in axes]
     return [
         {_PRODUCT[key]: item for key, item in zip(axes, combination, strict=True)} | constant for combination in itertools.product(*lists)
     ]

@@ -80,7 +80,8 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         valid = ("minimize", "maximize")
-        faults = [f"direction {d!r} is none of {', '.join(valid)}" for d in self.directions if d not in valid]
+        faults = self._kind_faults()
+        faults += [f"direction {d!r} is none of {', '.join(valid)}" for d in self.directions if d not in valid]
         faults += [
             f"unknown cost {cost!r}; valid: {', '.join(COUNTED)}.{did_you_mean(cost, COUNTED)}"
             for cost in self.costs
@@ -101,6 +102,27 @@ class SweepSettings:
         parse_constraints(self.constraints)
         if self.pruner is not None:
             build(self.pruner, BasePruner, _PRUNER)
+
+    def _kind_faults(self) -> list[str]:
+        """What is wrong with the kinds of values that Hydra takes as they are."""
+        seeds = {"seed": self.seed}
+        if isinstance(self.sampler, Mapping) and self.sampler.get("seed") is not None:
+            seeds["sampler.seed"] = self.sampler["seed"]
+        faults = [
+            f"{name} is an integer, 0 or more, got {value!r}"
+            for name, value in seeds.items()
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0
+        ]
+        faults += [
+            f"{name} is a mapping or null, got {value!r}"
+            for name in ("sampler", "pruner", "layers")
+            if not isinstance(value := getattr(self, name), Mapping | None)
+        ]
+        if not isinstance(self.storage, str | Mapping):
+            faults.append(f"storage is an Optuna URL, a mapping or null, got {self.storage!r}")
+        if not isinstance(self.plan_key, str | Sequence | None):
+            faults.append(f"plan_key is a config key, a list of them or null, got {self.plan_key!r}")
+        return faults
 
     def _several_objectives(self) -> list[str]:
         """What keeps a pruner from several objectives."""
@@ -135,7 +157,7 @@ class SweepSettings:
     @property
     def directions(self) -> list[Any]:
         """One for each objective."""
-        given = [self.direction] if isinstance(self.direction, str) else list(self.direction)
+        given = list(self.direction) if isinstance(self.direction, Sequence) and not isinstance(self.direction, str) else [self.direction]
         # Optuna's sweeper of Hydra writes an enumeration.
         return [d.name.lower() if isinstance(d, StudyDirection) else d for d in given]
 

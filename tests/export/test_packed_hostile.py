@@ -25,17 +25,21 @@ def net(width=8):
     return nn.Sequential(nn.Linear(16, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 4))
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
+def packed_content(path):
+    """Metadata, blob and table of a file that `load_packed` reads into `net()`."""
     model = net()
     plan = [Rule("*", weight="int4 affine per_channel", input="uint8 affine"), Rule("3", weight="mxfp6_e3m2")]
     prepare(model, QuantPlan(plan))
     calibrate(model, [torch.randn(32, 16)])
-    path = tmp_path_factory.mktemp("packed") / "net.safetensors"
     save_packed(model.eval(), path)
     with safe_open(path, framework="numpy") as file:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return file.metadata(), arrays["blob"], json.loads(zlib.decompress(arrays["table"].tobytes()))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return packed_content(tmp_path_factory.mktemp("packed") / "net.safetensors")
 
 
 def rewritten(packed, path, change):

@@ -57,6 +57,7 @@ def test_lists_mix_specs_products_and_float_and_drop_what_is_written_twice() -> 
         ([], ["no choices"]),
         ({"bit_widths": []}, ["no choices"]),
         ({"bit_widths": [1, 2], "ranges": ["lsq"]}, ["lsq"]),
+        ({"bit_widths": 2.5}, ["got 2.5"]),
     ],
 )
 def test_every_impossible_choice_is_named(value: object, messages: list[str]) -> None:

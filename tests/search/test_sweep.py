@@ -426,6 +426,16 @@ def test_a_study_for_something_else_is_refused(sweeps):
         ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.pruners.MedianPruner"}}, "single objective"),
         ({"params": X, "direction": ["minimize"] * 2, "pruner": DOMINANCE}, "DominancePruner needs one metric, all other"),
         ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.Nothing"}}, "cannot find optuna.Nothing"),
+        ({"params": X, "sampler": "tpe"}, "sampler is a mapping or null, got 'tpe'"),
+        ({"params": X, "seed": -1}, "seed is an integer, 0 or more, got -1"),
+        (
+            {"params": X, "sampler": {"_target_": "optuna.samplers.TPESampler", "seed": "x"}},
+            "sampler.seed is an integer, 0 or more, got 'x'",
+        ),
+        ({"params": X, "direction": 3}, "direction 3 is none of minimize, maximize"),
+        ({"params": X, "storage": 3}, "storage is an Optuna URL, a mapping or null, got 3"),
+        ({"layers": "w4"}, "layers is a mapping or null, got 'w4'"),
+        ({"params": {"x": "²"}}, "cannot sweep: .*x=²"),
     ],
 )
 def test_settings_that_cannot_be(sweeps, settings, message):

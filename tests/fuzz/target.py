@@ -1,0 +1,55 @@
+"""What a target of the fuzzer is, and how one case of it ends."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from lq_plugin.errors import QuantizationError
+
+#: How a case may end.
+ERROR, SAME, OTHER = "own error", "same result", "other valid result"
+
+
+class Failure(Exception):
+    """What was read or refused is not as it should be."""
+
+
+class Target:
+    """One kind of input. Its constructor builds the unmutated one in `folder`.
+
+    `errors` are, next to `QuantizationError`, what the docstring of the function in question promises.
+    """
+
+    name: str
+    #: When another result than that of the unmutated input is right.
+    legitimate: str
+    #: Cases of 10,000.
+    share: int
+    errors: tuple[type[BaseException], ...] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def mutated(self, rng: random.Random) -> Any:
+        """Returns an input after a few changes."""
+        raise NotImplementedError
+
+    def use(self, case: Any) -> str:
+        """Gives the input to the library; returns `SAME` or `OTHER`.
+
+        Raises:
+            QuantizationError, or one of `errors`: it is refused.
+            Failure: it is read as something that it does not say, or what should be untouched is changed.
+        """
+        raise NotImplementedError
+
+    def outcome(self, rng: random.Random) -> str:
+        try:
+            return self.use(self.mutated(rng))
+        except (QuantizationError, *self.errors) as error:
+            str(error).encode("utf-8", "backslashreplace")
+            if len(str(error)) > 250_000:
+                raise Failure(f"a message of {len(str(error))} characters") from error
+            return ERROR
