@@ -1,4 +1,4 @@
-# make setup | test | test-all | test-projects | fuzz | demo | docs-pictures | wheel | clean
+# make setup | test | test-all | test-minimum | test-projects | fuzz | demo | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all test-projects fuzz demo docs-pictures wheel clean
+.PHONY: setup check test test-all test-minimum test-projects fuzz demo docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -32,6 +32,19 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+# The oldest versions that pyproject.toml allows (torch 2.6 comes with CUDA: 3 GB); writes tests/minimum/results.md.
+MINIMUM := .venv-minimum
+
+$(MINIMUM)/.ready: pyproject.toml setup.py
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --no-deps -e .
+	$(MINIMUM)/bin/python tests/minimum/run.py --requirements > $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python -m pip install -r $(MINIMUM)/requirements.txt
+	touch $@
+
+test-minimum: $(MINIMUM)/.ready
+	$(MINIMUM)/bin/python tests/minimum/run.py
 
 # Released projects of the package index, each trained quantized for some steps; writes tests/projects/results.md.
 PROJECTS := .venv-projects
