@@ -12,7 +12,7 @@ import numpy as np
 import rich.progress
 import torch
 
-from lq_plugin.callbacks.steps import CalibrationStep, as_step, loop_of, own_step, step_runner
+from lq_plugin.callbacks.steps import CalibrationStep, as_step, loaders_of_run, loop_of, own_step, step_runner
 from lq_plugin.errors import CalibrationError
 from lq_plugin.lightning_packages import is_overridden, isolate_rng, package_of
 from lq_plugin.model.calibrate import Statistics, needs_data
@@ -59,7 +59,7 @@ def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[A
     """The loader, which gives the same batches after the block as inside it: the training has all of them, as without calibration.
 
     Generators of loaders, samplers and data sets, positions, and iterators that can be read once are put back, see
-    `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied.
+    `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied. Batches that are None are left out.
 
     Raises:
         CalibrationError: the training has one iterator, which nothing can stand in for.
@@ -75,7 +75,8 @@ def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[A
                 f"the training data is a {type(loader).__name__}, which can be read once: calibration would take its first batches; "
                 "give others: QAT(plan, dataloader=...)"
             )
-        yield batches
+        # A Trainer takes no step on None either.
+        yield (batch for batch in batches if batch is not None)
     finally:
         state.close()
 
@@ -136,7 +137,7 @@ def _batch_and_step(
             loop = loop_of(trainer, name)
             if not or_evaluation or not loop._data_source.is_defined() or not is_overridden(name, pl_module):
                 raise CalibrationError(_NO_LOADER)
-            loader = itertools.chain.from_iterable(loaders_in(loop._data_source.dataloader()))
+            loader = itertools.chain.from_iterable(loaders_of_run(loop._data_source.dataloader()))
             step = step or as_step(trainer, pl_module, name)
         with _read_twice(trainer, pl_module, loader) as batches:
             batch = next(iter(batches), None)
@@ -177,7 +178,7 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
     found = given if given is not None else _train_loader(trainer, pl_module)
     if found is None:
         return None
-    loaders = loaders_in(found)
+    loaders = loaders_of_run(found) if given is None else loaders_in(found)
     if len(loaders) > 1:
         # Lightning trains on batches of all of them at once, and validates on one after the other: neither is what is meant for sure.
         name = "dataloader" if given is not None else "train_dataloader"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lq_plugin.errors import CalibrationError, QuantizationError
 from lq_plugin.lightning_packages import any_package, is_overridden
-from lq_plugin.model.loaders import loaders_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -110,6 +109,13 @@ def _takes(function: Callable[..., Any], parameter: str, **options: Any) -> bool
     return bool(any_package().utilities.signature_utils.is_param_in_hook_signature(function, parameter, **options))
 
 
+def loaders_of_run(value: Any) -> list[Any]:
+    """The loaders that a Trainer reads, in its order: all leaves of lists, tuples and dicts, of whatever class they are."""
+    # A CombinedLoader keeps what it was made of; those of both packages take values apart alike.
+    flattened: list[Any] = any_package().utilities.CombinedLoader(getattr(value, "iterables", value)).flattened
+    return flattened
+
+
 def _several_loaders(loop: Any) -> bool:
     """Whether an evaluation loop walks along several loaders: it names their number to the step then."""
     source, combined = loop._data_source, loop._combined_loader
@@ -118,7 +124,7 @@ def _several_loaders(loop: Any) -> bool:
     # A CombinedLoader in another mode gives one batch of all of them at once.
     if getattr(combined, "_mode", "sequential") != "sequential":
         return False
-    return bool(loop.num_dataloaders > 1) if loop._combined_loader is not None else len(loaders_in(combined)) > 1
+    return bool(loop.num_dataloaders > 1) if loop._combined_loader is not None else len(loaders_of_run(combined)) > 1
 
 
 def _hooks_before(trainer: Trainer, module: LightningModule, name: str) -> list[str]:

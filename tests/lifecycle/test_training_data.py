@@ -1,5 +1,7 @@
 """Training sees the batches of the float run, whatever the loaders are made of: calibration gives back what it has read."""
 
+import copy
+
 import lightning as L
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tests.callbacks.conftest import Data, Module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None"),
 ]
 
 
@@ -63,6 +66,10 @@ def generator():
     return torch.Generator().manual_seed(7)
 
 
+def before_each(data):
+    return [item for batch in DataLoader(data, batch_size=16) for item in (None, batch)]
+
+
 SOURCES = {
     "global seed": lambda d: DataLoader(d, batch_size=16, shuffle=True),
     "generator of the loader": lambda d: DataLoader(d, batch_size=16, shuffle=True, generator=generator()),
@@ -70,6 +77,7 @@ SOURCES = {
     "numpy in the data set": lambda d: DataLoader(Noisy(d), batch_size=16),
     "a generator of batches": lambda d: (batch for batch in list(DataLoader(d, batch_size=16))),
     "a data set that reads on": lambda d: DataLoader(ReadsOn(d), batch_size=16),
+    "None before each batch": lambda d: DataLoader(before_each(d), batch_size=None, collate_fn=copy.deepcopy),
     "a generator that a datamodule holds": lambda d: Holds(batch for batch in list(DataLoader(d, batch_size=16))),
 }
 
@@ -105,3 +113,9 @@ def test_an_iterator_that_nothing_can_stand_in_for_is_refused(trainer):
     module = Global()
     trainer(QAT("w8a8", dataloader=data.train_dataloader()), **quiet).fit(module)
     assert len(module.seen) == 6
+
+
+def test_iterators_in_a_dict_are_several_loaders_as_the_trainer_reads_them(trainer):
+    batches = list(Data().train_dataloader())
+    with pytest.raises(CalibrationError, match=r"batches of one loader, train_dataloader gives 2.*QAT\(plan, dataloader=\.\.\.\)"):
+        trainer(QAT("w8a8"), limit_val_batches=0).fit(Module(), {"a": iter(batches), "b": iter(batches)})
