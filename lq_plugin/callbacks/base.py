@@ -169,6 +169,7 @@ class QuantizationCallback(Callback):
         with whole_weights(pl_module):
             load_statistics(pl_module, self.statistics, missing_only)
             clipped = without_levels(pl_module, self.statistics)
+        self.end_suspension()  # the phases that follow look at the quantized model
         self.ledger.note_unreached(unreached(pl_module), REASON)
         if missed := never_reached(pl_module, self.statistics):
             rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}")

@@ -32,7 +32,7 @@ from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage, forget_batch
 from lq_plugin.model.operations import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.model.unreached import REASON, settle, unreached, waiting
+from lq_plugin.model.unreached import REASON, reached_any, settle, unreached, waiting
 from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.schedule import Phase, Schedule
@@ -302,6 +302,8 @@ class QAT(QuantizationCallback):
     def _settle_unreached(self, pl_module: LightningModule) -> None:
         """After a batch: what it reached for the first time follows the phase, what misses its range is float until it is reached."""
         assert self.phase is not None
+        if not reached_any(pl_module):
+            return  # an empty batch tells nothing about any layer
         before = self.unreached
         self.unreached = settle(before, pl_module)
         if before.keys() == self.unreached.keys():

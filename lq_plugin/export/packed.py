@@ -78,7 +78,9 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     plan, bits = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":")), cost(model).effective_bits
 
     state = model.state_dict()
-    limit = 2**16 * (len(state) + 1) + 2 * sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    # Dense size: sparse tensors, which the content refuses below, have no `nbytes`.
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    limit = 2**16 * (len(state) + 1) + 2 * sum(value.numel() * value.element_size() for value in tensors)
 
     def write(stream: BinaryIO) -> int:
         writer = PackedWriter(stream, plan, bits, limit)

@@ -92,6 +92,8 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
 READ_FROM_CLASS = frozenset({"channels", "slots", "canonical", "from_canonical", "float_class", "input_axis"})
 #: What a quantized class replaces on purpose.
 _REPLACED = frozenset({"forward", "weight", "extra_repr"})
+#: What Python's ABCMeta keeps in each of its classes.
+_OF_PYTHON = frozenset({"_abc_impl"})
 
 
 def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> list[str]:
@@ -105,7 +107,7 @@ def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> li
     if swapped is None or isinstance(module, QuantizedLayer):
         return []
     known = [base for base in swapped.__mro__ if base not in type(module).__mro__]
-    ours = {name for base in known for name in vars(base) if not name.startswith("__")} - _REPLACED
+    ours = {name for base in known for name in vars(base) if not name.startswith("__")} - _REPLACED - _OF_PYTHON
     ours |= {f"{slot}_quantizer" for slot in SLOTS}
     # torch's own classes and ours are known to go together.
     others = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "lq_plugin")]

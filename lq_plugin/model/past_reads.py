@@ -29,6 +29,7 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
     """Keys (in the state dict) of quantized weights that the model's code reads past their layers, and where.
 
     >>> import lq_plugin
+    >>> __name__ = "my_project"  # the code of libraries is not looked at
     >>> class Tied(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()

@@ -34,7 +34,7 @@ def storage_of(tensor: Tensor) -> tuple[Any, Any]:
     try:
         storage = tensor.untyped_storage()
         return storage._cdata, storage
-    except (NotImplementedError, RuntimeError):  # sparse tensors and those inside vmap have no storage
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse tensors, those inside vmap and lazy ones have no storage
         return ("id", id(tensor)), tensor
 
 

@@ -30,6 +30,11 @@ def waiting(group: list[Quantizer]) -> list[Quantizer]:
     return [q for q in group if isinstance(q, InputQuantizer) and q.needs_calibration and not q.is_calibrated]
 
 
+def reached_any(model: nn.Module) -> bool:
+    """Whether any of the quantizers that need data for their range has had some."""
+    return any(isinstance(q, InputQuantizer) and q.needs_calibration and q.is_calibrated for q in quantizers(model))
+
+
 def unreached(model: nn.Module) -> dict[str, list[Quantizer]]:
     """The layers and operations that no batch has reached, with their quantizers."""
     groups = quantizers_by_owner(model).items()

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from math import isfinite
@@ -252,7 +253,7 @@ def test_tensorboard_has_numbers_and_pictures(run: Run) -> None:
     picture = events.Images("quant/bits")[0]
     assert picture.encoded_image_string.startswith(b"\x89PNG")
     plan, ledger = (events.Tensors(f"quant/{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in ("plan", "ledger"))
-    assert yaml.safe_load(plan) == QuantPlan.parse(PLAN).to_dict()
+    assert yaml.safe_load(textwrap.dedent(plan)) == QuantPlan.parse(PLAN).to_dict()
     assert "| block.conv1 | Conv2d | int4 per_channel mse | uint8 affine ema | float |" in ledger
 
 

@@ -54,6 +54,7 @@ muon = matrices(lambda parameters: torch.optim.Muon(parameters, lr=0.02))
 lbfgs = matrices(lambda parameters: torch.optim.LBFGS(parameters, lr=0.01, max_iter=2))
 
 
+@pytest.mark.filterwarnings("ignore:.*'uint4 pact' has no levels there")
 @pytest.mark.parametrize("optimizers", [named, sorted_into_two, with_names])
 @pytest.mark.parametrize("plan", PLANS)
 def test_groups_of_their_own(plan, optimizers, trainer, data, tmp_path):

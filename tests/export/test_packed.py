@@ -107,7 +107,8 @@ def test_the_metadata_is_readable_by_other_tools(tmp_path):
         metadata = file.metadata()
         assert set(file.keys()) == {"blob", "table"}
     assert json.loads(metadata["plan"]) == {"rules": [{"match": "0", "weight": "int4 per_channel"}]}
-    assert float(metadata["effective_bits"]) == 4 + 32 / 8
+    # 64 codes of 4 bits, a scale for each of 8 rows, 8 float biases.
+    assert float(metadata["effective_bits"]) == pytest.approx((64 * 4 + 8 * 32 + 8 * 32) / 72)
 
 
 def test_another_process_without_lightning(tmp_path):

@@ -137,7 +137,7 @@ def test_before_its_ranges_were_found(tmp_path):
     torch.save(module.state_dict(), tmp_path / "early.pt")
     fresh = Module()
     before = copy.deepcopy(fresh.state_dict())
-    with pytest.raises(PlanError, match=r"early\.pt has no ranges for net\.conv\.weight"):
+    with pytest.raises(PlanError, match=r"early\.pt has no ranges for .*net\.conv\.weight"):
         load_checkpoint(fresh, tmp_path / "early.pt", "w4 mse a8")
     assert_unchanged(fresh, before)
 

@@ -303,7 +303,7 @@ def test_tables_show_the_best_choice_of_each_width() -> None:
     assert table.by_bits() == {"b": {32: 0.0, 2: 0.7}, "a": {4: 0.2, 2: 0.5}}
     shown = as_table(table)
     assert [column.header for column in shown.columns] == ["tensor", "2 bits", "4 bits", "float"]
-    assert [list(column.cells) for column in shown.columns] == [["b", "a"], [".7", ".5"], ["", ".2"], ["0", ""]]
+    assert [list(map(str, column.cells)) for column in shown.columns] == [["b", "a"], [".7", ".5"], ["", ".2"], ["0", ""]]
     assert to_csv([table]).splitlines()[:2] == ["unit,choice,kl", "b,float,0.0"]
 
 
