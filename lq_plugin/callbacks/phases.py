@@ -79,7 +79,8 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
     """Names of the phases in their order, and the options of those that are written as `{name: {...}}`.
 
     Raises:
-        PlanError: no list, or a mapping that does not have one key with a mapping of options.
+        PlanError: no list, an entry that is neither a name nor a mapping, or a mapping that does not have one key with a mapping of
+            options.
     """
     if isinstance(phases, str | Mapping) or not isinstance(phases, Iterable):
         raise PlanError(f"phases are a list, got {phases!r}: write [{phases!r}]; valid: {', '.join(PHASES)}")
@@ -94,8 +95,10 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
                 raise PlanError(f"phase {name!r}: its options are a mapping of names to values, got {value!r}")
             options[str(name)] = {str(key): item for key, item in (value or {}).items()}
             names.append(str(name))
-        else:
+        elif isinstance(phase, str):
             names.append(phase)
+        else:
+            raise PlanError(f"a phase is a name or a mapping of its name to options, got {phase!r}; valid: {', '.join(PHASES)}")
     return tuple(names), options
 
 

@@ -82,6 +82,8 @@ def test_smooth_quant_does_what_its_function_does(trainer):
     [
         ("calibrate", r"phases are a list, got 'calibrate': write \['calibrate'\]; valid: fold_batch_norm, "),
         ({"reconstruct": {}}, "phases are a list, got {'reconstruct': {}}"),
+        ([["calibrate"]], r"a phase is a name or a mapping of its name to options, got \['calibrate'\]; valid: fold_batch_norm, "),
+        ([None], "a phase is a name or a mapping of its name to options, got None"),
         (["calibrate", {"reconstruct": 300}], "phase 'reconstruct': its options are a mapping of names to values, got 300"),
         (
             ["calibrate", {"reconstruct": {"iteration": 3}}],

@@ -87,6 +87,9 @@ class Packed(Loaded):
     def read(self, model: Any) -> None:
         load_packed(model, self.folder / "net.safetensors")
 
+    def unmutated(self) -> Any:
+        return copy.deepcopy(self.content)
+
     def mutated(self, rng: random.Random) -> Any:
         metadata, blob, table = copy.deepcopy(self.content)
         part = rng.choice(["table", "table", "table", "plan", "plan text", "metadata", "blob"])
@@ -183,6 +186,9 @@ class Checkpoints(Loaded):
                 raise Failure(f"RuntimeError: {error}") from error
             raise
 
+    def unmutated(self) -> Any:
+        return self.content
+
     def mutated(self, rng: random.Random) -> Any:
         content = dict(self.content)
         # The plan is small next to the tensors, and half of the cases are about it.
@@ -222,6 +228,9 @@ class Plans(Target):
         self.tree["rules"][-1]["input"] = "mxfp4"
         self.plan = QuantPlan.from_dict(self.tree)
         self.model = Module()
+
+    def unmutated(self) -> Any:
+        return yaml.safe_dump(self.tree).encode()
 
     def mutated(self, rng: random.Random) -> Any:
         if rng.random() < 0.4:

@@ -35,6 +35,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 #: Of one case: seconds of processor time and of the clock; bytes of address space above what a target needs to start.
 CPU_SECONDS, SECONDS, MEMORY = 10, 120, 2**30
 FAILED = "failure"
+#: In place of a case's number: the target cannot be built, or does not take its unmutated input.
+BROKEN = -1
 
 
 class TooLong(BaseException):
@@ -89,10 +91,16 @@ def work(name: str, seed: int, first: int, count: int, channel: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, too_long)
-    with built(targets()[name]) as target:
+    with contextlib.ExitStack() as stack:
+        try:
+            target = stack.enter_context(built(targets()[name]))
+            target.check()
+        except Exception:
+            channel.send((BROKEN, FAILED, traceback.format_exc()))
+            return
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
         if pages:
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
@@ -106,7 +114,7 @@ def work(name: str, seed: int, first: int, count: int, channel: Any) -> None:
 
 
 def run(name: str, seed: int, count: int) -> Iterator[tuple[int, str, str]]:
-    """Yields case, outcome and traceback of `count` cases."""
+    """Yields case, outcome and traceback of `count` cases; `BROKEN` as the case, and no other, where the target itself has an error."""
     context, case = multiprocessing.get_context("spawn"), 0
     while case < count:
         ours, theirs = context.Pipe(duplex=False)
@@ -121,7 +129,7 @@ def run(name: str, seed: int, count: int) -> Iterator[tuple[int, str, str]]:
                     raise EOFError
                 found = ours.recv()
                 yield found
-                case = found[0] + 1
+                case = count if found[0] == BROKEN else found[0] + 1
         except EOFError:
             process.kill()
             yield case, FAILED, f"the process did not survive it (exit code {process.exitcode}) or hangs"
@@ -193,6 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows[name][outcome] += 1
             if outcome == FAILED:
                 failed = True
+                if case == BROKEN:
+                    print(f"{why}\nan error of the target {name!r}: none of its cases was tried\n", flush=True)
+                    continue
                 print(f"{why}\nagain: python -m tests.fuzz.run --seed {args.seed} --target '{name}' --case {case}\n", flush=True)
         print(f"{name}: {dict(rows[name])}, {time.perf_counter() - started:.0f} s", flush=True)
     text = table(rows, kinds, args.seed, time.perf_counter() - started)

@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {
     "n_trials": 3, "study_name": "fuzz", "uniform": True, "seeds": 4, "sensitivity": "auto", "sensitivity_batches": 2, "latency": None,
     "heartbeat": 10, "max_failures": 10, "promote_within": None, "promote_first": 4, "pruner": None, "calibration_batches": 8,
     "fidelity": [{"batches": 4}, {}, {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}],
-    "phases": ["fold_batch_norm", {"reconstruct": {"iterations": 10}}, "calibrate"], "seed": 0, "worker": 0,
+    "phases": ["fold_batch_norm", "calibrate"], "seed": 0, "worker": 0,
 }  # fmt: skip
 SWEEP: dict[str, Any] = {
     "study_name": "fuzz", "direction": ["maximize", "minimize"], "n_trials": 4, "n_jobs": 2, "seed": 1, "costs": ["effective_bits"],
@@ -61,6 +61,9 @@ class SearchSettings(Target):
         self.survey = Survey.of(self.model)
         self.given = {"space": SPACE, "options": OPTIONS}
 
+    def unmutated(self) -> Any:
+        return self.given
+
     def mutated(self, rng: random.Random) -> Any:
         part = rng.choice(list(self.given))
         return self.given | {part: mutated(rng, self.given[part], words=WORDS)}
@@ -80,6 +83,9 @@ class SweepConfig(Target):
     share = 1000
     legitimate = "another number, name or choice that `hydra.sweeper` takes"
     errors = (OmegaConfBaseException,)  # Hydra's own message, before the sweeper is made
+
+    def unmutated(self) -> Any:
+        return SWEEP
 
     def mutated(self, rng: random.Random) -> Any:
         return mutated(rng, SWEEP, words=WORDS)

@@ -32,6 +32,10 @@ class Target:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def unmutated(self) -> Any:
+        """Returns the input that `mutated` starts from, with which `use` returns `SAME`."""
+        raise NotImplementedError
+
     def mutated(self, rng: random.Random) -> Any:
         """Returns an input after a few changes."""
         raise NotImplementedError
@@ -44,6 +48,15 @@ class Target:
             Failure: it is read as something that it does not say, or what should be untouched is changed.
         """
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises AssertionError, from what happened, unless the unmutated input gives its result: without that no mutation says much."""
+        try:
+            found = self.use(self.unmutated())
+        except Exception as error:
+            raise AssertionError(f"{self.name}: the unmutated input is refused") from error
+        if found != SAME:
+            raise AssertionError(f"{self.name}: the unmutated input ends as {found!r}")
 
     def outcome(self, rng: random.Random) -> str:
         try:

@@ -18,6 +18,7 @@ QUICK = {"packed files": 30, "plan files": 30, "search settings": 20, "sweep set
 @pytest.mark.parametrize("name", QUICK)
 def test_mutated_inputs_end_in_an_error_of_ours_or_a_result(name: str) -> None:
     with built(targets()[name]) as target:
+        target.check()
         found = [attempt(target, 1, case) for case in range(QUICK[name])]
     assert [why for outcome, why in found if outcome == FAILED] == []
     assert ERROR in {outcome for outcome, _ in found}
@@ -25,6 +26,9 @@ def test_mutated_inputs_end_in_an_error_of_ours_or_a_result(name: str) -> None:
 
 class Broken(Target):
     name, legitimate = "broken", "never"
+
+    def unmutated(self) -> object:
+        return PlanError("no")
 
     def mutated(self, rng: random.Random) -> object:
         return rng.choice([PlanError("no"), KeyError("x"), "result"])
@@ -42,6 +46,11 @@ def test_only_what_is_promised_is_no_failure(tmp_path: Path) -> None:
         outcome, why = attempt(target, 3, case)
         assert outcome == (ERROR if isinstance(drawn, PlanError) else FAILED if isinstance(drawn, KeyError) else SAME)
         assert ("KeyError: 'x'" in why) == (outcome == FAILED)
+
+
+def test_a_target_that_refuses_its_unmutated_input_is_an_error_of_the_target(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="broken: the unmutated input is refused"):
+        Broken(tmp_path).check()
 
 
 def test_mutations_change_copies_and_repeat(tmp_path: Path) -> None:
