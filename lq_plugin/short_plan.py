@@ -78,8 +78,9 @@ def _read_together(heads: list[str], words: list[str]) -> Specs:
         except QuantizationError as error:
             faults.append(error)
             continue
-        # Words for the first alone are what is meant where the last cannot have them; people write those for both behind both.
-        if not ways or (specs not in ways.values() and for_last):
+        # Words for the first alone are what is meant where the last cannot have them; people write those for both behind both,
+        # but for per_channel, which is said of weights.
+        if not ways or (specs not in ways.values() and (for_last or "per_channel" in words)):
             ways[written] = specs
     if not ways:
         raise faults[0]

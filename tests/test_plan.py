@@ -172,6 +172,7 @@ def test_errors_quote_what_was_written(text, message):
     [
         ("w8a8 per_tensor", ("w8 per_tensor a8 per_tensor", "w8 a8 per_tensor")),
         ("w4a8 lsq", ("w4 lsq a8 lsq", "w4 a8 lsq")),
+        ("w4a8 per_channel", ("w4 per_channel a8 per_channel", "w4 per_channel a8")),
         ("W4A4 mse stochastic", ("W4 mse stochastic A4 mse stochastic", "W4 A4 mse stochastic")),
     ],
 )
