@@ -163,16 +163,14 @@ def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: _Recorded) ->
 
 
 def _is_read_once(value: Any) -> bool:
-    """Whether it is an iterator and nothing else, without attributes that could be put back: a generator, `map`, `itertools.count`.
-
-    A database's cursor or a reader of a file format has methods of its own, which a stand-in that only iterates would lack.
-    """
+    """Whether it is an iterator and nothing else (a generator, `map`): a database's cursor has methods that a stand-in would lack."""
     return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not _has_methods(type(value))
 
 
 @functools.lru_cache(maxsize=4096)
 def _has_methods(kind: type) -> bool:
-    return any(callable(getattr(kind, name)) for name in dir(kind) if not name.startswith("_") and not hasattr(types.GeneratorType, name))
+    known = {*dir(types.GeneratorType), "from_iterable"}  # the second makes an `itertools.chain`
+    return any(callable(getattr(kind, name)) for name in dir(kind) if not name.startswith("_") and name not in known)
 
 
 def _is_opaque(value: Any) -> bool:
