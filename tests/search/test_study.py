@@ -278,7 +278,7 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
         ({"fidelity": 3}, "fidelity is a list of levels"),
         ({"pruner": 3}, "pruner"),
         ({"phases": 3}, "phases are a list, got 3"),
-        ({"phases": [3]}, "unknown phases"),
+        ({"phases": [3]}, "a phase is a name or a mapping"),
         ({"storage": 3}, "storage is an Optuna storage, its URL, or None, got 3"),
         ({"storage": "study.db"}, "storage 'study.db' is no URL"),
         ({"storage": "postgresql://me:s3cret@host:port/db"}, r"storage 'postgresql://me:\*\*\*@host:port/db' is no URL"),
