@@ -3,15 +3,15 @@
     python -m benchmarks.calibration --json out.json
 
 Every layer is quantized: weights int4 per channel, inputs uint4 per tensor. `collect` is the one pass that serves all
-estimators; a row of an estimator is that pass and its ranges for all weights and inputs; `all` is one pass and the ranges of all
-seven. Peers find the ranges of the same float model over the same batches, by their own defaults: torchao's pt2e with the
-observers of its X86 quantizer (histograms of activations, min-max of weights), ONNX Runtime's calibrators (of activations;
-Entropy and Percentile keep a batch's activations at once); Brevitas and AIMET, where they are installed
-(`python -m benchmarks.peers install brevitas aimet`), in processes of their own environments that take their turns. Each
-ratio is that of medians of interleaved runs to torch's forward pass, one thread.
+estimators; a row of an estimator is that pass and its ranges for all weights and inputs; `all` is one pass and the
+ranges of all seven. Peers find the ranges of the same float model over the same batches, by their own defaults:
+torchao's pt2e with the observers of its X86 quantizer (histograms of activations, min-max of weights), ONNX Runtime's
+calibrators (of activations; Entropy and Percentile keep a batch's activations at once); Brevitas and AIMET, where they
+are installed (`python -m benchmarks.peers install brevitas aimet`), in processes of their own environments that take
+their turns. Each ratio is that of medians of interleaved runs to torch's forward pass, one thread.
 
-`growth` has seconds over a size that doubles: batches, channels of a weight, elements of a tensor, histogram bins; and the bytes
-of an activation's statistics after a stream of a million rows.
+`growth` has seconds over a size that doubles: batches, channels of a weight, elements of a tensor, histogram bins; and
+the bytes of an activation's statistics after a stream of a million rows.
 """
 
 from __future__ import annotations
@@ -119,11 +119,16 @@ def onnx_runtime(model: nn.Module, batches: list[Tensor], folder: Path) -> dict[
     for method in CALIBRATORS:
         options = {"symmetric": False}
         made = create_calibrator(
-            path, augmented_model_path=str(folder / f"{method}.onnx"), calibrate_method=CalibrationMethod[method], extra_options=options
+            path,
+            augmented_model_path=str(folder / f"{method}.onnx"),
+            calibrate_method=CalibrationMethod[method],
+            extra_options=options,
         )
         one = onnxruntime.SessionOptions()
         one.intra_op_num_threads = torch.get_num_threads()
-        made.infer_session = onnxruntime.InferenceSession(str(folder / f"{method}.onnx"), one, providers=["CPUExecutionProvider"])
+        made.infer_session = onnxruntime.InferenceSession(
+            str(folder / f"{method}.onnx"), one, providers=["CPUExecutionProvider"]
+        )
         calibrators[method] = made
     return {f"onnxruntime {method}": partial(run, method) for method in CALIBRATORS}
 
@@ -173,7 +178,9 @@ def growth(rounds: int) -> dict[str, Any]:
     values = torch.randn(2**24)
 
     def estimator(name: str, sample: Callable[[int], Sample]) -> list[list[float]]:
-        return doubling(lambda rows: partial(estimate_range, name, sample(rows), grid), [2**8, 2**9, 2**10, 2**11, 2**12], rounds)
+        return doubling(
+            lambda rows: partial(estimate_range, name, sample(rows), grid), [2**8, 2**9, 2**10, 2**11, 2**12], rounds
+        )
 
     def binned(bins: int) -> Call:
         histogram = Histogram(bins=bins)
@@ -190,7 +197,9 @@ def growth(rounds: int) -> dict[str, Any]:
     return {
         "batches": doubling(lambda count: partial(collect_statistics, net, [batch] * count), [8, 16, 32, 64], rounds),
         "channels": {name: estimator(name, lambda rows: Sample.from_tensor(weights[:rows])) for name in COMPARED},
-        "elements": doubling(lambda count: partial(Histogram().update, values[:count]), [2**20, 2**21, 2**22, 2**23, 2**24], rounds),
+        "elements": doubling(
+            lambda count: partial(Histogram().update, values[:count]), [2**20, 2**21, 2**22, 2**23, 2**24], rounds
+        ),
         "bins": doubling(binned, [1024, 2048, 4096, 8192], rounds),
         "stream": [stream(rows) for rows in (10_000, 100_000, 1_000_000)],
     }
@@ -223,7 +232,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    shown = Table("", "forward passes", "low", "high", title=f"{result['model']}: one pass takes {result['forward_pass_seconds']:.2f} s")
+    shown = Table(
+        "",
+        "forward passes",
+        "low",
+        "high",
+        title=f"{result['model']}: one pass takes {result['forward_pass_seconds']:.2f} s",
+    )
     for name, ratio in result["over_forward_pass"].items():
         shown.add_row(name, *(f"{ratio[key]:.2f}" for key in ("ratio", "low", "high")))
     for peer, reason in result["missing"].items():

@@ -15,7 +15,8 @@ MODELS = ("r20", "r18", "encoder")
 
 
 def load(name: str, data: Path, batches: int) -> tuple[nn.Module, list[Tensor]]:
-    """A float model and its calibration batches: r20 on CIFAR-10 (128 images each), r18 at 112 (16), encoder (16 × 128 × 384)."""
+    """A float model and its calibration batches: r20 on CIFAR-10 (128 images each), r18 at 112 (16), encoder (16 × 128
+    × 384)."""
     torch.manual_seed(0)
     if name == "r20":
         images = normalize(load_images(data, "train", 0, 128 * batches)[0])

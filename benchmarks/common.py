@@ -60,7 +60,9 @@ def timed(function: Callable[[], Any]) -> float:
     return watch.seconds
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int = 9, warm_up: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 9, warm_up: int = 1
+) -> dict[str, list[float]]:
     """Time several functions in turn, so that a machine that slows down slows all of them.
 
     Every second round runs in reverse order: what runs first in a round has no advantage on average.
@@ -93,7 +95,11 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> dict[str, f
     {'ratio': 2.0, 'low': 2.0, 'high': 3.0}
     """
     pairs = [mine / theirs for mine, theirs in zip(times[name], times[base], strict=True)]
-    return {"ratio": statistics.median(times[name]) / statistics.median(times[base]), "low": min(pairs), "high": max(pairs)}
+    return {
+        "ratio": statistics.median(times[name]) / statistics.median(times[base]),
+        "low": min(pairs),
+        "high": max(pairs),
+    }
 
 
 def environment(packages: tuple[str, ...] = ("torch", "lightning", "numpy")) -> dict[str, Any]:
@@ -123,7 +129,9 @@ def _without_paths(arguments: list[str]) -> list[str]:
     names = ("--json", "--data")
     pairs = zip(["", *arguments], arguments, strict=False)
     return [
-        word for before, word in pairs if word not in names and before not in names and not word.startswith(tuple(f"{n}=" for n in names))
+        word
+        for before, word in pairs
+        if word not in names and before not in names and not word.startswith(tuple(f"{n}=" for n in names))
     ]
 
 

@@ -2,15 +2,15 @@
 
     python -m benchmarks.deploy --json out.json
 
-ResNet-20 on CIFAR-10 (`r20_b1`, `r20_b128`) and ResNet-18 at 224 pixels with random weights (`r18_b1`, `r18_b16`): uint8
-activations, weights of 8, 4 and 2 bits, batch norms folded, residual sums in 8 bits. Linear 4096 × 4096 (`linear_m1`,
-`linear_m32`): weights in groups of 128, ONNX Runtime with accuracy level 4 (it rounds the activations to 8 bits itself).
-Binary weights and inputs (`xnor_m1`, `xnor_m32`): this library's own kernel, packing included.
+ResNet-20 on CIFAR-10 (`r20_b1`, `r20_b128`) and ResNet-18 at 224 pixels with random weights (`r18_b1`, `r18_b16`):
+uint8 activations, weights of 8, 4 and 2 bits, batch norms folded, residual sums in 8 bits. Linear 4096 × 4096
+(`linear_m1`, `linear_m32`): weights in groups of 128, ONNX Runtime with accuracy level 4 (it rounds the activations to
+8 bits itself). Binary weights and inputs (`xnor_m1`, `xnor_m32`): this library's own kernel, packing included.
 
 Linear weights are streamed from memory: each contender goes through as many copies as make up twice a cache of 32 MiB.
-Binary weights take 2 MiB, more than a core's own cache and less than the shared one, and stay there, as do ONNX Runtime's
-2-bit ones beside them: one copy is called 32 times a round. `xnor_..._streamed` are the same streamed from memory. Times are
-medians of interleaved rounds; float runtimes compute in float32.
+Binary weights take 2 MiB, more than a core's own cache and less than the shared one, and stay there, as do ONNX
+Runtime's 2-bit ones beside them: one copy is called 32 times a round. `xnor_..._streamed` are the same streamed from
+memory. Times are medians of interleaved rounds; float runtimes compute in float32.
 """
 
 from __future__ import annotations
@@ -145,7 +145,10 @@ def linear_contenders(
         count = copies(32 if setting == "float" else int(setting[3:]), streamed)
         for runtime, make in kinds.items():
             sessions = [make() for _ in range(count)]
-            calls[runtime, setting] = in_turn(_runner(session, x) for session in sessions * _rounds(count)), count * _rounds(count)
+            calls[runtime, setting] = (
+                in_turn(_runner(session, x) for session in sessions * _rounds(count)),
+                count * _rounds(count),
+            )
         with torch.inference_mode():
             want = layer(x).numpy()
         got = sessions[0].run(None, {"x": x.numpy()})[0]
@@ -213,13 +216,18 @@ def measure(case: str, calls: Mapping[Key, tuple[Call, int]], rounds: int) -> li
 
 
 def measure_accuracy(data: Path, folder: Path, iterations: int) -> dict[str, Any]:
-    """W8A8 and W4A8 with AdaRound on ResNet-20, all test images: fake-quantized, and the exported file on both runtimes."""
+    """W8A8 and W4A8 with AdaRound on ResNet-20, all test images: fake-quantized, and the exported file on both
+    runtimes."""
     model = load_resnet(data / "resnet_cifar10/resnet20_jpeg.safetensors")
     images, _ = load_images(data, "train", 0, CALIBRATION_IMAGES)
     batches = list(normalize(images).split(BATCH_SIZE))
     images, labels = load_images(data, "test")
     test = normalize(images)
-    result: dict[str, Any] = {"float": accuracy(model, test, labels), "test_images": len(labels), "adaround_iterations": iterations}
+    result: dict[str, Any] = {
+        "float": accuracy(model, test, labels),
+        "test_images": len(labels),
+        "adaround_iterations": iterations,
+    }
     for bits in ("W8A8", "W4A8"):
         weight, inputs = specs(bits, "mse")
         quantized = deploy_models.folded(model, batches[0])
@@ -233,9 +241,14 @@ def measure_accuracy(data: Path, folder: Path, iterations: int) -> dict[str, Any
         for form, sums in (("", batches), ("_plan_only", None)):
             path = folder / f"accuracy_{bits}{form}.onnx"
             row[f"bytes{form}"] = export_onnx(quantized, (batches[0],), path, input_names=["x"], sums_from=sums)
-            sessions = {"onnxruntime": onnx_session(path, threads=1), "openvino": OpenVINOSession(path, threads=1, batch=250)}
+            sessions = {
+                "onnxruntime": onnx_session(path, threads=1),
+                "openvino": OpenVINOSession(path, threads=1, batch=250),
+            }
             for runtime, session in sessions.items():
-                found = torch.cat([torch.from_numpy(session.run(None, {"x": x.numpy()})[0]).argmax(1) for x in test.split(250)])
+                found = torch.cat(
+                    [torch.from_numpy(session.run(None, {"x": x.numpy()})[0]).argmax(1) for x in test.split(250)]
+                )
                 row[f"{runtime}{form}"] = 100.0 * int((found == labels).sum()) / len(labels)
                 row[f"{runtime}{form}_agreement"] = 100.0 * int((found == ours).sum()) / len(labels)
         result[bits] = row
@@ -246,7 +259,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds that count (default: 9)")
-    parser.add_argument("--iterations", type=int, default=1000, metavar="N", help="of AdaRound, for accuracy (default: 1000)")
+    parser.add_argument(
+        "--iterations", type=int, default=1000, metavar="N", help="of AdaRound, for accuracy (default: 1000)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -254,7 +269,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     common.start(options)
     console = Console()
-    results: dict[str, Any] = {"results": [], "file_ratio": {}, "linear_output_error": {}, "accuracy_level": ACCURACY_LEVEL, "accuracy": {}}
+    results: dict[str, Any] = {
+        "results": [],
+        "file_ratio": {},
+        "linear_output_error": {},
+        "accuracy_level": ACCURACY_LEVEL,
+        "accuracy": {},
+    }
 
     def add(rows: list[dict[str, Any]]) -> None:
         results["results"] += rows
@@ -263,7 +284,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for model, cases in itertools.groupby((case for case in options.cases if case.startswith("r")), lambda case: case[:3]):
+        for model, cases in itertools.groupby(
+            (case for case in options.cases if case.startswith("r")), lambda case: case[:3]
+        ):
             files = export_settings(model, options.data, folder)
             size = {setting: path.stat().st_size for setting, path in files.items()}
             results["file_ratio"][model] = {setting: size["float"] / size[setting] for setting in SETTINGS[1:]}

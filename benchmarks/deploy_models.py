@@ -31,7 +31,8 @@ def export_float(model: nn.Module, example: Tensor, path: Path) -> None:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model.eval(), (example,), dynamo=True, opset_version=21, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            model.eval(), (example,), dynamo=True, opset_version=21, dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
             input_names=["x"],
         )  # fmt: skip
     assert program is not None

@@ -2,8 +2,9 @@
 
     python -m benchmarks.embedding --json out.json --rows 1000 30000 300000 --columns 32 256
 
-The network: 256 samples of four rows each, their mean, a hidden layer of 256, ten classes; SGD, dense and sparse gradients. `layer`
-is the evaluation of the table alone. The peer is torchao's quantization-aware embedding (int4 per group of 32), where it is installed.
+The network: 256 samples of four rows each, their mean, a hidden layer of 256, ten classes; SGD, dense and sparse
+gradients. `layer` is the evaluation of the table alone. The peer is torchao's quantization-aware embedding (int4 per
+group of 32), where it is installed.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ def measure(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     with torch.no_grad():
         for net in dense.values():
             net.eval()
-        times["evaluation"] = common.interleaved({name: (lambda net=net: net(index)) for name, net in dense.items()}, rounds, warm_up=2)
-        times["layer"] = common.interleaved({name: (lambda net=net: net.table(index)) for name, net in dense.items()}, rounds, warm_up=2)
+        times["evaluation"] = common.interleaved(
+            {name: (lambda net=net: net(index)) for name, net in dense.items()}, rounds, warm_up=2
+        )
+        times["layer"] = common.interleaved(
+            {name: (lambda net=net: net.table(index)) for name, net in dense.items()}, rounds, warm_up=2
+        )
     result = []
     for name in dense:
         row: dict[str, Any] = {"rows": rows, "columns": columns, "name": name}
@@ -98,7 +103,9 @@ def measure(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser: argparse.ArgumentParser = common.parser(__doc__, data=False)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 30_000, 300_000], metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1_000, 30_000, 300_000], metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--columns", type=int, nargs="+", default=[32, 256], metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -119,7 +126,12 @@ def table(results: dict[str, Any]) -> Table:
     for column in ("rows", "columns", "table", *kinds):
         found.add_column(column, justify="left" if column == "table" else "right")
     for row in results["results"]:
-        found.add_row(f"{row['rows']:,}", str(row["columns"]), row["name"], *(f"{row[kind]:.2f}" if kind in row else "-" for kind in kinds))
+        found.add_row(
+            f"{row['rows']:,}",
+            str(row["columns"]),
+            row["name"],
+            *(f"{row[kind]:.2f}" if kind in row else "-" for kind in kinds),
+        )
     return found
 
 

@@ -6,11 +6,11 @@ For each model, all layers at 8 bits (`w8a8`):
 
     layers              that hold quantizers; every one of them must run, in training and in evaluation
     weight_coverage     share of the weights that are quantized
-    compute_coverage    share of the multiply-accumulates of one batch whose operands all are (results of before counted, as
+    compute_coverage    share of the multiply-accumulates of one batch whose operands all are (results counted, as
                         macs_in_quantized_layers, those of layers of which any tensor is)
     disabled_bit_equal  with all quantizers off, outputs are those of the float model, bit for bit
     sqnr_db             of the logits after calibration, in dB
-    round_trip          two steps of quantization-aware training, a checkpoint, loaded into a fresh model: outputs bit-equal
+    round_trip          two steps of QAT, a checkpoint, loaded into a fresh model: outputs bit-equal
     compile             "ok": torch.compile takes the quantized model in one graph; otherwise what it said
 
 A model that fails is listed with its message, and the others go on. Weights and data are random (seed 0).
@@ -97,8 +97,14 @@ def student(case: Case, quantized: bool = False, seed: int = 0) -> tuple[Student
 
 
 def idle(module: nn.Module, ledger: Ledger, inputs: Inputs, training: bool) -> list[str]:
-    """Names of the quantizers that do not run in one forward pass although the ledger says that their layers are quantized."""
-    chosen = [q for name, layer in quantized_layers(module) if ledger[name].quantized for q in quantizers(cast(nn.Module, layer))]
+    """Names of the quantizers that do not run in one forward pass although the ledger says that their layers are
+    quantized."""
+    chosen = [
+        q
+        for name, layer in quantized_layers(module)
+        if ledger[name].quantized
+        for q in quantizers(cast(nn.Module, layer))
+    ]
     calls: Counter[str] = Counter()
     handles = [q.register_forward_hook(lambda q, _args, _y: calls.update([q.name])) for q in chosen]
     try:
@@ -118,7 +124,8 @@ def fit(case: Case, folder: Path) -> tuple[Student, Path]:
         answers = torch.randn_like(student(case)[0](*inputs))
     loader = DataLoader(TensorDataset(*inputs, answers), BATCH_SIZE)
     trainer = L.Trainer(
-        callbacks=[QAT(case.plan)], max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        callbacks=[QAT(case.plan)], max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False,
+        num_sanity_val_steps=0,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module.train(), loader, loader)
@@ -170,7 +177,16 @@ def first_line(message: object) -> str:
 def measure(case: Case) -> dict[str, Any]:
     """One row. Nothing raises: what fails is in its `error`."""
     row: dict[str, Any] = {"model": case.name} | dict.fromkeys(
-        ("layers", "weight_coverage", "compute_coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error")
+        (
+            "layers",
+            "weight_coverage",
+            "compute_coverage",
+            "disabled_bit_equal",
+            "sqnr_db",
+            "round_trip",
+            "compile",
+            "error",
+        )
     )
     try:
         for key, value in _measured(case):
@@ -204,7 +220,8 @@ def _measured(case: Case) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def ordinary_paths() -> Iterator[None]:
-    """Without the fused kernels of evaluation, which round differently and which quantized encoder layers do not call."""
+    """Without the fused kernels of evaluation, which round differently and which quantized encoder layers do not
+    call."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -232,7 +249,9 @@ def quiet() -> Iterator[None]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__, data=False)
     names = [case.name for case in CASES]
-    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="models to run (default: all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=names, default=names, metavar="NAME", help="models to run (default: all)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -257,7 +276,11 @@ def table(results: dict[str, Any]) -> Table:
     """Models down; what failed is said below."""
     rows = results["results"]
     failed = [f"{row['model']}: {row['error']}" for row in rows if row["error"] is not None]
-    result = Table(title=f"w8a8: {len(rows)} models, {len(failed)} failed", caption=escape("\n".join(failed)), caption_justify="left")
+    result = Table(
+        title=f"w8a8: {len(rows)} models, {len(failed)} failed",
+        caption=escape("\n".join(failed)),
+        caption_justify="left",
+    )
     result.add_column("model", no_wrap=True)
     for heading in ("layers", "weights", "compute", "off", "dB", "saved"):
         result.add_column(heading, justify="right", no_wrap=True)
@@ -265,7 +288,9 @@ def table(results: dict[str, Any]) -> Table:
     forms = {"layers": "{}", "weight_coverage": "{:.1%}", "compute_coverage": "{:.1%}", "disabled_bit_equal": "{}"}
     forms |= {"sqnr_db": "{:.1f}", "round_trip": "{}", "compile": "{}"}
     for row in rows:
-        result.add_row(row["model"], *("" if row[key] is None else text.format(row[key]) for key, text in forms.items()))
+        result.add_row(
+            row["model"], *("" if row[key] is None else text.format(row[key]) for key, text in forms.items())
+        )
     return result
 
 

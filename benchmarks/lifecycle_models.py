@@ -128,7 +128,8 @@ def _autoencoder() -> nn.Module:
 def _weight_norm() -> nn.Module:
     convolution = weight_norm(nn.Conv1d(4, 16, 5, padding=2))
     return nn.Sequential(
-        convolution, nn.ReLU(), nn.Conv1d(16, 16, 3), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(14 * 16, 32)), nn.ReLU(),
+        convolution, nn.ReLU(), nn.Conv1d(16, 16, 3), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(14 * 16, 32)),
+        nn.ReLU(),
         nn.Linear(32, 10),
     )  # fmt: skip
 
@@ -148,7 +149,8 @@ def _spectral() -> nn.Module:
 
 def _lazy() -> nn.Module:
     model = nn.Sequential(
-        nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(32), nn.ReLU(),
+        nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(32),
+        nn.ReLU(),
         nn.LazyLinear(10),
     )  # fmt: skip
     model(torch.zeros(2, 3, 12, 12))
@@ -195,7 +197,12 @@ class Answers(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
-_SIZE: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
+_SIZE: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * WIDTH,
+}
 
 
 def _hf() -> Any:
@@ -214,19 +221,31 @@ def _gpt2() -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    config = _hf().LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=16, num_key_value_heads=2, use_cache=False, **_SIZE)
+    config = _hf().LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=16, num_key_value_heads=2, use_cache=False, **_SIZE
+    )
     return Answers(_hf().LlamaForCausalLM(config), ("input_ids",))
 
 
 def _t5() -> nn.Module:
     config = _hf().T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=2, num_heads=4, decoder_start_token_id=0, use_cache=False
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        use_cache=False,
     )
     return Answers(_hf().T5ForConditionalGeneration(config), ("input_ids", "attention_mask", "decoder_input_ids"))
 
 
 def _vit() -> nn.Module:
-    return Answers(_hf().ViTForImageClassification(_hf().ViTConfig(image_size=16, patch_size=4, num_labels=10, **_SIZE)), ("pixel_values",))
+    return Answers(
+        _hf().ViTForImageClassification(_hf().ViTConfig(image_size=16, patch_size=4, num_labels=10, **_SIZE)),
+        ("pixel_values",),
+    )
 
 
 def _timm(name: str) -> Callable[[], nn.Module]:

@@ -46,7 +46,8 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and c_in == c_out
         self.layers = nn.Sequential(
             nn.Conv2d(c_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True),
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden),
+            nn.ReLU6(inplace=True),
             nn.Conv2d(hidden, c_out, 1, bias=False), nn.BatchNorm2d(c_out),
         )  # fmt: skip
 
@@ -60,7 +61,9 @@ class MobileNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
-        self.blocks = nn.Sequential(InvertedResidual(8, 8, 1, 2), InvertedResidual(8, 16, 2, 3), InvertedResidual(16, 16, 1, 3))
+        self.blocks = nn.Sequential(
+            InvertedResidual(8, 8, 1, 2), InvertedResidual(8, 16, 2, 3), InvertedResidual(16, 16, 1, 3)
+        )
         self.grouped = nn.Conv2d(16, 32, 3, padding=1, groups=4)
         self.head = nn.Linear(32, 10)
 
@@ -69,7 +72,8 @@ class MobileNet(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7 x 7, layer norm, two linear layers (Liu et al., "A ConvNet for the 2020s", CVPR 2022, arXiv 2201.03545)."""
+    """Depthwise 7 x 7, layer norm, two linear layers (Liu et al., "A ConvNet for the 2020s", CVPR 2022, arXiv
+    2201.03545)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

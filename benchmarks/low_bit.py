@@ -65,7 +65,9 @@ def with_weight(plan: QuantPlan, spec: str) -> QuantPlan:
     return QuantPlan([replace(plan.rules[0], weight=spec), *plan.rules[1:]])
 
 
-def train(name: str, recipe: Recipe, model: LitClassifier, data: Cifar10DataModule, options: argparse.Namespace) -> dict[str, Any]:
+def train(
+    name: str, recipe: Recipe, model: LitClassifier, data: Cifar10DataModule, options: argparse.Namespace
+) -> dict[str, Any]:
     """Fine-tune a copy of `model` and score it."""
     seed_everything(options.seed, verbose=False)
     tuned = copy.deepcopy(model)
@@ -105,12 +107,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--formats", nargs="+", choices=["float", *FORMATS], default=["float", *FORMATS], help="default: all")
-    parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
-    parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: %(default)s)")
-    parser.add_argument("--train-size", type=int, metavar="N", help="train images to use (default: all that are not held out)")
     parser.add_argument(
-        "--tune", action="store_true", help="score on the last 5,000 train images, held out of training, not on the test set"
+        "--formats", nargs="+", choices=["float", *FORMATS], default=["float", *FORMATS], help="default: all"
+    )
+    parser.add_argument(
+        "--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--train-size", type=int, metavar="N", help="train images to use (default: all that are not held out)"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="score on the last 5,000 train images, held out of training, not on the test set",
     )
     parser.add_argument("--lr", type=float, help="instead of the recipes'")
     parser.add_argument("--distill", type=float, help="instead of the recipes'")
@@ -128,7 +140,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not options.tune:
         load_images(options.data, "test", 0, 1)  # a missing file is said before hours of work
     results: dict[str, Any] = {"float": None, "results": []}
-    runs = [(name, weight) for name in options.formats for weight in (options.weight if name != "float" else None) or [None]]
+    runs = [
+        (name, weight) for name in options.formats for weight in (options.weight if name != "float" else None) or [None]
+    ]
     for name, weight in runs:
         recipe = recipe_of(name)
         if recipe.plan is not None:
@@ -153,7 +167,11 @@ def table(results: dict[str, Any]) -> Table:
     for row in results["results"]:
         below = "-" if results["float"] is None else f"{results['float'] - row['accuracy']:.2f}"
         result.add_row(
-            row["spec"] or row["format"], f"{row['accuracy']:.2f}", below, f"{row['effective_bits']:.2f}", f"{row['seconds']:.0f}"
+            row["spec"] or row["format"],
+            f"{row['accuracy']:.2f}",
+            below,
+            f"{row['effective_bits']:.2f}",
+            f"{row['seconds']:.0f}",
         )
     seconds = statistics.mean(row["seconds"] for row in results["results"])
     result.caption = f"{seconds:.0f} s a format on average"

@@ -1,8 +1,8 @@
 """Peaks of memory next to the model: packing, loading, k-means, learned rounding and GPTQ, over sizes of layers.
 
-Each measurement is a process of its own: two linear layers of n x n, the peak of resident memory over what the process had before, as a
-multiple of one layer's float32 weight. `--beside REV` measures the same with the package as it was at a commit, in a worktree.
-Linux only: peaks are read from /proc.
+Each measurement is a process of its own: two linear layers of n x n, the peak of resident memory over what the process
+had before, as a multiple of one layer's float32 weight. `--beside REV` measures the same with the package as it was at
+a commit, in a worktree. Linux only: peaks are read from /proc.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def _rounding(kind: str, model: Any, size: int, cache_bytes: int) -> Callable[[]
 
     if kind == "reconstruct":
         return lambda: reconstruct(model, batches(), by="layer", iterations=5, cache_bytes=cache_bytes)
-    return lambda: gptq(model, batches(), **({"cache_bytes": cache_bytes} if "cache_bytes" in gptq.__kwdefaults__ else {}))
+    return lambda: gptq(
+        model, batches(), **({"cache_bytes": cache_bytes} if "cache_bytes" in gptq.__kwdefaults__ else {})
+    )
 
 
 def in_a_process(task: dict[str, Any], source: Path | None) -> dict[str, float]:
@@ -113,7 +115,10 @@ def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
         for spec in options.formats:
             found += [{"kind": kind, "spec": spec, "size": size} for kind in ("pack", "load")]
         found.append({"kind": "calibrate", "spec": "kmeans4", "size": size})
-    found += [{"kind": kind, "spec": "int4 per_channel mse", "size": 1024, "cache_bytes": 2**25} for kind in ("reconstruct", "gptq")]
+    found += [
+        {"kind": kind, "spec": "int4 per_channel mse", "size": 1024, "cache_bytes": 2**25}
+        for kind in ("reconstruct", "gptq")
+    ]
     return found
 
 
@@ -124,8 +129,12 @@ def main() -> None:
     from benchmarks import common
 
     parser = common.parser(__doc__, data=False)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], metavar="N", help="of the layers (%(default)s)")
-    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="SPEC", help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1024, 2048, 4096], metavar="N", help="of the layers (%(default)s)"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", default=FORMATS, metavar="SPEC", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--beside", metavar="REV", help="measure a commit of this repository as well")
     options = parser.parse_args()
     common.start(options)
@@ -133,17 +142,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "tree") if options.beside else None
         if other is not None:
-            subprocess.run(["git", "worktree", "add", "--detach", str(other), options.beside], check=True, capture_output=True)
+            subprocess.run(
+                ["git", "worktree", "add", "--detach", str(other), options.beside], check=True, capture_output=True
+            )
         try:
             for task in tasks(options):
-                row = task | {"now": in_a_process(task, None)} | ({"beside": in_a_process(task, other)} if other else {})
+                row = (
+                    task | {"now": in_a_process(task, None)} | ({"beside": in_a_process(task, other)} if other else {})
+                )
                 rows.append(row)
                 line = f"{task['kind']:12} {task['spec']:22} {task['size']:5}  {row['now']['layers']:6.2f} layers"
                 line += f" {row['now']['bytes'] / 2**20:8.1f} MiB {row['now']['seconds']:6.1f} s"
                 line += f"   {options.beside}: {row['beside']['layers']:6.2f} layers" if other else ""
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
-                common.write_json(options.json, {"limits": LIMITS, "beside": options.beside, "rows": rows}, ("safetensors",))
+                common.write_json(
+                    options.json, {"limits": LIMITS, "beside": options.beside, "rows": rows}, ("safetensors",)
+                )
         finally:
             if other is not None:
                 subprocess.run(["git", "worktree", "remove", "--force", str(other)], check=True)

@@ -56,7 +56,13 @@ def specs(bits: str, range_name: str, affine_weights: bool = False) -> tuple[str
 
 
 def quantized(
-    model: nn.Module, weight: str, inputs: str, batches: list[Tensor], rounding: str = "nearest", iterations: int = 0, seed: int = 0
+    model: nn.Module,
+    weight: str,
+    inputs: str,
+    batches: list[Tensor],
+    rounding: str = "nearest",
+    iterations: int = 0,
+    seed: int = 0,
 ) -> nn.Module:
     """A quantized copy of a float model: all that a user's PTQ run does."""
     result = copy.deepcopy(model)
@@ -84,7 +90,9 @@ def all_estimates(model: nn.Module, batches: list[Tensor], ranges: tuple[str, ..
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of right predictions in percent."""
     with torch.inference_mode():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+        right = sum(
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
     return 100.0 * right / len(labels)
 
 
@@ -96,7 +104,10 @@ def forward_pass(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def measure_rows(
-    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], rows: list[tuple[str, str, str, str]]
+    model: nn.Module,
+    calibration: list[list[Tensor]],
+    test: tuple[Tensor, Tensor],
+    rows: list[tuple[str, str, str, str]],
 ) -> Iterator[dict[str, Any]]:
     """Score `(bits, range, weight spec, input spec)` rows as they are done; several calibration sets are averaged."""
     for bits, name, weight, inputs in rows:
@@ -123,7 +134,11 @@ def measure_rows(
 
 
 def measure_reconstruction(
-    model: nn.Module, calibration: list[list[Tensor]], test: tuple[Tensor, Tensor], bits: list[str], options: argparse.Namespace
+    model: nn.Module,
+    calibration: list[list[Tensor]],
+    test: tuple[Tensor, Tensor],
+    bits: list[str],
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Score learned rounding: a row for each width and way, with the curve of accuracy over iterations.
 
@@ -184,17 +199,37 @@ def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, An
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
-    parser.add_argument("--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)")
-    parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=[], help="learn the rounding too (default: nearest only)")
-    parser.add_argument("--iterations", nargs="+", type=int, default=[100, 300, 1000], metavar="N", help="of learned rounding, a curve")
+    parser.add_argument(
+        "--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)"
+    )
+    parser.add_argument(
+        "--rounding", nargs="+", choices=ROUNDINGS, default=[], help="learn the rounding too (default: nearest only)"
+    )
+    parser.add_argument(
+        "--iterations", nargs="+", type=int, default=[100, 300, 1000], metavar="N", help="of learned rounding, a curve"
+    )
     parser.add_argument("--affine-weights", action="store_true", help="weights with zero points (default: symmetric)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)")
-    parser.add_argument("--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path")
-    parser.add_argument("--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)")
-    parser.add_argument("--model", choices=("resnet", "vit"), default="resnet", help="vit: the one of benchmarks.vit, trained first")
-    parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other libraries beside; see benchmarks.peers")
-    parser.add_argument("--peer-default", action="store_true", help="peers at their own default of iterations as well: slow")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="average over N disjoint calibration sets (default: 1)"
+    )
+    parser.add_argument(
+        "--weights", default="resnet_cifar10/resnet20_jpeg.safetensors", metavar="FILE", help="below --data, or a path"
+    )
+    parser.add_argument(
+        "--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)"
+    )
+    parser.add_argument(
+        "--model", choices=("resnet", "vit"), default="resnet", help="vit: the one of benchmarks.vit, trained first"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)"
+    )
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=[], help="other libraries beside; see benchmarks.peers"
+    )
+    parser.add_argument(
+        "--peer-default", action="store_true", help="peers at their own default of iterations as well: slow"
+    )
     options = parser.parse_args(arguments)
     if options.peers and options.model != "resnet":
         parser.error("--peers goes with --model resnet only")
@@ -242,7 +277,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results["results"].append(row)
         common.write_json(options.json, results)
         console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
-    rows = [(bits, name, *specs(bits, name, options.affine_weights)) for bits in options.bits for name in options.ranges]
+    rows = [
+        (bits, name, *specs(bits, name, options.affine_weights)) for bits in options.bits for name in options.ranges
+    ]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("quantizing", total=len(rows))
         for row in measure_rows(model, calibration, test, rows):
@@ -260,14 +297,17 @@ def table(results: dict[str, Any]) -> Table:
     best = {width: max(row["accuracy"] for row in rows if row["bits"] == width) for width in widths}
     ratio = results["calibration"]["all_estimators_over_forward_pass"]["ratio"]
     result = Table(
-        title=f"{results['model']}, CIFAR-10: float {results['float']:.2f} %", caption=f"all estimators: {ratio:.2f} forward passes"
+        title=f"{results['model']}, CIFAR-10: float {results['float']:.2f} %",
+        caption=f"all estimators: {ratio:.2f} forward passes",
     )
     result.add_column("range")
     for width in widths:
         result.add_column(width, justify="right")
     for rounding, name in dict.fromkeys((row["rounding"], row["range"]) for row in rows):
         scores = {row["bits"]: row["accuracy"] for row in rows if (row["rounding"], row["range"]) == (rounding, name)}
-        cells = [f"[bold]{scores[w]:.2f}[/]" if scores[w] == best[w] else f"{scores[w]:.2f}" for w in widths if w in scores]
+        cells = [
+            f"[bold]{scores[w]:.2f}[/]" if scores[w] == best[w] else f"{scores[w]:.2f}" for w in widths if w in scores
+        ]
         result.add_row(name if rounding == "nearest" else rounding, *cells)
     return result
 

@@ -2,23 +2,25 @@
 
     python -m benchmarks.qat_step --json out.json
 
-A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is quantized,
-weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving average, LSQ learns all
-steps at 4 bits. By name: MX6, MXFP8, MXFP4, NVFP4, VS (two-level scales), BNN (signs), TTQ (8-bit inputs). `ratio` is the median of
-steps over that of float steps, which run in turn in the same process; `low` and `high` are the smallest and largest ratio within one
-round. The models: r20, ResNet-20 on 128 images of 32 × 32; r18, ResNet-18 on 16 images of 112 × 112; encoder, four
-`nn.TransformerEncoderLayer`s of 384 features on 16 × 128 tokens. Data and weights are random.
+A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is
+quantized, weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving
+average, LSQ learns all steps at 4 bits. By name: MX6, MXFP8, MXFP4, NVFP4, VS (two-level scales), BNN (signs), TTQ
+(8-bit inputs). `ratio` is the median of steps over that of float steps, which run in turn in the same process; `low`
+and `high` are the smallest and largest ratio within one round. The models: r20, ResNet-20 on 128 images of 32 × 32;
+r18, ResNet-18 on 16 images of 112 × 112; encoder, four `nn.TransformerEncoderLayer`s of 384 features on 16 × 128
+tokens. Data and weights are random.
 
 `saved_mb` is what autograd keeps between forward and backward: the bytes (/ 10^6) of every storage that
-`torch.autograd.graph.saved_tensors_hooks` sees, each once. A float step keeps its weights, a quantized one its quantized weights;
-`saved_without_parameters_mb` leaves parameters and buffers of the model out, which are there anyway.
+`torch.autograd.graph.saved_tensors_hooks` sees, each once. A float step keeps its weights, a quantized one its
+quantized weights; `saved_without_parameters_mb` leaves parameters and buffers of the model out, which are there anyway.
 
-Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(..., forward="integer")`;
-`lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float compiled` stands beside it);
-`torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer (attention keeps its projection of query, key
-and value float); `torchao QATConfig` (linear layers only), `torchao MXTensor` (linear layers outside of attention only, its tensors
-there and back) and `torchao pt2e`; Brevitas, where it is installed (`python -m benchmarks.peers install brevitas`), a process in its
-own environment that takes its turn: `brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them.
+Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(...,
+forward="integer")`; `lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float
+compiled` stands beside it); `torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer
+(attention keeps its projection of query, key and value float); `torchao QATConfig` (linear layers only), `torchao
+MXTensor` (linear layers outside of attention only, its tensors there and back) and `torchao pt2e`; Brevitas, where it
+is installed (`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn:
+`brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them.
 """
 
 from __future__ import annotations
@@ -50,14 +52,23 @@ def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[
             steps[name] = IMPLEMENTATIONS[name](model, setting, options.device)
         except Unavailable as reason:
             skipped.append(
-                {"model": model, "implementation": name, "setting": setting, "ratio": None, "saved_mb": None, "why": str(reason)}
+                {
+                    "model": model,
+                    "implementation": name,
+                    "setting": setting,
+                    "ratio": None,
+                    "saved_mb": None,
+                    "why": str(reason),
+                }
             )
     times = interleaved(steps, options.rounds, options.warm_up, options.clock)
     rows = []
     for name, step in steps.items():
         row = {"model": model, "implementation": name, "setting": setting, **common.ratio(times, name, "float")}
         saved, added = (size / 1e6 for size in step.saved())
-        rows.append({**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added})
+        rows.append(
+            {**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added}
+        )
         if isinstance(step, PeerStep):
             step.close()
     return rows + skipped
@@ -76,15 +87,23 @@ def interleaved(steps: Mapping[str, Step | PeerStep], rounds: int, warm_up: int,
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__, data=False)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="to measure (default: all)")
     parser.add_argument(
-        "--settings", nargs="+", choices=(*SETTINGS, *OTHERS), default=list(SETTINGS), help=f"to measure (default: {' '.join(SETTINGS)})"
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="to measure (default: all)"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=(*SETTINGS, *OTHERS),
+        default=list(SETTINGS),
+        help=f"to measure (default: {' '.join(SETTINGS)})",
     )
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="*", choices=names, default=names, help="to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="that are timed (default: 15)")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before (default: 2)")
-    message = "wall time, or CPU time of the process, which other processes disturb less (with one thread; default: wall)"
+    message = (
+        "wall time, or CPU time of the process, which other processes disturb less (with one thread; default: wall)"
+    )
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=message)
     parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
     return parser.parse_args(arguments)
@@ -106,7 +125,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table(
-        "", "× float step", "low", "high", "saved MB", title=f"{rows[0]['model']} {rows[0]['setting']}: {rows[0]['seconds']:.3f} s"
+        "",
+        "× float step",
+        "low",
+        "high",
+        "saved MB",
+        title=f"{rows[0]['model']} {rows[0]['setting']}: {rows[0]['seconds']:.3f} s",
     )
     for row in rows:
         if row["ratio"] is None:

@@ -100,7 +100,8 @@ def float_step(name: str, device: str) -> Step:
 
 
 def saved_bytes(step: Step) -> tuple[int, int]:
-    """Bytes autograd keeps for one backward pass, as the benchmark's docstring defines them: all, and without the model's own."""
+    """Bytes autograd keeps for one backward pass, as the benchmark's docstring defines them: all, and without the
+    model's own."""
     sizes: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*step.model.parameters(), *step.model.buffers())}
     alive = []

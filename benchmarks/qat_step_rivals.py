@@ -113,13 +113,22 @@ def integer(name: str, setting: str, device: str) -> Step:
 
     model, batch = load(name, device)
     accelerator = "gpu" if device.startswith("cuda") else "cpu"
-    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    callback = QAT(plan_of(setting), forward="integer", calibration_step=lambda module, data: module.net(module.data[0]))
+    options: Any = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callback = QAT(
+        plan_of(setting), forward="integer", calibration_step=lambda module, data: module.net(module.data[0])
+    )
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Trainer(max_steps=1, accelerator=accelerator, devices=1, callbacks=[callback], **options).fit(Module(model, batch))
+        Trainer(max_steps=1, accelerator=accelerator, devices=1, callbacks=[callback], **options).fit(
+            Module(model, batch)
+        )
     if not any(integer_choices(model).values()):
         raise Unavailable("; ".join(sorted(set(integer_report(model).values()))))
     return _training(model.to(device), batch)
@@ -211,7 +220,8 @@ def torchao_config(name: str, setting: str, device: str) -> Step:
 
 
 def torchao_mx(name: str, setting: str, device: str) -> Step:
-    """torchao's MXTensor there and back, weights and inputs of linear layers, straight through: it has no training with them."""
+    """torchao's MXTensor there and back, weights and inputs of linear layers, straight through: it has no training with
+    them."""
     if setting not in ("MXFP8", "MXFP4"):
         raise Unavailable("has MX formats only")
     if name != "encoder":

@@ -59,7 +59,10 @@ def _integers() -> Iterator[Entry]:
         for estimator in ("minmax", "mse"):
             words = f"per_channel {estimator}"
             yield Entry(
-                f"int{bits} {estimator}", f"int{bits} {words} narrow", f"uint{bits} {words}", known.get(estimator, {}) if bits == 4 else {}
+                f"int{bits} {estimator}",
+                f"int{bits} {words} narrow",
+                f"uint{bits} {words}",
+                known.get(estimator, {}) if bits == 4 else {},
             )
 
 
@@ -141,9 +144,13 @@ def measure(entry: Entry, samples: Mapping[str, Tensor]) -> list[dict[str, Any]]
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__, data=False)
     names = [entry.name for entry in ENTRIES]
-    parser.add_argument("--formats", nargs="+", choices=names, default=names, metavar="NAME", help="formats to measure (default: all)")
+    parser.add_argument(
+        "--formats", nargs="+", choices=names, default=names, metavar="NAME", help="formats to measure (default: all)"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows of the data (default: {ROWS})")
-    parser.add_argument("--columns", type=int, default=COLUMNS, metavar="N", help=f"elements of a row (default: {COLUMNS})")
+    parser.add_argument(
+        "--columns", type=int, default=COLUMNS, metavar="N", help=f"elements of a row (default: {COLUMNS})"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the data (default: 0)")
     return parser.parse_args(arguments)
 

@@ -1,10 +1,11 @@
-"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours against plain TPE, NSGA-II, greedy and uniform plans.
+"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours against plain TPE, NSGA-II, greedy and uniform
+plans.
 
     python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
     python -m benchmarks.search --faults --json out.json # 4 workers on PostgreSQL, one killed every 20 s
 
-Plans are scored on train images 1,024 to 3,024, which neither calibrate nor were used to choose a recipe; then the best plan
-of each size is scored on the 10,000 test images. Hypervolumes have the reference point (accuracy 0.1, 8.2 bits).
+Plans are scored on train images 1,024 to 3,024, which neither calibrate nor were used to choose a recipe; then the best
+plan of each size is scored on the 10,000 test images. Hypervolumes have the reference point (accuracy 0.1, 8.2 bits).
 """
 
 from __future__ import annotations
@@ -129,7 +130,13 @@ class Comparison:
         images, self.test_labels = load_images(options.data, "test")
         self.test_images = normalize(images)
         self.plans: dict[str, list[tuple[float, float, Any]]] = {}
-        self.results: dict[str, Any] = {"images": options.images, "space": SPACE, "reference": REFERENCE, "hypervolume": {}, "curves": {}}
+        self.results: dict[str, Any] = {
+            "images": options.images,
+            "space": SPACE,
+            "reference": REFERENCE,
+            "hypervolume": {},
+            "curves": {},
+        }
 
     def run(self) -> dict[str, Any]:
         options = self.options
@@ -262,7 +269,16 @@ def faults(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
         server = pgserver.get_server(f"{folder}/data")
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
-        flags = ["--data", str(options.data), "--images", str(options.images), "--trials", str(options.trials), "--worker-url", url]
+        flags = [
+            "--data",
+            str(options.data),
+            "--images",
+            str(options.images),
+            "--trials",
+            str(options.trials),
+            "--worker-url",
+            url,
+        ]
 
         def launch(number: int) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", "benchmarks.search", *flags, "--worker", str(number)]
@@ -301,13 +317,23 @@ def faults(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})")
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})"
+    )
     parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours (default: 200)")
-    parser.add_argument("--trials-plain", type=int, default=1000, metavar="N", help="of TPE and of NSGA-II without seeds (default: 1000)")
+    parser.add_argument(
+        "--trials-plain",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of TPE and of NSGA-II without seeds (default: 1000)",
+    )
     message = "what to run (default: all); fixed are the uniform plans and the greedy path"
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=message)
     parser.add_argument("--faults", action="store_true", help="kill workers instead")
-    parser.add_argument("--kill-every", type=float, default=20.0, metavar="SECONDS", help="in the fault run (default: 20)")
+    parser.add_argument(
+        "--kill-every", type=float, default=20.0, metavar="SECONDS", help="in the fault run (default: 20)"
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker-url", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.see --json out.json
 
-ResNet-20 trains on random 32 × 32 images, batch 128, with `QAT`; `QuantMonitor` logs to CSV every fourth step, in a second fit that takes
-turns with one without it. `log_over_step` is the time that a log adds, over the median step of the fit without; `per_100` what that is of a
-run with one log every 100 steps. `start` and `end` are pictures and page, over the same step.
+ResNet-20 trains on random 32 × 32 images, batch 128, with `QAT`; `QuantMonitor` logs to CSV every fourth step, in a
+second fit that takes turns with one without it. `log_over_step` is the time that a log adds, over the median step of
+the fit without; `per_100` what that is of a run with one log every 100 steps. `start` and `end` are pictures and page,
+over the same step.
 
-`page` is that of a model of 100 layers and a study of 500 trials: bytes, and seconds from the two to the file, the model's making and
-calibration included.
+`page` is that of a model of 100 layers and a study of 500 trials: bytes, and seconds from the two to the file, the
+model's making and calibration included.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def fit(plan: str, batches: int, monitor: Timed | None, folder: str) -> list[flo
     callbacks: list[Callback] = [QAT(plan), clock, *([] if monitor is None else [monitor])]
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     logger = CSVLogger(folder)
-    trainer = Trainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=callbacks, logger=logger, log_every_n_steps=1, **quiet)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, callbacks=callbacks, logger=logger, log_every_n_steps=1, **quiet
+    )
     trainer.fit(LitClassifier(CifarResNet(20)), DataLoader(TensorDataset(images, labels), BATCH))
     return clock.seconds
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.vit            # trains, and keeps the weights in benchmarks/.cache/vit.safetensors
 
-A convolutional stem (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021, arXiv 2106.14881), four
-pre-norm layers of width 96 on 4 x 4 tokens, the mean of the tokens, a linear head: 0.4 M parameters.
+A convolutional stem (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021, arXiv 2106.14881),
+four pre-norm layers of width 96 on 4 x 4 tokens, the mean of the tokens, a linear head: 0.4 M parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (part(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        q, k, v = (
+            part(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -49,7 +51,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         sizes = (3, WIDTH // 3, 2 * WIDTH // 3)
         convolutions = [
-            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o in itertools.pairwise(sizes)
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o in itertools.pairwise(sizes)
         ]
         self.stem = nn.Sequential(*convolutions, nn.Conv2d(sizes[-1], WIDTH, 3, 2, 1))
         self.position = nn.Parameter(0.02 * torch.randn(1, 16, WIDTH))
@@ -110,8 +113,14 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_vit(options.data, console)
     images, labels = load_images(options.data, "test")
     with torch.inference_mode():
-        right = sum(int((model(normalize(x)).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
-    console.print(f"{100 * right / len(labels):.2f} % of the test images, {sum(p.numel() for p in model.parameters()):,} parameters")
+        right = sum(
+            int((model(normalize(x)).argmax(1) == y).sum())
+            for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
+    console.print(
+        f"{100 * right / len(labels):.2f} % of the test images, {sum(p.numel() for p in model.parameters()):,} "
+        "parameters"
+    )
 
 
 if __name__ == "__main__":

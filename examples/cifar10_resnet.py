@@ -83,17 +83,31 @@ def show(rows: list[tuple[str, float, float, int]], seconds: float) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER", help="parquet files (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("../shared/data"),
+        metavar="FOLDER",
+        help="parquet files (default: %(default)s)",
+    )
     weights = "resnet_cifar10/resnet20_jpeg.safetensors"
-    parser.add_argument("--weights", default=weights, metavar="FILE", help="a path, or one below --data (default: %(default)s)")
+    parser.add_argument(
+        "--weights", default=weights, metavar="FILE", help="a path, or one below --data (default: %(default)s)"
+    )
     parser.add_argument("--depth", type=int, default=20, help="20, 32, 44 or 56 (default: %(default)s)")
-    parser.add_argument("--plan", default="w4 mse a4 mse", help="what is quantized and how, or a YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--plan", default="w4 mse a4 mse", help="what is quantized and how, or a YAML file (default: %(default)s)"
+    )
     parser.add_argument("--calibration-batches", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--qat-epochs", type=int, default=1, metavar="N", help="0: PTQ alone (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="highest learning rate of QAT (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--train-size", type=int, metavar="N", help="train images to use (default: all that are not held out)")
-    parser.add_argument("--held-out", type=int, default=5_000, metavar="N", help="train images for validation (default: %(default)s)")
+    parser.add_argument(
+        "--train-size", type=int, metavar="N", help="train images to use (default: all that are not held out)"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=5_000, metavar="N", help="train images for validation (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

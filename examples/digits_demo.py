@@ -77,7 +77,9 @@ def main() -> None:
     for name in ESTIMATORS:
         plan = f"w4 {name} a4 {name}"
         ptq = copy.deepcopy(model)
-        (result,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(ptq, datamodule=data, verbose=False)
+        (result,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(
+            ptq, datamodule=data, verbose=False
+        )
         uniform[name] = (result["val/acc"], scored(f"PTQ, {plan}", ptq, data))
         table.add_row(name, percent(result["val/acc"]), percent(uniform[name][1].accuracy))
     console.print(table)
@@ -86,13 +88,21 @@ def main() -> None:
     budget = rows[-1].effective_bits if args.budget is None else args.budget
 
     console.rule(f"3. search: {args.trials} trials, at most {budget:.2f} effective bits")
-    weight = {"bit_widths": [2, 3, 4, 5, 6, 8], "granularities": ["per_channel", "per_tensor"], "ranges": ["mse", "minmax", "octav"]}
+    weight = {
+        "bit_widths": [2, 3, 4, 5, 6, 8],
+        "granularities": ["per_channel", "per_tensor"],
+        "ranges": ["mse", "minmax", "octav"],
+    }
     space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
     try:
-        result = search(model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer)
+        result = search(
+            model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer
+        )
     except StudyError:
         # What it was made for stands in the error, value by value; here one sentence will do.
-        sys.exit(f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output")
+        sys.exit(
+            f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output"
+        )
     console.print(result.table())
     best = result.best(budget)
     plan_path = output / "plan.yaml"
@@ -121,17 +131,25 @@ def main() -> None:
         tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics,
         training=monitor.training, epoch_steps=int(fit.num_training_batches),
     )  # fmt: skip
-    write_page(replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html")
+    write_page(
+        replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html"
+    )
 
     show(rows, len(data.test_dataloader().dataset), output, time.perf_counter() - start)
 
 
-def trainer(max_epochs: int = 1, callbacks: list | None = None, logger: WandbLogger | bool = False, **options) -> Trainer:
+def trainer(
+    max_epochs: int = 1, callbacks: list | None = None, logger: WandbLogger | bool = False, **options
+) -> Trainer:
     """An ordinary Trainer; a search trial brings its own options."""
     progress = [RichProgressBar(leave=False)] if options.get("enable_progress_bar", True) else []
     defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 5}
     return Trainer(
-        max_epochs=max_epochs, accelerator="cpu", callbacks=[*(callbacks or []), *progress], logger=logger, **(defaults | options)
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        callbacks=[*(callbacks or []), *progress],
+        logger=logger,
+        **(defaults | options),
     )
 
 
@@ -145,7 +163,11 @@ def calibrated(model: DigitsCNN, data: DigitsDataModule, plan: str | Path) -> Di
 def scored(name: str, model: DigitsCNN, data: DigitsDataModule) -> Row:
     """The row of a quantized model."""
     price = cost(model)
-    widths = {layer.input_quantizer.spec.bit_width for _, layer in quantized_layers(model) if layer.input_quantizer is not None}
+    widths = {
+        layer.input_quantizer.spec.bit_width
+        for _, layer in quantized_layers(model)
+        if layer.input_quantizer is not None
+    }
     return Row(name, test(model, data), price.effective_bits, " and ".join(map(str, sorted(widths))), price.bytes)
 
 
@@ -166,7 +188,9 @@ def show(rows: list[Row], images: int, output: Path, seconds: float) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         smaller = f"{rows[0].bytes / row.bytes:.1f} x"
-        table.add_row(row.name, percent(row.accuracy), f"{row.effective_bits:.2f}", row.inputs, f"{row.bytes:,}", smaller)
+        table.add_row(
+            row.name, percent(row.accuracy), f"{row.effective_bits:.2f}", row.inputs, f"{row.bytes:,}", smaller
+        )
     console.print(table)
     for what, path in (
         ("report page", "report.html"),
@@ -203,7 +227,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/digits_demo"), help="where everything is written")
     parser.add_argument("--trials", type=int, default=160)
-    parser.add_argument("--budget", type=float, help="largest effective bits of the chosen plan; those of 2 bits everywhere when not given")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="largest effective bits of the chosen plan; those of 2 bits everywhere when not given",
+    )
     parser.add_argument("--float-epochs", type=int, default=12)
     parser.add_argument("--qat-epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)

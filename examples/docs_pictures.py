@@ -27,7 +27,9 @@ LARGEST = 300_000
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="what examples/digits_demo.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("examples/pictures"), help="folder of the PNG files (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("examples/pictures"), help="folder of the PNG files (default: %(default)s)"
+    )
     parser.add_argument("--layer", default="block.conv1", help="the layer whose page is shown (default: %(default)s)")
     args = parser.parse_args(arguments)
     if reason := why_not():
@@ -57,7 +59,9 @@ def screenshots(page: Path, layer: str) -> dict[str, bytes]:
         taken["layer"] = shown.screenshot(full_page=True, clip=_from_to(shown, "#layer", "#layer .view"))
         shown.keyboard.press("Escape")
         window.settle()
-        taken["study"] = shown.screenshot(full_page=True, clip=_from_to(shown, "#study", "#study [data-figure=parallel]"))
+        taken["study"] = shown.screenshot(
+            full_page=True, clip=_from_to(shown, "#study", "#study [data-figure=parallel]")
+        )
         if window.faults:
             sys.exit("\n".join(window.faults))
         return taken

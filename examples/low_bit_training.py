@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     curves = {series.name: series.values for series in monitor.training}
     print("share of zeros in block.conv1 :", curves["quant/block.conv1/weight_zeros"])
     print("flips an epoch in block.conv1 :", curves.get("quant/block.conv1/weight_flips", []))
-    print(f"{args.format}: {cost(model).quantizable_effective_bits:.2f} bits a weight, test/acc {scores['test/acc']:.4f}")
+    print(
+        f"{args.format}: {cost(model).quantizable_effective_bits:.2f} bits a weight, test/acc {scores['test/acc']:.4f}"
+    )
     return {"bits": cost(model).quantizable_effective_bits, "test/acc": scores["test/acc"]}
 
 

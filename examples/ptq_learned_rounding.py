@@ -41,7 +41,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 def evaluate(model, data: DigitsDataModule, *callbacks: PTQ) -> float:
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     (result,) = trainer.test(model, datamodule=data, verbose=False)
     return result["test/acc"]
 

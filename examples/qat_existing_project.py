@@ -53,7 +53,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     assert torch.equal(served.eval()(images), model.eval()(images))
 
     print(qat.ledger.summary())
-    print(f"test/acc {before['test/acc']:.4f} float, {after['test/acc']:.4f} quantized; page: {args.output / 'quant' / 'report.html'}")
+    print(
+        f"test/acc {before['test/acc']:.4f} float, {after['test/acc']:.4f} quantized; page: "
+        f"{args.output / 'quant' / 'report.html'}"
+    )
     return {"float": before["test/acc"], "quantized": after["test/acc"]}
 
 

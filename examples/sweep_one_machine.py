@@ -39,13 +39,19 @@ def main(arguments: list[str] | None = None) -> SearchResult:
         output_dir=args.output,
         trainer=partial(Trainer, accelerator="cpu"),
     )
-    print(f"{len(result.candidates)} trials, {len(result.front)} plans that no other beats; picture: {args.output / 'pareto.png'}")
+    print(
+        f"{len(result.candidates)} trials, {len(result.front)} plans that no other beats; picture: "
+        f"{args.output / 'pareto.png'}"
+    )
 
     best = result.best(args.budget)  # the best metric with at most so many bits
     best.plan.to_yaml(args.output / "chosen.yaml")
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[PTQ(args.output / "chosen.yaml")])
     (scores,) = trainer.test(model, datamodule=data, verbose=False)
-    print(f"trial {best.number}: {best.effective_bits:.2f} bits, val/acc {best.metric:.4f}, test/acc {scores['test/acc']:.4f}")
+    print(
+        f"trial {best.number}: {best.effective_bits:.2f} bits, val/acc {best.metric:.4f}, test/acc "
+        f"{scores['test/acc']:.4f}"
+    )
     return result
 
 

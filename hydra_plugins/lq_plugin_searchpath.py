@@ -1,4 +1,5 @@
-"""Adds the config groups `lq`, `quantization` and `hparams_search` to every Hydra application, so that `+lq=qat` is found.
+"""Adds the config groups `lq`, `quantization` and `hparams_search` to every Hydra application, so that `+lq=qat` is
+found.
 
 Hydra imports this file whenever an application starts: nothing heavy may be imported here.
 `hydra_plugins` is a namespace package shared with other projects and has no `__init__.py`.
@@ -11,8 +12,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 class LQSearchPathPlugin(SearchPathPlugin):
     """Appends `pkg://lq_plugin.conf.shared` as the last place to look: the application's own configs win.
 
-    The experiments, models and data of our own commands stay out of sight: an application may ask for all that it has of a group,
-    as with `experiment=glob(*)`.
+    The experiments, models and data of our own commands stay out of sight: an application may ask for all that it has
+    of a group, as with `experiment=glob(*)`.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

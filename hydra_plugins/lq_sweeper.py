@@ -1,7 +1,7 @@
 """`hydra/sweeper=lq`: Optuna proposes, and each trial is one Hydra job of an existing project.
 
-Hydra imports this file whenever an application starts: nothing heavy may be imported here. The work is done in `lq_plugin.search.sweep`.
-`hydra_plugins` is a namespace package shared with other projects and has no `__init__.py`.
+Hydra imports this file whenever an application starts: nothing heavy may be imported here. The work is done in
+`lq_plugin.search.sweep`. `hydra_plugins` is a namespace package shared with other projects and has no `__init__.py`.
 """
 
 from collections.abc import Sequence
@@ -66,14 +66,23 @@ class LQSweeper(Sweeper):
         self.hydra_context, self.config = hydra_context, config
         self._settings = SweepSettings.from_config(config)
         job = TrialJob.wrapping(task_function, self._settings.study_access)
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=job, config=config)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=job, config=config
+        )
 
     def sweep(self, arguments: list[str]) -> Any:
         from lq_plugin.search.sweep import sweep
 
         assert self.hydra_context is not None
         assert self.config is not None
-        return sweep(self._settings, arguments, self.config, self.hydra_context.config_loader, self._launch, self.validate_batch_is_legal)
+        return sweep(
+            self._settings,
+            arguments,
+            self.config,
+            self.hydra_context.config_loader,
+            self._launch,
+            self.validate_batch_is_legal,
+        )
 
     def _launch(self, overrides: Sequence[Sequence[str]], first: int) -> None:
         assert self.launcher is not None

@@ -131,13 +131,16 @@ def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
 
     >>> optimized_metric({"val/acc": 0.5}, "val/ac")
     Traceback (most recent call last):
-    lq_plugin.errors.QuantizationError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean 'val/acc'?
+    lq_plugin.errors.QuantizationError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean
+    'val/acc'?
     """
     if name is None:
         return None
     if name not in metrics:
         listing = ", ".join(sorted(metrics)) or "nothing (no stage was run)"
-        raise QuantizationError(f"optimized_metric {name!r} was not logged; logged: {listing}.{did_you_mean(name, metrics)}")
+        raise QuantizationError(
+            f"optimized_metric {name!r} was not logged; logged: {listing}.{did_you_mean(name, metrics)}"
+        )
     return metrics[name]
 
 
@@ -175,17 +178,20 @@ def log_once() -> None:
     """
     from lq_plugin.lightning_packages import LOGGERS  # adds them, with the package
 
-    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"(pytorch_)?lightning\.")
+    warnings.filterwarnings(
+        "ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"(pytorch_)?lightning\."
+    )
     for name in ("lightning", *LOGGERS):
         logging.getLogger(name).handlers.clear()
 
 
 @contextmanager
 def told(cfg: DictConfig) -> Iterator[None]:
-    """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the traceback.
+    """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the
+    traceback.
 
-    The W&B run of this job ends: the next job of a multirun would go on writing into it. Passwords of storages are taken out of
-    what Hydra has written, and out of what is said.
+    The W&B run of this job ends: the next job of a multirun would go on writing into it. Passwords of storages are
+    taken out of what Hydra has written, and out of what is said.
     """
     passwords = storage_passwords(cfg)
     hide_passwords(passwords)
@@ -225,7 +231,8 @@ def search(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
 def sensitivity(cfg: DictConfig) -> None:
-    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see `lq_plugin.search.sensitivity`."""
+    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see
+    `lq_plugin.search.sensitivity`."""
     with told(cfg):
         check_request(cfg)
         log_once()

@@ -52,9 +52,13 @@ SHOWN_FAULTS, SHOWN_CHARACTERS = 50, 4000
 
 
 def raise_all(kind: type[QuantizationError], title: str, faults: list[str]) -> None:
-    """Raise one `kind` that lists every fault (of very many, the first ones and their number); do nothing when there is none."""
+    """Raise one `kind` that lists every fault (of very many, the first ones and their number); do nothing when there is
+    none."""
     half = SHOWN_CHARACTERS // 2
-    shown = [fault if len(fault) <= SHOWN_CHARACTERS else f"{fault[:half]} ... {fault[-half:]}" for fault in faults[:SHOWN_FAULTS]]
+    shown = [
+        fault if len(fault) <= SHOWN_CHARACTERS else f"{fault[:half]} ... {fault[-half:]}"
+        for fault in faults[:SHOWN_FAULTS]
+    ]
     if len(faults) == 1:
         raise kind(f"{title}: {shown[0]}")
     if faults:

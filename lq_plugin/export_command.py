@@ -1,4 +1,5 @@
-"""`lq-export`: what `cfg` (composed from `export.yaml`) names becomes a file. Lightning and torch are imported once it can be."""
+"""`lq-export`: what `cfg` (composed from `export.yaml`) names becomes a file. Lightning and torch are imported once it
+can be."""
 
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ log = logging.getLogger(__name__)
 def run_export(cfg: DictConfig) -> Path:
     """Build, load or calibrate the model; write and verify the file; returns its path.
 
-    What can be told to be impossible is told before the next thing that takes longer: of the request before anything is imported,
-    of the model and its plan before data is read, of a batch before the model is calibrated.
+    What can be told to be impossible is told before the next thing that takes longer: of the request before anything is
+    imported, of the model and its plan before data is read, of a batch before the model is calibrated.
 
     Raises:
-        QuantizationError: nothing to export, an unknown target, a plan that does not fit, or a model that the file cannot hold.
+        QuantizationError: nothing to export, an unknown target, a plan that does not fit, or a model that the file
+            cannot hold.
     """
     check_export(cfg)
     from lq_plugin import PTQ
@@ -66,14 +68,17 @@ def run_export(cfg: DictConfig) -> Path:
     else:
         from lq_plugin.export import export_onnx  # not above: packed files need no onnx
 
-        size = export_onnx(model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest, dynamic_dims=list(cfg.dynamic_dims))
+        size = export_onnx(
+            model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest, dynamic_dims=list(cfg.dynamic_dims)
+        )
     log.info("written to %s: %s bytes", path, f"{size:,}")
     if cfg.verify:
         result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
         nan = " (there is NaN in the outputs)" if math.isnan(result.largest_difference) else ""
         log.info(
             "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output%s",
-            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement, result.largest_difference, nan,
+            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement,
+            result.largest_difference, nan,
         )  # fmt: skip
     return path
 
@@ -87,9 +92,13 @@ def check_export(cfg: DictConfig) -> None:
     """
     check_runtime(cfg.runtime)
     if cfg.to not in SUFFIXES:
-        raise ExportError(f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to).lower(), SUFFIXES)}")
+        raise ExportError(
+            f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to).lower(), SUFFIXES)}"
+        )
     if (cfg.ckpt_path is None) == (cfg.plan is None):
-        raise ExportError("give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)")
+        raise ExportError(
+            "give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)"
+        )
     faults = smallest_faults(cfg.smallest) + dims_faults(cfg.dynamic_dims)
     for name in ("ckpt_path", "float_checkpoint"):
         if cfg[name] is not None and not Path(cfg[name]).is_file():
@@ -109,7 +118,11 @@ def check_export(cfg: DictConfig) -> None:
         faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
     if cfg.dynamic_dims and cfg.to != "onnx":
         faults.append(f"dynamic_dims is for to=onnx, got to={cfg.to}: a packed file has no sizes")
-    faults += [f"{name} is true or false, got {cfg[name]!r}" for name in ("verify", "round_sums") if not isinstance(cfg[name], bool)]
+    faults += [
+        f"{name} is true or false, got {cfg[name]!r}"
+        for name in ("verify", "round_sums")
+        if not isinstance(cfg[name], bool)
+    ]
     for name in ("verify_batches", "calibration_batches"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
@@ -144,8 +157,11 @@ def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None
     from lq_plugin.model.operation_rules import needs_recording
     from lq_plugin.model.prepare import prepare
 
-    # Which layers such a module builds is known once a Trainer has it, and which operations a plan names from a batch only.
-    if not any(is_overridden(hook, model) for hook in ("setup", "configure_model")) and not needs_recording(model, plan):
+    # Which layers such a module builds is known once a Trainer has it, and which operations a plan names from a batch
+    # only.
+    if not any(is_overridden(hook, model) for hook in ("setup", "configure_model")) and not needs_recording(
+        model, plan
+    ):
         probe = copy.deepcopy(model)
         prepare(probe, plan)
         check_model(cfg, probe)
@@ -203,11 +219,15 @@ def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
     from lq_plugin.model.calibrate import needs_data
 
     if others := [phase for phase in ptq.phases if phase != "calibrate"]:
-        raise CalibrationError(f"there is no data=..., and {', '.join(others)} needs a batch: give it, or phases=[calibrate]")
+        raise CalibrationError(
+            f"there is no data=..., and {', '.join(others)} needs a batch: give it, or phases=[calibrate]"
+        )
     ledger = prepare(model, ptq.plan)
     log.info("PTQ without data, nothing is known of operations and MACs: %s", ledger.summary())
     if needs_data(model):
-        raise CalibrationError("there is no data=..., and the ranges of activations come from it: give it, or a plan for weights alone")
+        raise CalibrationError(
+            "there is no data=..., and the ranges of activations come from it: give it, or a plan for weights alone"
+        )
     calibrate(model, ())
 
 
@@ -225,7 +245,9 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
         calibrate_weights(model, ptq)
         return
     # What `check_plan` could not tell is known then, and nothing is calibrated yet.
-    check = package_of(model).callbacks.LambdaCallback(on_validation_start=lambda trainer, module: check_model(cfg, module))
+    check = package_of(model).callbacks.LambdaCallback(
+        on_validation_start=lambda trainer, module: check_model(cfg, module)
+    )
     # One batch: nobody sees a metric of it.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
     trainer: Any = instantiate_for(model, cfg.trainer, callbacks=[check, ptq], **quiet)

@@ -1,4 +1,5 @@
-"""What can be asked of an export. Nothing here imports torch: what cannot be is said before a command has loaded anything."""
+"""What can be asked of an export. Nothing here imports torch: what cannot be is said before a command has loaded
+anything."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ def dims_faults(dims: Any) -> list[str]:
     # A ListConfig of Hydra is a sequence, too.
     whole = isinstance(dims, Sequence) and not isinstance(dims, str)
     right = whole and all(isinstance(dim, int) and not isinstance(dim, bool) and dim > 0 for dim in dims)
-    return [] if right else [f"dynamic_dims are dims of the inputs behind the batch, 1 or more, as [1] for tokens [N, L]; got {dims!r}"]
+    return (
+        []
+        if right
+        else [
+            f"dynamic_dims are dims of the inputs behind the batch, 1 or more, as [1] for tokens [N, L]; got {dims!r}"
+        ]
+    )
 
 
 def check_runtime(runtime: str) -> None:
@@ -75,7 +82,9 @@ class LatencyOptions:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} must be at least 1, got {value}" for name in ("batch", "threads", "rounds") if (value := getattr(self, name)) < 1
+            f"{name} must be at least 1, got {value}"
+            for name in ("batch", "threads", "rounds")
+            if (value := getattr(self, name)) < 1
         ]
         if self.runtime not in RUNTIMES:
             valid = ", ".join(RUNTIMES)
@@ -87,6 +96,8 @@ class LatencyOptions:
         """What numbers are comparable within: runtime, processor, threads, batch."""
         processor = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        names = (
+            [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        )
         name = names[0].partition(":")[2].strip() if names else processor
         return f"{self.runtime} {version(self.runtime)}; {name}; {self.threads} threads; batch {self.batch}"

@@ -1,4 +1,5 @@
-"""Optional packages: which extra of lq_plugin brings them, and an error that says so before the work. Nothing here imports them."""
+"""Optional packages: which extra of lq_plugin brings them, and an error that says so before the work. Nothing here
+imports them."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def need_packages(what: str, *packages: str) -> None:
         extras = [extra for extra, brought in EXTRAS.items() if set(brought) & set(missing)]
         command = f'"lq_plugin[{",".join(extras)}]"' if extras else " ".join(missing)
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingPackageError(f"{what} needs {' and '.join(missing)}, which {verb} not installed: pip install {command}")
+        raise MissingPackageError(
+            f"{what} needs {' and '.join(missing)}, which {verb} not installed: pip install {command}"
+        )
 
 
 def _installed(package: str) -> bool:

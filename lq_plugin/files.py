@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and temporary folders; what a killed process left of either is swept by the next one.
+"""Files that appear whole or not at all, and temporary folders; what a killed process left of either is swept by the
+next one.
 
-A temporary file or folder lies next to what it becomes, under a name of its own, and is locked while its process lives. The lock ends
-with the process, whatever ended it: what bears such a name and is not locked is nobody's. Process ids tell nothing of the kind, since
-containers that share a folder have equal ones.
+A temporary file or folder lies next to what it becomes, under a name of its own, and is locked while its process lives.
+The lock ends with the process, whatever ended it: what bears such a name and is not locked is nobody's. Process ids
+tell nothing of the kind, since containers that share a folder have equal ones.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def _temporary(target: Path) -> Iterator[BinaryIO]:
 
 
 def _claim(descriptor: int, path: str | Path) -> bool:
-    """Locks an open file or folder; whether it is still there: another process may have swept it before it was locked."""
+    """Locks an open file or folder; whether it is still there: another process may have swept it before it was
+    locked."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks, where nobody sweeps either
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -53,7 +53,8 @@ class Format:
         bit_widths: bits an element may take; one number where the format fixes it.
         granularity: what shares a scale unless the spec says otherwise.
         fixed: the spec may not say otherwise.
-        scale_bits: bits stored for each unit of the granularity; None: those of an integer format's scale and zero point.
+        scale_bits: bits stored for each unit of the granularity; None: those of an integer format's scale and zero
+            point.
         codebook: a table of float numbers, one for each level, is stored for each unit.
         groups: group-wise granularity is possible.
         tensor_bits: bits stored once a tensor.
@@ -97,7 +98,9 @@ class Format:
             if self.number is not None and (not valid or word[:1].isdigit()):
                 what, low, high = self.number
                 return f"format '{name}:{text}': the {what} must be a number in {low:g}..{high:g}"
-            return f"format '{name}:{text}': {word!r} is no option; valid: {', '.join(valid)}.{did_you_mean(word, valid)}"
+            return (
+                f"format '{name}:{text}': {word!r} is no option; valid: {', '.join(valid)}.{did_you_mean(word, valid)}"
+            )
         chosen = [next((index for index, group in enumerate(self.options) if word in group), -1) for word in words]
         return f"format '{name}:{text}' chooses the same thing twice" if len(set(chosen)) < len(chosen) else None
 
@@ -124,7 +127,9 @@ MX_SCALE_MODES = ("floor", "rceil", "ceil", "even")
 
 
 def _ocp(bits: int, element: str) -> Format:
-    summary = f"OCP MX: {element} elements, a power-of-two scale for 32 of them; mxfp4:rceil sets how the scale is rounded"
+    summary = (
+        f"OCP MX: {element} elements, a power-of-two scale for 32 of them; mxfp4:rceil sets how the scale is rounded"
+    )
     return Format(summary, (bits,), PerGroup(32, ragged=True), fixed=True, scale_bits=8, options=(MX_SCALE_MODES,))
 
 
@@ -150,10 +155,16 @@ FORMATS: dict[str, Format] = {
     "mxfp4": _ocp(4, "E2M1"),
     "mxint8": _ocp(8, "8-bit integer"),
     "nvfp4": Format(
-        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above", (4,), PerGroup(16, True), True, scale_bits=8, tensor_bits=32
+        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above",
+        (4,),
+        PerGroup(16, True),
+        True,
+        scale_bits=8,
+        tensor_bits=32,
     ),
     "sign": Format(
-        "-1 and +1 (BinaryConnect, BNN); sign:0.1 sets the threshold, sign:float_eval evaluates with the real-valued weights",
+        "-1 and +1 (BinaryConnect, BNN); sign:0.1 sets the threshold, sign:float_eval evaluates with the real-valued "
+        "weights",
         (1,),
         fixed=True,
         options=(("float_eval",),),
@@ -161,7 +172,9 @@ FORMATS: dict[str, Format] = {
         roundings=("nearest", "stochastic"),
         gradients=("clipped", "identity"),
     ),
-    "xnor": Format("sign of an input, its windows' mean magnitudes K multiplied to the output", (1,), fixed=True, slots=("input",)),
+    "xnor": Format(
+        "sign of an input, its windows' mean magnitudes K multiplied to the output", (1,), fixed=True, slots=("input",)
+    ),
     "bwn": Format(
         "sign times the mean magnitude of a filter; bwn:paper takes the paper's gradient",
         (1,),
@@ -186,7 +199,8 @@ FORMATS: dict[str, Format] = {
         number=("threshold", 0.0, 0.95),
     ),
     "kmeans": Format(
-        "a codebook whose centroids are trained: kmeans2:linear, kmeans4:exact:reassign; sum takes the paper's gradient of a centroid",
+        "a codebook whose centroids are trained: kmeans2:linear, kmeans4:exact:reassign; sum takes the paper's "
+        "gradient of a centroid",
         tuple(range(1, 9)),
         codebook=True,
         groups=False,
@@ -205,11 +219,13 @@ MX_FORMATS = tuple(name for name, kind in FORMATS.items() if kind.sign_magnitude
 #: `lq_plugin.ranges.register_range` adds to it.
 RANGES: dict[str, str] = {
     "minmax": "smallest and largest value",
-    "ema": "moving average of each batch's min and max; ema:0.99 sets the momentum it grows to, ema:0.99:constant has it at once",
+    "ema": "moving average of each batch's min and max; ema:0.99 sets the momentum it grows to, ema:0.99:constant has "
+    "it at once",
     "percentile": "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
     "mse": "smallest mean squared error, by search on the real grid",
     "kl": "smallest KL divergence of the histograms (TensorRT)",
-    "aciq": "analytic, the paper's constants for Gauss or Laplace, whichever errs less on the data; aciq:gauss or aciq:laplace forces one",
+    "aciq": "analytic, the paper's constants for Gauss or Laplace, whichever errs less on the data; aciq:gauss or "
+    "aciq:laplace forces one",
     "aciq_exact": "the same for the grid that is really used",
     "octav": "Newton iteration on the clipping MSE",
     "lsq": "learned step size; lsq:rounded lets the gradient pass where the rounded value is on the grid",

@@ -33,7 +33,8 @@ def storage_passwords(cfg: DictConfig) -> set[str]:
 
 
 def hide_passwords(passwords: Collection[str]) -> None:
-    """Takes these passwords out of the files that Hydra has written for this job, and out of the arguments, which W&B stores with a run."""
+    """Takes these passwords out of the files that Hydra has written for this job, and out of the arguments, which W&B
+    stores with a run."""
     if not passwords:
         return
     sys.argv[1:] = without(sys.argv[1:], passwords)

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 #: What the same class is called in the other package, by the package that is wanted.
 _SIBLINGS = {
     "lightning.pytorch": [(r"pytorch_lightning\.", "lightning.pytorch."), (r"lightning_fabric\.", "lightning.fabric.")],
-    "pytorch_lightning": [(r"lightning\.fabric\.", "lightning_fabric."), (r"lightning\.(pytorch\.)?", "pytorch_lightning.")],
+    "pytorch_lightning": [
+        (r"lightning\.fabric\.", "lightning_fabric."),
+        (r"lightning\.(pytorch\.)?", "pytorch_lightning."),
+    ],
 }
 
 
 def instantiate_for(model: LightningModule, config: Any, **options: Any) -> Any:
-    """Hydra's `instantiate`, with each `_target_` of the other Lightning package replaced by its sibling in the model's package.
+    """Hydra's `instantiate`, with each `_target_` of the other Lightning package replaced by its sibling in the model's
+    package.
 
     A Trainer accepts modules, data modules and most callbacks of its own package only; ours are the same in both.
     """

@@ -55,7 +55,9 @@ class LayerPlan:
 
     def stages_of(self, slot: str) -> list[tuple[Moment | None, QuantSpec | None]]:
         """When each spec of a tensor comes into force, in order."""
-        return [(stage.start, stage.spec) for stage in self.stages if stage.slot == slot] or [(None, getattr(self, slot))]
+        return [(stage.start, stage.spec) for stage in self.stages if stage.slot == slot] or [
+            (None, getattr(self, slot))
+        ]
 
     def __bool__(self) -> bool:
         return any((self.weight, self.input, self.output))
@@ -72,7 +74,9 @@ def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) 
 
 def layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
     """All that the layer cannot take, of every stage."""
-    faults = [fault for slot in SLOTS for _, spec in plan.stages_of(slot) if spec for fault in _spec_faults(layer, slot, spec)]
+    faults = [
+        fault for slot in SLOTS for _, spec in plan.stages_of(slot) if spec for fault in _spec_faults(layer, slot, spec)
+    ]
     return list(dict.fromkeys(faults))
 
 
@@ -84,10 +88,15 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
         return _weight_faults(layer, spec)
     faults = []
     if spec.format_name == "xnor" and not layer.plain:
-        faults.append(f"{layer.name}: input 'xnor' scales the output of plain Linear and Conv layers without groups, got {layer.types[0]}")
+        faults.append(
+            f"{layer.name}: input 'xnor' scales the output of plain Linear and Conv layers without groups, got "
+            f"{layer.types[0]}"
+        )
     if isinstance(group := spec.granularity, PerGroup) and not spec.kind.fixed:
         if group.scale_bits is None or group.coarse != "tensor":
-            faults.append(f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4")
+            faults.append(
+                f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4"
+            )
         if spec.affine:
             faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
     return faults
@@ -101,7 +110,9 @@ def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
             f"'{group} ragged' allows a shorter last group"
         )
     if spec.range_name in ("ema", "pact"):
-        faults.append(f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ...")
+        faults.append(
+            f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ..."
+        )
     if isinstance(channel := spec.granularity, PerChannel) and channel.axis not in (None, 0):
         faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")
     return faults

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 
-def attributes(package: str, files: Mapping[str, tuple[str, ...]]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def attributes(
+    package: str, files: Mapping[str, tuple[str, ...]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package, for names that stand in its files.
 
     Args:

@@ -1,7 +1,8 @@
-"""Lightning is published twice, as `lightning` and as `pytorch_lightning`: the same names, and no class of one is a class of the other.
+"""Lightning is published twice, as `lightning` and as `pytorch_lightning`: the same names, and no class of one is a
+class of the other.
 
-What is asked of Lightning is asked here, of the package that the run at hand belongs to. Only what the user has imported is used;
-where nothing is yet, `lightning` is imported.
+What is asked of Lightning is asked here, of the package that the run at hand belongs to. Only what the user has
+imported is used; where nothing is yet, `lightning` is imported.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def package_of(instance: object) -> Any:
 
 
 def either(path: str) -> tuple[Any, ...]:
-    """The class at a path, such as `callbacks.Timer`, of each package that is imported, for `isinstance`; older versions may have none."""
+    """The class at a path, such as `callbacks.Timer`, of each package that is imported, for `isinstance`; older
+    versions may have none."""
     module, _, name = path.rpartition(".")
     packages = [".".join(filter(None, (package, module))) for package in PACKAGES if package in sys.modules]
     found = [getattr(import_module(package), name, None) for package in packages]
@@ -63,8 +65,8 @@ else:
 class Callback(_Callback):
     """A callback for Trainers of both packages.
 
-    A Trainer calls whatever is in its list of callbacks. But a single callback (`Trainer(callbacks=QAT("w4a8"))`) and one in the
-    config of LightningCLI must be an instance of the package's own class.
+    A Trainer calls whatever is in its list of callbacks. But a single callback (`Trainer(callbacks=QAT("w4a8"))`) and
+    one in the config of LightningCLI must be an instance of the package's own class.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Callback:

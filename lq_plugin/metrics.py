@@ -33,13 +33,16 @@ class _Comparison(Metric):
     def _check(self, preds: Tensor, target: Tensor) -> None:
         if preds.shape != target.shape:
             raise QuantizationError(
-                f"{type(self).__name__}: preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}"
+                f"{type(self).__name__}: preds and target must have one shape, got {tuple(preds.shape)} and "
+                f"{tuple(target.shape)}"
             )
 
     def _require_data(self) -> None:
         # The count is synchronised first: a rank without data is no error while another has some.
         if self.count == 0:
-            raise QuantizationError(f"{type(self).__name__}: nothing to compute from, update() was never called with data")
+            raise QuantizationError(
+                f"{type(self).__name__}: nothing to compute from, update() was never called with data"
+            )
 
 
 class SQNR(_Comparison):
@@ -176,7 +179,9 @@ class PredictionAgreement(_Comparison):
         """Add a batch of scores; `preds` quantized, `target` float."""
         self._check(preds, target)
         if not -target.ndim <= self.dim < target.ndim:
-            raise QuantizationError(f"PredictionAgreement(dim={self.dim}): scores of shape {tuple(target.shape)} have no such dim")
+            raise QuantizationError(
+                f"PredictionAgreement(dim={self.dim}): scores of shape {tuple(target.shape)} have no such dim"
+            )
         if target.numel() == 0:
             return
         # argmax takes a NaN for the highest score: two broken models would agree.

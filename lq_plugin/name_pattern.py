@@ -1,8 +1,9 @@
 """Regular expressions over layer names in polynomial time, whoever wrote them.
 
-Python's engine tries one way after the other: `(a|a)*b` takes hours on forty letters. Here all ends that a part of the pattern can
-reach from a position are found at once, and remembered. Sets of positions are the bits of a number. The syntax is Python's, without
-what needs more than that: backreferences, conditions on groups, possessive and atomic groups.
+Python's engine tries one way after the other: `(a|a)*b` takes hours on forty letters. Here all ends that a part of the
+pattern can
+reach from a position are found at once, and remembered. Sets of positions are the bits of a number. The syntax is
+Python's, without what needs more than that: backreferences, conditions on groups, possessive and atomic groups.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ except ImportError:  # Python 3.10
 MAX_LENGTH, MAX_DEPTH = 2000, 40
 #: Steps that one name may take: a second or so. Patterns that people write take a few hundred.
 MAX_STEPS = 1_000_000
-_REFUSED = {"GROUPREF": "a backreference", "GROUPREF_EXISTS": "a condition on a group", "ATOMIC_GROUP": "an atomic group"}
+_REFUSED = {
+    "GROUPREF": "a backreference",
+    "GROUPREF_EXISTS": "a condition on a group",
+    "ATOMIC_GROUP": "an atomic group",
+}
 _REFUSED |= {"POSSESSIVE_REPEAT": "a possessive repeat"}
 _CATEGORIES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
 
@@ -74,7 +79,8 @@ def _parts(argument: Any) -> Iterable[Any]:
 
 
 class _Match:
-    """One name, and what is known of it: for a part of the pattern and a position, the positions where a match can end."""
+    """One name, and what is known of it: for a part of the pattern and a position, the positions where a match can
+    end."""
 
     def __init__(self, name: str, ignore_case: bool) -> None:
         self.name, self.fold = name, str.lower if ignore_case else str
@@ -104,7 +110,9 @@ class _Match:
             positions ^= lowest
             self.steps += 1
         if self.steps > MAX_STEPS:
-            raise PlanError(f"a regular expression of the plan takes more than {MAX_STEPS:,} steps on the name {self.name[:60]!r}")
+            raise PlanError(
+                f"a regular expression of the plan takes more than {MAX_STEPS:,} steps on the name {self.name[:60]!r}"
+            )
         return reached
 
     def _one(self, position: int, fits: Callable[[str], bool]) -> int:

@@ -24,7 +24,8 @@ _UNMISTAKABLE = 6
 
 
 def passwords_in(value: Any) -> set[str]:
-    """Returns the passwords that nested mappings and lists hold, as they stand there and as they are meant (%40 is @)."""
+    """Returns the passwords that nested mappings and lists hold, as they stand there and as they are meant (%40 is
+    @)."""
     found: set[str] = set()
     if isinstance(value, str):
         found.update(_IN_AUTHORITY.findall(value), _AS_KEY.findall(value))
@@ -42,7 +43,8 @@ def passwords_in(value: Any) -> set[str]:
 
 
 def without(value: Any, passwords: Collection[str]) -> Any:
-    """Returns nested mappings and lists with `***` where one of these passwords stands; `value` itself stays as it is."""
+    """Returns nested mappings and lists with `***` where one of these passwords stands; `value` itself stays as it
+    is."""
     if isinstance(value, Mapping):
         return {key: without(inner, passwords) for key, inner in value.items()}
     if isinstance(value, list | tuple):

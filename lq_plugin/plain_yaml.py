@@ -1,7 +1,8 @@
-"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without bound.
+"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without
+bound.
 
-What this library writes says in its first line how it ends: the beginning of a longer plan is a plan as well, and a file that was cut
-off must not be taken for one. Files written by hand need no such line.
+What this library writes says in its first line how it ends: the beginning of a longer plan is a plan as well, and a
+file that was cut off must not be taken for one. Files written by hand need no such line.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def read_plain_yaml(path: Path) -> Any:
     """The content of a YAML file: mappings, lists and plain values.
 
     Raises:
-        PlanError: naming the file, when it cannot be opened, is cut off, is no plain YAML (tags that build objects, a date that is
-            none), is nested deeper than `MAX_DEPTH`, or stands for more than `MAX_SIZE` characters.
+        PlanError: naming the file, when it cannot be opened, is cut off, is no plain YAML (tags that build objects, a
+            date that is none), is nested deeper than `MAX_DEPTH`, or stands for more than `MAX_SIZE` characters.
     """
     try:
         text = path.read_text(encoding="utf-8")

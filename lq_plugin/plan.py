@@ -10,8 +10,9 @@ The same plan as a short string, as YAML, and in Python::
                                                 input: float
 
 Later rules win, each field on its own: a rule that says nothing of `weight` leaves it as it was.
-A pattern is a layer's name, a glob over names (`layer1.*`), a regular expression after `re:` (`lq_plugin.name_pattern`), or a
-class name after `type:`. A plan is data: reading one never instantiates or executes anything.
+A pattern is a layer's name, a glob over names (`layer1.*`), a regular expression after `re:`
+(`lq_plugin.name_pattern`), or a class name after `type:`. A plan is data: reading one never instantiates or executes
+anything.
 """
 
 from __future__ import annotations
@@ -100,9 +101,13 @@ class QuantPlan:
 
     def __init__(self, rules: Iterable[Rule], schedule: Schedule | Mapping[str, Any] | None = None) -> None:
         object.__setattr__(self, "rules", tuple(rules))
-        object.__setattr__(self, "schedule", Schedule.parse(schedule if not isinstance(schedule, Mapping) else dict(schedule)))
+        object.__setattr__(
+            self, "schedule", Schedule.parse(schedule if not isinstance(schedule, Mapping) else dict(schedule))
+        )
         if not self.rules:
-            raise PlanError("a plan needs at least one rule, got none; a plan that keeps all float is [Rule('*', weight='float')]")
+            raise PlanError(
+                "a plan needs at least one rule, got none; a plan that keeps all float is [Rule('*', weight='float')]"
+            )
         wrong = [repr(rule) for rule in self.rules if not isinstance(rule, Rule)]
         raise_all(PlanError, "a plan is made of Rules", [f"got {text}" for text in wrong])
 
@@ -124,7 +129,9 @@ class QuantPlan:
             return cls._from_short(value)
         if isinstance(value, Mapping):
             return cls.from_dict(_plain(value))
-        raise PlanError(f"a plan is a short string, a YAML path, a mapping or a QuantPlan, got {type(value).__name__}: {value!r}")
+        raise PlanError(
+            f"a plan is a short string, a YAML path, a mapping or a QuantPlan, got {type(value).__name__}: {value!r}"
+        )
 
     @classmethod
     def _from_short(cls, text: str) -> QuantPlan:
@@ -134,7 +141,10 @@ class QuantPlan:
                 return cls([Rule("*", weight=_spec_or_float(weight), input=_spec_or_float(rest))])
             return cls([Rule("*", **read_short(text)) if is_short(text) else Rule("*", weight=QuantSpec.parse(text))])
         except QuantizationError as error:
-            hint = "write 'w4a8', 'w4 group16 mse a8 percentile:99.9', 'int4 per_channel / uint8 affine', or a path ending in .yaml"
+            hint = (
+                "write 'w4a8', 'w4 group16 mse a8 percentile:99.9', 'int4 per_channel / uint8 affine', "
+                "or a path ending in .yaml"
+            )
             raise PlanError(f"cannot read the plan {text!r}: {error}\n  {hint}") from None
 
     @classmethod
@@ -156,7 +166,10 @@ class QuantPlan:
                 faults.append(f"rule {index} must be a mapping like {{match: '*', weight: int4}}, got {entry!r}")
                 continue
             unknown = [key for key in entry if key not in names]
-            faults += [f"rule {index}: unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in unknown]
+            faults += [
+                f"rule {index}: unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+                for key in unknown
+            ]
             if "match" not in entry:
                 faults.append(f"rule {index} has no 'match'")
             elif not unknown:
@@ -209,7 +222,8 @@ class QuantPlan:
             One `LayerPlan` for each layer, in the model's order.
 
         Raises:
-            PlanError: listing each pattern that matches nothing, with near names, and each spec that a layer cannot take.
+            PlanError: listing each pattern that matches nothing, with near names, and each spec that a layer cannot
+                take.
         """
         chosen: dict[str, dict[str, list[Stage]]] = {layer.name: {} for layer in layers}
         faults: list[str] = []
@@ -219,7 +233,9 @@ class QuantPlan:
             if not hits:
                 # Near names take time; nobody reads them for the thousandth rule.
                 few = len(faults) < SHOWN_FAULTS
-                faults.append(_nothing_matches(rule.match, layers, others or {}) if few else f"{rule.match!r} matches no layer")
+                faults.append(
+                    _nothing_matches(rule.match, layers, others or {}) if few else f"{rule.match!r} matches no layer"
+                )
             for layer in hits:
                 for slot in layer.slots:
                     if (value := getattr(rule, slot)) is not None:
@@ -264,7 +280,9 @@ def _nothing_matches(pattern: str, layers: Sequence[LayerInfo], others: Mapping[
         return f"{pattern!r} matches no layer that can be quantized, only {', '.join(blocked[:3])}.{hint}"
     if pattern.startswith("type:"):
         valid = sorted({kind for layer in layers for kind in layer.types[:2]})
-        return f"{pattern!r} matches no layer; types in the model: {', '.join(valid)}.{did_you_mean(pattern[5:], valid)}"
+        return (
+            f"{pattern!r} matches no layer; types in the model: {', '.join(valid)}.{did_you_mean(pattern[5:], valid)}"
+        )
     valid = [layer.name for layer in layers]
     shown = ", ".join(valid[:6]) + (f", ... ({len(valid)} layers)" if len(valid) > 6 else "")
     return f"{pattern!r} matches no layer; layers: {shown}.{did_you_mean(pattern, valid)}"

@@ -114,11 +114,19 @@ class Schedule:
         if not isinstance(value, dict):
             raise PlanError(f"a schedule is a mapping of moments, got {type(value).__name__}: {value!r}")
         names = [f.name for f in fields(cls)]
-        faults = [f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in value if key not in names]
+        faults = [
+            f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+            for key in value
+            if key not in names
+        ]
         raise_all(PlanError, "cannot read the schedule", faults)
         return cls(**value)
 
     def to_dict(self) -> dict[str, str]:
         """Only what differs from the default, ready for YAML."""
         default = Schedule()
-        return {f.name: str(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)}
+        return {
+            f.name: str(getattr(self, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        }

@@ -1,8 +1,9 @@
 """Plans in one line: `w4a8`, `w4 group16 mse a8 percentile:99.9`, `w4a16`.
 
-`w` and `a` (or `W` and `A`) are followed by a number of bits, and by the words of a spec. Words belong to the one in front of them.
-Behind both in one word, as in `w4a8 lsq`, they could belong to either: they are taken where that makes no difference or where only
-one of the two can have them, and refused otherwise. `a16`, or `a` alone, leaves inputs float: what the field calls weight-only.
+`w` and `a` (or `W` and `A`) are followed by a number of bits, and by the words of a spec. Words belong to the one in
+front of them. Behind both in one word, as in `w4a8 lsq`, they could belong to either: they are taken where that makes
+no difference or where only one of the two can have them, and refused otherwise. `a16`, or `a` alone, leaves inputs
+float: what the field calls weight-only.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def read_short(text: str) -> Specs:
         SpecError: words that are none of a spec.
 
     >>> read_short("W4A8"), read_short("w4a16 mse")
-    ({'weight': QuantSpec('int4 per_channel'), 'input': QuantSpec('uint8 affine ema')}, {'weight': QuantSpec('int4 per_channel mse')})
+    ({'weight': QuantSpec('int4 per_channel'), 'input': QuantSpec('uint8 affine ema')}, {'weight': QuantSpec('int4
+    per_channel mse')})
     """
     groups: list[tuple[list[str], list[str]]] = []
     for word in text.split():
@@ -50,7 +52,9 @@ def read_short(text: str) -> Specs:
     for heads, words in groups:
         specs |= _read(heads, words) if len(heads) == 1 or not words else _read_together(heads, words)
     if not specs:
-        raise PlanError(f"{text!r} quantizes nothing: a16 leaves inputs float; 16-bit integers are 'float / uint16 affine ema'")
+        raise PlanError(
+            f"{text!r} quantizes nothing: a16 leaves inputs float; 16-bit integers are 'float / uint16 affine ema'"
+        )
     return specs
 
 
@@ -78,8 +82,8 @@ def _read_together(heads: list[str], words: list[str]) -> Specs:
         except QuantizationError as error:
             faults.append(error)
             continue
-        # Words for the first alone are what is meant where the last cannot have them; people write those for both behind both,
-        # but for per_channel, which is said of weights.
+        # Words for the first alone are what is meant where the last cannot have them; people write those for both
+        # behind both, but for per_channel, which is said of weights.
         if not ways or (specs not in ways.values() and (for_last or "per_channel" in words)):
             ways[written] = specs
     if not ways:
@@ -96,12 +100,19 @@ def _spec(head: str, words: Sequence[str]) -> QuantSpec | None:
     written = " ".join([head, *words])
     if head.lower() in _FLOAT:
         if words:
-            raise PlanError(f"{written!r}: {head} leaves inputs float; 16-bit integers are written '... / uint16 affine {' '.join(words)}'")
+            raise PlanError(
+                f"{written!r}: {head} leaves inputs float; 16-bit integers are written '... / uint16 affine "
+                f"{' '.join(words)}'"
+            )
         return None
     if not bits.isdecimal():
         raise PlanError(f"{head!r}: {head[0]!r} is followed by a number of bits; words stand apart: '{head[0]}4 mse'")
     if kind == "w":
-        words = [f"int{bits}", *([] if any(word.startswith(("per_", "group")) for word in words) else ["per_channel"]), *words]
+        words = [
+            f"int{bits}",
+            *([] if any(word.startswith(("per_", "group")) for word in words) else ["per_channel"]),
+            *words,
+        ]
     elif "pact" in words:  # its zero is fixed
         words = [f"uint{bits}", *words]
     else:

@@ -95,7 +95,9 @@ class QuantSpec:
             raise_all(SpecError, "impossible QuantSpec", [name_fault("format", str(self.format), FORMATS)])
         kind = self.kind
         switches = [(name, getattr(self, name)) for name in ("signed", "affine", "narrow_range")]
-        faults = [f"{name} must be true or false, got {value!r}" for name, value in switches if not isinstance(value, bool)]
+        faults = [
+            f"{name} must be true or false, got {value!r}" for name, value in switches if not isinstance(value, bool)
+        ]
         faults += self._fill_in(kind)
         if fault := kind.option_fault(self.format_name, self.format.partition(":")[2] or None):
             faults.append(fault)
@@ -143,14 +145,18 @@ class QuantSpec:
     def _rounding_faults(self, kind: Format) -> list[str]:
         faults = []
         learned = isinstance(self.range, str) and self.range_name in LEARNED_RANGES
-        if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(str(self.gradient), kind, self.format):
+        if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(
+            str(self.gradient), kind, self.format
+        ):
             faults.append(fault)
         elif self.stochastic and self.gradient != "clipped" and self.format_name == "int":
             faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
         elif learned and (self.gradient != "clipped" or self.stochastic):
             faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
         if self.format_name == "sign" and "float_eval" in self.format_options and not self.stochastic:
-            faults.append("sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'")
+            faults.append(
+                "sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'"
+            )
         if self.format_name == "sign" and self.stochastic and any(map(self.kind._is_number, self.format_options)):
             faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
         return faults
@@ -161,7 +167,9 @@ class QuantSpec:
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BIT_WIDTH):
             faults.append(f"scale_bits of a group must be 1..{MAX_BIT_WIDTH}, got {bits!r}")
         if group.coarse not in ("tensor", "channel"):
-            faults.append(f"the float scale above a group's integer scales is per 'tensor' or 'channel', got {group.coarse!r}")
+            faults.append(
+                f"the float scale above a group's integer scales is per 'tensor' or 'channel', got {group.coarse!r}"
+            )
         if bits is None and group.coarse != "tensor":
             faults.append("coarse='channel' belongs to integer scales: group16:4:channel")
         if bits is not None and isinstance(self.range, str) and self.learned:
@@ -174,7 +182,9 @@ class QuantSpec:
         faults = []
         name = self.range_name
         if name == "pact" and (self.signed or self.affine):
-            faults.append("range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine")
+            faults.append(
+                "range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine"
+            )
         if name == "lsq" and isinstance(self.bit_width, int) and self.bit_width == 1 and self.signed:
             faults.append("range 'lsq' needs a positive level: int1 has none, use uint1 or at least int2")
         return faults
@@ -257,7 +267,8 @@ class QuantSpec:
 
     @classmethod
     def parse(cls, value: QuantSpec | str | dict[str, Any], written: str | None = None) -> QuantSpec:
-        """Read a spec from its short string, a mapping of its fields, or a spec; errors quote what was `written` for it.
+        """Read a spec from its short string, a mapping of its fields, or a spec; errors quote what was `written` for
+        it.
 
         Raises:
             SpecError: naming every word that is not understood.
@@ -273,7 +284,9 @@ class QuantSpec:
             return cls._from_words(value, written or value)
         if isinstance(value, dict):
             return cls._from_fields(value)
-        raise SpecError(f"a QuantSpec is written as a string, a mapping or a QuantSpec, got {type(value).__name__}: {value!r}")
+        raise SpecError(
+            f"a QuantSpec is written as a string, a mapping or a QuantSpec, got {type(value).__name__}: {value!r}"
+        )
 
     @classmethod
     def _from_words(cls, text: str, written: str) -> QuantSpec:
@@ -294,13 +307,18 @@ class QuantSpec:
                 chosen["signed"] = not match["unsigned"]
             elif match := _GROUP_TOKEN.match(word):
                 scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
-                choose("granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word)
+                choose(
+                    "granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word
+                )
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
             elif match := _BITS_TOKEN.match(word):
                 choose("format", f"{match['name']}:{match['option']}" if match["option"] else match["name"], word)
                 chosen["bit_width"] = int(match["bits"])
-            elif (name := ALIASES.get(word.partition(":")[0], word.partition(":")[0])) in FORMATS and name not in ("int", "kmeans"):
+            elif (name := ALIASES.get(word.partition(":")[0], word.partition(":")[0])) in FORMATS and name not in (
+                "int",
+                "kmeans",
+            ):
                 choose("format", ":".join([name, *word.split(":")[1:]]), word)
             elif word == "per_tensor":
                 choose("granularity", PerTensor(), word)
@@ -317,7 +335,12 @@ class QuantSpec:
             elif word in GRADIENTS:
                 choose("gradient", word, word)
             else:
-                formats = ["int8", "uint8", "kmeans2", *(name for name in (*FORMATS, *ALIASES) if name not in ("int", "kmeans"))]
+                formats = [
+                    "int8",
+                    "uint8",
+                    "kmeans2",
+                    *(name for name in (*FORMATS, *ALIASES) if name not in ("int", "kmeans")),
+                ]
                 known = [*formats, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS]
                 faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
         if "format" not in chosen and not faults:
@@ -337,7 +360,9 @@ class QuantSpec:
     def _from_fields(cls, mapping: dict[str, Any]) -> QuantSpec:
         names = [f.name for f in fields(cls)]
         faults = [
-            f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in mapping if key not in names
+            f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+            for key in mapping
+            if key not in names
         ]
         raise_all(SpecError, "cannot read the spec", faults)
         chosen = dict(mapping)

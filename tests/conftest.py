@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter, on CPU tensors. It reads this when it is first imported, by whatever test.
+    # Triton's kernels run in its interpreter, on CPU tensors. It reads this when it is first imported, by whatever
+    # test.
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Examples are timed by wall clock, which other processes share.

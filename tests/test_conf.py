@@ -69,7 +69,9 @@ def test_plans_read_from_hydra_equal_the_same_plan_from_yaml(option):
     assert plain["rules"] == rules
 
 
-@pytest.mark.parametrize(("option", "weight", "activation"), [("w8a8", 8, 8), ("w4a8", 4, 8), ("w4a4", 4, 4), ("w4a4_lsq", 4, 4)])
+@pytest.mark.parametrize(
+    ("option", "weight", "activation"), [("w8a8", 8, 8), ("w4a8", 4, 8), ("w4a4", 4, 4), ("w4a4_lsq", 4, 4)]
+)
 def test_plans_have_the_bits_of_their_names(option, weight, activation):
     (rule,) = instantiate(composed("+lq=ptq", f"quantization={option}").callbacks.lq_ptq).plan.rules
     assert (rule.weight.bit_width, rule.input.bit_width) == (weight, activation)
@@ -151,7 +153,9 @@ def test_a_run_writes_its_resolved_config(ptq_run):
 def test_the_float_checkpoint_of_one_run_is_the_start_of_another(ptq_run, tmp_path):
     folder, metrics = ptq_run
     load = f"float_checkpoint={folder / 'float.ckpt'}"
-    again = run(composed("experiment=digits_ptq", "float_epochs=0", load, "quantization=w4a8", *QUIET, output_dir=tmp_path))
+    again = run(
+        composed("experiment=digits_ptq", "float_epochs=0", load, "quantization=w4a8", *QUIET, output_dir=tmp_path)
+    )
     # Near, not equal: the calibration batches are shuffled. Weights left as they were initialized give about 2.3.
     assert again["val/loss"] == pytest.approx(metrics["val/loss"], rel=0.05)
 
@@ -181,7 +185,9 @@ def test_float_weights_load_strictly(tmp_path):
 
 def lq_train(*arguments: str, cwd: Path) -> str:
     code = "from lq_plugin.cli import train; train()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -198,17 +204,25 @@ def test_a_folder_of_the_users_adds_to_the_configs(tmp_path):
 def test_jobs_of_a_multirun_are_wandb_runs_of_their_own(tmp_path):
     quiet = ["callbacks=none", "+trainer.limit_train_batches=2", "trainer.max_epochs=1", "test=false"]
     lq_train("-m", "seed=1,2", "experiment=digits_float", "logger=wandb", *quiet, cwd=tmp_path)
-    runs = sorted(path.relative_to(tmp_path / "logs").parts[-4] for path in tmp_path.glob("logs/**/wandb/offline-run-*/run-*.wandb"))
+    runs = sorted(
+        path.relative_to(tmp_path / "logs").parts[-4]
+        for path in tmp_path.glob("logs/**/wandb/offline-run-*/run-*.wandb")
+    )
     assert runs == ["0", "1"]
 
 
 @pytest.mark.parametrize("command", ["train", "search", "sensitivity"])
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_checkpoint_that_is_not_there_is_told_at_once(command, sweep, tmp_path):
-    code = f"import sys; from lq_plugin.cli import {command}\ntry: {command}()\nfinally: print('heavy:', 'lightning' in sys.modules)"
+    code = (
+        f"import sys; from lq_plugin.cli import {command}\n"
+        f"try: {command}()\nfinally: print('heavy:', 'lightning' in sys.modules)"
+    )
     experiment = "digits_float" if command == "train" else "digits_search"
     arguments = [*(["-m"] if sweep else []), f"experiment={experiment}", "logger=none", "float_checkpoint=flaot.ckpt"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert "float_checkpoint=flaot.ckpt: there is no such file" in done.stdout + done.stderr
     assert "heavy: False" in done.stdout
     # A sweeper gets the error itself.

@@ -23,7 +23,18 @@ def example() -> ModuleType:
 
 
 def test_ptq_and_qat(example: ModuleType, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    options = ["--weights", "resnet8.safetensors", "--depth", "8", "--batch-size", "16", "--held-out", "32", "--calibration-batches", "2"]
+    options = [
+        "--weights",
+        "resnet8.safetensors",
+        "--depth",
+        "8",
+        "--batch-size",
+        "16",
+        "--held-out",
+        "32",
+        "--calibration-batches",
+        "2",
+    ]
     rows = example.main(["--data", str(data_folder), *options])
     assert [name for name, *_ in rows] == ["float", "PTQ w4 mse a4 mse", "then QAT, 1 epochs"]
     sizes = [size for *_, size in rows]

@@ -25,13 +25,15 @@ def test_a_missing_package_is_an_import_error_and_one_of_ours(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     for kind in (ImportError, ExportError):
         with pytest.raises(
-            kind, match=r'latency needs onnx and openvino, which are not installed: pip install "lq_plugin\[onnx,openvino\]"'
+            kind,
+            match=r'latency needs onnx and openvino, which are not installed: pip install "lq_plugin\[onnx,openvino\]"',
         ):
             need_packages("latency", "onnx", "numpy", "openvino")
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("export_onnx", "onnxscript"), ("onnx_session", "onnxruntime"), ("OpenVINOSession", "openvino")]
+    ("name", "package"),
+    [("export_onnx", "onnxscript"), ("onnx_session", "onnxruntime"), ("OpenVINOSession", "openvino")],
 )
 def test_functions_name_what_they_need(name, package, monkeypatch):
     import lq_plugin.export

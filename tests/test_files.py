@@ -32,7 +32,8 @@ LIMIT = 4096
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """Lets no file of this process grow beyond so many bytes: the system fails the write, as it does when a disk is full."""
+    """Lets no file of this process grow beyond so many bytes: the system fails the write, as it does when a disk is
+    full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -50,11 +51,15 @@ def test_a_file_is_replaced_with_its_permissions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"x" * 3 * LIMIT, torch.zeros(2 * LIMIT)], ids=["bytes", "torch.save"])
-def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, content: bytes | torch.Tensor, full_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_leaves_the_earlier_file(
+    tmp_path: Path, content: bytes | torch.Tensor, full_disk: Callable[[int], None]
+) -> None:
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"earlier")
     full_disk(LIMIT)
-    with pytest.raises(ExportError, match=r"cannot write .*net\.safetensors: File too large; the earlier file is unchanged"):
+    with pytest.raises(
+        ExportError, match=r"cannot write .*net\.safetensors: File too large; the earlier file is unchanged"
+    ):
         _put(path, content)
     assert path.read_bytes() == b"earlier"
     assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
@@ -75,16 +80,22 @@ WRITERS: dict[str, Callable[[nn.Module, Path], object]] = {
     "report.json": lambda net, path: ReportData("t" * LIMIT).save(path),
     "report.html": lambda net, path: write_page(ReportData("t"), path),
     "curve.png": lambda net, path: plots.save(plots.style.new_figure(3, 3)[0], path),
-    "sensitivity.csv": lambda net, path: sensitivity_files([SensitivityTable("loss", {"a": {"b": 1.0}})], path.parent, {}),
+    "sensitivity.csv": lambda net, path: sensitivity_files(
+        [SensitivityTable("loss", {"a": {"b": 1.0}})], path.parent, {}
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_no_writer_harms_the_earlier_file(tmp_path: Path, net: nn.Module, name: str, full_disk: Callable[[int], None]) -> None:
+def test_no_writer_harms_the_earlier_file(
+    tmp_path: Path, net: nn.Module, name: str, full_disk: Callable[[int], None]
+) -> None:
     path = tmp_path / name
     path.write_text("earlier")
     full_disk(16)
-    with pytest.raises(QuantizationError, match=f"cannot write .*{name}: File too large; the earlier file is unchanged"):
+    with pytest.raises(
+        QuantizationError, match=f"cannot write .*{name}: File too large; the earlier file is unchanged"
+    ):
         WRITERS[name](net, path)
     assert path.read_text() == "earlier"
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -174,7 +185,12 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) ->
     process.wait()
     process.stdout.close()
     write_file(tmp_path / "other.csv", "")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".front.csv.bak", ".hidden.swp", "other.csv", "plan.yaml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".front.csv.bak",
+        ".hidden.swp",
+        "other.csv",
+        "plan.yaml",
+    ]
 
 
 def test_a_temporary_folder_goes_with_its_object(tmp_path: Path) -> None:

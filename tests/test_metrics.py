@@ -33,7 +33,11 @@ def np_sqnr(preds: np.ndarray, target: np.ndarray) -> float:
 
 
 def np_cosine(preds: np.ndarray, target: np.ndarray) -> float:
-    pairs = zip(preds.reshape(len(preds), -1).astype(np.float64), target.reshape(len(target), -1).astype(np.float64), strict=True)
+    pairs = zip(
+        preds.reshape(len(preds), -1).astype(np.float64),
+        target.reshape(len(target), -1).astype(np.float64),
+        strict=True,
+    )
     return float(np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]))
 
 
@@ -57,7 +61,9 @@ def noisy(samples: int = 37, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", METRICS)
 def test_equals_numpy(name: str) -> None:
     preds, target = noisy()
-    assert float(METRICS[name]()(preds, target)) == pytest.approx(REFERENCES[name](preds.numpy(), target.numpy()), rel=1e-12)
+    assert float(METRICS[name]()(preds, target)) == pytest.approx(
+        REFERENCES[name](preds.numpy(), target.numpy()), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -83,7 +89,10 @@ def test_a_distorted_tensor_scores_lower_and_reset_forgets_it(name: str) -> None
 @pytest.mark.parametrize("name", METRICS)
 def test_nothing_seen_is_an_error(name: str) -> None:
     metric = METRICS[name]()
-    with pytest.warns(UserWarning, match="before the ``update``"), pytest.raises(QuantizationError, match=r"nothing to compute"):
+    with (
+        pytest.warns(UserWarning, match="before the ``update``"),
+        pytest.raises(QuantizationError, match=r"nothing to compute"),
+    ):
         metric.compute()
     metric.update(torch.zeros(0, 5), torch.zeros(0, 5))
     with pytest.raises(QuantizationError, match=type(metric).__name__):
@@ -168,7 +177,9 @@ def test_agreement_refuses_nan() -> None:
 def test_metrics_work_in_a_collection() -> None:
     preds, target = noisy()
     values = MetricCollection({name: make() for name, make in METRICS.items()})(preds, target)
-    assert {name: float(value) for name, value in values.items()} == {name: float(make()(preds, target)) for name, make in METRICS.items()}
+    assert {name: float(value) for name, value in values.items()} == {
+        name: float(make()(preds, target)) for name, make in METRICS.items()
+    }
 
 
 #: Samples of the two processes: uneven, and none in the second.
@@ -204,4 +215,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         results = torch.load(tmp_path / f"{rank}.pt")
         for share in SHARES:
             for name, make in METRICS.items():
-                assert results[f"{name}/{share}"] == pytest.approx(float(make()(preds, target)), rel=1e-12), (name, share, rank)
+                assert results[f"{name}/{share}"] == pytest.approx(float(make()(preds, target)), rel=1e-12), (
+                    name,
+                    share,
+                    rank,
+                )

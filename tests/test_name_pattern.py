@@ -25,20 +25,38 @@ def larger(inner):
 
 
 @settings(max_examples=200, deadline=None)
-@given(pattern=st.recursive(letters, larger, max_leaves=8), names=st.lists(st.text("ab1.cA", max_size=7), min_size=4, max_size=4))
+@given(
+    pattern=st.recursive(letters, larger, max_leaves=8),
+    names=st.lists(st.text("ab1.cA", max_size=7), min_size=4, max_size=4),
+)
 def test_same_names_as_pythons_engine(pattern, names):
     for flags in ("", "(?i)"):
         ours, theirs = name_pattern(flags + pattern), re.compile(flags + pattern)
         assert [ours(name) for name in names] == [theirs.fullmatch(name) is not None for name in names]
 
 
-@pytest.mark.parametrize("pattern", [r"layer[123]\.\d+\.(conv|bn)\d", r"(?!head|fc).*", r"blocks\.(?:[0-9]|1[01])\.mlp\..*(?<!bias)"])
+@pytest.mark.parametrize(
+    "pattern", [r"layer[123]\.\d+\.(conv|bn)\d", r"(?!head|fc).*", r"blocks\.(?:[0-9]|1[01])\.mlp\..*(?<!bias)"]
+)
 def test_patterns_that_people_write(pattern):
-    names = ["layer1.0.conv1", "layer4.0.conv1", "head", "fc.0", "blocks.11.mlp.fc1", "blocks.12.mlp.fc1", "blocks.3.mlp.bias", ""]
-    assert [name_pattern(pattern)(name) for name in names] == [re.fullmatch(pattern, name) is not None for name in names]
+    names = [
+        "layer1.0.conv1",
+        "layer4.0.conv1",
+        "head",
+        "fc.0",
+        "blocks.11.mlp.fc1",
+        "blocks.12.mlp.fc1",
+        "blocks.3.mlp.bias",
+        "",
+    ]
+    assert [name_pattern(pattern)(name) for name in names] == [
+        re.fullmatch(pattern, name) is not None for name in names
+    ]
 
 
-@pytest.mark.parametrize("pattern", ["(a|a)*b", "((a*)*)*b", "((((a|b)+)+)+)+c", "(a?){80}a{80}b", "(?=(a+)+b).*", "(.*a){12}b"])
+@pytest.mark.parametrize(
+    "pattern", ["(a|a)*b", "((a*)*)*b", "((((a|b)+)+)+)+c", "(a?){80}a{80}b", "(?=(a+)+b).*", "(.*a){12}b"]
+)
 def test_no_pattern_takes_exponential_time(pattern):
     started = time.process_time()
     assert not name_pattern(pattern)("a" * 80)

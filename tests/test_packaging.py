@@ -27,7 +27,18 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        ".",
+    ]
     built = subprocess.run(pip, cwd=source, capture_output=True, text=True, timeout=300, check=False)
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
@@ -37,9 +48,17 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_everything_and_nothing_else(wheel):
     names = set(ZipFile(wheel).namelist())
     source = wheel.parent / "source"
-    held = {path.relative_to(source).as_posix() for room in ("lq_plugin", "hydra_plugins") for path in (source / room).rglob("*.*")}
+    held = {
+        path.relative_to(source).as_posix()
+        for room in ("lq_plugin", "hydra_plugins")
+        for path in (source / room).rglob("*.*")
+    }
     assert held <= names
-    assert {"lq_plugin/py.typed", "lq_plugin/native/fake_quantize_kernel.h", "lq_plugin/layers/integer/integer.cpp"} <= held
+    assert {
+        "lq_plugin/py.typed",
+        "lq_plugin/native/fake_quantize_kernel.h",
+        "lq_plugin/layers/integer/integer.cpp",
+    } <= held
     assert {f"lq_plugin/conf/{name}" for name in configs(source / "conf")} <= names
     assert {"lq_plugin/conf/__init__.py", "lq_plugin/conf/shared/__init__.py"} <= names
     assert "hydra_plugins/__init__.py" not in names
@@ -52,7 +71,9 @@ def test_the_installed_configs_are_those_of_the_repository():
 
 
 def test_commands_exist():
-    commands = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")}
+    commands = {
+        entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("lq_plugin.")
+    }
     assert set(commands) == {"lq-explain", "lq-export", "lq-report", "lq-search", "lq-sensitivity", "lq-train"}
     assert all(callable(entry.load()) for entry in commands.values())
 
@@ -74,10 +95,14 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     code = "import lq_plugin, pathlib; from lq_plugin.native.build import compiled, cache; "
     code += "print([compiled(path, cache()).stem for path in pathlib.Path(lq_plugin.__file__).parent.rglob('*.cpp')])"
     kernels = {"LQ_NATIVE_CACHE": str(tmp_path / "kernels")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env | kernels, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env | kernels, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert {name in done.stdout for name in ("fake_quantize", "integer", "xnor")} == {True}
-    info = subprocess.run([*command[:3], "--info", "searchpath"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    info = subprocess.run(
+        [*command[:3], "--info", "searchpath"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert [info.stdout.count(f"pkg://lq_plugin.{room} ") for room in ("conf", "conf.shared")] == [1, 1]
 
 

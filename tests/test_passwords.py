@@ -16,14 +16,29 @@ from lq_plugin.passwords import masked, passwords_in, without
     ("given", "wanted"),
     [
         ("postgresql+psycopg2://me:s3cret@host:5432/db", "postgresql+psycopg2://me:***@host:5432/db"),
-        ("postgresql://host/db?user=me&password=s3cret&sslmode=require", "postgresql://host/db?user=me&password=***&sslmode=require"),
+        (
+            "postgresql://host/db?user=me&password=s3cret&sslmode=require",
+            "postgresql://host/db?user=me&password=***&sslmode=require",
+        ),
         ("mysql://me:p@s/s:w@host/db", "mysql://me:***@host/db"),
         ("redis://:s3cret@host", "redis://:***@host"),
         ("search.storage=postgresql://me:s3%40cret@host/db", "search.storage=postgresql://me:***@host/db"),
-        ("hydra.sweeper.storage.engine_kwargs.connect_args.password=abc", "hydra.sweeper.storage.engine_kwargs.connect_args.password=***"),
-        ("storage={url: x, connect_args: {passwd: 'abc', port: 1}}", "storage={url: x, connect_args: {passwd: '***', port: 1}}"),
-        ({"connect_args": {"password": 12345, "p": 1}, "pin": [12345]}, {"connect_args": {"password": "***", "p": 1}, "pin": ["***"]}),
-        ({"db_password": "s3cret", "url": "postgresql://me:s3cret@h/d"}, {"db_password": "***", "url": "postgresql://me:***@h/d"}),
+        (
+            "hydra.sweeper.storage.engine_kwargs.connect_args.password=abc",
+            "hydra.sweeper.storage.engine_kwargs.connect_args.password=***",
+        ),
+        (
+            "storage={url: x, connect_args: {passwd: 'abc', port: 1}}",
+            "storage={url: x, connect_args: {passwd: '***', port: 1}}",
+        ),
+        (
+            {"connect_args": {"password": 12345, "p": 1}, "pin": [12345]},
+            {"connect_args": {"password": "***", "p": 1}, "pin": ["***"]},
+        ),
+        (
+            {"db_password": "s3cret", "url": "postgresql://me:s3cret@h/d"},
+            {"db_password": "***", "url": "postgresql://me:***@h/d"},
+        ),
     ],
 )
 def test_passwords_are_found_and_masked(given: Any, wanted: Any) -> None:
@@ -43,7 +58,11 @@ def test_what_is_no_password_stays(given: Any) -> None:
 
 
 def test_short_passwords_leave_other_words_alone() -> None:
-    assert without({"name": "adam", "url": "x://a:ad@h", "ad": "ad"}, {"ad"}) == {"name": "adam", "url": "x://a:***@h", "ad": "***"}
+    assert without({"name": "adam", "url": "x://a:ad@h", "ad": "ad"}, {"ad"}) == {
+        "name": "adam",
+        "url": "x://a:***@h",
+        "ad": "***",
+    }
 
 
 def test_files_of_hydra_and_arguments_lose_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +82,10 @@ def test_files_of_hydra_and_arguments_lose_them(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
     monkeypatch.setattr(sys, "argv", ["lq-search", f"search.storage={url}", "seed=1"])
     files = {
-        tmp_path / "multirun.yaml": {"hydra": {"sweeper": {"storage": {"connect_args": {"password": "other-one"}}}}, "seed": 1},
+        tmp_path / "multirun.yaml": {
+            "hydra": {"sweeper": {"storage": {"connect_args": {"password": "other-one"}}}},
+            "seed": 1,
+        },
         tmp_path / "job/.hydra/config.yaml": {"search": {"storage": url}, "name": "${search.storage}"},
         tmp_path / "job/.hydra/overrides.yaml": [f"search.storage={url}", "seed=1"],
     }
@@ -80,4 +102,7 @@ def test_files_of_hydra_and_arguments_lose_them(tmp_path: Path, monkeypatch: pyt
         "search": {"storage": "postgresql://me:***@host/db"},
         "name": "${search.storage}",
     }
-    assert list(OmegaConf.load(tmp_path / "job/.hydra/overrides.yaml")) == ["search.storage=postgresql://me:***@host/db", "seed=1"]
+    assert list(OmegaConf.load(tmp_path / "job/.hydra/overrides.yaml")) == [
+        "search.storage=postgresql://me:***@host/db",
+        "seed=1",
+    ]

@@ -1,4 +1,5 @@
-"""QuantPlan: short strings, YAML and Python agree; rules resolve in order; a plan that does not fit lists everything."""
+"""QuantPlan: short strings, YAML and Python agree; rules resolve in order; a plan that does not fit lists
+everything."""
 
 import pytest
 from hypothesis import given
@@ -56,11 +57,14 @@ rules = st.builds(
     input=st.one_of(st.none(), st.just("float"), specs()),
     output=st.one_of(st.none(), specs()),
 )
-moments = st.one_of(st.integers(0, 10**6), st.builds("{} {}".format, st.sampled_from(["epoch", "step"]), st.integers(0, 99)))
+moments = st.one_of(
+    st.integers(0, 10**6), st.builds("{} {}".format, st.sampled_from(["epoch", "step"]), st.integers(0, 99))
+)
 
 
 @given(
-    st.lists(rules, min_size=1, max_size=6), st.fixed_dictionaries({}, optional={"weights_start": moments, "batch_norm_freeze": moments})
+    st.lists(rules, min_size=1, max_size=6),
+    st.fixed_dictionaries({}, optional={"weights_start": moments, "batch_norm_freeze": moments}),
 )
 def test_yaml_round_trip(tmp_path_factory, rules, schedule):
     plan = QuantPlan(rules, schedule)
@@ -186,7 +190,11 @@ def test_words_that_could_belong_to_either_are_refused_with_both_readings(text, 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a16", "quantizes nothing"), ("w8 a16 ema", "16-bit integers are written '... / uint16 affine ema'"), ("w4a8 mxe", "unknown word")],
+    [
+        ("a16", "quantizes nothing"),
+        ("w8 a16 ema", "16-bit integers are written '... / uint16 affine ema'"),
+        ("w4a8 mxe", "unknown word"),
+    ],
 )
 def test_float_inputs_take_no_words(text, message):
     with pytest.raises(PlanError, match=message):
@@ -194,8 +202,12 @@ def test_float_inputs_take_no_words(text, message):
 
 
 def test_a_file_that_was_cut_off_is_no_smaller_plan(tmp_path):
-    layers = [{"match": f"layer{i}.conv", "weight": "int4 per_channel mse", "input": "uint4 affine ema"} for i in range(2)]
-    plan = QuantPlan.parse({"rules": [{"match": "*", "weight": "int8"}, *layers], "schedule": {"observer_freeze": "epoch 5"}})
+    layers = [
+        {"match": f"layer{i}.conv", "weight": "int4 per_channel mse", "input": "uint4 affine ema"} for i in range(2)
+    ]
+    plan = QuantPlan.parse(
+        {"rules": [{"match": "*", "weight": "int8"}, *layers], "schedule": {"observer_freeze": "epoch 5"}}
+    )
     path = tmp_path / "plan.yaml"
     text = plan.to_yaml(path)
     for length in range(len(text) - 1):  # all but the last line break

@@ -7,7 +7,9 @@ from lq_plugin.schedule import Phase
 
 
 def test_phases_follow_epoch_and_step():
-    schedule = Schedule(weights_start="step 5", activations_start="epoch 2", observer_freeze="step 20", batch_norm_freeze=30)
+    schedule = Schedule(
+        weights_start="step 5", activations_start="epoch 2", observer_freeze="step 20", batch_norm_freeze=30
+    )
     assert schedule.at(0, 4) == Phase(weights=False, activations=False, observe=True, freeze_batch_norm=False)
     assert schedule.at(0, 5) == Phase(weights=True, activations=False, observe=True, freeze_batch_norm=False)
     assert schedule.at(2, 19) == Phase(weights=True, activations=True, observe=True, freeze_batch_norm=False)

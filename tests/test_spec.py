@@ -13,7 +13,9 @@ granularities = st.one_of(
     st.builds(PerGroup, st.integers(1, 512), st.booleans()),
     st.builds(PerGroup, st.integers(1, 512), st.booleans(), st.integers(1, 16), st.sampled_from(["tensor", "channel"])),
 )
-ranges = st.sampled_from([name for name in RANGES if name not in ("lsq", "pact")] + ["ema:0.9", "percentile:99.99", "aciq:gauss"])
+ranges = st.sampled_from(
+    [name for name in RANGES if name not in ("lsq", "pact")] + ["ema:0.9", "percentile:99.99", "aciq:gauss"]
+)
 
 
 @st.composite
@@ -38,7 +40,14 @@ def test_string_round_trip(spec):
 
 @pytest.mark.parametrize(
     ("text", "low", "high"),
-    [("int8", -128, 127), ("int4 narrow", -7, 7), ("uint4", 0, 15), ("int1", -1, 0), ("uint1", 0, 1), ("int16", -32768, 32767)],
+    [
+        ("int8", -128, 127),
+        ("int4 narrow", -7, 7),
+        ("uint4", 0, 15),
+        ("int1", -1, 0),
+        ("uint1", 0, 1),
+        ("int16", -32768, 32767),
+    ],
 )
 def test_grid(text, low, high):
     grid = QuantSpec.parse(text).grid
@@ -82,7 +91,9 @@ def test_all_faults_at_once():
 
 
 def test_mapping_and_wrong_types():
-    assert QuantSpec.parse({"bit_width": 4, "granularity": "per_channel", "range": "mse"}) == QuantSpec.parse("int4 per_channel mse")
+    assert QuantSpec.parse({"bit_width": 4, "granularity": "per_channel", "range": "mse"}) == QuantSpec.parse(
+        "int4 per_channel mse"
+    )
     with pytest.raises(SpecError, match="Did you mean 'bit_width'"):
         QuantSpec.parse({"bitwidth": 4})
     with pytest.raises(SpecError, match="got int"):

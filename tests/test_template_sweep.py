@@ -15,7 +15,13 @@ from optuna.trial import FrozenTrial, TrialState
 from lq_plugin.plan import QuantPlan
 
 PROJECT = Path(__file__).parents[1] / "examples" / "lightning_hydra_template"
-SHORT = ["seed=1", "test=false", "trainer.max_epochs=2", "+trainer.limit_train_batches=4", "+trainer.limit_val_batches=2"]
+SHORT = [
+    "seed=1",
+    "test=false",
+    "trainer.max_epochs=2",
+    "+trainer.limit_train_batches=4",
+    "+trainer.limit_val_batches=2",
+]
 RULES = "[{match:'type:Conv2d',weight:{bit_widths:[2,4,8]}},{match:'type:Linear',weight:{bit_widths:[4,8]}}]"
 
 
@@ -28,7 +34,9 @@ def command(log_dir: Path, *arguments: str) -> list[str]:
 
 def run(log_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(log_dir, *arguments), cwd=PROJECT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(
+        command(log_dir, *arguments), cwd=PROJECT, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
 
 
 def trials(folder: Path, *states: TrialState) -> list[FrozenTrial]:

@@ -9,11 +9,15 @@ from benchmarks.peers.environments import FOLDER, PEERS, TORCH, PeerError, insta
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=f"Virtual environments of peers, in {FOLDER}.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=f"Virtual environments of peers, in {FOLDER}."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("install", help="make them with pip")
     command.add_argument("names", nargs="+", choices=PEERS, metavar="NAME", help=", ".join(PEERS))
-    command.add_argument("--torch", default=TORCH, metavar="REQUIREMENT", help=f"installed first and then held (default: {TORCH})")
+    command.add_argument(
+        "--torch", default=TORCH, metavar="REQUIREMENT", help=f"installed first and then held (default: {TORCH})"
+    )
     options = parser.parse_args(arguments)
     for name in dict.fromkeys(options.names):
         if is_installed(name):

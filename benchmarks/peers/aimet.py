@@ -1,8 +1,9 @@
 """AdaRound of AIMET, in its own recipe.
 
-`prepare_model`, batch norms folded, `Adaround` with its default loss (learning rate 0.001 and batches of 32 are fixed in it),
-then activation ranges over the same images. Scheme `tf_enhanced` and the default configuration per channel: weights symmetric,
-activations affine, quantized at the outputs of operators (not of the mean before the last layer); biases float.
+`prepare_model`, batch norms folded, `Adaround` with its default loss (learning rate 0.001 and batches of 32 are fixed
+in it), then activation ranges over the same images. Scheme `tf_enhanced` and the default configuration per channel:
+weights symmetric, activations affine, quantized at the outputs of operators (not of the mean before the last layer);
+biases float.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from benchmarks.peers.request import Request
 def _import_torchvision() -> None:
     """Import torchvision where its compiled operators do not load.
 
-    Package indexes offer builds for CUDA, whose operators need CUDA's libraries. AIMET names a few for its export and calls
-    none here; that they are declared is enough for the import.
+    Package indexes offer builds for CUDA, whose operators need CUDA's libraries. AIMET names a few for its export and
+    calls none here; that they are declared is enough for the import.
     """
     try:
         import torchvision  # type: ignore[import-not-found]

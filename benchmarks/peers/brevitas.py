@@ -1,10 +1,10 @@
 """Learned round of Brevitas, by the recipe of its own image classification example.
 
-`brevitas_examples.imagenet_classification.ptq`, which its wheel ships: batch norms merged, layers quantized one by one at their
-inputs, rectified sigmoid with the AdaRound loss, then bias correction; without its equalization. Where it leaves a choice: weights
-symmetric per channel with the largest magnitude as range, inputs affine per tensor, biases float, first and last layer at the
-width of the others, batches of 32. The example's annealing counts 1,000 iterations whatever it is told; here it counts those
-that are run.
+`brevitas_examples.imagenet_classification.ptq`, which its wheel ships: batch norms merged, layers quantized one by one
+at their inputs, rectified sigmoid with the AdaRound loss, then bias correction; without its equalization. Where it
+leaves a choice: weights symmetric per channel with the largest magnitude as range, inputs affine per tensor, biases
+float, first and last layer at the width of the others, batches of 32. The example's annealing counts 1,000 iterations
+whatever it is told; here it counts those that are run.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from benchmarks.peers.request import Request
 
 PACKAGES = ("brevitas",)
-#: The best on train images 10,000 to 12,000 at W2A8 and 200 iterations, of 0.001 (its default), 0.01 and 0.03 with ranges "mse", and
-#: of 0.01 and 0.03 with "stats" (its default).
+#: The best on train images 10,000 to 12,000 at W2A8 and 200 iterations, of 0.001 (its default), 0.01 and 0.03 with
+#: ranges "mse", and of 0.01 and 0.03 with "stats" (its default).
 LEARNING_RATE = 0.03
 WEIGHT_RANGE = "stats"
 BATCH_SIZE = 32

@@ -1,7 +1,8 @@
-"""Calibration of Brevitas: its convolution and linear layers with int4 weights per channel and affine uint4 inputs per tensor.
+"""Calibration of Brevitas: its convolution and linear layers with int4 weights per channel and affine uint4 inputs per
+tensor.
 
-Attention's projections stay float. Inputs by percentile 99.999, its default; weights by the largest magnitude, which it takes anew in
-each forward pass.
+Attention's projections stay float. Inputs by percentile 99.999, its default; weights by the largest magnitude, which it
+takes anew in each forward pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training with Brevitas: its convolution and linear layers with int weights per channel and affine inputs per tensor.
 
-Attention's projections stay float. `collecting`: its input quantizers while they collect statistics, which is 300 steps by default;
-`learned`: after that, when scale and zero point are parameters.
+Attention's projections stay float. `collecting`: its input quantizers while they collect statistics, which is 300 steps
+by default; `learned`: after that, when scale and zero point are parameters.
 """
 
 from __future__ import annotations
@@ -25,4 +25,6 @@ def training(model: nn.Module, setting: str, variant: str) -> nn.Module:
         "input_collect_stats_steps": STEPS[variant],
         "return_quant_tensor": False,
     }
-    return layerwise_quantize(model, {nn.Conv2d: (qnn.QuantConv2d, options), nn.Linear: (qnn.QuantLinear, options)}).train()
+    return layerwise_quantize(
+        model, {nn.Conv2d: (qnn.QuantConv2d, options), nn.Linear: (qnn.QuantLinear, options)}
+    ).train()

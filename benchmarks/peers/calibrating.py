@@ -27,7 +27,9 @@ class PeerCalibration(PeerProcess):
     """
 
     def __init__(self, peer: str, model: str, data: Path, batches: int, threads: int) -> None:
-        super().__init__(peer, "benchmarks.peers.calibrating", (peer, model, str(data.resolve()), str(batches)), threads)
+        super().__init__(
+            peer, "benchmarks.peers.calibrating", (peer, model, str(data.resolve()), str(batches)), threads
+        )
 
     def calls(self) -> dict[str, Callable[[], Any]]:
         """By name, what finds all ranges from nothing."""

@@ -37,7 +37,9 @@ class Peer:
 
 PEERS = {
     "aimet": Peer(("aimet-torch==2.42.0", "torchvision"), "aimet adaround", 15_000, "tf_enhanced", "tf_enhanced"),
-    "brevitas": Peer(("brevitas==0.13.4", "accelerate", "tqdm"), "brevitas learned round", 1_000, "max", "percentile_99.999"),
+    "brevitas": Peer(
+        ("brevitas==0.13.4", "accelerate", "tqdm"), "brevitas learned round", 1_000, "max", "percentile_99.999"
+    ),
 }
 
 
@@ -64,7 +66,10 @@ def require(names: Iterable[str]) -> None:
     """
     if missing := [name for name in names if not is_installed(name)]:
         verb = "is" if len(missing) == 1 else "are"
-        raise PeerError(f"{' and '.join(missing)} {verb} not installed; run\n    python -m benchmarks.peers install {' '.join(missing)}")
+        raise PeerError(
+            f"{' and '.join(missing)} {verb} not installed; run\n    python -m benchmarks.peers install "
+            f"{' '.join(missing)}"
+        )
 
 
 def install(name: str, torch: str = TORCH) -> None:
@@ -72,8 +77,8 @@ def install(name: str, torch: str = TORCH) -> None:
 
     Args:
         name: a key of `PEERS`.
-        torch: requirement of torch. It is installed alone, and then held: some index may offer newer builds with gigabytes
-            of CUDA packages.
+        torch: requirement of torch. It is installed alone, and then held: some index may offer newer builds with
+            gigabytes of CUDA packages.
 
     Raises:
         PeerError: when a step fails; pip's own words are on the terminal.

@@ -61,7 +61,8 @@ class PeerProcess:
 
 
 def serve(make: Callable[[], dict[str, Callable[[], Any]]]) -> None:
-    """Answers each line of stdin with a line of JSON: what the function of that name returns; an empty line with the names."""
+    """Answers each line of stdin with a line of JSON: what the function of that name returns; an empty line with the
+    names."""
     # Libraries print on stdout, too: from here on that goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)

@@ -1,4 +1,5 @@
-"""The process in a peer's environment: `python -m benchmarks.peers.runner NAME`, request on stdin, one line of JSON on stdout."""
+"""The process in a peer's environment: `python -m benchmarks.peers.runner NAME`, request on stdin, one line of JSON on
+stdout."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def run(name: str, text: str) -> dict[str, Any]:
         quantized = peer.quantize(model, batches, request)
     passes.append(forward_pass())
     with torch.inference_mode():
-        right = sum(int((quantized(normalize(x)).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+        right = sum(
+            int((quantized(normalize(x)).argmax(1) == y).sum())
+            for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
     return {
         "accuracy": 100.0 * right / len(labels),
         "seconds": watch.seconds,

@@ -25,8 +25,9 @@ def run_peer(name: str, setting: str, *, weights: Path, data: Path, **options: A
         options: further fields of `Request`.
 
     Returns:
-        `accuracy` in percent on the scored images; `seconds` from the float model to the quantized one, `forward_pass_seconds`
-        of the float model over the calibration images, both of that process; `packages`, versions by name.
+        `accuracy` in percent on the scored images; `seconds` from the float model to the quantized one,
+        `forward_pass_seconds` of the float model over the calibration images, both of that process; `packages`,
+        versions by name.
 
     Raises:
         PeerError: when it is not installed or fails, with the end of what it wrote.

@@ -46,7 +46,9 @@ def main(peer: str, variant: str, model: str, setting: str, threads: str) -> Non
 
         torch.set_num_threads(int(threads))
         float_model, batch = load(model, "cpu")
-        step = Step(importlib.import_module(f"benchmarks.peers.{peer}_training").training(float_model, setting, variant), batch)
+        step = Step(
+            importlib.import_module(f"benchmarks.peers.{peer}_training").training(float_model, setting, variant), batch
+        )
         return {"saved": step.saved, **{clock: partial(step.seconds, clock) for clock in CLOCKS}}
 
     serve(make)

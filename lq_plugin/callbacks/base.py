@@ -60,11 +60,12 @@ class QuantizationCallback(Callback):
 
     Args:
         plan: anything `QuantPlan.parse` reads.
-        min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work. A number
-            bounds the share of weights that are quantized and the share of MACs whose operands are, weight and input alike;
-            `{"weights": 0.9, "compute": 0.5}` bounds each, or one of them.
+        min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work.
+            A number bounds the share of weights that are quantized and the share of MACs whose operands are, weight and
+            input alike; `{"weights": 0.9, "compute": 0.5}` bounds each, or one of them.
         dataloader: calibration data; the datamodule's train dataloader when None.
-        calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step) when None.
+        calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step)
+            when None.
     """
 
     #: What happens to tensors that no calibration batch reached.
@@ -99,7 +100,8 @@ class QuantizationCallback(Callback):
             refuse_unsupported(trainer, pl_module, self.needs_whole_model())
             warn_of_copies(trainer, pl_module)
             self.inject(pl_module, self._operations(trainer, pl_module))
-            # What runs the model before it has ranges (a summary, a counter of FLOPs, a logger's graph) sees the float one.
+            # What runs the model before it has ranges (a summary, a counter of FLOPs, a logger's graph) sees the float
+            # one.
             self.suspension = suspend(pl_module)
             renew_averages(trainer, pl_module)
 
@@ -159,7 +161,8 @@ class QuantizationCallback(Callback):
         return self.recording
 
     def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int, missing_only: bool = False) -> None:
-        """Find every range, or those that are missing, from `count` batches of each rank. The statistics stay in `self.statistics`."""
+        """Find every range, or those that are missing, from `count` batches of each rank. The statistics stay in
+        `self.statistics`."""
         self.record(trainer, pl_module)
         batches = calibration_batches(trainer, pl_module, self.dataloader, count, needs_data(pl_module))
         batches = with_progress(trainer, "calibrate", batches, count)
@@ -172,7 +175,9 @@ class QuantizationCallback(Callback):
         self.end_suspension()  # the phases that follow look at the quantized model
         self.ledger.note_unreached(unreached(pl_module), REASON)
         if missed := never_reached(pl_module, self.statistics):
-            rank_zero_warn(f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}")
+            rank_zero_warn(
+                f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}"
+            )
         if clipped:
             rank_zero_warn(f"{type(self).__name__}: {'; '.join(clipped)}")
 
@@ -185,7 +190,8 @@ class QuantizationCallback(Callback):
         return {"plan": self.plan.to_dict()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The module's own hook comes later, and may leave out whatever is frozen: ranges that have moved can be found nowhere else.
+        # The module's own hook comes later, and may leave out whatever is frozen: ranges that have moved can be found
+        # nowhere else.
         if not getattr(pl_module, "strict_loading", True):
             checkpoint["callbacks"][self.state_key][_QUANTIZERS] = quantizer_states(pl_module)
 
@@ -198,6 +204,7 @@ class QuantizationCallback(Callback):
         if saved.rules != self.plan.rules:
             raise PlanError(
                 "the checkpoint was written with another plan:\n"
-                f"  checkpoint: {[rule.to_dict() for rule in saved.rules]}\n  here:       {[rule.to_dict() for rule in self.plan.rules]}\n"
+                f"  checkpoint: {[rule.to_dict() for rule in saved.rules]}\n  here:       "
+                f"{[rule.to_dict() for rule in self.plan.rules]}\n"
                 "  resume with the checkpoint's plan, or start from its weights only"
             )

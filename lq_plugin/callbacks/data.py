@@ -56,10 +56,12 @@ def calibration_batches(
 
 @contextmanager
 def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """The loader, which gives the same batches after the block as inside it: the training has all of them, as without calibration.
+    """The loader, which gives the same batches after the block as inside it: the training has all of them, as without
+    calibration.
 
     Generators of loaders, samplers and data sets, positions, and iterators that can be read once are put back, see
-    `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied. Batches that are None are left out.
+    `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied. Batches that are None
+    are left out.
 
     Raises:
         CalibrationError: the training has one iterator, which nothing can stand in for.
@@ -72,7 +74,8 @@ def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[A
         once = isinstance(loader, Iterator) and batches is loader
         if once and trainer.state.fn == "fit" and source.is_defined() and source.dataloader() is loader:
             raise CalibrationError(
-                f"the training data is a {type(loader).__name__}, which can be read once: calibration would take its first batches; "
+                f"the training data is a {type(loader).__name__}, which can be read once: calibration would take its "
+                "first batches; "
                 "give others: QAT(plan, dataloader=...)"
             )
         # A Trainer takes no step on None either.
@@ -91,13 +94,15 @@ def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> An
 def one_batch(
     trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
 ) -> tuple[Callable[[], Any], int | None]:
-    """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see `one_float_batch`.
+    """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see
+    `one_float_batch`.
 
     Returns:
         A function, and the samples of its batch: dim 0 of its first tensor; None without a tensor.
 
     Raises:
-        CalibrationError: there is no batch (or none but of the evaluation, where ranges need training data), or no step that takes it.
+        CalibrationError: there is no batch (or none but of the evaluation, where ranges need training data), or no step
+            that takes it.
     """
     # Where ranges will need others, that is said before anything of the module changes.
     batch, step = _batch_and_step(trainer, pl_module, given, step, or_evaluation=not needs_data(pl_module))
@@ -109,9 +114,11 @@ def one_batch(
 def one_float_batch(
     trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
 ) -> Callable[[], Any]:
-    """What runs the module on one batch before the strategy has moved or converted it: in float32, where its parameters are.
+    """What runs the module on one batch before the strategy has moved or converted it: in float32, where its parameters
+    are.
 
-    The batch is one that `calibration_batches` would give or, where there is no such loader, one of the evaluation at hand.
+    The batch is one that `calibration_batches` would give or, where there is no such loader, one of the evaluation at
+    hand.
 
     Raises:
         CalibrationError: there is no batch, or no step that takes it.
@@ -148,7 +155,8 @@ def _batch_and_step(
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Inside, every source of random numbers starts from `seed`; outside they go on as if nothing had been drawn. None: nothing changes."""
+    """Inside, every source of random numbers starts from `seed`; outside they go on as if nothing had been drawn. None:
+    nothing changes."""
     if seed is None:
         yield
         return
@@ -166,7 +174,10 @@ def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], to
 
 
 #: Where calibration data is looked for in vain.
-_NO_LOADER = "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: PTQ(plan, dataloader=...)"
+_NO_LOADER = (
+    "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: "
+    "PTQ(plan, dataloader=...)"
+)
 
 
 def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None) -> Iterable[Any] | None:
@@ -180,10 +191,12 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
         return None
     loaders = loaders_of_run(found) if given is None else loaders_in(found)
     if len(loaders) > 1:
-        # Lightning trains on batches of all of them at once, and validates on one after the other: neither is what is meant for sure.
+        # Lightning trains on batches of all of them at once, and validates on one after the other: neither is what is
+        # meant for sure.
         name = "dataloader" if given is not None else "train_dataloader"
         raise CalibrationError(
-            f"calibration takes the batches of one loader, {name} gives {len(loaders)}: say which, as PTQ(plan, dataloader=...) or "
+            f"calibration takes the batches of one loader, {name} gives {len(loaders)}: say which, as PTQ(plan, "
+            "dataloader=...) or "
             "QAT(plan, dataloader=...)"
         )
     return loaders[0]
@@ -199,7 +212,9 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
     if source.is_defined() and not (source.is_module() and trainer.state.fn != "fit"):
         return source.dataloader()
     datamodule = getattr(trainer, "datamodule", None)
-    owner: Any = next((o for o in (datamodule, pl_module) if o is not None and is_overridden("train_dataloader", o)), None)
+    owner: Any = next(
+        (o for o in (datamodule, pl_module) if o is not None and is_overridden("train_dataloader", o)), None
+    )
     if owner is None:
         return None
     try:
@@ -209,7 +224,8 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
         return owner.train_dataloader()
     except Exception as error:
         raise CalibrationError(
-            f"no calibration data: {type(owner).__name__}.train_dataloader fails in an evaluation, {type(error).__name__}: {error}; "
+            f"no calibration data: {type(owner).__name__}.train_dataloader fails in an evaluation, "
+            f"{type(error).__name__}: {error}; "
             "give the batches: PTQ(plan, dataloader=...)"
         ) from error
 
@@ -249,5 +265,7 @@ def _merge_statistics(statistics: Statistics) -> None:
         for histogram, value in zip(histograms, reduce([getattr(h, name) for h in histograms], total), strict=True):
             setattr(histogram, name, value)
     for name, sign in (("maximum", 1.0), ("minimum", -1.0)):
-        for histogram, value in zip(histograms, reduce([sign * getattr(h, name) for h in histograms], highest), strict=True):
+        for histogram, value in zip(
+            histograms, reduce([sign * getattr(h, name) for h in histograms], highest), strict=True
+        ):
             setattr(histogram, name, sign * value)

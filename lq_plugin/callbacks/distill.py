@@ -76,7 +76,9 @@ class Distillation:
         Args:
             student, teacher: logits of one shape.
         """
-        log_p, log_q = (F.log_softmax(logits.float() / self.temperature, self.class_dim) for logits in (teacher, student))
+        log_p, log_q = (
+            F.log_softmax(logits.float() / self.temperature, self.class_dim) for logits in (teacher, student)
+        )
         return self.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(self.class_dim).mean()
 
 
@@ -99,7 +101,9 @@ class Teacher:
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not pl_module.automatic_optimization:
-            raise PlanError(f"{type(pl_module).__name__} optimizes by hand: distillation adds to the loss its training step returns")
+            raise PlanError(
+                f"{type(pl_module).__name__} optimizes by hand: distillation adds to the loss its training step returns"
+            )
         self.distillation = distillation
         self.module = _float_copy(pl_module)
         if state is not None:
@@ -126,8 +130,10 @@ class Teacher:
                 return None
             if [logits.shape for logits in student] != [logits.shape for logits in teacher]:
                 raise PlanError(
-                    f"distill: {self.output or 'the module'} gives {[tuple(s.shape) for s in student]} in the training step and "
-                    f"{[tuple(t.shape) for t in teacher]} in the step of the float copy; name the logits with output=..., "
+                    f"distill: {self.output or 'the module'} gives {[tuple(s.shape) for s in student]} in the training "
+                    "step and "
+                    f"{[tuple(t.shape) for t in teacher]} in the step of the float copy; name the logits with "
+                    "output=..., "
                     "or give calibration_step=..."
                 )
             distance = torch.stack([self.distillation.loss(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
@@ -178,15 +184,23 @@ class Teacher:
             nonlocal depth
             depth -= 1
 
-        chosen = [(n, m) for n, m in self.module.named_modules() if not isinstance(m, Metric) and any(True for _ in m.parameters())]
-        handles = [m.register_forward_pre_hook(enter(n)) for n, m in chosen] + [m.register_forward_hook(leave) for _, m in chosen]
+        chosen = [
+            (n, m)
+            for n, m in self.module.named_modules()
+            if not isinstance(m, Metric) and any(True for _ in m.parameters())
+        ]
+        handles = [m.register_forward_pre_hook(enter(n)) for n, m in chosen] + [
+            m.register_forward_hook(leave) for _, m in chosen
+        ]
         try:
             self.run(batch)
         finally:
             for handle in handles:
                 handle.remove()
         if not called:
-            raise PlanError("distill: the step of the float copy calls no module with parameters; name the logits with output=...")
+            raise PlanError(
+                "distill: the step of the float copy calls no module with parameters; name the logits with output=..."
+            )
         return called[-1]
 
 
@@ -199,7 +213,8 @@ def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise PlanError(
-                f"distill: the output of {name or 'the module'} is no tensor of logits but {type(output).__name__}; give output=..."
+                f"distill: the output of {name or 'the module'} is no tensor of logits but {type(output).__name__}; "
+                "give output=..."
             )
         found.append(logits)
 

@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 class Export(Callback):
     """Writes the model at the end of a fit, or of an evaluation; beside `QAT` or `PTQ`.
 
-    What is wrong with its arguments is said at once; what the file cannot hold of the module and its plan at the start of the run,
-    as far as it is known there; batches that do not begin with an input tensor at the first of them.
+    What is wrong with its arguments is said at once; what the file cannot hold of the module and its plan at the start
+    of the run, as far as it is known there; batches that do not begin with an input tensor at the first of them.
 
     Args:
         path: `.safetensors` for a packed file, `.onnx` for ONNX.
         round_sums: for ONNX: round residual sums to 8 bits too, see `lq_plugin.export.onnx.export_onnx`.
         smallest: for ONNX: bits of the smallest integer type.
-        dynamic_dims: for ONNX: dims of the input behind the batch that may have any size, too: `[1]` for tokens `[N, L]`.
+        dynamic_dims: for ONNX: dims of the input behind the batch that may have any size, too: `[1]` for tokens `[N,
+            L]`.
         batches: of training data that the ranges of sums come from; one of them is the example input.
 
     Raises:
@@ -50,13 +51,20 @@ class Export(Callback):
     """
 
     def __init__(
-        self, path: str | Path, round_sums: bool = False, smallest: int = 2, batches: int = 8, dynamic_dims: Sequence[int] = ()
+        self,
+        path: str | Path,
+        round_sums: bool = False,
+        smallest: int = 2,
+        batches: int = 8,
+        dynamic_dims: Sequence[int] = (),
     ) -> None:
         self.path = Path(path)
         self.onnx = self.path.suffix == ".onnx"
         faults = smallest_faults(smallest) + dims_faults(dynamic_dims)
         if self.path.suffix not in SUFFIXES.values():
-            faults.append(f"a model is exported to a file that ends in {' or '.join(SUFFIXES.values())}, got {str(path)!r}")
+            faults.append(
+                f"a model is exported to a file that ends in {' or '.join(SUFFIXES.values())}, got {str(path)!r}"
+            )
         if round_sums and not self.onnx:
             faults.append(f"round_sums is for a file that ends in .onnx, got {str(path)!r}")
         if dynamic_dims and not self.onnx:
@@ -78,11 +86,14 @@ class Export(Callback):
         self.check(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not at the start of the fit: a loader that is asked for a batch of its own does not go on where its checkpoint says.
+        # Not at the start of the fit: a loader that is asked for a batch of its own does not go on where its checkpoint
+        # says.
         if self.onnx:
             (x,) = inputs_of([batch], 1)
             if max(self.dynamic_dims, default=0) >= x.ndim:
-                raise ExportError(f"dynamic_dims={list(self.dynamic_dims)}, but the input has {x.ndim} dims, {list(x.shape)}")
+                raise ExportError(
+                    f"dynamic_dims={list(self.dynamic_dims)}, but the input has {x.ndim} dims, {list(x.shape)}"
+                )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, pl_module)
@@ -109,7 +120,8 @@ class Export(Callback):
         layers = quantized_layers(pl_module)
         if not layers:
             raise ExportError(
-                f"Export: {name} is not quantized, nothing would be in {self.path}: give the Trainer a QAT or PTQ callback, too"
+                f"Export: {name} is not quantized, nothing would be in {self.path}: give the Trainer a QAT or PTQ "
+                "callback, too"
             )
         for fault in computed_faults(layers):
             # No error yet: what computes a weight may be taken away before the run ends.

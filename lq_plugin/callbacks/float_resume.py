@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def is_float(checkpoint: Mapping[str, Any], callback: str) -> bool:
-    """Whether a checkpoint is of a training run without quantizers, and without the callback of that key: a partial one may hold none."""
+    """Whether a checkpoint is of a training run without quantizers, and without the callback of that key: a partial one
+    may hold none."""
     if callback in checkpoint.get("callbacks", {}):
         return False
     return "optimizer_states" in checkpoint and not any("_quantizer." in key for key in checkpoint["state_dict"])
 
 
-def make_room_for_ranges(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], clones: Clones) -> None:
+def make_room_for_ranges(
+    trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], clones: Clones
+) -> None:
     """Bring the optimizers' and schedulers' states of a float checkpoint into the form of those of this run, in place.
 
     What a parameter had (momentum, step counts) stays with it; learned ranges begin with nothing. A group that was made

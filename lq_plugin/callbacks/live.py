@@ -1,4 +1,5 @@
-"""What only a run can show: learned scales, zeros and flips of low-bit weights, losses float and quantized, over its steps."""
+"""What only a run can show: learned scales, zeros and flips of low-bit weights, losses float and quantized, over its
+steps."""
 
 from __future__ import annotations
 
@@ -37,14 +38,19 @@ class Flips:
 
     @torch.no_grad()
     def measure(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, float]:
-        """`<layer>/weight_zeros`, the share that is 0; `<layer>/weight_flips`, the share whose sign is not that of the last call.
+        """`<layer>/weight_zeros`, the share that is 0; `<layer>/weight_flips`, the share whose sign is not that of the
+        last call.
 
         A weight that goes from 0 to another level, or back, has flipped, too.
         """
         found: dict[str, float] = {}
         for name, layer in layers.items():
             quantizer = None if layer.weight_quantizer is None else layer.weight_quantizer.current
-            ready = quantizer is not None and quantizer.is_enabled and (quantizer.is_calibrated or not quantizer.needs_calibration)
+            ready = (
+                quantizer is not None
+                and quantizer.is_enabled
+                and (quantizer.is_calibrated or not quantizer.needs_calibration)
+            )
             if not ready or quantizer.spec.bit_width > LOW_BITS:  # type: ignore[union-attr]
                 self._signs.pop(name, None)
                 continue
@@ -76,7 +82,11 @@ class History:
 
     def series(self) -> list[Series]:
         """Curves of at least two points."""
-        return [Series(name, list(points), list(points.values())) for name, points in self._points.items() if len(points) > 1]
+        return [
+            Series(name, list(points), list(points.values()))
+            for name, points in self._points.items()
+            if len(points) > 1
+        ]
 
 
 def losses(trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
@@ -91,7 +101,9 @@ def losses(trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str
     with isolate_rng(), without_traces(pl_module), evaluating(pl_module), torch.no_grad():
         logged: dict[str, Any] = {}
         pl_module.__dict__["log"] = lambda name, value, *args, **kwargs: logged.setdefault(name, value)
-        pl_module.__dict__["log_dict"] = lambda values, *args, **kwargs: [logged.setdefault(*item) for item in values.items()]
+        pl_module.__dict__["log_dict"] = lambda values, *args, **kwargs: [
+            logged.setdefault(*item) for item in values.items()
+        ]
         for name in ("quantized", "float"):
             logged.clear()
             if name == "float":
@@ -108,7 +120,9 @@ def losses(trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str
 
 def _loss(result: Any, logged: Mapping[str, Any]) -> float | None:
     named = next((value for name, value in logged.items() if "loss" in name and not isinstance(value, Metric)), None)
-    value = result.get("loss", named) if isinstance(result, Mapping) else result if isinstance(result, Tensor) else named
+    value = (
+        result.get("loss", named) if isinstance(result, Mapping) else result if isinstance(result, Tensor) else named
+    )
     if value is None or (isinstance(value, Tensor) and value.numel() != 1):
         return None
     return float(value)

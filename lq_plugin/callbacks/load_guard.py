@@ -1,7 +1,8 @@
 """`MyModule.load_from_checkpoint` of a quantized checkpoint names the remedy, with `strict=False` also.
 
-A module without quantizers would take the weights and leave the ranges, a float model that was trained to be quantized. Lightning
-calls nothing of ours there, so its function that fills the new module is wrapped, once in each of its packages.
+A module without quantizers would take the weights and leave the ranges, a float model that was trained to be quantized.
+Lightning calls nothing of ours there, so its function that fills the new module is wrapped, once in each of its
+packages.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state(cls: type[Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not is_quantized(checkpoint.get("state_dict", {})):
             return original(cls, checkpoint, *args, **kwargs)
-        remedy = f"the checkpoint is of a quantized model: lq_plugin.load_checkpoint({cls.__name__}, path) returns it with its ranges"
+        remedy = (
+            f"the checkpoint is of a quantized model: lq_plugin.load_checkpoint({cls.__name__}, path) "
+            "returns it with its ranges"
+        )
         try:
             loaded = original(cls, checkpoint, *args, **kwargs)
         except RuntimeError as error:

@@ -100,7 +100,9 @@ def _to_wandb(logger: WandbLogger, report: Report) -> None:
     for name, rows in report.tables.items():
         columns = list(rows[0])
         # A column of a W&B table holds one kind of value: infinities are text in a log and break charts.
-        shown[f"quant/{name}"] = wandb.Table(columns=[*columns], data=[[_finite(row[column]) for column in columns] for row in rows])
+        shown[f"quant/{name}"] = wandb.Table(
+            columns=[*columns], data=[[_finite(row[column]) for column in columns] for row in rows]
+        )
     for picture in report.pictures:
         # A panel each: a gallery wants pictures of one size.
         shown[f"quant/{picture.path}"] = wandb.Image(picture.image(), caption=picture.name)

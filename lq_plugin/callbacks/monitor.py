@@ -38,8 +38,8 @@ class QuantMonitor(Callback):
 
     Weights are measured as they are. Activations are measured on a batch that runs anyway: the last before the
     log (the first of an epoch whose length is not known), the first of an evaluation; before that, on the statistics of
-    the calibration. No forward pass is added (but by `float_loss`), no random number is drawn, nothing of the Trainer's metrics is touched.
-    A compiled model runs that one batch uncompiled.
+    the calibration. No forward pass is added (but by `float_loss`), no random number is drawn, nothing of the Trainer's
+    metrics is touched. A compiled model runs that one batch uncompiled.
 
     Beside them are trained scales (`<layer>/weight_scale_min`, `_scale_max`), and for weights of at most two bits the
     share of zeros and the share whose sign flipped since the last log (`<layer>/weight_zeros`, `_flips`). The same
@@ -55,8 +55,8 @@ class QuantMonitor(Callback):
         images: draw pictures.
         max_layers: the largest so many layers get a box plot and a histogram of their own.
         page: add the report page (`lq_plugin.report`) to the files of the last report, about 0.2 s a layer.
-        float_loss: every `FLOAT_LOSS_STEPS` optimizer steps at most, when scalars are due, run the module's validation step
-            on the training batch twice, quantized and float: `quant/quantized/loss`, `quant/float/loss`.
+        float_loss: every `FLOAT_LOSS_STEPS` optimizer steps at most, when scalars are due, run the module's validation
+            step on the training batch twice, quantized and float: `quant/quantized/loss`, `quant/float/loss`.
         terminal: print a table of the layers when training starts and when it or an evaluation ends; None: where the
             Trainer shows a progress bar.
 
@@ -115,7 +115,9 @@ class QuantMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.num_training_batches
-        self._epoch_steps = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+        self._epoch_steps = (
+            None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+        )
         # Not on_fit_start: there QAT may calibrate after this callback.
         self._log(trainer, pl_module, "start")
 
@@ -124,12 +126,16 @@ class QuantMonitor(Callback):
         by_epoch = self._epoch_is_due(trainer) and batch_idx == (0 if batches == float("inf") else batches - 1)
         by_step = self.every_n_steps is not None and (trainer.global_step + 1) % self.every_n_steps == 0
         if by_epoch or by_step:
-            if self.float_loss and (self._losses_step is None or trainer.global_step - self._losses_step >= FLOAT_LOSS_STEPS):
+            if self.float_loss and (
+                self._losses_step is None or trainer.global_step - self._losses_step >= FLOAT_LOSS_STEPS
+            ):
                 # On all ranks: a strategy that shards layers needs them all for a forward pass.
                 self._losses, self._losses_step = losses(trainer, pl_module, batch), trainer.global_step
             self._start_watching(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._watch.close()
         step = trainer.global_step
         # Gradient accumulation comes here several times at one step.
@@ -150,7 +156,13 @@ class QuantMonitor(Callback):
             self._start_watching(trainer, pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit":
             self._watch.close()

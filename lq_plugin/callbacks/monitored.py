@@ -36,7 +36,8 @@ def quantization_of(trainer: Trainer) -> QuantizationCallback:
     found = [callback for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]  # type: ignore[attr-defined]
     if not found:
         raise QuantizationError(
-            "QuantMonitor shows what QAT or PTQ does, and the Trainer has neither: Trainer(callbacks=[QAT('w4a8'), QuantMonitor()])"
+            "QuantMonitor shows what QAT or PTQ does, and the Trainer has neither: Trainer(callbacks=[QAT('w4a8'), "
+            "QuantMonitor()])"
         )
     return next((callback for callback in found if len(callback.ledger)), found[0])
 
@@ -61,7 +62,9 @@ class MonitoredModel:
         for name, was in getattr(callback, "float_weights", {}).items():
             if name in layers and in_force(layers[name]) is not None:
                 ratio = float(sqnr_db(original(layers[name], was), quantized(layers[name])))
-                rows = [replace(row, sqnr_db=ratio) if (row.layer, row.slot) == (name, "weight") else row for row in rows]
+                rows = [
+                    replace(row, sqnr_db=ratio) if (row.layer, row.slot) == (name, "weight") else row for row in rows
+                ]
         return cls(callback, model, cost(model, callback.recording), rows, known)
 
     @property
@@ -157,7 +160,11 @@ class MonitoredModel:
             if layer in shown:
                 row = next(row for row in self.rows if (row.layer, row.slot) == (layer, slot))
                 # Of several stages, one is in force.
-                known = not quantizer.per_channel and row.spec == str(quantizer.spec) and None not in (row.minimum, row.maximum)
+                known = (
+                    not quantizer.per_channel
+                    and row.spec == str(quantizer.spec)
+                    and None not in (row.minimum, row.maximum)
+                )
                 bounds = (row.minimum or 0.0, row.maximum or 0.0) if known else None
                 figure = plots.activation_histogram(histogram, quantizer.spec, name, in_force=bounds)
                 yield Picture("activations", name, plots.to_png(figure))
@@ -166,10 +173,16 @@ class MonitoredModel:
         """Activations with statistics, by name."""
         known = self.callback.statistics
         chosen = [q for q in quantizers(self.model) if isinstance(q, InputQuantizer)]
-        return {q.name: (q, known[q.name]) for q in chosen if q.spec.has_grid and q.name in known and known[q.name].total.all()}
+        return {
+            q.name: (q, known[q.name])
+            for q in chosen
+            if q.spec.has_grid and q.name in known and known[q.name].total.all()
+        }
 
 
 def _box_plot(name: str, layer: QuantizedLayer) -> Figure:
     minimum, maximum = weight_bounds(layer) or (None, None)
     spec = "" if layer.weight_quantizer is None else str(layer.weight_quantizer.spec)
-    return plots.weight_box_plot(type(layer).canonical(layer, weight_of(layer)), minimum, maximum, f"{name}.weight", spec)
+    return plots.weight_box_plot(
+        type(layer).canonical(layer, weight_of(layer)), minimum, maximum, f"{name}.weight", spec
+    )

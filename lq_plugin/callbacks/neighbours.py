@@ -1,4 +1,5 @@
-"""Lightning's own callbacks beside ours: those that copy the model copy the quantized one, and tuners try the quantized one."""
+"""Lightning's own callbacks beside ours: those that copy the model copy the quantized one, and tuners try the quantized
+one."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def tuners() -> tuple[type, ...]:
-    """Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its scales."""
+    """Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its
+    scales."""
     return (*either("callbacks.BatchSizeFinder"), *either("callbacks.LearningRateFinder"))
 
 
@@ -33,7 +35,8 @@ def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Averages that were copied before the quantizers came in are copied again; switches and counters are never averaged."""
+    """Averages that were copied before the quantizers came in are copied again; switches and counters are never
+    averaged."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)
         if average is None:
@@ -46,17 +49,24 @@ def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
             continue
         if _keys(average.module) != _keys(pl_module):
             device = callback._device or pl_module.device
-            average = AveragedModel(model=pl_module, device=device, use_buffers=callback._use_buffers, **callback._kwargs)
+            average = AveragedModel(
+                model=pl_module, device=device, use_buffers=callback._use_buffers, **callback._kwargs
+            )
             callback._average_model = average
         if not isinstance(average.multi_avg_fn, partial):
             average.multi_avg_fn = partial(_average_floats, average.multi_avg_fn or _one_by_one(average.avg_fn))
 
 
 def start_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Averages of nothing yet begin with the ranges and switches that the fit begins with: a sanity check evaluates them."""
+    """Averages of nothing yet begin with the ranges and switches that the fit begins with: a sanity check evaluates
+    them."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)
-        if isinstance(callback, either("callbacks.WeightAveraging")) and average is not None and not average.n_averaged.any():
+        if (
+            isinstance(callback, either("callbacks.WeightAveraging"))
+            and average is not None
+            and not average.n_averaged.any()
+        ):
             for mine, other in zip(quantizers(average.module), quantizers(pl_module), strict=True):
                 mine.load_state_dict(other.state_dict())
 
@@ -76,7 +86,9 @@ def _each(function: Callable[..., Tensor], averaged: Sequence[Tensor], current: 
         mine.copy_(function(mine, new, count))
 
 
-def _average_floats(function: Callable[..., None], averaged: Sequence[Tensor], current: Sequence[Tensor], count: Any) -> None:
+def _average_floats(
+    function: Callable[..., None], averaged: Sequence[Tensor], current: Sequence[Tensor], count: Any
+) -> None:
     if averaged[0].is_floating_point():
         function(averaged, current, count)
         return

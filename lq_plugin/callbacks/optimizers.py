@@ -1,7 +1,7 @@
 """Bring learned ranges to the optimizers, in groups of their own, without weight decay where it would do no good.
 
-`configure_optimizers` does not see them: it may sort every parameter, name its groups, or hand them all to an optimizer that
-takes matrices alone.
+`configure_optimizers` does not see them: it may sort every parameter, name its groups, or hand them all to an optimizer
+that takes matrices alone.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 #: The `name` of groups of learned ranges, behind that of the group they are cloned from.
 GROUP_NAME = "learned_ranges"
-#: Optimizers, by name, that cannot train a range: Muon turns a matrix orthogonal, SparseAdam takes sparse gradients alone.
+#: Optimizers, by name, that cannot train a range: Muon turns a matrix orthogonal, SparseAdam takes sparse gradients
+#: alone.
 UNFIT = frozenset({"Muon", "SparseAdam"})
 #: Learning rate of the Adam that trains the ranges of those.
 OWN_RATE = 1e-3
 
-#: By index of the optimizer: of each group that was made for learned ranges, the index of the one that it was cloned from.
+#: By index of the optimizer: of each group that was made for learned ranges, the index of the one that it was cloned
+#: from.
 Clones = dict[int, list[int]]
 
 
 class Adopted(NamedTuple):
-    """What `adopt_learned_ranges` did: names of ranges that were in no optimizer, the groups it added, optimizers of its own."""
+    """What `adopt_learned_ranges` did: names of ranges that were in no optimizer, the groups it added, optimizers of
+    its own."""
 
     names: list[str]
     clones: Clones
@@ -130,9 +133,9 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> Adopte
     """See that each learned range is in an optimizer, in a group of its own, without weight decay if it asks for none.
 
     A range goes where its layer's weight is, that of an operation where a weight of its module is; one whose weight no
-    optimizer holds goes to the first optimizer. Groups are cloned, and schedulers learn of the new ones, so that a resumed run
-    has the same. LBFGS has one group, which the ranges join. Where the optimizer is `UNFIT` they go to the first one that is not,
-    or to an Adam of their own.
+    optimizer holds goes to the first optimizer. Groups are cloned, and schedulers learn of the new ones, so that a
+    resumed run has the same. LBFGS has one group, which the ranges join. Where the optimizer is `UNFIT` they go to the
+    first one that is not, or to an Adam of their own.
     """
     result = Adopted([], {}, [])
     wanted: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
@@ -141,7 +144,14 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> Adopte
     first = next(((index, 0) for index, optimizer in enumerate(trainer.optimizers) if optimizer.param_groups), None)
     if first is None:
         return result
-    fit = next(((index, 0) for index, optimizer in enumerate(trainer.optimizers) if optimizer.param_groups and not _unfit(optimizer)), None)
+    fit = next(
+        (
+            (index, 0)
+            for index, optimizer in enumerate(trainer.optimizers)
+            if optimizer.param_groups and not _unfit(optimizer)
+        ),
+        None,
+    )
     for owner, weights, quantizer in _owned(pl_module):
         for name, parameter in quantizer.named_parameters():
             if not parameter.requires_grad:
@@ -226,7 +236,9 @@ def _new_name(optimizer: Optimizer, source: str | None) -> str:
     """A name that no group of the optimizer has: monitors of learning rates refuse one that two have."""
     base = GROUP_NAME if source is None else f"{source}_{GROUP_NAME}"
     taken = {group.get("name") for group in optimizer.param_groups}
-    return next(name for name in (base, *(f"{base}_{number}" for number in range(2, len(taken) + 3))) if name not in taken)
+    return next(
+        name for name in (base, *(f"{base}_{number}" for number in range(2, len(taken) + 3))) if name not in taken
+    )
 
 
 def _extend(scheduler: Any, source: int, groups: int) -> None:

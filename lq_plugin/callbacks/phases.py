@@ -41,8 +41,8 @@ class Phase:
 
     Args:
         run: does it.
-        options: called with the options that a user gives (`{name: {...}}`), to refuse impossible ones at once; its parameters are
-            all that there are. The function finds them in `ptq.phase_options[name]`. None: it has none.
+        options: called with the options that a user gives (`{name: {...}}`), to refuse impossible ones at once; its
+            parameters are all that there are. The function finds them in `ptq.phase_options[name]`. None: it has none.
         after, before: phases that must stand before or behind it where they are used, each with the reason.
         without: phases that cannot be used beside it, each with the reason.
     """
@@ -79,8 +79,8 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
     """Names of the phases in their order, and the options of those that are written as `{name: {...}}`.
 
     Raises:
-        PlanError: no list, an entry that is neither a name nor a mapping, or a mapping that does not have one key with a mapping of
-            options.
+        PlanError: no list, an entry that is neither a name nor a mapping, or a mapping that does not have one key with
+            a mapping of options.
     """
     if isinstance(phases, str | Mapping) or not isinstance(phases, Iterable):
         raise PlanError(f"phases are a list, got {phases!r}: write [{phases!r}]; valid: {', '.join(PHASES)}")
@@ -98,7 +98,9 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
         elif isinstance(phase, str):
             names.append(phase)
         else:
-            raise PlanError(f"a phase is a name or a mapping of its name to options, got {phase!r}; valid: {', '.join(PHASES)}")
+            raise PlanError(
+                f"a phase is a name or a mapping of its name to options, got {phase!r}; valid: {', '.join(PHASES)}"
+            )
     return tuple(names), options
 
 
@@ -110,12 +112,16 @@ def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]
     """
     unknown = [phase for phase in phases if phase not in PHASES]
     if unknown or not phases:
-        raise PlanError(f"unknown phases {unknown}; valid: {', '.join(PHASES)}.{did_you_mean(str((unknown or [''])[0]), PHASES)}")
+        raise PlanError(
+            f"unknown phases {unknown}; valid: {', '.join(PHASES)}.{did_you_mean(str((unknown or [''])[0]), PHASES)}"
+        )
     faults = [] if "calibrate" in phases else ["they lack 'calibrate': without it there are no ranges"]
     faults += [f"{name} stands there twice" for name in dict.fromkeys(phases) if phases.count(name) > 1]
     for name in dict.fromkeys(phases):
         mine, phase = phases.index(name), PHASES[name]
-        faults += [f"put {name} after {other}: {why}" for other, why in phase.after.items() if other in phases[mine + 1 :]]
+        faults += [
+            f"put {name} after {other}: {why}" for other, why in phase.after.items() if other in phases[mine + 1 :]
+        ]
         faults += [f"put {name} before {other}: {why}" for other, why in phase.before.items() if other in phases[:mine]]
         faults += [f"use {name} or {other}, not both: {why}" for other, why in phase.without.items() if other in phases]
     raise_all(PlanError, f"phases {list(phases)}", faults)
@@ -127,7 +133,9 @@ def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]
         unknown = [option for option in given if option not in valid]
         if unknown:
             near = did_you_mean(unknown[0], valid)
-            raise PlanError(f"phase {name!r} has no options {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}.{near}")
+            raise PlanError(
+                f"phase {name!r} has no options {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}.{near}"
+            )
         try:
             checker(**given)
         except (TypeError, ValueError) as error:
@@ -155,11 +163,17 @@ def _equalize_options(iterations: int = 20) -> None:
 
 
 @register_phase(
-    "equalize", _equalize_options, before=_NO_RANGES, after={"fold_batch_norm": "it goes through folded batch norms, not through others"}
+    "equalize",
+    _equalize_options,
+    before=_NO_RANGES,
+    after={"fold_batch_norm": "it goes through folded batch norms, not through others"},
 )
 def _equalize(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
     result = equalize(pl_module, ptq.record(trainer, pl_module), **ptq.phase_options.get("equalize", {}))
-    rank_zero_info(f"PTQ: equalized {len(result.pairs)} pairs of layers, {result.iterations} iterations, last change {result.change:.2g}")
+    rank_zero_info(
+        f"PTQ: equalized {len(result.pairs)} pairs of layers, {result.iterations} iterations, last change "
+        f"{result.change:.2g}"
+    )
     for refusal in result.refused:
         rank_zero_info(f"PTQ: not equalized: {refusal}")
 
@@ -225,12 +239,15 @@ def _reconstruct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None
         rank_zero_warn(f"PTQ: {layer} keeps nearest rounding: {reason}")
     for unit, fit in ptq.reconstruction.units.items():
         rank_zero_info(
-            f"PTQ: reconstructed {unit}: error {fit.before:.3g} -> {fit.after:.3g} of the variation, {fit.iterations} iterations, "
+            f"PTQ: reconstructed {unit}: error {fit.before:.3g} -> {fit.after:.3g} of the variation, {fit.iterations} "
+            "iterations, "
             f"{fit.undecided:.1%} undecided{'' if fit.kept else '; nearest rounding was better and stays'}"
         )
 
 
-def _with_batches(ptq: PTQ, trainer: Trainer, pl_module: LightningModule, title: str, function: Callable[..., Any], **options: Any) -> Any:
+def _with_batches(
+    ptq: PTQ, trainer: Trainer, pl_module: LightningModule, title: str, function: Callable[..., Any], **options: Any
+) -> Any:
     """Call `function(module, batches, run, **options)` with a progress bar and without traces."""
     batches = calibration_batches(trainer, pl_module, ptq.dataloader, ptq.calibration_batches)
     batches = with_progress(trainer, title, batches, ptq.calibration_batches)
@@ -239,7 +256,10 @@ def _with_batches(ptq: PTQ, trainer: Trainer, pl_module: LightningModule, title:
 
 
 @register_phase(
-    "gptq", check_options, after=_RANGES, without=dict.fromkeys(("correct_batch_norm", "bias_correct", "reconstruct"), _FLOAT_MODEL)
+    "gptq",
+    check_options,
+    after=_RANGES,
+    without=dict.fromkeys(("correct_batch_norm", "bias_correct", "reconstruct"), _FLOAT_MODEL),
 )
 def _gptq(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
     ptq.keep_float_weights(pl_module)
@@ -248,7 +268,9 @@ def _gptq(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
         rank_zero_warn(f"PTQ: {layer} keeps nearest rounding: {reason}")
 
 
-@register_phase("bias_correct", after=_RANGES, without=dict.fromkeys(("correct_batch_norm", "reconstruct"), _FLOAT_MODEL))
+@register_phase(
+    "bias_correct", after=_RANGES, without=dict.fromkeys(("correct_batch_norm", "reconstruct"), _FLOAT_MODEL)
+)
 def _bias_correct(ptq: PTQ, trainer: Trainer, pl_module: LightningModule) -> None:
     result = _with_batches(ptq, trainer, pl_module, "correct biases", bias_correct)
     for layer, reason in result.skipped.items():

@@ -32,16 +32,16 @@ class PTQ(QuantizationCallback):
     Args:
         plan: a short string (`"w4a8"`), a YAML path, a mapping or a `QuantPlan`.
         calibration_batches: how many batches the ranges come from.
-        phases: what to do, in this order. Before ranges are found: `reestimate_batch_norm`, `fold_batch_norm`, `equalize`
-            (spreads of neighbouring layers, for scales a tensor), `smooth_quant` (outliers of activations, in transformers).
-            Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what quantization did to means and variances,
-            worth points below 8 bits), `bias_correct` (means only, for models without batch norm), `gptq` (rounds column by
-            column) and `reconstruct` (learned rounding, the best and the slowest). One with options is a mapping:
-            `{"reconstruct": {"iterations": 1000}}`.
+        phases: what to do, in this order. Before ranges are found: `reestimate_batch_norm`, `fold_batch_norm`,
+            `equalize` (spreads of neighbouring layers, for scales a tensor), `smooth_quant` (outliers of activations,
+            in transformers). Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what quantization did
+            to means and variances, worth points below 8 bits), `bias_correct` (means only, for models without batch
+            norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). One
+            with options is a mapping: `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
-        seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search scores exactly
-            what its trial did with the search's seed and number of batches.
+        seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search
+            scores exactly what its trial did with the search's seed and number of batches.
     """
 
     def __init__(
@@ -73,7 +73,10 @@ class PTQ(QuantizationCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            raise PlanError("PTQ quantizes a trained model: use it with trainer.validate, test or predict; for trainer.fit there is QAT")
+            raise PlanError(
+                "PTQ quantizes a trained model: use it with trainer.validate, test or predict; for trainer.fit there "
+                "is QAT"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,7 +91,9 @@ class PTQ(QuantizationCallback):
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the phases, unless the model is calibrated already, as far as data reached it."""
         silent = unreached(pl_module)
-        waiting = {id(q) for q in quantizers(pl_module) if not q.is_calibrated} - {id(q) for group in silent.values() for q in group}
+        waiting = {id(q) for q in quantizers(pl_module) if not q.is_calibrated} - {
+            id(q) for group in silent.values() for q in group
+        }
         if not self.recalibrate and not waiting:
             self.ledger.note_unreached(silent, REASON)
         else:

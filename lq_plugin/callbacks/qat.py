@@ -16,7 +16,12 @@ from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
 from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
 from lq_plugin.callbacks.neighbours import renew_averages, start_averages
-from lq_plugin.callbacks.optimizers import RangeOptimizer, adopt_learned_ranges, hide_learned_ranges, show_learned_ranges
+from lq_plugin.callbacks.optimizers import (
+    RangeOptimizer,
+    adopt_learned_ranges,
+    hide_learned_ranges,
+    show_learned_ranges,
+)
 from lq_plugin.callbacks.sharding import average_gradients, whole_weights
 from lq_plugin.callbacks.steps import CalibrationStep
 from lq_plugin.errors import PlanError
@@ -59,13 +64,15 @@ class QAT(QuantizationCallback):
         distill: share of the loss that comes from the float copy's answers, or a `Distillation` (or a mapping of its
             fields); None: the module's own loss alone.
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
-        forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`, with 8-bit
-            products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first batch finds them worth it
-            (a CPU's convolutions may take a quarter longer alone: the layers behind them gain more by the layout they hand on);
-            `"integer_always"`, wherever they can, so that a run can be repeated to the bit. The log names what each layer does.
+        forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`,
+            with 8-bit products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first
+            batch finds them worth it (a CPU's convolutions may take a quarter longer alone: the layers behind them gain
+            more by the layout they hand on); `"integer_always"`, wherever they can, so that a run can be repeated to
+            the bit. The log names what each layer does.
 
     >>> from lightning import Trainer
-    >>> trainer = Trainer(callbacks=[QAT("w4a8", schedule={"activations_start": "epoch 1"})], logger=False, accelerator="cpu")
+    >>> qat = QAT("w4a8", schedule={"activations_start": "epoch 1"})
+    >>> trainer = Trainer(callbacks=[qat], logger=False, accelerator="cpu")
     """
 
     if_unreached = "their layers are float until a training batch reaches them"
@@ -151,7 +158,9 @@ class QAT(QuantizationCallback):
             return
         missing = [q for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated]
         if missing:
-            rank_zero_warn(f"QAT: the sanity check runs float, {len(missing)} tensors have no range yet (first: {missing[0].name})")
+            rank_zero_warn(
+                f"QAT: the sanity check runs float, {len(missing)} tensors have no range yet (first: {missing[0].name})"
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # An evaluation finds no ranges: without those of a checkpoint it is an error.
@@ -174,7 +183,9 @@ class QAT(QuantizationCallback):
                         if isinstance(stage, WeightQuantizer):
                             # Without first batches a learned range is still to be found.
                             found = stage.is_calibrated or not stage.needs_calibration
-                            (stage.new_epoch if found else stage.calibrate)(type(layer).canonical(layer, weight_of(layer)))
+                            (stage.new_epoch if found else stage.calibrate)(
+                                type(layer).canonical(layer, weight_of(layer))
+                            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: the state that a resumed run starts with is that of its last batch.
@@ -204,7 +215,9 @@ class QAT(QuantizationCallback):
         for own in self.range_optimizers:
             own.step(trainer, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         clip_latent_weights(self._layers(pl_module))
         chosen = quantizers(pl_module)
         commit_observers(chosen, all_reduce_max(trainer), statistics_merger(trainer))
@@ -217,7 +230,9 @@ class QAT(QuantizationCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         # Its optimizers' states are loaded later, out of this very mapping.
-        self.float_checkpoint = checkpoint if trainer.state.fn == "fit" and is_float(checkpoint, self.state_key) else None
+        self.float_checkpoint = (
+            checkpoint if trainer.state.fn == "fit" and is_float(checkpoint, self.state_key) else None
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -264,7 +279,9 @@ class QAT(QuantizationCallback):
         self.integer_named = report
         if news:
             count = sum(how.startswith("integer") for how in report.values())
-            rank_zero_info(f"QAT: {count} of {len(report)} layers compute with integers in training\n  " + "\n  ".join(news))
+            rank_zero_info(
+                f"QAT: {count} of {len(report)} layers compute with integers in training\n  " + "\n  ".join(news)
+            )
 
     def _enter_stage(self, pl_module: LightningModule, moment: tuple[int, int], calibrate: bool) -> list[str]:
         operations = [operation for _, operation in quantized_operations(pl_module)]
@@ -282,7 +299,9 @@ class QAT(QuantizationCallback):
         silent = {id(quantizer) for group in self.unreached.values() for quantizer in group}
         for quantizer in quantizers(pl_module):
             # Frozen ranges are those that there are: what a batch reaches later still gets its first.
-            quantizer.observing = isinstance(quantizer, InputQuantizer) and (phase.observe or not quantizer.is_calibrated)
+            quantizer.observing = isinstance(quantizer, InputQuantizer) and (
+                phase.observe or not quantizer.is_calibrated
+            )
             if id(quantizer) not in silent:
                 self._switch(quantizer, phase)
 
@@ -300,7 +319,8 @@ class QAT(QuantizationCallback):
             quantizer.waiting = True
 
     def _settle_unreached(self, pl_module: LightningModule) -> None:
-        """After a batch: what it reached for the first time follows the phase, what misses its range is float until it is reached."""
+        """After a batch: what it reached for the first time follows the phase, what misses its range is float until it
+        is reached."""
         assert self.phase is not None
         if not reached_any(pl_module):
             return  # an empty batch tells nothing about any layer

@@ -1,8 +1,8 @@
 """Parameters that a strategy has spread over processes: what is supported, what is refused, and what must be joined.
 
-FSDP2 (`fully_shard` in `configure_model`, with `ModelParallelStrategy`) is supported: a weight is whole when its layer runs,
-so that it is quantized as in one process. Learned ranges come in after the sharding and are whole in every process; their
-gradients are averaged here.
+FSDP2 (`fully_shard` in `configure_model`, with `ModelParallelStrategy`) is supported: a weight is whole when its layer
+runs, so that it is quantized as in one process. Learned ranges come in after the sharding and are whole in every
+process; their gradients are averaged here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
         whole: what the callback does that needs the whole model in every process.
 
     Raises:
-        PlanError: `FSDPStrategy`; layers split by tensor parallelism; weights that are not there yet; what needs the whole model.
+        PlanError: `FSDPStrategy`; layers split by tensor parallelism; weights that are not there yet; what needs the
+            whole model.
     """
     faults = []
     if isinstance(trainer.strategy, either("strategies.FSDPStrategy")):
@@ -53,20 +54,25 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
 def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
     """Say that only copies are quantized, where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
 
-    Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs there. A
-    module that held quantizers before takes the ranges, too.
+    Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs
+    there. A module that held quantizers before takes the ranges, too.
     """
-    if isinstance(trainer.strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")) and not quantizers(pl_module):
+    if isinstance(
+        trainer.strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")
+    ) and not quantizers(pl_module):
         rank_zero_warn(
-            f"the processes of {trainer.strategy.launcher._start_method!r} quantize their copies; the module that fit was called with "
-            "stays float, with the trained weights. lq_plugin.prepare(module, plan) before fit makes it the quantized one; "
+            f"the processes of {trainer.strategy.launcher._start_method!r} quantize their copies; the module that fit "
+            "was called with "
+            "stays float, with the trained weights. lq_plugin.prepare(module, plan) before fit makes it the quantized "
+            "one; "
             'or use strategy="ddp", or load a checkpoint with lq_plugin.load_checkpoint'
         )
 
 
 @contextmanager
 def resharded(pl_module: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave whole parameters behind, which a checkpoint cannot be loaded into; they are split again."""
+    """Forward passes inside leave whole parameters behind, which a checkpoint cannot be loaded into; they are split
+    again."""
     try:
         yield
     finally:
@@ -87,7 +93,12 @@ def average_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
     """Give every process the mean gradient of each learned range that FSDP2 does not know of."""
     if not isinstance(trainer.strategy, either("strategies.ModelParallelStrategy")) or not any(_sharded(pl_module)):
         return
-    whole = [p for q in quantizers(pl_module) for p in q.parameters(recurse=False) if p.requires_grad and not hasattr(p, "device_mesh")]
+    whole = [
+        p
+        for q in quantizers(pl_module)
+        for p in q.parameters(recurse=False)
+        if p.requires_grad and not hasattr(p, "device_mesh")
+    ]
     if not whole:
         return
     group = trainer.strategy.device_mesh["data_parallel"].get_group()

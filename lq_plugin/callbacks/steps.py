@@ -57,13 +57,16 @@ def loop_of(trainer: Trainer, name: str) -> Any:
     """The evaluation loop that runs a step in what the Trainer does now; None for the training step."""
     fitting = trainer.state.fn == "fit"
     validation = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    return {"validation_step": validation, "test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(name)
+    return {"validation_step": validation, "test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(
+        name
+    )
 
 
 def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> CalibrationStep:
     """One of the module's own steps, as a function of the module and a batch.
 
-    Where the step fails, the module's hooks at the start of its loop may have been missing: they are called, and the step again.
+    Where the step fails, the module's hooks at the start of its loop may have been missing: they are called, and the
+    step again.
     """
     arguments = _arguments_after_batch(getattr(pl_module, name), loop_of(trainer, name))
     takes_iterator = _takes(getattr(pl_module, name), "dataloader_iter", explicit=True)
@@ -95,10 +98,13 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
 
 
 def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int, ...]:
-    """What Lightning's loops would give after the first batch: its number, and that of its loader where there are several."""
+    """What Lightning's loops would give after the first batch: its number, and that of its loader where there are
+    several."""
     indices = 1 if _takes(function, "batch_idx", min_args=2) else 0
     # Before the loop has asked a hook for its loaders, only the step says that there are several.
-    required = [p for p in inspect.signature(function).parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
+    required = [
+        p for p in inspect.signature(function).parameters.values() if p.kind in _POSITIONAL and p.default is p.empty
+    ]
     if (loop is not None and _several_loaders(loop)) or len(required) > 1 + indices:
         indices += 1
     return (0,) * indices
@@ -110,7 +116,8 @@ def _takes(function: Callable[..., Any], parameter: str, **options: Any) -> bool
 
 
 def loaders_of_run(value: Any) -> list[Any]:
-    """The loaders that a Trainer reads, in its order: all leaves of lists, tuples and dicts, of whatever class they are."""
+    """The loaders that a Trainer reads, in its order: all leaves of lists, tuples and dicts, of whatever class they
+    are."""
     # A CombinedLoader keeps what it was made of; those of both packages take values apart alike.
     flattened: list[Any] = any_package().utilities.CombinedLoader(getattr(value, "iterables", value)).flattened
     return flattened
@@ -143,10 +150,14 @@ def _explained(module: LightningModule, name: str, hooks: list[str], error: Exce
     kind = type(module).__name__
     lines = [f"{kind}.{name} fails on a batch of the calibration data: {type(error).__name__}: {error}"]
     if missing := _makers_of(module, error, hooks):
-        lines.append(f"self.{getattr(error, 'name', '')} is made in {' and '.join(missing)}, which Lightning calls later: make it before")
+        lines.append(
+            f"self.{getattr(error, 'name', '')} is made in {' and '.join(missing)}, which Lightning calls later: make "
+            "it before"
+        )
     called = f"after {' and '.join(hooks)} had been called" if hooks else "before Lightning's own loops"
     lines.append(
-        f"it ran outside of the loops, {called}; where training batches have another form than its own, give dataloader=... with batches "
+        f"it ran outside of the loops, {called}; where training batches have another form than its own, give "
+        "dataloader=... with batches "
         "that it takes, or calibration_step=lambda module, batch: ..."
     )
     return CalibrationError("\n  ".join(lines))

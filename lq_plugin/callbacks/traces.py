@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def without_traces(pl_module: LightningModule) -> Iterator[None]:
     """Nothing is logged or sent inside; the module's Python state, its metrics and buffers are as before afterwards.
 
-    See `lq_plugin.model.kept_state` for what that is, and what it is not. A step that calls a tracker itself (`wandb.log`), or
-    writes files, does so: only what goes through `self.log`, `self.logger` and `trainer.loggers` is silenced.
+    See `lq_plugin.model.kept_state` for what that is, and what it is not. A step that calls a tracker itself
+    (`wandb.log`), or writes files, does so: only what goes through `self.log`, `self.logger` and `trainer.loggers` is
+    silenced.
     """
     with state_kept(pl_module), silenced(pl_module):
         yield
@@ -43,7 +44,8 @@ class KeepState(Callback):
 
 @contextmanager
 def silenced(pl_module: LightningModule) -> Iterator[None]:
-    """Nothing is logged inside: neither with `log` and `log_dict`, nor with the Trainer's loggers and their experiments."""
+    """Nothing is logged inside: neither with `log` and `log_dict`, nor with the Trainer's loggers and their
+    experiments."""
     attributes, trainer = vars(pl_module), pl_module._trainer
     before: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
     attributes["log"] = attributes["log_dict"] = _nothing

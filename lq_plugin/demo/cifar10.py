@@ -35,7 +35,8 @@ class DataError(QuantizationError, FileNotFoundError):
 
 
 def find_parquet(folder: str | Path, split: str) -> list[Path]:
-    """Parquet files of a split, below `folder/cifar10` or `folder`: `train.parquet`, `plain_text/train-00000-of-00001.parquet`.
+    """Parquet files of a split, below `folder/cifar10` or `folder`: `train.parquet`,
+    `plain_text/train-00000-of-00001.parquet`.
 
     Raises:
         DataError: when there is none, saying how to get the public data.
@@ -66,7 +67,9 @@ def load_images(folder: str | Path, split: str, start: int = 0, stop: int | None
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
         from PIL import Image
     except ImportError as error:
-        raise ImportError("CIFAR-10 in parquet form is read with two more packages: pip install pyarrow pillow") from error
+        raise ImportError(
+            "CIFAR-10 in parquet form is read with two more packages: pip install pyarrow pillow"
+        ) from error
 
     files = find_parquet(folder, split)
     table = pq.ParquetDataset(files).read(columns=["img", "label"])
@@ -75,8 +78,12 @@ def load_images(folder: str | Path, split: str, start: int = 0, stop: int | None
         raise DataError(f"rows {start}..{stop} of {split!r} were asked for, {files[0].parent} holds {table.num_rows}")
     table = table.slice(start, stop - start).combine_chunks()
     encoded = [chunk.field("bytes") for chunk in table["img"].chunks]
-    images = np.stack([np.asarray(Image.open(io.BytesIO(row.as_buffer())).convert("RGB")) for chunk in encoded for row in chunk])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+    images = np.stack(
+        [np.asarray(Image.open(io.BytesIO(row.as_buffer())).convert("RGB")) for chunk in encoded for row in chunk]
+    )
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
+        table["label"].to_numpy().astype(np.int64)
+    )
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -124,7 +131,9 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def image_loader(images: Tensor, labels: Tensor, batch_size: int, augment: bool = False, shuffle: bool = False) -> DataLoader:
+def image_loader(
+    images: Tensor, labels: Tensor, batch_size: int, augment: bool = False, shuffle: bool = False
+) -> DataLoader:
     """Batches of normalised images float32 `[N, 3, H, W]` and labels int64 `[N]`."""
     return DataLoader(_Images(images, labels, augment), batch_size=batch_size, shuffle=shuffle, collate_fn=_as_is)
 
@@ -144,10 +153,21 @@ class Cifar10DataModule(LightningDataModule):
     """
 
     def __init__(
-        self, folder: str | Path, batch_size: int = 128, train_size: int | None = None, held_out: int = 5_000, augment: bool = True
+        self,
+        folder: str | Path,
+        batch_size: int = 128,
+        train_size: int | None = None,
+        held_out: int = 5_000,
+        augment: bool = True,
     ) -> None:
         super().__init__()
-        self.folder, self.batch_size, self.train_size, self.held_out, self.augment = folder, batch_size, train_size, held_out, augment
+        self.folder, self.batch_size, self.train_size, self.held_out, self.augment = (
+            folder,
+            batch_size,
+            train_size,
+            held_out,
+            augment,
+        )
         self._splits: dict[str, tuple[Tensor, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
@@ -156,7 +176,9 @@ class Cifar10DataModule(LightningDataModule):
             last = len(labels) - self.held_out
             size = last if self.train_size is None else self.train_size
             if not 0 < size <= last:
-                raise DataError(f"train_size={size} with held_out={self.held_out} does not fit {len(labels)} train images")
+                raise DataError(
+                    f"train_size={size} with held_out={self.held_out} does not fit {len(labels)} train images"
+                )
             self._splits["train"] = images[:size], labels[:size]
             self._splits["val"] = images[last:], labels[last:]
         if stage == "test" and "test" not in self._splits:

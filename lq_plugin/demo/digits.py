@@ -149,4 +149,6 @@ def trained_cnn(epochs: int = 8, width: int = 16, seed: int = 0) -> DigitsCNN:
 
 
 def _conv_bn_relu(channels: int, filters: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()
+    )

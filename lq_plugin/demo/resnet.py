@@ -24,7 +24,8 @@ the .th files are read as they are, and safetensors files with the same keys"""
 
 
 class BasicBlock(nn.Module):
-    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a stride-2 slice and zero pad (option A)."""
+    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a stride-2 slice and zero pad (option
+    A)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -77,7 +78,9 @@ class CifarResNet(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(*(BasicBlock(in_channels if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks)))
+    return nn.Sequential(
+        *(BasicBlock(in_channels if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks))
+    )
 
 
 def load_resnet(weights: str | Path, depth: int = 20) -> CifarResNet:
@@ -138,7 +141,9 @@ class LitClassifier(LightningModule):
         self.log(name, accuracy, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(y))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True)
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

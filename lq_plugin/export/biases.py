@@ -1,15 +1,16 @@
 """Biases next to quantized inputs, in a form that ONNX Runtime computes as it stands.
 
-ONNX Runtime (1.32, `WeightBiasQuantization`) makes int32 of a float bias of a Conv, ConvTranspose or Gemm whose input is dequantized and
-whose result is quantized, in steps of input scale times weight scale. It does not look whether the bias fits: where a channel's weights
-are tiny the numbers wrap around. And it makes int8 of float weights there. So the file leaves nothing to be done:
+ONNX Runtime (1.32, `WeightBiasQuantization`) makes int32 of a float bias of a Conv, ConvTranspose or Gemm whose input
+is dequantized and whose result is quantized, in steps of input scale times weight scale. It does not look whether the
+bias fits: where a channel's weights are tiny the numbers wrap around. And it makes int8 of float weights there. So the
+file leaves nothing to be done:
 
     the bias fits       DequantizeLinear(int32) with that step, half of which is what its rounding may be off
     it does not         it is added afterwards, in float, as is
     float weights       the same; without a bias the result passes a Sum of one operand
 
-The node that adds is one which no other pass of ONNX Runtime puts back: Sum after Conv, ConvTranspose and MatMul (it makes a Conv of
-Conv and Add, a Gemm of MatMul and Add), Add after Gemm (it makes a Gemm of Gemm and Sum).
+The node that adds is one which no other pass of ONNX Runtime puts back: Sum after Conv, ConvTranspose and MatMul (it
+makes a Conv of Conv and Add, a Gemm of MatMul and Add), Add after Gemm (it makes a Gemm of Gemm and Sum).
 """
 
 from __future__ import annotations
@@ -23,8 +24,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lq_plugin.export.readers import CONV, names_read
 
-#: What may stand between a product and the QuantizeLinear that reads it: the runtime moves QuantizeLinear through most of them.
-_BETWEEN = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Pad", "Identity")
+#: What may stand between a product and the QuantizeLinear that reads it: the runtime moves QuantizeLinear through most
+#: of them.
+_BETWEEN = (
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MaxPool",
+    "Slice",
+    "Pad",
+    "Identity",
+)
 #: Kernels sum products in int32.
 _LIMIT = 2**31 - 1
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
@@ -37,7 +51,8 @@ def settle_biases(model: onnx.ModelProto) -> list[str]:
         model: as `export_onnx` has it, quantized.
 
     Returns:
-        Names of the biases of integer weights that do not fit and are added in float: the runtime computes such layers in float.
+        Names of the biases of integer weights that do not fit and are added in float: the runtime computes such layers
+        in float.
     """
     return _Biases(model).settle()
 
@@ -59,13 +74,24 @@ class _Biases:
     def settle(self) -> list[str]:
         moved = []
         for node in self.graph.node:
-            if node.op_type not in (*CONV, "Gemm", "MatMul") or (input_scale := self._input_scale(node.input[0])) is None:
+            if (
+                node.op_type not in (*CONV, "Gemm", "MatMul")
+                or (input_scale := self._input_scale(node.input[0])) is None
+            ):
                 continue
-            bias, weight, quantized = self._bias(node), self._dequantizer(node.input[1]), self._is_quantized_later(node.output[0])
+            bias, weight, quantized = (
+                self._bias(node),
+                self._dequantizer(node.input[1]),
+                self._is_quantized_later(node.output[0]),
+            )
             if weight is None:
                 if quantized and self._is_constant(node.input[1]):
                     self._add_afterwards(node, bias)
-            elif bias is not None and self._value(weight.input[1]).ndim < 2 and (quantized or self._is_integer_gemm(node, weight)):
+            elif (
+                bias is not None
+                and self._value(weight.input[1]).ndim < 2
+                and (quantized or self._is_integer_gemm(node, weight))
+            ):
                 if (fitting := self._in_steps(bias, weight, input_scale)) is not None:
                     self._read_integers(node, bias, weight, *fitting)
                 elif quantized:
@@ -87,7 +113,11 @@ class _Biases:
 
     def _dequantizer(self, name: str) -> onnx.NodeProto | None:
         node = self.producer.get(name)
-        return node if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in self.constants else None
+        return (
+            node
+            if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in self.constants
+            else None
+        )
 
     def _bias(self, node: onnx.NodeProto) -> str | None:
         """The constant that is added to a product."""
@@ -112,19 +142,28 @@ class _Biases:
     def _is_quantized_later(self, name: str) -> bool:
         """Whether a QuantizeLinear reads a value, or what is made of it by operations that only move or clip."""
         for node in self.readers.get(name, []):
-            if node.op_type == "QuantizeLinear" or (node.op_type in _BETWEEN and self._is_quantized_later(node.output[0])):
+            if node.op_type == "QuantizeLinear" or (
+                node.op_type in _BETWEEN and self._is_quantized_later(node.output[0])
+            ):
                 return True
             # MatMul and its bias are one Gemm to the runtime.
-            if node.op_type == "Add" and any(other in self.constants for other in node.input) and self._is_quantized_later(node.output[0]):
+            if (
+                node.op_type == "Add"
+                and any(other in self.constants for other in node.input)
+                and self._is_quantized_later(node.output[0])
+            ):
                 return True
         return False
 
     def _is_integer_gemm(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> bool:
-        """Whether a Gemm has a kernel of integers, which wants its bias as one of them also where its result stays float."""
+        """Whether a Gemm has a kernel of integers, which wants its bias as one of them also where its result stays
+        float."""
         codes = self.constants.get(weight.input[0])
         return node.op_type == "Gemm" and codes is not None and codes.data_type in _BYTES
 
-    def _in_steps(self, bias: str, weight: onnx.NodeProto, input_scale: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    def _in_steps(
+        self, bias: str, weight: onnx.NodeProto, input_scale: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]] | None:
         """The bias as int32, and the step; None where a sum of products and it might leave int32."""
         values = self._value(bias).astype(np.float64)
         step = (self._value(weight.input[1]) * np.float32(input_scale.reshape(()))).astype(np.float32)
@@ -139,7 +178,11 @@ class _Biases:
         axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
         if len(weight.input) == 3:
             zero_point = self._value(weight.input[2]).astype(np.int64)
-            codes = codes - (zero_point.reshape([-1 if dim == axis else 1 for dim in range(codes.ndim)]) if zero_point.ndim else zero_point)
+            codes = codes - (
+                zero_point.reshape([-1 if dim == axis else 1 for dim in range(codes.ndim)])
+                if zero_point.ndim
+                else zero_point
+            )
         kept = (axis,) if self._value(weight.input[1]).ndim else ()
         sums = np.abs(codes).sum(tuple(dim for dim in range(codes.ndim) if dim not in kept))
         return 255 * sums
@@ -151,7 +194,9 @@ class _Biases:
     def _value(self, name: str) -> NDArray[Any]:
         return numpy_helper.to_array(self.constants[name])
 
-    def _read_integers(self, node: onnx.NodeProto, bias: str, weight: onnx.NodeProto, integers: NDArray[Any], step: NDArray[Any]) -> None:
+    def _read_integers(
+        self, node: onnx.NodeProto, bias: str, weight: onnx.NodeProto, integers: NDArray[Any], step: NDArray[Any]
+    ) -> None:
         if node.op_type == "MatMul":
             return  # an Add, which the runtime itself puts into integers
         key = bias, step.tobytes()
@@ -166,7 +211,10 @@ class _Biases:
         node.input[2] = self.made[key]
         if node.op_type == "Gemm" and len(weight.input) == 2 and self._is_integer_gemm(node, weight):
             # Its kernel wants a zero point to be there, though it is 0.
-            zeros = np.zeros(self._value(weight.input[1]).shape, helper.tensor_dtype_to_np_dtype(self.constants[weight.input[0]].data_type))
+            zeros = np.zeros(
+                self._value(weight.input[1]).shape,
+                helper.tensor_dtype_to_np_dtype(self.constants[weight.input[0]].data_type),
+            )
             self._constant(f"{weight.output[0]}_zero_point", zeros)
             weight.input.append(f"{weight.output[0]}_zero_point")
 
@@ -201,7 +249,11 @@ class _Biases:
         """Puts the new nodes in their places, and drops the constants that nothing reads any more."""
         nodes = []
         for node in self.graph.node:
-            nodes += [*self.before.get(node.name, []), node, *(self.after[name] for name in node.output if name in self.after)]
+            nodes += [
+                *self.before.get(node.name, []),
+                node,
+                *(self.after[name] for name in node.output if name in self.after),
+            ]
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del self.graph.node[:]
         self.graph.node.extend(copies)

@@ -57,10 +57,13 @@ def check_float32(model: nn.Module) -> None:
     Raises:
         ExportError: saying which parameters.
     """
-    others = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    others = {
+        name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32
+    }
     if others:
         name, dtype = next(iter(others.items()))
         raise ExportError(
-            f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an ONNX file is made "
+            f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an "
+            "ONNX file is made "
             "of a float32 one: call model.float(), and verify the file"
         )

@@ -83,7 +83,9 @@ def statistics(quantizer: Any, weight: Tensor) -> Statistics:
             "export the model that it was packed from, or its checkpoint (lq_plugin.load_checkpoint)"
         )
     with torch.no_grad():
-        return _FORMATS[quantizer.spec.format_name].statistics(quantizer, blocks(weight.detach().float(), quantizer.spec.granularity))
+        return _FORMATS[quantizer.spec.format_name].statistics(
+            quantizer, blocks(weight.detach().float(), quantizer.spec.granularity)
+        )
 
 
 def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice = slice(None)) -> Parts:
@@ -136,7 +138,9 @@ def nothing_stored(spec: QuantSpec) -> str | None:
     >>> nothing_stored(QuantSpec.parse("sign:float_eval stochastic")), nothing_stored(QuantSpec.parse("sign"))
     ('it is evaluated with float weights, there is nothing to store', None)
     """
-    return "it is evaluated with float weights, there is nothing to store" if "float_eval" in spec.format_options else None
+    return (
+        "it is evaluated with float weights, there is nothing to store" if "float_eval" in spec.format_options else None
+    )
 
 
 def decode(spec: QuantSpec, shape: tuple[int, ...], parts: Values) -> Tensor:
@@ -223,7 +227,11 @@ def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
 def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
     block, _ = nvfp4_scales(w, tensor_scale)
     codes = _minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
-    return {"codes": Part(codes, 4), "scale": Part(_minifloat_codes(block, E4M3), 8), "tensor_scale": Part(tensor_scale)}
+    return {
+        "codes": Part(codes, 4),
+        "scale": Part(_minifloat_codes(block, E4M3), 8),
+        "tensor_scale": Part(tensor_scale),
+    }
 
 
 def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
@@ -250,7 +258,9 @@ def _statistics_of_sign(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
 
 
 def _encode_binary(quantizer: WeightQuantizer, w: Tensor, *scale: Tensor) -> Parts:
-    return {"codes": Part((w >= quantizer.spec.threshold).to(torch.int32), 1)} | dict(zip(("scale",), map(Part, scale), strict=False))
+    return {"codes": Part((w >= quantizer.spec.threshold).to(torch.int32), 1)} | dict(
+        zip(("scale",), map(Part, scale), strict=False)
+    )
 
 
 def _decode_binary(spec: QuantSpec, parts: Values) -> Tensor:
@@ -293,7 +303,8 @@ def _none(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
 
 
 class _Format(NamedTuple):
-    """`statistics` of the whole weight's blocks; `encode` makes parts of some rows' blocks and theirs; `decode` the blocks of parts."""
+    """`statistics` of the whole weight's blocks; `encode` makes parts of some rows' blocks and theirs; `decode` the
+    blocks of parts."""
 
     statistics: Callable[[Any, Tensor], Statistics]
     encode: Callable[..., Parts]
@@ -304,7 +315,9 @@ _FORMATS: dict[str, _Format] = {
     "int": _Format(_statistics_of_int, _encode_int, _decode_int),
     **dict.fromkeys(MX_FORMATS, _Format(_none, _encode_mx, _decode_mx)),
     **dict.fromkeys(ELEMENTS, _Format(_none, _encode_ocp, _decode_ocp)),
-    "nvfp4": _Format(lambda _, w: (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin())).reshape(1),), _encode_nvfp4, _decode_nvfp4),
+    "nvfp4": _Format(
+        lambda _, w: (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin())).reshape(1),), _encode_nvfp4, _decode_nvfp4
+    ),
     "sign": _Format(_statistics_of_sign, _encode_binary, _decode_binary),
     "bwn": _Format(_statistics_of_sign, _encode_binary, _decode_binary),
     "twn": _Format(lambda quantizer, w: quantizer.threshold_and_scale(w), _encode_twn, _decode_twn),

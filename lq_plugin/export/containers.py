@@ -87,7 +87,9 @@ def container(spec: QuantSpec, parts: Parts, name: str) -> Container:
     if kind in _WHOLE:
         element, factor = ELEMENTS[kind], _WHOLE[kind]
         scale = power_of_two(values["exponent"] - 127).squeeze(2) / factor
-        return Container(_whole(codes, element.values(), factor), 16 if kind == "mxfp6_e3m2" else 8, True, scale, block=32)
+        return Container(
+            _whole(codes, element.values(), factor), 16 if kind == "mxfp6_e3m2" else 8, True, scale, block=32
+        )
     if kind == "nvfp4":
         scale = E4M3.values()[values["scale"].long()].squeeze(2) * values["tensor_scale"] / 2
         return Container(_whole(codes, ELEMENTS["mxfp4"].values(), 2), 8, True, scale, block=16)
@@ -113,7 +115,9 @@ def refusal(spec: QuantSpec, channels: int) -> str | None:
 
 
 def _no_container(kind: str) -> str:
-    reason = "tables for single channels" if kind in ("ttq", "kmeans") else "whole numbers of 16 bits that hold its values"
+    reason = (
+        "tables for single channels" if kind in ("ttq", "kmeans") else "whole numbers of 16 bits that hold its values"
+    )
     return f"ONNX has no {reason}; use the packed file, or another format"
 
 

@@ -31,8 +31,9 @@ def float_graph(
     Raises:
         ExportError: torch has no graph for it.
     """
-    # They tell of every step on the console, warn of packages that could be installed, and print the graph of what fails.
-    # Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot follow.
+    # They tell of every step on the console, warn of packages that could be installed, and print the graph of what
+    # fails. Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot
+    # follow.
     heard = io.StringIO()
     with (
         quiet("torch", "torch.onnx", "onnx_ir", "onnxscript"),

@@ -33,10 +33,10 @@ _TYPES = {
 }
 #: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for. It takes a hundred times as long for others.
 _FAST_GROUPS = (128, 64, 32)
-#: Of an activation, and of a weight, that is 0 altogether, where any scale says so. In steps of their product biases up to 32 fit into
-#: int32, with 26 bits after the point.
+#: Of an activation, and of a weight, that is 0 altogether, where any scale says so. In steps of their product biases up
+#: to 32 fit into int32, with 26 bits after the point.
 _SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
-#: Where the opset that a graph was exported in lacks a type: the first opset, and the first format version, that have it.
+#: Types that the opset of a graph may lack: the first opset, and the first format version, that have them.
 _NEWER = {2: (25, 13)}
 
 
@@ -62,7 +62,12 @@ class Graph:
         self.slow: dict[str, str] = {}
 
     def put_weight(
-        self, name: str, source: str, nodes: list[onnx.NodeProto], content: tuple[Container, bool], through_transpose: bool
+        self,
+        name: str,
+        source: str,
+        nodes: list[onnx.NodeProto],
+        content: tuple[Container, bool],
+        through_transpose: bool,
     ) -> None:
         """Let `nodes`, calls of one layer, read the weight from whole numbers."""
         weight, exchanged = content
@@ -77,7 +82,9 @@ class Graph:
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
-    def put_parameter(self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]) -> None:
+    def put_parameter(
+        self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]
+    ) -> None:
         """Let nodes that do anything with a parameter read it from whole numbers."""
         nodes, through_transpose = calls(self.graph, users)
         if len(nodes) == 1 and nodes[0].op_type in MATRIX:
@@ -85,7 +92,8 @@ class Graph:
             return
         weight, exchanged = content
         if weight.bits == 2 and weight.zero_point is not None and any(node.op_type == "Transpose" for node in users):
-            # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for the result.
+            # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for
+            # the result.
             weight = replace(weight, bits=4)
         value = self._dequantized(name, users[0], weight, exchanged)
         for node in users:
@@ -121,7 +129,9 @@ class Graph:
         if factor is not None:
             scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
             q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
-            zero_point = zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
+            zero_point = (
+                zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
+            )
         if not weight.block:
             scale = _ordinary(scale, q.transpose(0, 1) if flipped else q, zero_point)
         if weight.block and flipped:
@@ -150,7 +160,8 @@ class Graph:
 
     @staticmethod
     def _reads_transposed(node: onnx.NodeProto) -> bool:
-        """Whether a Gemm had its weight as `[C_out, C_in]`; from now on it is `[C_in, C_out]`, which runtimes have kernels for."""
+        """Whether a Gemm had its weight as `[C_out, C_in]`; from now on it is `[C_in, C_out]`, which runtimes have
+        kernels for."""
         flags = [a for a in node.attribute if a.name == "transB" and a.i] if node.op_type == "Gemm" else []
         for flag in flags:
             flag.i = 0
@@ -159,7 +170,9 @@ class Graph:
     def _type(self, bits: int, signed: bool, name: str) -> int:
         kind = _TYPES[bits, signed]
         if kind is None:
-            raise ExportError(f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4")
+            raise ExportError(
+                f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4"
+            )
         if bits in _NEWER:
             opset, version = _NEWER[bits]
             entry = next(entry for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -168,11 +181,19 @@ class Graph:
         return kind
 
     def put_activation(
-        self, node: onnx.NodeProto, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None, operand: int = 0
+        self,
+        node: onnx.NodeProto,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: IntegerGrid,
+        axis: int | None,
+        operand: int = 0,
     ) -> None:
-        """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the nodes."""
+        """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the
+        nodes."""
         source = node.input[operand]
-        # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each channel.
+        # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each
+        # channel.
         qparams = scale.numpy(), zero_point.numpy()
         by_operations = axis is not None and (node.op_type in MATRIX or grid.levels not in (256, 65536))
         key = (source, *(value.tobytes() for value in qparams), grid, axis, by_operations)
@@ -188,7 +209,8 @@ class Graph:
         shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]
         added, stem = self.behind[source], f"{source}.quantized_{len(self.shared)}"
         constants = {
-            "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point, "scale": scale,
+            "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point,
+            "scale": scale,
         }  # fmt: skip
         inverse, low, high, step = (
             self._initializer(f"{stem}_{key}", value.astype(np.float32).reshape(shape), TensorProto.FLOAT)
@@ -203,10 +225,14 @@ class Graph:
     def _rank(self, name: str) -> int:
         found = [value for value in (*self.graph.value_info, *self.graph.input) if value.name == name]
         if not found:
-            raise ExportError(f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end")
+            raise ExportError(
+                f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end"
+            )
         return len(found[0].type.tensor_type.shape.dim)
 
-    def _quantize(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None) -> str:
+    def _quantize(
+        self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None
+    ) -> str:
         # Next to where it is made: those who read it may stand in any order.
         added = self.behind[source]
         bits = 8 if grid.levels <= 256 else 16
@@ -219,7 +245,10 @@ class Graph:
             outermost = {}
         if outermost:
             # Fewer levels than the type has: clipped to the outermost ones first.
-            ends = [self._initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT) for key, end in outermost.items()]
+            ends = [
+                self._initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT)
+                for key, end in outermost.items()
+            ]
             source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
         # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
         kind = self._type(bits, False, source)
@@ -233,7 +262,8 @@ class Graph:
         return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
 
     def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
-        """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is none."""
+        """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is
+        none."""
         if node.op_type != "Conv":
             return None
         followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
@@ -243,13 +273,17 @@ class Graph:
         norm = followers[0]
         if any(value not in self.known for value in norm.input[1:5]):
             return None
-        weight, shift, mean, variance = (numpy_helper.to_array(self.known[value]).astype(np.float64) for value in norm.input[1:5])
+        weight, shift, mean, variance = (
+            numpy_helper.to_array(self.known[value]).astype(np.float64) for value in norm.input[1:5]
+        )
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = weight / np.sqrt(variance + epsilon)
         if affine and not factor.all():
             return None
         bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
-        moved = self._initializer(f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT)
+        moved = self._initializer(
+            f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT
+        )
         del node.input[2:]
         node.input.append(moved)
         # Under the norm's name, which other nodes read, and which may be an output of the graph, too.
@@ -258,7 +292,10 @@ class Graph:
         return torch.from_numpy(factor.astype(np.float32))
 
     def _made_of(self, value: str, weight: str) -> bool:
-        return any(node.op_type == "Transpose" and node.output[0] == value and node.input[0] == weight for node in self.graph.node)
+        return any(
+            node.op_type == "Transpose" and node.output[0] == value and node.input[0] == weight
+            for node in self.graph.node
+        )
 
     def _initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
         small = next((bits for bits in (2, 4) if kind in (_TYPES[bits, True], _TYPES[bits, False])), None)
@@ -270,7 +307,9 @@ class Graph:
             packed = np.bitwise_or.reduce(flat << np.arange(0, 8, small, dtype=np.uint8), axis=1)
             tensor = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
         else:
-            tensor = numpy_helper.from_array(np.asarray(values.astype(helper.tensor_dtype_to_np_dtype(kind)), order="C"), name)
+            tensor = numpy_helper.from_array(
+                np.asarray(values.astype(helper.tensor_dtype_to_np_dtype(kind)), order="C"), name
+            )
         self.graph.initializer.append(tensor)
         self.known[name] = self.graph.initializer[-1]
         return name
@@ -311,8 +350,8 @@ def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: 
 def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
     """Whole numbers and scales of weights whose channels are multiplied with a factor each.
 
-    A negative factor changes the sign of the whole numbers where their type has all the negatives, else that of the scale.
-    A factor of 0 leaves no weight. All of it is exact.
+    A negative factor changes the sign of the whole numbers where their type has all the negatives, else that of the
+    scale. A factor of 0 leaves no weight. All of it is exact.
 
     Args:
         q: `[C_out, ...]`, no smaller than the type's `lowest`; 0: of a type without negatives.

@@ -1,8 +1,8 @@
 """Milliseconds of each layer on the runtime that will run the model, spec by spec: what a search can minimize.
 
-Every layer is exported alone with each pair of specs that leads to another kernel, and timed; equal layers are timed once, and a
-file remembers them. A model's latency is predicted as that of the float model with the float layers' time exchanged for the
-quantized ones':
+Every layer is exported alone with each pair of specs that leads to another kernel, and timed; equal layers are timed
+once, and a file remembers them. A model's latency is predicted as that of the float model with the float layers' time
+exchanged for the quantized ones':
 
     t(plan) = t(float) + Σ_layer [t(layer, specs) - t(layer, float)]
 
@@ -100,7 +100,13 @@ def _weight_kind(spec: QuantSpec | None) -> str:
         return spec.format_name
     bits = next(bits for bits in (2, 4, 8, 16) if spec.bit_width <= bits)
     group = spec.granularity
-    scales = f"group{group.group_size}" if isinstance(group, PerGroup) else "per_channel" if isinstance(group, PerChannel) else "per_tensor"
+    scales = (
+        f"group{group.group_size}"
+        if isinstance(group, PerGroup)
+        else "per_channel"
+        if isinstance(group, PerChannel)
+        else "per_tensor"
+    )
     return f"int{bits} {scales}{' affine' * spec.affine}"
 
 
@@ -109,11 +115,15 @@ def _input_kind(spec: QuantSpec | None) -> str:
         return _FLOAT
     bits = 8 if spec.grid.levels <= 256 else 16
     # Fewer levels than the type has are clipped to first.
-    return f"{bits} bit{' clipped' * (spec.grid.levels not in (256, 65536))}{' per_channel' * isinstance(spec.granularity, PerChannel)}"
+    clipped = " clipped" * (spec.grid.levels not in (256, 65536))
+    return f"{bits} bit{clipped}{' per_channel' * isinstance(spec.granularity, PerChannel)}"
 
 
 def latency_table(
-    model: nn.Module, inputs: Sequence[Tensor], plans: Iterable[Mapping[str, LayerPlan]], options: LatencyOptions | None = None
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    plans: Iterable[Mapping[str, LayerPlan]],
+    options: LatencyOptions | None = None,
 ) -> LatencyTable:
     """Measure the layers of a float model under all specs that plans may give them.
 
@@ -151,7 +161,9 @@ def latency_table(
             keys[name] = {kind: f"{model.get_submodule(name)}; {tuple(example.shape)}; {kind}" for kind in wanted[name]}
         models = {whole, *(key for row in keys.values() for key in row.values())}
         new = len(models - timer.known.keys())
-        log.info("latency: %d layers: %d models to time, %d known; %s", len(keys), new, len(models) - new, options.place)
+        log.info(
+            "latency: %d layers: %d models to time, %d known; %s", len(keys), new, len(models) - new, options.place
+        )
         progress = _Progress("exported", new)
         progress.step(timer.add(whole, model, batch))
         for name, row in keys.items():
@@ -170,7 +182,8 @@ def latency_table(
 
 
 def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], onnx.ModelProto]:
-    """What makes the graph of the float model when it is first asked for it, and remembers it; for `model_latency` under several plans."""
+    """What makes the graph of the float model when it is first asked for it, and remembers it; for `model_latency`
+    under several plans."""
     batch = tuple(_resized(x, options.batch) for x in inputs)
     return functools.cache(functools.partial(float_graph, float_copy(model), batch))
 
@@ -181,7 +194,8 @@ def model_latency(
     options: LatencyOptions | None = None,
     graph: Callable[[], onnx.ModelProto] | None = None,
 ) -> float:
-    """Milliseconds of a whole model, prepared and calibrated, or float, for one sample of a batch; never from the cache.
+    """Milliseconds of a whole model, prepared and calibrated, or float, for one sample of a batch; never from the
+    cache.
 
     Args:
         model, inputs, options: see `latency_table`.
@@ -228,7 +242,8 @@ class _Timer:
         plan: LayerPlan | None = None,
         graph: Callable[[], onnx.ModelProto] | None = None,
     ) -> bool:
-        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before. Whether it will be.
+        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before.
+        Whether it will be.
 
         `graph` makes that of the float model, where several keys share it.
         """
@@ -270,7 +285,9 @@ class _Timer:
     def _runner(self, path: Path, inputs: list[Tensor]) -> Callable[[], Any]:
         threads = self.options.threads
         # Level 4 is what ONNX Runtime chooses by itself, the fastest one.
-        session = OpenVINOSession(path, threads) if self.options.runtime == "openvino" else onnx_session(path, 4, threads)
+        session = (
+            OpenVINOSession(path, threads) if self.options.runtime == "openvino" else onnx_session(path, 4, threads)
+        )
         feed = {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)}
         return lambda: session.run(None, feed)
 
@@ -279,7 +296,9 @@ class _Timer:
             return {}
         try:
             content = json.loads(self.cache.read_text())
-            return {str(place): {str(key): float(value) for key, value in rows.items()} for place, rows in content.items()}
+            return {
+                str(place): {str(key): float(value) for key, value in rows.items()} for place, rows in content.items()
+            }
         except (ValueError, AttributeError, TypeError) as error:
             raise ExportError(f"{self.cache} is no file of latencies: {error}") from error
 

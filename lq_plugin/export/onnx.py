@@ -60,23 +60,25 @@ def export_onnx(
 
     Args:
         model: prepared; it is not changed.
-        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the batch is dynamic.
+        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the
+            batch is dynamic.
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph; as many names as `inputs` has tensors.
-        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums between
-            convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers (`lq_plugin.export.sums`). None: the file rounds
-            nothing but what the plan says.
+        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums
+            between convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers
+            (`lq_plugin.export.sums`). None: the file rounds nothing but what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
         dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
-        exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most of the time.
+        exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most
+            of the time.
 
     Returns:
         The size of the file, in bytes.
 
     Raises:
-        ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every tensor that
-            ONNX cannot say exactly. No file is written then.
+        ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every
+            tensor that ONNX cannot say exactly. No file is written then.
         MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
@@ -84,12 +86,17 @@ def export_onnx(
     check_unchanged(model)
     check_float32(model)
     batches = None if sums_from is None else list(sums_from)
-    free = {**({0: torch.export.Dim("batch")} if dynamic_batch else {}), **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC)}
+    free = {
+        **({0: torch.export.Dim("batch")} if dynamic_batch else {}),
+        **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC),
+    }
     _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
     inputs = _without_empty_keywords(model, inputs)
     layers = quantized_layers(model)
     if not layers:
-        raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
+        raise ExportError(
+            f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first"
+        )
     missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
     raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     silent = unreached(model)
@@ -101,8 +108,16 @@ def export_onnx(
     ran = _layers_that_run(plain, inputs)
     remove(plain)
     arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
-    shapes = tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments) if free else None
-    made = float_graph(plain, tuple(inputs), shapes, input_names, output_names) if exported is None else copy.deepcopy(exported)
+    shapes = (
+        tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments)
+        if free
+        else None
+    )
+    made = (
+        float_graph(plain, tuple(inputs), shapes, input_names, output_names)
+        if exported is None
+        else copy.deepcopy(exported)
+    )
     graph = Graph(made, smallest)
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
@@ -110,7 +125,9 @@ def export_onnx(
     nodes_of = operation_nodes(graph.model, recorded.values())
     for name in (name for name, _ in layers if name not in ran):
         log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
-    nodes, faults = _put_weights(graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations)
+    nodes, faults = _put_weights(
+        graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations
+    )
     # Behind all weights, which take batch norms out of the graph.
     for name in (name for name in nodes if name in activations):
         for node in nodes[name]:
@@ -118,12 +135,19 @@ def export_onnx(
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     for name, what in graph.slow.items():
-        log.warning("%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits", name, what)
+        log.warning(
+            "%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits",
+            name,
+            what,
+        )
     file = graph.finish()
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
         log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
     for bias in settle_biases(file):
-        log.warning("%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there", bias)
+        log.warning(
+            "%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there",
+            bias,
+        )
     onnx.checker.check_model(file, full_check=True)
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
@@ -138,7 +162,8 @@ def _put_weights(
     weights: Mapping[str, Container],
     activations: Collection[str],
 ) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
-    """Let the nodes of each layer read its weight from whole numbers: those nodes by the layer's name, and what has none."""
+    """Let the nodes of each layer read its weight from whole numbers: those nodes by the layer's name, and what has
+    none."""
     faults: list[str] = []
     nodes: dict[str, list[onnx.NodeProto]] = {}
     names = _names(model)
@@ -160,7 +185,8 @@ def _put_weights(
                 graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
             else:
                 raise ExportError(
-                    f"{name}: the forward of {type(layer).float_class.__name__} has no one node that reads its input; leave that float"
+                    f"{name}: the forward of {type(layer).float_class.__name__} has no one node that reads its input; "
+                    "leave that float"
                 )
         except ExportError as error:
             faults.append(str(error))
@@ -168,7 +194,11 @@ def _put_weights(
 
 
 def _check_inputs(
-    inputs: Sequence[Any], input_names: Sequence[str] | None, batches: list[Any] | None, dims: Sequence[int], free: set[int]
+    inputs: Sequence[Any],
+    input_names: Sequence[str] | None,
+    batches: list[Any] | None,
+    dims: Sequence[int],
+    free: set[int],
 ) -> None:
     """Refuse names, dims and calibration batches that do not fit the example, whose `free` dims may have any size.
 
@@ -176,14 +206,19 @@ def _check_inputs(
         ExportError: naming every fault.
     """
     if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
-        raise ExportError(f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)")
+        raise ExportError(
+            f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)"
+        )
     examples = _tensors(inputs)
     faults = []
     if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
         faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
     most = max((x.ndim for x in examples), default=0)
     if unfit := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim < most]:
-        faults.append(f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got {', '.join(map(repr, unfit))}")
+        faults.append(
+            f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got "
+            f"{', '.join(map(repr, unfit))}"
+        )
     if isinstance(batches, list) and not batches:
         faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
     for index, batch in enumerate(batches or ()):
@@ -198,7 +233,10 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Ite
         return
     values = _tensors(batch)
     if len(values) != len(examples):
-        yield f"has {len(values)} tensors, the model has {len(examples)} inputs; targets do not belong in it: of (x, y) give x"
+        yield (
+            f"has {len(values)} tensors, the model has {len(examples)} inputs; "
+            "targets do not belong in it: of (x, y) give x"
+        )
         return
     for number, (x, example) in enumerate(zip(values, examples, strict=True)):
         differ = {dim for dim, sizes in enumerate(zip(x.shape, example.shape, strict=False)) if sizes[0] != sizes[1]}
@@ -208,7 +246,8 @@ def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Ite
 
 
 def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
-    """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for it."""
+    """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for
+    it."""
     if len(inputs) < 2 or inputs[-1] != {} or not isinstance(inputs[-1], dict):
         return inputs
     try:
@@ -245,7 +284,10 @@ def _slot_faults(name: str, layer: QuantizedLayer) -> list[str]:
     """What ONNX cannot say of a layer's input and output."""
     faults = []
     if layer.output_quantizer is not None:
-        faults.append(f"{name}.output: a file has one step between two layers, that of the next one's input: leave the output float")
+        faults.append(
+            f"{name}.output: a file has one step between two layers, that of the next one's input: leave the output "
+            "float"
+        )
     if layer.input_quantizer is not None and (reason := _no_fixed_scale(layer.input_quantizer)) is not None:
         faults.append(reason)
     return faults
@@ -261,7 +303,9 @@ def _collect(layers: Sequence[tuple[str, QuantizedLayer]]) -> tuple[dict[str, Co
             try:
                 if quantizer is None:
                     raise ExportError(f"{name}.weight is float at this stage of its plan")
-                weights[name] = container(quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight")
+                weights[name] = container(
+                    quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight"
+                )
             except ExportError as error:
                 faults.append(str(error))
         faults += _slot_faults(name, layer)
@@ -296,7 +340,8 @@ def _no_fixed_scale(quantizer: InputQuantizer) -> str | None:
 
 
 def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
-    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float then.
+    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float
+    then.
 
     What of the example does not fit, the model says itself here. The exporter says it at length.
     """
@@ -326,7 +371,10 @@ def _names(model: nn.Module) -> dict[int, set[str]]:
 def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
     """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
     parameters = dict(plain.named_parameters(remove_duplicate=False))
-    return next((other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known), key)
+    return next(
+        (other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known),
+        key,
+    )
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:

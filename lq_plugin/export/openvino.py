@@ -29,9 +29,10 @@ class Input:
 class OpenVINOSession:
     """An ONNX file compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
 
-    It computes what the file says: left to itself OpenVINO rounds float layers to bfloat16 where the processor has it, and
-    the activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer kernels
-    saturate where weights take more than 7 bits; files with such weights are computed by float kernels there, which a log says.
+    It computes what the file says: left to itself OpenVINO rounds float layers to bfloat16 where the processor has it,
+    and the activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer
+    kernels saturate where weights take more than 7 bits; files with such weights are computed by float kernels there,
+    which a log says.
 
     Args:
         path: of the ONNX file.
@@ -39,8 +40,8 @@ class OpenVINOSession:
         batch: size of dim 0 of every input. A fixed one saves OpenVINO work at each call; None: as the file says.
 
     Raises:
-        ExportError: no such file, or one that OpenVINO cannot read: it has no INT2 (export with `smallest=4`), and no groups that do
-            not divide their axis.
+        ExportError: no such file, or one that OpenVINO cannot read: it has no INT2 (export with `smallest=4`), and no
+            groups that do not divide their axis.
         MissingPackageError: without openvino (`pip install "lq_plugin[openvino]"`).
     """
 
@@ -90,9 +91,14 @@ class OpenVINOSession:
         faults = [f"there is no input {name!r}" for name in inputs if name not in self.names]
         faults += [f"the input {name!r} is missing" for name in self.names if name not in inputs]
         faults += [f"there is no output {name!r}" for name in output_names or () if name not in self.outputs]
-        raise_all(ExportError, f"the graph has inputs {', '.join(self.names)} and outputs {', '.join(self.outputs)}", faults)
-        # The same as `infer(inputs)`, which takes 60 us longer: a seventh of what a small network takes. Tensors hold no reference.
-        arrays = [np.require(inputs[name], dtype, ["C", "W"]) for name, dtype in zip(self.names, self._dtypes, strict=True)]
+        raise_all(
+            ExportError, f"the graph has inputs {', '.join(self.names)} and outputs {', '.join(self.outputs)}", faults
+        )
+        # The same as `infer(inputs)`, which takes 60 us longer: a seventh of what a small network takes. Tensors hold
+        # no reference.
+        arrays = [
+            np.require(inputs[name], dtype, ["C", "W"]) for name, dtype in zip(self.names, self._dtypes, strict=True)
+        ]
         try:
             for index, array in enumerate(arrays):
                 self.request.set_input_tensor(index, self._tensor(array))
@@ -108,7 +114,9 @@ class OpenVINOSession:
 def _why(path: Path, error: Exception) -> str:
     """What OpenVINO says, without the places in its own source, and what it is known not to read."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = "; ".join(line for line in lines if line and not line.startswith("Exception from") and not line.endswith(":"))
+    said = "; ".join(
+        line for line in lines if line and not line.startswith("Exception from") and not line.endswith(":")
+    )
     return "; ".join([*_unreadable(path), (said or str(error))[:500]])
 
 
@@ -132,7 +140,8 @@ def _unreadable(path: Path) -> list[str]:
         if shape and shape[options.get("axis", 1)] % options["block_size"]:
             size = options["block_size"]
             found.append(
-                f"it cannot read groups that do not divide their axis ({node.input[0]}: {shape}, groups of {size}); choose a size that does"
+                f"it cannot read groups that do not divide their axis ({node.input[0]}: {shape}, groups of {size}); "
+                "choose a size that does"
             )
             break
     return found
@@ -144,7 +153,11 @@ def _has_wide_weights(model: Any) -> bool:
     shift = {"i8": 0, "u8": 128}
     for operation in model.get_ops():
         kind = operation.get_element_type().get_type_name() if operation.get_type_name() == "Constant" else ""
-        if kind in shift and len(operation.shape) > 1 and exceeds_16_bits(operation.get_data().astype(np.int16) - shift[kind]):
+        if (
+            kind in shift
+            and len(operation.shape) > 1
+            and exceeds_16_bits(operation.get_data().astype(np.int16) - shift[kind])
+        ):
             return True
     return False
 
@@ -152,7 +165,8 @@ def _has_wide_weights(model: Any) -> bool:
 @functools.cache
 def _say_once() -> None:
     log.warning(
-        "OpenVINO's integer kernels saturate on this processor (no VNNI) where weights take 8 bits: float kernels compute such files. "
+        "OpenVINO's integer kernels saturate on this processor (no VNNI) where weights take 8 bits: float kernels "
+        "compute such files. "
         "Weights of 7 bits (int7) would be exact and fast there; ONNX Runtime is exact with 8"
     )
 
@@ -165,7 +179,9 @@ def saturates() -> bool:
 
     x = ops.parameter([1, 64], np.float32)
     low, high = np.float32(0), np.float32(255)
-    weight = ops.multiply(ops.convert(ops.constant(np.full((16, 64), 127, np.int8)), np.float32), ops.constant(np.float32(1)))
+    weight = ops.multiply(
+        ops.convert(ops.constant(np.full((16, 64), 127, np.int8)), np.float32), ops.constant(np.float32(1))
+    )
     product = ops.matmul(ops.fake_quantize(x, low, high, low, high, 256), weight, False, True)
     compiled = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return bool((compiled(np.full((1, 64), 255, np.float32))[0] != 255 * 127 * 64).any())

@@ -25,16 +25,16 @@ _OPERATORS = {
 def operation_nodes(model: onnx.ModelProto, operations: Iterable[Operation]) -> dict[str, onnx.NodeProto]:
     """The node of each operation.
 
-    Nodes carry the module and the operator they were exported from. Those of one module and kind whose operands depend on the
-    model's inputs come in the order in which a recording counts them.
+    Nodes carry the module and the operator they were exported from. Those of one module and kind whose operands depend
+    on the model's inputs come in the order in which a recording counts them.
 
     Args:
         model: as torch's exporter made it, with its metadata.
         operations: all that one recorded pass has shown.
 
     Returns:
-        Nodes by name. Operations are left out which the exporter takes apart (attention), and all of a module and kind of which the
-        graph has another number, as where the module is called twice.
+        Nodes by name. Operations are left out which the exporter takes apart (attention), and all of a module and kind
+        of which the graph has another number, as where the module is called twice.
     """
     recorded: dict[tuple[str, str], list[str]] = defaultdict(list)
     for operation in operations:

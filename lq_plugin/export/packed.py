@@ -1,7 +1,8 @@
 """A model in one file, each quantized weight at its own number of bits; the container: `lq_plugin.export.packed_file`.
 
-A weight is written and read a chunk of rows at a time: neither takes much more memory than the model has, whatever its largest layer.
-Nothing in a file is executed, and everything in it is checked against the model before the model is touched.
+A weight is written and read a chunk of rows at a time: neither takes much more memory than the model has, whatever its
+largest layer. Nothing in a file is executed, and everything in it is checked against the model before the model is
+touched.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     """Write a prepared and calibrated model.
 
     Args:
-        model: prepared; it is not changed. What is in evaluation the quantized weight is what is stored; where the model's own code
-            reads a weight past its layer (`F.linear(x, self.embedding.weight)`), its float values as well, which a warning says.
+        model: prepared; it is not changed. What is in evaluation the quantized weight is what is stored; where the
+            model's own code reads a weight past its layer (`F.linear(x, self.embedding.weight)`), its float values as
+            well, which a warning says.
         path: of the file, usually `.safetensors`.
 
     Returns:
         The size of the file, in bytes.
 
     Raises:
-        ExportError: no folder for it; or listing every tensor that is not calibrated or not on its levels. No file is written then.
+        ExportError: no folder for it; or listing every tensor that is not calibrated or not on its levels. No file is
+            written then.
 
     >>> import tempfile, lq_plugin
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -67,14 +70,20 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     check_unchanged(model)
     layers = quantized_layers(model)
     if not layers:
-        raise ExportError(f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first")
+        raise ExportError(
+            f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first"
+        )
     missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
     raise_all(ExportError, "cannot pack the model", missing + computed_faults(layers))
     silent = unreached(model)
     plans = {name: layer.layer_plan for name, layer in layers if name not in silent}
     # A model that is a layer itself has the name "", which is no pattern.
-    rules = [Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, p in plans.items() if p]
-    rules += [Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model) if name not in silent]
+    rules = [
+        Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, p in plans.items() if p
+    ]
+    rules += [
+        Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model) if name not in silent
+    ]
     plan, bits = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":")), cost(model).effective_bits
 
     state = model.state_dict()
@@ -117,7 +126,8 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
     seen: dict[int, str] = {}
     keys = _weight_keys(model) - _read_as_float(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        # A quantized weight that a float module has, too (tied), or that the model reads itself, is kept as float for that.
+        # A quantized weight that a float module has, too (tied), or that the model reads itself, is kept as float for
+        # that.
         if key.startswith(ours) or (id(tensor) in quantized and key in keys):
             continue
         if (fault := _raw_fault(tensor)) is not None:
@@ -130,7 +140,8 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
 
 
 def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests: dict[bytes, str]) -> dict[str, Any]:
-    """Writes a weight in chunks of rows, each compared with what the quantizer gives in evaluation; its entry in the table."""
+    """Writes a weight in chunks of rows, each compared with what the quantizer gives in evaluation; its entry in the
+    table."""
     quantizer = cast(Any, layer.weight_quantizer).current
     if quantizer is None:
         raise ExportError(f"{name}.weight is float at this stage of its plan")
@@ -142,7 +153,10 @@ def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests:
     with torch.no_grad():
         wanted = quantizer.quantize_values(weight)
     quantizer.train(training)
-    places = {key: writer.reserve(size, "float32" if bits is None else bits) for key, (size, bits) in layout(spec, shape).items()}
+    places = {
+        key: writer.reserve(size, "float32" if bits is None else bits)
+        for key, (size, bits) in layout(spec, shape).items()
+    }
     digest = hashlib.blake2b(f"{spec} {shape}".encode())
     for rows in row_chunks(shape):
         parts = encode_rows(quantizer, weight, found, rows)
@@ -173,7 +187,10 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         ExportError: no such file, no packed file, a damaged one, or one of another model, which is as before then.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ExportError(f"{type(model).__name__} is on the meta device, where nothing can be read to: call model.to_empty(device='cpu')")
+        raise ExportError(
+            f"{type(model).__name__} is on the meta device, where nothing can be read to: call "
+            "model.to_empty(device='cpu')"
+        )
     with PackedReader(Path(path)) as file:
         try:
             plan = QuantPlan.from_dict(json.loads(file.metadata["plan"]))
@@ -199,7 +216,8 @@ def _raw_fault(value: Any) -> str | None:
     """Why an entry of a state dict cannot be stored as its bytes; None: it can."""
     if not isinstance(value, Tensor):
         return (
-            f"is a {type(value).__name__} (get_extra_state), a packed file holds tensors: make it a buffer, or what the class is built with"
+            f"is a {type(value).__name__} (get_extra_state), a packed file holds tensors: "
+            "make it a buffer, or what the class is built with"
         )
     if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in DTYPES:
         return f"is a tensor of {value.dtype} ({value.layout}), a packed file holds dense ones of {', '.join(DTYPES)}"
@@ -213,7 +231,11 @@ def _read_as_float(model: nn.Module) -> set[str]:
     with torch.no_grad(), evaluating(model):
         for key, where in weights_read_past_layers(model).items():
             if key in layers and not torch.equal(layers[key].quantized_weight(), layers[key].weight):
-                log.warning("%s is read by %s past its layer, where it is float: the file holds it twice, quantized and float", key, where)
+                log.warning(
+                    "%s is read by %s past its layer, where it is float: the file holds it twice, quantized and float",
+                    key,
+                    where,
+                )
                 found.add(key)
     return found
 

@@ -37,7 +37,8 @@ class PackedModel:
         names = len(model.state_dict()) + sum(1 for _ in model.modules())
         content = file.content(_AT_LEAST + _PER_NAME * names)
         tables = [content.get(key) if isinstance(content, dict) else None for key in ("weights", "state")]
-        if not all(isinstance(table, dict) and all(isinstance(value, kind) for value in table.values()) for table, kind in zip(
+        if not all(isinstance(table, dict) and all(isinstance(value, kind) for value in table.values()) for table,
+        kind in zip(
             tables, (dict, list), strict=True
         )):  # fmt: skip
             raise file.damaged("its table of contents has no weights or no state")
@@ -54,7 +55,12 @@ class PackedModel:
         """
         self.layers = dict(quantized_layers(self.model))
         faults = [f"{key}: {fault}" for key, place in self.state.items() if (fault := self.file.fault(place))]
-        faults += [fault for name, entry in self.weights.items() if name in self.layers for fault in self._weight_faults(name, entry)]
+        faults += [
+            fault
+            for name, entry in self.weights.items()
+            if name in self.layers
+            for fault in self._weight_faults(name, entry)
+        ]
         raise_all(ExportError, f"{self.file.path} is of another model, or damaged", faults)
         faults = [f"it has no layer {name!r}" for name in self.weights if name not in self.layers]
         raise_all(ExportError, f"{self.file.path} is of another model", faults + list(self._key_faults()))
@@ -92,7 +98,8 @@ class PackedModel:
             if (fault := self.file.fault(place)) is not None:
                 yield f"{name}.weight, {key}: {fault}"
             elif place[1] != list(size) or place[2] != kind:
-                yield f"{name}.weight ({spec}), {key}: {list(size)} of {kind} (bits) are wanted, got {place[1]} of {place[2]}"
+                wanted = f"{list(size)} of {kind} (bits) are wanted"
+                yield f"{name}.weight ({spec}), {key}: {wanted}, got {place[1]} of {place[2]}"
         self.specs[name] = spec
 
     def _key_faults(self) -> Iterator[str]:
@@ -134,7 +141,9 @@ class PackedModel:
                     yield f"{name}.weight, {key}: scales of 0 or less"
         if not any_code_is_finite(spec):
             try:
-                finite = all(self._decoded(name, rows).isfinite().all() for rows in row_chunks(tuple(places["codes"][1])))
+                finite = all(
+                    self._decoded(name, rows).isfinite().all() for rows in row_chunks(tuple(places["codes"][1]))
+                )
             except IndexError:
                 finite = False
             if not finite:
@@ -156,13 +165,19 @@ class PackedModel:
     def _decoded(self, name: str, rows: slice) -> Tensor:
         places = self.weights[self._source(name)]["parts"]
         length = places["codes"][1][0]
-        parts = {key: self.file.read_rows(place, rows if place[1][0] == length else slice(0, place[1][0])) for key, place in places.items()}
+        parts = {
+            key: self.file.read_rows(place, rows if place[1][0] == length else slice(0, place[1][0]))
+            for key, place in places.items()
+        }
         return decode(self.specs[name], tuple(parts["codes"].shape), parts)
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write everything into the model: parameters in place, a chunk at a time; the rest as `load_state_dict` does."""
-        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers(remove_duplicate=False))
+        """Write everything into the model: parameters in place, a chunk at a time; the rest as `load_state_dict`
+        does."""
+        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
+            self.model.named_buffers(remove_duplicate=False)
+        )
         ours = tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, Quantizer))
         small: dict[str, Tensor] = {}
         filled: set[int] = set()
@@ -180,7 +195,9 @@ class PackedModel:
                 for rows in row_chunks(tuple(weight.shape)):
                     weight[rows] = self._decoded(name, rows).to(weight.device)
                 filled.add(id(layer.weight))
-            elif not all(torch.equal(weight[rows].cpu(), self._decoded(name, rows)) for rows in row_chunks(tuple(weight.shape))):
+            elif not all(
+                torch.equal(weight[rows].cpu(), self._decoded(name, rows)) for rows in row_chunks(tuple(weight.shape))
+            ):
                 # The values of the parameter are another one's, which it is tied to.
                 quantizer.hold(torch.cat([self._decoded(name, rows) for rows in row_chunks(tuple(weight.shape))]))
             layer.weight_quantizer = quantizer.to(layer.weight.device)

@@ -4,7 +4,8 @@
     table     uint8: zlib-compressed JSON: what lies where in the blob
     metadata  format, version, checksum of both and of the plan, plan (rules), effective_bits
 
-A place in the blob is `[offset, shape, bits]`, or `[offset, shape, dtype]`. Neither side holds more of a file than a chunk of it.
+A place in the blob is `[offset, shape, bits]`, or `[offset, shape, dtype]`. Neither side holds more of a file than a
+chunk of it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class PackedWriter:
     def __init__(self, stream: BinaryIO, plan: str, effective_bits: float, limit: int) -> None:
         self.stream, self.plan = stream, plan
         self.metadata = {
-            "format": FORMAT, "version": VERSION, "checksum": "0" * 32, "plan": plan, "effective_bits": f"{effective_bits:.6f}",
+            "format": FORMAT, "version": VERSION, "checksum": "0" * 32, "plan": plan,
+            "effective_bits": f"{effective_bits:.6f}",
         }  # fmt: skip
         self.start = len(self._header(limit, limit))
         self.size = 0
@@ -165,10 +167,14 @@ class PackedReader:
                 self.metadata = file.metadata() or {}
                 names = set(file.keys())
             if self.metadata.get("format") != FORMAT:
-                raise ExportError(f"{path} is a safetensors file, but no packed model of lq_plugin; load_checkpoint reads state dicts")
+                raise ExportError(
+                    f"{path} is a safetensors file, but no packed model of lq_plugin; load_checkpoint reads state dicts"
+                )
             if self.metadata.get("version") != VERSION:
                 version = self.metadata.get("version")
-                raise ExportError(f"{path} has version {version!r} of the packed format, this lq_plugin reads {VERSION!r}")
+                raise ExportError(
+                    f"{path} has version {version!r} of the packed format, this lq_plugin reads {VERSION!r}"
+                )
             self.stream = open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise ExportError(f"cannot open {path}: {error.strerror or error}") from error
@@ -208,7 +214,9 @@ class PackedReader:
         try:
             content = machine.decompress(self.stream.read(end - start), limit + 1)
             if len(content) > limit:
-                raise ExportError(f"{self.path} is damaged, or of another model: its table of contents is larger than any of this one")
+                raise ExportError(
+                    f"{self.path} is damaged, or of another model: its table of contents is larger than any of this one"
+                )
             return json.loads(content)
         except (ValueError, RecursionError, zlib.error) as error:
             if isinstance(error, ExportError):
@@ -229,7 +237,11 @@ class PackedReader:
 
     def read(self, place: Place) -> Tensor:
         """A whole tensor: floats as they are, integers int32."""
-        return self.read_rows(place, slice(0, place[1][0])) if isinstance(place[2], int) else self._raw(place[0], place[1], place[2])
+        return (
+            self.read_rows(place, slice(0, place[1][0]))
+            if isinstance(place[2], int)
+            else self._raw(place[0], place[1], place[2])
+        )
 
     def read_rows(self, place: Place, rows: slice) -> Tensor:
         """Rows of a tensor; integers from a row on that begins with a whole byte, see `row_chunks`."""

@@ -12,7 +12,19 @@ CONV = ("Conv", "ConvTranspose")
 MATRIX = ("MatMul", "Gemm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 #: What takes a parameter apart and puts it together in another order.
-_PARTS = ("Slice", "Split", "SplitToSequence", "SequenceAt", "Transpose", "Concat", "Unsqueeze", "Squeeze", "Identity", "Reshape", "Gather")
+_PARTS = (
+    "Slice",
+    "Split",
+    "SplitToSequence",
+    "SequenceAt",
+    "Transpose",
+    "Concat",
+    "Unsqueeze",
+    "Squeeze",
+    "Identity",
+    "Reshape",
+    "Gather",
+)
 #: What asks of a parameter its shape or its type only.
 _LOOKS = ("Shape", "CastLike")
 
@@ -37,7 +49,8 @@ def readers(graph: onnx.GraphProto, source: str, modules: Collection[str]) -> li
 
 
 def calls(graph: onnx.GraphProto, users: Sequence[onnx.NodeProto]) -> tuple[list[onnx.NodeProto], bool]:
-    """What computes with a parameter that some nodes read: these, or what reads it through a Transpose of theirs; and whether so."""
+    """What computes with a parameter that some nodes read: these, or what reads it through a Transpose of theirs; and
+    whether so."""
     users = [node for node in users if node.op_type not in _LOOKS]
     turned = {node.output[0] for node in users if node.op_type == "Transpose"}
     if not users or len(turned) != len(users):
@@ -45,8 +58,11 @@ def calls(graph: onnx.GraphProto, users: Sequence[onnx.NodeProto]) -> tuple[list
     return [node for node in graph.node if turned.intersection(node.input)], True
 
 
-def layer_calls(graph: onnx.GraphProto, users: Sequence[onnx.NodeProto], layer: Any) -> tuple[list[onnx.NodeProto], bool] | None:
-    """`calls` of a layer: one node for each time that it runs. None: its forward is one of its own, and does something else."""
+def layer_calls(
+    graph: onnx.GraphProto, users: Sequence[onnx.NodeProto], layer: Any
+) -> tuple[list[onnx.NodeProto], bool] | None:
+    """`calls` of a layer: one node for each time that it runs. None: its forward is one of its own, and does something
+    else."""
     found, transposed = calls(graph, users)
     kinds = {node.op_type for node in found}
     if len(kinds) != 1 or not kinds.issubset((*CONV, *MATRIX, "Gather")):
@@ -71,7 +87,8 @@ def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto
 
 
 def names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values that a node reads, by its inputs or in its bodies (of If and Loop), which may read any value outside."""
+    """Names of the values that a node reads, by its inputs or in its bodies (of If and Loop), which may read any value
+    outside."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:

@@ -20,11 +20,13 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     ONNX Runtime turns a DequantizeLinear before a MatMul into one operation and, left to itself, rounds the float
     activations of it to 8 bits, although the file does not ask for it. The accuracy level decides.
 
-    It quantizes what a file leaves float next to quantized activations, biases (that may not fit into int32) and weights. That pass,
-    `WeightBiasQuantization`, is off here. Files of `export_onnx` need nothing of it: they compute the same in any session.
+    It quantizes what a file leaves float next to quantized activations, biases (that may not fit into int32) and
+    weights. That pass, `WeightBiasQuantization`, is off here. Files of `export_onnx` need nothing of it: they compute
+    the same in any session.
 
-    On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits: large weights
-    beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as uint8, whose kernels do not.
+    On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits:
+    large weights beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as
+    uint8, whose kernels do not.
 
     Args:
         path: of the ONNX file, or its content.
@@ -42,7 +44,9 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     if not isinstance(path, bytes) and not Path(path).is_file():
         raise ExportError(f"cannot open {path}: no such file")
     if accuracy_level not in (1, 2, 3, 4):
-        raise ExportError(f"accuracy_level is 1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8), got {accuracy_level!r}")
+        raise ExportError(
+            f"accuracy_level is 1 (float32), 2 (float16), 3 (bfloat16) or 4 (int8), got {accuracy_level!r}"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of each constant that it cannot compute in advance
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
@@ -61,7 +65,9 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
         content = model.SerializeToString()
     disabled = ["WeightBiasQuantization"]
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+        return onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except _refusals() as error:
         raise ExportError(f"ONNX Runtime cannot read {where}: {str(error)[:500]}") from error
 
@@ -70,7 +76,14 @@ def _refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises for a file; its exceptions have no class in common but Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
 
-    return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.RuntimeException)
+    return (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
 
 
 @functools.cache
@@ -91,7 +104,8 @@ def saturates() -> bool:
 
 
 def _weights_as_unsigned(model: Any) -> bool:
-    """Move int8 weights whose products can saturate to uint8, in place, with their zero points: the same real numbers."""
+    """Move int8 weights whose products can saturate to uint8, in place, with their zero points: the same real
+    numbers."""
     from onnx import TensorProto, numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -108,13 +122,17 @@ def _weights_as_unsigned(model: Any) -> bool:
         blocks = any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
         if codes is None or blocks or len(codes.dims) < 2:
             continue
-        if codes.name not in moved and (codes.data_type != TensorProto.INT8 or not exceeds_16_bits(numpy_helper.to_array(codes))):
+        if codes.name not in moved and (
+            codes.data_type != TensorProto.INT8 or not exceeds_16_bits(numpy_helper.to_array(codes))
+        ):
             continue
         move(codes.name)
         if len(node.input) == 3:
             move(node.input[2])
         else:
-            zeros = numpy_helper.from_array(np.full(constants[node.input[1]].dims, 128, np.uint8), f"{node.output[0]}.zero_point")
+            zeros = numpy_helper.from_array(
+                np.full(constants[node.input[1]].dims, 128, np.uint8), f"{node.output[0]}.zero_point"
+            )
             model.graph.initializer.append(zeros)
             node.input.append(zeros.name)
     return bool(moved)

@@ -3,14 +3,15 @@
 A plan quantizes what layers read. The sum of a residual block reads a convolution's output as it is, in float, and a
 runtime has an integer kernel only for a convolution whose output is quantized as well:
 
-    before   Conv ─────────────────► Add ─► Relu ─► Q ─► DQ ─► Conv        after   Conv ─► Q ─► DQ ─► Add ─► Relu ─► Q ─► DQ ─► Conv
+    before   Conv ─────────────► Add ─► Relu ─► Q ─► DQ ─► Conv
+    after    Conv ─► Q ─► DQ ─► Add ─► Relu ─► Q ─► DQ ─► Conv
               (shortcut, in float) ──┘                                             (shortcut) ─► DQ ─┘
 
-Here both operands and the result of such sums get a QuantizeLinear and a DequantizeLinear of 8 bits, their ranges found on
-calibration data, by running the file. A shortcut that leads from a tensor which is quantized to 8 bits already reads that
-one; slices and zero pads on its way then move whole numbers. Where only layers of other levels read the
-sum (16 bits, a scale for each channel), theirs alone are in force. This is more rounding than the plan asks for: compare with
-`lq_plugin.export.verify`.
+Here both operands and the result of such sums get a QuantizeLinear and a DequantizeLinear of 8 bits, their ranges found
+on calibration data, by running the file. A shortcut that leads from a tensor which is quantized to 8 bits already reads
+that one; slices and zero pads on its way then move whole numbers. Where only layers of other levels read the
+sum (16 bits, a scale for each channel), theirs alone are in force. This is more rounding than the plan asks for:
+compare with `lq_plugin.export.verify`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class _Sums:
 
     def quantize(self, sums: list[onnx.NodeProto], feeds: Iterable[Feed], range_name: str) -> None:
         operands = {self._origin(name) for node in sums for name in node.input}
-        # What every reader rounds to levels of its own gets no others before: of two pairs in a row ONNX Runtime (1.32) may take one.
+        # What every reader rounds to levels of its own gets no others before: of two pairs in a row ONNX Runtime (1.32)
+        # may take one.
         results = {name for name in map(self._result, sums) if self._codes(name) or not self._is_quantized(name)}
         wanted = sorted(operands | results)
         unknown = [name for name in wanted if self._codes(name) is None]
@@ -144,12 +146,16 @@ class _Sums:
                     return node
         return None
 
-    def _ranges(self, names: list[str], feeds: Iterable[Feed], range_name: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    def _ranges(
+        self, names: list[str], feeds: Iterable[Feed], range_name: str
+    ) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
         """Scale and zero point of tensors, from running the graph with them as further outputs."""
         probe = onnx.ModelProto()
         probe.CopyFrom(self.model)
         known = {value.name for value in probe.graph.output}
-        probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known)
+        probe.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
+        )
         session = onnx_session(probe.SerializeToString())
         histograms = {name: Histogram() for name in names}
         batches = 0
@@ -165,18 +171,26 @@ class _Sums:
             found[name] = (scale.reshape(()).numpy(), zero_point.reshape(()).numpy())
         return found
 
-    def _through_codes(self, name: str, qparams: tuple[NDArray[Any], NDArray[Any]] | None) -> tuple[onnx.NodeProto, str]:
+    def _through_codes(
+        self, name: str, qparams: tuple[NDArray[Any], NDArray[Any]] | None
+    ) -> tuple[onnx.NodeProto, str]:
         """The QuantizeLinear of a tensor and what its DequantizeLinear gives; both are made where there are none."""
         quantizer = self._codes(name)
         if quantizer is not None:
-            return quantizer, next(node.output[0] for node in self.readers[quantizer.output[0]] if node.op_type == "DequantizeLinear")
+            return quantizer, next(
+                node.output[0] for node in self.readers[quantizer.output[0]] if node.op_type == "DequantizeLinear"
+            )
         assert qparams is not None
         scale, zero_point = qparams
         parameters = [f"{name}.sum_scale", f"{name}.sum_zero_point"]
         self._constant(parameters[0], scale.astype(np.float32))
         self._constant(parameters[1], zero_point.astype(np.uint8))
-        quantizer = helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}.sum_codes"], f"node_{name}.sum_codes")
-        real = helper.make_node("DequantizeLinear", [f"{name}.sum_codes", *parameters], [f"{name}.sum_real"], f"node_{name}.sum_real")
+        quantizer = helper.make_node(
+            "QuantizeLinear", [name, *parameters], [f"{name}.sum_codes"], f"node_{name}.sum_codes"
+        )
+        real = helper.make_node(
+            "DequantizeLinear", [f"{name}.sum_codes", *parameters], [f"{name}.sum_real"], f"node_{name}.sum_real"
+        )
         self.after.setdefault(name, []).extend((quantizer, real))
         return quantizer, real.output[0]
 
@@ -200,7 +214,9 @@ class _Sums:
                 move.input.extend(inputs)
             source = f"{move.output[0]}.codes"
             move.output[0] = source
-        result = helper.make_node("DequantizeLinear", [source, *quantizer.input[1:3]], [f"{name}.sum_real"], f"node_{name}.sum_real")
+        result = helper.make_node(
+            "DequantizeLinear", [source, *quantizer.input[1:3]], [f"{name}.sum_real"], f"node_{name}.sum_real"
+        )
         self.after.setdefault(source, []).append(result)
         return result.output[0]
 

@@ -2,9 +2,9 @@
 
     y = (q_x · q_Wᵀ - z · Σ q_W) · s_x · s_W + b          q_x = clip(round(x / s_x) + z, -128, 127)
 
-The integers and scales are those of the quantized layer, none is computed again. Weights of fewer bits are kept in a byte each;
-packed files (`lq_plugin.export.packed`) and ONNX keep them small. On CPU this pays with `torch.compile` and many rows; at few rows
-ONNX Runtime is faster (`python -m benchmarks.deploy`).
+The integers and scales are those of the quantized layer, none is computed again. Weights of fewer bits are kept in a
+byte each; packed files (`lq_plugin.export.packed`) and ONNX keep them small. On CPU this pays with `torch.compile` and
+many rows; at few rows ONNX Runtime is faster (`python -m benchmarks.deploy`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ log = logging.getLogger(__name__)
 
 
 def use_torchao(model: nn.Module) -> dict[str, str]:
-    """Give, in place, every linear layer that torchao can compute an `Int8Tensor` for a weight; the others stay as they are.
+    """Give, in place, every linear layer that torchao can compute an `Int8Tensor` for a weight; the others stay as they
+    are.
 
-    Inputs quantized to 8 bits per tensor become torchao's static quantization (int8 products); without an input quantizer the
-    weight alone is int8. The state dict saves with `torch.save` and loads with `weights_only=True` where torchao is imported.
+    Inputs quantized to 8 bits per tensor become torchao's static quantization (int8 products); without an input
+    quantizer the weight alone is int8. The state dict saves with `torch.save` and loads with `weights_only=True` where
+    torchao is imported.
 
     Args:
         model: prepared and calibrated. It is for inference only afterwards.
@@ -62,9 +64,12 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
         faults = [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]
         raise_all(ExportError, f"no layer of {type(model).__name__} has an integer kernel in torchao", faults)
     chosen = [layer for name, layer in layers if reasons[name] is None]
-    if any(layer.input_quantizer is not None and layer.weight.device.type == "cpu" for layer in chosen) and not sums_exactly(127):
+    if any(
+        layer.input_quantizer is not None and layer.weight.device.type == "cpu" for layer in chosen
+    ) and not sums_exactly(127):
         log.warning(
-            "torch's products of 8-bit integers take many times as long as those of floats on a processor without VNNI instructions, "
+            "torch's products of 8-bit integers take many times as long as those of floats on a processor without VNNI "
+            "instructions, "
             "as this one seems to be: ONNX Runtime (export_onnx) is fast there"
         )
     for name, layer in layers:
@@ -99,7 +104,12 @@ def why_not(layer: QuantizedLayer) -> str | None:
     if not weight.is_calibrated or (inputs is not None and not inputs.is_calibrated):
         return "it has no range yet: calibrate it"
     spec = weight.spec
-    if spec.format != "int" or spec.bit_width > 8 or spec.grid.affine or not isinstance(spec.granularity, (PerChannel, PerTensor)):
+    if (
+        spec.format != "int"
+        or spec.bit_width > 8
+        or spec.grid.affine
+        or not isinstance(spec.granularity, (PerChannel, PerTensor))
+    ):
         return f"its weight is '{spec}', not a symmetric integer of at most 8 bits per channel or per tensor"
     if inputs is not None:
         spec = inputs.spec
@@ -138,7 +148,14 @@ def int8_weight(layer: QuantizedLinear) -> Tensor:
                 "act_quant_zero_point": shifted,
             }
         scale = scale.reshape(-1, 1).expand(layer.out_features, 1).contiguous()
-        return Int8Tensor(levels, scale, [1, layer.in_features], layer.weight.dtype, torch.zeros_like(scale, dtype=torch.int8), **options)
+        return Int8Tensor(
+            levels,
+            scale,
+            [1, layer.in_features],
+            layer.weight.dtype,
+            torch.zeros_like(scale, dtype=torch.int8),
+            **options,
+        )
 
 
 def _current(layer: QuantizedLinear, slot: str) -> Any:

@@ -31,7 +31,8 @@ class Verification:
         samples: compared: classifications, of which a sequence has one a token and a segmented image one a pixel.
         bit_equal: every number is the same.
         agreement: share of samples whose largest logit is the same one, 0..1; one with NaN agrees with nothing.
-        largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is NaN.
+        largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is
+            NaN.
     """
 
     samples: int
@@ -58,20 +59,22 @@ def verify(
     """Compare an exported file with the fake-quantized model on some inputs.
 
     Args:
-        model: the one that was exported. It gives a tensor, or a tuple, list or dict of them: all are compared, and `agreement`
-            is that of the first.
+        model: the one that was exported. It gives a tensor, or a tuple, list or dict of them: all are compared, and
+            `agreement` is that of the first.
         path: `.onnx` or packed.
-        inputs: batches, each a tensor or a tuple or list that begins with the positional inputs, which may be nested (keys in the
-            order of the example that the file was exported with).
+        inputs: batches, each a tensor or a tuple or list that begins with the positional inputs, which may be nested
+            (keys in the order of the example that the file was exported with).
         fresh: makes a float model for a packed file to be read into.
         runtime: of an ONNX file: "onnxruntime" or "openvino".
-        classes: dim of the logits in the first output. None: 1 where it has four dims or more (`[N, C, H, W]`), else the last
-            one (`[N, C]`, `[N, L, C]`).
-        n_inputs: how many elements of a tuple or list are inputs; what follows them, such as the targets of a DataLoader's
-            `(x, y)`, is not looked at. None: those with as many tensors as an ONNX file has inputs; all of them where the file is packed.
+        classes: dim of the logits in the first output. None: 1 where it has four dims or more (`[N, C, H, W]`), else
+            the last one (`[N, C]`, `[N, L, C]`).
+        n_inputs: how many elements of a tuple or list are inputs; what follows them, such as the targets of a
+            DataLoader's `(x, y)`, is not looked at. None: those with as many tensors as an ONNX file has inputs; all of
+            them where the file is packed.
 
     Raises:
-        ExportError: no inputs, an unknown runtime, no way to read the file, or batches or outputs that cannot be compared.
+        ExportError: no inputs, an unknown runtime, no way to read the file, or batches or outputs that cannot be
+            compared.
     """
     path = Path(path)
     check_runtime(runtime)
@@ -118,7 +121,8 @@ def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | N
     leaves = [batch] if isinstance(batch, Mapping) else tree_leaves(args)
     if wrong := [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]:
         raise ExportError(
-            f"{where} is a tensor, or a tuple or list that begins with the positional inputs (a mapping that is one stands in a tuple); "
+            f"{where} is a tensor, or a tuple or list that begins with the positional inputs (a mapping that is one "
+            "stands in a tuple); "
             f"got {', '.join(wrong)}"
         )
     if tensors is not None and len(leaves) != tensors:
@@ -126,8 +130,14 @@ def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | N
     try:
         inspect.signature(model.forward).bind(*args)
     except TypeError as error:
-        advice = "; say n_inputs=1 where the batches are (x, y)" if len(args) > 1 and count is None and tensors is None else ""
-        raise ExportError(f"{where} gives {type(model).__name__}.forward {len(args)} inputs: {error}{advice}") from error
+        advice = (
+            "; say n_inputs=1 where the batches are (x, y)"
+            if len(args) > 1 and count is None and tensors is None
+            else ""
+        )
+        raise ExportError(
+            f"{where} gives {type(model).__name__}.forward {len(args)} inputs: {error}{advice}"
+        ) from error
     return args
 
 
@@ -143,7 +153,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
     elif value is not None:
-        raise ExportError(f"the model's output is a tensor, or a tuple, list or dict of them, got {type(value).__name__}")
+        raise ExportError(
+            f"the model's output is a tensor, or a tuple, list or dict of them, got {type(value).__name__}"
+        )
 
 
 @dataclass
@@ -226,9 +238,12 @@ def need_one_input(model: nn.Module) -> None:
         ExportError: naming its inputs.
     """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds and p.default is p.empty]
+    needed = [
+        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds and p.default is p.empty
+    ]
     if len(needed) > 1:
         raise ExportError(
-            f"{type(model).__name__}.forward needs {len(needed)} inputs ({', '.join(needed)}), and only the first tensor of a batch is "
+            f"{type(model).__name__}.forward needs {len(needed)} inputs ({', '.join(needed)}), and only the first "
+            "tensor of a batch is "
             f"given to it here; call lq_plugin.export.export_onnx(model, ({', '.join(needed)}), path) from Python"
         )

@@ -1,11 +1,12 @@
-"""Layers of binary weights and binary inputs for inference: 1 bit a weight in memory, XNOR and popcount instead of products.
+"""Layers of binary weights and binary inputs for inference: 1 bit a weight in memory, XNOR and popcount instead of
+products.
 
     linear   y = (sign(x) · sign(W)ᵀ) · α · K + b
     conv     the same on windows: the bits of the channels of each pixel are gathered, window by window
 
 α is the weight's scale (BWN; 1 for `sign`), K the mean magnitude that XNOR-Net multiplies to the output (1 for `sign`
-inputs). The product of the signs is a whole number and exact; a quantized layer adds up float32 numbers ±α instead, so the
-two are equal bit for bit where α is 1 and there is no bias, and to float32 rounding elsewhere.
+inputs). The product of the signs is a whole number and exact; a quantized layer adds up float32 numbers ±α instead, so
+the two are equal bit for bit where α is 1 and there is no bias, and to float32 rounding elsewhere.
 
 Padding of a convolution is 0, which is no sign: it is taken as -1, and what that added is taken away again.
 """
@@ -36,8 +37,8 @@ def use_xnor(model: nn.Module, native: bool | None = None) -> list[str]:
 
     Args:
         model: prepared, on the CPU. It is for inference only afterwards.
-        native: True: the compiled kernel; False: torch alone, slower and with exactly the same results; None: the kernel
-            where it can be compiled, else torch, with a warning.
+        native: True: the compiled kernel; False: torch alone, slower and with exactly the same results; None: the
+            kernel where it can be compiled, else torch, with a warning.
 
     Returns:
         Names of the replaced layers.
@@ -90,7 +91,9 @@ def why_not(layer: QuantizedLayer) -> str | None:
         if current is None:
             return f"its {slot} is float"
         specs[slot] = current.spec
-    wrong = [f"its {slot} is '{spec}'" for slot, spec in specs.items() if spec.format_name not in ("sign", "bwn", "xnor")]
+    wrong = [
+        f"its {slot} is '{spec}'" for slot, spec in specs.items() if spec.format_name not in ("sign", "bwn", "xnor")
+    ]
     if wrong:
         return " and ".join(wrong) + ", not one bit"
     if any("float_eval" in spec.format_options for spec in specs.values()):
@@ -176,7 +179,8 @@ class XNORLinear(_XNORLayer):
     """Input `[..., C_in]`, output `[..., C_out]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # A row takes some tens of microseconds: Module.__getattr__ and conversions that change nothing were a sixth of them.
+        # A row takes some tens of microseconds: Module.__getattr__ and conversions that change nothing were a sixth of
+        # them.
         buffers: dict[str, Any] = self._buffers
         floats = x if x.dtype == torch.float32 else x.float()
         factor = x.abs().mean(-1, keepdim=True) if self.scales_output else None
@@ -228,7 +232,9 @@ class XNORConv(_XNORLayer):
         """`[N · outputs, kernel · words]` of bits `[N, *spatial, words]`, and the output's spatial size."""
         size = self.shape[2:]
         spatial = bits.shape[1:-1]
-        out = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(spatial, size, self.stride, self.dilation, strict=True)]
+        out = [
+            (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(spatial, size, self.stride, self.dilation, strict=True)
+        ]
         strides = bits.stride()
         steps = [strides[i + 1] * s for i, s in enumerate(self.stride)]
         taps = [strides[i + 1] * d for i, d in enumerate(self.dilation)]
@@ -236,7 +242,8 @@ class XNORConv(_XNORLayer):
         return view.reshape(len(bits) * math.prod(out), -1), out
 
     def _padding_share(self, spatial: tuple[int, ...]) -> Tensor:
-        """What padding that counts as -1 must be corrected by, `[1, C_out, *out]`: the signs of the weights that see it."""
+        """What padding that counts as -1 must be corrected by, `[1, C_out, *out]`: the signs of the weights that see
+        it."""
         if self._padded is None or self._padded[0] != spatial:
             outside = F.pad(torch.zeros(1, self.shape[1], *spatial), self.margins, value=1.0)
             share = _CONVOLVE[len(spatial)](outside, self.signs(), None, self.stride, 0, self.dilation)

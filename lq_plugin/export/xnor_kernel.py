@@ -2,8 +2,8 @@
 
     dot(a, b) = K - 2 · popcount(a ⊕ b),       a bit is 1 for +1
 
-The variant (AVX-512 VPOPCNTDQ, AVX2, portable) is chosen at run time from what the processor has. Results are whole numbers
-below 2^24, so that they are the same on every way of computing them. Source: `lq_plugin/native/xnor.cpp`.
+The variant (AVX-512 VPOPCNTDQ, AVX2, portable) is chosen at run time from what the processor has. Results are whole
+numbers below 2^24, so that they are the same on every way of computing them. Source: `lq_plugin/native/xnor.cpp`.
 
 Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), section 3.2.
 """
@@ -87,7 +87,13 @@ class Kernel:
         return words
 
     def matmul(
-        self, x: Tensor, weights: Tensor, outputs: int, elements: int, scale: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Tensor,
+        outputs: int,
+        elements: int,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """dot(x, w) · scale + bias, rounded after each of them, float32 `[rows, outputs]`.
 
@@ -105,7 +111,9 @@ class Kernel:
         )  # fmt: skip
         return y
 
-    def linear(self, x: Tensor, weights: Tensor, outputs: int, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, weights: Tensor, outputs: int, scale: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """`matmul` of the signs of float32 x `[..., elements]`, with the packing in the same call: `[..., outputs]`."""
         x = x.contiguous()
         elements = x.shape[-1]

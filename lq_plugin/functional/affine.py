@@ -123,11 +123,14 @@ def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
     return _IdentityFakeQuantize.apply(x, scale, zero_point, grid)
 
 
-def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor) -> Tensor:
+def fake_quantize_observed(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor
+) -> Tensor:
     """`fake_quantize` with one scale; `low` and `high`, float32 `[1]`, take in the extremes of `x`, in place.
 
     >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
-    >>> fake_quantize_observed(torch.tensor([0.2, 3.0]), torch.tensor([0.5]), torch.tensor([0.0]), IntegerGrid(-2, 1), low, high)
+    >>> x, scale, zero_point = torch.tensor([0.2, 3.0]), torch.tensor([0.5]), torch.tensor([0.0])
+    >>> fake_quantize_observed(x, scale, zero_point, IntegerGrid(-2, 1), low, high)
     tensor([0.0000, 0.5000])
     >>> low, high
     (tensor([-1.]), tensor([3.]))
@@ -199,9 +202,13 @@ def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: Int
         if layout is not None and layout.repeats == layout.inner == 1:
             if torch.is_grad_enabled() and x.requires_grad:
                 return _NativeExtremes.apply(x, layout, grid, covered, found)
-            return found.fake_quantize_rows(x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False)[0]
+            return found.fake_quantize_rows(
+                x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False
+            )[0]
     scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
-    return (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
+    return (_CoveredFakeQuantize if covered else _FakeQuantize).apply(
+        x, scale, zero_point, grid.quant_min, grid.quant_max
+    )
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -283,9 +290,15 @@ class _NativeExtremes(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def masked_gradient(grad: Tensor, mask: Tensor, layout: Layout, strides: tuple[int, ...], kernels: FakeQuantizeKernels) -> Tensor:
+def masked_gradient(
+    grad: Tensor, mask: Tensor, layout: Layout, strides: tuple[int, ...], kernels: FakeQuantizeKernels
+) -> Tensor:
     """The gradient where a bit of the kernels' `mask` is 1, 0 elsewhere, laid out in memory as what was masked."""
-    if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or grad.dtype not in DTYPES[grad.device.type]:
+    if (
+        (torch.is_grad_enabled() and grad.requires_grad)
+        or type(grad) is not Tensor
+        or grad.dtype not in DTYPES[grad.device.type]
+    ):
         # A second derivative, or what cannot be taken by its address.
         return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)
     # Never in place: the gradient may be someone else's, too.
@@ -297,7 +310,8 @@ class _TracedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, observed):
-        # The input is kept, not bits of it: behind a ReLU its backward pass then needs no mask of bytes, which Inductor writes slowly.
+        # The input is kept, not bits of it: behind a ReLU its backward pass then needs no mask of bytes, which Inductor
+        # writes slowly.
         ctx.save_for_backward(x, scale, zero_point)
         ctx.bounds = quant_min, quant_max
         if not observed:
@@ -313,7 +327,12 @@ class _TracedFakeQuantize(torch.autograd.Function):
 
 def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
     """How the qparams lie along `x`, where the kernels can take them so."""
-    if scale.shape != zero_point.shape or scale.dtype != torch.float32 or not scale.is_contiguous() or not zero_point.is_contiguous():
+    if (
+        scale.shape != zero_point.shape
+        or scale.dtype != torch.float32
+        or not scale.is_contiguous()
+        or not zero_point.is_contiguous()
+    ):
         return None
     if not x.device == scale.device == zero_point.device:
         return None

@@ -1,7 +1,8 @@
 """Formats whose scales follow from the values, in one pass over memory by the compiled kernels (`lq_plugin.native`).
 
-A rule says what the torch operations of a format do: those of `lq_plugin.functional.mx`, `ocp_mx`, `nvfp4` and `vs_quant`,
-bit for bit. Blocks lie along the channels, in whatever order the dims have in memory: nothing is moved, padded or copied.
+A rule says what the torch operations of a format do: those of `lq_plugin.functional.mx`, `ocp_mx`, `nvfp4` and
+`vs_quant`, bit for bit. Blocks lie along the channels, in whatever order the dims have in memory: nothing is moved,
+padded or copied.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) ->
         rule: makes the rule, where the kernels are used.
 
     Returns:
-        Tensor like `x`, laid out in memory as it is; None where the kernels cannot be used, and torch operations are to do it.
+        Tensor like `x`, laid out in memory as it is; None where the kernels cannot be used, and torch operations are to
+        do it.
 
     >>> from lq_plugin.native import use_native
     >>> with use_native(False):

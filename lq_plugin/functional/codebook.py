@@ -18,8 +18,9 @@ Backward (g = ∂L/∂ŵ):
     ∂L/∂C_k = Σ_j g_j · 1{i_j = k} / n_k    (`mean`; `sum`, the paper's, does not divide by n_k = Σ_j 1{i_j = k})
     ∂L/∂w_j = g_j                           (straight through, in `fake_quantize_codebook`)
 
-With `mean` a step of SGD moves a centroid as far as its members would have moved on average, so that the learning rate of the
-weights suits it. A sum over thousands of weights takes a rate thousands of times smaller; to Adam both are the same.
+With `mean` a step of SGD moves a centroid as far as its members would have moved on average, so that the learning rate
+of the weights suits it. A sum over thousands of weights takes a rate thousands of times smaller; to Adam both are the
+same.
 
 n weights take n · b bits and 32 · k for the codebook.
 
@@ -45,7 +46,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 ITERATIONS = 100
 #: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
 MAX_POINTS = 4096
-#: Elements that are worked on at a time, where that takes several times their memory; and values of a long row with one sum.
+#: Elements that are worked on at a time, where that takes several times their memory; and values of a long row with one
+#: sum.
 _AT_A_TIME, _BLOCK = 2**18, 4096
 
 
@@ -138,7 +140,8 @@ def _sorted(rows: Tensor) -> Tensor:
 
 
 def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
-    """Sums, float64, of the values before each of some indices `[R, k]`; of one long row without a sum for each of its values."""
+    """Sums, float64, of the values before each of some indices `[R, k]`; of one long row without a sum for each of its
+    values."""
     if ordered.numel() <= _AT_A_TIME:
         sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
         return lambda index: sums.gather(1, index)
@@ -158,7 +161,8 @@ def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def midpoints(centroids: Tensor) -> Tensor:
-    """The largest float32 not above the middle of two neighbours: w ≤ it exactly where w is not nearer to the upper one.
+    """The largest float32 not above the middle of two neighbours: w ≤ it exactly where w is not nearer to the upper
+    one.
 
     >>> midpoints(torch.tensor([[0.0, 1.0, 4.0]]))
     tensor([[0.5000, 2.5000]])
@@ -183,7 +187,9 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
     tensor([[0, 0, 2]], dtype=torch.uint8)
     """
     bounds = midpoints(centroids.detach().float())
-    indices = torch.empty(rows.shape, dtype=torch.uint8 if centroids.shape[1] <= 256 else torch.int64, device=rows.device)
+    indices = torch.empty(
+        rows.shape, dtype=torch.uint8 if centroids.shape[1] <= 256 else torch.int64, device=rows.device
+    )
     for some in _columns(rows):
         indices[:, some] = torch.searchsorted(bounds, rows[:, some].detach().float().contiguous())
     return indices
@@ -309,7 +315,9 @@ def _refill(ordered: Tensor, centroids: Tensor, first: Tensor, last: Tensor) -> 
 
 def _plus_plus(ordered: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     rows, count = ordered.shape
-    draws = torch.rand(levels, rows, 1, generator=generator, device=generator.device, dtype=torch.float64).to(ordered.device)
+    draws = torch.rand(levels, rows, 1, generator=generator, device=generator.device, dtype=torch.float64).to(
+        ordered.device
+    )
     chosen = [ordered.gather(1, (draws[0] * count).long().clamp(max=count - 1))]
     distance = (ordered - chosen[0]).double().square()
     for draw in draws[1:]:

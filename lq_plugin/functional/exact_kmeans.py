@@ -1,4 +1,5 @@
-"""Optimal k-means in one dimension: optimal clusters are intervals of the sorted numbers, so dynamic programming finds them.
+"""Optimal k-means in one dimension: optimal clusters are intervals of the sorted numbers, so dynamic programming finds
+them.
 
 With cost(i, j) = Σ w·x² - (Σ w·x)² / Σ w over the points i..j-1, from prefix sums in O(1):
 
@@ -36,8 +37,8 @@ def exact_centroids(ordered: Tensor, levels: int, max_points: int = 4096) -> tup
         max_points: rows with more distinct values are summarised into at most so many.
 
     Returns:
-        Float32 `[R, levels]`, ascending (the last repeats where a row has fewer distinct values), and whether no row was
-        summarised.
+        Float32 `[R, levels]`, ascending (the last repeats where a row has fewer distinct values), and whether no row
+        was summarised.
 
     >>> exact_centroids(torch.tensor([[0.0, 1.0, 8.0, 9.0, 30.0]]), 3)
     (tensor([[ 0.5000,  8.5000, 30.0000]]), True)
@@ -75,7 +76,8 @@ def summary(ordered: NDArray[np.floating[Any]], max_points: int) -> tuple[Floats
 
 
 def _first_from(ordered: NDArray[np.floating[Any]], bounds: Floats) -> Ints:
-    """Index of the first value that is no smaller than each bound; bounds in the values' own dtype, or all values would be converted."""
+    """Index of the first value that is no smaller than each bound; bounds in the values' own dtype, or all values would
+    be converted."""
     rounded = bounds.astype(ordered.dtype)
     above = np.nextafter(rounded, np.array(np.inf, ordered.dtype))
     return np.searchsorted(ordered, np.where(rounded < bounds, above, rounded))

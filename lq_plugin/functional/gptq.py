@@ -1,7 +1,7 @@
 """GPTQ: round a weight column by column, each time moving the columns to come so that they make up for the error.
 
-With H = 2 X Xᵀ over the inputs X `[columns, samples]`, λ = dampening · mean(diag H) and the upper Cholesky factor U of the
-inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
+With H = 2 X Xᵀ over the inputs X `[columns, samples]`, λ = dampening · mean(diag H) and the upper Cholesky factor U of
+the inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
 
     ŵ_j = quantize(w_j),  e = (w_j - ŵ_j) / U_jj,  w_k ← w_k - e · U_jk  for k > j       (eqs. 2, 3 and algorithm 1)
 
@@ -105,7 +105,8 @@ def _damped(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor:
 
 
 def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
-    """Upper triangular U with H⁻¹ = Uᵀ U, without the inverse: with rows and columns reversed, H = L Lᵀ, and U is L⁻¹ reversed."""
+    """Upper triangular U with H⁻¹ = Uᵀ U, without the inverse: with rows and columns reversed, H = L Lᵀ, and U is L⁻¹
+    reversed."""
     reversed_ = damped.flip(-1, -2)
     lower, info = torch.linalg.cholesky_ex(reversed_)
     diagonal, pivots = (t.diagonal(dim1=-2, dim2=-1) for t in (reversed_, lower))
@@ -115,13 +116,16 @@ def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
     if bool(bad.any()):
         some = f" ({int(bad.sum())} of {bad.numel()} groups)" if bad.numel() > 1 else ""
         raise CalibrationError(
-            f"its Hessian is not positive definite{some}, with a dampening of {dampening:g}: raise the dampening or bring more inputs"
+            f"its Hessian is not positive definite{some}, with a dampening of {dampening:g}: raise the dampening or "
+            "bring more inputs"
         )
     identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
 
 
-def _solve(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, block_columns: int) -> Tensor:
+def _solve(
+    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, block_columns: int
+) -> Tensor:
     """Quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
     columns = w.shape[-2]
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)

@@ -52,7 +52,8 @@ def blocks(x: Tensor, granularity: Granularity) -> Tensor:
 
 
 def _block_size(granularity: PerGroup, columns: int) -> int:
-    """The group size; of a group of more channels than there are, no more than the largest block of any format pads them to."""
+    """The group size; of a group of more channels than there are, no more than the largest block of any format pads
+    them to."""
     return min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
 
 

@@ -44,9 +44,15 @@ def scales_of_rows(scale: Tensor, index: Tensor) -> Tensor:
 
 
 def fake_quantize_rows(
-    table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, grid: IntegerGrid, granularity: Granularity, reading: Reading
+    table: Tensor,
+    index: Tensor,
+    qparams: tuple[Tensor, Tensor] | None,
+    grid: IntegerGrid,
+    granularity: Granularity,
+    reading: Reading,
 ) -> Tensor | None:
-    """The rows `index` of a fake-quantized table in one pass over them; None where the kernels cannot take these tensors.
+    """The rows `index` of a fake-quantized table in one pass over them; None where the kernels cannot take these
+    tensors.
 
     Args:
         table: `[rows, columns]`.
@@ -65,7 +71,12 @@ def fake_quantize_rows(
     if torch.compiler.is_compiling() or not index.is_contiguous() or index.dtype != torch.int64 or not index.numel():
         return None
     kernels = ops.kernels_for(table)
-    if not isinstance(kernels, Kernels) or not table.is_contiguous() or type(index) is not Tensor or index.device != table.device:
+    if (
+        not isinstance(kernels, Kernels)
+        or not table.is_contiguous()
+        or type(index) is not Tensor
+        or index.device != table.device
+    ):
         return None
     parts = 1
     if isinstance(granularity, PerGroup):
@@ -74,7 +85,9 @@ def fake_quantize_rows(
             return None
     if torch.is_grad_enabled() and table.requires_grad:
         return _LookedUp.apply(table, index, qparams, grid, parts, reading, kernels)
-    return kernels.fake_quantize_lookup(table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False)[0]
+    return kernels.fake_quantize_lookup(
+        table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False
+    )[0]
 
 
 class _LookedUp(torch.autograd.Function):

@@ -9,8 +9,8 @@ Backward:  ∂v̂/∂v = 1 inside, 0 outside
 and the gradients of s and z are multiplied by g = 1 / sqrt(N · Q_p), N the number of elements that
 share the scale (for activations: features of one sample, not of the batch). Their sums are taken in float64.
 
-What is inside is the `band`: `paper` is Q_n - z < v / s < Q_p - z (eqs. 3 and 5); `rounded` is what round(v / s) does not
-leave the grid of, half a step more on both sides, as in torch's `_fake_quantize_learnable_per_tensor_affine`.
+What is inside is the `band`: `paper` is Q_n - z < v / s < Q_p - z (eqs. 3 and 5); `rounded` is what round(v / s) does
+not leave the grid of, half a step more on both sides, as in torch's `_fake_quantize_learnable_per_tensor_affine`.
 
 Reference: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153), eqs. 1-3 and 5;
 the learned zero point follows LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576).
@@ -116,7 +116,9 @@ class _NativeLearned(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
         ctx.layout, ctx.kernels = layout, kernels
-        return kernels.fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=True)[0]
+        return kernels.fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=True)[
+            0
+        ]
 
     @staticmethod
     def backward(ctx, grad):
@@ -153,7 +155,9 @@ class _TracedLearned(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max, factor, rounded = ctx.constants
-        inside, slope, shift = torch.ops.lq_plugin.learned_backward(x, grad, scale, zero_point, quant_min, quant_max, rounded)
+        inside, slope, shift = torch.ops.lq_plugin.learned_backward(
+            x, grad, scale, zero_point, quant_min, quant_max, rounded
+        )
         return inside, _of_scale(slope, scale, factor), shift.float().view(zero_point.shape) * factor, *(None,) * 4
 
 
@@ -162,7 +166,8 @@ def _of_scale(slope: Tensor, scale: Tensor, factor: float) -> Tensor:
 
 
 def _summed(terms: Tensor, like: Tensor) -> Tensor:
-    """Sums of float32 `terms` over what shares an element of `like`, taken in float64: their order changes nothing to speak of."""
+    """Sums of float32 `terms` over what shares an element of `like`, taken in float64: their order changes nothing to
+    speak of."""
     if like.numel() == 1 and terms.is_contiguous() and terms.device.type == "cpu" and not torch.compiler.is_compiling():
         # In pieces: a float64 copy of all terms would be twice their size.
         total = torch.stack([piece.double().sum() for piece in terms.reshape(-1).split(2**17)]).sum()

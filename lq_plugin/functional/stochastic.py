@@ -28,7 +28,8 @@ def fake_quantize_stochastic(x: Tensor, scale: Tensor, zero_point: Tensor, grid:
 
     >>> import torch
     >>> x = torch.full((4,), 0.3)
-    >>> fake_quantize_stochastic(x, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1), torch.tensor([0.0, 0.6, 0.7, 0.9]))
+    >>> noise = torch.tensor([0.0, 0.6, 0.7, 0.9])
+    >>> fake_quantize_stochastic(x, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1), noise)
     tensor([0., 0., 1., 1.])
     """
     return _StochasticFakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, noise)

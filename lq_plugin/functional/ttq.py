@@ -24,7 +24,9 @@ from lq_plugin.functional.twn import sides
 THRESHOLD = 0.05
 
 
-def ternarize_learned(x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor, gradient_factor: float = 1.0) -> Tensor:
+def ternarize_learned(
+    x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor, gradient_factor: float = 1.0
+) -> Tensor:
     """-Wn, 0, +Wp with gradients for `x` and both scales.
 
     Args:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def unfold_columns(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int = 1) -> Tensor:
+def unfold_columns(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int = 1
+) -> Tensor:
     """What each output position of a convolution reads, in any number of spatial dims.
 
     Args:
@@ -16,8 +18,8 @@ def unfold_columns(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
         groups: of the convolution.
 
     Returns:
-        `[groups, C / groups · kernel elements, N · positions]`: what `weight.reshape(groups, C_out / groups, -1)` is multiplied
-        with for the convolution. One copy of the elements; only views come before it.
+        `[groups, C / groups · kernel elements, N · positions]`: what `weight.reshape(groups, C_out / groups, -1)` is
+        multiplied with for the convolution. One copy of the elements; only views come before it.
 
     >>> import torch
     >>> unfold_columns(torch.arange(4.0).reshape(1, 1, 4), [2], [1], [1])

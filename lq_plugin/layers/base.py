@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from lq_plugin.errors import QuantizationError
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers.integer import IntegerForward
-from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, weight_of, weight_sources
+from lq_plugin.layers.parametrized import (
+    class_before,
+    parametrized_class,
+    parametrized_names,
+    weight_of,
+    weight_sources,
+)
 from lq_plugin.plan import LayerPlan, Stage
 from lq_plugin.quantizers import (
     InputQuantizer,
@@ -31,8 +37,8 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 class QuantizedLayer(nn.Module):
     """Mixin before a float layer class: `class QuantizedLinear(QuantizedLayer, nn.Linear)`.
 
-    What a layer says of itself is read from its class (`type(layer).channels(layer)`), for the instance may have attributes of
-    these names of its own; a class that has them is refused (`names_taken`).
+    What a layer says of itself is read from its class (`type(layer).channels(layer)`), for the instance may have
+    attributes of these names of its own; a class that has them is refused (`names_taken`).
 
     A layer says which axis of its input and output carries the channels, and how its weight is brought
     into the order `[C_out, C_in / groups, *kernel]` and back, as views, so that gradients flow.
@@ -90,7 +96,8 @@ class QuantizedLayer(nn.Module):
         return x if quantizer is None else quantizer(x)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
-        """XNOR-Net's K for the output that input `x` leads to, broadcastable to it; None for every other input format."""
+        """XNOR-Net's K for the output that input `x` leads to, broadcastable to it; None for every other input
+        format."""
         return None
 
     def quantized_output(self, y: Tensor) -> Tensor:
@@ -121,7 +128,12 @@ def scales_output(quantizer: InputQuantizer | None) -> bool:
     """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
     # Something else may stand in for a quantizer while roundings are learned.
     current = quantizer.current if isinstance(quantizer, Quantizer) else None
-    return isinstance(current, XNORInputQuantizer) and current.is_enabled and current.collector is None and not current.is_suspended
+    return (
+        isinstance(current, XNORInputQuantizer)
+        and current.is_enabled
+        and current.collector is None
+        and not current.is_suspended
+    )
 
 
 class ShadowedForward(nn.Module):
@@ -137,7 +149,9 @@ class ShadowedForward(nn.Module):
         layer: Any = self
         if layer.input_quantizer is not None:
             if not args:
-                raise TypeError(f"{layer.input_quantizer.name}: call the layer with its input as first positional argument")
+                raise TypeError(
+                    f"{layer.input_quantizer.name}: call the layer with its input as first positional argument"
+                )
             args = (layer.quantized_input(args[0]), *args[1:])
         # Pruning and the old weight_norm keep the weight they computed there.
         computed = self.__dict__.get("weight")
@@ -145,7 +159,8 @@ class ShadowedForward(nn.Module):
         try:
             if layer.weight is not weight:
                 raise QuantizationError(
-                    f"a {type(self).float_class.__name__} was parametrized after its quantizers came in: prepare it later"
+                    f"a {type(self).float_class.__name__} was parametrized after its quantizers came in: prepare it "
+                    "later"
                 )
             y = type(self).float_class.forward(self, *args, **kwargs)
         finally:
@@ -157,7 +172,11 @@ class ShadowedForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle cannot find it by name: it is made again from the float class.
-        return _rebuild_shadowed, (type(self).float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return (
+            _rebuild_shadowed,
+            (type(self).float_class,),
+            self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
+        )
 
 
 def _rebuild_shadowed(float_class: type[nn.Module]) -> nn.Module:
@@ -204,7 +223,8 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
 
 
 def _float_class(layer: QuantizedLayer) -> type[nn.Module]:
-    """The class from before the quantizers, with the parametrizations there are now: they can have come and gone since."""
+    """The class from before the quantizers, with the parametrizations there are now: they can have come and gone
+    since."""
     names, kind = parametrized_names(layer), type(layer).float_class
     known = [name for name, value in kind.__dict__.items() if isinstance(value, property)]
     if not names or ("float_class" in type(layer).__dict__ and set(known) == set(names)):

@@ -46,7 +46,13 @@ class CompoundWeight(nn.Module):
     remark: str | None
 
     def __init__(
-        self, owner: nn.Module, key: str, path: str | None = None, *, input_of: str | None = None, remark: str | None = None
+        self,
+        owner: nn.Module,
+        key: str,
+        path: str | None = None,
+        *,
+        input_of: str | None = None,
+        remark: str | None = None,
     ) -> None:
         super().__init__()
         # Past nn.Module, which would make the owner a submodule of its own part.
@@ -154,8 +160,11 @@ class QuantizedCompound(nn.Module):
     def _parts(self) -> dict[str, QuantizedLayer]:
         return cast(Any, getattr(self, CONTAINER))._modules
 
-    def _quantized_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with quantized inputs. What was one tensor stays one: torch asks whether the query *is* the key."""
+    def _quantized_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with quantized inputs. What was one tensor stays one: torch asks whether the query *is* the
+        key."""
         positional = list(args)
         done: dict[tuple[int, int], Any] = {}
         waiting = {}
@@ -181,7 +190,11 @@ class QuantizedCompound(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so pickle cannot find it by name: it is made again from the float class.
-        return _rebuild, (type(self).float_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return (
+            _rebuild,
+            (type(self).float_class,),
+            self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
+        )
 
 
 def _quantized(part: QuantizedLayer, x: Any) -> Any:

@@ -32,9 +32,13 @@ class _QuantizedConv(QuantizedLayer):
             return self.quantized_output(y)
         scale = self.output_scale(input)
         if scale is None:
-            return self.quantized_output(self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias))
+            return self.quantized_output(
+                self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+            )
         y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), None) * scale
-        return self.quantized_output(y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1)))
+        return self.quantized_output(
+            y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1))
+        )
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         if not scales_output(self.input_quantizer):

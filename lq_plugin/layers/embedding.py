@@ -16,8 +16,8 @@ from lq_plugin.quantizers import WeightQuantizer
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """Rows of Q(W). Weight `[num_embeddings, embedding_dim]`; a channel is one row, groups run inside a row.
 
-    Rows are looked up first and quantized then, so that a table of any size costs what is read of it, unless what a row becomes
-    depends on the others.
+    Rows are looked up first and quantized then, so that a table of any size costs what is read of it, unless what a row
+    becomes depends on the others.
     """
 
     float_class = nn.Embedding
@@ -29,7 +29,8 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight, quantizer = self.weight, self.weight_quantizer
         if self.max_norm is not None:
-            # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized copy.
+            # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized
+            # copy.
             F.embedding(input, weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
         reading = Reading(self.padding_idx, self.scale_grad_by_freq, self.sparse)
         if isinstance(quantizer, WeightQuantizer) and input.numel() and quantizer.takes_rows(reading):

@@ -1,9 +1,10 @@
-"""Layers whose weight is computed: by `torch.nn.utils.parametrize` (weight_norm, spectral_norm, orthogonal, ...), or by a hook.
+"""Layers whose weight is computed: by `torch.nn.utils.parametrize` (weight_norm, spectral_norm, orthogonal, ...), or by
+a hook.
 
-To parametrize a layer, torch derives a class for it alone, `ParametrizedLinear(nn.Linear)`, whose `weight` is a property. The
-quantized class is what torch would have made of the quantized layer: derived from `QuantizedLinear`, with the same property. So the
-weight is computed once in each forward pass and then quantized, gradients reach what it is computed from, and torch's
-`remove_parametrizations` works on the float and on the quantized layer.
+To parametrize a layer, torch derives a class for it alone, `ParametrizedLinear(nn.Linear)`, whose `weight` is a
+property. The quantized class is what torch would have made of the quantized layer: derived from `QuantizedLinear`, with
+the same property. So the weight is computed once in each forward pass and then quantized, gradients reach what it is
+computed from, and torch's `remove_parametrizations` works on the float and on the quantized layer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ COMPUTED = (
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a layer, float or quantized, as its next forward pass begins with; looking leaves no trace.
 
-    A plain `module.weight` computes a parametrized weight as the forward pass does: in training, spectral_norm takes another step
-    of its power iteration then, and inside `torch.nn.utils.parametrize.cached()` the value stays.
+    A plain `module.weight` computes a parametrized weight as the forward pass does: in training, spectral_norm takes
+    another step of its power iteration then, and inside `torch.nn.utils.parametrize.cached()` the value stays.
     """
     if not is_parametrized(module, "weight"):
         return cast(Tensor, module.weight)
@@ -70,7 +71,8 @@ def weight_parts(module: nn.Module) -> list[Tensor]:
 
 
 def parametrized_names(module: nn.Module) -> list[str]:
-    """The tensors of a module that are parametrized, where its class is the one that torch made for them; none otherwise."""
+    """The tensors of a module that are parametrized, where its class is the one that torch made for them; none
+    otherwise."""
     names = list(cast(nn.ModuleDict, module.parametrizations)) if is_parametrized(module) else []
     return names if all(isinstance(type(module).__dict__.get(name), property) for name in names) else []
 
@@ -78,12 +80,15 @@ def parametrized_names(module: nn.Module) -> list[str]:
 def parametrized_class(base: type[nn.Module], module: nn.Module, **content: Any) -> type[nn.Module]:
     """A class like that of `module`, which is parametrized, but derived from `base`."""
     kind = type(module)
-    copied = {name: kind.__dict__[name] for name in (*parametrized_names(module), *_TORCH_METHODS) if name in kind.__dict__}
+    copied = {
+        name: kind.__dict__[name] for name in (*parametrized_names(module), *_TORCH_METHODS) if name in kind.__dict__
+    }
     return type(f"Parametrized{base.__name__}", (base,), copied | content | {"__module__": __name__})
 
 
 def shadowable(computed: property) -> property:
-    """The property of a weight, but what stands in the instance's `__dict__` comes first, as it does for a plain parameter."""
+    """The property of a weight, but what stands in the instance's `__dict__` comes first, as it does for a plain
+    parameter."""
 
     def weight(self: nn.Module) -> Tensor:
         standing_in = self.__dict__.get("weight")

@@ -14,7 +14,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.formats import SLOTS
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
-from lq_plugin.layers.parametrized import class_before, parametrized_class, parametrized_names, shadowable, weight_sources
+from lq_plugin.layers.parametrized import (
+    class_before,
+    parametrized_class,
+    parametrized_names,
+    shadowable,
+    weight_sources,
+)
 from lq_plugin.layers.swapped_class import swapped_class
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
@@ -110,7 +116,9 @@ def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> li
     ours = {name for base in known for name in vars(base) if not name.startswith("__")} - _REPLACED - _OF_PYTHON
     ours |= {f"{slot}_quantizer" for slot in SLOTS}
     # torch's own classes and ours are known to go together.
-    others = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "lq_plugin")]
+    others = [
+        base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "lq_plugin")
+    ]
     in_class = {name for base in others for name in vars(base)}
     in_instance = {*module.__dict__, *module._parameters, *module._buffers, *module._modules} - READ_FROM_CLASS
     return sorted(ours & (in_class | in_instance))

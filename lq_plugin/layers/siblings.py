@@ -1,4 +1,5 @@
-"""Linear layers side by side in one module, which may read one tensor: attention's projections, a gated feed-forward."""
+"""Linear layers side by side in one module, which may read one tensor: attention's projections, a gated
+feed-forward."""
 
 from __future__ import annotations
 
@@ -42,4 +43,9 @@ def unshare_inputs(model: nn.Module) -> None:
 def _shared(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
     """The hooks of ours, as the dict that holds each and its key."""
     held = (module._forward_pre_hooks, module._forward_hooks)
-    return [(hooks, key) for hooks in held for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), SharedInput)]
+    return [
+        (hooks, key)
+        for hooks in held
+        for key, hook in hooks.items()
+        if isinstance(getattr(hook, "__self__", None), SharedInput)
+    ]

@@ -8,8 +8,9 @@ from typing import Any
 def swapped_class(mixins: tuple[type, ...], kind: type, content: dict[str, Any]) -> type[Any]:
     """A subclass of `kind` with `mixins` before it in the order of lookup, which objects of `kind` may be turned into.
 
-    Python turns them where both classes have their `__dict__` from the same base, and a class has its own from its first base.
-    That is `nn.Module` nearly always, but not in `class Encoder(ABC, nn.LSTM)`: there `kind` itself becomes the first base.
+    Python turns them where both classes have their `__dict__` from the same base, and a class has its own from its
+    first base. That is `nn.Module` nearly always, but not in `class Encoder(ABC, nn.LSTM)`: there `kind` itself becomes
+    the first base.
     """
     name, bases = f"Quantized{kind.__name__}", (*mixins, kind)
     if _dict_from(mixins[0]) is _dict_from(kind):

@@ -77,7 +77,9 @@ class ActivationCache:
             return _restore(self._held[key][0], copy=True)
         path, _, rest, structure = self._files[key]
         tensors = iter(torch.load(path, weights_only=True))
-        return tree_unflatten([leaf[0] if isinstance(leaf, _Plain) else next(tensors).to(leaf) for leaf in rest], structure)
+        return tree_unflatten(
+            [leaf[0] if isinstance(leaf, _Plain) else next(tensors).to(leaf) for leaf in rest], structure
+        )
 
     def drop(self, key: Hashable) -> None:
         """Forget a key; no error when it is not there."""
@@ -103,7 +105,9 @@ class ActivationCache:
     def __enter__(self) -> ActivationCache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._held.clear()
         self._files.clear()
         self.in_memory = self.on_disk = 0

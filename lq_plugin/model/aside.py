@@ -1,7 +1,7 @@
 """What a model carries along and is no part of it: metrics that hold a network, frozen loss networks, frozen teachers.
 
-A plan means the model. Nothing inside of these is quantized or counted, unless a rule has their name in its pattern: `lpips.*`,
-`re:lpips\\.net\\..*`, not `*` or `type:Conv2d`.
+A plan means the model. Nothing inside of these is quantized or counted, unless a rule has their name in its pattern:
+`lpips.*`, `re:lpips\\.net\\..*`, not `*` or `type:Conv2d`.
 """
 
 from __future__ import annotations

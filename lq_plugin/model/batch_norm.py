@@ -53,10 +53,14 @@ class FrozenBatchNorms:
 
     def __init__(self, model: nn.Module, layers: Collection[str] | None = None) -> None:
         modules = dict(model.named_modules())
-        self._layers = [(bn, modules[name.rpartition(".")[0]] if name else None) for name, bn in batch_norms(model, layers).items()]
+        self._layers = [
+            (bn, modules[name.rpartition(".")[0]] if name else None) for name, bn in batch_norms(model, layers).items()
+        ]
         self._before = {bn: bn.training for bn, _ in self._layers}
         # In eval mode inside a training parent: frozen by someone else, and to stay so.
-        self._foreign = {bn for bn, parent in self._layers if parent is not None and parent.training and not bn.training}
+        self._foreign = {
+            bn for bn, parent in self._layers if parent is not None and parent.training and not bn.training
+        }
         self.apply()
 
     def __len__(self) -> int:
@@ -80,7 +84,9 @@ class FrozenBatchNorms:
         self.apply()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 
@@ -233,7 +239,10 @@ def _raise_on_unusable(pools: dict[str, _Pool]) -> None:
     for name, pool in pools.items():
         bad = int((~(pool.mean.isfinite() & pool.squares.isfinite())).sum())
         if bad:
-            faults.append(f"{name!r} was given NaN or Inf, or values whose squares overflow, in {bad} of {pool.mean.numel()} channels")
+            faults.append(
+                f"{name!r} was given NaN or Inf, or values whose squares overflow, in {bad} of {pool.mean.numel()} "
+                "channels"
+            )
         if pool.count == 1:
             faults.append(f"{name!r} was given 1 value per channel, a variance needs at least 2")
     raise_all(CalibrationError, "cannot re-estimate batch norm", faults)
@@ -242,7 +251,9 @@ def _raise_on_unusable(pools: dict[str, _Pool]) -> None:
 @contextmanager
 def _restored(layers: Iterable[_BatchNorm]) -> Iterator[dict[_BatchNorm, list[Tensor]]]:
     """Put buffers back in place: running mean, running variance, number of batches."""
-    buffers = {bn: [b for b in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if b is not None] for bn in layers}
+    buffers = {
+        bn: [b for b in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if b is not None] for bn in layers
+    }
     before = {bn: [buffer.clone() for buffer in group] for bn, group in buffers.items()}
     try:
         yield before

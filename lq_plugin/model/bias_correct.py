@@ -85,7 +85,8 @@ def bias_correct(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], 
     Args:
         model: prepared and calibrated.
         batches: calibration data, read once.
-        run: runs the model on one batch; `model(batch)` when None. The first batch runs once more, to see who reads what.
+        run: runs the model on one batch; `model(batch)` when None. The first batch runs once more, to see who reads
+            what.
 
     Raises:
         CalibrationError: no batches, NaN or Inf in what a layer makes, or a model that is not prepared or calibrated.
@@ -171,7 +172,8 @@ class _Watch:
         if not self.calls or self.calls[0][1] != elements:
             expected = f"{self.calls[0][1]} values a channel" if self.calls else "no further call"
             raise CalibrationError(
-                f"cannot correct the bias of {self.name!r}: the quantized pass made {elements} values a channel where the float pass "
+                f"cannot correct the bias of {self.name!r}: the quantized pass made {elements} values a channel where "
+                "the float pass "
                 f"made {expected}; the way through the model depends on its values"
             )
         float_mean, _ = self.calls.pop(0)
@@ -184,7 +186,8 @@ class _Watch:
         """Be ready for the next batch's float pass."""
         if self.calls:
             raise CalibrationError(
-                f"cannot correct the bias of {self.name!r}: the quantized pass called it {len(self.calls)} times less than the float "
+                f"cannot correct the bias of {self.name!r}: the quantized pass called it {len(self.calls)} times less "
+                "than the float "
                 "pass; the way through the model depends on its values"
             )
         self.correcting = False
@@ -202,18 +205,23 @@ def _apply(watches: dict[str, _Watch], skipped: dict[str, str]) -> dict[str, Cor
         else:
             skipped[name] = "no batch reached it"
     raise_all(CalibrationError, "cannot correct biases", [
-        f"{name!r} makes NaN or Inf, float or quantized" for name, (error, _) in errors.items() if not error.isfinite().all()
+        f"{name!r} makes NaN or Inf, float or quantized" for name, (error,
+        _) in errors.items() if not error.isfinite().all()
     ])  # fmt: skip
     corrected = {}
     for name, (error, elements) in errors.items():
         watch = watches[name]
         with torch.no_grad():
             watch.target.copy_(watch.target.cpu().double() + watch.sign * error)
-        corrected[name] = CorrectedLayer(watch.target_name, elements, float(error.abs().mean()), float(error.abs().max()))
+        corrected[name] = CorrectedLayer(
+            watch.target_name, elements, float(error.abs().mean()), float(error.abs().max())
+        )
     return corrected
 
 
-def _targets(model: nn.Module, layers: dict[str, QuantizedLayer], recording: Recording) -> tuple[dict[str, _Watch], dict[str, str]]:
+def _targets(
+    model: nn.Module, layers: dict[str, QuantizedLayer], recording: Recording
+) -> tuple[dict[str, _Watch], dict[str, str]]:
     """A watch of each layer that can be corrected, in the order of first calls, and why the others cannot."""
     watches: dict[str, _Watch] = {}
     skipped: dict[str, str] = {}
@@ -232,7 +240,9 @@ def _layer_fault(model: nn.Module, layer: QuantizedLayer) -> str | None:
     kind = float_class(layer)
     if not isinstance(layer, _LAYERS) and not is_hf_conv1d(layer):
         return f"{kind.__name__} has no bias"
-    own = kind.forward not in [known.forward for known in _LAYERS] and not (is_hf_conv1d(layer) and kind.__name__ == "Conv1D")
+    own = kind.forward not in [known.forward for known in _LAYERS] and not (
+        is_hf_conv1d(layer) and kind.__name__ == "Conv1D"
+    )
     if own or "forward" in layer.__dict__:
         return f"{kind.__name__} has a forward of its own, which may do more than add the bias"
     return None
@@ -257,17 +267,25 @@ def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recor
     readers = {reader for call in calls for reader in recording.consumers_of(call)}
     modules = {reader.name for reader in readers if reader.kind == "module"}
     bn = model.get_submodule(next(iter(modules))) if len(modules) == 1 else None
-    if not isinstance(bn, _BatchNorm) or len(readers) != len(calls) or any(reader.kind != "module" for reader in readers):
+    if (
+        not isinstance(bn, _BatchNorm)
+        or len(readers) != len(calls)
+        or any(reader.kind != "module" for reader in readers)
+    ):
         names = ", ".join(sorted({repr(reader.name) for reader in readers})) or "nothing"
         return f"{without}; it is read by {names}, not by a batch norm alone, whose running mean could be moved"
     (bn_name,) = modules
     if bn.running_mean is None:
-        return f"it has no bias, and {bn_name!r} behind it normalizes each batch by its own mean (track_running_stats=False)"
+        return f"it has no bias, and {bn_name!r} normalizes each batch by its own mean (track_running_stats=False)"
     if len(recording.calls_of(bn_name)) != len(calls):
         return f"{without}; {bn_name!r} behind it reads other layers, too"
     dims = {len(call.output_shapes[0]) for call in calls}
     direct = all(reader.inputs[0].direct for reader in readers)
-    if not direct or any(type(layer).input_axis % dim != 1 for dim in dims) or bn.num_features != type(layer).channels(layer)[1]:
+    if (
+        not direct
+        or any(type(layer).input_axis % dim != 1 for dim in dims)
+        or bn.num_features != type(layer).channels(layer)[1]
+    ):
         return f"{without}; the channels of {bn_name!r} behind it are not shown to be its own"
     key = f"{bn_name}.running_mean"
     return _sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bn.running_mean, 1.0)

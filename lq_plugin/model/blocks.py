@@ -56,7 +56,9 @@ class Unit:
         return " + ".join([self.name, *(call.op for call in self.tail)])
 
 
-def find_units(model: nn.Module, recording: Recording, by: str | Sequence[str] = "block") -> tuple[list[Unit], list[str]]:
+def find_units(
+    model: nn.Module, recording: Recording, by: str | Sequence[str] = "block"
+) -> tuple[list[Unit], list[str]]:
     """The units of a prepared model in the order in which they run.
 
     Args:
@@ -71,7 +73,11 @@ def find_units(model: nn.Module, recording: Recording, by: str | Sequence[str] =
         QuantizationError: patterns that match no module with quantized layers.
     """
     # By layer: the module that is called for it.
-    owners = {name: owner_name(model, layer) or name for name, layer in quantized_layers(model) if layer.weight_quantizer is not None}
+    owners = {
+        name: owner_name(model, layer) or name
+        for name, layer in quantized_layers(model)
+        if layer.weight_quantizer is not None
+    }
     first = {call.name: call.position for call in reversed(recording.calls) if call.kind == "module"}
     called = [name for name, owner in owners.items() if owner in first]
     if by == "layer":
@@ -96,7 +102,9 @@ def find_units(model: nn.Module, recording: Recording, by: str | Sequence[str] =
 def owner_name(model: nn.Module, layer: nn.Module) -> str | None:
     """Name of the LSTM or attention that a weight belongs to; None for a layer that is a module of its own."""
     owner = layer.owner if isinstance(layer, CompoundWeight) else None
-    return next((name for name, module in model.named_modules() if module is owner), None) if owner is not None else None
+    return (
+        next((name for name, module in model.named_modules() if module is owner), None) if owner is not None else None
+    )
 
 
 def _residual_blocks(recording: Recording, layers: list[str]) -> list[str]:
@@ -107,7 +115,9 @@ def _residual_blocks(recording: Recording, layers: list[str]) -> list[str]:
 
 def _matching(model: nn.Module, layers: list[str], patterns: Sequence[str]) -> list[str]:
     modules = [name for name, _ in model.named_modules() if name and any(_within(layer, name) for layer in layers)]
-    faults = [f"{p!r}.{did_you_mean(p, modules)}" for p in patterns if not any(fnmatchcase(name, p) for name in modules)]
+    faults = [
+        f"{p!r}.{did_you_mean(p, modules)}" for p in patterns if not any(fnmatchcase(name, p) for name in modules)
+    ]
     raise_all(QuantizationError, "no module with quantized layers matches", faults)
     found = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return [name for name in found if not any(other != name and _within(name, other) for other in found)]

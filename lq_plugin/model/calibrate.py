@@ -48,8 +48,8 @@ def calibrate(
         The statistics, for `lq_plugin.ranges.compare_ranges` or another plan's `load_statistics`.
 
     Raises:
-        CalibrationError: no batches where activations need ranges, NaN or Inf in weights or activations (with the layer's name), or
-            a model that is not prepared.
+        CalibrationError: no batches where activations need ranges, NaN or Inf in weights or activations (with the
+            layer's name), or a model that is not prepared.
 
     >>> import lq_plugin
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -136,7 +136,8 @@ def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:
 
 
 def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
-    """What lies, by more than `MISSED_SHARE`, on the side of zero where its spec has no level: a sentence for each tensor."""
+    """What lies, by more than `MISSED_SHARE`, on the side of zero where its spec has no level: a sentence for each
+    tensor."""
     samples: list[tuple[Quantizer, Sample, torch.Tensor]] = []
     for _, layer in quantized_layers(model):
         for q in () if layer.weight_quantizer is None else layer.weight_quantizer.stages():
@@ -163,7 +164,9 @@ def weight_samples(model: nn.Module) -> dict[str, Sample]:
     """The values of each quantized weight, one row for each scale, by the name of its quantizer."""
     layers = (layer for _, layer in quantized_layers(model))
     return {
-        q.name: q.sample(type(layer).canonical(layer, weight_of(layer))) for layer in layers if (q := layer.weight_quantizer) is not None
+        q.name: q.sample(type(layer).canonical(layer, weight_of(layer)))
+        for layer in layers
+        if (q := layer.weight_quantizer) is not None
     }
 
 

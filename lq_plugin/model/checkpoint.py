@@ -36,7 +36,10 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     state = _state_dict(_read(path), path)
     if is_quantized(state) and not quantized_layers(model):
-        raise PlanError(f"{path} is a checkpoint of a quantized model, which lq_plugin.load_checkpoint reads, with its plan and ranges")
+        raise PlanError(
+            f"{path} is a checkpoint of a quantized model, which lq_plugin.load_checkpoint reads, with its plan and "
+            "ranges"
+        )
     with _unchanged_on_failure(model):
         model.load_state_dict(state)
 
@@ -48,17 +51,22 @@ def load_checkpoint(
 
 
 @overload
-def load_checkpoint(model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None) -> Ledger: ...
+def load_checkpoint(
+    model: nn.Module, path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None
+) -> Ledger: ...
 
 
 def load_checkpoint(
-    model: nn.Module | type[nn.Module], path: str | Path, plan: QuantPlan | str | Mapping[str, Any] | None = None, **arguments: Any
+    model: nn.Module | type[nn.Module],
+    path: str | Path,
+    plan: QuantPlan | str | Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> Ledger | nn.Module:
     """Prepare a float `model` with a checkpoint's plan and load its weights and ranges, strictly.
 
     Args:
-        model: of the class that was trained, on any device; or the class itself, which is built with the hyper-parameters in the file
-            (`save_hyperparameters`).
+        model: of the class that was trained, on any device; or the class itself, which is built with the
+            hyper-parameters in the file (`save_hyperparameters`).
         path: written by a Trainer with `QAT` or `PTQ`, or by `torch.save(model.state_dict(), path)`.
             No code in it is executed.
         plan: needed where the file holds none (weights-only checkpoints, bare state dicts).
@@ -69,8 +77,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: it is truncated, has code in it, is no checkpoint (but a packed file), or of a float model; or there is no plan; or the
-            class cannot be built with what is in it.
+        PlanError: it is truncated, has code in it, is no checkpoint (but a packed file), or of a float model; or there
+            is no plan; or the class cannot be built with what is in it.
         RuntimeError: its keys or shapes are not the model's.
             After every error the model is as before.
     """
@@ -78,14 +86,19 @@ def load_checkpoint(
     content = _read(path)
     state = _state_dict(content, path)
     if not is_quantized(state):
-        raise PlanError(f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized")
+        raise PlanError(
+            f"{path} is a float checkpoint: load it with model.load_state_dict, then calibrate or train quantized"
+        )
     plan = _saved_plan(content, path) if plan is None else plan
     if isinstance(model, type):
         built = _built(model, content, path, arguments)
         _load(built, state, plan, path)
         return built
     if arguments:
-        raise PlanError(f"{', '.join(arguments)}: arguments are for a class, which load_checkpoint builds; {type(model).__name__} is built")
+        raise PlanError(
+            f"{', '.join(arguments)}: arguments are for a class, which load_checkpoint builds; {type(model).__name__} "
+            "is built"
+        )
     return _load(model, state, plan, path)
 
 
@@ -93,9 +106,15 @@ def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, argume
     """A model of a LightningModule's class, with the hyper-parameters of its checkpoint."""
     saved = content.get("hyper_parameters", {})
     if "_instantiator" in saved:
-        raise PlanError(f"{path} was written under LightningCLI, which builds its classes: give load_checkpoint an instance")
+        raise PlanError(
+            f"{path} was written under LightningCLI, which builds its classes: give load_checkpoint an instance"
+        )
     parameters = inspect.signature(kind).parameters
-    named = {name for name, parameter in parameters.items() if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)}
+    named = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     if (name := content.get("hparams_name")) in named:
         saved = {name: saved}  # one argument holds all of them
     if len(named) == len(parameters):
@@ -104,8 +123,10 @@ def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, argume
         inspect.signature(kind).bind(**{**saved, **arguments})
     except TypeError as error:
         raise PlanError(
-            f"{kind.__name__} cannot be built with the hyper-parameters in {path} ({', '.join(saved) or 'none'}): {error}; call "
-            f"save_hyperparameters() in its __init__, give load_checkpoint({kind.__name__}, path, name=...) the others, or an instance"
+            f"{kind.__name__} cannot be built with the hyper-parameters in {path} ({', '.join(saved) or 'none'}): "
+            f"{error}; call "
+            f"save_hyperparameters() in its __init__, give load_checkpoint({kind.__name__}, path, name=...) the "
+            "others, or an instance"
         ) from error
     model = kind(**{**saved, **arguments})
     if (configure := getattr(model, "configure_model", None)) is not None:
@@ -133,15 +154,23 @@ def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Ma
 
 def _read(path: Path) -> Any:
     try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            _read_safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except PlanError:
         raise
     except pickle.UnpicklingError as error:
-        raise PlanError(f"{path} cannot be read: it holds more than tensors and plain values, or is damaged: {error}") from error
+        raise PlanError(
+            f"{path} cannot be read: it holds more than tensors and plain values, or is damaged: {error}"
+        ) from error
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (EOFError, RuntimeError, SafetensorError, ValueError, KeyError, OSError) as error:
-        raise PlanError(f"{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__}: {error}") from error
+        raise PlanError(
+            f"{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
@@ -168,20 +197,27 @@ def _saved_plan(content: Mapping[str, Any], path: Path) -> QuantPlan:
     callbacks = content.get("callbacks")
     entries = callbacks.values() if isinstance(callbacks, Mapping) else ()
     # Other callbacks may keep a "plan" of their own.
-    plans = [entry["plan"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("plan"), Mapping)]
+    plans = [
+        entry["plan"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("plan"), Mapping)
+    ]
     saved = [plan for plan in plans if "rules" in plan]
     if not saved:
         raise PlanError(
-            f"{path} holds no plan: it was saved with weights only, or without QAT and PTQ; give load_checkpoint(..., plan=...)"
+            f"{path} holds no plan: it was saved with weights only, or without QAT and PTQ; give load_checkpoint(..., "
+            "plan=...)"
         )
     return QuantPlan.from_dict(saved[0])
 
 
 @contextmanager
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Weights, buffers and quantizers are as before when something raises inside: `load_state_dict` copies what fits and then raises."""
+    """Weights, buffers and quantizers are as before when something raises inside: `load_state_dict` copies what fits
+    and then raises."""
     prepared = bool(quantized_layers(model))
-    before = {key: value.detach().clone() if isinstance(value, torch.Tensor) else value for key, value in model.state_dict().items()}
+    before = {
+        key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for key, value in model.state_dict().items()
+    }
     try:
         yield
     except BaseException:

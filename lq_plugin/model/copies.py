@@ -25,7 +25,8 @@ def copy_model(model: M) -> M:
     trainer = model.__dict__.get("_trainer")
     if trainer is not None:
         model.__dict__["_trainer"] = None
-    # Old weight_norm, spectral_norm and pruning keep a weight there that a training step has computed, which torch refuses to copy.
+    # Old weight_norm, spectral_norm and pruning keep a weight there that a training step has computed, which torch
+    # refuses to copy.
     held = [value for module in model.modules() for value in vars(module).values()]
     memo: dict[int, Any] = {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
     try:

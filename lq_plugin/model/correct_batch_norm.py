@@ -34,7 +34,11 @@ from lq_plugin.model.prepare import quantized_layers
 
 
 def correct_batch_norm(
-    model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None, *, layers: Iterable[str] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    *,
+    layers: Iterable[str] | None = None,
 ) -> ReestimatedBatchNorms:
     """Change running mean and variance by what quantization changed, so that each channel's output keeps its own.
 
@@ -70,7 +74,9 @@ def correct_batch_norm(
     if not quantized_layers(model):
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
     chosen = batch_norms(model, None if layers is None else list(layers))
-    watches = {name: _Watch(bn) for name, bn in chosen.items() if bn.running_mean is not None and bn.running_var is not None}
+    watches = {
+        name: _Watch(bn) for name, bn in chosen.items() if bn.running_mean is not None and bn.running_var is not None
+    }
     count = 0
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for watch in watches.values():
@@ -92,7 +98,8 @@ def correct_batch_norm(
 
 
 class _Watch:
-    """Forward pre-hook of one batch norm: remembers the float input's statistics, then corrects the quantized input by them."""
+    """Forward pre-hook of one batch norm: remembers the float input's statistics, then corrects the quantized input by
+    them."""
 
     def __init__(self, bn: _BatchNorm) -> None:
         self.bn = bn
@@ -101,7 +108,9 @@ class _Watch:
         #: Mean and variance of each call in the float pass, for the same calls of the quantized one.
         self.calls: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0] if args else kwargs["input"]
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean, variance, count = self._statistics(values)
@@ -144,9 +153,16 @@ def _apply(watches: dict[str, _Watch]) -> dict[str, BatchNormShift]:
     _merge_ranks(floats)
     _merge_ranks(quantized)
     reached = [name for name, pool in floats.items() if pool.count]
-    broken = [name for name in reached for pool in (floats[name], quantized[name]) if not (pool.mean + pool.squares).isfinite().all()]
+    broken = [
+        name
+        for name in reached
+        for pool in (floats[name], quantized[name])
+        if not (pool.mean + pool.squares).isfinite().all()
+    ]
     if broken:
-        raise CalibrationError(f"cannot correct batch norm: NaN or Inf in front of {', '.join(map(repr, dict.fromkeys(broken)))}")
+        raise CalibrationError(
+            f"cannot correct batch norm: NaN or Inf in front of {', '.join(map(repr, dict.fromkeys(broken)))}"
+        )
     shifts = {}
     for name in reached:
         bn = watches[name].bn

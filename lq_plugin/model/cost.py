@@ -9,8 +9,8 @@ All counts follow from shapes and specs, so a plan is priced before anything is 
                         the same of the layers that can hold quantizers, and of those whose weight does
     macs, bops          of one input sample; of all samples of a batch there are as many times more
 
-In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. A float operand
-counts 32 bits in BOPs.
+In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. A float
+operand counts 32 bits in BOPs.
 
 Bit operations (BOPs): MACs · b_w · b_a, as in Baskin et al., "UNIQ", 2018 (arXiv 1804.10969), without
 the accumulator term.
@@ -60,10 +60,13 @@ def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
     4.2578125
     >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in ("mx9", "mx6", "mx4")]
     [9.0, 6.0, 4.0]
-    >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in ("mxfp4", "nvfp4", "sign", "bwn", "twn", "kmeans2")]
+    >>> names = ("mxfp4", "nvfp4", "sign", "bwn", "twn", "kmeans2")
+    >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in names]
     [4.25, 4.5078125, 1.0, 1.5, 2.0078125, 2.03125]
     """
-    return prod(weight_shape) * spec.bit_width + _qparams_bits(spec, prod(scale_shape(weight_shape, spec.granularity)), weight_shape[0])
+    return prod(weight_shape) * spec.bit_width + _qparams_bits(
+        spec, prod(scale_shape(weight_shape, spec.granularity)), weight_shape[0]
+    )
 
 
 def _qparams_bits(spec: QuantSpec, scales: int, channels: int = 1) -> int:
@@ -168,7 +171,8 @@ class Cost:
 
     @property
     def quantizable_effective_bits(self) -> float:
-        """Mean bits of a weight element over all rows: of the layers that can hold quantizers, float ones among them."""
+        """Mean bits of a weight element over all rows: of the layers that can hold quantizers, float ones among
+        them."""
         return _mean_bits(self.rows)
 
     @property
@@ -243,7 +247,13 @@ def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
     plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
     plans |= {name: operation.plan for name, operation in quantized_operations(model)}
     past = weights_read_past_layers(model)
-    return _price(model, survey, plans, recording, {name for name, layer in survey.candidates.items() if weight_key(name, layer) in past})
+    return _price(
+        model,
+        survey,
+        plans,
+        recording,
+        {name for name, layer in survey.candidates.items() if weight_key(name, layer) in past},
+    )
 
 
 def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording: Recording | None = None) -> Cost:
@@ -251,7 +261,8 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
 
     Args:
         model: any module.
-        layer_plans: specs by name of layer, as `QuantPlan.resolve` gives them, or of recorded operation; what is left out is float.
+        layer_plans: specs by name of layer, as `QuantPlan.resolve` gives them, or of recorded operation; what is left
+            out is float.
         recording: of one batch, for MACs and BOPs.
 
     Raises:
@@ -272,7 +283,11 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
 
 
 def _price(
-    model: nn.Module, survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None, past: Collection[str] = ()
+    model: nn.Module,
+    survey: Survey,
+    plans: Mapping[str, LayerPlan],
+    recording: Recording | None,
+    past: Collection[str] = (),
 ) -> Cost:
     """The cost under these plans; weights of the layers `past` are also read in float, and so stored twice."""
     rows: list[CostRow] = []
@@ -314,10 +329,14 @@ def _price(
         )
     quantized = sum(row.quantized for row in rows)
     table = _TABLE + _TABLE_WEIGHT * quantized + _TABLE_TENSOR * rest.tensors if any(plans.values()) else 0
-    return Cost(tuple(rows), rest.bytes, rest.parameters, rest.parameter_bits, table, *_other_work(survey, plans, recording))
+    return Cost(
+        tuple(rows), rest.bytes, rest.parameters, rest.parameter_bits, table, *_other_work(survey, plans, recording)
+    )
 
 
-def _other_work(survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None) -> tuple[int | None, int | None]:
+def _other_work(
+    survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None
+) -> tuple[int | None, int | None]:
     """MACs and BOPs outside of the layers that can hold quantizers."""
     if recording is None:
         return None, None
@@ -366,7 +385,8 @@ def _state_size(module: nn.Module) -> tuple[int, int]:
 
 @dataclass
 class _Rest:
-    """What is no part of a layer's weight and belongs to no quantizer of a layer: parameters and persistent buffers, each once."""
+    """What is no part of a layer's weight and belongs to no quantizer of a layer: parameters and persistent buffers,
+    each once."""
 
     bytes: int = 0
     parameters: int = 0
@@ -380,7 +400,9 @@ class _Rest:
         for name, module in model.named_modules():
             if isinstance(module, Quantizer):
                 continue
-            saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+            saved = {
+                key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set
+            }
             for key, tensor in (*module._parameters.items(), *saved.items()):
                 if tensor is None or id(tensor) in seen:
                     continue

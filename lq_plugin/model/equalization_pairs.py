@@ -22,7 +22,17 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _HOMOGENEOUS = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 )  # fmt: skip
-_HOMOGENEOUS_OPS = ("relu", "leakyrelu", "prelu", "rrelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout")
+_HOMOGENEOUS_OPS = (
+    "relu",
+    "leakyrelu",
+    "prelu",
+    "rrelu",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "featuredropout",
+)
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
 _POOL_MODULES = {
     getattr(nn, f"{kind}Pool{n}d"): n for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for n in (1, 2, 3)
@@ -61,7 +71,9 @@ class RefusedLayer:
         return f"{self.layer!r}: {self.reason}"
 
 
-def find_equalization_pairs(model: nn.Module, recording: Recording) -> tuple[list[EqualizationPair], list[RefusedLayer]]:
+def find_equalization_pairs(
+    model: nn.Module, recording: Recording
+) -> tuple[list[EqualizationPair], list[RefusedLayer]]:
     """Layers whose output channels can be scaled, and all others with the reason.
 
     Safe means: both are a plain linear, convolution or transposed convolution (grouped, depthwise) called once; nothing
@@ -103,7 +115,9 @@ class _Search:
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.model, self.recording = model, recording
         self.modules = dict(model.named_modules())
-        self.readers = {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
+        self.readers = {
+            name: call.name for call in recording.calls for source in call.inputs for name in source.parameters
+        }
 
     def layer_fault(self, name: str, keys: Sequence[str]) -> str | None:
         """Why the parameters `keys` of a layer cannot be scaled."""
@@ -111,7 +125,11 @@ class _Search:
         if float_class(module) not in (*_LAYERS, *_BATCH_NORMS) or "forward" in module.__dict__:
             return f"{float_class(module).__name__} has a forward of its own"
         if (times := len(self.recording.calls_of(name))) != 1:
-            return f"it was called {times} times in the recorded pass" if times else "it was not called in the recorded pass"
+            return (
+                f"it was called {times} times in the recorded pass"
+                if times
+                else "it was not called in the recorded pass"
+            )
         for key in keys:
             plain = key not in module.__dict__ and isinstance(module._parameters.get(key), (nn.Parameter, type(None)))
             if not plain or (key == "weight" and module._parameters.get(key) is None):
@@ -130,7 +148,9 @@ class _Search:
         while True:
             readers = self.recording.consumers_of(at.call)
             if len(readers) != 1:
-                return f"its channels have {len(readers)} readers" + (f": {', '.join(repr(r.name) for r in readers)}" if readers else "")
+                return f"its channels have {len(readers)} readers" + (
+                    f": {', '.join(repr(r.name) for r in readers)}" if readers else ""
+                )
             (reader,) = readers
             if reader.kind == "output":
                 return "its output is what the model returns"
@@ -141,7 +161,11 @@ class _Search:
             module = self.modules[reader.name] if reader.kind == "module" else None
             if isinstance(module, (nn.Linear, _ConvNd)):
                 fault = self.layer_fault(reader.name, ("weight",)) or self._channels_fault(module, at)
-                return f"{title}: {fault}" if fault else EqualizationPair(name, reader.name, tuple(between), tuple(batch_norms), at.repeat)
+                return (
+                    f"{title}: {fault}"
+                    if fault
+                    else EqualizationPair(name, reader.name, tuple(between), tuple(batch_norms), at.repeat)
+                )
             if isinstance(module, _BatchNorm):
                 if fault := self._batch_norm_fault(reader.name, module, at):
                     return f"{title}: {fault}"
@@ -172,7 +196,11 @@ class _Search:
                 at.repeat, at.axis = at.repeat * (size // at.shape[start]), -1
                 at.shape = (*at.shape[:start], size)
         between += flattens
-        return None if tuple(at.shape) == sources[0].shape else f"reads shape {list(sources[0].shape)}, not {list(at.shape)}"
+        return (
+            None
+            if tuple(at.shape) == sources[0].shape
+            else f"reads shape {list(sources[0].shape)}, not {list(at.shape)}"
+        )
 
     def _flattens(self, reader: Call, producer: Call) -> list[str] | None:
         """Modules between two calls, in order, where an `nn.Sequential` proves them to be all that is in between."""
@@ -185,7 +213,11 @@ class _Search:
         for child in reversed(keys[: keys.index(key)]):
             name = f"{parent_name}.{child}" if parent_name else child
             calls = self.recording.calls_of(name)
-            if len(calls) != 1 or type(self.modules[name]) not in (nn.Flatten, nn.Identity, nn.Dropout) or not calls[0].passthrough:
+            if (
+                len(calls) != 1
+                or type(self.modules[name]) not in (nn.Flatten, nn.Identity, nn.Dropout)
+                or not calls[0].passthrough
+            ):
                 return None
             found.insert(0, name)
             source = calls[0].inputs[0]
@@ -193,7 +225,9 @@ class _Search:
                 return None
             if source.direct:
                 # A hook could reshape unseen.
-                hooked = any(self.modules[n]._forward_pre_hooks or self.modules[n]._forward_hooks for n in (*found, reader.name))
+                hooked = any(
+                    self.modules[n]._forward_pre_hooks or self.modules[n]._forward_hooks for n in (*found, reader.name)
+                )
                 return None if hooked else found
         return None
 
@@ -201,7 +235,9 @@ class _Search:
         size = consumer.in_features if isinstance(consumer, nn.Linear) else consumer.in_channels
         if _axis(consumer) == at.axis and at.shape[at.axis] == size:
             return None
-        return f"the channels are dim {at.axis} of its input {list(at.shape)}, it reads {size} along dim {_axis(consumer)}"
+        return (
+            f"the channels are dim {at.axis} of its input {list(at.shape)}, it reads {size} along dim {_axis(consumer)}"
+        )
 
     def _batch_norm_fault(self, name: str, bn: _BatchNorm, at: _Position) -> str | None:
         if bn.running_mean is None or bn.running_var is None or bn.weight is None:
@@ -210,7 +246,9 @@ class _Search:
         if bool(bn.running_mean.any()) or not torch.allclose(gain, torch.ones_like(gain), atol=1e-2, rtol=0.0):
             return "the batch norm is not folded: fold_batch_norm first"
         if at.axis % len(at.shape) != 1 or at.shape[1] != bn.num_features:
-            return f"the channels are dim {at.axis} of its input {list(at.shape)}, it shifts {bn.num_features} along dim 1"
+            return (
+                f"the channels are dim {at.axis} of its input {list(at.shape)}, it shifts {bn.num_features} along dim 1"
+            )
         return self.layer_fault(name, ("bias", "weight"))
 
 

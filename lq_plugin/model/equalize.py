@@ -75,7 +75,8 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     >>> from lq_plugin.model.record import record
     >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
     >>> with torch.no_grad():
-    ...     _ = net[0].weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 0.5]])), net[2].weight.copy_(torch.tensor([[2.0, 2.0]]))
+    ...     _ = net[0].weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 0.5]]))
+    ...     _ = net[2].weight.copy_(torch.tensor([[2.0, 2.0]]))
     ...     result = equalize(net, record(net, lambda: net(torch.ones(1, 2))))
     >>> result.factors["0"].tolist(), net[0].weight.tolist(), net[2].weight.tolist()
     ([2.0, 0.5], [[4.0, 0.0], [0.0, 1.0]], [[4.0, 1.0]])
@@ -87,14 +88,19 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
     if calibrated:
         raise CalibrationError(
-            f"cannot equalize: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), which "
+            f"cannot equalize: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), "
+            "which "
             "would not be those of the equalized weights; equalize before calibrating"
         )
     pairs, refused = find_equalization_pairs(model, recording)
     layers = {name: model.get_submodule(name) for pair in pairs for name in (pair.producer, pair.consumer)}
     factors, visits, change = _factors(pairs, {name: _magnitudes(layer) for name, layer in layers.items()}, iterations)
     changes = _changes(model, pairs, layers, factors)
-    faults = [f"{name!r}: equalized values are not finite in {t.dtype}" for name, t, value in changes if not value.isfinite().all()]
+    faults = [
+        f"{name!r}: equalized values are not finite in {t.dtype}"
+        for name, t, value in changes
+        if not value.isfinite().all()
+    ]
     raise_all(QuantizationError, "cannot equalize", faults)
     with torch.no_grad():
         for _, tensor, value in changes:
@@ -102,7 +108,9 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     return Equalization(factors, tuple(pairs), tuple(refused), visits, change)
 
 
-def _factors(pairs: Sequence[EqualizationPair], magnitudes: dict[str, Tensor], iterations: int) -> tuple[dict[str, Tensor], int, float]:
+def _factors(
+    pairs: Sequence[EqualizationPair], magnitudes: dict[str, Tensor], iterations: int
+) -> tuple[dict[str, Tensor], int, float]:
     """Factors of each producer's output channels, iterations made, and the last change."""
     total = {pair.producer: torch.ones_like(_makes(magnitudes[pair.producer])) for pair in pairs}
     visits, change = 0, math.inf if pairs else 0.0
@@ -145,7 +153,8 @@ def _changes(
 def _parts(layer: nn.Module) -> Tensor:
     """The weight, float64, as `[groups, C_out / groups, C_in / groups, kernel elements]`.
 
-    Linear is `[C_out, C_in]`, a convolution `[C_out, C_in / groups, ...]`, a transposed one `[C_in, C_out / groups, ...]`.
+    Linear is `[C_out, C_in]`, a convolution `[C_out, C_in / groups, ...]`, a transposed one `[C_in, C_out / groups,
+    ...]`.
     """
     assert isinstance(layer, (nn.Linear, _ConvNd))
     weight, groups = layer.weight.detach().double(), 1 if isinstance(layer, nn.Linear) else layer.groups
@@ -160,7 +169,7 @@ def _whole(layer: nn.Module, parts: Tensor) -> Tensor:
 
 
 def _magnitudes(layer: nn.Module) -> Tensor:
-    """Largest |weight| between each input and output channel, `[groups, C_out / groups, C_in / groups]`, a new tensor."""
+    """Returns the largest |weight| between each input and output channel, `[groups, C_out / groups, C_in / groups]`."""
     return _parts(layer).abs().amax(3)
 
 

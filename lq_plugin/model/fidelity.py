@@ -151,7 +151,12 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
     measured: Measurements = {}
     for quantizer in quantizers(model):
         histogram = statistics.get(quantizer.name)
-        if not isinstance(quantizer, InputQuantizer) or histogram is None or not quantizer.is_calibrated or not histogram.total.all():
+        if (
+            not isinstance(quantizer, InputQuantizer)
+            or histogram is None
+            or not quantizer.is_calibrated
+            or not histogram.total.all()
+        ):
             continue
         if not quantizer.needs_calibration or not quantizer.spec.has_grid:
             continue  # its levels follow the values, which statistics do not hold
@@ -159,11 +164,20 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
         scale, zero_point = (value.detach().float().reshape(-1) for value in quantizer.qparams())
         unit, factor = sample.normalized()
         square, total = factor.double().square(), sample.total()
-        noise = mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid).squeeze(1).clamp(min=0.0)
+        noise = (
+            mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)
+            .squeeze(1)
+            .clamp(min=0.0)
+        )
         signal = unit.average(unit.values.double().square())
         clipped = clipped_share(unit, scale / factor, zero_point, grid)
         errors = measured[quantizer.name] = Errors()
-        errors.add((signal * square * total).sum(), (noise * square * total).sum(), (clipped * total).sum(), round(float(total.sum())))
+        errors.add(
+            (signal * square * total).sum(),
+            (noise * square * total).sum(),
+            (clipped * total).sum(),
+            round(float(total.sum())),
+        )
     return measured
 
 
@@ -189,7 +203,9 @@ def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
     weight = type(layer).canonical(layer, weight_of(layer)).detach()
     minimum, maximum, _ = quantizer.levels(blocks(weight, quantizer.spec.granularity))
     rows = len(weight)
-    return minimum.reshape(minimum.shape[0], -1).amin(1).expand(rows), maximum.reshape(maximum.shape[0], -1).amax(1).expand(rows)
+    return minimum.reshape(minimum.shape[0], -1).amin(1).expand(rows), maximum.reshape(maximum.shape[0], -1).amax(
+        1
+    ).expand(rows)
 
 
 def _in_force(quantizer: Quantizer | None) -> Any:
@@ -205,18 +221,27 @@ def _measure(quantizer: InputQuantizer, x: Tensor, errors: Errors) -> None:
 
 
 def _add(errors: Errors, x: Tensor, x_hat: Tensor, grouped: Tensor, levels: Levels | None) -> None:
-    """`grouped` is `x` in the view that the levels broadcast against, maybe padded with zeros, which are never clipped."""
+    """`grouped` is `x` in the view that the levels broadcast against, maybe padded with zeros, which are never
+    clipped."""
     # Half a step beyond the outermost level still rounds to it.
-    clipped = x.new_zeros(()) if levels is None else clipped_count(grouped, levels.low - levels.step / 2, levels.high + levels.step / 2)
+    clipped = (
+        x.new_zeros(())
+        if levels is None
+        else clipped_count(grouped, levels.low - levels.step / 2, levels.high + levels.step / 2)
+    )
     errors.add(energy(x), energy(x.float() - x_hat.float()), clipped, x.numel())
 
 
 @torch.no_grad()
-def _row(name: str, slot: str, quantizer: InputQuantizer | WeightQuantizer, layer: QuantizedLayer, errors: Errors | None) -> FidelityRow:
+def _row(
+    name: str, slot: str, quantizer: InputQuantizer | WeightQuantizer, layer: QuantizedLayer, errors: Errors | None
+) -> FidelityRow:
     row: dict[str, Any] = {"layer": name, "slot": slot, "spec": str(quantizer.spec)}
     if (current := _in_force(quantizer)) is not None:
         row["spec"] = str(current.spec)
-        weight = type(layer).canonical(layer, weight_of(layer)).detach() if isinstance(current, WeightQuantizer) else None
+        weight = (
+            type(layer).canonical(layer, weight_of(layer)).detach() if isinstance(current, WeightQuantizer) else None
+        )
         if (levels := current.levels(None if weight is None else blocks(weight, current.spec.granularity))) is not None:
             low, high, step = levels
             row |= {

@@ -82,7 +82,11 @@ def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[
         if isinstance(found, Pair):
             parameters = [f"{found.producer}.weight", f"{found.producer}.bias", f"{name}.weight", f"{name}.bias"]
             call = recording.calls_of(found.producer)[0]
-            found = _sharing_fault(model, parameters, readers) or _behaviour_fault(modules[found.producer], bn, call) or found
+            found = (
+                _sharing_fault(model, parameters, readers)
+                or _behaviour_fault(modules[found.producer], bn, call)
+                or found
+            )
         if isinstance(found, Pair):
             pairs.append(found)
         else:
@@ -107,7 +111,11 @@ def _statistics_fault(bn: _BatchNorm) -> str | None:
 def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], recording: Recording) -> Pair | str:
     calls = recording.calls_of(name)
     if len(calls) != 1:
-        return f"it was called {len(calls)} times in the recorded pass" if calls else "it was not called in the recorded pass"
+        return (
+            f"it was called {len(calls)} times in the recorded pass"
+            if calls
+            else "it was not called in the recorded pass"
+        )
     (call,) = calls
     producer_call = recording.producer_of(call) if call.inputs else None
     if producer_call is None:
@@ -134,8 +142,12 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
     own = producer._parameters.get("weight")
     if not isinstance(own, nn.Parameter) or not own.is_floating_point():
         return f"the weight of {title} is computed or not floating point, not a plain parameter"
-    bias_is_plain = producer.__dict__.get("bias") is None and isinstance(producer._parameters.get("bias"), (nn.Parameter, type(None)))
-    return Pair(producer_call.name, name) if bias_is_plain else f"the bias of {title} is computed, not a plain parameter"
+    bias_is_plain = producer.__dict__.get("bias") is None and isinstance(
+        producer._parameters.get("bias"), (nn.Parameter, type(None))
+    )
+    return (
+        Pair(producer_call.name, name) if bias_is_plain else f"the bias of {title} is computed, not a plain parameter"
+    )
 
 
 def _sharing_fault(model: nn.Module, names: list[str], readers: dict[str, str]) -> str | None:
@@ -210,12 +222,18 @@ def _along_outputs(producer: nn.Module, scale: Tensor) -> Tensor:
     if not isinstance(producer, _ConvTransposeNd):
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
     rows = weight.shape[0] // producer.groups
-    return scale.reshape(producer.groups, -1).repeat_interleave(rows, 0).reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    return (
+        scale.reshape(producer.groups, -1)
+        .repeat_interleave(rows, 0)
+        .reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    )
 
 
 def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as y = scale · x + shift, `[C]` each, float64."""
-    weight, bias, mean, variance = (getattr(bn, key).detach().double() for key in ("weight", "bias", "running_mean", "running_var"))
+    weight, bias, mean, variance = (
+        getattr(bn, key).detach().double() for key in ("weight", "bias", "running_mean", "running_var")
+    )
     scale = weight / (variance + bn.eps).sqrt()
     return scale, bias - mean * scale
 
@@ -247,7 +265,9 @@ class FoldedBatchNorms:
         pairs: the folded pairs.
     """
 
-    def __init__(self, model: nn.Module, originals: list[tuple[Tensor, Tensor]], exact: dict[Pair, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, originals: list[tuple[Tensor, Tensor]], exact: dict[Pair, tuple[Tensor, Tensor]]
+    ) -> None:
         self.pairs = tuple(exact)
         self._model, self._originals, self._exact = model, originals, exact
 
@@ -311,7 +331,10 @@ def fold_batch_norm(model: nn.Module, pairs: Iterable[Pair]) -> FoldedBatchNorms
             producer, bn = modules[pair.producer], modules[pair.batch_norm]
             values = _folded_values(producer, bn)
             if not all(bool(value.isfinite().all()) for _, value in values):
-                faults.append(f"{pair.batch_norm!r} into {pair.producer!r}: folded values are not finite in {_weight(producer).dtype}")
+                faults.append(
+                    f"{pair.batch_norm!r} into {pair.producer!r}: folded values are not finite in "
+                    f"{_weight(producer).dtype}"
+                )
             exact[pair] = _effective(producer, bn)
             changes += values
         raise_all(QuantizationError, "cannot fold batch norm", faults)

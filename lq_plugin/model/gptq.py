@@ -1,4 +1,5 @@
-"""GPTQ over a model: layer after layer in the order in which they run, on inputs that the quantized layers in front make.
+"""GPTQ over a model: layer after layer in the order in which they run, on inputs that the quantized layers in front
+make.
 
 Each layer needs its inputs' Hessian and nothing else, which is summed over the batches; the solver is in
 `lq_plugin.functional.gptq`. The result is written like that of `reconstruct`: values on the grid into `layer.weight`,
@@ -144,12 +145,16 @@ def check_options(
         if isinstance(value, bool) or not isinstance(value, int) or value < low
     ]
     flags = {"act_order": act_order, "correct_batch_norm": correct_batch_norm}
-    faults += [f"{name} is true or false, got {value!r}" for name, value in flags.items() if not isinstance(value, bool)]
+    faults += [
+        f"{name} is true or false, got {value!r}" for name, value in flags.items() if not isinstance(value, bool)
+    ]
     raise_all(QuantizationError, "GPTQ", faults)
 
 
 class _GPTQ:
-    def __init__(self, model: nn.Module, run: Callable[[Any], Any], cache: ActivationCache, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, run: Callable[[Any], Any], cache: ActivationCache, options: dict[str, Any]
+    ) -> None:
         self.model, self.run, self.cache, self.options = model, run, cache, options
         self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
         self.count = 0
@@ -187,8 +192,17 @@ class _GPTQ:
         return result
 
     def _refuse_uncalibrated(self, names: list[str]) -> None:
-        found = [q for name in names for q in (self.layers[name].weight_quantizer, self.layers[name].input_quantizer) if q is not None]
-        faults = [f"{q.name} ({q.spec}) has no range yet" for q in found if q.is_enabled and q.needs_calibration and not q.is_calibrated]
+        found = [
+            q
+            for name in names
+            for q in (self.layers[name].weight_quantizer, self.layers[name].input_quantizer)
+            if q is not None
+        ]
+        faults = [
+            f"{q.name} ({q.spec}) has no range yet"
+            for q in found
+            if q.is_enabled and q.needs_calibration and not q.is_calibrated
+        ]
         raise_all(CalibrationError, "GPTQ: calibrate first", faults)
 
     def _see_float(self, norms: _BatchNorms) -> None:
@@ -204,7 +218,9 @@ class _GPTQ:
             reasons = {name: reason for name in unit.layers if (reason := self._why_not(name, readers)) is not None}
             result.skipped |= reasons
             if not reasons:
-                result.layers[unit.name] = self._round_layer(unit.name, replay, norms, len(recording.calls_of(unit.name)))
+                result.layers[unit.name] = self._round_layer(
+                    unit.name, replay, norms, len(recording.calls_of(unit.name))
+                )
             replay.finish(unit.layers)
 
     def _why_not(self, name: str, readers: dict[str, str]) -> str | None:
@@ -212,7 +228,7 @@ class _GPTQ:
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         if isinstance(layer, CompoundWeight):
-            return f"what it is multiplied with is made inside the kernel of {owner_name(self.model, layer)!r} and not seen"
+            return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
         if weight_is_computed(layer):
             return COMPUTED
         if quantizer.spec.format != "int":
@@ -233,23 +249,31 @@ class _GPTQ:
         assert quantizer is not None
         canonical = type(layer).canonical(layer, layer.weight)
         rounding = _Rounding(quantizer, canonical)
-        weight, nearest = inputs.to_matrix(canonical.to(hessian.device)), inputs.to_matrix(quantizer(canonical).to(hessian))
+        weight, nearest = (
+            inputs.to_matrix(canonical.to(hessian.device)),
+            inputs.to_matrix(quantizer(canonical).to(hessian)),
+        )
         scale, zero_point = (inputs.to_matrix(t.to(hessian.device)) for t in rounding.elementwise_qparams())
         try:
             solved = gptq_quantize(weight, hessian, scale, zero_point, quantizer.spec.grid, **self.options)
         except CalibrationError as error:
             raise CalibrationError(f"GPTQ of {name!r}: {error}") from error
-        whole, before, after = (output_errors(difference, hessian) for difference in (weight, weight - nearest, weight - solved))
+        whole, before, after = (
+            output_errors(difference, hessian) for difference in (weight, weight - nearest, weight - solved)
+        )
         worse = before < after
         solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
         self._write(name, rounding, solved.reshape(canonical.shape).to(canonical.device))
         norm = max(float(whole.sum()), 1e-300)
         dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
         rows = float(worse.double().mean())
-        return GPTQFit(inputs.count, float(before.sum()) / norm, float(torch.minimum(before, after).sum()) / norm, rows, dead)
+        return GPTQFit(
+            inputs.count, float(before.sum()) / norm, float(torch.minimum(before, after).sum()) / norm, rows, dead
+        )
 
     def _write(self, name: str, rounding: _Rounding, values: Tensor) -> None:
-        """Through the unit that `reconstruct` writes with, which checks that the quantizer returns the weight unchanged."""
+        """Through the unit that `reconstruct` writes with, which checks that the quantizer returns the weight
+        unchanged."""
         unit = SoftUnit({name: self.layers[name]}, [], ReconstructOptions(), torch.Generator())
         rounding.values = values
         unit.roundings[name] = rounding
@@ -263,7 +287,9 @@ class _GPTQ:
             norms.start_quantized_batch(index, complete=True)
             self.run(self.batch(index))
         shifts = apply_watches(norms.watches)
-        return ReestimatedBatchNorms(self.count, shifts, tuple(name for name in norms.watches if name not in shifts), norms.without)
+        return ReestimatedBatchNorms(
+            self.count, shifts, tuple(name for name in norms.watches if name not in shifts), norms.without
+        )
 
 
 class _Rounding(SoftRounding):
@@ -274,7 +300,9 @@ class _Rounding(SoftRounding):
     def elementwise_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each element of the canonical weight."""
         shape = blocks(torch.empty(self.shape, device="meta"), self.granularity).shape
-        scale, zero_point = (unblocks(t.expand(shape), self.shape, self.granularity) for t in (self.scale, self.zero_point))
+        scale, zero_point = (
+            unblocks(t.expand(shape), self.shape, self.granularity) for t in (self.scale, self.zero_point)
+        )
         return scale, zero_point
 
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,11 +310,14 @@ class _Rounding(SoftRounding):
 
 
 class _BatchNorms:
-    """Hooks on batch norms that take each quantized batch back to the statistics of the same batch in the float model."""
+    """Hooks on batch norms that take each quantized batch back to the statistics of the same batch in the float
+    model."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-        self.watches = {name: Watch(bn) for name, bn in norms.items() if bn.running_mean is not None and bn.running_var is not None}
+        self.watches = {
+            name: Watch(bn) for name, bn in norms.items() if bn.running_mean is not None and bn.running_var is not None
+        }
         self.without = tuple(name for name in norms if name not in self.watches)
         #: Float mean and variance of each call, by batch and name.
         self.floats: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
@@ -300,7 +331,9 @@ class _BatchNorms:
             yield
 
     def _hook(self, name: str, watch: Watch) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return watch(module, args, kwargs) if name in self.active else (args, kwargs)
 
         return hook

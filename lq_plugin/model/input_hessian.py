@@ -23,8 +23,9 @@ _CHUNK = 2**24
 class InputHessian:
     """Sums 2 X Xᵀ over the inputs of one linear or convolution, as its input quantizer gives them.
 
-    A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows of X
-    belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no TF32 get at it.
+    A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows
+    of X belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no
+    TF32 get at it.
 
     Args:
         layer: one that `why_no_hessian` has nothing against.

@@ -1,15 +1,20 @@
-"""Python state that is as it was before, after other people's code has run: lists, counters, caches, metrics, generators.
+"""Python state that is as it was before, after other people's code has run: lists, counters, caches, metrics,
+generators.
 
 `state_kept(module)` looks at what can be reached from the module before the code runs, and puts it back afterwards:
 
-* attributes of modules (torchmetrics' among them), of the objects they hold, with `__dict__` or `__slots__`, and of their classes;
-* lists, dicts, sets, deques and what is in them; registered buffers, tensors and arrays, those written to in place included;
-* generators of torch, numpy and `random`; positions of files that are read; iterators, which give what they gave once more.
+* attributes of modules (torchmetrics' among them), of the objects they hold, with `__dict__` or `__slots__`, and of
+  their classes;
+* lists, dicts, sets, deques and what is in them; registered buffers, tensors and arrays, those written to in place
+  included;
+* generators of torch, numpy and `random`; positions of files that are read; iterators, which give what they gave once
+  more.
 
-Everything keeps its identity, and what has not changed is not touched. Parameters, statistics of batch norms, quantizers and
-submodules stay as the code left them: calibration changes these on purpose. So do objects that hold more than values: those of the
-standard library, of torch and Lightning (Trainers, loggers, optimizers, loader processes), of experiment trackers, and global
-variables. Not entered are the elements of containers with more than 10,000. Writes through `.data` go unseen.
+Everything keeps its identity, and what has not changed is not touched. Parameters, statistics of batch norms,
+quantizers and submodules stay as the code left them: calibration changes these on purpose. So do objects that hold more
+than values: those of the standard library, of torch and Lightning (Trainers, loggers, optimizers, loader processes), of
+experiment trackers, and global variables. Not entered are the elements of containers with more than 10,000. Writes
+through `.data` go unseen.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ Restore = Callable[[], object]
 LARGE = 10_000
 
 _NOTHING: Any = object()
-_LEAVES = frozenset((int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size, slice, range))
+_LEAVES = frozenset(
+    (int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size, slice, range)
+)
 _CONTAINERS = (dict, list, set, tuple, frozenset, deque)
 #: What `nn.Module` keeps of its own.
 _STRUCTURE = frozenset(vars(nn.Module()))
@@ -50,9 +57,12 @@ _CLASS_VALUES = (int, float, str, tuple, list, dict, set, deque, Tensor, type(No
 _VALUES_OF_STDLIB = frozenset(("builtins", "abc", "typing", "collections", "argparse", "types"))
 _OPAQUE = (sys.stdlib_module_names - _VALUES_OF_STDLIB) | {
     "torch", "lightning", "lightning_fabric", "pytorch_lightning", "lq_plugin", "optuna",
-    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "trackio", "wandb",
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "trackio",
+    "wandb",
 }  # fmt: skip
-_DATA_OF_TORCH = tuple(f"torch.utils.data.{name}" for name in ("dataset.", "sampler.", "distributed.", "dataloader.DataLoader"))
+_DATA_OF_TORCH = tuple(
+    f"torch.utils.data.{name}" for name in ("dataset.", "sampler.", "distributed.", "dataloader.DataLoader")
+)
 
 
 class KeptState:
@@ -163,7 +173,8 @@ def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: _Recorded) ->
 
 
 def _is_read_once(value: Any) -> bool:
-    """Whether it is an iterator and nothing else (a generator, `map`): a database's cursor has methods that a stand-in would lack."""
+    """Whether it is an iterator and nothing else (a generator, `map`): a database's cursor has methods that a stand-in
+    would lack."""
     return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not _has_methods(type(value))
 
 
@@ -215,7 +226,9 @@ def _attributes(value: Any, state: KeptState) -> list[Any]:
 def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     """Of a class of Python's: those of C have members that nobody may write to."""
     kinds = [base for base in kind.__mro__ if "__slots__" in vars(base)]
-    return tuple(member for base in kinds for member in vars(base).values() if isinstance(member, types.MemberDescriptorType))
+    return tuple(
+        member for base in kinds for member in vars(base).values() if isinstance(member, types.MemberDescriptorType)
+    )
 
 
 def _slot(slot: types.MemberDescriptorType, value: Any) -> Any:
@@ -249,7 +262,9 @@ def _(value: nn.Module, state: KeptState) -> Iterable[Any]:
 
 
 def _keep_class(kind: type, state: KeptState) -> Iterable[Any]:
-    held = {name: item for name, item in vars(kind).items() if not name.startswith("__") and isinstance(item, _CLASS_VALUES)}
+    held = {
+        name: item for name, item in vars(kind).items() if not name.startswith("__") and isinstance(item, _CLASS_VALUES)
+    }
 
     def restore() -> None:
         for name, before in held.items():
@@ -267,7 +282,8 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
     Args:
         value: the dict.
         state: what to add to.
-        taken: of a module: names that may not come back, for they belong to a submodule, a parameter or a buffer by then.
+        taken: of a module: names that may not come back, for they belong to a submodule, a parameter or a buffer by
+            then.
     """
     hidden = _STRUCTURE if taken else frozenset()
     items = {key: item for key, item in value.items() if key not in hidden} if hidden else value
@@ -282,7 +298,8 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
                 if value.get(key, _NOTHING) is not item and not any(key in others for others in taken):
                     value[key] = item
         elif len(value) != len(before) or any(
-            new is not old or now is not item for (new, now), (old, item) in zip(value.items(), before.items(), strict=True)
+            new is not old or now is not item
+            for (new, now), (old, item) in zip(value.items(), before.items(), strict=True)
         ):
             base.clear(value)
             base.update(value, before)

@@ -64,7 +64,9 @@ def fit_rounding(
     for iteration in range(options.iterations):
         progress = (iteration - warm_up) / max(options.iterations - warm_up, 1)
         forward, targets = draw()
-        loss = torch.stack([(y - t).float().square().mean() / norm for y, t, norm in zip(forward(), targets, norms, strict=True)]).mean()
+        loss = torch.stack(
+            [(y - t).float().square().mean() / norm for y, t, norm in zip(forward(), targets, norms, strict=True)]
+        ).mean()
         if options.regularization and iteration >= warm_up and total:
             beta = beta_at(progress, *options.beta)
             # Saturated weights have a span of 0.
@@ -76,7 +78,8 @@ def fit_rounding(
         average([loss, *(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)])
         if not bool(loss.isfinite()):
             raise CalibrationError(
-                f"reconstruction of {where} met NaN or Inf in iteration {iteration}: lower the learning rate, or look at its inputs"
+                f"reconstruction of {where} met NaN or Inf in iteration {iteration}: lower the learning rate, or look "
+                "at its inputs"
             )
         optimizer.step()
         if on_step is not None:

@@ -24,7 +24,8 @@ class Entry:
         plan: the specs in force.
         reason: why (a part of) it stays float; None when nothing does.
         parameters: all numbers that it owns.
-        weights: those of its parameters that have two dims or more, which are multiplied; biases and factors of norms have one.
+        weights: those of its parameters that have two dims or more, which are multiplied; biases and factors of norms
+            have one.
         macs: multiply-accumulates for one input sample; None before a recording.
         calls: how often it ran in the recorded batch; None before a recording.
         functional: a functional call, not a module.
@@ -48,7 +49,8 @@ class Entry:
 
     @property
     def quantized(self) -> bool:
-        """Whether it computes with quantized weights or inputs wherever it is called; no recorded batch may have called it."""
+        """Whether it computes with quantized weights or inputs wherever it is called; no recorded batch may have called
+        it."""
         return bool(self.plan) and self.reached and not self.read_past and not (self.functional and self.calls == 0)
 
 
@@ -97,11 +99,17 @@ class Ledger:
 
     @property
     def compute_coverage(self) -> float | None:
-        """Share of the MACs of the recorded batch whose operands are all quantized, 0..1; 1 without any, None before a recording.
+        """Share of the MACs of the recorded batch whose operands are all quantized, 0..1; 1 without any, None before a
+        recording.
 
-        A product of a quantized weight and a float input does not count; nor do functional products that no rule asks for.
+        A product of a quantized weight and a float input does not count; nor do functional products that no rule asks
+        for.
         """
-        return _share((entry.macs or 0, entry.quantized and entry.all_quantized) for entry in self.entries) if self.recorded else None
+        return (
+            _share((entry.macs or 0, entry.quantized and entry.all_quantized) for entry in self.entries)
+            if self.recorded
+            else None
+        )
 
     def coverages(self) -> dict[str, float | None]:
         """Both shares by name."""
@@ -113,7 +121,8 @@ class Ledger:
         return mine == theirs
 
     def add_recording(self, recording: Recording) -> None:
-        """Take in what one batch did: calls, MACs, and the functional calls, which are float unless the plan names them."""
+        """Take in what one batch did: calls, MACs, and the functional calls, which are float unless the plan names
+        them."""
         plans = {entry.name: entry.plan for entry in self.entries if entry.functional and entry.plan}
         kinds = {entry.name: entry.kind for entry in self.entries if entry.functional}
         self.entries = [entry for entry in self.entries if not entry.functional]
@@ -123,7 +132,9 @@ class Ledger:
             if entry.calls == 0 and entry.plan:
                 reader = recording.reader_of(entry.name)
                 entry.read_past = reader is not None
-                entry.reason = "never called in the recorded batch" + (f": {reader} reads its weight, in float" if reader else "")
+                entry.reason = "never called in the recorded batch" + (
+                    f": {reader} reads its weight, in float" if reader else ""
+                )
         for call in {call.name: call for call in recording.functional_calls}.values():
             plan = plans.pop(call.name, LayerPlan())
             reason = None if plan else f"functional {call.op}: no rule asks for it by name"
@@ -131,13 +142,16 @@ class Ledger:
                 reason = f"functional {call.op}: a parameter, or what it computes inside, stays float"
             calls = len(recording.calls_of(call.name))
             macs, whole = recording.sample_macs[call.name], bool(plan) and call.fully_quantizable
-            self.entries.append(Entry(call.name, call.op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole))
+            self.entries.append(
+                Entry(call.name, call.op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole)
+            )
         for name, plan in plans.items():
             reason = "never called in the recorded batch"
             self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
 
     def note_unreached(self, names: Collection[str], reason: str) -> None:
-        """Take in which layers and operations are float because no batch has reached them; others that were are so no longer."""
+        """Take in which layers and operations are float because no batch has reached them; others that were are so no
+        longer."""
         for entry in self.entries:
             if entry.name in names and entry.reached:
                 self._other_reasons[entry.name] = entry.reason
@@ -159,7 +173,9 @@ class Ledger:
             weights = what == "weights"
             share = self.weight_coverage if weights else self.compute_coverage
             if share is None:
-                faults.append(f"{what} coverage is not known before a batch is recorded, min_coverage asks for {least:.1%}")
+                faults.append(
+                    f"{what} coverage is not known before a batch is recorded, min_coverage asks for {least:.1%}"
+                )
             elif share < least:
                 float_parts = [
                     entry for entry in self.entries
@@ -168,9 +184,13 @@ class Ledger:
                 size = (lambda entry: entry.weights) if weights else (lambda entry: entry.macs or 0)
                 largest = sorted((entry for entry in float_parts if size(entry)), key=size, reverse=True)[:10]
                 lines = "\n".join(f"  - {entry.name} ({entry.kind}): {entry.reason}" for entry in largest)
-                faults.append(f"{what} coverage is {share:.1%}, min_coverage asks for {least:.1%}. Largest float parts:\n{lines}")
+                faults.append(
+                    f"{what} coverage is {share:.1%}, min_coverage asks for {least:.1%}. Largest float parts:\n{lines}"
+                )
         if faults and not isinstance(min_coverage, Mapping):
-            faults.append('a number bounds both shares; for one of them write min_coverage={"weights": 0.9} or {"compute": 0.9}')
+            faults.append(
+                'a number bounds both shares; for one of them write min_coverage={"weights": 0.9} or {"compute": 0.9}'
+            )
         if faults:
             raise CoverageError("\n".join(faults))
 

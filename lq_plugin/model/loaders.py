@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 
 def loaders_in(value: Any) -> list[Any]:
-    """The loaders of `value`, in Lightning's order. Anything else than `DataLoader`s, such as a list of batches, is one loader.
+    """The loaders of `value`, in Lightning's order. Anything else than `DataLoader`s, such as a list of batches, is one
+    loader.
 
     >>> a, b = DataLoader(range(2)), DataLoader(range(3))
     >>> [len(loader) for loader in loaders_in([a, {"second": b}])], loaders_in([[1, 2], [3, 4]])

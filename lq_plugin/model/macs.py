@@ -28,7 +28,11 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     Told by its type name and weight, so that transformers need not be installed.
     """
     weight = getattr(module, "weight", None)
-    return any(base.__name__ == "Conv1D" for base in type(module).__mro__) and isinstance(weight, Tensor) and weight.dim() == 2
+    return (
+        any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+    )
 
 
 def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes: Sequence[Shape]) -> int:
@@ -67,7 +71,8 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
 
 
 def weight_macs(module: nn.Module, input_shapes: Sequence[Shape]) -> dict[str, int]:
-    """The share of each weight in one call of a module that holds several, by the weight's key; empty for other modules.
+    """The share of each weight in one call of a module that holds several, by the weight's key; empty for other
+    modules.
 
     For recurrent modules the shares are all of `module_macs`; of attention, the products QKᵀ and with V are left.
     """
@@ -105,7 +110,9 @@ def _attention_module_macs(module: nn.MultiheadAttention, shapes: Sequence[Shape
     length_axis = 1 if module.batch_first and len(query) == 3 else 0
     batch = query[1 - length_axis] if len(query) == 3 else 1
     extra = (module.bias_k is not None) + module.add_zero_attn
-    return _attention_macs(batch, query[length_axis], key[length_axis], extra, module.embed_dim, module.kdim, module.vdim)
+    return _attention_macs(
+        batch, query[length_axis], key[length_axis], extra, module.embed_dim, module.kdim, module.vdim
+    )
 
 
 def _attention_macs(batch: int, queries: int, keys: int, extra: int, embed: int, kdim: int, vdim: int) -> int:
@@ -156,8 +163,12 @@ def _multi_head_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], outp
 
 
 def _grouped_mm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    """Each row meets the matrix of its group; of two matrices that are both cut along the inner dim, each slice counts once."""
-    first, second = _argument(args, kwargs, 0, "mat_a", "self", "input"), _argument(args, kwargs, 1, "mat_b", "mat2", "weight")
+    """Each row meets the matrix of its group; of two matrices that are both cut along the inner dim, each slice counts
+    once."""
+    first, second = (
+        _argument(args, kwargs, 0, "mat_a", "self", "input"),
+        _argument(args, kwargs, 1, "mat_b", "mat2", "weight"),
+    )
     rows = first.shape[0] * second.shape[1] if first.dim() == second.dim() == 2 else output.numel()
     return rows * first.shape[-1]
 
@@ -206,7 +217,8 @@ def _chain(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> 
     @cache
     def cheapest(first: int, last: int) -> int:
         cuts = (
-            cheapest(first, cut) + cheapest(cut + 1, last) + sizes[first] * sizes[cut + 1] * sizes[last + 1] for cut in range(first, last)
+            cheapest(first, cut) + cheapest(cut + 1, last) + sizes[first] * sizes[cut + 1] * sizes[last + 1]
+            for cut in range(first, last)
         )
         return min(cuts, default=0)
 
@@ -227,7 +239,11 @@ def _einsum(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) ->
         for label, size in zip(labels, operand.shape, strict=True):
             sizes[label] = max(sizes.get(label, 1), size)
     occurring = [label for labels in terms for label in labels]
-    kept = {label for label in occurring if (label in result if arrow else occurring.count(label) == 1) or label.startswith("...")}
+    kept = {
+        label
+        for label in occurring
+        if (label in result if arrow else occurring.count(label) == 1) or label.startswith("...")
+    }
     held, total = set(terms[0]), 0
     for index, labels in enumerate(terms[1:], 2):
         later = kept.union(*terms[index:])

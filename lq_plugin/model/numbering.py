@@ -19,7 +19,8 @@ from lq_plugin.model.op_names import ELEMENTWISE
 OPERATIONS = PRODUCTS | ELEMENTWISE | {"cat"}
 #: Products that are added to the first of their tensors.
 _ADDED = ("addmm", "baddbmm", "addmv", "addbmm")
-#: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks and biases.
+#: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks
+#: and biases.
 _OPERANDS = {
     "bilinear": 3,
     **dict.fromkeys(("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"), 3),
@@ -29,7 +30,8 @@ _OPERANDS = {
 
 
 def product_factors(op: str, count: int) -> range:
-    """Indices of the tensors that a product multiplies, of the `count` that it gets; what it adds or masks with is none."""
+    """Indices of the tensors that a product multiplies, of the `count` that it gets; what it adds or masks with is
+    none."""
     return range(1 if op in _ADDED else 0, min(count, _OPERANDS.get(op, 2)))
 
 
@@ -47,7 +49,8 @@ class Numbering:
         return [tensor.is_floating_point() and not self._is_constant(tensor) for tensor in inputs]
 
     def label(self, op: str, inputs: Sequence[Tensor]) -> tuple[str, tuple[int, ...]] | None:
-        """Name of the operation that is about to run, and which of its tensors are operands; None where no activations meet.
+        """Name of the operation that is about to run, and which of its tensors are operands; None where no activations
+        meet.
 
         Args:
             op: its bare name, see `op_names.normalize`.
@@ -72,7 +75,9 @@ class Numbering:
 
     def note(self, op: str, in_place: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Learn from a call that has run which tensors are constants."""
-        made_of_constants = op.startswith("new_") or op.endswith("_like") or all(self._is_constant(tensor) for tensor in inputs)
+        made_of_constants = (
+            op.startswith("new_") or op.endswith("_like") or all(self._is_constant(tensor) for tensor in inputs)
+        )
         if made_of_constants:
             self.constants += [tensor for tensor in outputs if not self._is_constant(tensor)]
         elif in_place and inputs and self._is_constant(inputs[0]):

@@ -1,4 +1,5 @@
-"""What happens to quantizers between two training batches: one bucketed all-reduce commits what they saw in the last one."""
+"""What happens to quantizers between two training batches: one bucketed all-reduce commits what they saw in the last
+one."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def _commit_moving(moving: list[InputQuantizer], all_reduce_max: Callable[[Tenso
 def _commit_first(waiting: list[InputQuantizer], merge: Callable[[Statistics], None] | None) -> None:
     if not waiting:
         return
-    # Every rank brings all of them, so that the ranks' buckets match even where one rank called a layer and another did not.
+    # Every rank brings all of them, so that the ranks' buckets match even where one rank called a layer and another did
+    # not.
     statistics = {q.name: q.pending or q.new_collector() for q in waiting}
     if merge is not None:
         merge(statistics)
@@ -80,7 +82,8 @@ def _commit_first(waiting: list[InputQuantizer], merge: Callable[[Statistics], N
 
 @torch.no_grad()
 def clip_latent_weights(layers: Iterable[QuantizedLayer]) -> None:
-    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section 2.4).
+    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section
+    2.4).
 
     Weights that are computed are not there to be clipped; `prepare` refuses such a format for them.
     """

@@ -6,13 +6,16 @@ import re
 
 #: Calls that read shapes and flags, not values.
 METADATA = frozenset(
-    ("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "untyped_storage",
-     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "has_names", "requires_grad_",
+    ("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr",
+    "untyped_storage",
+     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "has_names",
+     "requires_grad_",
      "retain_grad", "register_hook", "result_type", "__len__", "__repr__")
 )  # fmt: skip
 #: The same values elsewhere: the producer passes through.
 COPIES = frozenset(
-    ("contiguous", "clone", "reshape", "flatten", "ravel", "to", "type", "float", "double", "half", "bfloat16", "type_as",
+    ("contiguous", "clone", "reshape", "flatten", "ravel", "to", "type", "float", "double", "half", "bfloat16",
+    "type_as",
      "cuda", "cpu", "detach")
 )  # fmt: skip
 #: Two activations meet here, so a quantized model needs a scale for it.

@@ -1,7 +1,8 @@
 """Which rules of a plan ask for operations that no layer owns, what each operation gets, and which rules ask in vain.
 
 A rule is about operations when its pattern matches no layer and ends in an operation's name: `encoder.0.add_0`,
-`*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about layers
+`*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about
+layers
 alone: an operation is never quantized unless it is asked for.
 """
 
@@ -26,13 +27,16 @@ _NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(OPERATIONS, key=len, r
 def names_operation(pattern: str) -> bool:
     """Whether a pattern could match operations, by the look of it.
 
-    >>> [names_operation(pattern) for pattern in ("block.add_0", "*.matmul_*", "type:cat", "*", "block.add", "re:.*(add|cat)_0")]
+    >>> patterns = ("block.add_0", "*.matmul_*", "type:cat", "*", "block.add", "re:.*(add|cat)_0")
+    >>> [names_operation(pattern) for pattern in patterns]
     [True, True, True, False, False, True]
     """
     return pattern[5:] in OPERATIONS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
 
 
-def split(plan: QuantPlan, layers: Sequence[LayerInfo], aside: Iterable[str] = ()) -> tuple[QuantPlan | None, list[Rule]]:
+def split(
+    plan: QuantPlan, layers: Sequence[LayerInfo], aside: Iterable[str] = ()
+) -> tuple[QuantPlan | None, list[Rule]]:
     """The plan of the rules about layers (None where there are none), and the rules about operations.
 
     A rule that keeps float what is no part of the model (the names `aside`) asks for nothing.
@@ -51,7 +55,11 @@ def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dic
     """Modules that cannot hold quantizers although a rule matches them alone, and why."""
     # Nobody reads the reasons of more.
     idle = [rule for rule in plan.rules[:1000] if not _matches_any(rule, layers)]
-    return {name: reason for name, reason in survey.reasons.items() if any(matches(r.match, name, [survey.kinds[name]]) for r in idle)}
+    return {
+        name: reason
+        for name, reason in survey.reasons.items()
+        if any(matches(r.match, name, [survey.kinds[name]]) for r in idle)
+    }
 
 
 def _matches_any(rule: Rule, layers: Iterable[LayerInfo]) -> bool:
@@ -88,7 +96,10 @@ def resolve_operations(
     faults = [_nothing_matches(rule, operations, known) for rule in rules if not _matches_any(rule, infos)]
     for rule in rules:
         given = [slot for slot in ("weight", "output") if getattr(rule, slot) is not None]
-        faults += [f"{rule.match!r}: an operation has no {slot} to quantize, only its input: all of its operands" for slot in given]
+        faults += [
+            f"{rule.match!r}: an operation has no {slot} to quantize, only its input: all of its operands"
+            for slot in given
+        ]
     raise_all(PlanError, "the plan does not fit the model", faults)
     plans = QuantPlan(rules, schedule.schedule).resolve(infos)
     for name, plan in plans.items():
@@ -114,5 +125,7 @@ def _nothing_matches(rule: Rule, operations: Mapping[str, Operation], known: boo
         )
     names = list(operations)
     shown = ", ".join(names[:6]) + (f", ... ({len(names)} operations)" if len(names) > 6 else "") if names else "none"
-    near = did_you_mean(rule.match.removeprefix("type:"), {*names, *(operation.op for operation in operations.values())})
+    near = did_you_mean(
+        rule.match.removeprefix("type:"), {*names, *(operation.op for operation in operations.values())}
+    )
     return f"{rule.match!r} matches no layer and no operation of the recorded batch; operations: {shown}.{near}"

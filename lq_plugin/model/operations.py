@@ -3,11 +3,11 @@
 A module whose forward has such operations gains one submodule, `quantized_operations`, with the quantizers of each. It
 stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
 as a recording does (`lq_plugin.model.numbering`) and sends their operands through the quantizers. Calls
-inside its submodules are not its own; hooks on them say when one begins and ends. Modules without quantized operations, and
-their submodules, are not touched.
+inside its submodules are not its own; hooks on them say when one begins and ends. Modules without quantized operations,
+and their submodules, are not touched.
 
-`torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew behind
-the break, and quantize other operands than the plan says.
+`torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew
+behind the break, and quantize other operands than the plan says.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class QuantizedOperation(nn.Module):
     def quantized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the operation with quantized operands; not where results are written."""
         numbers = count()
-        return self._map(args, numbers), {key: value if key == "out" else self._map(value, numbers) for key, value in kwargs.items()}
+        return self._map(args, numbers), {
+            key: value if key == "out" else self._map(value, numbers) for key, value in kwargs.items()
+        }
 
     def _map(self, value: Any, numbers: Iterator[int]) -> Any:
         if isinstance(value, Tensor):
@@ -193,7 +195,12 @@ class OperationQuantizers(nn.Module):
 
     def _hooks_on(self, module: nn.Module) -> list[tuple[dict[int, Any], int]]:
         mine = (self.enter_submodule, self.leave_submodule)
-        return [(hooks, key) for hooks in (module._forward_pre_hooks, module._forward_hooks) for key, hook in hooks.items() if hook in mine]
+        return [
+            (hooks, key)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for key, hook in hooks.items()
+            if hook in mine
+        ]
 
 
 def _keep_out_of_graphs() -> None:
@@ -208,7 +215,9 @@ class _QuantizedOperands(TorchFunctionMode):
         super().__init__()
         self.container, self.call = container, call
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.call.depth or self.container.calls[-1] is not self.call or name in METADATA:

@@ -1,8 +1,10 @@
-"""Which quantized weights the model's own code reads past their layers: `F.linear(x, self.embedding.weight)` reads the float one.
+"""Which quantized weights the model's own code reads past their layers: `F.linear(x, self.embedding.weight)` reads the
+float one.
 
-Found in the code of the model without running it, so that a file can hold what the model computes with. What such code only asks of a
-weight, its dtype, device or shape, is no read of its values. Where the code does not say of which layer a weight is (`layers[i].weight`),
-it may be any one below. Not seen: names made at run time (`getattr(layer, name)`), and what compiled extensions do.
+Found in the code of the model without running it, so that a file can hold what the model computes with. What such code
+only asks of a weight, its dtype, device or shape, is no read of its values. Where the code does not say of which layer
+a weight is (`layers[i].weight`), it may be any one below. Not seen: names made at run time (`getattr(layer, name)`),
+and what compiled extensions do.
 """
 
 from __future__ import annotations
@@ -21,7 +23,22 @@ from lq_plugin.model.prepare import quantized_layers
 #: Where an evaluation begins.
 _ENTRIES = ("forward", "validation_step", "test_step", "predict_step")
 #: Asked of a weight without reading its values.
-_LOOKS = frozenset(("dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "grad", "__class__", "type"))
+_LOOKS = frozenset(
+    (
+        "dtype",
+        "device",
+        "shape",
+        "size",
+        "ndim",
+        "dim",
+        "numel",
+        "requires_grad",
+        "is_cuda",
+        "grad",
+        "__class__",
+        "type",
+    )
+)
 _LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.", "lq_plugin.")
 
 
@@ -50,14 +67,20 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
     attributes = {attribute for _, attribute in owners}
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) or f".{CONTAINER}." in f".{name}." or f"{type(module).__module__}.".startswith(_LIBRARIES):
+        if (
+            isinstance(module, QuantizedLayer)
+            or f".{CONTAINER}." in f".{name}."
+            or f"{type(module).__module__}.".startswith(_LIBRARIES)
+        ):
             continue
         below = {id(inner) for inner in module.modules()}
         for function in _functions(module):
             for path, attribute in _reads(function.__code__, attributes):
                 owner = _resolved(module, path)
                 for (holder, kept), key in owners.items():
-                    if kept == attribute and (holder == id(owner) if path is not None else holder in below and holder != id(module)):
+                    if kept == attribute and (
+                        holder == id(owner) if path is not None else holder in below and holder != id(module)
+                    ):
                         found.setdefault(key, f"{type(module).__name__}.{function.__name__}")
     return found
 
@@ -70,7 +93,11 @@ def _functions(module: nn.Module) -> Iterator[FunctionType]:
     while waiting:
         entry = waiting.pop()
         function = inspect.unwrap(getattr(entry, "__func__", entry))
-        if not isinstance(function, FunctionType) or id(function) in seen or f"{function.__module__}.".startswith(_LIBRARIES):
+        if (
+            not isinstance(function, FunctionType)
+            or id(function) in seen
+            or f"{function.__module__}.".startswith(_LIBRARIES)
+        ):
             continue
         seen.add(id(function))
         yield function
@@ -89,7 +116,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _reads(function: CodeType, attributes: set[str]) -> Iterator[tuple[tuple[str, ...] | None, str]]:
-    """Reads of such attributes: the names from `self` to the one that has it, or None where it is another's; and the attribute."""
+    """Reads of such attributes: the names from `self` to the one that has it, or None where it is another's; and the
+    attribute."""
     this = function.co_varnames[0] if function.co_argcount else ""
     for code in _codes(function):
         steps = list(dis.get_instructions(code))

@@ -2,8 +2,8 @@
 
 Layers are swapped by class: modules, parameters, hooks and the key `weight` keep their identity; a
 layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`. A module with several weights
-(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`. Operations that no layer owns are quantized where
-a rule asks for them by name, see `lq_plugin.model.operation_rules`.
+(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`. Operations that no layer owns are quantized
+where a rule asks for them by name, see `lq_plugin.model.operation_rules`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ from lq_plugin.model.aside import quantizing
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.ledger import Entry, Ledger
 from lq_plugin.model.operation_rules import blocked, resolve_operations, split
-from lq_plugin.model.operations import Operation, attach_operations, detach_operations, operations_of, quantized_operations
+from lq_plugin.model.operations import (
+    Operation,
+    attach_operations,
+    detach_operations,
+    operations_of,
+    quantized_operations,
+)
 from lq_plugin.model.recording import Recording
 from lq_plugin.model.survey import OPAQUE, Survey, input_owner
 from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
@@ -89,11 +95,14 @@ def prepare(
     raise_all(PlanError, "weights that are computed (weight_norm, pruning, ...) cannot be kept in an interval", [
         f"{name}: '{spec}' clips its weight after each step"
         for name, layer_plan in layer_plans.items() if weight_is_computed(survey.candidates[name])
-        for _, spec in layer_plan.stages_of("weight") if spec and make_weight_quantizer(spec, name, (1, 1)).latent_bound is not None
+        for _, spec in layer_plan.stages_of("weight") if spec and make_weight_quantizer(spec, name, (1,
+        1)).latent_bound is not None
     ])  # fmt: skip
-    raise_all(PlanError, "attributes with names that quantized layers use for something else: rename them, or leave these layers float", [
+    raise_all(PlanError, "attributes with names that quantized layers use for something else: rename them, or leave "
+    "these layers float", [
         f"{name} ({type(module).__name__}): {', '.join(taken)}"
-        for name, layer_plan in layer_plans.items() if layer_plan and (taken := _names_taken(module := survey.candidates[name]))
+        for name,
+        layer_plan in layer_plans.items() if layer_plan and (taken := _names_taken(module := survey.candidates[name]))
     ])  # fmt: skip
     ledger = _ledger(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
@@ -111,20 +120,29 @@ def prepare(
     attach_operations(model, operation_plans)
     disable_fast_paths(model)
     share_inputs(model)
-    if getattr(getattr(type(model), "to_onnx", None), "__module__", "").startswith(("lightning.", "pytorch_lightning.")):
+    if getattr(getattr(type(model), "to_onnx", None), "__module__", "").startswith(
+        ("lightning.", "pytorch_lightning.")
+    ):
         model.__dict__["to_onnx"] = _to_onnx
     return ledger
 
 
 def _to_onnx(*args: Any, **kwargs: Any) -> None:
-    """In the place of `LightningModule.to_onnx`, which ends in an error of torch's exporter about one of our operators."""
-    raise ExportError("a quantized model is written to ONNX by lq_plugin.export.export_onnx(model, (x,), path), not by to_onnx")
+    """In the place of `LightningModule.to_onnx`, which ends in an error of torch's exporter about one of our
+    operators."""
+    raise ExportError(
+        "a quantized model is written to ONNX by lq_plugin.export.export_onnx(model, (x,), path), not by to_onnx"
+    )
 
 
 def _names_taken(layer: nn.Module) -> list[str]:
     if not isinstance(layer, CompoundWeight):
         return names_taken(layer)
-    return [] if isinstance(layer.owner, QuantizedCompound) else names_taken(layer.owner, swapped_compound(type(layer.owner)))
+    return (
+        []
+        if isinstance(layer.owner, QuantizedCompound)
+        else names_taken(layer.owner, swapped_compound(type(layer.owner)))
+    )
 
 
 def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
@@ -135,8 +153,13 @@ def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> d
         raise PlanError("\n  ".join([str(error), *(f"{name}: {reason}" for name, reason in reasons.items())])) from None
 
 
-def _nothing_to_quantize(model: nn.Module, left_float: Sequence[tuple[str, str, str | None]], why: str = "") -> PlanError:
-    reasons = "; ".join(f"{name} ({kind}): {reason}" for name, kind, reason in left_float[:5]) or "it has no layers with weights"
+def _nothing_to_quantize(
+    model: nn.Module, left_float: Sequence[tuple[str, str, str | None]], why: str = ""
+) -> PlanError:
+    reasons = (
+        "; ".join(f"{name} ({kind}): {reason}" for name, kind, reason in left_float[:5])
+        or "it has no layers with weights"
+    )
     return PlanError(f"nothing to quantize in {type(model).__name__}{why}: {reasons}")
 
 
@@ -155,7 +178,11 @@ def remove(model: nn.Module) -> None:
 
 def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
     """Names and modules of the layers that hold quantizers; names are those of the plan."""
-    return [(name.replace(f"{CONTAINER}.", ""), module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    return [
+        (name.replace(f"{CONTAINER}.", ""), module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+    ]
 
 
 def quantizers(model: nn.Module) -> list[Quantizer]:
@@ -211,7 +238,9 @@ def _refuse_other_plan(
     plans = layers | {name: plan for name, (_, plan) in operations.items()}
     prepared = {name: module.layer_plan for name, module in candidates.items() if isinstance(module, QuantizedLayer)}
     prepared |= {name: operation.plan for name, operation in quantized_operations(model)}
-    different = [name for name in {**plans, **prepared} if prepared.get(name, LayerPlan()) != plans.get(name, LayerPlan())]
+    different = [
+        name for name in {**plans, **prepared} if prepared.get(name, LayerPlan()) != plans.get(name, LayerPlan())
+    ]
     if prepared and different:
         name = different[0]
         raise PlanError(

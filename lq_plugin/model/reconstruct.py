@@ -88,7 +88,13 @@ def reconstruct(
         QuantizationError: options or patterns that cannot be.
     """
     chosen = replace(options or ReconstructOptions(), **changes)
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model), _frozen(model), ActivationCache(chosen.cache_bytes) as cache:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        evaluating(model),
+        _frozen(model),
+        ActivationCache(chosen.cache_bytes) as cache,
+    ):
         worker = _Reconstructor(model, run or model, cache, chosen, on_step)
         worker.load(batches)
         return worker.reconstruct(by)
@@ -135,7 +141,9 @@ class _Reconstructor:
             for name in unit.layers:
                 if (reason := self._why_not(name)) is not None:
                     result.skipped[name] = reason
-            result.units[str(unit)] = self._restored(unit, index, store) or self._learned(unit, index, store, replays, calls[unit.name])
+            result.units[str(unit)] = self._restored(unit, index, store) or self._learned(
+                unit, index, store, replays, calls[unit.name]
+            )
             for replay in replays:
                 replay.finish(unit.layers)
         return result
@@ -172,17 +180,28 @@ class _Reconstructor:
         if store is None:
             return None
         self._keep_originals([*writable_weights(self.layers[name] for name in unit.layers), *self._biases(unit)])
-        self._keep_originals(t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var))
+        self._keep_originals(
+            t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var)
+        )
         return store.load(index, str(unit), self._changing(unit))
 
     def _changing(self, unit: Unit) -> dict[str, nn.Module]:
         """The modules that learning a unit may change."""
         biases = self._biases(unit)
-        behind = {name: m for name, m in self.model.named_modules() if any(getattr(m, "bias", None) is bias for bias in biases)}
-        return {name: self.model.get_submodule(name) for name in map(self._owner, unit.layers)} | behind | self._batch_norms(unit)
+        behind = {
+            name: m
+            for name, m in self.model.named_modules()
+            if any(getattr(m, "bias", None) is bias for bias in biases)
+        }
+        return (
+            {name: self.model.get_submodule(name) for name in map(self._owner, unit.layers)}
+            | behind
+            | self._batch_norms(unit)
+        )
 
     def _owner(self, name: str) -> str:
-        """The module that has the weight of a layer: the layer itself, but for the weights of an LSTM or of attention."""
+        """The module that has the weight of a layer: the layer itself, but for the weights of an LSTM or of
+        attention."""
         return owner_name(self.model, self.layers[name]) or name
 
     def _why_not(self, name: str) -> str | None:
@@ -260,7 +279,9 @@ class _Reconstructor:
         finally:
             samples.clear()
 
-    def _learn(self, unit: Unit, samples: Samples, forward: Callable[[Arguments], list[Tensor]], generator: torch.Generator) -> Fit:
+    def _learn(
+        self, unit: Unit, samples: Samples, forward: Callable[[Arguments], list[Tensor]], generator: torch.Generator
+    ) -> Fit:
         options = self.options
         trial = samples.draw(8 * options.batch_size, generator)
 
@@ -296,13 +317,17 @@ class _Reconstructor:
         kept = sum(e / n for e, n in zip(learned, norms, strict=True)) <= len(norms)
         if not kept:
             before.restore()
-        relative = [sum(e / s for e, s in zip(errors, spread, strict=True)) / len(spread) for errors in (nearest, learned)]
+        relative = [
+            sum(e / s for e, s in zip(errors, spread, strict=True)) / len(spread) for errors in (nearest, learned)
+        ]
         return Fit(iterations, relative[0], relative[1], undecided, kept)
 
     def _batch_norms(self, unit: Unit) -> dict[str, _BatchNorm]:
         """Batch norms with running statistics in the unit and its tail, by name."""
         roots = [unit.name, *(call.name for call in unit.tail if call.kind == "module")]
-        found = {name: module for root in roots for name, module in self.model.get_submodule(root).named_modules(prefix=root)}
+        found = {
+            name: module for root in roots for name, module in self.model.get_submodule(root).named_modules(prefix=root)
+        }
         return {name: m for name, m in found.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
     def _keep_originals(self, tensors: Iterable[Tensor | None]) -> None:
@@ -330,7 +355,8 @@ class _Reconstructor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model asks for gradients; and none is an inference tensor, which could not be trained through."""
+    """No parameter of the model asks for gradients; and none is an inference tensor, which could not be trained
+    through."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in asked:
         parameter.requires_grad_(False)

@@ -18,7 +18,8 @@ class ReconstructOptions:
         learning_rate: of V, by Adam. The paper's 1e-3 takes thousands of steps.
         scale_learning_rate: of the factors on weight and input scales; 0 keeps the calibrated ones.
         input_learning_rate: of the factors on input scales; 0 keeps the calibrated ones.
-        bias_learning_rate: of biases (in the layer, or in the batch norm behind it), in standard deviations of the channel; 0: fixed.
+        bias_learning_rate: of biases (in the layer, or in the batch norm behind it), in standard deviations of the
+            channel; 0: fixed.
         regularization: λ: weight of the regulariser's mean over all weights against the error, which is 1 at the start.
         beta: β of the regulariser, from and to.
         warm_up: share of the iterations without regulariser.
@@ -26,7 +27,8 @@ class ReconstructOptions:
         correct_batch_norm: first correct the statistics of batch norms, as `lq_plugin.model.correct_batch_norm` does.
         seed: of samples and of dropping.
         cache_bytes: memory for activations; what is more goes to disk.
-        folder: keeps what is finished, so that the same call again goes on after it, with the same result; None: nothing is kept.
+        folder: keeps what is finished, so that the same call again goes on after it, with the same result; None:
+            nothing is kept.
     """
 
     iterations: int = 300
@@ -48,15 +50,25 @@ class ReconstructOptions:
         faults = [
             f"{name} is a whole number from {low}, got {getattr(self, name)!r}"
             for name, low in (("iterations", 0), ("batch_size", 1), ("seed", 0), ("cache_bytes", 0))
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or getattr(self, name) < low
+            if isinstance(getattr(self, name), bool)
+            or not isinstance(getattr(self, name), int)
+            or getattr(self, name) < low
         ]
         faults += [
             f"{name} must not be negative, got {getattr(self, name)!r}"
-            for name in ("learning_rate", "scale_learning_rate", "input_learning_rate", "bias_learning_rate", "regularization")
+            for name in (
+                "learning_rate",
+                "scale_learning_rate",
+                "input_learning_rate",
+                "bias_learning_rate",
+                "regularization",
+            )
             if not getattr(self, name) >= 0
         ]
         faults += [
-            f"{name} is a share in 0..1, got {getattr(self, name)!r}" for name in ("warm_up", "drop") if not 0 <= getattr(self, name) < 1
+            f"{name} is a share in 0..1, got {getattr(self, name)!r}"
+            for name in ("warm_up", "drop")
+            if not 0 <= getattr(self, name) < 1
         ]
         if not isinstance(self.folder, str | None):
             faults.append(f"folder is a path, got {self.folder!r}")

@@ -63,7 +63,11 @@ def default_is_leaf(module: nn.Module) -> bool:
 
 
 def record(
-    model: nn.Module, run: Callable[[], Any], *, is_leaf: Callable[[nn.Module], bool] = default_is_leaf, samples: int | None = None
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    is_leaf: Callable[[nn.Module], bool] = default_is_leaf,
+    samples: int | None = None,
 ) -> Recording:
     """Record what `run()` does with `model`.
 
@@ -77,14 +81,15 @@ def record(
         model: any module.
         run: performs one forward pass; what it returns counts as read by the outside.
         is_leaf: modules whose inside is not looked into.
-        samples: how many `run` passes through the model; None: those of the first tensor that the first called module is given,
-            in dim 0, or in dim 1 where the module says `batch_first=False`.
+        samples: how many `run` passes through the model; None: those of the first tensor that the first called module
+            is given, in dim 0, or in dim 1 where the module says `batch_first=False`.
 
     Raises:
         QuantizationError: lazy modules that have no shape yet.
     """
     raise_all(QuantizationError, "cannot record", [
-        f"{name!r} ({type(m).__name__}) is not initialized: run one forward pass before" for name, m in model.named_modules()
+        f"{name!r} ({type(m).__name__}) is not initialized: run one forward pass before" for name,
+        m in model.named_modules()
         if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()  # type: ignore[misc]
     ])  # fmt: skip
     recorder = _Recorder(model, is_leaf, samples)
@@ -138,7 +143,10 @@ class _Recorder(TorchFunctionMode):
         self._outputs: list[Source] = []
         self._values: dict[Any, _Value] = {}
         self._parameters: dict[Any, dict[str, Tensor]] = {}
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ):
             self._parameters.setdefault(storage_of(tensor)[0], {})[name] = tensor
         self._aside = [model.get_submodule(name) for name in set_aside(model)]
         # By id: the hash of a torchmetrics.Metric changes with its state.
@@ -167,7 +175,9 @@ class _Recorder(TorchFunctionMode):
             if any(isinstance(module, torch.jit.ScriptModule) for module in self._modules):
                 # ScriptModules refuse hooks of their own.
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(self._enter_script).remove)
-                leave = nn.modules.module.register_module_forward_hook(self._leave_script, with_kwargs=True, always_call=True)
+                leave = nn.modules.module.register_module_forward_hook(
+                    self._leave_script, with_kwargs=True, always_call=True
+                )
                 stack.callback(leave.remove)
                 # torch forgets this one, and from then on calls all modules as if there were global hooks.
                 stack.callback(nn.modules.module._global_forward_hooks_with_kwargs.pop, leave.id, None)
@@ -204,7 +214,9 @@ class _Recorder(TorchFunctionMode):
             self._samples = leading_size((args, kwargs), 0 if getattr(module, "batch_first", True) else 1)
         inputs = list(tensors_of((args, kwargs))) if opaque else []
         sources = tuple(self._source(t) for t in inputs)
-        self._frames.append(_Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs]))
+        self._frames.append(
+            _Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
+        )
         self._busy = False
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -223,7 +235,11 @@ class _Recorder(TorchFunctionMode):
 
     def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
         keys = {storage_of(t)[0] for t in frame.inputs}
-        mutated = [t for t, before in zip(frame.inputs, frame.versions, strict=True) if before is not None and version_of(t) != before]
+        mutated = [
+            t
+            for t, before in zip(frame.inputs, frame.versions, strict=True)
+            if before is not None and version_of(t) != before
+        ]
         if getattr(module, "inplace", False) is True:
             mutated += frame.inputs[:1]
         unchanged = not mutated and bool(outputs) and all(storage_of(t)[0] in keys for t in outputs)
@@ -235,7 +251,9 @@ class _Recorder(TorchFunctionMode):
         if not unchanged:
             self._produce(outputs, mutated, activation=True)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._busy or self._frames[-1].opaque or name in METADATA:
@@ -283,7 +301,8 @@ class _Recorder(TorchFunctionMode):
         outputs: list[Tensor],
         label: tuple[str, tuple[int, ...]] | None,
     ) -> None:
-        """`real` says which inputs are floating-point activations, `label` what the enclosing module calls the operation."""
+        """`real` says which inputs are floating-point activations, `label` what the enclosing module calls the
+        operation."""
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:
@@ -295,7 +314,16 @@ class _Recorder(TorchFunctionMode):
         place, operands = label or (frame.numbering.next(f"other_{op}" if op in OPERATIONS else op), ())
         name = ".".join(filter(None, (frame.name, place)))
         shapes = tuple(tuple(t.shape) for t in outputs)
-        self._add("functional" if counts else "other", name, op, sources, shapes, macs, False, operands=operands if counts else ())
+        self._add(
+            "functional" if counts else "other",
+            name,
+            op,
+            sources,
+            shapes,
+            macs,
+            False,
+            operands=operands if counts else (),
+        )
 
     def _add(
         self,
@@ -309,11 +337,15 @@ class _Recorder(TorchFunctionMode):
         parts: tuple[tuple[str, int], ...] = (),
         operands: tuple[int, ...] = (),
     ) -> None:
-        call = Call(len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands)
+        call = Call(
+            len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands
+        )
         self._calls.append(call)
         self._repeats[name] += 1
 
-    def _produce(self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False) -> None:
+    def _produce(
+        self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False
+    ) -> None:
         """Note that the latest call made these; a write goes to every view of the storage."""
         position = None if constant else len(self._calls) - 1
         seen = set()

@@ -13,8 +13,10 @@ from lq_plugin.model.numbering import product_factors
 
 #: Names without underscores, so that a module type and a function compare equal.
 _ACTIVATIONS = frozenset(
-    ("relu", "relu6", "gelu", "silu", "swish", "mish", "sigmoid", "logsigmoid", "hardsigmoid", "tanh", "hardtanh", "tanhshrink",
-     "hardswish", "leakyrelu", "prelu", "rrelu", "elu", "celu", "selu", "glu", "softplus", "softsign", "softshrink", "hardshrink",
+    ("relu", "relu6", "gelu", "silu", "swish", "mish", "sigmoid", "logsigmoid", "hardsigmoid", "tanh", "hardtanh",
+    "tanhshrink",
+     "hardswish", "leakyrelu", "prelu", "rrelu", "elu", "celu", "selu", "glu", "softplus", "softsign", "softshrink",
+     "hardshrink",
      "threshold", "softmax", "logsoftmax", "softmin")
 )  # fmt: skip
 
@@ -74,7 +76,8 @@ class Call:
     def fully_quantizable(self) -> bool:
         """Whether quantizers of its operands leave no factor of its product float.
 
-        A parameter among them has none; an operation on three tensors or more (attention) also multiplies its own results.
+        A parameter among them has none; an operation on three tensors or more (attention) also multiplies its own
+        results.
         """
         factors = product_factors(self.op, len(self.inputs))
         return len(factors) == 2 and set(factors) <= set(self.operands)
@@ -130,7 +133,8 @@ class Recording:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """MACs of the whole pass by name of module, weight or functional call, summed over its calls; a weight's are its alone."""
+        """MACs of the whole pass by name of module, weight or functional call, summed over its calls; a weight's are
+        its alone."""
         total: Counter[str] = Counter()
         for call in (*self.module_calls, *self.functional_calls):
             total[call.name] += call.macs - sum(macs for _, macs in call.weight_macs)
@@ -156,7 +160,8 @@ class Recording:
         return edges
 
     def calls_of(self, name: str) -> tuple[Call, ...]:
-        """All calls of a module or functional name, or of the module with a weight of that name; empty when it never ran."""
+        """All calls of a module or functional name, or of the module with a weight of that name; empty when it never
+        ran."""
         return tuple(self._by_name.get(name, ()))
 
     @cached_property
@@ -165,7 +170,8 @@ class Recording:
         return {name: call.name for call in reversed(calls) for source in call.inputs for name in source.parameters}
 
     def reader_of(self, name: str) -> str | None:
-        """The call that reads the weight of a layer which never ran itself, and so reads it in float; None where there is none."""
+        """The call that reads the weight of a layer which never ran itself, and so reads it in float; None where there
+        is none."""
         if self.calls_of(name):
             return None
         keys = (name, f"{name}.weight" if name else "weight")

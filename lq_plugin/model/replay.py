@@ -34,7 +34,9 @@ class Replay:
         layers: names of the layers that get done one after another.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[Any], Any], cache: ActivationCache, kind: str, layers: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, run: Callable[[Any], Any], cache: ActivationCache, kind: str, layers: Collection[str]
+    ) -> None:
         self.model, self.run, self.cache, self.kind = model, run, cache, kind
         self.modules = dict(model.named_modules())
         #: Layers in each module that has any.
@@ -48,10 +50,13 @@ class Replay:
         """These layers will not change any more."""
         self.done |= set(layers)
         self._finished = {name for name, found in self.inside.items() if found <= self.done}
-        self._outermost = {name for name in self._finished if not any(outer in self._finished for outer in _outer_names(name))}
+        self._outermost = {
+            name for name in self._finished if not any(outer in self._finished for outer in _outer_names(name))
+        }
 
     def inputs_of(self, name: str, batch: int, calls: int) -> list[Arguments]:
-        """Arguments of the first `calls` calls of module `name` on batch number `batch`; fewer when it is called less often."""
+        """Arguments of the first `calls` calls of module `name` on batch number `batch`; fewer when it is called less
+        often."""
         captured: list[Arguments] = []
         with torch.no_grad(), self._skipping(name, batch, calls, captured), suppress(_ReachedError):
             self.run(self.cache.get(("batch", batch)))
@@ -114,7 +119,8 @@ class Replay:
 
 
 class _ReachedError(BaseException):
-    """Ends a forward pass at the module that was asked for. No `Exception`: the model's own `except` must not stop it."""
+    """Ends a forward pass at the module that was asked for. No `Exception`: the model's own `except` must not stop
+    it."""
 
 
 def _is_within(name: str, outer: str) -> bool:

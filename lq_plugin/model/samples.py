@@ -77,7 +77,10 @@ class Samples:
         if not all(a or b for a, b in zip(joined, same, strict=True)):
             return
         count = sum(self.sizes)
-        merged = [leaf.new_empty((count, *leaf.shape[1:])) if along else leaf for leaf, along in zip(first, joined, strict=True)]
+        merged = [
+            leaf.new_empty((count, *leaf.shape[1:])) if along else leaf
+            for leaf, along in zip(first, joined, strict=True)
+        ]
         start = 0
         for index, size in enumerate(self.sizes):
             for leaf, whole, along in zip(tree_leaves(self.cache.get(("sample", index))), merged, joined, strict=True):
@@ -96,7 +99,8 @@ class Samples:
         self._merged = None
 
     def draw(self, size: int, generator: torch.Generator) -> Record:
-        """`size` samples of one record, which is chosen at random by its number of samples; all of it if `size` is larger."""
+        """`size` samples of one record, which is chosen at random by its number of samples; all of it if `size` is
+        larger."""
         index = int(torch.multinomial(torch.tensor(self.sizes, dtype=torch.float64), 1, generator=generator))
         record = self._merged if self._merged is not None else self.cache.get(("sample", index))
         count = self.sizes[index]
@@ -107,7 +111,11 @@ class Samples:
 
     def records(self) -> list[Record]:
         """All records, one after the other."""
-        return [self._merged] if self._merged is not None else [self.cache.get(("sample", i)) for i in range(len(self.sizes))]
+        return (
+            [self._merged]
+            if self._merged is not None
+            else [self.cache.get(("sample", i)) for i in range(len(self.sizes))]
+        )
 
 
 def _take(tree: Any, chosen: Tensor, count: int) -> Any:
@@ -133,7 +141,8 @@ def copied(leaf: Any) -> Any:
 
 
 def renewed(leaf: Any, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """A copy of an object that a model may write into, such as a cache of keys and values; `of` makes the tensors in it.
+    """A copy of an object that a model may write into, such as a cache of keys and values; `of` makes the tensors in
+    it.
 
     Tensors stay as they are, so do modules, and what cannot be copied (a lock, a generator).
     """

@@ -5,13 +5,13 @@ With X_j the channel j and W_j the weights that read it, of all readers together
 
     s_j = max|X_j|^α / max|W_j|^(1 - α),   (X / s) · (s · W)ᵀ = X · Wᵀ                (eqs. 3 and 4)
 
-1 / s goes into the norm's weight and bias, or into the rows of a linear layer in front; s into the readers' columns. α = 0.5
-shares the difficulty alike; larger ones put more of it into the weights.
+1 / s goes into the norm's weight and bias, or into the rows of a linear layer in front; s into the readers' columns. α
+= 0.5 shares the difficulty alike; larger ones put more of it into the weights.
 
 Smooth before ranges are found: they are those of the weights and activations before.
 
-Reference: Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
-Language Models", ICML 2023 (arXiv 2211.10438), section 4.
+Reference: Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization for
+Large Language Models", ICML 2023 (arXiv 2211.10438), section 4.
 """
 
 from __future__ import annotations
@@ -50,12 +50,16 @@ class Smoothing:
 
 
 def smooth_quant(
-    model: nn.Module, batches: Iterable[Any], recording: Recording, run: Callable[[Any], Any] | None = None, alpha: float = 0.5
+    model: nn.Module,
+    batches: Iterable[Any],
+    recording: Recording,
+    run: Callable[[Any], Any] | None = None,
+    alpha: float = 0.5,
 ) -> Smoothing:
     """Move outliers of activations into weights, in place. Values change, objects and keys do not.
 
-    Computed in float64 and rounded once to each tensor's dtype. The model runs float and in evaluation mode. With several
-    processes the largest values of all count.
+    Computed in float64 and rounded once to each tensor's dtype. The model runs float and in evaluation mode. With
+    several processes the largest values of all count.
 
     Args:
         model: float or prepared, without ranges.
@@ -82,7 +86,8 @@ def smooth_quant(
     calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
     if calibrated:
         raise CalibrationError(
-            f"cannot smooth: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), which "
+            f"cannot smooth: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), "
+            "which "
             "would not be those of the smoothed weights and activations; smooth before calibrating"
         )
     groups, refused = find_smoothing_groups(model, recording)
@@ -93,7 +98,9 @@ def smooth_quant(
     return Smoothing(tuple(groups), factors, tuple(refused))
 
 
-def _largest_activations(model: nn.Module, producers: list[str], batches: Iterable[Any], run: Callable[[Any], Any]) -> dict[str, Tensor]:
+def _largest_activations(
+    model: nn.Module, producers: list[str], batches: Iterable[Any], run: Callable[[Any], Any]
+) -> dict[str, Tensor]:
     """max|X_j| `[C]`, float64, of each producer's output over all batches of all processes."""
     largest: dict[str, Tensor] = {}
 
@@ -119,7 +126,9 @@ def _largest_activations(model: nn.Module, producers: list[str], batches: Iterab
         raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
     ranks = gathered(largest)
     seen = {
-        name: torch.stack([rank[name] for rank in ranks if name in rank]).amax(0) for name in producers if any(name in r for r in ranks)
+        name: torch.stack([rank[name] for rank in ranks if name in rank]).amax(0)
+        for name in producers
+        if any(name in r for r in ranks)
     }
     faults = [f"no batch reached {name!r}" for name in producers if name not in seen]
     faults += [f"{name!r} makes NaN or Inf" for name, values in seen.items() if not values.isfinite().all()]
@@ -165,7 +174,9 @@ class _Values:
         """Give the parameters their new values, all or none."""
         changes = {name: (parameter, value.to(parameter.dtype)) for name, (parameter, value) in self.new.items()}
         faults = [
-            f"{name!r}: smoothed values are not finite in {t.dtype}" for name, (t, value) in changes.items() if not value.isfinite().all()
+            f"{name!r}: smoothed values are not finite in {t.dtype}"
+            for name, (t, value) in changes.items()
+            if not value.isfinite().all()
         ]
         raise_all(QuantizationError, "cannot smooth", faults)
         with torch.no_grad():

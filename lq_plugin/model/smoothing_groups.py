@@ -46,8 +46,8 @@ class Unsmoothed:
 def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[SmoothingGroup], list[Unsmoothed]]:
     """Norms and linear layers whose output channels can be scaled, and all others with the reason.
 
-    Safe means: called once, with a weight (and bias) of its own that nothing else reads; its output, as it is, is read by
-    linear layers and by self-attentions (as query, key and value) alone, each called once with a weight of its own.
+    Safe means: called once, with a weight (and bias) of its own that nothing else reads; its output, as it is, is read
+    by linear layers and by self-attentions (as query, key and value) alone, each called once with a weight of its own.
     Dropout and `nn.Identity` may stand in between. A norm's channels must be the last dim.
 
     Args:
@@ -61,7 +61,11 @@ def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[
     groups: list[SmoothingGroup] = []
     refused: list[Unsmoothed] = []
     inside = tuple(f"{name}." for name, module in search.modules.items() if isinstance(module, nn.MultiheadAttention))
-    candidates = [name for name, m in search.modules.items() if (isinstance(m, _NORMS) or _is_linear(m)) and not name.startswith(inside)]
+    candidates = [
+        name
+        for name, m in search.modules.items()
+        if (isinstance(m, _NORMS) or _is_linear(m)) and not name.startswith(inside)
+    ]
     first = {call.name: call.position for call in reversed(recording.calls) if call.kind == "module"}
     for name in sorted(candidates, key=lambda name: first.get(name, len(recording.calls))):
         found = search.group(name)
@@ -86,7 +90,9 @@ class _Search:
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.model, self.recording = model, recording
         self.modules = dict(model.named_modules())
-        self.parameter_readers = {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
+        self.parameter_readers = {
+            name: call.name for call in recording.calls for source in call.inputs for name in source.parameters
+        }
 
     def group(self, name: str) -> SmoothingGroup | str:
         """The group that a norm or linear layer begins, or why there is none."""
@@ -127,11 +133,17 @@ class _Search:
         """Why the parameters `keys` of a module cannot be scaled."""
         module = self.modules[name]
         kind = float_class(module)
-        known = kind in (*_NORMS, nn.Linear, nn.MultiheadAttention) or (is_hf_conv1d(module) and kind.__name__ == "Conv1D")
+        known = kind in (*_NORMS, nn.Linear, nn.MultiheadAttention) or (
+            is_hf_conv1d(module) and kind.__name__ == "Conv1D"
+        )
         if not known or "forward" in module.__dict__:
             return f"{kind.__name__} has a forward of its own"
         if (times := len(self.recording.calls_of(name))) != 1:
-            return f"it was called {times} times in the recorded pass" if times else "it was not called in the recorded pass"
+            return (
+                f"it was called {times} times in the recorded pass"
+                if times
+                else "it was not called in the recorded pass"
+            )
         for key in keys:
             parameter = module._parameters.get(key)
             if key in module.__dict__ or (parameter is None and getattr(module, key, None) is not None):
@@ -149,7 +161,11 @@ def _channels_fault(module: nn.Module, call: Call) -> str | None:
     """Why a norm's weight is not one number for each element of the last dim, which linear layers read."""
     shape = call.output_shapes[0]
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return None if len(module.normalized_shape) == 1 else f"it normalizes {list(module.normalized_shape)}, more than the last dim"
+        return (
+            None
+            if len(module.normalized_shape) == 1
+            else f"it normalizes {list(module.normalized_shape)}, more than the last dim"
+        )
     if isinstance(module, (_NormBase, nn.GroupNorm)) and (len(shape) != 2 or isinstance(module, _InstanceNorm)):
         return f"its channels are not the last dim of {list(shape)}"
     return None

@@ -40,8 +40,15 @@ class SoftUnit:
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
             quantizer = layer.weight_quantizer
-            if quantizer is not None and quantizer.spec.format == "int" and quantizer.is_enabled and not weight_is_computed(layer):
-                self.roundings[name] = SoftRounding(quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0)
+            if (
+                quantizer is not None
+                and quantizer.spec.format == "int"
+                and quantizer.is_enabled
+                and not weight_is_computed(layer)
+            ):
+                self.roundings[name] = SoftRounding(
+                    quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
+                )
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
                 if isinstance(held, InputQuantizer) and held.is_enabled:
@@ -80,7 +87,9 @@ class SoftUnit:
                 layer.weight.copy_(type(layer).from_canonical(layer, weight))
                 quantizer.fix(scale, zero_point)
                 if not torch.equal(layer.quantized_weight(), layer.weight):
-                    raise QuantizationError(f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}")
+                    raise QuantizationError(
+                        f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}"
+                    )
         for soft in self.inputs.values():
             soft.write_back()
         return self._before
@@ -98,7 +107,9 @@ class SoftUnit:
         self._held.append((layer, f"{slot}_quantizer", getattr(layer, f"{slot}_quantizer")))
         setattr(layer, f"{slot}_quantizer", soft)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for layer, slot, quantizer in self._held:
             setattr(layer, slot, quantizer)
         self._held.clear()
@@ -116,7 +127,9 @@ class Snapshot:
 
     def __init__(self, layers: Mapping[str, QuantizedLayer], biases: list[nn.Parameter]) -> None:
         self.layers = layers
-        self.tensors: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)]
+        self.tensors: list[tuple[Tensor, Tensor]] = [
+            (t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)
+        ]
         self.states = [
             (quantizer, {key: value.clone() for key, value in quantizer.state_dict().items()})
             for layer in layers.values()

@@ -39,7 +39,8 @@ class Survey:
         candidates: layers that can hold quantizers, by name; a module with several weights is one layer for each.
         reasons: other modules with parameters, and why they (or what is left of them) stay float.
         kinds: float types of all modules and layers.
-        aside: modules that are no part of the model, see `lq_plugin.model.aside`; what is inside of them is in none of the others.
+        aside: modules that are no part of the model, see `lq_plugin.model.aside`; what is inside of them is in none of
+            the others.
     """
 
     candidates: dict[str, nn.Module]
@@ -70,7 +71,9 @@ class Survey:
             if name in aside:
                 inside += (f"{name}.",)
                 if next(module.parameters(), None) is not None:
-                    reasons[name] = f"{aside[name]}, no part of the model; a rule that names it quantizes it: '{name}.*'"
+                    reasons[name] = (
+                        f"{aside[name]}, no part of the model; a rule that names it quantizes it: '{name}.*'"
+                    )
                 continue
             if (family := compound_family(module)) is not None:
                 inside += (_join(name, "" if isinstance(module, OPAQUE) else f"{CONTAINER}."),)
@@ -91,7 +94,9 @@ class Survey:
                     inside += (_join(name, "parametrizations.weight."),)
                 continue
             if any(True for _ in module.parameters(recurse=False)):
-                reasons[name] = "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
+                reasons[name] = (
+                    "normalization" if isinstance(module, _NORMALIZATION) else "no quantized form of this layer type"
+                )
         return cls(candidates, reasons, kinds, aside)
 
     def infos(self) -> list[LayerInfo]:
@@ -104,7 +109,9 @@ class Survey:
 
 
 def _info(name: str, module: nn.Module) -> LayerInfo:
-    types = tuple(kind.__name__ for kind in float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module)
+    types = tuple(
+        kind.__name__ for kind in float_class(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module
+    )
     quantized: Any = quantized_class(module)
     # Called on the float module: `canonical` uses nothing but attributes of the float class.
     plain = quantized.output_scale is not QuantizedLayer.output_scale and getattr(module, "groups", 1) == 1
@@ -113,7 +120,8 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """The type the user gave a module, quantized or not, parametrized or not; of a weight, that of the module which has it."""
+    """The type the user gave a module, quantized or not, parametrized or not; of a weight, that of the module which has
+    it."""
     if isinstance(module, CompoundWeight):
         module = module.owner
     kind = class_before(module)

@@ -25,7 +25,8 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def leading_size(value: Any, dim: int = 0) -> int | None:
-    """Size of the first tensor inside a value along `dim`, the samples of a batch; None without a tensor that has it."""
+    """Size of the first tensor inside a value along `dim`, the samples of a batch; None without a tensor that has
+    it."""
     return next((tensor.shape[dim] for tensor in tensors_of(value) if tensor.dim() > dim), None)
 
 
@@ -34,7 +35,11 @@ def storage_of(tensor: Tensor) -> tuple[Any, Any]:
     try:
         storage = tensor.untyped_storage()
         return storage._cdata, storage
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse tensors, those inside vmap and lazy ones have no storage
+    except (
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):  # sparse tensors, those inside vmap and lazy ones have no storage
         return ("id", id(tensor)), tensor
 
 

@@ -1,8 +1,10 @@
-"""Layers and operations that no batch has reached: a head of another mode, an expert without tokens, a weight that is read past
+"""Layers and operations that no batch has reached: a head of another mode, an expert without tokens, a weight that is
+read past
 its layer.
 
-Their activations have no range, so they stay float as a whole, weights also: their quantizers are off, and not calibrated. That
-is in the state dict, and the ledger says it. In training the first batch that reaches one gives it a range.
+Their activations have no range, so they stay float as a whole, weights also: their quantizers are off, and not
+calibrated. That is in the state dict, and the ledger says it. In training the first batch that reaches one gives it a
+range.
 """
 
 from __future__ import annotations

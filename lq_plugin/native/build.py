@@ -1,10 +1,10 @@
 """C++ sources of this package, compiled when they are first asked for.
 
-The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin` in `XDG_CACHE_HOME` or `~/.cache`), under a name that
-holds a hash of the sources, the command and the platform, and one of the library itself: a changed source, or a library that is damaged,
-is compiled again. It takes a C++ compiler (`CXX`; else
-c++) and nothing else. Processes that compile the same source at once each do so aside and move their result into place, so that no
-lock can be left behind by one that was killed.
+The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin` in `XDG_CACHE_HOME` or `~/.cache`),
+under a name that holds a hash of the sources, the command and the platform, and one of the library itself: a changed
+source, or a library that is damaged, is compiled again. It takes a C++ compiler (`CXX`; else
+c++) and nothing else. Processes that compile the same source at once each do so aside and move their result into place,
+so that no lock can be left behind by one that was killed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def library(name: str, folder: Path = FOLDER) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(compiled(folder / f"{name}.cpp", cache())))
     except OSError as error:
-        raise NativeError(f"the compiled kernels ({name}.cpp) need a C++ compiler and a folder to write to: {error}") from error
+        raise NativeError(
+            f"the compiled kernels ({name}.cpp) need a C++ compiler and a folder to write to: {error}"
+        ) from error
 
 
 def cache() -> Path:
@@ -60,7 +62,14 @@ def compiled(source: Path, folder: Path) -> Path:
         OSError: no compiler, or a folder that cannot be written to.
     """
     # Only what gives the same numbers as torch: no -ffast-math, no fused multiply-add, no -march of one machine.
-    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared"]
+    command = [
+        *shlex.split(os.environ.get("CXX") or "c++"),
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+    ]
     if torch.backends.openmp.is_available():
         command.append("-fopenmp")
     parts = [shlex.join(command).encode(), platform.platform().encode()]

@@ -1,4 +1,5 @@
-"""What kernels do, and `fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken without more checks."""
+"""What kernels do, and `fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken
+without more checks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _LINE = 256
 
 
 class Layout(NamedTuple):
-    """How a scale lies along a tensor in memory: `[repeats, outer, run, inner]`, with one scale for each `(outer, inner)`."""
+    """How a scale lies along a tensor in memory: `[repeats, outer, run, inner]`, with one scale for each `(outer,
+    inner)`."""
 
     repeats: int
     outer: int
@@ -38,7 +40,11 @@ class Layout(NamedTuple):
     @property
     def rows(self) -> tuple[int, int]:
         """Number and length of the runs that begin at a word of a mask."""
-        return (self.repeats * self.outer, self.run) if self.inner == 1 else (self.repeats * self.outer * self.run, self.inner)
+        return (
+            (self.repeats * self.outer, self.run)
+            if self.inner == 1
+            else (self.repeats * self.outer * self.run, self.inner)
+        )
 
 
 def accepts(x: Tensor) -> bool:
@@ -112,8 +118,22 @@ class BlockRule(ctypes.Structure):
     """
 
     MICROEXPONENTS, OCP, NVFP4, VECTORS = range(4)
-    _INTEGERS = ("family", "block", "quant_min", "quant_max", "mantissa_bits", "min_exponent", "max_exponent", "scale_bits", "mode")
-    _fields_: ClassVar[Any] = [*((name, ctypes.c_int) for name in _INTEGERS), ("max_value", ctypes.c_float), ("coarse", ctypes.c_float)]
+    _INTEGERS = (
+        "family",
+        "block",
+        "quant_min",
+        "quant_max",
+        "mantissa_bits",
+        "min_exponent",
+        "max_exponent",
+        "scale_bits",
+        "mode",
+    )
+    _fields_: ClassVar[Any] = [
+        *((name, ctypes.c_int) for name in _INTEGERS),
+        ("max_value", ctypes.c_float),
+        ("coarse", ctypes.c_float),
+    ]
 
 
 class BlockLayout(NamedTuple):
@@ -126,16 +146,25 @@ class BlockLayout(NamedTuple):
     @property
     def mask(self) -> Layout:
         """That of a mask: the elements that begin at a word each."""
-        return Layout(self.outer, 1, self.channels, 1) if self.inner == 1 else Layout(self.outer * self.channels, 1, self.inner, 1)
+        return (
+            Layout(self.outer, 1, self.channels, 1)
+            if self.inner == 1
+            else Layout(self.outer * self.channels, 1, self.inner, 1)
+        )
 
 
 def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
-    """How the channels `axis` of a dense `x` lie in memory; None where the kernels cannot take blocks of so many of them.
+    """How the channels `axis` of a dense `x` lie in memory; None where the kernels cannot take blocks of so many of
+    them.
 
     >>> block_layout(torch.zeros(2, 3, 4, 4), 1, 16), block_layout(torch.zeros(5, 2, 8), 2, 4)
     (BlockLayout(outer=2, channels=3, inner=16), None)
     """
-    order = range(x.ndim) if x.is_contiguous() else sorted((d for d in range(x.ndim)), key=lambda d: (x.stride(d), -d), reverse=True)
+    order = (
+        range(x.ndim)
+        if x.is_contiguous()
+        else sorted((d for d in range(x.ndim)), key=lambda d: (x.stride(d), -d), reverse=True)
+    )
     sizes = [x.shape[d] for d in order]
     at = list(order).index(axis % x.ndim)
     found = BlockLayout(math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
@@ -144,14 +173,22 @@ def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
 
 
 class FakeQuantizeKernels(Protocol):
-    """Fake quantization in as few passes over memory as it takes; results are those of the torch operations, bit for bit."""
+    """Fake quantization in as few passes over memory as it takes; results are those of the torch operations, bit for
+    bit."""
 
     @property
     def variant(self) -> str:
         """Which kernels these are."""
 
     def fake_quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        layout: Layout,
+        masked: bool,
+        learned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Quantized `x`, and the bits of what was not clipped where `masked`.
 
@@ -164,20 +201,30 @@ class FakeQuantizeKernels(Protocol):
         """
 
     def fake_quantize_observed(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        low: Tensor,
+        high: Tensor,
+        masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in place."""
+        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in
+        place."""
 
     def fake_quantize_rows(
         self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero points `[rows]`."""
+        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero
+        points `[rows]`."""
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
         """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
+        layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1.
@@ -229,17 +276,32 @@ class Kernels:
         self._learned_backward = compiled.lq_learned_backward
 
     def fake_quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        layout: Layout,
+        masked: bool,
+        learned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x), new_mask(x, layout, masked)
         self._fake_quantize(
-            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds, learned,
+            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
+            learned,
             self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask
 
     def fake_quantize_observed(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        low: Tensor,
+        high: Tensor,
+        masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x), new_mask(x, Layout(1, 1, x.numel(), 1), masked)
         self._observed(
@@ -254,27 +316,34 @@ class Kernels:
         y, mask = torch.empty_like(x), new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         scale, zero_point = x.new_empty(rows), x.new_empty(rows)
         self._rows(
-            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine,
+            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), rows,
+            x.numel() // rows, *bounds, affine,
             self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
 
-    def fake_quantize_blocks(self, x: Tensor, layout: BlockLayout, rule: BlockRule, masked: bool) -> tuple[Tensor, Tensor | None]:
-        """Quantized `x`, that `accepts` holds for, and the bits of what was not clipped where `masked`, laid out as `layout.mask`."""
+    def fake_quantize_blocks(
+        self, x: Tensor, layout: BlockLayout, rule: BlockRule, masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Quantized `x`, that `accepts` holds for, and the bits of what was not clipped where `masked`, laid out as
+        `layout.mask`."""
         y, mask = torch.empty_like(x), new_mask(x, layout.mask, masked)
         self._blocks(x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number, torch.get_num_threads())
         return y, mask
 
     def fake_quantize_lookup(
-        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int], affine: bool, parts: int,
+        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
+        affine: bool, parts: int,
         masked: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The rows `index` of a quantized table, and the bits of what was not clipped where `masked`, laid out as `[n · parts]` runs.
+        """The rows `index` of a quantized table, and the bits of what was not clipped where `masked`, laid out as `[n ·
+        parts]` runs.
 
         Args:
             table: `[rows, length]`, contiguous, that `accepts` holds for.
             index: int64, contiguous.
-            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each part.
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each
+                part.
             parts: into which each row is divided, of equal length.
 
         Raises:
@@ -294,10 +363,12 @@ class Kernels:
         return y, mask
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest element of each of the `rows` equal parts of a contiguous `x`, `[rows]`; NaN where one is there."""
+        """Smallest and largest element of each of the `rows` equal parts of a contiguous `x`, `[rows]`; NaN where one
+        is there."""
         low, high = x.new_empty(rows), x.new_empty(rows)
         self._row_extremes(
-            x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number, torch.get_num_threads()
+            x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number,
+            torch.get_num_threads()
         )  # fmt: skip
         return low, high
 
@@ -309,14 +380,16 @@ class Kernels:
         return result
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
+        layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.outer, dtype=torch.float64)
         shift = torch.empty_like(slope) if needs_zero_point else None
         self._learned_backward(
-            x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(), slope.data_ptr(),
+            x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(),
+            slope.data_ptr(),
             _address(shift), *layout[:3], *bounds, rounded, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result, slope, shift

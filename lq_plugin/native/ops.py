@@ -1,4 +1,5 @@
-"""The kernels as operators of torch (`torch.ops.lq_plugin.*`), with fake kernels: torch.compile keeps them in one graph."""
+"""The kernels as operators of torch (`torch.ops.lq_plugin.*`), with fake kernels: torch.compile keeps them in one
+graph."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from lq_plugin.native.switch import active
 def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
     """The kernels, where they may stand in for torch operations on `x`; None: they may not.
 
-    They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch modes), on
-    an empty tensor, and where `accepts` says no.
+    They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch
+    modes), on an empty tensor, and where `accepts` says no.
     """
     if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel() or not accepts(x):
         return None
@@ -35,7 +36,9 @@ def traceable(x: Tensor, scale: Tensor) -> bool:
     """Under torch.compile: whether the operators may stand in for torch operations on `x`."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
         return False
-    return (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))) and _compiled_here()
+    return (
+        x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    ) and _compiled_here()
 
 
 def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
@@ -59,20 +62,24 @@ def _kernels() -> FakeQuantizeKernels:
     return Kernels() if found is None else found
 
 
-# The compiler may choose how tensors lie in memory (channels last, for convolutions): kept to the layout of the trace, it would copy
-# each operand there and back. Older versions of torch take no tags, and do that.
+# The compiler may choose how tensors lie in memory (channels last, for convolutions): kept to the layout of the trace,
+# it would copy each operand there and back. Older versions of torch take no tags, and do that.
 _takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
 _tags = {"tags": (torch.Tag.flexible_layout,)} if _takes_tags else {}
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), **_tags)
 
 
 @_operator("lq_plugin::fake_quantize")
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, learned: bool) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, learned: bool
+) -> Tensor:
     """See `Kernels.fake_quantize`, with one scale."""
     x = _dense(x)
     layout = layout_of(x, scale)
     assert layout is not None
-    return _kernels().fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned)[0]
+    return _kernels().fake_quantize(
+        x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned
+    )[0]
 
 
 @fake_quantize.register_fake
@@ -81,11 +88,17 @@ def _(x, scale, zero_point, quant_min, quant_max, learned):
 
 
 @_operator("lq_plugin::fake_quantize_observed")
-def fake_quantize_observed(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor, Tensor]:
+def fake_quantize_observed(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same, and the smallest and largest value of x, `[1]` each."""
     x = _dense(x)
     low, high = x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf)
-    return _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked=False)[0], low, high
+    return (
+        _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked=False)[0],
+        low,
+        high,
+    )
 
 
 @fake_quantize_observed.register_fake
@@ -94,7 +107,9 @@ def _(x, scale, zero_point, quant_min, quant_max):
 
 
 @_operator("lq_plugin::passed_gradient")
-def passed_gradient(gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def passed_gradient(
+    gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
     """The gradient where x was not clipped, with one scale, else 0."""
     x = _dense(x)
     low, high = pass_band(scale.item(), quant_min - zero_point.item(), quant_max - zero_point.item())
@@ -116,7 +131,9 @@ def learned_backward(
     layout = Layout(1, 1, x.numel(), 1)
     gradient = laid_out(gradient, x.stride())
     bounds = quant_min, quant_max
-    inside, slope, shift = _kernels().learned_backward(x, gradient, scale, zero_point, bounds, rounded, layout, True, True)
+    inside, slope, shift = _kernels().learned_backward(
+        x, gradient, scale, zero_point, bounds, rounded, layout, True, True
+    )
     assert inside is not None
     assert shift is not None
     return inside, slope, shift

@@ -1,4 +1,5 @@
-"""Which numbers pass a clip behind a rounding, as an interval: a comparison with its ends is cheaper than the rounding itself."""
+"""Which numbers pass a clip behind a rounding, as an interval: a comparison with its ends is cheaper than the rounding
+itself."""
 
 from __future__ import annotations
 

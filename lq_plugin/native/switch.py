@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 
 _VARIABLE = "LQ_NATIVE"
 _CHOICES = {"": None, "0": False, "1": True}
-# One value for all threads: autograd runs backward passes in threads of its own, which must choose as the forward pass did.
+# One value for all threads: autograd runs backward passes in threads of its own, which must choose as the forward pass
+# did.
 _chosen: list[bool | None] = []
 
 
@@ -75,7 +76,9 @@ def _current(device: str) -> FakeQuantizeKernels | None:
 def _from_environment() -> bool | None:
     value = os.environ.get(_VARIABLE, "")
     if value not in _CHOICES:
-        raise NativeError(f"the environment's {_VARIABLE} is {value!r}; it can be 0 (off), 1 (on) or empty (where it can be had)")
+        raise NativeError(
+            f"the environment's {_VARIABLE} is {value!r}; it can be 0 (off), 1 (on) or empty (where it can be had)"
+        )
     return _CHOICES[value]
 
 

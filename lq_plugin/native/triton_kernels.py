@@ -1,10 +1,11 @@
 """The kernels on GPUs, in Triton: what `fake_quantize.cpp` does, with the same numbers and the same masks.
 
-A program takes a tile of `[ROWS, COLUMNS]` elements, rows being the runs that begin at a word of a mask. Nothing waits for the device.
-Products and sums are rounded one by one (`enable_fp_fusion=False`), quotients correctly (`div_rn`): the compiler's own choice,
-fused and approximate, would move values at the middle between two levels.
+A program takes a tile of `[ROWS, COLUMNS]` elements, rows being the runs that begin at a word of a mask. Nothing waits
+for the device. Products and sums are rounded one by one (`enable_fp_fusion=False`), quotients correctly (`div_rn`): the
+compiler's own choice, fused and approximate, would move values at the middle between two levels.
 
-In Triton's interpreter (`TRITON_INTERPRET=1` before this module is imported) the same kernels run on CPU tensors, slowly.
+In Triton's interpreter (`TRITON_INTERPRET=1` before this module is imported) the same kernels run on CPU tensors,
+slowly.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def _store_bits(mask_at, inside, row, column, length, rows, ROWS: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["rows", "parts", "outer", "run", "inner"])
 def _forward(
-    x_at, y_at, mask_at, scale_at, zero_at, low_at, high_at, rows, length, parts, outer, run, inner, quant_min, quant_max,
+    x_at, y_at, mask_at, scale_at, zero_at, low_at, high_at, rows, length, parts, outer, run, inner, quant_min,
+    quant_max,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_COLUMNS: tl.constexpr, LEARNED: tl.constexpr, MASKED: tl.constexpr,
     OBSERVED: tl.constexpr, FROM_EXTREMES: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +182,8 @@ def _mask_gradient(gradient_at, result_at, mask_at, rows, length, parts, ROWS: t
 
 @triton.jit(do_not_specialize=["rows", "parts", "outer"])
 def _learned_backward(
-    x_at, gradient_at, result_at, scale_at, zero_at, slope_at, shift_at, rows, length, parts, outer, quant_min, quant_max,
+    x_at, gradient_at, result_at, scale_at, zero_at, slope_at, shift_at, rows, length, parts, outer, quant_min,
+    quant_max,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_SHIFT: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -202,25 +205,42 @@ def _learned_backward(
     tl.store(slope_at + row * parts + tl.program_id(0) % parts, slope, mask=row < rows)
     if NEEDS_SHIFT:
         term = tl.where(valid & outside, gradient.to(tl.float32) * -scale, 0.0)
-        tl.store(shift_at + row * parts + tl.program_id(0) % parts, tl.sum(term.to(tl.float64), axis=1), mask=row < rows)
+        tl.store(
+            shift_at + row * parts + tl.program_id(0) % parts, tl.sum(term.to(tl.float64), axis=1), mask=row < rows
+        )
     if NEEDS_X:
         tl.store(result_at + place, tl.where(outside, 0.0, gradient), mask=valid)
 
 
 class TritonKernels:
-    """See `FakeQuantizeKernels`. Also takes float16 and bfloat16: the arithmetic is float32, results are rounded to x's dtype."""
+    """See `FakeQuantizeKernels`. Also takes float16 and bfloat16: the arithmetic is float32, results are rounded to x's
+    dtype."""
 
     variant = "triton"
 
     def fake_quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout, masked: bool, learned: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        layout: Layout,
+        masked: bool,
+        learned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x), new_mask(x, layout, masked)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, learned=learned)
         return y, mask
 
     def fake_quantize_observed(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], low: Tensor, high: Tensor, masked: bool
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+        low: Tensor,
+        high: Tensor,
+        masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
         layout = Layout(1, 1, x.numel(), 1)
         y, mask = torch.empty_like(x), new_mask(x, layout, masked)
@@ -245,11 +265,14 @@ class TritonKernels:
         result = torch.empty_like(gradient)
         programs, parts, rows, columns = _tiles(layout)
         with _device_of(gradient):
-            _mask_gradient[programs,](gradient, result, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS)
+            _mask_gradient[programs,](
+                gradient, result, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS
+            )
         return result
 
     def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool, layout: Layout,
+        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
+        layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         programs, parts, rows, columns = _tiles(layout)
@@ -258,25 +281,32 @@ class TritonKernels:
         shift = torch.empty_like(slope) if needs_zero_point else None
         with _device_of(x):
             _learned_backward[programs,](
-                x, gradient, x if result is None else result, scale, zero_point, slope, slope if shift is None else shift, *layout.rows,
-                parts, layout.outer, *map(float, bounds), ROWS=rows, COLUMNS=columns, NEEDS_X=needs_x, NEEDS_SHIFT=needs_zero_point,
+                x, gradient, x if result is None else result, scale, zero_point, slope,
+                slope if shift is None else shift, *layout.rows,
+                parts, layout.outer, *map(float, bounds), ROWS=rows, COLUMNS=columns, NEEDS_X=needs_x,
+                NEEDS_SHIFT=needs_zero_point,
                 ROUNDED=rounded, **_OPTIONS,
             )  # fmt: skip
         return result, slope.sum((0, 2)), None if shift is None else shift.sum((0, 2))
 
     @staticmethod
     def _run_forward(
-        x: Tensor, y: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], layout: Layout,
-        extremes: tuple[Tensor, Tensor] | None = None, learned: bool = False, observed: bool = False, affine: bool = False,
+        x: Tensor, y: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int],
+        layout: Layout,
+        extremes: tuple[Tensor, Tensor] | None = None, learned: bool = False, observed: bool = False,
+        affine: bool = False,
     ) -> None:  # fmt: skip
         programs, parts, rows, columns = _tiles(layout)
         # What a kernel does not touch still takes a place among its arguments.
         low, high = (scale, scale) if extremes is None else extremes
         with _device_of(x):
             _forward[programs,](
-                x, y, x if mask is None else mask, scale, zero_point, low, high, *layout.rows, parts, layout.outer, layout.run,
-                layout.inner, *map(float, bounds), ROWS=rows, COLUMNS=columns, IN_COLUMNS=layout.inner > 1, LEARNED=learned,
-                MASKED=mask is not None, OBSERVED=observed, FROM_EXTREMES=extremes is not None and not observed, AFFINE=affine, **_OPTIONS,
+                x, y, x if mask is None else mask, scale, zero_point, low, high, *layout.rows, parts, layout.outer,
+                layout.run,
+                layout.inner, *map(float, bounds), ROWS=rows, COLUMNS=columns, IN_COLUMNS=layout.inner > 1,
+                LEARNED=learned,
+                MASKED=mask is not None, OBSERVED=observed, FROM_EXTREMES=extremes is not None and not observed,
+                AFFINE=affine, **_OPTIONS,
             )  # fmt: skip
 
 

@@ -49,7 +49,10 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
         axes.annotate(text, (1.06, i), xycoords=_BESIDE, ha="right", va="center", fontsize=8.5)
     axes.annotate("effective", (1.06, -0.75), xycoords=_BESIDE, ha="right", va="bottom", fontsize=8, color=MUTED)
     axes.set_xlabel("bits an element (log₂)")
-    axes.set_title(f"{title}: {priced.effective_bits:.2f} effective a parameter, {_size(priced.bytes)} (float {_size(priced.float_bytes)})")
+    axes.set_title(
+        f"{title}: {priced.effective_bits:.2f} effective a parameter, {_size(priced.bytes)} (float "
+        f"{_size(priced.float_bytes)})"
+    )
     handles = [
         _swatch(axes, BLUE, "weight"),
         _swatch(axes, "#A6CBE5", "scales and zero points"),
@@ -63,7 +66,8 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
 
 @styled
 def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantization noise per layer") -> Figure:
-    """SQNR of each quantized tensor as a dot; beside it the share that is clipped, where it is more than one in a thousand.
+    """SQNR of each quantized tensor as a dot; beside it the share that is clipped, where it is more than one in a
+    thousand.
 
     Args:
         rows: of `lq_plugin.model.fidelity.layer_fidelity`; those without a number are left out.
@@ -83,9 +87,22 @@ def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantiza
         color, marker = _SLOTS[slot]
         chosen = [row for row in known if row.slot == slot]
         x = [row.sqnr_db or 0.0 for row in chosen]
-        axes.plot(x, [place[row.layer] for row in chosen], linestyle="", marker=marker, markersize=6, color=color, label=slot, zorder=3)
+        axes.plot(
+            x,
+            [place[row.layer] for row in chosen],
+            linestyle="",
+            marker=marker,
+            markersize=6,
+            color=color,
+            label=slot,
+            zorder=3,
+        )
     for name in names:
-        clipped = [(row.slot, row.clipping_share or 0.0) for row in known if row.layer == name and (row.clipping_share or 0.0) > 1e-3]
+        clipped = [
+            (row.slot, row.clipping_share or 0.0)
+            for row in known
+            if row.layer == name and (row.clipping_share or 0.0) > 1e-3
+        ]
         if clipped:
             text = "clipped " + ", ".join(f"{slot} {share:.1%}" for slot, share in clipped)
             axes.annotate(text, (1.01, place[name]), xycoords=_BESIDE, va="center", fontsize=7.5, color=MUTED)

@@ -53,7 +53,9 @@ def activation_histogram(
     entries = table.entries()
     figure, axes = new_figure(9.8, 4.4)
     zeros = _draw_histogram(axes, one)
-    marks = [_Mark(entry.range, entry.minimum, entry.maximum, f"{entry.sqnr_db:.1f} dB", entry.wins) for entry in entries]
+    marks = [
+        _Mark(entry.range, entry.minimum, entry.maximum, f"{entry.sqnr_db:.1f} dB", entry.wins) for entry in entries
+    ]
     if in_force is not None:
         marks.append(_Mark("in force", *in_force, "", False))
     handles = _draw_thresholds(axes, marks, float(one.minimum))
@@ -124,12 +126,21 @@ def _draw_thresholds(axes: Axes, marks: list[_Mark], smallest: float) -> list[Li
     for index, (mark, x) in enumerate(zip(marks, positions, strict=True)):
         current = mark.label == "in force"
         color = INK if current else PALETTE[index % (len(PALETTE) - 1)]
-        style: Any = {"color": color, "linewidth": 2.0 if mark.wins else 1.3, "linestyle": (0, (4, 2)) if current else "-"}
+        style: Any = {
+            "color": color,
+            "linewidth": 2.0 if mark.wins else 1.3,
+            "linestyle": (0, (4, 2)) if current else "-",
+        }
         bounds = [mark.high] + [mark.low] * (mark.low < 0 and smallest < 0)
         for bound in bounds:
             axes.axvline(bound, zorder=4 + mark.wins, **style)
         # The same marker on both bounds of one estimator, at a height of its own.
-        marker: Any = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        marker: Any = {
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 5,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+        }
         inside = [bound for bound in bounds if left <= bound <= right]
         heights = [0.96 - 0.06 * index] * len(inside)
         axes.plot(inside, heights, linestyle="", color=color, transform=transform, zorder=6, **marker)
@@ -137,7 +148,9 @@ def _draw_thresholds(axes: Axes, marks: list[_Mark], smallest: float) -> list[Li
         foot, name = (mark.high, mark.label) if mark.high <= right else (right, f"{mark.label} →")
         axes.plot([foot, x], [1.0, 1.05], color=color, linewidth=0.9, transform=transform, clip_on=False)
         weight = "bold" if mark.wins else "normal"
-        axes.text(x, 1.06, name, rotation=90, ha="center", va="bottom", color=color, fontweight=weight, transform=transform)
+        axes.text(
+            x, 1.06, name, rotation=90, ha="center", va="bottom", color=color, fontweight=weight, transform=transform
+        )
         reach = f"{mark.low:.3g}…{mark.high:.3g}"
         handles.append(Line2D([], [], label=_columns(mark.label, reach, mark.note), **style, **marker))
     return handles

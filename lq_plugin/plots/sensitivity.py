@@ -17,11 +17,13 @@ _WRITTEN = 60
 
 
 @styled
-def sensitivity_map(values: Mapping[str, Mapping[int, float]], measure: str = "kl", title: str = "Sensitivity to quantization") -> Figure:
+def sensitivity_map(
+    values: Mapping[str, Mapping[int, float]], measure: str = "kl", title: str = "Sensitivity to quantization"
+) -> Figure:
     """A map with a row for each tensor and a column for each bit-width, the darker the more harm.
 
-    The scale of colours is logarithmic and spans at most six decades: what is less has the lightest colour. A bit-width that
-    a tensor does not have is grey.
+    The scale of colours is logarithmic and spans at most six decades: what is less has the lightest colour. A bit-width
+    that a tensor does not have is grey.
 
     Args:
         values: harm by tensor and bit-width, not below 0; rows are drawn in this order.
@@ -43,14 +45,18 @@ def sensitivity_map(values: Mapping[str, Mapping[int, float]], measure: str = "k
     norm = LogNorm(low, high)
     figure, axes = new_figure(min(4.4 + 0.55 * len(widths), 16.0), min(1.3 + 0.26 * len(names), 40.0))
     axes.set_facecolor(FAINT)
-    shown = axes.imshow(np.where(np.isnan(table), np.nan, np.maximum(table, low)), norm=norm, cmap="YlOrRd", aspect="auto")
+    shown = axes.imshow(
+        np.where(np.isnan(table), np.nan, np.maximum(table, low)), norm=norm, cmap="YlOrRd", aspect="auto"
+    )
     if len(names) <= _WRITTEN:
         for row, name in enumerate(names):
             for column, bits in enumerate(widths):
                 if (value := values[name].get(bits)) is not None:
                     color = "white" if norm(max(value, low)) > 0.62 else INK
                     axes.text(column, row, digits(value), ha="center", va="center", fontsize=7, color=color)
-    axes.set_yticks(range(len(names)), [short(name, 44) for name in names], fontsize=8.5 if len(names) <= _WRITTEN else 6.5)
+    axes.set_yticks(
+        range(len(names)), [short(name, 44) for name in names], fontsize=8.5 if len(names) <= _WRITTEN else 6.5
+    )
     axes.set_xticks(range(len(widths)), ["float" if bits == FLOAT_BITS else str(bits) for bits in widths])
     axes.set_xlabel("bit-width")
     axes.tick_params(length=0)

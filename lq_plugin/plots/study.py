@@ -43,8 +43,8 @@ def pareto(
 ) -> Figure:
     """All plans of a search, the front among them, and where named plans stand.
 
-    The vertical axis shows the better part: from the best on, three times as far as half of the trials reach. The others are
-    counted, and references among them named, in a note.
+    The vertical axis shows the better part: from the best on, three times as far as half of the trials reach. The
+    others are counted, and references among them named, in a note.
 
     Args:
         points: `(size, metric)` of each trial.
@@ -72,14 +72,20 @@ def pareto(
     absent = [name for name, (_, quality) in named.items() if not low <= quality <= high]
     axes.grid(True)
     all_x, all_y = zip(*points, strict=True)
-    axes.scatter(all_x, all_y, 20, SKY, edgecolors="white", linewidths=0.4, alpha=0.75, zorder=2, label=f"{len(points)} trials")
+    axes.scatter(
+        all_x, all_y, 20, SKY, edgecolors="white", linewidths=0.4, alpha=0.75, zorder=2, label=f"{len(points)} trials"
+    )
     front_x, front_y = zip(*front, strict=True)
     axes.step(front_x, front_y, where="post", color=BLUE, linewidth=1.4, alpha=0.7, zorder=3)
-    axes.scatter(front_x, front_y, 46, BLUE, edgecolors="white", linewidths=0.8, zorder=4, label=f"Pareto front ({len(front)})")
+    axes.scatter(
+        front_x, front_y, 46, BLUE, edgecolors="white", linewidths=0.8, zorder=4, label=f"Pareto front ({len(front)})"
+    )
     if float_metric is not None:
         axes.axhline(float_metric, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
         beside: Any = ("axes fraction", "data")
-        axes.annotate(f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), beside, textcoords="offset points", fontsize=8.5)
+        axes.annotate(
+            f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), beside, textcoords="offset points", fontsize=8.5
+        )
     if seeds:
         label = f"from sensitivity ({len(seeds)})"
         seed_x, seed_y = zip(*seeds, strict=True)
@@ -97,7 +103,9 @@ def pareto(
     return figure
 
 
-def _limit_y(axes: Axes, quality: Sequence[float], named: Sequence[float], float_metric: float | None, maximize: bool) -> int:
+def _limit_y(
+    axes: Axes, quality: Sequence[float], named: Sequence[float], float_metric: float | None, maximize: bool
+) -> int:
     """Set the limits; returns how many trials are outside."""
     sign = 1.0 if maximize else -1.0
     good = sign * np.array([*quality, *named])

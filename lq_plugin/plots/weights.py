@@ -56,9 +56,13 @@ def weight_box_plot(
     axes.set_ylabel("weight")
     axes.set_title(short(name, 60) + (f"   {spec}" if spec else ""))
     handles = [
-        Line2D([], [], color=INK, linewidth=1.6, label="median") if few else Line2D([], [], color=INK, linewidth=1.2, label="median"),
+        Line2D([], [], color=INK, linewidth=1.6, label="median")
+        if few
+        else Line2D([], [], color=INK, linewidth=1.2, label="median"),
         Patch(facecolor=BLUE, alpha=0.55, label="quartiles"),
-        Line2D([], [], color=BLUE, linewidth=1.2, label="5 % … 95 %") if few else Patch(facecolor=BLUE, alpha=0.25, label="5 % … 95 %"),
+        Line2D([], [], color=BLUE, linewidth=1.2, label="5 % … 95 %")
+        if few
+        else Patch(facecolor=BLUE, alpha=0.25, label="5 % … 95 %"),
         Line2D([], [], color=MUTED, linestyle="", marker="o", markersize=2.5, label="extremes"),
     ]
     if low is not None or high is not None:
@@ -73,7 +77,9 @@ def _per_channel(bound: Tensor | None, channels: int, name: str) -> np.ndarray |
         return None
     values = bound.detach().float().cpu().reshape(-1)
     if values.numel() not in (1, channels):
-        raise ValueError(f"{name}: bounds must be one number or one for each of {channels} channels, got {values.numel()}")
+        raise ValueError(
+            f"{name}: bounds must be one number or one for each of {channels} channels, got {values.numel()}"
+        )
     return values.expand(channels).numpy()
 
 
@@ -106,7 +112,9 @@ def _draw_bands(axes: Axes, quantiles: np.ndarray, low: np.ndarray | None, high:
     axes.stairs(q3, edges, baseline=q1, fill=True, color=BLUE, alpha=0.55, linewidth=0, zorder=3)
     axes.stairs(median, edges, baseline=None, color=INK, linewidth=0.9, zorder=4)
     middle = (edges[1:] + edges[:-1]) / 2
-    axes.plot(np.r_[middle, middle], np.r_[smallest, largest], linestyle="", marker="o", markersize=1.4, color=MUTED, zorder=2)
+    axes.plot(
+        np.r_[middle, middle], np.r_[smallest, largest], linestyle="", marker="o", markersize=1.4, color=MUTED, zorder=2
+    )
     for bound, how in ((low, np.minimum), (high, np.maximum)):
         if bound is not None:
             axes.stairs(columns(bound, how), edges, baseline=None, color=VERMILION, linewidth=1.1, zorder=5)

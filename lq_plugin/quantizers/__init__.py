@@ -8,7 +8,12 @@ from typing import Any
 from lq_plugin.functional.ocp_mx import ELEMENTS
 from lq_plugin.quantizers.base import Quantizer, Suspension, Unquantized
 from lq_plugin.quantizers.binary import BWNWeightQuantizer, SignInputQuantizer, SignWeightQuantizer, XNORInputQuantizer
-from lq_plugin.quantizers.blockwise import NVFP4InputQuantizer, NVFP4WeightQuantizer, OCPInputQuantizer, OCPWeightQuantizer
+from lq_plugin.quantizers.blockwise import (
+    NVFP4InputQuantizer,
+    NVFP4WeightQuantizer,
+    OCPInputQuantizer,
+    OCPWeightQuantizer,
+)
 from lq_plugin.quantizers.codebook import CodebookWeightQuantizer
 from lq_plugin.quantizers.learned import LSQInputQuantizer, LSQWeightQuantizer, PACTInputQuantizer
 from lq_plugin.quantizers.mx import MXInputQuantizer, MXWeightQuantizer
@@ -53,7 +58,9 @@ def make_input_quantizer(spec: QuantSpec, name: str, channels: int, channel_axis
     return _INPUT.get(_key(spec), plain)(spec, name, channels, channel_axis)
 
 
-def in_stages(make: Callable[[QuantSpec, str], Quantizer], name: str, stages: list[tuple[Moment | None, QuantSpec | None]]) -> Any:
+def in_stages(
+    make: Callable[[QuantSpec, str], Quantizer], name: str, stages: list[tuple[Moment | None, QuantSpec | None]]
+) -> Any:
     """The quantizer of a tensor whose spec changes while it is trained.
 
     Args:
@@ -65,7 +72,9 @@ def in_stages(make: Callable[[QuantSpec, str], Quantizer], name: str, stages: li
     assert last is not None
     quantizer = make(last, name)
     if earlier:
-        before = [make(spec, f"{name} (stage {index})") if spec else Unquantized() for index, (_, spec) in enumerate(earlier)]
+        before = [
+            make(spec, f"{name} (stage {index})") if spec else Unquantized() for index, (_, spec) in enumerate(earlier)
+        ]
         quantizer.add_earlier(before, [start for start, _ in stages])
     return quantizer
 

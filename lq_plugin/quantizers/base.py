@@ -107,7 +107,8 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
-        """Outermost levels and their step, broadcastable against the blocks `x` of the tensor; None where they follow each vector."""
+        """Outermost levels and their step, broadcastable against the blocks `x` of the tensor; None where they follow
+        each vector."""
         scale, zero_point = self.qparams(x)
         return Levels(*bounds_from_qparams(scale, zero_point, self.spec.grid), scale)
 
@@ -134,8 +135,8 @@ class Quantizer(nn.Module):
     def follow_buffers(self) -> None:
         """Read the switches anew if somebody has written to them in place: a weight average, whose copy this is.
 
-        Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code the
-        switches are those of the last call outside of it.
+        Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code
+        the switches are those of the last call outside of it.
         """
         if not torch.compiler.is_compiling():
             written = self._count_writes()
@@ -226,7 +227,8 @@ class Quantizer(nn.Module):
         return self.quantize_values(x)
 
     def pass_on(self, x: Tensor) -> Tensor:
-        """`x` as it is. While gradients flow, learned ranges are touched with weight 0: DDP refuses parameters without gradient."""
+        """`x` as it is. While gradients flow, learned ranges are touched with weight 0: DDP refuses parameters without
+        gradient."""
         if self.training and torch.is_grad_enabled():
             for parameter in self.parameters(recurse=False):
                 if parameter.requires_grad:
@@ -319,12 +321,16 @@ class Quantizer(nn.Module):
         self.forget_switches()  # other tensors, with counts of their own
         return super()._apply(keep_dtype, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         if not any(key.startswith(prefix) for key in state_dict):
             # A float checkpoint: its weights load, and the range has to be found anew.
             self.set_calibrated(False)
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._read_switches()
         learned = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if learned and prefix + "calibrated" not in state_dict and all(key in state_dict for key in learned):

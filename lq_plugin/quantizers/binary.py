@@ -37,7 +37,8 @@ class SignWeightQuantizer(WeightQuantizer):
 
 
 class BWNWeightQuantizer(WeightQuantizer):
-    """Sign times the mean magnitude, both found anew from the weight at each call (see `lq_plugin.functional.xnor_net`)."""
+    """Sign times the mean magnitude, both found anew from the weight at each call (see
+    `lq_plugin.functional.xnor_net`)."""
 
     latent_bound = LATENT_BOUND
 
@@ -78,4 +79,5 @@ class SignInputQuantizer(InputQuantizer):
 
 
 class XNORInputQuantizer(SignInputQuantizer):
-    """-1 and +1; the layer multiplies its output by K, the mean magnitude of each window (see `QuantizedLayer.output_scale`)."""
+    """-1 and +1; the layer multiplies its output by K, the mean magnitude of each window (see
+    `QuantizedLayer.output_scale`)."""

@@ -51,7 +51,9 @@ class BlockWeightQuantizer(WeightQuantizer):
 
     def levels(self, x: Tensor | None = None) -> Levels:
         scale, _ = self.qparams(x)
-        return Levels(-self.element.max_value * scale, self.element.max_value * scale, self.element.largest_step * scale)
+        return Levels(
+            -self.element.max_value * scale, self.element.max_value * scale, self.element.largest_step * scale
+        )
 
     def quantize_values(self, x: Tensor) -> Tensor:
         done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x))
@@ -120,7 +122,8 @@ class OCPInputQuantizer(VectorInputQuantizer):
 
 
 class NVFP4InputQuantizer(VectorInputQuantizer):
-    """Activations in NVFP4. The tensor's scale is calibrated, so that what a sample gets does not depend on its batch."""
+    """Activations in NVFP4. The tensor's scale is calibrated, so that what a sample gets does not depend on its
+    batch."""
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         return fake_quantize_nvfp4(vectors, self.scale)

@@ -36,7 +36,9 @@ class LSQWeightQuantizer(WeightQuantizer):
 
     def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         group = self.spec.granularity
-        y = fake_quantize_learned(blocks(x, group), scale, zero_point, self.spec.grid, self.gradient_factor, _band(self.spec))
+        y = fake_quantize_learned(
+            blocks(x, group), scale, zero_point, self.spec.grid, self.gradient_factor, _band(self.spec)
+        )
         return unblocks(y, x.shape, group)
 
     def _rows_are_independent(self) -> bool:

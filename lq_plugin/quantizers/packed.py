@@ -27,7 +27,9 @@ class PackedWeightQuantizer(WeightQuantizer):
         self.register_buffer("values", weight)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        raise QuantizationError(f"{self.name} was read from a packed file, which holds its values; its scales are in the file")
+        raise QuantizationError(
+            f"{self.name} was read from a packed file, which holds its values; its scales are in the file"
+        )
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         return None
@@ -35,7 +37,8 @@ class PackedWeightQuantizer(WeightQuantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         if self.training and x.requires_grad:
             raise QuantizationError(
-                f"{self.name} was read from a packed file, which holds no latent weight to train; train from a checkpoint"
+                f"{self.name} was read from a packed file, which holds no latent weight to train; train from a "
+                "checkpoint"
             )
         return self.values.to(x.dtype) if "values" in self._buffers else x
 

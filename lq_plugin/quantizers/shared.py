@@ -22,9 +22,9 @@ class SharedInput:
     """The tensor that one layer of a module quantized last, for the others that may read it, too.
 
     It is held while the module's forward runs, between the hooks `enter` and `leave`, and in neither of these cases:
-    torch.compile traces; something watches or rewrites operations; the tensor's changes cannot be told (inference mode); gradient
-    checkpointing began inside of the module, so that its second run is not between the hooks (before torch 2.8, which cannot tell,
-    nothing is shared).
+    torch.compile traces; something watches or rewrites operations; the tensor's changes cannot be told (inference
+    mode); gradient checkpointing began inside of the module, so that its second run is not between the hooks (before
+    torch 2.8, which cannot tell, nothing is shared).
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,10 @@ class SharedInput:
             or x.is_inference()
         ):
             return False
-        return not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()) and _packing() is self._packing
+        return (
+            not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+            and _packing() is self._packing
+        )
 
     def once(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What `make` gave for the same tensor and key before, or gives now.

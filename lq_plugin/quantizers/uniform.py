@@ -125,7 +125,8 @@ class WeightQuantizer(Quantizer):
         return self._from_bounds(*extremes(x, self.scale_shape))
 
     def _from_bounds(self, minimum: Tensor, maximum: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures integer scales."""
+        """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures
+        integer scales."""
         scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
         group = self.spec.granularity
         if isinstance(group, PerGroup) and group.scale_bits is not None:
@@ -143,9 +144,13 @@ class WeightQuantizer(Quantizer):
         group = self.spec.granularity
         if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
             if not isinstance(group, PerGroup) or group.scale_bits is None:
-                return unblocks(fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), x.shape, group)
+                return unblocks(
+                    fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), x.shape, group
+                )
             if group.coarse == "tensor" and not self.spec.grid.affine:
-                done = fake_quantize_blocks(x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)))
+                done = fake_quantize_blocks(
+                    x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits))
+                )
                 if done is not None:
                     return done
         w = blocks(x, group)
@@ -153,8 +158,15 @@ class WeightQuantizer(Quantizer):
         return unblocks(self.rounded(w, scale, zero_point), x.shape, group)
 
     def takes_rows(self, reading: Reading) -> bool:
-        """Whether `quantize_rows` may stand for a call, now: what a row becomes depends on it and on known qparams alone."""
-        if self.starts or self.collector is not None or not self._enabled or self._forward_hooks or self._forward_pre_hooks:
+        """Whether `quantize_rows` may stand for a call, now: what a row becomes depends on it and on known qparams
+        alone."""
+        if (
+            self.starts
+            or self.collector is not None
+            or not self._enabled
+            or self._forward_hooks
+            or self._forward_pre_hooks
+        ):
             return False
         if self.needs_calibration and not self._calibrated:
             return False
@@ -162,7 +174,10 @@ class WeightQuantizer(Quantizer):
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
 
     def _rows_are_independent(self) -> bool:
-        plain = type(self).quantize_values is WeightQuantizer.quantize_values and type(self).qparams is WeightQuantizer.qparams
+        plain = (
+            type(self).quantize_values is WeightQuantizer.quantize_values
+            and type(self).qparams is WeightQuantizer.qparams
+        )
         return plain and has_row_scales(self.spec.granularity) and not (self.spec.stochastic and self.training)
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
@@ -214,7 +229,9 @@ class WeightQuantizer(Quantizer):
         """The weight's values, one row for each scale; padding does not enter."""
         rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
         mask = block_mask(self.shape, self.spec.granularity)
-        return Sample.from_tensor(rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name)
+        return Sample.from_tensor(
+            rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name
+        )
 
     def counts(self, device: torch.device) -> Tensor | None:
         """How many elements share each scale, shaped like the scales; None where no ragged group makes them differ."""
@@ -241,7 +258,9 @@ class WeightQuantizer(Quantizer):
         self.set_calibrated()
 
     def _store(self, minimum: Tensor, maximum: Tensor, sample: Sample) -> None:
-        scale, zero_point = self._from_bounds(minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape), sample)
+        scale, zero_point = self._from_bounds(
+            minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape), sample
+        )
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -320,7 +339,8 @@ class InputQuantizer(Quantizer):
         return found if x is None or found is None else Levels(*(self._view(value, x.ndim) for value in found))
 
     def draw_key(self, x: Tensor) -> str:
-        # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing makes it, the same.
+        # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing
+        # makes it, the same.
         ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
         return f":{torch.distributed.get_rank() if ranked else 0}:{x.detach().sum(dtype=torch.float32).item()}"
 
@@ -373,13 +393,19 @@ class InputQuantizer(Quantizer):
         self.follow_buffers()
         # Observing and quantizing with what was observed before take one pass over the data together.
         if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
-            return fake_quantize_observed(x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max)
+            return fake_quantize_observed(
+                x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max
+            )
         return super().forward(x)
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
         """The same, by what another quantizer with the same qparams made of the same tensor."""
         self.follow_buffers()
-        if not (self._calibrated and self._enabled and x.numel() and self._is_plain()) or self._forward_hooks or self._forward_pre_hooks:
+        if (
+            not (self._calibrated and self._enabled and x.numel() and self._is_plain())
+            or self._forward_hooks
+            or self._forward_pre_hooks
+        ):
             return self(x)
         watches, grid = self._watches, self.spec.grid
 
@@ -417,7 +443,9 @@ class InputQuantizer(Quantizer):
             CalibrationError: naming the layer when they are NaN or Inf.
         """
         if not (torch.isfinite(batch_min) & torch.isfinite(batch_max)).all():
-            raise CalibrationError(f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})")
+            raise CalibrationError(
+                f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})"
+            )
         with torch.no_grad():
             if self._calibrated:
                 ramp = (1.0 + self.batches) / (10.0 + self.batches)

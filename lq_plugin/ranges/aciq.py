@@ -12,8 +12,8 @@ bits the constants are off (34 % more error at 2 bits, Gauss, levels -1..1). `ac
 the true error of the grid that is used.
 
 Which of the two is not told by their own errors: at the same data Gauss predicts the smaller one even for values that
-are exactly Laplace (24 dB where 35 are possible at 8 bits), and that is what the authors' code takes. Here both thresholds
-are tried on the data, and the one with the smaller error there is taken.
+are exactly Laplace (24 dB where 35 are possible at 8 bits), and that is what the authors' code takes. Here both
+thresholds are tried on the data, and the one with the smaller error there is taken.
 
 Reference: Banner, Nahshan, Soudry, "Post training 4-bit quantization of convolutional networks for
 rapid-deployment", NeurIPS 2019 (arXiv 1810.05723).

@@ -47,9 +47,11 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
 
 
 def clipping_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Mean squared distance of the values from the range of the levels, float64 `[rows]`: no error on this grid is less.
+    """Mean squared distance of the values from the range of the levels, float64 `[rows]`: no error on this grid is
+    less.
 
-    In a histogram bin the distance is that of the middle; squared distances are convex, so their mean over the bin is no less.
+    In a histogram bin the distance is that of the middle; squared distances are convex, so their mean over the bin is
+    no less.
 
     Args:
         scale, zero_point: `[rows]`.
@@ -70,7 +72,8 @@ def clipped_share(sample: Sample, scale: Tensor, zero_point: Tensor, grid: Integ
 
 
 def side_without_levels(sample: Sample, scale: Tensor, grid: IntegerGrid) -> float:
-    """Share of all elements on the side of zero where a grid without zero point has no level, beyond what rounds to zero anyway.
+    """Share of all elements on the side of zero where a grid without zero point has no level, beyond what rounds to
+    zero anyway.
 
     Args:
         scale: `[rows]`.

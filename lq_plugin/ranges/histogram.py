@@ -196,7 +196,8 @@ class Histogram:
         """
         if (self.rows, self.bins) != (other.rows, other.bins):
             raise CalibrationError(
-                f"{self.name}: cannot merge histograms of {self.rows} x {self.bins} and {other.rows} x {other.bins} (rows x bins)"
+                f"{self.name}: cannot merge histograms of {self.rows} x {self.bins} and {other.rows} x {other.bins} "
+                "(rows x bins)"
             )
         theirs = Histogram(other.rows, other.bins, other.max_samples, other.counts.device, other.name)
         theirs.load_state_dict(other.state_dict())
@@ -268,7 +269,8 @@ def _octave(magnitude: Tensor) -> Tensor:
 
 
 def _count_keys(x: Tensor) -> Tensor:
-    """How many of `x [n]` have each sign and key, int64 `[2, 2^15]`: in pieces that stay in the cache, a sixth of the time of `_count`."""
+    """How many of `x [n]` have each sign and key, int64 `[2, 2^15]`: in pieces that stay in the cache, a sixth of the
+    time of `_count`."""
     # With 7 mantissa bits sign and key are the upper half of a float32; arithmetic shifts put the negative ones first.
     counted = torch.zeros(2**16, dtype=torch.int64, device=x.device)
     for piece in x.split(2 * _CHUNK):

@@ -100,7 +100,10 @@ def best_bin(counts: Tensor, beyond: Tensor, levels: int) -> Tensor:
         merging = _between(divergence.of_merging(knots.unsqueeze(0)), knots, kept)
         estimate = merging.add_(divergence.of_clipping(kept.unsqueeze(0)))
         # With few levels what merging adds is less smooth, and cheap.
-        candidates = estimate.topk(min(max(EXACT, BINS // levels), len(kept)), largest=False, dim=1).indices.sort(dim=1).values + levels
+        candidates = (
+            estimate.topk(min(max(EXACT, BINS // levels), len(kept)), largest=False, dim=1).indices.sort(dim=1).values
+            + levels
+        )
         merging = divergence.of_merging(candidates)
     total = merging + divergence.of_clipping(candidates)
     last = total.shape[1] - 1 - total.flip(1).argmin(dim=1, keepdim=True)
@@ -130,7 +133,8 @@ class Divergence:
         return _at(self.entropy, kept) - torch.cat(parts, dim=1)
 
     def of_clipping(self, kept: Tensor) -> Tensor:
-        """What is lost because the outliers are in the last bin of P and not in Q; infinite where it is empty or most are outliers."""
+        """What is lost because the outliers are in the last bin of P and not in Q; infinite where it is empty or most
+        are outliers."""
         inside, last = _at(self.cumulated, kept), _at(self.counts, kept - 1)
         outliers = self.total - inside
         merged, spread_over = self._merged(torch.stack([self._begin(kept, self.levels - 1), kept], dim=2))
@@ -145,8 +149,12 @@ class Divergence:
         return -(-kept * level).div(self.levels, rounding_mode="floor")
 
     def _merged(self, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass, and number of bins that are not empty (at least 1), between neighbours of `begins [rows or 1, k, n]`."""
-        mass, bins = (_at(of, begins.flatten(1)).unflatten(1, begins.shape[1:]).diff(dim=2) for of in (self.cumulated, self.occupied))
+        """Mass, and number of bins that are not empty (at least 1), between neighbours of `begins [rows or 1, k,
+        n]`."""
+        mass, bins = (
+            _at(of, begins.flatten(1)).unflatten(1, begins.shape[1:]).diff(dim=2)
+            for of in (self.cumulated, self.occupied)
+        )
         return mass, bins.clamp_(min=1.0)
 
 

@@ -91,7 +91,9 @@ class RangeTable:
 
     def entries(self) -> list[RangeEntry]:
         """One entry an estimator, over all rows."""
-        predicted, measured, clipped = (self._mean(v).tolist() for v in (self.predicted_mse, self.measured_mse, self.clipped))
+        predicted, measured, clipped = (
+            self._mean(v).tolist() for v in (self.predicted_mse, self.measured_mse, self.clipped)
+        )
         power = float(self._mean(self.power.unsqueeze(0)))
         return [
             RangeEntry(
@@ -141,7 +143,9 @@ class RangeTable:
         return (of * self.elements).sum(dim=1) / self.elements.sum()
 
 
-def compare_ranges(sample: Sample, grid: QuantSpec | IntegerGrid | str, ranges: Iterable[str] | None = None) -> RangeTable:
+def compare_ranges(
+    sample: Sample, grid: QuantSpec | IntegerGrid | str, ranges: Iterable[str] | None = None
+) -> RangeTable:
     """Run estimators on one sample and measure each.
 
     Args:

@@ -32,7 +32,8 @@ LOWEST = 2.0**-12
 #: With few values the best scale may put the highest level above the data, by half a step at most;
 #: beyond this factor it never pays.
 HIGHEST = 1.1
-#: Candidates of a sweep between two looks at what clipping alone costs; of a small sample as many as make this many elements.
+#: Candidates of a sweep between two looks at what clipping alone costs; of a small sample as many as make this many
+#: elements.
 _AT_ONCE, _ELEMENTS = 8, 2**17
 #: Rounding of the errors compared there.
 _ROUNDING = 1e-4
@@ -61,8 +62,11 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     return as_bounds(low, high)
 
 
-def best_multiples(sample: Sample, minimum: Tensor, scale: Tensor, coarse: Tensor, most: int, grid: IntegerGrid) -> Tensor:
-    """The multiple of a coarse scale with the least squared error for each row: the grid that two-level scales really have.
+def best_multiples(
+    sample: Sample, minimum: Tensor, scale: Tensor, coarse: Tensor, most: int, grid: IntegerGrid
+) -> Tensor:
+    """The multiple of a coarse scale with the least squared error for each row: the grid that two-level scales really
+    have.
 
     Args:
         sample: the values.
@@ -122,10 +126,11 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
 
 
 def _descending_errors(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """`mean_squared_error` of scales that fall from the second column on, `[rows, candidates]`; infinite where it is not the least.
+    """`mean_squared_error` of scales that fall from the second column on, `[rows, candidates]`; infinite where it is
+    not the least.
 
-    The smaller the scale, the more is clipped. Once clipping alone costs every row as much as the least error so far, nothing
-    that follows is better: half of a sweep, as a rule.
+    The smaller the scale, the more is clipped. Once clipping alone costs every row as much as the least error so far,
+    nothing that follows is better: half of a sweep, as a rule.
     """
     error = torch.full(scale.shape, inf, dtype=torch.float64, device=scale.device)
     at_once = max(_ELEMENTS // sample.values.numel(), _AT_ONCE)

@@ -16,7 +16,8 @@ from lq_plugin.spec import RANGES, IntegerGrid
 #: largest magnitude of each row lies in [0.5, 1), or is 0.
 RangeFunction: TypeAlias = Callable[[Sample, IntegerGrid, str | None], tuple[Tensor, Tensor]]
 
-#: Ranges that follow from few values far out: their statistics count every element, so that they are the same in any order of the data.
+#: Ranges that follow from few values far out: their statistics count every element, so that they are the same in any
+#: order of the data.
 COUNT_ALL = frozenset({"kl"})
 
 _Registered = TypeVar("_Registered", bound=RangeFunction)
@@ -78,7 +79,9 @@ def estimate_range(spec_range: str, sample: Sample, grid: IntegerGrid) -> tuple[
     """
     name, _, option = spec_range.partition(":")
     if name not in _ESTIMATORS:
-        raise SpecError(f"unknown range {spec_range!r}; valid: {', '.join(_ESTIMATORS)}.{did_you_mean(name, _ESTIMATORS)}")
+        raise SpecError(
+            f"unknown range {spec_range!r}; valid: {', '.join(_ESTIMATORS)}.{did_you_mean(name, _ESTIMATORS)}"
+        )
     # Rows are independent: blocks of them keep the temporaries in the cache and memory bounded.
     rows_at_once = max(_BLOCK // sample.values.shape[1], 1)
     low, high = [], []

@@ -50,7 +50,9 @@ class Sample:
             if bound.shape != self.values.shape[:1]:
                 faults.append(f"{label} must be [rows], got {list(bound.shape)}")
         if self.edges is not None and self.edges.shape[-1] > self.values.shape[-1] + 1:
-            faults.append(f"{self.edges.shape[-1]} edges need {self.edges.shape[-1] - 1} values, got {self.values.shape[-1]}")
+            faults.append(
+                f"{self.edges.shape[-1]} edges need {self.edges.shape[-1] - 1} values, got {self.values.shape[-1]}"
+            )
         if faults:
             raise CalibrationError("impossible Sample: " + "; ".join(faults))
 
@@ -98,11 +100,15 @@ class Sample:
         exponent = torch.frexp(limit).exponent.clamp(-126, 126)
         factor, inverse = _power_of_two(exponent), _power_of_two(-exponent)
         edges = None if self.edges is None else self.edges * inverse.unsqueeze(1)
-        scaled = Sample(self.values * inverse.unsqueeze(1), self.mass, self.minimum * inverse, self.maximum * inverse, edges)
+        scaled = Sample(
+            self.values * inverse.unsqueeze(1), self.mass, self.minimum * inverse, self.maximum * inverse, edges
+        )
         return scaled, factor
 
     @classmethod
-    def from_tensor(cls, x: Tensor, mask: Tensor | None = None, name: str = "tensor", max_points: int = MAX_POINTS) -> Sample:
+    def from_tensor(
+        cls, x: Tensor, mask: Tensor | None = None, name: str = "tensor", max_points: int = MAX_POINTS
+    ) -> Sample:
         """The elements of `x` themselves, for weights.
 
         Args:
@@ -168,7 +174,9 @@ class Sample:
         """
         edges, counts = torch.atleast_2d(edges).float(), torch.atleast_2d(counts)
         if edges.shape[0] != counts.shape[0] or edges.shape[1] != counts.shape[1] + 1:
-            raise CalibrationError(f"{name}: edges {list(edges.shape)} do not fit counts {list(counts.shape)}; one edge more than bins")
+            raise CalibrationError(
+                f"{name}: edges {list(edges.shape)} do not fit counts {list(counts.shape)}; one edge more than bins"
+            )
         mass = counts.to(torch.float64)
         refuse_non_finite(edges.amin(dim=1), edges.amax(dim=1), name)
         if not bool((edges.diff(dim=1) >= 0).all()):

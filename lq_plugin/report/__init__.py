@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportData", "Series", "model_report", "render", "study_report", "write_page"]
 
-# Loaded on first use: `lq-report` and `lq-explain` must not pay for torch and matplotlib before they have something to do.
-_FILES = {"data": ("ReportData", "Series"), "model": ("model_report",), "page": ("render", "write_page"), "study": ("study_report",)}
+# Loaded on first use: `lq-report` and `lq-explain` must not pay for torch and matplotlib before they have something to
+# do.
+_FILES = {
+    "data": ("ReportData", "Series"),
+    "model": ("model_report",),
+    "page": ("render", "write_page"),
+    "study": ("study_report",),
+}
 
 __getattr__, __dir__ = attributes(__name__, _FILES)

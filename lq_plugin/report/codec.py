@@ -72,7 +72,12 @@ def _decode(kind: Any, content: Any, where: str) -> Any:
         if content is None:
             return float("nan")
         infinite = content in ("inf", "-inf")
-        _require(infinite or (isinstance(content, (int, float)) and not isinstance(content, bool)), "a number", content, where)
+        _require(
+            infinite or (isinstance(content, (int, float)) and not isinstance(content, bool)),
+            "a number",
+            content,
+            where,
+        )
         return float(content)
     _require(type(content) is kind, f"of type {kind.__name__}", content, where)
     return content

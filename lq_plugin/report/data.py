@@ -71,7 +71,8 @@ class TensorView:
         low, high: the histogram's outer edges.
         counts: elements in bins of equal width.
         zeros: share of exact zeros that are not in `counts`, 0 where they are.
-        levels: values that the levels stand for, ascending; empty where there are more than 256, or where they follow the data.
+        levels: values that the levels stand for, ascending; empty where there are more than 256, or where they follow
+            the data.
         marks: clipping bounds of each estimator.
         mse, kl: the criteria over the threshold.
         distribution: that fits better, `gauss` or `laplace`.
@@ -221,7 +222,8 @@ class ModelReport:
         name: its class.
         plan: YAML.
         totals: of the cost.
-        weight_coverage, compute_coverage: quantized shares of the weights, and of the MACs with all operands, 0..1; None: not known.
+        weight_coverage, compute_coverage: quantized shares of the weights, and of the MACs with all operands, 0..1;
+            None: not known.
         layers: in the model's order.
         ledger: rows of the coverage ledger.
         metrics: what it scores.

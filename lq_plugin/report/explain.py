@@ -47,7 +47,8 @@ class Explanation:
     schedule: list[Phase]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a layer: specs, effective bits, bytes, MACs and BOPs of a sample where a batch was recorded, why a part is float."""
+        """One row a layer: specs, effective bits, bytes, MACs and BOPs of a sample where a batch was recorded, why a
+        part is float."""
         reasons = {entry.name: entry.reason for entry in self.ledger}
         found = []
         for row in self.cost:
@@ -69,7 +70,11 @@ class Explanation:
 
     def operations(self) -> list[dict[str, Any]]:
         """Operations that no layer owns and that the plan quantizes: all of their operands by one spec."""
-        return [{"operation": e.name, "kind": e.kind, "input": _stages(e.plan, "input")} for e in self.ledger if e.functional and e.plan]
+        return [
+            {"operation": e.name, "kind": e.kind, "input": _stages(e.plan, "input")}
+            for e in self.ledger
+            if e.functional and e.plan
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,7 +92,12 @@ class Explanation:
         rows, totals = self.rows(), self.cost.totals()
         shown = [slot for slot in SLOTS if slot != "output" or any(row["output"] != "float" for row in rows)]
         # Text, not str: a layer may be named like rich's markup.
-        table = Table(title=Text(f"What the plan comes to: {len(rows)} layers"), box=SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
+        table = Table(
+            title=Text(f"What the plan comes to: {len(rows)} layers"),
+            box=SIMPLE_HEAD,
+            show_footer=True,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("layer", "all layers", overflow="fold")
         for slot in shown:
             table.add_column(slot, overflow="fold")
@@ -133,13 +143,16 @@ class Explanation:
         return Text("\n".join(lines), no_wrap=True)
 
 
-def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, run: Callable[[], Any] | None = None) -> Explanation:
+def explain(
+    plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, run: Callable[[], Any] | None = None
+) -> Explanation:
     """What `plan` would do to `model`, which is only looked at.
 
     Args:
         plan: anything `QuantPlan.parse` reads.
         model: float.
-        run: runs the model on a batch, for functional calls and the MACs and BOPs of a sample; a plan that names operations needs it.
+        run: runs the model on a batch, for functional calls and the MACs and BOPs of a sample; a plan that names
+            operations needs it.
 
     Raises:
         PlanError: a plan that cannot be read, or that does not fit the model.
@@ -153,7 +166,11 @@ def explain(plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, 
     survey = Survey.of(model, quantizing(chosen))
     recording = None if run is None else record(model, run)
     for_layers, operation_rules = split(chosen, survey.infos(), survey.aside)
-    layers = for_layers.resolve(survey.infos(), survey.others()) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
+    layers = (
+        for_layers.resolve(survey.infos(), survey.others())
+        if for_layers
+        else dict.fromkeys(survey.candidates, LayerPlan())
+    )
     known = {} if recording is None else operations_of(recording)
     resolved = resolve_operations(operation_rules, known, chosen, recording is not None)
     operations = {name: operation_plan for name, (_, operation_plan) in resolved.items()}

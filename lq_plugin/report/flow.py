@@ -1,4 +1,5 @@
-"""The fake-quant flow of one layer as a graph: what is quantized, where the gradient passes straight through, what stays float."""
+"""The fake-quant flow of one layer as a graph: what is quantized, where the gradient passes straight through, what
+stays float."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from lq_plugin.report.data import Flow, Node
 from lq_plugin.spec import QuantSpec
 
 
-def flow(name: str, module: Any, kind: str, plan: LayerPlan, recording: Recording | None = None, reason: str | None = None) -> Flow:
+def flow(
+    name: str, module: Any, kind: str, plan: LayerPlan, recording: Recording | None = None, reason: str | None = None
+) -> Flow:
     """Columns from left to right: where the input comes from, quantizers, the operation, the output, who reads it.
 
     Args:

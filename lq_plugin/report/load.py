@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 #: What `lq-report` looks for in a folder.
 REPORT, STUDY, LOG = "report.json", "study.db", "metrics.csv"
 _HOW = (
-    "give a report.json (of a run with QuantMonitor), a folder with one or with a study.db, or the URL of a study's storage (sqlite:///...)"
+    "give a report.json (of a run with QuantMonitor), a folder with one or with a study.db, "
+    "or the URL of a study's storage (sqlite:///...)"
 )
 #: Points of a training curve.
 MAX_POINTS = 400
@@ -30,8 +31,8 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
     """The report that `source` stands for.
 
     Args:
-        source: a JSON file, a folder (its newest `report.json`, and a `study.db` beside or below), a `.db` file, or the URL of
-            an Optuna storage.
+        source: a JSON file, a folder (its newest `report.json`, and a `study.db` beside or below), a `.db` file, or the
+            URL of an Optuna storage.
         study: which one, where a storage holds several.
 
     Raises:
@@ -58,13 +59,19 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
         assert found.model is not None
         logged = _training(place, path)
         # A log has every step, the report what it was asked to keep.
-        training = logged + [series for series in found.model.training if series.name not in {known.name for known in logged}]
-        result = replace(found, model=replace(found.model, training=training), notes=[*found.notes, *_others("runs", models)])
+        training = logged + [
+            series for series in found.model.training if series.name not in {known.name for known in logged}
+        ]
+        result = replace(
+            found, model=replace(found.model, training=training), notes=[*found.notes, *_others("runs", models)]
+        )
     if databases:
         live = from_storage(f"sqlite:///{databases[-1].resolve()}", study)
         known = searched[-1] if searched else None
         if live.study is not None and known is not None and known.name == live.study.name:
-            live = replace(live, study=replace(live.study, float_metric=known.float_metric, float_bytes=known.float_bytes))
+            live = replace(
+                live, study=replace(live.study, float_metric=known.float_metric, float_bytes=known.float_bytes)
+            )
         result = replace(result, study=live.study, notes=[*result.notes, *_others("studies", databases)])
     elif searched:
         result = replace(result, study=searched[-1])
@@ -98,13 +105,19 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
             if not names:
                 raise QuantizationError(f"{shown} holds no study")
             if name is None and len(names) > 1:
-                raise QuantizationError(f"{shown} holds {len(names)} studies: {', '.join(names)}; choose one with --study")
+                raise QuantizationError(
+                    f"{shown} holds {len(names)} studies: {', '.join(names)}; choose one with --study"
+                )
             if name is not None and name not in names:
-                raise QuantizationError(f"{shown} holds no study {name!r}; there: {', '.join(names)}.{did_you_mean(name, names)}")
+                raise QuantizationError(
+                    f"{shown} holds no study {name!r}; there: {', '.join(names)}.{did_you_mean(name, names)}"
+                )
             study = optuna.load_study(study_name=name or names[0], storage=storage)
         made_for = study.user_attrs.get(FINGERPRINT)
         if made_for is None:
-            raise QuantizationError(f"study {study.study_name!r} was not made by lq_plugin, so its trials have no plans")
+            raise QuantizationError(
+                f"study {study.study_name!r} was not made by lq_plugin, so its trials have no plans"
+            )
         costs = [cost for cost in str(made_for.get("cost", "")).split(", ") if cost]
         return study_report(SearchResult(study, made_for["metric"], costs, made_for["mode"] == "max", {}))
     except QuantizationError:
@@ -156,7 +169,8 @@ def _training(report: Path, root: Path) -> list[Series]:
 
 
 def read_log(path: str | Path) -> list[Series]:
-    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are left out.
+    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are
+    left out.
 
     Raises:
         QuantizationError: a file that cannot be read, or what stands in it is no number, naming the line.

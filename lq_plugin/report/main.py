@@ -28,10 +28,14 @@ def report(arguments: Sequence[str] | None = None) -> int:
         0, or 2 when there is nothing to report on.
     """
     parser = argparse.ArgumentParser("lq-report", description="One static page of a run, a study, or two side by side.")
-    parser.add_argument("source", nargs="+", metavar="RUN_OR_STUDY", help="report.json, a folder of a run or search, or a storage's URL")
+    parser.add_argument(
+        "source", nargs="+", metavar="RUN_OR_STUDY", help="report.json, a folder of a run or search, or a storage's URL"
+    )
     parser.add_argument("-o", "--output", type=Path, help="the page; report.html in the (first) folder when left out")
     parser.add_argument("--study", help="which study, where a storage holds several")
-    parser.add_argument("--pictures", type=Path, help="folder of the PNG and SVG files; figures beside the page when left out")
+    parser.add_argument(
+        "--pictures", type=Path, help="folder of the PNG and SVG files; figures beside the page when left out"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write the page alone")
     parser.add_argument("--layers", type=int, default=4, help="pictures of the largest so many layers (default 4)")
     args = parser.parse_args(arguments)
@@ -45,7 +49,10 @@ def report(arguments: Sequence[str] | None = None) -> int:
         reports = [load_report(source, args.study) for source in args.source]
         if len({found.title for found in reports}) < len(reports):
             # Two runs of one model: what tells them apart is where they lie.
-            reports = [replace(r, title=f"{r.title}, {Path(source).name}") for r, source in zip(reports, args.source, strict=True)]
+            reports = [
+                replace(r, title=f"{r.title}, {Path(source).name}")
+                for r, source in zip(reports, args.source, strict=True)
+            ]
         first = Path(args.source[0])
         folder = first if first.is_dir() else first.parent if first.exists() else Path()
         page = write_page(reports, args.output or folder / "report.html")
@@ -63,7 +70,8 @@ def report(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(arguments: Sequence[str] | None = None) -> int:
-    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained; `--defaults`: what the words of a plan stand for.
+    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained; `--defaults`: what the words of a
+    plan stand for.
 
     Returns:
         0, or 2 when the plan does not fit.
@@ -71,7 +79,9 @@ def explain(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("lq-explain", description="What a plan would do to a model: a dry run.")
     parser.add_argument("--defaults", action=_Defaults, help="print what the words of a plan stand for, and exit")
     parser.add_argument("plan", help='a plan\'s file, or its short string: "w4a8"')
-    parser.add_argument("model", help="module:callable, or the name of a Hydra config in the group `model`; the code it names is run")
+    parser.add_argument(
+        "model", help="module:callable, or the name of a Hydra config in the group `model`; the code it names is run"
+    )
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the model")
     parser.add_argument("--config-dir", type=Path, help="folder with your own Hydra configs")
     parser.add_argument("--shape", help="of one batch, 1,3,32,32: the float model runs once, for MACs and BOPs")

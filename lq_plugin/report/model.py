@@ -60,8 +60,8 @@ def model_report(
         ledger, recording, statistics: of the callback (`QAT.ledger`, `.recording`, `.statistics`).
         measured: activation errors, from `lq_plugin.model.fidelity.watching`; else they come from the statistics.
         reconstruction: what `reconstruct` returned.
-        float_weights: weights before it, by layer name: errors are measured against them, and roundings that went another way
-            than to the nearest level are told. Without them a reconstructed weight seems to lose nothing.
+        float_weights: weights before it, by layer name: errors are measured against them, and roundings that went
+            another way than to the nearest level are told. Without them a reconstructed weight seems to lose nothing.
         sensitivity, latency_ms: by layer name.
         metrics: what the model scores.
         training: numbers that were logged.
@@ -110,7 +110,11 @@ def model_report(
                     details["views"] = _views(layer, statistics, before)
             numbers = {"sensitivity": _of(sensitivity, row.name), "latency_ms": _of(latency_ms, row.name)}
             found = rows.get(row.name, [])
-            if layer is not None and (was := (float_weights or {}).get(row.name)) is not None and in_force(layer) is not None:
+            if (
+                layer is not None
+                and (was := (float_weights or {}).get(row.name)) is not None
+                and in_force(layer) is not None
+            ):
                 ratio = float(sqnr_db(original(layer, was), quantized(layer)))
                 found = [replace(r, sqnr_db=ratio) if r.slot == "weight" else r for r in found]
             layers.append(_layer(row, module, layer, found, reason, details | numbers))
@@ -163,10 +167,23 @@ def moments(plan: QuantPlan) -> list[Phase]:
 
 
 def _layer(
-    row: CostRow, module: Any, layer: QuantizedLayer | None, measured: list[FidelityRow], reason: str | None, details: dict[str, Any]
+    row: CostRow,
+    module: Any,
+    layer: QuantizedLayer | None,
+    measured: list[FidelityRow],
+    reason: str | None,
+    details: dict[str, Any],
 ) -> LayerReport:
-    specs = {} if layer is None else {slot: str(spec) for slot in SLOTS if (spec := getattr(layer.layer_plan, slot)) is not None}
-    bounds = {r.slot: [digits(r.minimum), digits(r.maximum)] for r in measured if r.minimum is not None and r.maximum is not None}
+    specs = (
+        {}
+        if layer is None
+        else {slot: str(spec) for slot in SLOTS if (spec := getattr(layer.layer_plan, slot)) is not None}
+    )
+    bounds = {
+        r.slot: [digits(r.minimum), digits(r.maximum)]
+        for r in measured
+        if r.minimum is not None and r.maximum is not None
+    }
     return LayerReport(
         name=row.name,
         kind=row.kind,
@@ -202,7 +219,11 @@ def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None)
 
 def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, Fit | None]:
     """What a layer was reconstructed in: the unit that is the layer, or the innermost module around it."""
-    units = {} if reconstruction is None else {title.split(" + ")[0]: (title, fit) for title, fit in reconstruction.units.items()}
+    units = (
+        {}
+        if reconstruction is None
+        else {title.split(" + ")[0]: (title, fit) for title, fit in reconstruction.units.items()}
+    )
     while name and name not in units:
         name = name.rpartition(".")[0]
     return units.get(name, ("", None))

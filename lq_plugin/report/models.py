@@ -21,13 +21,14 @@ def build_model(name: str, arguments: Sequence[str] = (), config_dir: str | Path
     """Build a model. This runs the code that the name stands for, and none other: no file is unpickled.
 
     Args:
-        name: `module:callable`, imported from the working directory or the environment and called; or a config `model/<name>.yaml`,
-            of `config_dir` or of lq_plugin.
+        name: `module:callable`, imported from the working directory or the environment and called; or a config
+            `model/<name>.yaml`, of `config_dir` or of lq_plugin.
         arguments: `key=value` for the callable, or Hydra overrides of the config's own keys; values are YAML.
         config_dir: folder with the user's own configs.
 
     Raises:
-        QuantizationError: no such module, callable or config, arguments that do not fit, or something that is no module.
+        QuantizationError: no such module, callable or config, arguments that do not fit, or something that is no
+            module.
 
     >>> build_model("torch.nn:Linear", ["in_features=4", "out_features=2"])
     Linear(in_features=4, out_features=2, bias=True)
@@ -45,7 +46,9 @@ def _imported(name: str, arguments: Sequence[str]) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             if not hasattr(found, part):
-                raise QuantizationError(f"{name}: there is no {part!r} in {module_name}.{did_you_mean(part, dir(found))}")
+                raise QuantizationError(
+                    f"{name}: there is no {part!r} in {module_name}.{did_you_mean(part, dir(found))}"
+                )
             found = getattr(found, part)
     except ModuleNotFoundError as error:
         raise QuantizationError(f"{name}: {error}; {_HOW}") from error

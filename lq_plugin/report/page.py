@@ -16,7 +16,8 @@ SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "study.js", "page.js
 STYLE = "page.css"
 # The browser itself refuses every request, whatever a name in the data may hold.
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
 )
 
 _PAGE = """<!doctype html>
@@ -35,7 +36,8 @@ _PAGE = """<!doctype html>
 <a class="skip" href="#main">skip to content</a>
 <header><h1>{title}</h1></header>
 <nav aria-label="parts of the page"><ul></ul></nav>
-<main id="main"><noscript><p>The figures of this page are drawn by a script in it; switch JavaScript on.</p></noscript></main>
+<main id="main"><noscript>
+<p>The figures of this page are drawn by a script in it; switch JavaScript on.</p></noscript></main>
 <footer>Made by lq_plugin. This file is complete: it loads nothing.</footer>
 <script type="application/json" id="report-data">{data}</script>
 <script>

@@ -17,14 +17,26 @@ from lq_plugin.files import file_name, make_folder, replacing
 from lq_plugin.model.cost import FLOAT_BITS, Cost, CostRow
 from lq_plugin.model.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
-from lq_plugin.report.data import Boxes, ErrorMap, LayerReport, ModelReport, ReportData, Rounding, Series, StudyReport, TensorView
+from lq_plugin.report.data import (
+    Boxes,
+    ErrorMap,
+    LayerReport,
+    ModelReport,
+    ReportData,
+    Rounding,
+    Series,
+    StudyReport,
+    TensorView,
+)
 
 FORMATS = ("png", "svg")
 #: Quantities whose curves are drawn, losses first.
 MAX_CURVES = 12
 
 
-def write_pictures(report: ReportData, folder: str | Path, formats: Sequence[str] = FORMATS, max_layers: int = 8) -> list[Path]:
+def write_pictures(
+    report: ReportData, folder: str | Path, formats: Sequence[str] = FORMATS, max_layers: int = 8
+) -> list[Path]:
     """Write every figure of a report, those of layers for the largest `max_layers`.
 
     Returns:
@@ -49,7 +61,11 @@ def pictures(report: ReportData, max_layers: int = 8) -> Iterator[tuple[str, Fig
     if report.model is not None and report.model.layers:
         layers = report.model.layers
         yield "bits", plots.bits_per_layer(_cost(report))
-        rows = [FidelityRow(x.name, slot, spec, x.sqnr_db.get(slot), x.clipped.get(slot)) for x in layers for slot, spec in x.specs.items()]
+        rows = [
+            FidelityRow(x.name, slot, spec, x.sqnr_db.get(slot), x.clipped.get(slot))
+            for x in layers
+            for slot, spec in x.specs.items()
+        ]
         if any(row.sqnr_db is not None and np.isfinite(row.sqnr_db) for row in rows):
             yield "sqnr", plots.sqnr_per_layer(rows)
         largest = sorted((x for x in layers if x.boxes), key=lambda x: -x.elements)[:max_layers]
@@ -74,7 +90,20 @@ def _cost(report: ReportData) -> Cost:
     rows = []
     for x in report.model.layers:
         storage = 0 if x.effective_bits is None else round(x.effective_bits * x.elements)
-        rows.append(CostRow(x.name, x.kind, x.elements, x.weight_bits, storage, x.input_bits, x.macs, x.bytes, x.float_bytes, x.tied_to))
+        rows.append(
+            CostRow(
+                x.name,
+                x.kind,
+                x.elements,
+                x.weight_bits,
+                storage,
+                x.input_bits,
+                x.macs,
+                x.bytes,
+                x.float_bytes,
+                x.tied_to,
+            )
+        )
     other_bytes = int(report.model.totals.get("bytes") or 0) - sum(row.bytes for row in rows)
     elements, bits = sum(row.owned for row in rows), sum(row.storage_bits for row in rows)
     # Parameters outside of the layers are float, so that many of them make up the mean.
@@ -131,7 +160,9 @@ def _histogram(axes: Axes, view: TensorView) -> None:
         color: Any = INK if current else PALETTE[index % len(PALETTE)]
         for bound in {mark.high} | ({mark.low} if view.low < 0 else set()):
             axes.axvline(bound, color=color, linewidth=2.0 if mark.wins else 1.1, linestyle="--" if current else "-")
-        axes.plot([], [], color=color, linestyle="--" if current else "-", label=mark.label + (" ★" if mark.wins else ""))
+        axes.plot(
+            [], [], color=color, linestyle="--" if current else "-", label=mark.label + (" ★" if mark.wins else "")
+        )
     axes.set_title(f"{view.slot}: {view.spec}, {view.what}", fontweight="normal")
     if view.marks:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -180,7 +211,11 @@ def quantities(model: ModelReport) -> dict[str, list[Series]]:
         own = any(not series.name.startswith("quant/") for series in groups[name])
         return name != "loss", not own, not name.endswith(("_flips", "_zeros", "_scale_max"))
 
-    moved = [name for name, found in groups.items() if not place(name)[1] or any(len(set(series.values)) > 1 for series in found)]
+    moved = [
+        name
+        for name, found in groups.items()
+        if not place(name)[1] or any(len(set(series.values)) > 1 for series in found)
+    ]
     return {name: groups[name] for name in sorted(moved, key=place)[:MAX_CURVES]}
 
 
@@ -196,7 +231,9 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
             label = series.name.removeprefix("quant/").rpartition("/")[0] or series.name
             axes.plot(series.steps, series.values, color=color, linewidth=1.2, label=short(label, 24))
         for phase in model.schedule:
-            step = phase.count if phase.unit == "step" else phase.count * model.epoch_steps if model.epoch_steps else None
+            step = (
+                phase.count if phase.unit == "step" else phase.count * model.epoch_steps if model.epoch_steps else None
+            )
             if phase.count and step is not None:
                 axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":")
         more = f" ({len(found) - len(shown)} more are not shown)" if len(found) > len(shown) else ""
@@ -210,7 +247,9 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
 def _pareto(study: StudyReport) -> Figure:
     points = [(t.cost, t.metric) for t in study.trials]
     uniform = {t.origin: (t.cost, t.metric) for t in study.trials if t.origin.startswith("uniform")}
-    seeds = [(t.cost, t.metric) for t in study.trials if t.origin not in ("sampled", "refined") and t.origin not in uniform]
+    seeds = [
+        (t.cost, t.metric) for t in study.trials if t.origin not in ("sampled", "refined") and t.origin not in uniform
+    ]
     title, cost = f"{study.name}: {study.metric}", study.cost.replace("_", " ")
     return plots.pareto(points, uniform, study.float_metric, study.metric, study.maximize, cost, title, seeds)
 
@@ -230,7 +269,10 @@ def hypervolume(study: StudyReport) -> Figure:
 @styled
 def parallel(study: StudyReport) -> Figure:
     """One line a trial across metric, cost and the most important parameters."""
-    columns: dict[str, list[Any]] = {study.metric: [t.metric for t in study.trials], study.cost: [t.cost for t in study.trials]}
+    columns: dict[str, list[Any]] = {
+        study.metric: [t.metric for t in study.trials],
+        study.cost: [t.cost for t in study.trials],
+    }
     columns |= study.parameters
     figure, axes = new_figure(min(2.0 + 1.3 * len(columns), 14.0), 4.2)
     scaled, labels = [], []
@@ -249,7 +291,11 @@ def parallel(study: StudyReport) -> Figure:
     segments = [np.column_stack([np.arange(len(lines)), lines[:, index]]) for index in order]
     widths = [1.4 if study.trials[index].front else 0.5 for index in order]
     # One artist: hundreds of lines would be laid out one by one.
-    axes.add_collection(LineCollection(segments, colors=colormaps["viridis"](np.linspace(0, 1, len(order))), linewidths=widths, alpha=0.8))
+    axes.add_collection(
+        LineCollection(
+            segments, colors=colormaps["viridis"](np.linspace(0, 1, len(order))), linewidths=widths, alpha=0.8
+        )
+    )
     axes.set_xlim(-0.2, len(lines) - 0.8)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xticks(range(len(labels)), labels, fontsize=7)

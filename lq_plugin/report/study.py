@@ -57,7 +57,9 @@ def study_report(result: SearchResult, title: str | None = None) -> ReportData:
         costs=_costs(result),
         maximize=result.maximize,
         trials=trials,
-        float_metric=None if result.metric not in result.float_metrics else digits(result.float_metrics[result.metric], 6),
+        float_metric=None
+        if result.metric not in result.float_metrics
+        else digits(result.float_metrics[result.metric], 6),
         float_bytes=result.float_bytes,
         layers=layers,
         best=[_best(c, layers) for c in best],
@@ -77,7 +79,9 @@ def _costs(result: SearchResult) -> list[str]:
 
 def _best(candidate: Candidate, layers: Sequence[str]) -> BestPlan:
     weights, inputs = bits_by_match(candidate.plan)
-    return BestPlan(candidate.number, [weights.get(n) for n in layers], [inputs.get(n) for n in layers], candidate.plan.to_yaml())
+    return BestPlan(
+        candidate.number, [weights.get(n) for n in layers], [inputs.get(n) for n in layers], candidate.plan.to_yaml()
+    )
 
 
 def bits_by_match(plan: QuantPlan) -> tuple[dict[str, int], dict[str, int]]:
@@ -98,7 +102,8 @@ def bits_by_match(plan: QuantPlan) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def parameter_importance(result: SearchResult) -> dict[str, float]:
-    """Share of the metric's variation that each parameter accounts for (PED-ANOVA), largest first; empty with fewer than 8 trials.
+    """Share of the metric's variation that each parameter accounts for (PED-ANOVA), largest first; empty with fewer
+    than 8 trials.
 
     Reference: Watanabe et al., "PED-ANOVA", IJCAI 2023 (arXiv 2304.10255).
     """
@@ -112,7 +117,9 @@ def parameter_importance(result: SearchResult) -> dict[str, float]:
         # It says that smaller targets count as better, which the sign is for.
         warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes", UserWarning)
         sign = -1.0 if result.maximize else 1.0
-        found = get_param_importances(result.study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * trial.values[0])
+        found = get_param_importances(
+            result.study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: sign * trial.values[0]
+        )
     return {name: float(value) for name, value in sorted(found.items(), key=lambda item: -item[1])}
 
 

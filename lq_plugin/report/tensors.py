@@ -38,7 +38,9 @@ def activation_view(quantizer: InputQuantizer, histogram: Histogram, slot: str) 
     if not spec.has_grid:
         return _view(slot, spec, what, one, [], [])
     ready = quantizer.is_calibrated and not isinstance(spec.granularity, PerGroup)
-    qparams = tuple(value.detach().float().cpu().reshape(-1)[row if len(value) > 1 else 0] for value in quantizer.qparams())
+    qparams = tuple(
+        value.detach().float().cpu().reshape(-1)[row if len(value) > 1 else 0] for value in quantizer.qparams()
+    )
     return _grid_view(slot, spec, what, one, qparams if ready else None)  # type: ignore[arg-type]
 
 
@@ -61,11 +63,16 @@ def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorVi
     return _view("weight", spec, f"channel {row} of {len(weight)}", sample, _used(quantized(layer)[row]), [])
 
 
-def _grid_view(slot: str, spec: QuantSpec, what: str, sample: Sample, qparams: tuple[Tensor, Tensor] | None) -> TensorView:
+def _grid_view(
+    slot: str, spec: QuantSpec, what: str, sample: Sample, qparams: tuple[Tensor, Tensor] | None
+) -> TensorView:
     """A view with bounds, levels and curves; `sample` has one row."""
     grid = spec.grid
     table = compare_ranges(sample, grid)
-    marks = [Mark(e.range, digits(e.minimum), digits(e.maximum), digits(e.sqnr_db), digits(e.clipped, 3), e.wins) for e in table.entries()]
+    marks = [
+        Mark(e.range, digits(e.minimum), digits(e.maximum), digits(e.sqnr_db), digits(e.clipped, 3), e.wins)
+        for e in table.entries()
+    ]
     levels: list[float] = []
     if qparams is not None:
         scale, zero_point = (value.reshape(1) for value in qparams)
@@ -73,7 +80,9 @@ def _grid_view(slot: str, spec: QuantSpec, what: str, sample: Sample, qparams: t
         if grid.levels <= MAX_LEVELS:
             whole = torch.arange(grid.quant_min, grid.quant_max + 1)
             levels = [digits(value) for value in ((whole - zero_point) * scale).tolist()]
-    return _view(slot, spec, what, sample, levels, marks, mse_curve(sample, grid), kl_curve(sample, grid), table.distribution)
+    return _view(
+        slot, spec, what, sample, levels, marks, mse_curve(sample, grid), kl_curve(sample, grid), table.distribution
+    )
 
 
 def _view(
@@ -95,7 +104,10 @@ def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGr
     low, high = (float(((bound - zero_point) * scale)[0]) for bound in (grid.quant_min, grid.quant_max))
     unit, factor = sample.normalized()
     square = factor.double().square()
-    error = mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)[0, 0].clamp(min=0.0) * square[0]
+    error = (
+        mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)[0, 0].clamp(min=0.0)
+        * square[0]
+    )
     power = float((unit.average(unit.values.double().square()) * square)[0])
     sqnr = float("inf") if float(error) == 0 else 10 * float(np.log10(max(power, 1e-300) / float(error)))
     clipped = float(clipped_share(unit, scale / factor, zero_point, grid)[0])
@@ -105,8 +117,8 @@ def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGr
 def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float], float]:
     """`(low, high, counts, zeros)` of a sample with one row, zero inside.
 
-    Exact zeros have a level on every grid; where they are more than one in ten, they are not in the counts but in `zeros`,
-    their share.
+    Exact zeros have a level on every grid; where they are more than one in ten, they are not in the counts but in
+    `zeros`, their share.
     """
     low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
     if low == high:
@@ -130,19 +142,24 @@ def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float],
 
 
 def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
-    """Mean squared error over the upper clipping bound (the lower one where nothing is positive); the bounds shrink together."""
+    """Mean squared error over the upper clipping bound (the lower one where nothing is positive); the bounds shrink
+    together."""
     unit, factor = sample.normalized()
     share = torch.linspace(0.02, 1.26, points)
     low, high = unit.minimum.clamp(max=0.0) * share, unit.maximum.clamp(min=0.0) * share
     scale, zero_point = qparams_from_bounds(low, high, grid)
-    error = mean_squared_error(unit, scale.unsqueeze(0), zero_point.unsqueeze(0), grid)[0].clamp(min=0.0) * factor.double().square()
+    error = (
+        mean_squared_error(unit, scale.unsqueeze(0), zero_point.unsqueeze(0), grid)[0].clamp(min=0.0)
+        * factor.double().square()
+    )
     bound = high if float(unit.maximum) > 0 else low
     pairs = sorted(zip((bound * factor).tolist(), error.tolist(), strict=True))
     return Curve([digits(x) for x, _ in pairs], [digits(y) for _, y in pairs])
 
 
 def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve | None:
-    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.kl` measures it; None where it does not search."""
+    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.kl` measures it; None where it
+    does not search."""
     unit, factor = sample.normalized()
     folded = fold(unit, grid)
     levels = int(folded.levels[0])

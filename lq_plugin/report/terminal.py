@@ -63,7 +63,12 @@ def summary(
         if row.name not in chosen:
             continue
         bits = f"of {row.tied_to}" if row.effective_bits is None else f"{row.effective_bits:.2f}"
-        cells = [row.name or row.kind, *(specs.get((row.name, slot), "float") for slot in ("weight", "input")), bits, f"{row.bytes:,}"]
+        cells = [
+            row.name or row.kind,
+            *(specs.get((row.name, slot), "float") for slot in ("weight", "input")),
+            bits,
+            f"{row.bytes:,}",
+        ]
         cells += [_short(row.bops)] * (priced.bops is not None)
         cells += [_decibel(errors.get((row.name, slot))) for slot in ("weight", "input") * bool(errors)]
         table.add_row(*map(Text, cells))

@@ -34,7 +34,8 @@ def in_force(layer: QuantizedLayer) -> Any:
 
 
 def original(layer: QuantizedLayer, before: Tensor | None = None) -> Tensor:
-    """The weight to measure against, `[C_out, ...]` float32 on the CPU: as it was `before`, where a reconstruction has moved it."""
+    """The weight to measure against, `[C_out, ...]` float32 on the CPU: as it was `before`, where a reconstruction has
+    moved it."""
     return type(layer).canonical(layer, layer.weight if before is None else before).detach().float().cpu()
 
 
@@ -52,7 +53,11 @@ def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:
     quantiles = np.quantile(rows.numpy(), QUANTILES, axis=1)
     parts = np.array_split(np.arange(len(rows)), min(len(rows), MAX_COLUMNS))
     lowest, *middle, highest = quantiles
-    joined = [_joined(lowest, parts, np.min), *(_joined(values, parts, np.mean) for values in middle), _joined(highest, parts, np.max)]
+    joined = [
+        _joined(lowest, parts, np.min),
+        *(_joined(values, parts, np.mean) for values in middle),
+        _joined(highest, parts, np.max),
+    ]
     bounds = weight_bounds(layer)
     low, high = [], []
     if bounds is not None:
@@ -68,7 +73,8 @@ def _joined(values: np.ndarray, parts: list[np.ndarray], how: Any) -> list[float
 def _granularities(layer: QuantizedLayer, weight: Tensor, learned: bool) -> tuple[float | None, dict[str, float]]:
     """Step of one scale for all, and the SQNR of the same levels with other granularities, all rounded to nearest.
 
-    Learned roundings lose more of the weight to lose less of the output: beside them every other granularity would look better.
+    Learned roundings lose more of the weight to lose less of the output: beside them every other granularity would look
+    better.
     """
     quantizer = in_force(layer)
     if quantizer is None or quantizer.spec.format_name != "int" or quantizer.spec.learned:
@@ -105,7 +111,10 @@ def error_map(layer: QuantizedLayer, before: Tensor | None = None) -> ErrorMap |
     down, across = (np.array_split(np.arange(size), min(size, MAX_CELLS)) for size in (rows, columns))
     cells: list[list[float | None]] = []
     for r in down:
-        means = [float(value) / max(per_cell, 1e-300) for value in np.add.reduceat(squares[r].mean(0), [c[0] for c in across])]
+        means = [
+            float(value) / max(per_cell, 1e-300)
+            for value in np.add.reduceat(squares[r].mean(0), [c[0] for c in across])
+        ]
         means = [mean / len(c) for mean, c in zip(means, across, strict=True)]
         cells.append([digits(10 * np.log10(mean), 3) if mean > 0 else None for mean in means])
     return ErrorMap(rows, columns, cells)

@@ -72,7 +72,9 @@ class Unit:
         if self._table is None:
             return next(choice for choice in self.choices if str(choice) == params[self.name])
         default_bits, default_scheme = next(iter(self._table))
-        return self._table[params.get(f"{self.name}.bits", default_bits), params.get(f"{self.name}.scheme", default_scheme)]
+        return self._table[
+            params.get(f"{self.name}.bits", default_bits), params.get(f"{self.name}.scheme", default_scheme)
+        ]
 
     def params(self, choice: Choice) -> Params:
         """The inverse of `choice`.
@@ -81,7 +83,9 @@ class Unit:
             PlanError: when it is none of the choices.
         """
         if choice not in self.choices:
-            raise PlanError(f"{self.name}: '{choice}' is not in the search space; choices: {', '.join(map(str, self.choices))}")
+            raise PlanError(
+                f"{self.name}: '{choice}' is not in the search space; choices: {', '.join(map(str, self.choices))}"
+            )
         if self._table is None or not isinstance(choice, QuantSpec):
             values: Params = {self.name: str(choice)}
         else:
@@ -161,7 +165,10 @@ class BoundSpace:
         for unit in self.units:
             wanted: set[Choice] = {getattr(layer_plans[name], unit.slot) or FLOAT for name in unit.layers}
             if len(wanted) > 1:
-                raise PlanError(f"{unit.name} ties {', '.join(unit.layers)}, the plan gives them {', '.join(sorted(map(str, wanted)))}")
+                raise PlanError(
+                    f"{unit.name} ties {', '.join(unit.layers)}, the plan gives them "
+                    f"{', '.join(sorted(map(str, wanted)))}"
+                )
             values |= unit.params(wanted.pop())
         return values
 
@@ -181,7 +188,8 @@ class BoundSpace:
     def describe(self) -> dict[str, list[str]]:
         """The choices of every tensor as plain strings: equal spaces have equal descriptions."""
         return {
-            " = ".join(f"{layer}.{unit.slot}" for layer in unit.layers): [str(choice) for choice in unit.choices] for unit in self.units
+            " = ".join(f"{layer}.{unit.slot}" for layer in unit.layers): [str(choice) for choice in unit.choices]
+            for unit in self.units
         }
 
 
@@ -191,7 +199,9 @@ def as_plan(layer_plans: Mapping[str, LayerPlan]) -> QuantPlan:
     Raises:
         PlanError: when all are.
     """
-    return QuantPlan([Rule(_exactly(name), plan.weight, plan.input, plan.output) for name, plan in layer_plans.items() if plan])
+    return QuantPlan(
+        [Rule(_exactly(name), plan.weight, plan.input, plan.output) for name, plan in layer_plans.items() if plan]
+    )
 
 
 def _exactly(name: str) -> str:

@@ -29,7 +29,9 @@ def part_class(config: Any, kind: type, where: str) -> type:
     """
     target = config.get("_target_") if isinstance(config, Mapping) else None
     if not isinstance(target, str):
-        raise QuantizationError(f"{where}: a mapping with the _target_ of an Optuna {kind.__name__} is wanted, got {masked(config)!r}")
+        raise QuantizationError(
+            f"{where}: a mapping with the _target_ of an Optuna {kind.__name__} is wanted, got {masked(config)!r}"
+        )
     try:
         found = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
@@ -40,7 +42,8 @@ def part_class(config: Any, kind: type, where: str) -> type:
 
 
 def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
-    """What `config` describes: its `_target_` called with all other keys. Mappings with a `_target_` inside are built first.
+    """What `config` describes: its `_target_` called with all other keys. Mappings with a `_target_` inside are built
+    first.
 
     Args:
         config: plain mappings, lists and values.
@@ -51,7 +54,8 @@ def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
         QuantizationError: it is none, or takes no such arguments.
 
     >>> import optuna
-    >>> config = {"_target_": "optuna.pruners.PatientPruner", "wrapped_pruner": {"_target_": "optuna.pruners.MedianPruner"}, "patience": 2}
+    >>> median = {"_target_": "optuna.pruners.MedianPruner"}
+    >>> config = {"_target_": "optuna.pruners.PatientPruner", "wrapped_pruner": median, "patience": 2}
     >>> type(build(config, BasePruner, "hydra.sweeper.pruner")).__name__
     'PatientPruner'
     """
@@ -65,7 +69,9 @@ def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
         with quiet():
             return made(**arguments)
     except (TypeError, ValueError) as error:
-        raise QuantizationError(f"{where}: cannot make {config['_target_']}: {without(str(error), passwords_in(config))}") from error
+        raise QuantizationError(
+            f"{where}: cannot make {config['_target_']}: {without(str(error), passwords_in(config))}"
+        ) from error
 
 
 def _nested(config: Mapping[str, Any], where: str) -> Any:

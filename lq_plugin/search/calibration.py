@@ -50,9 +50,17 @@ class LearnedRounding(Calibration):
         seed: of the data's order.
     """
 
-    def __init__(self, options: Mapping[str, Any], calibration_batches: int, dataloader: Iterable[Any] | None, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], calibration_batches: int, dataloader: Iterable[Any] | None, seed: int
+    ) -> None:
         # The plan is that of the quantizers which are there.
-        super().__init__("int8", calibration_batches, ["calibrate", {"reconstruct": options}], recalibrate=True, dataloader=dataloader)
+        super().__init__(
+            "int8",
+            calibration_batches,
+            ["calibrate", {"reconstruct": options}],
+            recalibrate=True,
+            dataloader=dataloader,
+        )
         self.phases = ("reconstruct",)
         self.seed = seed
 

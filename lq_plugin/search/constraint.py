@@ -38,7 +38,9 @@ class Constraint:
         """
         found = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise QuantizationError(f"a constraint is written 'effective_bits <= 4.5' or 'val/acc >= 0.9', got {text!r}")
+            raise QuantizationError(
+                f"a constraint is written 'effective_bits <= 4.5' or 'val/acc >= 0.9', got {text!r}"
+            )
         return cls(found[1], found[2], float(found[3]))
 
     def violation(self, values: Mapping[str, float]) -> float:

@@ -31,7 +31,11 @@ Values = dict[str, dict[str, dict[str, float]]]
 
 
 def by_gradients(
-    evaluator: Evaluator, units: Sequence[Unit], data: Sequence[Any], measures: Sequence[str], loss: Callable[[Any], Tensor]
+    evaluator: Evaluator,
+    units: Sequence[Unit],
+    data: Sequence[Any],
+    measures: Sequence[str],
+    loss: Callable[[Any], Tensor],
 ) -> Values:
     """The gradient measures of weights; the quantizers of all layers are taken out.
 
@@ -56,10 +60,17 @@ def by_gradients(
     found: dict[str, dict[str, Tensor]] = {}
     with asking(weights), torch.enable_grad():
         if {"fisher", "first_order"} & set(measures):
-            found["fisher"], found["first_order"] = _by_sample(weights, layers, changes, data, loss, "first_order" in measures)
+            found["fisher"], found["first_order"] = _by_sample(
+                weights, layers, changes, data, loss, "first_order" in measures
+            )
         if "hessian" in measures:
-            traces = dict(zip(layers, _traces(weights, [len(same) for same in layers.values()], data, loss), strict=True))
-            rows = {name: max(traces[name], 0.0) / change.shape[1] * change.square().sum(1) for name, change in changes.items()}
+            traces = dict(
+                zip(layers, _traces(weights, [len(same) for same in layers.values()], data, loss), strict=True)
+            )
+            rows = {
+                name: max(traces[name], 0.0) / change.shape[1] * change.square().sum(1)
+                for name, change in changes.items()
+            }
             found["hessian"] = rows
     texts = {unit.name: [str(choice) for choice in unit.choices] for unit in units}
     return {
@@ -108,17 +119,24 @@ def _samples(data: Sequence[Any], loss: Callable[[Any], Tensor]) -> Iterator[Any
 
 
 def _traces(weights: list[Tensor], sizes: list[int], data: Sequence[Any], loss: Callable[[Any], Tensor]) -> list[float]:
-    """Trace of each unit's block of the Hessian: E[zᵀHz] with random signs z; a unit has `sizes` consecutive weights."""
+    """Trace of each unit's block of the Hessian: E[zᵀHz] with random signs z; a unit has `sizes` consecutive
+    weights."""
     generator = torch.Generator().manual_seed(0)
     found = torch.zeros(len(weights), dtype=torch.float64)
     for batch in data:
-        gradients = torch.autograd.grad(loss(batch), weights, create_graph=True, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            loss(batch), weights, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         # Where the loss is linear, or does not depend on a weight, there is nothing to derive.
         curved = [gradient.requires_grad for gradient in gradients]
         for _ in range(PROBES if any(curved) else 0):
             signs = [(torch.randint(0, 2, g.shape, generator=generator) * 2 - 1).to(g) for g in gradients]
-            outputs, vectors = ([t for t, kept in zip(given, curved, strict=True) if kept] for given in (gradients, signs))
-            products = torch.autograd.grad(outputs, weights, vectors, retain_graph=True, allow_unused=True, materialize_grads=True)
+            outputs, vectors = (
+                [t for t, kept in zip(given, curved, strict=True) if kept] for given in (gradients, signs)
+            )
+            products = torch.autograd.grad(
+                outputs, weights, vectors, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             found += torch.stack([(z * hz).sum().double().cpu() for z, hz in zip(signs, products, strict=True)])
     return [float(part.sum()) / (PROBES * len(data)) for part in found.split(sizes)]
 
@@ -131,7 +149,8 @@ def _changes(evaluator: Evaluator, unit: Unit) -> Tensor:
             evaluator.apply(alone(unit, choice))
         rows.append(
             torch.cat([
-                (layer.quantized_weight() - layer.weight if isinstance(choice, QuantSpec) else torch.zeros_like(layer.weight)).flatten()
+                (layer.quantized_weight() - layer.weight if isinstance(choice,
+                QuantSpec) else torch.zeros_like(layer.weight)).flatten()
                 for layer in _distinct(evaluator, unit)
             ])
         )  # fmt: skip

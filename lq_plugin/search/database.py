@@ -1,4 +1,5 @@
-"""Databases that several workers share: a server may go away for a while, and no trial stays with a worker that is gone."""
+"""Databases that several workers share: a server may go away for a while, and no trial stays with a worker that is
+gone."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ _SILENCE = 5.0
 
 
 class StudyError(QuantizationError):
-    """A study that cannot go on: it was made for something else, too many of its trials failed, or its storage does not answer."""
+    """A study that cannot go on: it was made for something else, too many of its trials failed, or its storage does not
+    answer."""
 
 
 def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +59,9 @@ def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
                 return result
             except StorageInternalError as error:
                 # What the driver says, without the statement that SQLAlchemy adds.
-                cause = without(str(getattr(error.__cause__, "orig", None) or error.__cause__ or error), passwords_in(self.url))
+                cause = without(
+                    str(getattr(error.__cause__, "orig", None) or error.__cause__ or error), passwords_in(self.url)
+                )
                 away = sqlite_file(self.url) is None and isinstance(error.__cause__, OperationalError | InterfaceError)
                 # Counted over all calls: a worker that gives up makes several more, which shall not wait again.
                 self._away_since = self._away_since or time.monotonic()
@@ -74,8 +78,9 @@ class SharedStorage(RDBStorage):
     """Optuna's storage, for workers that may be killed, stand still, or lose their connection.
 
     * A server that is restarted, or that cut the connection, is asked again, with growing pauses.
-    * A trial that runs without ever having given a sign of life is stale after the grace period, counted from when this process saw
-      it first: clocks of machines differ. Its worker was killed between taking it and its first heartbeat; Optuna waits forever.
+    * A trial that runs without ever having given a sign of life is stale after the grace period, counted from when this
+      process saw it first: clocks of machines differ. Its worker was killed between taking it and its first heartbeat;
+      Optuna waits forever.
     * Each waiting trial goes to one process, and one process fails a stale one: SQLite knows no row locks.
     """
 
@@ -118,7 +123,9 @@ class SharedStorage(RDBStorage):
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         assert self.heartbeat_interval is not None
         with _create_scoped_session(self.scoped_session) as session:
-            running = session.query(TrialModel.trial_id).filter(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
+            running = session.query(TrialModel.trial_id).filter(
+                TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING
+            )
             silent = [trial_id for (trial_id,) in running.filter(~TrialModel.heartbeats.any())]
         now = time.monotonic()
         self._silent = {trial_id: self._silent.get(trial_id, now) for trial_id in silent}
@@ -128,19 +135,22 @@ class SharedStorage(RDBStorage):
 
 
 for _name in (
-    "create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id", "get_study_directions",
+    "create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id",
+    "get_study_directions",
     "get_study_user_attrs", "set_study_user_attr", "get_study_system_attrs", "set_study_system_attr",
     "_create_new_trial", "get_trial", "_get_trials", "get_trial_id_from_study_id_trial_number", "_get_best_trial_id",
-    "_set_trial_param", "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "record_heartbeat",
+    "_set_trial_param", "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
+    "record_heartbeat",
 ):  # fmt: skip
     setattr(SharedStorage, _name, _outlasting(getattr(RDBStorage, _name)))
 
 
 def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> SharedStorage:
-    """A database whose running trials give signs of life; one that is silent for three of them has failed and is tried again.
+    """A database whose running trials give signs of life; one that is silent for three of them has failed and is tried
+    again.
 
-    SQLite waits for other processes and writes ahead: with the write-ahead log a transaction costs a third; a loss of power
-    (not of the process) can take the last trials with it.
+    SQLite waits for other processes and writes ahead: with the write-ahead log a transaction costs a third; a loss of
+    power (not of the process) can take the last trials with it.
 
     Raises:
         StudyError: the database cannot be reached, or its driver is not installed.
@@ -175,7 +185,9 @@ def _connect(url: str, engine: dict[str, Any], options: dict[str, Any]) -> Share
         except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, ValueError) as error:
             # Two workers that make the tables of a new database at once: one of them is refused, and finds them then.
             if attempt == 2 or not isinstance(error, DBAPIError | StorageInternalError) or sqlite_file(url) is not None:
-                raise StudyError(f"cannot open the storage {shown(url)}: {without(str(error), passwords_in(url))}") from error
+                raise StudyError(
+                    f"cannot open the storage {shown(url)}: {without(str(error), passwords_in(url))}"
+                ) from error
             time.sleep(1.0 + attempt)
     raise AssertionError
 

@@ -20,8 +20,9 @@ _COSTS, _STEPS = "costs", "steps"
 class DominancePruner(BasePruner):
     """Ends a trial that cannot come to the front any more, as far as its course tells.
 
-    Its costs are known before it is trained. It ends where enough complete trials that cost no more, whatever costs there are, had a
-    metric at the same step that was better by more than `margin`. The metric is the first objective; all others are costs.
+    Its costs are known before it is trained. It ends where enough complete trials that cost no more, whatever costs
+    there are, had a metric at the same step that was better by more than `margin`. The metric is the first objective;
+    all others are costs.
 
     Args:
         margin: how far it may be behind and go on, in the metric's unit.
@@ -35,7 +36,12 @@ class DominancePruner(BasePruner):
     """
 
     def __init__(
-        self, margin: float = 0.0, n_dominating: int = 2, n_startup_trials: int = 5, n_warmup_steps: int = 0, interval_steps: int = 1
+        self,
+        margin: float = 0.0,
+        n_dominating: int = 2,
+        n_startup_trials: int = 5,
+        n_warmup_steps: int = 0,
+        interval_steps: int = 1,
     ) -> None:
         faults = [] if margin >= 0 else [f"margin must not be negative, got {margin!r}"]
         counts = {"n_dominating": n_dominating, "n_startup_trials": n_startup_trials, "n_warmup_steps": n_warmup_steps}

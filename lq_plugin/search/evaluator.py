@@ -80,7 +80,8 @@ class Evaluator:
     Args:
         model: trained; nothing of it is changed in the end.
         datamodule: gives validation and calibration data; None where the module has its own loaders.
-        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords; None: that of the model's package. One device.
+        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords; None: that of the model's
+            package. One device.
         calibration_batches, phases, dataloader: of the calibration, see `PTQ`.
         seed: of the calibration data's order: every process that asks for the same gets the same statistics.
     """
@@ -106,7 +107,10 @@ class Evaluator:
         self._make_trainer = trainer or package_of(model).Trainer
         self.trainer = self.make_trainer()
         if self.trainer.world_size > 1:
-            raise PlanError(f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers instead")
+            raise PlanError(
+                f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers "
+                "instead"
+            )
         self.float_metrics: dict[str, float] = {}
         self.weights = ""
         self.space: BoundSpace | None = None
@@ -135,7 +139,8 @@ class Evaluator:
         return trainer
 
     def float_copy(self) -> LightningModule:
-        """The module with its float weights, batch norms included, and nothing of the search; it belongs to no Trainer."""
+        """The module with its float weights, batch norms included, and nothing of the search; it belongs to no
+        Trainer."""
         self._calibrated()
         copied = copy_model(self.model)
         remove(copied)
@@ -170,7 +175,9 @@ class Evaluator:
         self.float_metrics = self._validate()
         loop: Any = self.trainer.validate_loop
         self.batches = max(loop.max_batches, default=0)
-        self._float_state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+        self._float_state = {
+            name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)
+        }
         self.weights = digest(self._float_state.items())
         # After a validation: only now has `configure_model` built every layer.
         survey = Survey.of(self.model)
@@ -179,7 +186,9 @@ class Evaluator:
         for plan in _statistics_plans(self.space):
             remove(self.model)
             first = self.recording is None
-            ptq = Calibration(plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader)
+            ptq = Calibration(
+                plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader
+            )
             ptq.seed = self.seed
             self.run(ptq)
             self.recording = self.recording or ptq.recording
@@ -205,7 +214,8 @@ class Evaluator:
 
     @contextmanager
     def limited(self, batches: int | None) -> Iterator[None]:
-        """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as many."""
+        """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as
+        many."""
         before = vars(self.trainer)["limit_val_batches"]
         if batches is not None:
             vars(self.trainer)["limit_val_batches"] = min(batches, self.batches)
@@ -262,7 +272,8 @@ class Evaluator:
         rebuilt = [name for name, layer in self._layers.items() if now.get(name) is not layer]
         if rebuilt:
             raise PlanError(
-                f"{type(self.model).__name__} built {len(rebuilt)} layers anew while validating (first: {rebuilt[0]}), so they ran float: "
+                f"{type(self.model).__name__} built {len(rebuilt)} layers anew while validating (first: {rebuilt[0]}), "
+                "so they ran float: "
                 "build layers in __init__, or only once in setup or configure_model"
             )
         return Evaluation(metrics, self.cost(layer_plans), time.perf_counter() - started)
@@ -275,7 +286,9 @@ class Evaluator:
             raise PlanError(f"layers that the search space keeps float: {', '.join(outside)}")
         for name, layer in self._layers.items():
             plan = layer_plans.get(name, LayerPlan())
-            chosen = {slot: self._quantizer(name, slot, spec) for slot in SLOTS if (spec := getattr(plan, slot)) is not None}
+            chosen = {
+                slot: self._quantizer(name, slot, spec) for slot in SLOTS if (spec := getattr(plan, slot)) is not None
+            }
             for slot in SLOTS:
                 setattr(layer, f"{slot}_quantizer", chosen.get(slot))
 
@@ -294,7 +307,9 @@ class Evaluator:
                 if sample is not None:
                     quantizer.load_sample(sample)
                 elif quantizer.needs_calibration:
-                    raise CalibrationError(f"{quantizer.name}: no statistics for '{spec}': no batch reached it, or it is not in the space")
+                    raise CalibrationError(
+                        f"{quantizer.name}: no statistics for '{spec}': no batch reached it, or it is not in the space"
+                    )
             self._quantizers[key] = quantizer
         # A Trainer on a GPU brings the model back to the CPU after each validation, with what it holds then.
         return self._quantizers[key].to(layer.weight.device)
@@ -323,7 +338,8 @@ def logged(trainer: Trainer) -> dict[str, float]:
 
 
 def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
-    """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in addition."""
+    """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in
+    addition."""
     wanted: dict[str, dict[str, list[QuantSpec]]] = {}
     for unit in space.units:
         kinds = {_statistics_of(spec): spec for spec in unit.choices if isinstance(spec, QuantSpec)}
@@ -333,8 +349,13 @@ def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
     passes = max(len(specs) for slots in wanted.values() for specs in slots.values())
     plans = []
     for index in range(passes):
-        chosen = {name: {slot: specs[min(index, len(specs) - 1)] for slot, specs in slots.items()} for name, slots in wanted.items()}
-        layers: dict[str, dict[str, Any]] = {name: {slot: _plain(spec) for slot, spec in slots.items()} for name, slots in chosen.items()}
+        chosen = {
+            name: {slot: specs[min(index, len(specs) - 1)] for slot, specs in slots.items()}
+            for name, slots in wanted.items()
+        }
+        layers: dict[str, dict[str, Any]] = {
+            name: {slot: _plain(spec) for slot, spec in slots.items()} for name, slots in chosen.items()
+        }
         plans.append(as_plan({name: LayerPlan(**specs) for name, specs in layers.items()}))
     return plans
 

@@ -53,7 +53,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """For runs of a Trainer: Lightning turns both signals into an exit that Optuna would not notice, and ignores the next Ctrl-C.
+    """For runs of a Trainer: Lightning turns both signals into an exit that Optuna would not notice, and ignores the
+    next Ctrl-C.
 
     Raises:
         KeyboardInterrupt: instead of that exit.
@@ -62,7 +63,9 @@ def interrupts_kept() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if isinstance(error, either("utilities.exceptions.SIGTERMException")) or isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(error, either("utilities.exceptions.SIGTERMException")) or isinstance(
+            error.__context__, KeyboardInterrupt
+        ):
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from None
         raise

@@ -1,7 +1,7 @@
 """One trial of a sweep, inside its Hydra job, in whatever process a launcher runs it.
 
-A training script needs nothing of this: what its task function returns is the trial's value. One that wants to be pruned,
-and has no `TrialReport` among its callbacks, says::
+A training script needs nothing of this: what its task function returns is the trial's value. One that wants to be
+pruned, and has no `TrialReport` among its callbacks, says::
 
     from lq_plugin.search.job import current_trial
 
@@ -52,7 +52,8 @@ INTERRUPTED = "interrupted"
 
 
 class TrialFailure(RuntimeError):
-    """What a failed job raises: the traceback as text, so that it survives every launcher and holds no model in memory."""
+    """What a failed job raises: the traceback as text, so that it survives every launcher and holds no model in
+    memory."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class JobTrial:
         self.study, self.number, self.access = study, number, access
         frozen = study.get_trials(deepcopy=False)[number]
         if frozen.state != TrialState.RUNNING:
-            raise StudyError(f"trial {number} is {frozen.state.name}: this job was taken for dead, and another one has its parameters")
+            raise StudyError(
+                f"trial {number} is {frozen.state.name}: this job was taken for dead, and another one has its "
+                "parameters"
+            )
         self._id = frozen._trial_id
         self._trial = Trial(study, self._id)
         self.metrics: dict[str, float] = {}
@@ -135,7 +139,8 @@ class JobTrial:
             raise TrialPruned(f"breaks {', '.join(broken)}")
 
     def report(self, value: float, step: int) -> None:
-        """Tell the pruner how it goes. Does nothing with NaN, and with several objectives while the costs are not noted."""
+        """Tell the pruner how it goes. Does nothing with NaN, and with several objectives while the costs are not
+        noted."""
         if not math.isfinite(value):
             return
         if self.access.objectives == 1:
@@ -143,14 +148,18 @@ class JobTrial:
         elif self.access.pruner is not None and all(cost in self.metrics for cost in self.access.costs):
             # Optuna takes intermediate values of a single objective only.
             costs = [self.metrics[cost] for cost in self.access.costs]
-            self._trial.set_user_attr(REPORTS, with_report(self._trial.user_attrs.get(REPORTS), costs, float(value), step))
+            self._trial.set_user_attr(
+                REPORTS, with_report(self._trial.user_attrs.get(REPORTS), costs, float(value), step)
+            )
 
     def should_prune(self) -> bool:
         """Whether the pruner finds it hopeless."""
         if self.access.objectives == 1:
             return self._trial.should_prune()
         # With no pruner there is nothing to ask the storage for.
-        return self.access.pruner is not None and self.study.pruner.prune(self.study, self.study.get_trials(deepcopy=False)[self.number])
+        return self.access.pruner is not None and self.study.pruner.prune(
+            self.study, self.study.get_trials(deepcopy=False)[self.number]
+        )
 
     def complete(self, returned: Any) -> None:
         """Record the objectives: what the task returned, then the costs.
@@ -161,9 +170,14 @@ class JobTrial:
         values = [*_numbers(returned), *self._noted(self.access.costs, "cost")]
         if len(values) != self.access.objectives:
             raise QuantizationError(
-                f"hydra.sweeper.direction has {self.access.objectives} entries, the task gave {len(values)} values: {values}"
+                f"hydra.sweeper.direction has {self.access.objectives} entries, the task gave {len(values)} values: "
+                f"{values}"
             )
-        raise_all(QuantizationError, "the trial failed", [f"its objective is {value}" for value in values if not math.isfinite(value)])
+        raise_all(
+            QuantizationError,
+            "the trial failed",
+            [f"its objective is {value}" for value in values if not math.isfinite(value)],
+        )
         self._noted([limit.name for limit in self.access.constraints], "constraint on")
         self.tell(TrialState.COMPLETE, values)
 
@@ -171,7 +185,9 @@ class JobTrial:
         """Record that it failed, and why."""
         self.tell(TrialState.FAIL, None, {ERROR: error} | ({INTERRUPTED: True} if interrupted else {}))
 
-    def tell(self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None) -> None:
+    def tell(
+        self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None
+    ) -> None:
         """Record how the trial ended; nothing where another process has taken this one for dead."""
         try:
             for limit in self.access.constraints:
@@ -188,7 +204,8 @@ class JobTrial:
 
     def _noted(self, names: Iterable[str], what: str) -> list[float]:
         missing = [
-            f"{what} {name}: no such value was noted; noted: {', '.join(self.metrics) or 'nothing'}.{did_you_mean(name, self.metrics)}"
+            f"{what} {name}: no such value was noted; noted: "
+            f"{', '.join(self.metrics) or 'nothing'}.{did_you_mean(name, self.metrics)}"
             for name in names
             if name not in self.metrics
         ]
@@ -289,12 +306,16 @@ def beating(storage: BaseStorage, trial_ids: Sequence[int]) -> Iterator[None]:
 
 def _numbers(returned: Any) -> list[float]:
     if returned is None:
-        raise QuantizationError("the task function returned None, not a number; in lightning-hydra-template set optimized_metric")
+        raise QuantizationError(
+            "the task function returned None, not a number; in lightning-hydra-template set optimized_metric"
+        )
     values = returned if isinstance(returned, Sequence) and not isinstance(returned, str) else [returned]
     try:
         return [float(value) for value in values]
     except (TypeError, ValueError):
-        raise QuantizationError(f"the task function returned {returned!r}, which is neither a number nor a sequence of numbers") from None
+        raise QuantizationError(
+            f"the task function returned {returned!r}, which is neither a number nor a sequence of numbers"
+        ) from None
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

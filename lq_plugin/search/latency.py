@@ -36,7 +36,9 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
     try:
         options = LatencyOptions(**(given or {}))
     except TypeError as error:
-        raise ExportError(f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}") from error
+        raise ExportError(
+            f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}"
+        ) from error
     need_onnx("latency", options.runtime)
     return options
 
@@ -95,7 +97,9 @@ def pairs(space: BoundSpace) -> Iterator[dict[str, LayerPlan]]:
     choices: dict[str, dict[str, list[QuantSpec | None]]] = {}
     for unit in space.units:
         for name in unit.layers:
-            choices.setdefault(name, {})[unit.slot] = [choice if isinstance(choice, QuantSpec) else None for choice in unit.choices]
+            choices.setdefault(name, {})[unit.slot] = [
+                choice if isinstance(choice, QuantSpec) else None for choice in unit.choices
+            ]
     for name, slots in choices.items():
         for weight, read in product(slots.get("weight", [None]), slots.get("input", [None])):
             yield {name: LayerPlan(weight=weight, input=read)}

@@ -1,12 +1,13 @@
 """How large a step each tensor's quantizer learns at each of its bit-widths: LIMPQ's indicators of importance.
 
-A tensor has one step for each bit-width, as in LSQ. In each round the loss is taken with every tensor at the lowest bit-width, then at
-the next, and so on, then once with bit-widths drawn at random; the gradients of all these add up to one update of all steps. Where a
-coarse step is not driven down by the loss, the tensor bears it badly. The sum over a plan's tensors is what an integer program makes
-small, weights counted `WEIGHTS` times.
+A tensor has one step for each bit-width, as in LSQ. In each round the loss is taken with every tensor at the lowest
+bit-width, then at the next, and so on, then once with bit-widths drawn at random; the gradients of all these add up to
+one update of all steps. Where a coarse step is not driven down by the loss, the tensor bears it badly. The sum over a
+plan's tensors is what an integer program makes small, weights counted `WEIGHTS` times.
 
-Other than in the paper, weights of the model stay as they are and batch norms use their running statistics: this is a measurement, not
-a training. Steps begin with the calibrated ranges, which are close to where they end, and are learned in their logarithm.
+Other than in the paper, weights of the model stay as they are and batch norms use their running statistics: this is a
+measurement, not a training. Steps begin with the calibrated ranges, which are close to where they end, and are learned
+in their logarithm.
 
 Reference: Tang et al., "Mixed-Precision Neural Network Quantization via Learned Layer-wise Importance", ECCV 2022
 (arXiv 2203.08368); the weight of weights is that of its published code.
@@ -55,7 +56,9 @@ class _Steps(nn.Module):
     def __init__(self, ranges: dict[int, _Range]) -> None:
         super().__init__()
         self.ranges = ranges
-        self.logarithms = nn.ParameterDict({str(bits): nn.Parameter(torch.zeros_like(given.scale)) for bits, given in ranges.items()})
+        self.logarithms = nn.ParameterDict(
+            {str(bits): nn.Parameter(torch.zeros_like(given.scale)) for bits, given in ranges.items()}
+        )
         self.bits = min(ranges)
 
     def step(self, bits: int) -> Tensor:
@@ -69,7 +72,8 @@ class _Steps(nn.Module):
 def by_learned_steps(
     evaluator: Evaluator, units: Sequence[Unit], module: nn.Module, data: Sequence[Any], loss: Callable[[Any], Tensor]
 ) -> dict[str, dict[str, float]]:
-    """The sum of the learned steps of each unit's tensors, by unit and choice; float has none. Tensors with one choice have that one.
+    """The sum of the learned steps of each unit's tensors, by unit and choice; float has none. Tensors with one choice
+    have that one.
 
     Args:
         evaluator: calibrated.
@@ -87,11 +91,18 @@ def by_learned_steps(
         for choice in unit.choices
         if isinstance(choice, QuantSpec) and choice.format_name != "int"
     ]
-    raise_all(QuantizationError, "measure 'learned_step' is for integers; kl, sqnr and loss are for all formats", faults)
+    raise_all(
+        QuantizationError, "measure 'learned_step' is for integers; kl, sqnr and loss are for all formats", faults
+    )
     found = {unit.name: _stand_ins(evaluator, unit) for unit in units}
     space = evaluator.space
     assert space is not None
-    first: Params = {key: value for unit in space.units if len(unit.choices) > 1 for key, value in unit.params(unit.choices[0]).items()}
+    first: Params = {
+        key: value
+        for unit in space.units
+        if len(unit.choices) > 1
+        for key, value in unit.params(unit.choices[0]).items()
+    }
     evaluator.apply(space.layer_plans(first))
     for unit in units:
         for layer, steps in found[unit.name]:
@@ -100,7 +111,9 @@ def by_learned_steps(
     own = {id(p) for steps in tensors for p in steps.parameters()}
     with asking([p for p in module.parameters() if id(p) not in own], wanted=False), torch.enable_grad():
         _learn(tensors, data, loss)
-    return {unit.name: {str(choice): _harm(unit, choice, found[unit.name]) for choice in unit.choices} for unit in units}
+    return {
+        unit.name: {str(choice): _harm(unit, choice, found[unit.name]) for choice in unit.choices} for unit in units
+    }
 
 
 def _learn(tensors: list[_Steps], data: Sequence[Any], loss: Callable[[Any], Tensor]) -> None:
@@ -121,7 +134,8 @@ def _learn(tensors: list[_Steps], data: Sequence[Any], loss: Callable[[Any], Ten
 
 
 def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _Steps]]:
-    """Steps for each layer of a unit, from the calibrated ranges of its first choice of each bit-width; layers that share a weight
+    """Steps for each layer of a unit, from the calibrated ranges of its first choice of each bit-width; layers that
+    share a weight
     share them.
     """
     specs: dict[int, QuantSpec] = {}
@@ -133,11 +147,17 @@ def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _
         evaluator.apply(alone(unit, spec))
         for name, into in zip(unit.layers, ranges, strict=True):
             layer = evaluator.layers[name]
-            parts = blocks(type(layer).canonical(layer, layer.weight).detach(), spec.granularity) if unit.slot == "weight" else None
+            parts = (
+                blocks(type(layer).canonical(layer, layer.weight).detach(), spec.granularity)
+                if unit.slot == "weight"
+                else None
+            )
             levels = getattr(layer, f"{unit.slot}_quantizer").levels(parts)
             assert levels is not None, "a range of integers is known"
             # One step a tensor: the range that holds those of all its parts.
-            into[bits] = _Range(spec.grid, *(q.detach() for q in qparams_from_bounds(levels.low.min(), levels.high.max(), spec.grid)))
+            into[bits] = _Range(
+                spec.grid, *(q.detach() for q in qparams_from_bounds(levels.low.min(), levels.high.max(), spec.grid))
+            )
     shared: dict[object, _Steps] = {}
     made = []
     for name, own in zip(unit.layers, ranges, strict=True):
@@ -151,4 +171,6 @@ def _harm(unit: Unit, choice: Any, found: list[tuple[QuantizedLayer, _Steps]]) -
     if choice == FLOAT:
         return 0.0
     distinct = {id(steps): steps for _, steps in found}.values()
-    return (WEIGHTS if unit.slot == "weight" else 1.0) * sum(float(steps.step(choice.bit_width).detach()) for steps in distinct)
+    return (WEIGHTS if unit.slot == "weight" else 1.0) * sum(
+        float(steps.step(choice.bit_width).detach()) for steps in distinct
+    )

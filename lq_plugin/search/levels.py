@@ -39,7 +39,15 @@ _QAT = ("schedule", "init_batches", "distill", "forward")
 #: Where a module keeps its learning rate, as Lightning's own tuner looks for it.
 _RATES = ("lr", "learning_rate")
 #: Options of the Trainer that are not a level's business.
-_OURS = ("self", "callbacks", "logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "limit_val_batches")
+_OURS = (
+    "self",
+    "callbacks",
+    "logger",
+    "enable_progress_bar",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "limit_val_batches",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,13 @@ class Level:
 
     Args:
         batches: of the validation data, the first ones of each loader; None: all.
-        reconstruct: options of the phase of that name, which learns how weights are rounded; None: they are rounded to nearest.
+        reconstruct: options of the phase of that name, which learns how weights are rounded; None: they are rounded to
+            nearest.
         qat: the plan is trained: options of `Trainer` (`max_epochs` or `max_steps` at least), of `QAT` (`schedule`,
-            `init_batches`, `distill`, `forward`), and `lr`, which the module's attribute of that name (or `learning_rate`) gets.
-        promote_within: how far a trial may be behind here and still climb, in the metric's unit; None: as the search says.
+            `init_batches`, `distill`, `forward`), and `lr`, which the module's attribute of that name (or
+            `learning_rate`) gets.
+        promote_within: how far a trial may be behind here and still climb, in the metric's unit; None: as the search
+            says.
 
     Raises:
         QuantizationError: listing everything that cannot be.
@@ -67,7 +78,9 @@ class Level:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.batches is not None and (isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1):
+        if self.batches is not None and (
+            isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1
+        ):
             faults.append(f"batches is a whole number from 1, got {self.batches!r}")
         for name in ("reconstruct", "qat"):
             if not isinstance(getattr(self, name), Mapping | None):
@@ -77,7 +90,9 @@ class Level:
         faults += margin_faults(self.promote_within)
         if isinstance(self.qat, Mapping):
             valid = (*_trainer_options(), *_QAT, "lr")
-            faults += [f"unknown option {key!r} of qat.{did_you_mean(str(key), valid)}" for key in self.qat if key not in valid]
+            faults += [
+                f"unknown option {key!r} of qat.{did_you_mean(str(key), valid)}" for key in self.qat if key not in valid
+            ]
             if not {"max_epochs", "max_steps"} & set(self.qat):
                 faults.append("qat needs max_epochs or max_steps, which say how short it is")
         raise_all(QuantizationError, "level", faults)
@@ -94,13 +109,19 @@ class Level:
         names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
             raise QuantizationError(f"a level is a mapping of {', '.join(names)}, got {value!r}")
-        unknown = [f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in value if key not in names]
+        unknown = [
+            f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+            for key in value
+            if key not in names
+        ]
         raise_all(QuantizationError, "level", unknown)
         return cls(**{str(key): item for key, item in value.items()})
 
     def measures(self) -> dict[str, Any]:
         """What its metrics depend on, as plain values: those of equal levels can be compared."""
-        found = {name: getattr(self, name) for name in ("batches", "reconstruct", "qat") if getattr(self, name) is not None}
+        found = {
+            name: getattr(self, name) for name in ("batches", "reconstruct", "qat") if getattr(self, name) is not None
+        }
         return dict(json.loads(json.dumps(found, default=str)))
 
     def __str__(self) -> str:
@@ -153,7 +174,10 @@ def level_faults(
                         "use ddp_spawn, ddp_fork or ddp_notebook"
                     )
                 if options.rate is not None and not _rates_of(model):
-                    faults.append(f"level {number}: {type(model).__name__} has no attribute {' or '.join(_RATES)} that lr could set")
+                    faults.append(
+                        f"level {number}: {type(model).__name__} has no attribute {' or '.join(_RATES)} that lr could "
+                        "set"
+                    )
         # Whatever a Trainer, or a config that makes one, finds wrong is a fault of the setting.
         except Exception as error:
             faults.append(f"level {number}: {error}")
@@ -166,8 +190,11 @@ def margin_faults(margin: Any) -> list[str]:
     return [] if margin is None or (number and margin >= 0) else [f"promote_within is a number from 0, got {margin!r}"]
 
 
-def evaluate_at(evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], level: Level) -> dict[str, float]:
-    """What a plan scores at one level: everything that was logged. The evaluator's module is afterwards as it was, bit for bit.
+def evaluate_at(
+    evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], level: Level
+) -> dict[str, float]:
+    """What a plan scores at one level: everything that was logged. The evaluator's module is afterwards as it was, bit
+    for bit.
 
     Raises:
         QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
@@ -185,9 +212,15 @@ def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan
         return _with_learned_rounding(evaluator, layer_plans, level.reconstruct)
 
 
-def _with_learned_rounding(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], options: Mapping[str, Any]) -> dict[str, float]:
+def _with_learned_rounding(
+    evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], options: Mapping[str, Any]
+) -> dict[str, float]:
     evaluator.apply({})
-    before = {name: tensor.clone() for name, tensor in evaluator.model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    before = {
+        name: tensor.clone()
+        for name, tensor in evaluator.model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
     try:
         evaluator.apply(layer_plans)
         # What is learned belongs to this trial: others get the quantizers as they were calibrated.
@@ -196,7 +229,9 @@ def _with_learned_rounding(evaluator: Evaluator, layer_plans: Mapping[str, Layer
                 if name.endswith("_quantizer"):
                     setattr(layer, name, copy.deepcopy(quantizer))
         with _silent():
-            return evaluator.run(LearnedRounding(options, evaluator.calibration_batches, evaluator.dataloader, evaluator.seed))
+            return evaluator.run(
+                LearnedRounding(options, evaluator.calibration_batches, evaluator.dataloader, evaluator.seed)
+            )
     finally:
         evaluator.apply({})
         with torch.no_grad():

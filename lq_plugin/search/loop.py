@@ -27,7 +27,15 @@ _COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialSt
 class Loop:
     """One worker's share of the trials."""
 
-    def __init__(self, study: Study, objective: Objective, proposer: Proposer, n_trials: int, max_failures: int, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        study: Study,
+        objective: Objective,
+        proposer: Proposer,
+        n_trials: int,
+        max_failures: int,
+        stop: StopRequest,
+    ) -> None:
         self.study, self.objective, self.proposer = study, objective, proposer
         self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
         self.failed: list[FrozenTrial] = []
@@ -61,10 +69,14 @@ class Loop:
             self._reap()
         if len(self.failed) > self.max_failures:
             error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
-            raise StudyError(f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last one:\n{error}")
+            raise StudyError(
+                f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last "
+                f"one:\n{error}"
+            )
 
     def _taken_for_dead(self) -> bool:
-        """Whether another worker has failed the trial of this one, which stood still for too long, or could not reach the storage."""
+        """Whether another worker has failed the trial of this one, which stood still for too long, or could not reach
+        the storage."""
         trial = self.objective.trial
         if trial is None or trial.number in {failed.number for failed in self.failed}:
             return False
@@ -115,7 +127,9 @@ def _try_again(study: Study, trial: Trial | None) -> None:
     if trial is not None and trial.params:
         kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN, LEVELS) if name in trial.user_attrs}
         attrs = kept | {RETRIES: trial.number}
-        study.add_trial(create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs))
+        study.add_trial(
+            create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs)
+        )
 
 
 def _last_line(trial: FrozenTrial) -> str:

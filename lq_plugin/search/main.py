@@ -52,7 +52,9 @@ def run(cfg: DictConfig) -> SearchResult:
     space = read_space(cfg)
     # What is wrong with the rest is said before a float model is trained, too.
     model: LightningModule = instantiate(cfg.model)
-    read_options(model, trainer=partial(instantiate_for, model, cfg.trainer), seed=cfg.seed, worker=cfg.worker, **options)
+    read_options(
+        model, trainer=partial(instantiate_for, model, cfg.trainer), seed=cfg.seed, worker=cfg.worker, **options
+    )
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
@@ -108,7 +110,8 @@ def read_space(cfg: DictConfig) -> Space:
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
-    """The model with its float weights: from `float_checkpoint`, or trained for `float_epochs` and kept for the next run.
+    """The model with its float weights: from `float_checkpoint`, or trained for `float_epochs` and kept for the next
+    run.
 
     Workers that start together train once: the others wait and load what the first has trained.
     """
@@ -148,14 +151,22 @@ def log_to(cfg: DictConfig, result: SearchResult) -> None:
         logger: Logger = instantiate(entry, **grouped)
         logger.log_hyperparams(masked(plain(cfg)))
         for candidate in result.candidates:
-            logger.log_metrics({f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number)
+            logger.log_metrics(
+                {f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number
+            )
         if result.candidates:
             picture = Picture("pareto", "pareto", plots.to_png(result.figure()))
             step = result.candidates[-1].number
             page = study_report(result)
             pages = {"report.json": page.to_json().encode(), "report.html": render(page).encode()}
-            tables = {"front": result.rows(), "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates]}
-            report_to(logger, Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages))
+            tables = {
+                "front": result.rows(),
+                "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates],
+            }
+            report_to(
+                logger,
+                Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages),
+            )
         if isinstance(logger, either("loggers.WandbLogger")) and cfg.search.trial_runs:
             log_trials(logger, result)
         logger.finalize("success")

@@ -32,8 +32,8 @@ class Objective:
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
     (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. Two kinds of trials are
     pruned before they are evaluated: one with the parameters of an earlier trial, which `repeats` names, and one whose
-    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned, too; its attribute
-    `levels` has what it scored at each.
+    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned, too; its
+    attribute `levels` has what it scored at each.
 
     Args:
         evaluator: calibrated.
@@ -54,10 +54,15 @@ class Objective:
         constraints: Sequence[Constraint] = (),
         ladder: Ladder | None = None,
     ) -> None:
-        faults = [f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}" for cost in costs if cost not in COSTS]
+        faults = [
+            f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}"
+            for cost in costs
+            if cost not in COSTS
+        ]
         names = [*COSTS, *evaluator.float_metrics]
         faults += [
-            f"constraint '{c}': there is no cost or logged metric {c.name!r}; valid: {', '.join(names)}.{did_you_mean(c.name, names)}"
+            f"constraint '{c}': there is no cost or logged metric {c.name!r}; valid: "
+            f"{', '.join(names)}.{did_you_mean(c.name, names)}"
             for c in constraints
             if c.name not in names
         ]
@@ -123,7 +128,11 @@ class Objective:
 
 def held_back(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """Those of these trials that stopped below the top level."""
-    return [trial for trial in trials if trial.state == TrialState.PRUNED and reached_by(trial) and REPEATS not in trial.user_attrs]
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.PRUNED and reached_by(trial) and REPEATS not in trial.user_attrs
+    ]
 
 
 def _same(trials: Iterable[FrozenTrial], params: Mapping[str, Any], before: int) -> int | None:

@@ -50,22 +50,32 @@ class Options:
 
 #: Options that count something, and the least and the largest that each may be.
 _COUNTS = {
-    "n_trials": (0, None), "seed": (0, 2**32 - 1), "worker": (0, None), "seeds": (0, None), "sensitivity_batches": (1, None),
+    "n_trials": (0, None), "seed": (0, 2**32 - 1), "worker": (0, None), "seeds": (0, None), "sensitivity_batches": (1,
+    None),
     "heartbeat": (1, None), "max_failures": (0, None), "promote_first": (0, None), "calibration_batches": (1, None),
 }  # fmt: skip
 
 
 def argument_faults(given: Mapping[str, Any]) -> dict[str, str]:
-    """Returns, by its name, what is wrong with the kind of each argument of `lq_plugin.search.search`, of those that are given."""
+    """Returns, by its name, what is wrong with the kind of each argument of `lq_plugin.search.search`, of those that
+    are given."""
     faults = {}
     for name, (least, most) in _COUNTS.items():
         value = given.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
             limits = f"{least} or more" + ("" if most is None else f", {most} at most")
             faults[name] = f"{name} is an integer, {limits}, got {value!r}"
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "model": ("a LightningModule", lambda x: isinstance(x, either("LightningModule"))),
-        "datamodule": ("a LightningDataModule or None", lambda x: x is None or isinstance(x, either("LightningDataModule"))),
+        "datamodule": (
+            "a LightningDataModule or None",
+            lambda x: x is None or isinstance(x, either("LightningDataModule")),
+        ),
         "metric": ("the name of a logged metric", lambda x: isinstance(x, str) and x != ""),
         "study_name": ("a name", lambda x: isinstance(x, str) and x != ""),
         "cost": ("a name, several names, or None", lambda x: x is None or isinstance(x, str | Sequence)),
@@ -73,7 +83,10 @@ def argument_faults(given: Mapping[str, Any]) -> dict[str, str]:
         "latency": ("a mapping of options or None", lambda x: isinstance(x, Mapping | None)),
         "storage": ("an Optuna storage, its URL, or None", lambda x: isinstance(x, BaseStorage | str | None)),
         "output_dir": ("a folder or None", lambda x: isinstance(x, str | Path | None)),
-        "sampler": ("an Optuna sampler, or what makes one from a seed", lambda x: isinstance(x, BaseSampler) or callable(x)),
+        "sampler": (
+            "an Optuna sampler, or what makes one from a seed",
+            lambda x: isinstance(x, BaseSampler) or callable(x),
+        ),
         "trainer": ("a class or function that makes a Trainer", lambda x: x is None or callable(x)),
         "dataloader": ("an iterable of batches or None", lambda x: isinstance(x, Iterable | None)),
         "uniform": ("true or false", lambda x: isinstance(x, bool)),
@@ -132,7 +145,9 @@ def read_options(
     if mode not in ("max", "min"):
         faults.append(f"mode is 'max' or 'min', got {mode!r}")
     faults += [
-        f"unknown cost {name!r}; valid: {', '.join(COSTS)}.{did_you_mean(str(name), COSTS)}" for name in found.costs if name not in COSTS
+        f"unknown cost {name!r}; valid: {', '.join(COSTS)}.{did_you_mean(str(name), COSTS)}"
+        for name in found.costs
+        if name not in COSTS
     ]
     if sensitivity not in (AUTO, *MEASURES):
         near = did_you_mean(str(sensitivity), MEASURES)
@@ -146,13 +161,18 @@ def read_options(
         found.pruning = pruner if isinstance(pruner, BasePruner) else read(lambda: build(pruner, BasePruner, "pruner"))
         if found.costs:
             number = 1 + len(found.costs)
-            faults.append(f"a pruner decides about one objective (cost=None), here are {number}: dominance decides, see promote_within")
+            faults.append(
+                f"a pruner decides about one objective (cost=None), here are {number}: dominance decides, see "
+                "promote_within"
+            )
         if fidelity is None:
             faults.append("a pruner decides which trials climb to the next level: without fidelity there is one level")
     faults += margin_faults(promote_within)
     if "constraints" not in wrong:
         found.limits = read(lambda: parse_constraints(constraints), ())
-    if "latency" not in wrong and (latency is not None or LATENCY in (*found.costs, *(limit.name for limit in found.limits))):
+    if "latency" not in wrong and (
+        latency is not None or LATENCY in (*found.costs, *(limit.name for limit in found.limits))
+    ):
         found.timing = read(lambda: latency_options(latency))
     raise_all(QuantizationError, "cannot search", faults)
     return found

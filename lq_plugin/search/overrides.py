@@ -57,7 +57,9 @@ class JobOverrides:
     parameters: tuple[Parameter, ...]
 
     @classmethod
-    def parse(cls, params: Mapping[str, Any], arguments: Iterable[str], config_loader: ConfigLoader | None = None) -> JobOverrides:
+    def parse(
+        cls, params: Mapping[str, Any], arguments: Iterable[str], config_loader: ConfigLoader | None = None
+    ) -> JobOverrides:
         """Read the sweeper's `params` and the command line, which wins.
 
         Args:
@@ -69,7 +71,8 @@ class JobOverrides:
             QuantizationError: listing each sweep without a value, and each key that is set twice.
 
         >>> JobOverrides.parse({"lr": "tag(log, interval(0.001, 0.1))"}, ["width=8,16", "epochs=3"]).distributions
-        {'lr': FloatDistribution(high=0.1, log=True, low=0.001, step=None), 'width': CategoricalDistribution(choices=(8, 16))}
+        {'lr': FloatDistribution(high=0.1, log=True, low=0.001, step=None), 'width': CategoricalDistribution(choices=(8,
+        16))}
         """
         lines = [f"{key}={'null' if value is None else value}" for key, value in params.items()]
         parser = OverridesParser.create(config_loader=config_loader)
@@ -92,7 +95,9 @@ class JobOverrides:
             except ValueError as error:
                 faults.append(f"{override.input_line}: {error}")
         names = [parameter.name for parameter in swept.values()]
-        faults += [f"{name} is swept twice, with and without a '+'" for name in dict.fromkeys(names) if names.count(name) > 1]
+        faults += [
+            f"{name} is swept twice, with and without a '+'" for name in dict.fromkeys(names) if names.count(name) > 1
+        ]
         raise_all(QuantizationError, "cannot sweep", faults)
         return cls(tuple(fixed.values()), tuple(swept.values()))
 
@@ -112,7 +117,9 @@ def _parameter(override: Override) -> Parameter:
         assert value.start is not None
         assert value.end is not None
         log = "log" in value.tags
-        if isinstance(value.start, int) and isinstance(value.end, int):  # int(interval(1, 4)); without the cast they are floats
+        if isinstance(value.start, int) and isinstance(
+            value.end, int
+        ):  # int(interval(1, 4)); without the cast they are floats
             return Parameter(key, IntDistribution(value.start, value.end, log=log))
         return Parameter(key, FloatDistribution(value.start, value.end, log=log))
     if isinstance(value, RangeSweep):
@@ -124,7 +131,10 @@ def _parameter(override: Override) -> Parameter:
             if isinstance(low, int) and isinstance(high, int):
                 return Parameter(key, IntDistribution(low, high, log=log, step=1 if log else abs(int(value.step))))
             return Parameter(key, FloatDistribution(low, high, log=log, step=None if log else abs(float(value.step))))
-    choices = tuple((_native(item), text) for item, text in zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True))
+    choices = tuple(
+        (_native(item), text)
+        for item, text in zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True)
+    )
     if not choices:
         raise ValueError("there is nothing to choose from")
     return Parameter(key, CategoricalDistribution([choice for choice, _ in choices]), choices)

@@ -30,7 +30,8 @@ class PatternSpace:
     Raises:
         PlanError: nothing to choose, or ties, which patterns make needless.
 
-    >>> space = PatternSpace.parse({"input": "uint8 affine ema", "rules": [{"match": "conv*", "weight": {"bit_widths": [2, 4]}}]})
+    >>> rules = [{"match": "conv*", "weight": {"bit_widths": [2, 4]}}]
+    >>> space = PatternSpace.parse({"input": "uint8 affine ema", "rules": rules})
     >>> space.distributions
     {'conv*.weight.bits': IntDistribution(high=4, log=False, low=2, step=2)}
     >>> space.plan({"conv*.weight.bits": 4}).rules[1]
@@ -43,9 +44,16 @@ class PatternSpace:
     def __post_init__(self) -> None:
         faults = []
         if self.space.tie:
-            faults.append(f"tie={list(self.space.tie)}: layers of one pattern share a choice anyway; write a pattern that matches them all")
+            faults.append(
+                f"tie={list(self.space.tie)}: layers of one pattern share a choice anyway; write a pattern that "
+                "matches them all"
+            )
         patterns = [rule.match for rule in self._rules]
-        faults += [f"{pattern!r} has {patterns.count(pattern)} rules" for pattern in dict.fromkeys(patterns) if patterns.count(pattern) > 1]
+        faults += [
+            f"{pattern!r} has {patterns.count(pattern)} rules"
+            for pattern in dict.fromkeys(patterns)
+            if patterns.count(pattern) > 1
+        ]
         if not faults and not self.distributions:
             faults.append("there is nothing to choose: every tensor has at most one choice")
         raise_all(PlanError, "layers", faults)
@@ -89,7 +97,8 @@ class PatternSpace:
         return QuantPlan(rules) if self.base is None else QuantPlan([*self.base.rules, *rules], self.base.schedule)
 
     def uniform(self) -> list[Params]:
-        """Every bit-width of some weight, for all weights alike; of everything else the choice that is written first."""
+        """Every bit-width of some weight, for all weights alike; of everything else the choice that is written
+        first."""
         specs = [choice for unit in self.units if unit.slot == "weight" for choice in unit.choices]
         widths = sorted({spec.bit_width for spec in specs if isinstance(spec, QuantSpec)}, reverse=True)
         return [

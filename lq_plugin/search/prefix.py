@@ -17,10 +17,12 @@ BUDGET = 2**30
 
 
 class PrefixCache:
-    """What each layer made of one batch, call by call; a later pass takes it from here until a layer comes that has changed.
+    """What each layer made of one batch, call by call; a later pass takes it from here until a layer comes that has
+    changed.
 
     Every call before that one is bit-identical, so nothing is approximated. What lies between the layers (activations,
-    normalization, sums) is computed again. Layers that are not called as modules, such as the weights of an LSTM, have no
+    normalization, sums) is computed again. Layers that are not called as modules, such as the weights of an LSTM, have
+    no
     prefix: a pass with one of them changed is computed whole.
 
     Args:
@@ -32,7 +34,7 @@ class PrefixCache:
     >>> cache = PrefixCache({"0": net[0], "2": net[2]})
     >>> with torch.no_grad(), cache.recording():
     ...     y = net(torch.ones(1, 4))
-    >>> with torch.no_grad(), cache.replaying(["2"]):  # whatever its input, it is the recorded batch that goes on from layer 0
+    >>> with torch.no_grad(), cache.replaying(["2"]):  # the recorded batch goes on from layer 0, whatever the input
     ...     torch.equal(net(torch.zeros(1, 4)), y)
     True
     """
@@ -78,7 +80,9 @@ class PrefixCache:
             if here >= stop:
                 return forward(*args, **kwargs)
             if name != self._names[here]:
-                raise QuantizationError(f"call {here} is of {name}, it was of {self._names[here]}: the model is not deterministic")
+                raise QuantizationError(
+                    f"call {here} is of {name}, it was of {self._names[here]}: the model is not deterministic"
+                )
             return _copy(self._outputs[here])
 
         with self._in_place_of_forward(replay):

@@ -19,7 +19,9 @@ class SearchProgress:
     def __init__(self, n_trials: int, metric: str) -> None:
         self.metric = metric
         times = TimeElapsedColumn(), TimeRemainingColumn()
-        self._progress = Progress(TextColumn("search"), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}"))
+        self._progress = Progress(
+            TextColumn("search"), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}")
+        )
         self._task = self._progress.add_task("", total=n_trials)
 
     def __enter__(self) -> SearchProgress:

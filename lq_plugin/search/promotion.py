@@ -28,17 +28,17 @@ _SHARE = 0.05
 class Ladder:
     """Evaluates a trial level by level, as long as it is good enough for the next one.
 
-    It climbs from a level unless another trial of the study, of this or another worker, is better there by more than the margin and
-    costs no more, whatever costs there are; the first trials at a level always do. With one objective the study's pruner
-    decides as well.
+    It climbs from a level unless another trial of the study, of this or another worker, is better there by more than
+    the margin and costs no more, whatever costs there are; the first trials at a level always do. With one objective
+    the study's pruner decides as well.
 
     Args:
         evaluator: calibrated.
         levels: the cheapest first.
         metric, costs: the objectives.
         maximize: whether more of the metric is better.
-        promote_within: the margin in the metric's unit, of levels without one of their own; None: a twentieth of what the
-            float model scores.
+        promote_within: the margin in the metric's unit, of levels without one of their own; None: a twentieth of what
+            the float model scores.
         promote_first: trials at a level that climb in any case.
     """
 
@@ -59,7 +59,12 @@ class Ladder:
         self.promote_first = promote_first
         for number, level in enumerate(self.levels):
             if level.batches is not None and level.batches >= evaluator.batches:
-                log.warning("level %d reads %d batches: the validation has no more than %g", number, level.batches, evaluator.batches)
+                log.warning(
+                    "level %d reads %d batches: the validation has no more than %g",
+                    number,
+                    level.batches,
+                    evaluator.batches,
+                )
 
     def climb(self, trial: Trial, layer_plans: Mapping[str, LayerPlan], costs: Mapping[str, float]) -> dict[str, float]:
         """What the plan scores at the top, and its costs.
@@ -93,14 +98,23 @@ class Ladder:
 
     def _better(self, trial: Trial, number: int, value: float, costs: Mapping[str, float]) -> str | None:
         """Another trial that is so much better at this level that climbing is no use."""
-        others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number and len(reached_by(t)) > number]
+        others = [
+            t
+            for t in trial.study.get_trials(deepcopy=False)
+            if t.number != trial.number and len(reached_by(t)) > number
+        ]
         if len(others) < self.promote_first:
             return None
         for other in others:
             theirs = reached_by(other)[number]
             ahead = self.sign * (theirs[self.metric] - value)
             if ahead > self.margins[number] and all(theirs[cost] <= costs[cost] for cost in self.costs):
-                return " and ".join([f"trial {other.number} has {theirs[self.metric]:.6g}", *(f"{c} {theirs[c]:.6g}" for c in self.costs)])
+                return " and ".join(
+                    [
+                        f"trial {other.number} has {theirs[self.metric]:.6g}",
+                        *(f"{c} {theirs[c]:.6g}" for c in self.costs),
+                    ]
+                )
         return None
 
 
@@ -118,7 +132,9 @@ def read(metrics: Mapping[str, float], name: str) -> float:
     """
     if name not in metrics:
         listing = ", ".join(sorted(metrics)) or "nothing"
-        raise QuantizationError(f"metric {name!r} is not logged in validation; logged: {listing}.{did_you_mean(name, metrics)}")
+        raise QuantizationError(
+            f"metric {name!r} is not logged in validation; logged: {listing}.{did_you_mean(name, metrics)}"
+        )
     if not math.isfinite(metrics[name]):
         raise QuantizationError(f"metric {name!r} is {metrics[name]}")
     return metrics[name]

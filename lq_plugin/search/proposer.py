@@ -1,7 +1,7 @@
 """Plans are sampled in memory and published whole.
 
-Optuna writes one parameter after the other to a shared storage, a transaction each: with 60 layers that takes longer than
-the evaluation. A trial that waits in the queue with all its parameters takes two.
+Optuna writes one parameter after the other to a shared storage, a transaction each: with 60 layers that takes longer
+than the evaluation. A trial that waits in the queue with all its parameters takes two.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 class Proposer(BaseSampler):
     """Puts what a sampler proposes into the study's queue.
 
-    The sampler works on a copy of the study in memory, which takes up what all workers have found. A proposal that breaks
-    a constraint on the cost goes into the study as a pruned trial, for the sampler to learn from, and is never evaluated.
+    The sampler works on a copy of the study in memory, which takes up what all workers have found. A proposal that
+    breaks a constraint on the cost goes into the study as a pruned trial, for the sampler to learn from, and is never
+    evaluated.
 
     It is the shared study's sampler itself, too: should another worker have taken what was published, the trial
     that Optuna makes then gets the values of a further proposal.
@@ -81,7 +82,9 @@ class Proposer(BaseSampler):
             if trial.state == TrialState.WAITING:
                 return
         names = " and ".join(map(str, self.constraints))
-        raise StudyError(f"{_PATIENCE} proposals in a row broke {names}; widen the space towards fewer bits, or the constraint")
+        raise StudyError(
+            f"{_PATIENCE} proposals in a row broke {names}; widen the space towards fewer bits, or the constraint"
+        )
 
     def _propose(self) -> FrozenTrial:
         """What the sampler proposes, unless some worker has it already."""
@@ -116,7 +119,11 @@ class Proposer(BaseSampler):
         """Finished trials of two objectives."""
         sign = 1.0 if self.study.directions[0] == StudyDirection.MAXIMIZE else -1.0
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [Point(sign * trial.values[0], trial.values[1], trial.params) for trial in complete if all(map(math.isfinite, trial.values))]
+        return [
+            Point(sign * trial.values[0], trial.values[1], trial.params)
+            for trial in complete
+            if all(map(math.isfinite, trial.values))
+        ]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -127,7 +134,9 @@ class Proposer(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._params = {}
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         if not self._params:
             self._params = dict(self._propose().params)
         return self._params[param_name]

@@ -1,13 +1,13 @@
 """Proposals that fill the gaps of a front: a step or a swap away from the plans at its two sides.
 
-Between two neighbours of the front, `(c_1, m_1)` and `(c_2, m_2)`, lies a box of `(c_2 - c_1) · (m_2 - m_1)` that a plan in between
-would cut into. What such a plan scores is predicted from the neighbour it comes from, by the additive model of
-`lq_plugin.search.seeds`: m = m_1 + k · (H_1 - H), H the summed sensitivity and k the slope between the two. The gap is drawn by its area,
-the plan by the area it is expected to win, (m - m_1) · (c_2 - c). What was measured corrects the model: a step that failed is in no
-front.
+Between two neighbours of the front, `(c_1, m_1)` and `(c_2, m_2)`, lies a box of `(c_2 - c_1) · (m_2 - m_1)` that a
+plan in between would cut into. What such a plan scores is predicted from the neighbour it comes from, by the additive
+model of `lq_plugin.search.seeds`: m = m_1 + k · (H_1 - H), H the summed sensitivity and k the slope between the two.
+The gap is drawn by its area, the plan by the area it is expected to win, (m - m_1) · (c_2 - c). What was measured
+corrects the model: a step that failed is in no front.
 
-A local search of the front with a model that sorts its candidates, as in pre-selection of surrogate-assisted evolution (Jin, "Surrogate-
-assisted evolutionary computation", 2011, section 3).
+A local search of the front with a model that sorts its candidates, as in pre-selection of surrogate-assisted evolution
+(Jin, "Surrogate- assisted evolutionary computation", 2011, section 3).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Refiner:
         seed: of the draws.
     """
 
-    def __init__(self, space: BoundSpace, sensitivity: Table, base: float, costs: Table, most: float = np.inf, seed: int = 0) -> None:
+    def __init__(
+        self, space: BoundSpace, sensitivity: Table, base: float, costs: Table, most: float = np.inf, seed: int = 0
+    ) -> None:
         self.units = [unit for unit in space.units if len(unit.choices) > 1]
         self.harms = [self._values(sensitivity, unit.name, unit.choices) for unit in self.units]
         self.prices = [self._values(costs, unit.name, unit.choices) for unit in self.units]
@@ -92,7 +94,8 @@ class Refiner:
         candidates, metric = np.concatenate(plans), np.concatenate(metrics)
         cost = self.base + self._sum(self.prices, candidates)
         inside = (cost >= low.cost) & (cost < high.cost) & (cost <= self.most)
-        # What promises more than the far side would be there already; what promises less than the near one is not tried.
+        # What promises more than the far side would be there already; what promises less than the near one is not
+        # tried.
         worth = np.minimum(metric, high.metric) - low.metric
         inside &= worth > 0
         candidates, gain = candidates[inside], (worth * (high.cost - cost))[inside]
@@ -116,11 +119,17 @@ class Refiner:
         return total
 
     def _params(self, plan: _Ints) -> Params:
-        return {key: value for unit, index in zip(self.units, plan, strict=True) for key, value in unit.params(unit.choices[index]).items()}
+        return {
+            key: value
+            for unit, index in zip(self.units, plan, strict=True)
+            for key, value in unit.params(unit.choices[index]).items()
+        }
 
     def _neighbours(self, start: _Ints) -> _Ints:
         """All plans a step away, and some a swap away: two units change."""
-        steps = [(unit, choice) for unit, row in enumerate(self.harms) for choice in range(len(row)) if choice != start[unit]]
+        steps = [
+            (unit, choice) for unit, row in enumerate(self.harms) for choice in range(len(row)) if choice != start[unit]
+        ]
         places = np.array(steps, dtype=np.int64)
         singles = np.repeat(start[None], len(places), 0)
         singles[np.arange(len(places)), places[:, 0]] = places[:, 1]
@@ -135,7 +144,8 @@ class Refiner:
 def front_of(points: Iterable[Point]) -> list[Point]:
     """Those that no other beats, from the cheapest to the best.
 
-    >>> [point.cost for point in front_of([Point(0.9, 4.0, {}), Point(0.5, 2.0, {}), Point(0.4, 3.0, {}), Point(0.9, 5.0, {})])]
+    >>> points = [Point(0.9, 4.0, {}), Point(0.5, 2.0, {}), Point(0.4, 3.0, {}), Point(0.9, 5.0, {})]
+    >>> [point.cost for point in front_of(points)]
     [2.0, 4.0]
     """
     found: list[Point] = []

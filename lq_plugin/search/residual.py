@@ -9,9 +9,11 @@ from lq_plugin.model.recording import Call, Recording
 
 #: The word in `Space.tie`.
 RESIDUAL = "residual"
-#: What hands values on, one by one or averaged, by the beginning of its name without underscores: `BatchNorm2d`, `batch_norm`.
+#: What hands values on, one by one or averaged, by the beginning of its name without underscores: `BatchNorm2d`,
+#: `batch_norm`.
 _PASSING = (
-    "batchnorm", "syncbatchnorm", "instancenorm", "layernorm", "groupnorm", "rmsnorm", "maxpool", "avgpool", "adaptivemaxpool",
+    "batchnorm", "syncbatchnorm", "instancenorm", "layernorm", "groupnorm", "rmsnorm", "maxpool", "avgpool",
+    "adaptivemaxpool",
     "adaptiveavgpool", "dropout", "alphadropout", "featuredropout", "identity", "flatten", "pad", "zeropad", "mean",
 )  # fmt: skip
 #: What hands values on where its other operand is a parameter or a number: position embeddings, layer scales.
@@ -41,9 +43,10 @@ class ResidualTies:
 def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies:
     """Follow the operands of every sum of two activations back to layers, and its readers forward to layers.
 
-    Between a layer and a sum there may be norms, pointwise activations, pooling, dropout, padding, views, and products and sums
-    with parameters. A sum that is an
-    operand of another one brings its own layers along: the blocks of a stage, with shortcuts that are the identity, are one group.
+    Between a layer and a sum there may be norms, pointwise activations, pooling, dropout, padding, views, and products
+    and sums with parameters. A sum that is an
+    operand of another one brings its own layers along: the blocks of a stage, with shortcuts that are the identity, are
+    one group.
 
     Args:
         recording: of one float forward pass.
@@ -51,7 +54,10 @@ def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies
     """
     search = _Search(recording, layers)
     sums = [call for call in recording.calls if _is_sum(call)]
-    return ResidualTies(_united((search.feeding(call) for call in sums), layers), _united((search.reading(call) for call in sums), layers))
+    return ResidualTies(
+        _united((search.feeding(call) for call in sums), layers),
+        _united((search.reading(call) for call in sums), layers),
+    )
 
 
 class _Search:
@@ -103,12 +109,16 @@ def _passes(call: Call) -> bool:
 
 def _writers(call: Call) -> list[str]:
     """The layer whose output a call is: of attention its last projection."""
-    return [call.name, *(name for name in call.weight_names if name.endswith("out_proj"))] if call.kind == "module" else []
+    return (
+        [call.name, *(name for name in call.weight_names if name.endswith("out_proj"))] if call.kind == "module" else []
+    )
 
 
 def _readers(call: Call) -> list[str]:
     """The layers that read the input of a call: of attention its first projections."""
-    inner = [name for name in call.weight_names if not name.endswith("out_proj")] if call.op == "MultiheadAttention" else []
+    inner = (
+        [name for name in call.weight_names if not name.endswith("out_proj")] if call.op == "MultiheadAttention" else []
+    )
     return [call.name, *inner] if call.kind == "module" else []
 
 
@@ -119,4 +129,9 @@ def _united(groups: Iterable[frozenset[str]], order: Collection[str]) -> tuple[t
         meeting = [other for other in found if other & group]
         found = [other for other in found if not other & group] + [group.union(*meeting)]
     ranks = {name: rank for rank, name in enumerate(order)}
-    return tuple(sorted((tuple(sorted(group, key=ranks.__getitem__)) for group in found if len(group) > 1), key=lambda g: ranks[g[0]]))
+    return tuple(
+        sorted(
+            (tuple(sorted(group, key=ranks.__getitem__)) for group in found if len(group) > 1),
+            key=lambda g: ranks[g[0]],
+        )
+    )

@@ -73,7 +73,9 @@ class Candidate:
         attrs, values = trial.user_attrs, tuple(trial.values)
         plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
         lower = tuple(reached_by(trial)[:-1])
-        return cls(trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values, lower)
+        return cls(
+            trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values, lower
+        )
 
 
 class SearchResult:
@@ -87,7 +89,8 @@ class SearchResult:
         float_bytes: size of the float model.
 
     Attributes:
-        candidates: every complete trial that keeps the constraints, by number; with several levels of fidelity those of the top.
+        candidates: every complete trial that keeps the constraints, by number; with several levels of fidelity those of
+            the top.
         held_back: number of trials that stopped below the top level.
     """
 
@@ -107,7 +110,9 @@ class SearchResult:
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         self.held_back = len(held_back(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
         self.candidates = [
-            Candidate.of(trial, self.cost) for trial in complete if all(excess <= 0 for excess in trial.constraints.values())
+            Candidate.of(trial, self.cost)
+            for trial in complete
+            if all(excess <= 0 for excess in trial.constraints.values())
         ]
 
     @cached_property
@@ -117,8 +122,14 @@ class SearchResult:
             found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
             return [self.candidates[index] for index in found]
         signs = [-1.0 if self.maximize else 1.0] + [1.0] * (len(self.study.directions) - 1)
-        losses = np.array([[sign * value for sign, value in zip(signs, c.values, strict=True)] for c in self.candidates])
-        distinct = [c for i, c in enumerate(self.candidates) if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))]
+        losses = np.array(
+            [[sign * value for sign, value in zip(signs, c.values, strict=True)] for c in self.candidates]
+        )
+        distinct = [
+            c
+            for i, c in enumerate(self.candidates)
+            if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))
+        ]
         return sorted(distinct, key=lambda c: (c.cost, c.metric))
 
     def best(self, cost: float | None = None) -> Candidate:
@@ -127,7 +138,9 @@ class SearchResult:
         Raises:
             QuantizationError: when there is none.
         """
-        allowed = sorted((c for c in self.front if cost is None or c.cost <= cost), key=lambda c: c.metric, reverse=not self.maximize)
+        allowed = sorted(
+            (c for c in self.front if cost is None or c.cost <= cost), key=lambda c: c.metric, reverse=not self.maximize
+        )
         if not allowed:
             least = f"the smallest has {self.front[0].cost:.4g}" if self.front else "no trial is complete"
             raise QuantizationError(f"no plan with {self.cost} <= {cost}: {least}")
@@ -171,7 +184,8 @@ class SearchResult:
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """The front as plain rows; `plan` is the name of its file, `level0/val/acc` what the lowest of several levels logged."""
+        """The front as plain rows; `plan` is the name of its file, `level0/val/acc` what the lowest of several levels
+        logged."""
         measured = self.study.user_attrs.get(MEASURED, {})
         found = []
         for c in self.front:
@@ -187,7 +201,8 @@ class SearchResult:
         return to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)) or ["trial"])
 
     def write(self, folder: str | Path) -> Path:
-        """Write `front.csv`, `plans/`, `pareto.png` and `report.html` with its data; nothing but `front.csv` when no trial is complete.
+        """Write `front.csv`, `plans/`, `pareto.png` and `report.html` with its data; nothing but `front.csv` when no
+        trial is complete.
 
         Other workers may write the same files: each appears whole, and plans that left the front go.
         """
@@ -195,9 +210,8 @@ class SearchResult:
         plans = make_folder(folder / "plans")
         wanted = {c.file_name: c for c in self.front}
         for name, c in wanted.items():
-            comment = (
-                f"# Trial {c.number} of {self.study.study_name}: {self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits\n"
-            )
+            scores = f"{self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits"
+            comment = f"# Trial {c.number} of {self.study.study_name}: {scores}\n"
             write_file(plans / name, comment + c.plan.to_yaml())
         for path in plans.glob("plan_*bits.yaml"):
             if path.name not in wanted:
@@ -219,7 +233,12 @@ def _levels(candidate: Candidate) -> dict[str, float]:
     if not candidate.lower:
         return {}
     lower = enumerate(candidate.lower)
-    found = {f"level{number}/{name}": value for number, metrics in lower for name, value in metrics.items() if name not in COSTS}
+    found = {
+        f"level{number}/{name}": value
+        for number, metrics in lower
+        for name, value in metrics.items()
+        if name not in COSTS
+    }
     return {"level": len(candidate.lower), **found}
 
 

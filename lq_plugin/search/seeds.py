@@ -1,9 +1,9 @@
 """Plans that are good before anything is searched: each tensor's sensitivity and cost are known, the sum is minimized.
 
-The model is additive, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv 2011.10680, equation 8): quantizing several tensors harms as
-much as the sum of each alone. Then the best plan of a size is an integer program, min Σ s(u, c) x(u, c) with one choice
-c for each unit u and Σ cost(u, c) x(u, c) within the budget. The greedy path solves it without a solver: from the
-widest plan on, always the step that harms least for what it saves.
+The model is additive, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv 2011.10680, equation 8): quantizing several tensors
+harms as much as the sum of each alone. Then the best plan of a size is an integer program, min Σ s(u, c) x(u, c) with
+one choice c for each unit u and Σ cost(u, c) x(u, c) within the budget. The greedy path solves it without a solver:
+from the widest plan on, always the step that harms least for what it saves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Seed:
 def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[str, float]]]:
     """What the plan of first choices costs, and what each choice of each unit adds to it or takes from it.
 
-    Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of a
+    Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of
+    a
     layer: exact where one of the two is fixed. So does `latency`, where kernels depend on both.
     """
     space = evaluator.space
@@ -69,7 +70,9 @@ def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base
     slack = 1e-9 * max(abs(budget), 1.0)
     limits = [LinearConstraint(one, 1.0, 1.0), LinearConstraint(price[None], -np.inf, budget - base + slack)]
     # Scaled, since the solver's tolerances are absolute.
-    result = milp(harm / max(np.abs(harm).max(), 1e-300), constraints=limits, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1))
+    result = milp(
+        harm / max(np.abs(harm).max(), 1e-300), constraints=limits, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1)
+    )
     if result.x is None:
         raise QuantizationError(f"the integer program for a budget of {budget:g} failed: {result.message}")
     chosen = [(choice, unit) for (_, choice, unit), taken in zip(pairs, result.x, strict=True) if taken > 0.5]
@@ -82,12 +85,16 @@ def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float
     def harm(unit_name: str, choice: Choice) -> float:
         return sensitivity.get(unit_name, {}).get(str(choice), 0.0)
 
-    now: dict[str, Choice] = {u.name: min(u.choices, key=lambda c: (harm(u.name, c), costs[u.name][str(c)])) for u in space.units}
+    now: dict[str, Choice] = {
+        u.name: min(u.choices, key=lambda c: (harm(u.name, c), costs[u.name][str(c)])) for u in space.units
+    }
     units = {unit.name: unit for unit in space.units}
     path = []
     while True:
         cost = base + sum(costs[name][str(choice)] for name, choice in now.items())
-        path.append((cost, {key: value for name, choice in now.items() for key, value in units[name].params(choice).items()}))
+        path.append(
+            (cost, {key: value for name, choice in now.items() for key, value in units[name].params(choice).items()})
+        )
         steps = []
         for name, choice in now.items():
             for other in units[name].choices:
@@ -100,8 +107,11 @@ def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float
         now[name] = other
 
 
-def make_seeds(space: BoundSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf) -> list[Seed]:
-    """`count` budgets, the smaller the denser, with the best plan of each: by integer program, else from the greedy path.
+def make_seeds(
+    space: BoundSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
+) -> list[Seed]:
+    """`count` budgets, the smaller the denser, with the best plan of each: by integer program, else from the greedy
+    path.
 
     Args:
         space: what may be chosen.

@@ -1,20 +1,23 @@
 """How much each tensor suffers from each of its choices, with everything else float.
 
-Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss (`loss`);
-computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all tensors at once
-(`learned_step`)::
+Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss
+(`loss`); computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all
+tensors at once (`learned_step`)::
 
     kl           KL(softmax z || softmax ẑ), mean over samples: nats
     sqnr         Σ(z - ẑ)² / Σ z², the inverse of the signal to quantization noise ratio of the logits
     layer_sqnr   the same of the layer's own output
     loss         loss(ŵ) - loss(w), not below 0
-    fisher       ½ Σ E[g²] ΔW², the diagonal of the empirical Fisher matrix: FIT, Zandonati et al., 2022 (arXiv 2210.08502)
-    first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers as far
+    fisher       ½ Σ E[g²] ΔW², the diagonal of the empirical Fisher matrix: FIT, Zandonati et al., 2022
+                 (arXiv 2210.08502)
+    first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers
+                 as far
                  as their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
     hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852)
     learned_step the step size that a quantizer learns: LIMPQ, Tang et al., ECCV 2022 (arXiv 2203.08368)
 
-z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken for the sum.
+z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken
+for the sum.
 """
 
 from __future__ import annotations
@@ -80,7 +83,11 @@ class SensitivityTable:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each unit and choice, the most sensitive unit (by its worst choice) first."""
-        return [{"unit": name, "choice": choice, self.measure: value} for name in self.order for choice, value in self.values[name].items()]
+        return [
+            {"unit": name, "choice": choice, self.measure: value}
+            for name in self.order
+            for choice, value in self.values[name].items()
+        ]
 
     @property
     def order(self) -> list[str]:
@@ -88,7 +95,8 @@ class SensitivityTable:
         return sorted(self.values, key=lambda name: -max(self.values[name].values()))
 
     def by_bits(self) -> dict[str, dict[int, float]]:
-        """The harm of the best choice of each bit-width (float: 32); the unit that suffers most from its worst one first."""
+        """The harm of the best choice of each bit-width (float: 32); the unit that suffers most from its worst one
+        first."""
         table: dict[str, dict[int, float]] = {name: {} for name in self.values}
         for name, row in table.items():
             for choice, value in self.values[name].items():
@@ -98,7 +106,8 @@ class SensitivityTable:
 
 
 def to_csv(tables: Sequence[SensitivityTable]) -> str:
-    """Tables of one space as CSV text: a row for each unit and choice, a column for each measure, in the order of the first table."""
+    """Tables of one space as CSV text: a row for each unit and choice, a column for each measure, in the order of the
+    first table."""
     rows = [
         {"unit": name, "choice": choice, **{table.measure: table.values[name][choice] for table in tables}}
         for name in tables[0].order
@@ -107,15 +116,19 @@ def to_csv(tables: Sequence[SensitivityTable]) -> str:
     return csv_text.to_csv(rows, ["unit", "choice", *(table.measure for table in tables)])
 
 
-def measure_sensitivity(evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float") -> SensitivityTable:
+def measure_sensitivity(
+    evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float"
+) -> SensitivityTable:
     """Measure every choice of every unit of a calibrated evaluator's space.
 
     Args:
         evaluator: calibrated.
-        measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is called as a module.
+        measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is
+            called as a module.
         batches: of calibration data.
-        others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what comes
-            on top of that. Gradients are always those of the float model, steps learned with all tensors quantized.
+        others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what
+            comes on top of that. Gradients are always those of the float model, steps learned with all tensors
+            quantized.
 
     Raises:
         QuantizationError: an unknown measure, one that does not fit the space or the module, or one that is not finite.
@@ -133,9 +146,13 @@ def measure_all(
     worker = _Measurement(evaluator, measures, batches, others)
     evaluator.run(worker)
     for measure, found in worker.values.items():
-        odd = [f"{unit}, {choice}" for unit, row in found.items() for choice, value in row.items() if not isfinite(value)]
+        odd = [
+            f"{unit}, {choice}" for unit, row in found.items() for choice, value in row.items() if not isfinite(value)
+        ]
         if odd:
-            raise QuantizationError(f"the sensitivity {measure} is not finite for {len(odd)} choices, first of {odd[0]}")
+            raise QuantizationError(
+                f"the sensitivity {measure} is not finite for {len(odd)} choices, first of {odd[0]}"
+            )
     return [SensitivityTable(measure, worker.values[measure]) for measure in measures]
 
 
@@ -145,9 +162,14 @@ def check_measures(measures: Sequence[str], others: str) -> None:
     Raises:
         QuantizationError: naming every fault.
     """
-    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, {', '.join(MEASURES)}.{did_you_mean(str(name), MEASURES)}"
+    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, "
+    f"{', '.join(MEASURES)}.{did_you_mean(str(name), MEASURES)}"
               for name in measures if name not in (AUTO, *MEASURES)]  # fmt: skip
-    faults += [] if others in OTHERS else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(str(others), OTHERS)}"]
+    faults += (
+        []
+        if others in OTHERS
+        else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(str(others), OTHERS)}"]
+    )
     faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
     raise_all(QuantizationError, "cannot measure", faults)
 
@@ -183,14 +205,20 @@ class _Measurement(Callback):
                 raise CalibrationError("no calibration data: the loader gave 0 batches")
             try:
                 if self.gradient:
-                    self.values |= by_gradients(self.evaluator, self.units, data, self.gradient, _loss_step(trainer, pl_module))
+                    self.values |= by_gradients(
+                        self.evaluator, self.units, data, self.gradient, _loss_step(trainer, pl_module)
+                    )
                 at_once = _AT_ONCE if pl_module.device.type == "cpu" else None
                 parts = [part for batch in data for part in (split(batch, at_once) if at_once else [batch])]
                 if self.learned:
                     step = _loss_step(trainer, pl_module)
                     self.values[LEARNED] = by_learned_steps(self.evaluator, self.units, pl_module, parts, step)
                 if self.forward:
-                    run = _loss_step(trainer, pl_module) if "loss" in self.forward else step_runner(trainer, pl_module, None)
+                    run = (
+                        _loss_step(trainer, pl_module)
+                        if "loss" in self.forward
+                        else step_runner(trainer, pl_module, None)
+                    )
                     self._by_forward(pl_module, parts, run)
             finally:
                 self.evaluator.apply({})
@@ -212,10 +240,14 @@ class _Measurement(Callback):
 
     def _by_forward(self, module: LightningModule, data: list[Any], run: Callable[[Any], Any]) -> None:
         if not (called := self._called()):
-            raise QuantizationError(f"measure {self.forward[0]!r} compares what the last layer makes; no layer is called as a module")
+            raise QuantizationError(
+                f"measure {self.forward[0]!r} compares what the last layer makes; no layer is called as a module"
+            )
         head = module.get_submodule(called[-1])
         layers: dict[str, Any] = dict(self.evaluator.layers)
-        sums = {(name, unit.name, str(c)): _Ratio() for name in self.forward for unit in self.units for c in unit.choices}
+        sums = {
+            (name, unit.name, str(c)): _Ratio() for name in self.forward for unit in self.units for c in unit.choices
+        }
         # Batch by batch, so that one prefix is held at a time.
         for batch in data:
             cache = PrefixCache(layers)
@@ -240,7 +272,9 @@ class _Measurement(Callback):
     def _plans(self, unit: Unit | None, choice: Choice = FLOAT) -> dict[str, LayerPlan]:
         if self.others == "float":
             return {} if unit is None else alone(unit, choice)
-        widest: Params = {key: value for u in self.space.units for key, value in u.params(max(u.choices, key=_bits)).items()}
+        widest: Params = {
+            key: value for u in self.space.units for key, value in u.params(max(u.choices, key=_bits)).items()
+        }
         return self.space.layer_plans(widest if unit is None else widest | unit.params(choice))
 
 
@@ -267,7 +301,8 @@ class _Outputs:
 
 
 def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs:
-    """What the last layer makes of a batch, in each of its calls, as rows of logits `[samples, classes]`; and the step's result."""
+    """What the last layer makes of a batch, in each of its calls, as rows of logits `[samples, classes]`; and the
+    step's result."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -283,7 +318,8 @@ def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs
 
 
 def _watching(layer: QuantizedLayer, into: _Ratio) -> Any:
-    """Context in which each call of a layer adds its output's noise and signal: a second call, float, has the same input."""
+    """Context in which each call of a layer adds its output's noise and signal: a second call, float, has the same
+    input."""
 
     def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with switched(quantizers(module), False):
@@ -297,7 +333,9 @@ def _watching(layer: QuantizedLayer, into: _Ratio) -> Any:
 
 def _kl(expected: _Outputs, got: _Outputs) -> _Ratio:
     if min(z.shape[-1] for z in expected.logits) < 2:
-        raise QuantizationError("measure 'kl' compares probabilities of classes, and the last layer has one output: use sqnr or loss")
+        raise QuantizationError(
+            "measure 'kl' compares probabilities of classes, and the last layer has one output: use sqnr or loss"
+        )
     pairs = [(F.log_softmax(z, -1), F.log_softmax(q, -1)) for z, q in zip(expected.logits, got.logits, strict=True)]
     total = sum(float(F.kl_div(q, z, reduction="sum", log_target=True)) for z, q in pairs)
     return _Ratio(total, sum(len(z) for z, _ in pairs))

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> list[SensitivityTable]:
-    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write what was measured.
+    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write what was
+    measured.
 
     Raises:
         QuantizationError: see `measure_sensitivity`.
@@ -57,7 +58,11 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
         evaluator.calibrate(space)
         tables = measure_all(evaluator, measures, cfg.batches, cfg.others)
     Console().print(as_table(tables[0]))
-    write(tables, output_dir, {"weights": evaluator.weights, "batches": cfg.batches, "others": cfg.others, "seed": cfg.seed})
+    write(
+        tables,
+        output_dir,
+        {"weights": evaluator.weights, "batches": cfg.batches, "others": cfg.others, "seed": cfg.seed},
+    )
     log.info("written to %s: sensitivity.csv, sensitivity.json, sensitivity.png", output_dir)
     return tables
 

@@ -11,8 +11,8 @@ The same space in YAML and in Python::
     tie: ["block.*"]
 
 The choices of one tensor are written as a spec (fixed), a list of specs and `float`, or a product of
-`bit_widths`, `granularities` and `ranges`. Patterns are those of a plan; later rules win. `tie: residual` ties what meets in
-residual sums, whatever its name.
+`bit_widths`, `granularities` and `ranges`. Patterns are those of a plan; later rules win. `tie: residual` ties what
+meets in residual sums, whatever its name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ def parse_choices(value: Choices) -> tuple[Choice, ...]:
 
 def _product(entry: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]]:
     valid = (*_PRODUCT, *_CONSTANT)
-    unknown = [f"unknown key {key!r}; valid: {', '.join(valid)}.{did_you_mean(str(key), valid)}" for key in entry if key not in valid]
+    unknown = [
+        f"unknown key {key!r}; valid: {', '.join(valid)}.{did_you_mean(str(key), valid)}"
+        for key in entry
+        if key not in valid
+    ]
     if "bit_widths" not in entry:
         unknown.append(f"a product of choices needs bit_widths, got {dict(entry)!r}")
     if unknown:
@@ -77,9 +81,12 @@ def _product(entry: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]
     constant = {key: entry[key] for key in _CONSTANT if key in entry}
     # Bit-widths vary fastest: the first granularity and range written are the preferred ones.
     axes = [key for key in reversed(_PRODUCT) if key in entry]
-    lists = [list(item) if isinstance(item := entry[key], Sequence) and not isinstance(item, str) else [item] for key in axes]
+    lists = [
+        list(item) if isinstance(item := entry[key], Sequence) and not isinstance(item, str) else [item] for key in axes
+    ]
     return [
-        {_PRODUCT[key]: item for key, item in zip(axes, combination, strict=True)} | constant for combination in itertools.product(*lists)
+        {_PRODUCT[key]: item for key, item in zip(axes, combination, strict=True)} | constant
+        for combination in itertools.product(*lists)
     ]
 
 
@@ -109,8 +116,8 @@ class Space:
     Args:
         weight, input, output: choices of all layers; None stays float.
         rules: `SpaceRule`s (or mappings) for some layers; later ones win, each tensor on its own.
-        tie: patterns; the layers that one pattern matches always get the same choice. The word `residual` ties the weights of
-            layers whose outputs meet in a residual sum, and the inputs of layers that read the same sum
+        tie: patterns; the layers that one pattern matches always get the same choice. The word `residual` ties the
+            weights of layers whose outputs meet in a residual sum, and the inputs of layers that read the same sum
             (`lq_plugin.search.residual`).
 
     Raises:
@@ -139,7 +146,9 @@ class Space:
         """Whether `bind` needs a recording."""
         return RESIDUAL in self.tie
 
-    def bind(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None, recording: Recording | None = None) -> BoundSpace:
+    def bind(
+        self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None, recording: Recording | None = None
+    ) -> BoundSpace:
         """The space of one model.
 
         A choice that a layer cannot take (its input channels are no multiple of the group size, say)
@@ -166,7 +175,9 @@ class Space:
             for slot in layer.slots:
                 choices = _possible(layer, slot, self._choices(layer, slot), excluded)
                 if not choices:
-                    faults.append(f"{layer.name}.{slot} has no possible choice: {'; '.join(excluded[f'{layer.name}.{slot}'])}")
+                    faults.append(
+                        f"{layer.name}.{slot} has no possible choice: {'; '.join(excluded[f'{layer.name}.{slot}'])}"
+                    )
                 elif choices != (FLOAT,):
                     allowed[layer.name, slot] = choices
         ties = ResidualTies((), ())
@@ -175,7 +186,10 @@ class Space:
                 raise PlanError("search space: tie 'residual' needs a recording of the model")
             ties = residual_ties(recording, [layer.name for layer in layers])
             if not ties.weight and not ties.input:
-                faults.append("tie 'residual': the model has no sum in which the outputs of two layers meet, and none that two layers read")
+                faults.append(
+                    "tie 'residual': the model has no sum in which the outputs of two layers meet, and none that two "
+                    "layers read"
+                )
         units = list(self._units(layers, allowed, ties, faults))
         if not faults and not any(len(unit.choices) > 1 for unit in units):
             faults.append("there is nothing to choose: every tensor has at most one choice")
@@ -198,7 +212,11 @@ class Space:
         return (FLOAT,) if chosen is None else chosen
 
     def _units(
-        self, layers: Sequence[LayerInfo], allowed: dict[tuple[str, str], tuple[Choice, ...]], ties: ResidualTies, faults: list[str]
+        self,
+        layers: Sequence[LayerInfo],
+        allowed: dict[tuple[str, str], tuple[Choice, ...]],
+        ties: ResidualTies,
+        faults: list[str],
     ) -> Iterable[Unit]:
         """One unit for each tensor, or for each set of tied ones, in the model's order."""
         groups: dict[tuple[str, str], list[str]] = {}
@@ -220,7 +238,9 @@ class Space:
             yield Unit(f"{name}.{slot}", slot, tuple(members), tuple(shared))
 
 
-def _possible(layer: LayerInfo, slot: str, choices: Sequence[Choice], excluded: dict[str, list[str]]) -> tuple[Choice, ...]:
+def _possible(
+    layer: LayerInfo, slot: str, choices: Sequence[Choice], excluded: dict[str, list[str]]
+) -> tuple[Choice, ...]:
     possible = []
     for choice in choices:
         try:
@@ -249,7 +269,11 @@ def _from_mapping(kind: Any, value: Mapping[str, Any]) -> Any:
     if not isinstance(value, Mapping):
         raise PlanError(f"a {kind.__name__} is written as a mapping, got {type(value).__name__}: {value!r}")
     names = [f.name for f in fields(kind)]
-    faults = [f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}" for key in value if key not in names]
+    faults = [
+        f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+        for key in value
+        if key not in names
+    ]
     if kind is SpaceRule and "match" not in value:
         faults.append(f"a rule without 'match': {dict(value)!r}")
     raise_all(PlanError, f"cannot read the {kind.__name__}", faults)

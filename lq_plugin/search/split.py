@@ -20,4 +20,7 @@ def split(batch: Any, size: int) -> list[Any]:
     count = counts.pop() if len(counts) == 1 else None
     if count is None or count <= size:
         return [batch]
-    return [tree_map(lambda leaf, i=i: leaf[i : i + size] if isinstance(leaf, Tensor) else leaf, batch) for i in range(0, count, size)]
+    return [
+        tree_map(lambda leaf, i=i: leaf[i : i + size] if isinstance(leaf, Tensor) else leaf, batch)
+        for i in range(0, count, size)
+    ]

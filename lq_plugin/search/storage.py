@@ -44,7 +44,8 @@ def open_study(
             study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
         if not (isinstance(opened, InMemoryStorage | None) or has_heartbeat(opened)):
             log.warning(
-                "%s has no heartbeat: the trial of a killed worker stays RUNNING and is not tried again. SQLite and PostgreSQL have one",
+                "%s has no heartbeat: the trial of a killed worker stays RUNNING and is not tried again. SQLite and "
+                "PostgreSQL have one",
                 type(opened).__name__,
             )
         known = study.user_attrs.get(FINGERPRINT)
@@ -56,7 +57,8 @@ def open_study(
             more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
             listing = "\n".join(f"  - {fault}" for fault in faults[:_SHOWN] + more)
             raise StudyError(
-                f"study {name!r} was made for something else, and its trials cannot be compared with new ones:\n{listing}\n"
+                f"study {name!r} was made for something else, and its trials cannot be compared with new "
+                f"ones:\n{listing}\n"
                 "  choose another study name, or go back to what the study was made for"
             )
     return study
@@ -65,21 +67,26 @@ def open_study(
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
     """What differs between two nested mappings, one line each.
 
-    >>> differences({"metric": "val/acc", "space": {"a": ["int4"]}}, {"metric": "val/acc", "space": {"a": ["int4", "int8"]}})
+    >>> stored = {"metric": "val/acc", "space": {"a": ["int4"]}}
+    >>> differences(stored, {"metric": "val/acc", "space": {"a": ["int4", "int8"]}})
     ['space a: only now int8']
     """
     faults: list[str] = []
     for key in dict.fromkeys([*known, *wanted]):
         name = f"{where}{key}"
         if key not in known or key not in wanted:
-            faults.append(f"{name}: only {'in the study' if key in known else 'now'}: {known.get(key, wanted.get(key))}")
+            faults.append(
+                f"{name}: only {'in the study' if key in known else 'now'}: {known.get(key, wanted.get(key))}"
+            )
             continue
         old, new = known[key], wanted[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             faults += differences(old, new, f"{name} ")
         elif isinstance(old, list) and isinstance(new, list):
             gone, come = [x for x in old if x not in new], [x for x in new if x not in old]
-            parts = [f"only in the study {', '.join(map(str, gone))}"] * bool(gone) + [f"only now {', '.join(map(str, come))}"] * bool(come)
+            parts = [f"only in the study {', '.join(map(str, gone))}"] * bool(gone) + [
+                f"only now {', '.join(map(str, come))}"
+            ] * bool(come)
             if old != new:
                 faults.append(f"{name}: {'; '.join(parts) or f'order in the study {old}, now {new}'}")
         elif old != new:

@@ -107,32 +107,40 @@ def search(
         datamodule: validation data to score plans on, training data to calibrate with.
         space: what may be chosen for which layer.
         metric: a name that the module logs in validation.
-        n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There are fewer
-            where the space has fewer plans. Trials that were stopped below the top level of `fidelity` count, too.
+        n_trials: complete trials that the study shall have in the end, earlier runs and other workers included. There
+            are fewer where the space has fewer plans. Trials that were stopped below the top level of `fidelity` count,
+            too.
         mode: `"max"` or `"min"` of the metric.
-        cost: the other objectives, minimized: `"effective_bits"`, `"quantizable_effective_bits"`, `"bytes"`, `"bops"`, `"latency"`
-            (milliseconds), several of them, or None for the metric alone; see `lq_plugin.search.costs` for what they count.
-        constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high is not evaluated.
+        cost: the other objectives, minimized: `"effective_bits"`, `"quantizable_effective_bits"`, `"bytes"`, `"bops"`,
+            `"latency"` (milliseconds), several of them, or None for the metric alone; see `lq_plugin.search.costs` for
+            what they count.
+        constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high
+            is not evaluated.
         study_name: a study of that name goes on.
         storage: an Optuna storage or its URL. None: `study.db` (SQLite) in `output_dir`, in memory without one.
         output_dir: gets `front.csv`, `plans/*.yaml` and `pareto.png`, also when the search is interrupted.
-        sampler: an Optuna sampler, or a class or function that makes one from `seed`, which every run and worker has its own of.
-            With seeds and one cost it proposes every fourth plan, and the others fill the gaps of the front (`lq_plugin.search.refine`).
+        sampler: an Optuna sampler, or a class or function that makes one from `seed`, which every run and worker has
+            its own of. With seeds and one cost it proposes every fourth plan, and the others fill the gaps of the front
+            (`lq_plugin.search.refine`).
         seed: of the sampler and of the order of calibration data.
         worker: tells processes on the same study apart.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
-        seeds: then try so many plans that the sensitivity of each tensor promises to be good (`lq_plugin.search.seeds`); 0: none.
+        seeds: then try so many plans that the sensitivity of each tensor promises to be good
+            (`lq_plugin.search.seeds`); 0: none.
         sensitivity: what it is measured by, see `lq_plugin.search.sensitivity`.
         sensitivity_batches: of calibration data that it is measured on.
-        latency: where it is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache": "latency.json"}`, see
-            `lq_plugin.export_options.LatencyOptions`. With it, or where a cost or constraint is `latency`, each trial has one.
-        heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because its
-            worker was killed, is tried again by another worker, or by the next run.
+        latency: where it is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache": "latency.json"}`,
+            see `lq_plugin.export_options.LatencyOptions`. With it, or where a cost or constraint is `latency`, each
+            trial has one.
+        heartbeat: seconds between signs of life of a running trial. One that is silent for three times as long, because
+            its worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
         fidelity: levels of evaluation, the cheapest first (`lq_plugin.search.levels.Level`): `[{"batches": 4}, {},
-            {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}]`. Only what is near the front of all trials at its
-            level climbs to the next; the front has only trials of the top level. None: one level, PTQ on all validation data.
-        promote_within: how far behind a trial that costs no less another one may be and still climb, in the metric's unit;
+            {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}]`. Only what is near the front of all
+            trials at its level climbs to the next; the front has only trials of the top level. None: one level, PTQ on
+            all validation data.
+        promote_within: how far behind a trial that costs no less another one may be and still climb, in the metric's
+            unit;
             None: a twentieth of what the float model scores. A level may have its own.
         promote_first: trials at a level that climb in any case.
         pruner: with one objective decides, too, which trials climb: an Optuna pruner, or a mapping with its `_target_`.
@@ -145,9 +153,12 @@ def search(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
     options = read_options(
-        model, n_trials=n_trials, mode=mode, cost=cost, constraints=constraints, sensitivity=sensitivity, latency=latency,
-        fidelity=fidelity, promote_within=promote_within, promote_first=promote_first, pruner=pruner, trainer=trainer, phases=phases,
-        datamodule=datamodule, metric=metric, study_name=study_name, storage=storage, output_dir=output_dir, sampler=sampler, seed=seed,
+        model, n_trials=n_trials, mode=mode, cost=cost, constraints=constraints, sensitivity=sensitivity,
+        latency=latency,
+        fidelity=fidelity, promote_within=promote_within, promote_first=promote_first, pruner=pruner, trainer=trainer,
+        phases=phases,
+        datamodule=datamodule, metric=metric, study_name=study_name, storage=storage, output_dir=output_dir,
+        sampler=sampler, seed=seed,
         worker=worker, uniform=uniform, seeds=seeds, sensitivity_batches=sensitivity_batches, heartbeat=heartbeat,
         max_failures=max_failures, progress=progress, calibration_batches=calibration_batches, dataloader=dataloader,
     )  # fmt: skip
@@ -157,7 +168,13 @@ def search(
         make_folder(output_dir)
         storage = storage or f"sqlite:///{Path(output_dir).resolve() / 'study.db'}"
     evaluator = Evaluator(
-        model, datamodule, trainer=trainer, calibration_batches=calibration_batches, phases=phases, dataloader=dataloader, seed=seed
+        model,
+        datamodule,
+        trainer=trainer,
+        calibration_batches=calibration_batches,
+        phases=phases,
+        dataloader=dataloader,
+        seed=seed,
     )
     with evaluator, stop_on_signal() as stop:
         bound = evaluator.calibrate(space)
@@ -196,7 +213,9 @@ def search(
         known = study.user_attrs.get(SENSITIVITY)
         refiner = None
         if known is not None and len(costs) == 1:
-            refiner = Refiner(bound, known, *unit_costs(evaluator, size), largest(limits, size), int(entropy.generate_state(2)[1]))
+            refiner = Refiner(
+                bound, known, *unit_costs(evaluator, size), largest(limits, size), int(entropy.generate_state(2)[1])
+            )
         proposer = Proposer(study, proposing, evaluator, limits, refiner)
         study.sampler = proposer
         float_bytes = evaluator.cost({}).bytes
@@ -235,7 +254,9 @@ def _check_reachable(evaluator: Evaluator, limits: Sequence[Constraint]) -> None
     raise_all(QuantizationError, "cannot search", faults)
 
 
-def promising_plans(evaluator: Evaluator, sensitivity: Table, count: int, cost: str, limits: Sequence[Constraint] = ()) -> list[Seed]:
+def promising_plans(
+    evaluator: Evaluator, sensitivity: Table, count: int, cost: str, limits: Sequence[Constraint] = ()
+) -> list[Seed]:
     """Up to `count` plans that the sensitivity of each tensor promises to be good."""
     assert evaluator.space is not None
     base, costs = unit_costs(evaluator, cost)
@@ -267,7 +288,11 @@ def _fingerprint(
         "cost": ", ".join(costs),
         "constraints": [str(limit) for limit in limits],
         "weights of the model": evaluator.weights,
-        "calibration": {"batches": evaluator.calibration_batches, "seed": evaluator.seed, "phases": list(evaluator.phases)},
+        "calibration": {
+            "batches": evaluator.calibration_batches,
+            "seed": evaluator.seed,
+            "phases": list(evaluator.phases),
+        },
         "space": evaluator.space.describe(),
         **COUNTS,
     }

@@ -62,8 +62,8 @@ def sweep(
 ) -> None:
     """Run trials until the study has `settings.n_trials`.
 
-    `optimization_results.yaml` in `hydra.sweep.dir` names the best trials, after each batch; with `layers`, `best_plan.yaml`
-    lies beside it.
+    `optimization_results.yaml` in `hydra.sweep.dir` names the best trials, after each batch; with `layers`,
+    `best_plan.yaml` lies beside it.
 
     Args:
         settings: what the config says.
@@ -82,13 +82,19 @@ def sweep(
     plan_keys = settings.plan_keys(config)
     distributions = jobs.distributions | ({} if layers is None else layers.distributions)
     if not distributions:
-        raise QuantizationError("nothing to sweep: give hydra.sweeper.params, hydra.sweeper.layers, or x=choice(...) on the command line")
+        raise QuantizationError(
+            "nothing to sweep: give hydra.sweeper.params, hydra.sweeper.layers, or x=choice(...) on the command line"
+        )
     make_folder(settings.sweep_dir)
     passwords = passwords_in(settings.storage)
     write_file(settings.sweep_dir / "multirun.yaml", hidden_yaml(config, passwords))
     hide_passwords(passwords)
     _warn_of_times(config)
-    storage = settings.storage if isinstance(settings.storage, str) else build(settings.storage, BaseStorage, "hydra.sweeper.storage")
+    storage = (
+        settings.storage
+        if isinstance(settings.storage, str)
+        else build(settings.storage, BaseStorage, "hydra.sweeper.storage")
+    )
     fingerprint = {
         "direction": list(settings.directions),
         "costs": list(settings.costs),
@@ -100,7 +106,8 @@ def sweep(
         "overrides": [masked(text) for text in jobs.fixed if not text.lstrip("+~").startswith(_HARMLESS)],
     }
     study = open_study(settings.study_name, storage, settings.directions, fingerprint, settings.heartbeat)
-    # What this process samples itself stands in the queue already; a trial that another one took from there is drawn at random.
+    # What this process samples itself stands in the queue already; a trial that another one took from there is drawn at
+    # random.
     study.sampler = RandomSampler(seed=settings.seed)
     known = study.get_trials(deepcopy=False)
     first = [*settings.enqueue, *(layers.uniform() if layers is not None and settings.uniform else [])]
@@ -144,10 +151,14 @@ class _Run:
         while not self.stop and (missing := self.settings.n_trials - self._done()) > 0:
             if self.failures > self.settings.max_failures:
                 limit = self.settings.max_failures
-                raise StudyError(f"{self.failures} trials of this run failed, max_failures is {limit}; the last one:\n{self.last_error}")
+                raise StudyError(
+                    f"{self.failures} trials of this run failed, max_failures is {limit}; the last "
+                    f"one:\n{self.last_error}"
+                )
             if self.idle > _PATIENCE:
                 raise StudyError(
-                    f"{self.idle} trials in a row broke a constraint before they were trained; widen the space, or the constraint"
+                    f"{self.idle} trials in a row broke a constraint before they were trained; widen the space, or the "
+                    "constraint"
                 )
             with quiet():
                 optuna.storages.fail_stale_trials(self.study)
@@ -200,7 +211,9 @@ class _Run:
             quantization = self.layers.plan(params)
             quantization.to_yaml(path)
             storage = self.study._storage
-            storage.set_trial_user_attr(self.study.get_trials(deepcopy=False)[number]._trial_id, PLAN, quantization.to_dict())
+            storage.set_trial_user_attr(
+                self.study.get_trials(deepcopy=False)[number]._trial_id, PLAN, quantization.to_dict()
+            )
             plan = [f"{key}={QuotedString(str(path), Quote.single).with_quotes()}" for key in self.plan_keys]
         return [*self.jobs.overrides(params), *plan]
 
@@ -254,7 +267,9 @@ class _Run:
             attrs = trial.system_attrs | {"failed_trial": history[0], "retry_history": history}
             attrs = {name: value for name, value in attrs.items() if not name.startswith("constraints")}
             self.study.add_trial(
-                create_trial(state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attrs)
+                create_trial(
+                    state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attrs
+                )
             )
 
     def _done(self) -> int:
@@ -276,7 +291,9 @@ class _Run:
         content = {
             "name": "lq",
             "study_name": self.settings.study_name,
-            "best_trials": [{"number": trial.number, "values": list(trial.values), "params": trial.params} for trial in best],
+            "best_trials": [
+                {"number": trial.number, "values": list(trial.values), "params": trial.params} for trial in best
+            ],
         }
         write_file(self.settings.sweep_dir / "optimization_results.yaml", yaml.safe_dump(content, sort_keys=False))
         if self.layers is not None and len(self.settings.directions) == 1:
@@ -310,7 +327,8 @@ def _warn_of_times(config: DictConfig) -> None:
     assert isinstance(storage, dict)
     if "${now:" in str(raw["dir"]) and not storage["storage"]:
         log.warning(
-            "hydra.sweep.dir=%s is another folder each time, and the study lies there: the same command would begin anew. "
+            "hydra.sweep.dir=%s is another folder each time, and the study lies there: the same command would begin "
+            "anew. "
             "Set hydra.sweep.dir, or hydra.sweeper.storage",
             raw["dir"],
         )

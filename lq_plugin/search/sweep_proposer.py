@@ -24,7 +24,8 @@ _COUNTABLE = 10_000
 
 
 class SweepProposer:
-    """Samples on a copy of the study in memory. What is published has no gaps: the numbers of a batch follow each other.
+    """Samples on a copy of the study in memory. What is published has no gaps: the numbers of a batch follow each
+    other.
 
     Args:
         study: shared.
@@ -37,11 +38,19 @@ class SweepProposer:
     """
 
     def __init__(
-        self, study: Study, sampler: BaseSampler, distributions: Mapping[str, BaseDistribution], first: Iterable[Mapping[str, Any]] = ()
+        self,
+        study: Study,
+        sampler: BaseSampler,
+        distributions: Mapping[str, BaseDistribution],
+        first: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.study, self.distributions = study, dict(distributions)
         self.first = [dict(values) for values in first]
-        raise_all(QuantizationError, "hydra.sweeper.enqueue", [fault for values in self.first for fault in self._faults(values)])
+        raise_all(
+            QuantizationError,
+            "hydra.sweeper.enqueue",
+            [fault for values in self.first for fault in self._faults(values)],
+        )
         with quiet():
             self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
         #: Trials of the study, and those in memory that stand for them.
@@ -54,7 +63,10 @@ class SweepProposer:
 
     def _untried(self, known: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
         """Combinations that no trial has; `[{}]` where there are too many to count."""
-        if math.prod(len(values) if (values := _values(d)) else math.inf for d in self.distributions.values()) > _COUNTABLE:
+        if (
+            math.prod(len(values) if (values := _values(d)) else math.inf for d in self.distributions.values())
+            > _COUNTABLE
+        ):
             return [{}]
         taken = {_key(trial.params) for trial in known}
         grid = itertools.product(*(_values(d) or () for d in self.distributions.values()))
@@ -65,7 +77,9 @@ class SweepProposer:
         """Put one more trial into the queue; returns its number. Not when `exhausted`."""
         with quiet():
             known = self._learn()
-            seeds = [values for values in self.first if not any(values.items() <= trial.params.items() for trial in known)]
+            seeds = [
+                values for values in self.first if not any(values.items() <= trial.params.items() for trial in known)
+            ]
             taken = {_key(trial.params) for trial in known}
             for _ in range(_REPEATS):
                 trial = self._memory.ask(self.distributions)
@@ -80,7 +94,9 @@ class SweepProposer:
             attrs = self._memory.get_trials(deepcopy=False)[trial.number].system_attrs
             before = len(known)
             self.study.add_trial(
-                create_trial(state=TrialState.WAITING, params=params, distributions=self.distributions, system_attrs=dict(attrs))
+                create_trial(
+                    state=TrialState.WAITING, params=params, distributions=self.distributions, system_attrs=dict(attrs)
+                )
             )
             if params == trial.params and not repeated:
                 self._asked[before] = trial.number
@@ -105,7 +121,10 @@ class SweepProposer:
         faults = []
         for name, value in values.items():
             if name not in self.distributions:
-                faults.append(f"no parameter {name!r}; valid: {', '.join(self.distributions)}.{did_you_mean(name, self.distributions)}")
+                faults.append(
+                    f"no parameter {name!r}; valid: "
+                    f"{', '.join(self.distributions)}.{did_you_mean(name, self.distributions)}"
+                )
                 continue
             try:
                 possible = self.distributions[name]._contains(self.distributions[name].to_internal_repr(value))

@@ -37,22 +37,25 @@ class SweepSettings:
     Args:
         study_name: a study of that name goes on.
         storage: an Optuna URL, or the config of a storage. None: `study.db` (SQLite) in `hydra.sweep.dir`.
-        direction: `"minimize"` or `"maximize"`; a list for several objectives: those that the task returns, then `costs`.
-        n_trials: trials that the study shall have in the end, complete ones and those that a pruner stopped, earlier runs included.
+        direction: `"minimize"` or `"maximize"`; a list for several objectives: those that the task returns, then
+            `costs`.
+        n_trials: trials that the study shall have in the end, complete ones and those that a pruner stopped, earlier
+            runs included.
         n_jobs: jobs that the launcher gets at once.
         seed: of the sampler; each run draws others.
         sampler: the config of an Optuna sampler; TPE when None.
         pruner: the config of an Optuna pruner; None: nothing is pruned. With several objectives, a metric and costs:
             `lq_plugin.search.dominance.DominancePruner`.
         params: by override key, in Hydra's sweep syntax, or a plain value; the command line wins.
-        layers: a space over layers by patterns: the fields of `Space`, and `plan`, whose rules stand before. Each trial's plan is
-            written to `plans/<number>.yaml` in `hydra.sweep.dir`.
+        layers: a space over layers by patterns: the fields of `Space`, and `plan`, whose rules stand before. Each
+            trial's plan is written to `plans/<number>.yaml` in `hydra.sweep.dir`.
         plan_key: what is set to that file; None: `PLAN_KEYS`, as far as they are in the config.
         uniform: with `layers`, start with every bit-width for all weights alike.
         enqueue: parameter values of first trials; what they leave out is sampled.
         costs: of the quantized model, as further objectives: some of `COUNTED`. `TrialReport` measures them.
         constraints: on costs and logged metrics: `"effective_bits <= 4.5"`.
-        retries: how often a trial that raised is tried again. Interrupted ones are tried again anyway, up to three times.
+        retries: how often a trial that raised is tried again. Interrupted ones are tried again anyway, up to three
+            times.
         max_failures: trials of this run that may fail.
         heartbeat: seconds between signs of life of a running trial; after three times as long it counts as killed.
         sweep_dir: absolute `hydra.sweep.dir`.
@@ -88,10 +91,15 @@ class SweepSettings:
             if cost not in COUNTED
         ]
         if len(self.directions) <= len(self.costs):
-            faults.append(f"{len(self.directions)} directions for what the task returns and {len(self.costs)} costs; write one for each")
+            faults.append(
+                f"{len(self.directions)} directions for what the task returns and {len(self.costs)} costs; write one "
+                "for each"
+            )
         smallest = {"n_trials": 1, "n_jobs": 1, "retries": 0, "max_failures": 0, "heartbeat": 1}
         faults += [
-            f"{name} is {least} or more, got {value!r}" for name, least in smallest.items() if (value := getattr(self, name)) < least
+            f"{name} is {least} or more, got {value!r}"
+            for name, least in smallest.items()
+            if (value := getattr(self, name)) < least
         ]
         if self.pruner is not None and len(self.directions) > 1:
             faults += self._several_objectives()
@@ -131,9 +139,13 @@ class SweepSettings:
         except QuantizationError as error:
             return [str(error)]
         if not ours:
-            return ["Optuna's pruners need a single objective; with several: lq_plugin.search.dominance.DominancePruner"]
+            return [
+                "Optuna's pruners need a single objective; with several: lq_plugin.search.dominance.DominancePruner"
+            ]
         if len(self.directions) != len(self.costs) + 1:
-            return ["DominancePruner needs one metric, all other objectives in costs: it must know them before the training"]
+            return [
+                "DominancePruner needs one metric, all other objectives in costs: it must know them before the training"
+            ]
         return []
 
     @classmethod
@@ -147,7 +159,9 @@ class SweepSettings:
         sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
         names = {f.name for f in fields(cls)}
         unknown = [key for key in values if key not in names and not key.startswith("_")]
-        raise_all(QuantizationError, "hydra.sweeper", [f"unknown key {key!r}.{did_you_mean(key, names)}" for key in unknown])
+        raise_all(
+            QuantizationError, "hydra.sweeper", [f"unknown key {key!r}.{did_you_mean(key, names)}" for key in unknown]
+        )
         values = {key: value for key, value in values.items() if key in names}
         values["storage"] = _absolute(values["storage"] or f"sqlite:///{sweep_dir / 'study.db'}")
         for name in ("constraints", "costs"):
@@ -157,7 +171,11 @@ class SweepSettings:
     @property
     def directions(self) -> list[Any]:
         """One for each objective."""
-        given = list(self.direction) if isinstance(self.direction, Sequence) and not isinstance(self.direction, str) else [self.direction]
+        given = (
+            list(self.direction)
+            if isinstance(self.direction, Sequence) and not isinstance(self.direction, str)
+            else [self.direction]
+        )
         # Optuna's sweeper of Hydra writes an enumeration.
         return [d.name.lower() if isinstance(d, StudyDirection) else d for d in given]
 
@@ -175,8 +193,11 @@ class SweepSettings:
         )
 
     def make_sampler(self, known: int) -> BaseSampler:
-        """The sampler. With `known` trials it draws others than it did without: a study that goes on repeats nothing."""
-        config = dict(self.sampler or {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "constant_liar": True})
+        """The sampler. With `known` trials it draws others than it did without: a study that goes on repeats
+        nothing."""
+        config = dict(
+            self.sampler or {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "constant_liar": True}
+        )
         base = config.pop("seed", None)
         seed = int(np.random.SeedSequence([self.seed if base is None else base, known]).generate_state(1)[0])
         seeded = "seed" in inspect.signature(part_class(config, BaseSampler, _SAMPLER)).parameters
@@ -190,11 +211,18 @@ class SweepSettings:
         """
         if self.layers is None:
             return []
-        wanted = PLAN_KEYS if self.plan_key is None else [self.plan_key] if isinstance(self.plan_key, str) else list(self.plan_key)
+        wanted = (
+            PLAN_KEYS
+            if self.plan_key is None
+            else [self.plan_key]
+            if isinstance(self.plan_key, str)
+            else list(self.plan_key)
+        )
         there = [key for key in wanted if _has(config, key)]
         if self.plan_key is None and not there:
             raise QuantizationError(
-                f"hydra.sweeper.layers: none of {', '.join(PLAN_KEYS)} is in the config; add +lq=qat, or set hydra.sweeper.plan_key"
+                f"hydra.sweeper.layers: none of {', '.join(PLAN_KEYS)} is in the config; add +lq=qat, or set "
+                "hydra.sweeper.plan_key"
             )
         missing = [f"{key} is not in the config" for key in wanted if key not in there and self.plan_key is not None]
         raise_all(QuantizationError, "hydra.sweeper.plan_key", missing)
@@ -217,6 +245,8 @@ def _absolute(storage: Any) -> Any:
         raise QuantizationError(f"hydra.sweeper.storage is no URL: {error}") from None
     if url.drivername.startswith("sqlite"):
         if not url.database or url.database == ":memory:":
-            raise QuantizationError("hydra.sweeper.storage: a study in memory cannot be shared with jobs; name a file: sqlite:///study.db")
+            raise QuantizationError(
+                "hydra.sweeper.storage: a study in memory cannot be shared with jobs; name a file: sqlite:///study.db"
+            )
         return url.set(database=os.path.abspath(url.database)).render_as_string(hide_password=False)
     return storage

@@ -1,4 +1,5 @@
-"""Between a Trainer and the trial of a sweep: costs before training, metrics after each validation, and the pruner's answer."""
+"""Between a Trainer and the trial of a sweep: costs before training, metrics after each validation, and the pruner's
+answer."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 class TrialReport(Callback):
     """Reports to the trial of `hydra/sweeper=lq`; does nothing where there is none.
 
-    The costs of a quantized model are known when a fit starts: a trial that breaks a constraint on them ends there. After each
-    validation the metrics are noted with the trial, and `monitor` goes to the pruner. With DDP rank 0 decides.
+    The costs of a quantized model are known when a fit starts: a trial that breaks a constraint on them ends there.
+    After each validation the metrics are noted with the trial, and `monitor` goes to the pruner. With DDP rank 0
+    decides.
 
     Args:
         monitor: a logged metric, the one that the task returns; None: nothing is pruned.
@@ -72,7 +74,9 @@ class TrialReport(Callback):
 
     @staticmethod
     def _require(trial: JobTrial, trainer: Trainer, pl_module: LightningModule) -> str:
-        recordings = [callback.recording for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]  # type: ignore[attr-defined]
+        recordings = [
+            callback.recording for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)
+        ]  # type: ignore[attr-defined]
         try:
             trial.require(cost_totals(cost(pl_module, next(iter(recordings), None))))
         except TrialPruned as pruned:

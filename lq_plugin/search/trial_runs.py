@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 def log_trials(logger: WandbLogger, result: SearchResult) -> None:
-    """Write the trials of a finished search: plan, sensitivity's origin and metrics of each, about a third of a second each.
+    """Write the trials of a finished search: plan, sensitivity's origin and metrics of each, about a third of a second
+    each.
 
     They share project and mode of the logger's run, and the study's name as their group. A trial has the same id
-    whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity a run
-    has a step for each.
+    whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity
+    a run has a step for each.
 
     Args:
         logger: with the run of the study.
@@ -40,7 +41,12 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             group=name,
             job_type="trial",
             tags=[candidate.origin],
-            config={"plan": candidate.plan.to_dict(), "origin": candidate.origin, "study": name, "trial": candidate.number},
+            config={
+                "plan": candidate.plan.to_dict(),
+                "origin": candidate.origin,
+                "study": name,
+                "trial": candidate.number,
+            },
             reinit="create_new",
             resume="allow",
             settings=settings,

@@ -21,11 +21,26 @@ def small(name: str, data: Path, batches: int) -> tuple[nn.Module, list[Tensor]]
     return net.eval(), [torch.randn(4, 3, 8, 8) for _ in range(batches)]
 
 
-def test_json_has_the_promised_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_promised_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(calibration, "load", small)
     monkeypatch.setattr(calibration, "growth", lambda rounds: {})
     out = tmp_path / "out.json"
-    arguments = ["--models", "r20", "--peers", "torchao", "onnxruntime", "aimet", "--rounds", "1", "--batches", "2", "--json", str(out)]
+    arguments = [
+        "--models",
+        "r20",
+        "--peers",
+        "torchao",
+        "onnxruntime",
+        "aimet",
+        "--rounds",
+        "1",
+        "--batches",
+        "2",
+        "--json",
+        str(out),
+    ]
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
     calibration.main(arguments)
     content = json.loads(out.read_text())

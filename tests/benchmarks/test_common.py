@@ -23,7 +23,10 @@ def test_ratio_is_of_medians_and_its_spread_of_pairs() -> None:
 
 
 def test_results_are_written_with_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["here/search.py", "--data", "my/data", "--faults", "--json=out.json", "--json", "out.json", "-x", "1"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["here/search.py", "--data", "my/data", "--faults", "--json=out.json", "--json", "out.json", "-x", "1"],
+    )
     common.write_json(tmp_path / "out.json", {"float": 87.5}, packages=("no-such-package",))
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["float"] == 87.5

@@ -15,7 +15,18 @@ from lq_plugin.demo.resnet import CifarResNet, LitClassifier
 def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.json"
     monkeypatch.setattr(low_bit, "HELD_OUT", 32)
-    arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--epochs", "1", "--json", str(out)]
+    arguments = [
+        "--data",
+        str(data_folder),
+        "--weights",
+        "resnet8.safetensors",
+        "--depth",
+        "8",
+        "--epochs",
+        "1",
+        "--json",
+        str(out),
+    ]
     low_bit.main([*arguments, "--formats", "float", "bwn", "ttq", "--tune"])
     content = json.loads(out.read_text())
     rows = {row["format"]: row for row in content["results"]}

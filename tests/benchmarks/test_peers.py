@@ -19,7 +19,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_missing_peers_are_named_with_the_command_that_installs_them(folder: Path) -> None:
-    with pytest.raises(SystemExit, match=r"aimet and brevitas are not installed; run\s+python -m benchmarks.peers install aimet brevitas"):
+    with pytest.raises(
+        SystemExit,
+        match=r"aimet and brevitas are not installed; run\s+python -m benchmarks.peers install aimet brevitas",
+    ):
         ptq_accuracy.parse(["--peers", "aimet", "brevitas"])
 
 
@@ -39,7 +42,9 @@ def test_a_peer_that_fails_says_what_it_wrote(folder: Path) -> None:
         run_peer("brevitas", "W4A8", weights=folder / "none.safetensors", data=folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"setting": "W4"}, "'W3A8', got 'W4'"), ({"iterations": 0}, "at least 1, got 0")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"setting": "W4"}, "'W3A8', got 'W4'"), ({"iterations": 0}, "at least 1, got 0")]
+)
 def test_requests_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request(**{"weights": "a", "data": "b", "setting": "W3A8"} | change)
@@ -51,7 +56,12 @@ def test_rows_average_seeds_with_disjoint_calibration_sets(monkeypatch: pytest.M
     def answer(name: str, setting: str, **options: Any) -> dict[str, Any]:
         asked.append((options["iterations"], options["calibration"], options["seed"]))
         accuracy = 80.0 + options["seed"] + options["iterations"] / 1000
-        return {"accuracy": accuracy, "seconds": 10.0 + options["seed"], "forward_pass_seconds": 0.5, "packages": {"torch": "2"}}
+        return {
+            "accuracy": accuracy,
+            "seconds": 10.0 + options["seed"],
+            "forward_pass_seconds": 0.5,
+            "packages": {"torch": "2"},
+        }
 
     monkeypatch.setattr(rows, "run_peer", answer)
     (row,) = measure_peers(["brevitas"], ["W2A8"], weights=Path("w"), data=Path("d"), seeds=3, images=100, default=True)

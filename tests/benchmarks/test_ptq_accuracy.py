@@ -24,7 +24,18 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--json", str(out), "--seeds", "2"]
+    arguments = [
+        "--data",
+        str(data_folder),
+        "--weights",
+        "resnet8.safetensors",
+        "--depth",
+        "8",
+        "--json",
+        str(out),
+        "--seeds",
+        "2",
+    ]
     ptq_accuracy.main([*arguments, "--bits", "W4A8", "W2A8", "--ranges", "minmax", "mse"])
     content = json.loads(out.read_text())
     assert 0.0 <= content["float"] <= 100.0
@@ -86,9 +97,15 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
 def test_learned_rounding_has_a_row_with_its_curve(data_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--json", str(out)]
-    ptq_accuracy.main([*arguments, "--bits", "W3A8", "--ranges", "mse", "--rounding", "brecq", "adaround", "--iterations", "2", "5"])
+    ptq_accuracy.main(
+        [*arguments, "--bits", "W3A8", "--ranges", "mse", "--rounding", "brecq", "adaround", "--iterations", "2", "5"]
+    )
     rows = json.loads(out.read_text())["results"]
-    assert [(row["rounding"], row["range"]) for row in rows] == [("brecq", "mse"), ("adaround", "mse"), ("nearest", "mse")]
+    assert [(row["rounding"], row["range"]) for row in rows] == [
+        ("brecq", "mse"),
+        ("adaround", "mse"),
+        ("nearest", "mse"),
+    ]
     for row in rows[:2]:
         assert row["iterations"] == 5
         assert [point[0] for point in row["curve"]] == [2, 5]

@@ -33,7 +33,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_has_the_promised_form(tmp_path: Path, setting: str) -> None:
     out = tmp_path / "out.json"
     implementations = ["lq pure", "lq native", "torch.ao"]
-    arguments = ["--models", "r20", "--settings", setting, "--implementations", *implementations, "--rounds", "3", "--json", str(out)]
+    arguments = [
+        "--models",
+        "r20",
+        "--settings",
+        setting,
+        "--implementations",
+        *implementations,
+        "--rounds",
+        "3",
+        "--json",
+        str(out),
+    ]
     qat_step.main(arguments)
     rows = {row["implementation"]: row for row in json.loads(out.read_text())["results"]}
     assert set(rows) == {"float", *implementations}
@@ -41,7 +52,10 @@ def test_json_has_the_promised_form(tmp_path: Path, setting: str) -> None:
     assert rows["float"]["ratio"] == 1.0
     assert rows["lq pure"]["ratio"] > 0
     if setting == "LSQ":
-        assert (rows["torch.ao"]["ratio"], rows["torch.ao"]["why"]) == (None, "its learned fake-quantizers are no part of its API")
+        assert (rows["torch.ao"]["ratio"], rows["torch.ao"]["why"]) == (
+            None,
+            "its learned fake-quantizers are no part of its API",
+        )
     else:
         assert rows["torch.ao"]["saved_mb"] > rows["float"]["saved_mb"]
 
@@ -50,7 +64,8 @@ def test_saved_bytes_of_a_float_step() -> None:
     step = qat_step_models.float_step("r20", "cpu")
     weights = step.model.conv.weight.nbytes + step.model.fc.weight.nbytes
     batch, hidden, logits = 4 * 3 * 64 * 4, 4 * 8 * 36 * 4, 4 * 10 * 4
-    # Images, weights, ReLU's output (flattened: the same storage), log-softmax, labels; cross-entropy keeps one total weight.
+    # Images, weights, ReLU's output (flattened: the same storage), log-softmax, labels; cross-entropy keeps one total
+    # weight.
     with_parameters, without = qat_step_models.saved_bytes(step)
     assert with_parameters - without == weights
     assert without == pytest.approx(batch + hidden + logits + 4 * 8, abs=64)

@@ -16,7 +16,9 @@ def test_json_has_the_promised_form(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "out.json"
     qsnr.main(["--json", str(out), "--rows", "8", "--columns", "64", "--formats", "int4 minmax", "MX6"])
     content = json.loads(out.read_text())
-    assert [(row["format"], row["data"]) for row in content["results"]] == [(f, d) for f in ("int4 minmax", "MX6") for d in qsnr.DATA]
+    assert [(row["format"], row["data"]) for row in content["results"]] == [
+        (f, d) for f in ("int4 minmax", "MX6") for d in qsnr.DATA
+    ]
     specs = {row["data"]: row["spec"] for row in content["results"] if row["format"] == "int4 minmax"}
     assert "uint4" in specs["relu"]
     assert "uint4" not in specs["gaussian"]
@@ -36,7 +38,9 @@ def test_every_known_value_is_met() -> None:
     ]
     assert len(results) > 20
     wrong = {
-        (row["format"], row["data"]): (row["qsnr_db"], row["known_db"]) for row in results if abs(row["qsnr_db"] - row["known_db"]) > 0.25
+        (row["format"], row["data"]): (row["qsnr_db"], row["known_db"])
+        for row in results
+        if abs(row["qsnr_db"] - row["known_db"]) > 0.25
     }
     assert not wrong
 

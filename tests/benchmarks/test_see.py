@@ -12,7 +12,9 @@ from lq_plugin.demo.resnet import CifarResNet
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step`", "ignore:The '.*_dataloader' does not have many workers"
+)
 def test_json_has_the_promised_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(see, "LAYERS", 4)
     monkeypatch.setattr(see, "TRIALS", 5)

@@ -1,4 +1,5 @@
-"""What runs the model before it has ranges sees the float model; afterwards it is quantized, and never silently float."""
+"""What runs the model before it has ranges sees the float model; afterwards it is quantized, and never silently
+float."""
 
 import copy
 
@@ -90,8 +91,15 @@ class Look(L.Callback):
 @pytest.fixture
 def trainer(tmp_path):
     def make(*callbacks, **options):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | options)
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return L.Trainer(
+            accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | options
+        )
 
     return make
 
@@ -100,7 +108,9 @@ def float_answer():
     return Module().eval()(X).detach()
 
 
-@pytest.mark.parametrize("plan", ["w8a8", "w4 lsq a4 lsq", MIXED, STAGES, "w4 mse"], ids=["ema", "lsq", "xnor", "stages", "weights"])
+@pytest.mark.parametrize(
+    "plan", ["w8a8", "w4 lsq a4 lsq", MIXED, STAGES, "w4 mse"], ids=["ema", "lsq", "xnor", "stages", "weights"]
+)
 @pytest.mark.parametrize("first", [True, False], ids=["before QAT", "after QAT"])
 @pytest.mark.parametrize("init_batches", [0, 1])
 def test_in_a_fit(plan, first, init_batches, trainer):
@@ -127,7 +137,10 @@ def test_in_an_evaluation(first, trainer):
 @pytest.mark.parametrize("summary", [ModelSummary, RichModelSummary])
 @pytest.mark.parametrize("init_batches", [0, 1])
 def test_summaries_with_an_example_input(summary, init_batches, trainer):
-    for callbacks in ([summary(), QAT("w8a8", init_batches=init_batches)], [QAT("w8a8", init_batches=init_batches), summary()]):
+    for callbacks in (
+        [summary(), QAT("w8a8", init_batches=init_batches)],
+        [QAT("w8a8", init_batches=init_batches), summary()],
+    ):
         trainer(*callbacks, enable_model_summary=True).fit(Module(), loader(), loader())
 
 

@@ -30,7 +30,9 @@ def test_a_packed_file_after_a_fit(trainer, tmp_path):
 def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
     module, data = Module(), Data()
     path = tmp_path / "model.onnx"
-    trainer(PTQ("w8a8"), Export(path, round_sums=round_sums, batches=2)).validate(module, datamodule=data, verbose=False)
+    trainer(PTQ("w8a8"), Export(path, round_sums=round_sums, batches=2)).validate(
+        module, datamodule=data, verbose=False
+    )
     session, x = onnx_session(path), data.x[:5]
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
@@ -43,11 +45,17 @@ def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
     [
         ({"path": "model.pt"}, r"ends in .safetensors or .onnx, got 'model.pt'"),
         ({"path": "model.onnx", "smallest": 3}, "smallest is 2, 4 or 8 bits, got 3"),
-        ({"path": "model.onnx", "dynamic_dims": [0]}, r"dynamic_dims are dims of the inputs behind the batch, 1 or more, .*; got \[0\]"),
+        (
+            {"path": "model.onnx", "dynamic_dims": [0]},
+            r"dynamic_dims are dims of the inputs behind the batch, 1 or more, .*; got \[0\]",
+        ),
         ({"path": "model.onnx", "dynamic_dims": "1"}, "dynamic_dims are dims .*; got '1'"),
         ({"path": "model.safetensors", "dynamic_dims": [1]}, "dynamic_dims is for a file that ends in .onnx"),
         ({"path": "model.onnx", "batches": 0}, "batches is a number of batches, 1 or more, got 0"),
-        ({"path": "model.safetensors", "round_sums": True}, r"round_sums is for a file that ends in .onnx, got 'model.safetensors'"),
+        (
+            {"path": "model.safetensors", "round_sums": True},
+            r"round_sums is for a file that ends in .onnx, got 'model.safetensors'",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments, message):
@@ -98,8 +106,14 @@ def test_a_run_without_quantization_is_refused_at_its_start(trainer, tmp_path, s
     ("plan", "message"),
     [
         ({"rules": [{"match": "*", "input": "mx9"}]}, r"net.conv.input \(mx9\): its scales are found at run time"),
-        ({"rules": [{"match": "net.fc", "output": "uint8 affine"}]}, "net.fc.output: a file has one step between two layers"),
-        ({"rules": [{"match": "net.fc", "weight": "mxfp8_e4m3"}]}, r"net.fc.weight \(mxfp8_e4m3\): ONNX has no whole numbers of 16 bits"),
+        (
+            {"rules": [{"match": "net.fc", "output": "uint8 affine"}]},
+            "net.fc.output: a file has one step between two layers",
+        ),
+        (
+            {"rules": [{"match": "net.fc", "weight": "mxfp8_e4m3"}]},
+            r"net.fc.weight \(mxfp8_e4m3\): ONNX has no whole numbers of 16 bits",
+        ),
         ({"rules": [{"match": "net.fc", "weight": "kmeans2 per_channel"}]}, "ONNX has no tables for single channels"),
         (
             {"rules": [{"match": "net.fc", "weight": "mx9"}, {"match": "net.add_0", "input": "mx9"}]},
@@ -107,7 +121,9 @@ def test_a_run_without_quantization_is_refused_at_its_start(trainer, tmp_path, s
         ),
     ],
 )
-def test_plans_that_onnx_cannot_hold_are_refused_at_the_start_of_the_fit(trainer, tmp_path, plan, message, export_first):
+def test_plans_that_onnx_cannot_hold_are_refused_at_the_start_of_the_fit(
+    trainer, tmp_path, plan, message, export_first
+):
     callbacks = [QAT(plan), Export(tmp_path / "model.onnx")]
     with pytest.raises(ExportError, match=f"(?s)model.onnx cannot hold Untrained under its plan.*{message}"):
         trainer(*reversed(callbacks) if export_first else callbacks).fit(Untrained(), datamodule=Data())
@@ -119,7 +135,9 @@ def test_modules_and_batches_of_other_inputs_are_refused_before_they_are_trained
         trainer(*callbacks).fit(TwoInputs(), datamodule=Data())
     data = Dicts()
     with pytest.raises(ExportError, match="a batch is a tensor or starts with one, got dict"):
-        trainer(QAT("int4 per_channel", dataloader=Data().train_dataloader()), callbacks[1], limit_val_batches=0).fit(Untrained(), data)
+        trainer(QAT("int4 per_channel", dataloader=Data().train_dataloader()), callbacks[1], limit_val_batches=0).fit(
+            Untrained(), data
+        )
 
 
 def test_another_precision_is_refused_at_the_start_of_the_fit(trainer, tmp_path):
@@ -146,8 +164,12 @@ def test_computed_weights_are_said_at_the_start_and_may_be_made_plain_until_the_
 def test_plans_that_onnx_cannot_hold_are_refused_before_ptq_calibrates(trainer, tmp_path, export_first, monkeypatch):
     monkeypatch.setattr(PTQ, "quantize", lambda *_: pytest.fail("it was calibrated"))
     callbacks = [PTQ("int8 per_channel / mx9"), Export(tmp_path / "model.onnx")]
-    with pytest.raises(ExportError, match=r"(?s)model.onnx cannot hold Module under its plan.*its scales are found at run time"):
-        trainer(*reversed(callbacks) if export_first else callbacks).validate(Module(), datamodule=Data(), verbose=False)
+    with pytest.raises(
+        ExportError, match=r"(?s)model.onnx cannot hold Module under its plan.*its scales are found at run time"
+    ):
+        trainer(*reversed(callbacks) if export_first else callbacks).validate(
+            Module(), datamodule=Data(), verbose=False
+        )
 
 
 def test_weights_that_are_evaluated_float_are_refused_at_the_start(trainer, tmp_path):
@@ -158,6 +180,8 @@ def test_weights_that_are_evaluated_float_are_refused_at_the_start(trainer, tmp_
 
 def test_packages_that_are_missing_are_said_at_construction(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingPackageError, match=r"Export\('model.onnx'\) needs onnxscript, .* pip install \"lq_plugin\[onnx\]\""):
+    with pytest.raises(
+        MissingPackageError, match=r"Export\('model.onnx'\) needs onnxscript, .* pip install \"lq_plugin\[onnx\]\""
+    ):
         Export("model.onnx")
     Export("model.safetensors")

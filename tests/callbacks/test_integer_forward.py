@@ -47,10 +47,15 @@ def test_layers_are_named_and_keys_stay(trainer, module, data, monkeypatch):
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_measured_run_resumes_bit_equal(trainer, tmp_path, monkeypatch):
-    ratios = iter([0.5, 2.0, 0.7])  # for one trial of each layer; what a trial measures is the machine's: here it is given
+    ratios = iter(
+        [0.5, 2.0, 0.7]
+    )  # for one trial of each layer; what a trial measures is the machine's: here it is given
     monkeypatch.setattr("lq_plugin.layers.integer.state._trial", lambda *_: next(ratios))
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(16, 1, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)) for _ in range(4)]
+    batches = [
+        (torch.randn(16, 1, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator))
+        for _ in range(4)
+    ]
 
     def run(**options):
         L.seed_everything(0, verbose=False)
@@ -91,12 +96,15 @@ def test_ranks_choose_alike(tmp_path):
     generator = torch.Generator().manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(64, 1, 6, 6, generator=generator), torch.arange(64) % 4), batch_size=16)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[_Ranked(PLAN, forward="integer"), _Save(tmp_path)],
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[_Ranked(PLAN, forward="integer"),
+        _Save(tmp_path)],
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     L.seed_everything(0, verbose=False)
     trainer.fit(Module(), data)
-    (choices, state), (others, other_state) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    (choices, state), (others, other_state) = (
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     assert choices == others == dict(zip(LAYERS, (False, True, False), strict=True))
     assert all(torch.equal(state[key], other_state[key]) for key in state if "running" not in key or "quantizer" in key)
 

@@ -72,7 +72,10 @@ def test_stochastic_signs_draw_nothing(pair: nn.Sequential) -> None:
 def test_history_is_thinned_and_keeps_both_ends() -> None:
     history = History()
     for step in range(5 * MAX_POINTS):
-        history.add(step, {"loss": 1.0 / (step + 1), "gone": float("nan"), "once": 1.0} if step == 7 else {"loss": 1.0 / (step + 1)})
+        history.add(
+            step,
+            {"loss": 1.0 / (step + 1), "gone": float("nan"), "once": 1.0} if step == 7 else {"loss": 1.0 / (step + 1)},
+        )
     (loss,) = history.series()
     assert len(loss.steps) <= MAX_POINTS
     assert loss.steps == sorted(set(loss.steps))
@@ -105,21 +108,41 @@ def test_losses_are_those_of_the_same_batch_quantized_and_float(kind: type[Digit
 
     seed_everything(0, verbose=False)
     compare = Compare()
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(
-        max_epochs=1, limit_train_batches=3, limit_val_batches=1, accelerator="cpu", callbacks=[QAT("w2a8"), compare], **quiet
+        max_epochs=1,
+        limit_train_batches=3,
+        limit_val_batches=1,
+        accelerator="cpu",
+        callbacks=[QAT("w2a8"), compare],
+        **quiet,
     )
     trainer.fit(kind(width=4), datamodule=DigitsDataModule())
-    assert compare.found == {"quant/quantized/loss": pytest.approx(compare.quantized), "quant/float/loss": pytest.approx(compare.float)}
+    assert compare.found == {
+        "quant/quantized/loss": pytest.approx(compare.quantized),
+        "quant/float/loss": pytest.approx(compare.float),
+    }
     assert compare.quantized != compare.float
 
 
 def fit(tmp_path: Path, monitor: QuantMonitor, plan: str = "ttq / uint8 affine lsq", **options: Any) -> DigitsCNN:
     seed_everything(0, verbose=False)
     model = DigitsCNN(width=4)
-    usual: dict[str, Any] = {"max_epochs": 3, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    usual: dict[str, Any] = {
+        "max_epochs": 3,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     logger = CSVLogger(tmp_path, name="run", version="only")
-    trainer = Trainer(callbacks=[QAT(plan), monitor], limit_train_batches=4, logger=logger, accelerator="cpu", **(usual | options))
+    trainer = Trainer(
+        callbacks=[QAT(plan), monitor], limit_train_batches=4, logger=logger, accelerator="cpu", **(usual | options)
+    )
     trainer.fit(model, datamodule=DigitsDataModule())
     return model
 
@@ -148,19 +171,29 @@ def test_the_page_of_a_run_has_its_curves(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_float_losses_are_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(monitor_module, "losses", lambda trainer, module, batch: calls.append(trainer.global_step) or {})
+    monkeypatch.setattr(
+        monitor_module, "losses", lambda trainer, module, batch: calls.append(trainer.global_step) or {}
+    )
     monkeypatch.setattr(monitor_module, "FLOAT_LOSS_STEPS", 6)
     fit(tmp_path, QuantMonitor(images=False, float_loss=True, every_n_steps=1), max_epochs=4)
     assert calls == [0, 6, 12]
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-@pytest.mark.parametrize(("terminal", "bar", "tables"), [(None, False, 0), (None, True, 2), (True, False, 2), (False, True, 0)])
+@pytest.mark.parametrize(
+    ("terminal", "bar", "tables"), [(None, False, 0), (None, True, 2), (True, False, 2), (False, True, 0)]
+)
 def test_tables_at_start_and_end(
     tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], terminal: bool | None, bar: bool, tables: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    fit(tmp_path, QuantMonitor(images=False, page=False, terminal=terminal), "w4a8", max_epochs=1, enable_progress_bar=bar)
+    fit(
+        tmp_path,
+        QuantMonitor(images=False, page=False, terminal=terminal),
+        "w4a8",
+        max_epochs=1,
+        enable_progress_bar=bar,
+    )
     out = capsys.readouterr().out
     assert out.count("whole model") == tables
     assert out.count("What is quantized") == out.count("The quantized model") == tables / 2
@@ -169,7 +202,9 @@ def test_tables_at_start_and_end(
         assert out.rindex("val/acc") > out.rindex("The quantized model")
 
 
-def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_only_the_first_rank_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     fit(tmp_path, QuantMonitor(terminal=True, images=False), "w4a8", max_epochs=1)
     assert "whole model" not in capsys.readouterr().out
@@ -179,7 +214,9 @@ def test_a_calibration_ends_with_a_table(monkeypatch: Any, capsys: pytest.Captur
     monkeypatch.setenv("COLUMNS", "120")
     seed_everything(0, verbose=False)
     callbacks: list[Callback] = [PTQ("w4a8", calibration_batches=1), QuantMonitor(terminal=True)]
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.validate(DigitsCNN(width=4), datamodule=DigitsDataModule(), verbose=False)
     out = capsys.readouterr().out
     assert out.count("The quantized model") == 1
@@ -191,7 +228,9 @@ def test_learned_roundings_are_measured_against_the_float_weights(capsys: pytest
     model = DigitsCNN(width=4)
     ptq = PTQ("w4a8", calibration_batches=1, phases=["calibrate", {"reconstruct": {"iterations": 2}}])
     callbacks: list[Callback] = [ptq, QuantMonitor(terminal=True)]
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.validate(model, datamodule=DigitsDataModule(), verbose=False)
     out = capsys.readouterr().out
     assert "inf dB" not in out

@@ -32,7 +32,16 @@ from lq_plugin.model.prepare import quantizers
 
 LAYERS = ["stem.0", "down.0", "block.conv1", "block.conv2", "mix.0", "head.2"]
 TOTALS = [
-    *("effective_bits", "quantizable_effective_bits", "quantized_effective_bits", "bytes", "float_bytes", "compression", "macs", "bops"),
+    *(
+        "effective_bits",
+        "quantizable_effective_bits",
+        "quantized_effective_bits",
+        "bytes",
+        "float_bytes",
+        "compression",
+        "macs",
+        "bops",
+    ),
     *("weight_coverage", "compute_coverage", "active"),
 ]
 PLAN = "w4 mse a8"
@@ -144,7 +153,11 @@ def scalars_of_end(run: Run) -> dict[str, float]:
     qat = next(c for c in run.trainer.callbacks if isinstance(c, QAT))
     priced = cost(run.model, qat.recording)
     expected = {f"quant/{key}": float(value) for key, value in priced.totals().items() if value is not None}
-    expected |= {"quant/weight_coverage": 1.0, "quant/compute_coverage": qat.ledger.compute_coverage, "quant/active": 1.0}
+    expected |= {
+        "quant/weight_coverage": 1.0,
+        "quant/compute_coverage": qat.ledger.compute_coverage,
+        "quant/active": 1.0,
+    }
     for row in priced:
         expected |= {f"quant/{row.name}/weight_bits": 4.0, f"quant/{row.name}/input_bits": 8.0}
         expected[f"quant/{row.name}/effective_bits"] = row.effective_bits
@@ -182,7 +195,10 @@ def test_wandb_has_numbers_tables_pictures_plan_and_artifact(run: Run) -> None:
     assert [row["trainer/global_step"] for row in shown] == [0, 6]
     for name in ("ledger", "cost", "fidelity", "ranges"):
         assert shown[0][f"quant/{name}._type"] == "table-file"
-    captions = [{key.removeprefix("quant/").removesuffix("._type") for key, value in row.items() if value == "image-file"} for row in shown]
+    captions = [
+        {key.removeprefix("quant/").removesuffix("._type") for key, value in row.items() if value == "image-file"}
+        for row in shown
+    ]
     weights = {f"weights/{layer}.weight" for layer in ("block.conv1", "block.conv2")}
     activations = {f"activations/{layer}.input" for layer in ("block.conv1", "block.conv2")}
     assert captions == [{"bits", "sqnr"} | weights | activations, {"bits", "sqnr"} | weights]
@@ -249,10 +265,15 @@ def test_tensorboard_has_numbers_and_pictures(run: Run) -> None:
     expected = scalars_of_end(run)
     got = {key: events.Scalars(key)[-1].value for key in expected}
     assert got == pytest.approx(expected, rel=1e-5)
-    assert {"quant/bits", "quant/weights/block.conv1.weight", "quant/activations/block.conv1.input"} <= set(tags["images"])
+    assert {"quant/bits", "quant/weights/block.conv1.weight", "quant/activations/block.conv1.input"} <= set(
+        tags["images"]
+    )
     picture = events.Images("quant/bits")[0]
     assert picture.encoded_image_string.startswith(b"\x89PNG")
-    plan, ledger = (events.Tensors(f"quant/{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in ("plan", "ledger"))
+    plan, ledger = (
+        events.Tensors(f"quant/{name}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for name in ("plan", "ledger")
+    )
     assert yaml.safe_load(textwrap.dedent(plan)) == QuantPlan.parse(PLAN).to_dict()
     assert "| block.conv1 | Conv2d | int4 per_channel mse | uint8 affine ema | float |" in ledger
 
@@ -372,7 +393,9 @@ def test_a_compiled_model_is_measured_too() -> None:
         model, recorder = DigitsCNN(width=4), Recorder()
         if compiled:
             model.compile(backend="eager")
-        make_trainer(recorder, [QAT(PLAN), QuantMonitor(images=False)], num_sanity_val_steps=0).fit(model, datamodule=DigitsDataModule())
+        make_trainer(recorder, [QAT(PLAN), QuantMonitor(images=False)], num_sanity_val_steps=0).fit(
+            model, datamodule=DigitsDataModule()
+        )
         return [metrics["quant/mix.0/input_sqnr_db"] for _, metrics in recorder.rows]
 
     assert numbers(True) == pytest.approx(numbers(False), abs=1e-3)
@@ -392,7 +415,9 @@ def test_no_logger_is_a_warning_and_no_quantization_an_error() -> None:
         train(Recorder(), [QuantMonitor()])
 
 
-@pytest.mark.parametrize("options", [{"every_n_epochs": 0}, {"every_n_steps": -1}, {"every_n_steps": True}, {"max_layers": -1}])
+@pytest.mark.parametrize(
+    "options", [{"every_n_epochs": 0}, {"every_n_steps": -1}, {"every_n_steps": True}, {"max_layers": -1}]
+)
 def test_impossible_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(QuantizationError, match=next(iter(options))):
         QuantMonitor(**options)

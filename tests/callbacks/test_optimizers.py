@@ -22,7 +22,9 @@ def ranges(module):
 def named(module):
     conv = {id(p) for p in module.net.conv.parameters()}
     parts = [[p for p in module.parameters() if (id(p) in conv) is inside] for inside in (True, False)]
-    return torch.optim.AdamW([{"params": p, "name": name} for p, name in zip(parts, ("stem", "rest"), strict=True)], 1e-3)
+    return torch.optim.AdamW(
+        [{"params": p, "name": name} for p, name in zip(parts, ("stem", "rest"), strict=True)], 1e-3
+    )
 
 
 def sorted_into_two(module):
@@ -35,7 +37,9 @@ def sorted_into_two(module):
             chosen.add(f"{name}.{key}")
     known = dict(module.named_parameters())
     assert known.keys() == decay | rest
-    groups = [{"params": [known[k] for k in sorted(names)], "weight_decay": d} for names, d in ((decay, 0.1), (rest, 0.0))]
+    groups = [
+        {"params": [known[k] for k in sorted(names)], "weight_decay": d} for names, d in ((decay, 0.1), (rest, 0.0))
+    ]
     return torch.optim.AdamW(groups, 1e-3)
 
 
@@ -74,7 +78,9 @@ def test_groups_of_their_own(plan, optimizers, trainer, data, tmp_path):
     ours = {id(p) for p in ranges(module).values()}
     held = {id(p) for group in groups for p in group["params"] if "learned_ranges" in str(group.get("name"))}
     assert held == ours
-    assert all(id(p) not in ours for group in groups if "learned_ranges" not in str(group.get("name")) for p in group["params"])
+    assert all(
+        id(p) not in ours for group in groups if "learned_ranges" not in str(group.get("name")) for p in group["params"]
+    )
     if optimizers is named:
         assert names == ["stem", "rest", "stem_learned_ranges", "rest_learned_ranges"]
     decays = {group["weight_decay"] for group in groups if "learned_ranges" in str(group.get("name"))}
@@ -84,7 +90,9 @@ def test_groups_of_their_own(plan, optimizers, trainer, data, tmp_path):
 def run(trainer, data, folder, optimizers, resume=None, **options):
     L.seed_everything(1, verbose=False)
     module = Module(optimizers=optimizers)
-    keep = ModelCheckpoint(folder / ("whole" if resume is None else "resumed"), filename="{step}", save_top_k=-1, every_n_train_steps=3)
+    keep = ModelCheckpoint(
+        folder / ("whole" if resume is None else "resumed"), filename="{step}", save_top_k=-1, every_n_train_steps=3
+    )
     fit = trainer(QAT("w4 lsq a4 lsq"), keep, enable_checkpointing=True, **options)
     fit.fit(module, datamodule=data, ckpt_path=resume, weights_only=None if resume is None else False)
     return module, fit

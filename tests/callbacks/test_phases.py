@@ -25,7 +25,14 @@ PLAN = "int4 per_channel mse"
 
 
 def chain():
-    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+    layers = [
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Conv2d(6, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
 
 
@@ -41,7 +48,9 @@ def by_hand(module, batches):
     return net
 
 
-@pytest.mark.parametrize("last", ["bias_correct", {"gptq": {"act_order": False}}, {"reconstruct": {"iterations": 5, "by": "layer"}}])
+@pytest.mark.parametrize(
+    "last", ["bias_correct", {"gptq": {"act_order": False}}, {"reconstruct": {"iterations": 5, "by": "layer"}}]
+)
 def test_phases_do_what_their_functions_do(trainer, last):
     module, data = Module(), Data()
     module.net = chain()
@@ -82,15 +91,28 @@ def test_smooth_quant_does_what_its_function_does(trainer):
     [
         ("calibrate", r"phases are a list, got 'calibrate': write \['calibrate'\]; valid: fold_batch_norm, "),
         ({"reconstruct": {}}, "phases are a list, got {'reconstruct': {}}"),
-        ([["calibrate"]], r"a phase is a name or a mapping of its name to options, got \['calibrate'\]; valid: fold_batch_norm, "),
+        (
+            [["calibrate"]],
+            r"a phase is a name or a mapping of its name to options, got \['calibrate'\]; valid: fold_batch_norm, ",
+        ),
         ([None], "a phase is a name or a mapping of its name to options, got None"),
-        (["calibrate", {"reconstruct": 300}], "phase 'reconstruct': its options are a mapping of names to values, got 300"),
+        (
+            ["calibrate", {"reconstruct": 300}],
+            "phase 'reconstruct': its options are a mapping of names to values, got 300",
+        ),
         (
             ["calibrate", {"reconstruct": {"iteration": 3}}],
-            "phase 'reconstruct' has no options 'iteration'; valid: iterations, batch_size, .*, by. Did you mean 'iterations'",
+            "phase 'reconstruct' has no options 'iteration'; valid: iterations, batch_size, .*, by. Did you mean "
+            "'iterations'",
         ),
-        (["calibrate", {"gptq": {"a": 1, "b": 2}}], "phase 'gptq' has no options 'a', 'b'; valid: dampening, act_order, block_columns"),
-        ([{"smooth_quant": {"alfa": 0.5}}, "calibrate"], "phase 'smooth_quant' has no options 'alfa'; valid: alpha. Did you mean 'alpha'"),
+        (
+            ["calibrate", {"gptq": {"a": 1, "b": 2}}],
+            "phase 'gptq' has no options 'a', 'b'; valid: dampening, act_order, block_columns",
+        ),
+        (
+            [{"smooth_quant": {"alfa": 0.5}}, "calibrate"],
+            "phase 'smooth_quant' has no options 'alfa'; valid: alpha. Did you mean 'alpha'",
+        ),
     ],
 )
 def test_wrong_phases_and_options_are_named(phases, message):
@@ -101,7 +123,9 @@ def test_wrong_phases_and_options_are_named(phases, message):
 def test_options_are_checked_at_once():
     with pytest.raises(PlanError, match="phase 'smooth_quant': alpha is a share in 0..1, got 2"):
         PTQ("w8a8", phases=[{"smooth_quant": {"alpha": 2}}, "calibrate"])
-    with pytest.raises(PlanError, match=r"(?s)phase 'gptq': .*dampening must not be negative.*act_order is true or false, got 'no'"):
+    with pytest.raises(
+        PlanError, match=r"(?s)phase 'gptq': .*dampening must not be negative.*act_order is true or false, got 'no'"
+    ):
         PTQ("w8a8", phases=["calibrate", {"gptq": {"dampening": -1, "act_order": "no"}}])
 
 
@@ -125,7 +149,9 @@ def test_orders_that_cannot_be_are_refused_with_the_reason(phases, message):
 
 def test_every_phase_stands_alone_beside_calibrate():
     for name in PHASES:
-        order = [name, "calibrate"] if "calibrate" in PHASES[name].before or not PHASES[name].after else ["calibrate", name]
+        order = (
+            [name, "calibrate"] if "calibrate" in PHASES[name].before or not PHASES[name].after else ["calibrate", name]
+        )
         PTQ("w8a8", phases=list(dict.fromkeys(order)))
 
 
@@ -150,4 +176,6 @@ def test_processes_end_with_the_same_model(tmp_path, last):
     trainer.validate(module, datamodule=Data(), verbose=False)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["net.fc.bias"], before["fc.bias"]) or not torch.equal(first["net.fc.weight"], before["fc.weight"])
+    assert not torch.equal(first["net.fc.bias"], before["fc.bias"]) or not torch.equal(
+        first["net.fc.weight"], before["fc.weight"]
+    )

@@ -108,7 +108,9 @@ def test_float_checkpoint_is_calibrated(trained, trainer, data, tmp_path):
     module = Module()
     trainer(ptq).validate(module, datamodule=data, ckpt_path=tmp_path / "float.ckpt", verbose=False)
     trainer(PTQ("w8a8", calibration_batches=4)).validate(trained, datamodule=data, verbose=False)
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), trained.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
 
 
 def test_given_loader_and_step(trained, trainer, data):
@@ -118,7 +120,12 @@ def test_given_loader_and_step(trained, trainer, data):
         seen.append(batch)
         return module(batch)
 
-    ptq = PTQ("w8a8", calibration_batches=2, dataloader=[torch.ones(4, 1, 6, 6), torch.full((4, 1, 6, 6), 3.0)], calibration_step=step)
+    ptq = PTQ(
+        "w8a8",
+        calibration_batches=2,
+        dataloader=[torch.ones(4, 1, 6, 6), torch.full((4, 1, 6, 6), 3.0)],
+        calibration_step=step,
+    )
     trainer(ptq).validate(trained, datamodule=data, verbose=False)
     assert len(seen) == 3  # one recorded, two calibrated
     torch.testing.assert_close(trained.net.conv.input_quantizer.scale, torch.tensor([3.0 / 255]))
@@ -141,7 +148,9 @@ def test_reestimated_batch_norm_is_the_quantized_models_statistics(trained, trai
     torch.testing.assert_close(trained.net.bn.running_var, out.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("phases", [["calibrate", "correct_batch_norm"], ["fold_batch_norm", "calibrate", "correct_batch_norm"]])
+@pytest.mark.parametrize(
+    "phases", [["calibrate", "correct_batch_norm"], ["fold_batch_norm", "calibrate", "correct_batch_norm"]]
+)
 def test_corrected_batch_norm_restores_each_channels_mean(phases, trained, trainer, data):
     x = data.x[:64]
     with torch.no_grad():
@@ -161,7 +170,10 @@ def test_corrected_batch_norm_restores_each_channels_mean(phases, trained, train
         ({"phases": ["fold_batch_norm"]}, "lack 'calibrate'"),
         ({"phases": ["fold_batch_norm", "calibrate", "reestimate_batch_norm"]}, "put reestimate_batch_norm before"),
         ({"min_coverage": 90}, "share in 0..1, got 90"),
-        ({"min_coverage": {"weigths": 0.9}}, "unknown share 'weigths'; valid: weights, compute. Did you mean 'weights'"),
+        (
+            {"min_coverage": {"weigths": 0.9}},
+            "unknown share 'weigths'; valid: weights, compute. Did you mean 'weights'",
+        ),
         ({"min_coverage": {"compute": True}}, "compute is a share in 0..1, got True"),
     ],
 )
@@ -265,5 +277,7 @@ def test_several_loaders_are_no_calibration_data(trainer, given):
     data = Two()
     name = "dataloader" if given else "train_dataloader"
     ptq = PTQ("w4a8", dataloader=data.train_dataloader() if given else None)
-    with pytest.raises(CalibrationError, match=rf"batches of one loader, {name} gives 2: say which, as PTQ\(plan, dataloader=...\)"):
+    with pytest.raises(
+        CalibrationError, match=rf"batches of one loader, {name} gives 2: say which, as PTQ\(plan, dataloader=...\)"
+    ):
         trainer(ptq).validate(Module(), datamodule=data, verbose=False)

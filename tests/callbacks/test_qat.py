@@ -65,7 +65,8 @@ def test_training_forward_is_really_quantized(trainer, module, data):
 
 
 def test_ema_is_the_formula_on_the_training_batches_only(trainer, data):
-    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)); the calibration counts as 90 batches; validation moves nothing."""
+    """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)); the calibration counts as 90 batches; validation
+    moves nothing."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     data.x[64:] *= 1000  # the validation part: would be seen at once
@@ -96,7 +97,12 @@ def test_schedule_switches_by_epoch_and_step(trainer, module, data):
                 )
             )
 
-    schedule = {"weights_start": "step 2", "activations_start": "epoch 1", "observer_freeze": "step 6", "batch_norm_freeze": "step 7"}
+    schedule = {
+        "weights_start": "step 2",
+        "activations_start": "epoch 1",
+        "observer_freeze": "step 6",
+        "batch_norm_freeze": "step 7",
+    }
     trainer(QAT("w4a8", schedule=schedule), Watch(), max_epochs=2).fit(module, datamodule=data)
     assert [s[0] for s in seen] == [False] * 2 + [True] * 6
     assert [s[1] for s in seen] == [False] * 4 + [True] * 4
@@ -105,9 +111,12 @@ def test_schedule_switches_by_epoch_and_step(trainer, module, data):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("plan", ["w4a8", "w4 mse a8 mse", "w4 lsq a4 lsq", "int4 per_channel octav / int8 per_channel ema:0.9"])
+@pytest.mark.parametrize(
+    "plan", ["w4a8", "w4 mse a8 mse", "w4 lsq a4 lsq", "int4 per_channel octav / int8 per_channel ema:0.9"]
+)
 def test_resume_is_bit_equal(plan, trainer, data, tmp_path):
-    """Stopped after one epoch, or in the middle of one, and resumed in a new module: the uninterrupted run, bit for bit."""
+    """Stopped after one epoch, or in the middle of one, and resumed in a new module: the uninterrupted run, bit for
+    bit."""
     batches = list(data.train_dataloader())
     data.train_dataloader = lambda: ResumableLoader(batches)
 
@@ -183,11 +192,15 @@ def test_learned_ranges_reach_the_optimizer_of_their_layer(trainer, data):
             assert group["lr"] == pytest.approx(home["lr"])
             assert home["weight_decay"] == 0.1
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(held)
-    assert all(len(s.base_lrs) == len(optimizer.param_groups) for s in qat.lr_scheduler_configs[0].scheduler._schedulers)
+    assert all(
+        len(s.base_lrs) == len(optimizer.param_groups) for s in qat.lr_scheduler_configs[0].scheduler._schedulers
+    )
 
 
 def test_scales_lose_weight_decay_where_the_user_passed_all_parameters(trainer, module, data):
-    plan = QuantPlan([Rule("*", weight="int4 lsq"), Rule("net.conv2", input="uint4 pact"), Rule("net.fc", input="uint4 pact")])
+    plan = QuantPlan(
+        [Rule("*", weight="int4 lsq"), Rule("net.conv2", input="uint4 pact"), Rule("net.fc", input="uint4 pact")]
+    )
     qat = trainer(QAT(plan), max_epochs=1)
     qat.fit(module, datamodule=data)
     held = {id(p): group for group in qat.optimizers[0].param_groups for p in group["params"]}
@@ -230,7 +243,9 @@ def test_layer_that_only_training_reaches_gets_its_range_from_its_first_batch(pl
             return super().training_step(batch, batch_idx) + self.auxiliary(batch[0].flatten(1)).square().mean()
 
     module = Auxiliary()
-    with pytest.warns(UserWarning, match=r"reached auxiliary.input; their layers are float until a training batch reaches them"):
+    with pytest.warns(
+        UserWarning, match=r"reached auxiliary.input; their layers are float until a training batch reaches them"
+    ):
         trainer(QAT(plan), max_epochs=1).fit(module, datamodule=data)
     quantizer = module.auxiliary.input_quantizer
     assert quantizer.is_calibrated
@@ -264,7 +279,11 @@ def test_layers_that_run_in_training_only_are_what_they_are_in_training(trainer)
     class Adversarial(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.generator, self.critic, self.unused = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1), torch.nn.Linear(8, 8)
+            self.generator, self.critic, self.unused = (
+                torch.nn.Linear(4, 8),
+                torch.nn.Linear(8, 1),
+                torch.nn.Linear(8, 8),
+            )
 
         def training_step(self, batch, batch_idx):
             return self.critic(self.generator(batch)).mean()
@@ -326,7 +345,8 @@ def fit_in_two_processes(path):
     L.seed_everything(0, verbose=False)
     module, callback = Module(), QAT("w4 mse a8 ema:0.5", init_batches=1)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[callback, Save(path)], max_epochs=1, logger=False,
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[callback, Save(path)], max_epochs=1,
+        logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=Data(batch_size=8))
@@ -340,13 +360,20 @@ class Save(L.Callback):
         self.bounds = []
 
     def on_train_start(self, trainer, pl_module):
-        self.bounds.append(torch.stack([pl_module.net.conv.input_quantizer.running_min, pl_module.net.conv.input_quantizer.running_max]))
+        self.bounds.append(
+            torch.stack(
+                [pl_module.net.conv.input_quantizer.running_min, pl_module.net.conv.input_quantizer.running_max]
+            )
+        )
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.bounds.append(torch.stack([batch[0].min(), batch[0].max()]).view(2, 1))
 
     def on_train_end(self, trainer, pl_module):
-        torch.save({"state": pl_module.state_dict(), "bounds": torch.stack(self.bounds)}, f"{self.path}/{trainer.global_rank}.pt")
+        torch.save(
+            {"state": pl_module.state_dict(), "bounds": torch.stack(self.bounds)},
+            f"{self.path}/{trainer.global_rank}.pt",
+        )
 
 
 @pytest.mark.slow

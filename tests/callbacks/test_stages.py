@@ -35,7 +35,9 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         layer = dict(quantized_layers(pl_module))[self.layer]
         current = layer.weight_quantizer.current
-        self.seen.append((trainer.global_step - 1, current and str(current.spec), len(layer.quantized_weight().unique())))
+        self.seen.append(
+            (trainer.global_step - 1, current and str(current.spec), len(layer.quantized_weight().unique()))
+        )
 
 
 def test_each_stage_starts_at_its_moment(trainer, data):
@@ -43,7 +45,9 @@ def test_each_stage_starts_at_its_moment(trainer, data):
     trainer(QAT(QuantPlan(LOWERING)), watch, max_epochs=3).fit(module, datamodule=data)
     steps = len(data.train_dataloader())
     for step, spec, values in watch.seen:
-        wanted = "int2 per_channel lsq" if step >= 9 else "int4 per_channel mse" if step >= steps else "int8 per_channel"
+        wanted = (
+            "int2 per_channel lsq" if step >= 9 else "int4 per_channel mse" if step >= steps else "int8 per_channel"
+        )
         assert spec == wanted
         # 8 filters, each with its own scale.
         assert values <= 8 * 2 ** int(spec[3])
@@ -188,7 +192,8 @@ def test_ranks_stay_equal(weights, tmp_path):
     }[weights]
     L.seed_everything(0, verbose=False)
     fit = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(QuantPlan(rules), distill=0.5), SaveState(str(tmp_path))],
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(QuantPlan(rules), distill=0.5),
+        SaveState(str(tmp_path))],
         max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     fit.fit(Module(), datamodule=Data(batch_size=8))
@@ -198,10 +203,14 @@ def test_ranks_stay_equal(weights, tmp_path):
     assert not [key for key in shared if not torch.equal(first[key], second[key])]
 
 
-@pytest.mark.parametrize("rules", [LOWERING, TO_BINARY, [Rule("*", weight="mxfp4", input="nvfp4")]], ids=["lowering", "binary", "nvfp4"])
+@pytest.mark.parametrize(
+    "rules", [LOWERING, TO_BINARY, [Rule("*", weight="mxfp4", input="nvfp4")]], ids=["lowering", "binary", "nvfp4"]
+)
 def test_the_monitor_follows_the_stages(rules, trainer, data, tmp_path):
     rules = [*rules, Rule("net.fc", input="mx6")]
-    trainer(QAT(QuantPlan(rules)), QuantMonitor(), logger=CSVLogger(tmp_path), max_epochs=3).fit(Module(), datamodule=data)
+    trainer(QAT(QuantPlan(rules)), QuantMonitor(), logger=CSVLogger(tmp_path), max_epochs=3).fit(
+        Module(), datamodule=data
+    )
     tables = list(tmp_path.rglob("fidelity*.csv"))
     assert tables
     last = max(tables, key=lambda path: path.stat().st_mtime).read_text()

@@ -1,4 +1,5 @@
-"""Calibration runs a module's own step as Lightning's loops do: with the same arguments, after the same hooks, on batches it takes."""
+"""Calibration runs a module's own step as Lightning's loops do: with the same arguments, after the same hooks, on
+batches it takes."""
 
 import functools
 
@@ -54,8 +55,15 @@ class Net(L.LightningModule):
 @pytest.fixture
 def trainer(tmp_path):
     def make(*callbacks, **options):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | options)
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return L.Trainer(
+            accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | options
+        )
 
     return make
 
@@ -101,7 +109,16 @@ def iterator(self, dataloader_iter):
     self.note(*next(dataloader_iter))
 
 
-ONE_LOADER = [batch_only, short_names, any_arguments, batch_and_any, loader_number, own_default, iterator, decorated(short_names)]
+ONE_LOADER = [
+    batch_only,
+    short_names,
+    any_arguments,
+    batch_and_any,
+    loader_number,
+    own_default,
+    iterator,
+    decorated(short_names),
+]
 SEVERAL_LOADERS = [any_arguments, batch_and_any, loader_number, several_needed, decorated(several_needed)]
 
 
@@ -118,7 +135,12 @@ class Noting(Net):
 
 
 CASES = [(step, False, False) for step in ONE_LOADER] + [(step, True, False) for step in SEVERAL_LOADERS]
-CASES += [(any_arguments, False, True), (any_arguments, True, True), (loader_number, False, True), (several_needed, True, True)]
+CASES += [
+    (any_arguments, False, True),
+    (any_arguments, True, True),
+    (loader_number, False, True),
+    (several_needed, True, True),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter")
@@ -195,7 +217,9 @@ def test_training_data_that_a_fit_alone_makes_is_named(trainer):
                 raise FileNotFoundError("train.bin")
             return self.train
 
-    with pytest.raises(CalibrationError, match=r"Data\.train_dataloader fails in an evaluation.*train\.bin.*dataloader="):
+    with pytest.raises(
+        CalibrationError, match=r"Data\.train_dataloader fails in an evaluation.*train\.bin.*dataloader="
+    ):
         trainer(PTQ("w8a8")).validate(Net(), datamodule=Data(), verbose=False)
 
 
@@ -252,7 +276,10 @@ def test_what_a_later_hook_makes_is_named(trainer):
         def validation_step(self, batch, batch_idx):
             self.log("val", self(self.factor * batch[0]).mean())
 
-    message = r"validation_step fails.*no attribute 'factor'\s+self\.factor is made in on_train_start, which Lightning calls later"
+    message = (
+        r"validation_step fails.*no attribute 'factor'\s+"
+        r"self\.factor is made in on_train_start, which Lightning calls later"
+    )
     with pytest.raises(CalibrationError, match=message):
         trainer(QAT("w8a8"), num_sanity_val_steps=0).fit(MadeInTrainStart(), loader(), loader(8))
 
@@ -273,7 +300,9 @@ def test_training_batches_of_another_form_are_named_with_the_remedy(trainer):
     views = DataLoader(TensorDataset(x_of(), x_of(seed=1)), batch_size=8)
     before = Net().state_dict()
     module = TwoViews()
-    with pytest.raises(CalibrationError, match=r"(?s)TwoViews\.validation_step fails.*too many values.*dataloader=.*calibration_step="):
+    with pytest.raises(
+        CalibrationError, match=r"(?s)TwoViews\.validation_step fails.*too many values.*dataloader=.*calibration_step="
+    ):
         trainer(QAT("w8a8")).fit(module, views, loader(8))
     assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
     trainer(QAT("w8a8", dataloader=loader(8))).fit(TwoViews(), views, loader(8))

@@ -30,7 +30,12 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
 
 def test_the_cnn_learns_the_digits_in_a_few_epochs():
     seed_everything(0, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_epochs=5, accelerator="cpu", **quiet)
     model, datamodule = DigitsCNN(), DigitsDataModule()
     trainer.fit(model, datamodule)

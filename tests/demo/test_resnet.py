@@ -63,7 +63,12 @@ def test_trains_and_weighs_a_shorter_last_batch_by_its_size(data_folder: Path, t
     model = LitClassifier(CifarResNet(8))
     before = model.net.linear.weight.detach().clone()
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
     )
     trainer.fit(model, datamodule=data)
     assert not torch.equal(before, model.net.linear.weight)

@@ -43,7 +43,9 @@ def test_the_page_has_every_family() -> None:
         assert word in PAGE, word
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[2].strip("`").removeprefix("lq_plugin.") + " " + row[0].strip("`"))
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: row[2].strip("`").removeprefix("lq_plugin.") + " " + row[0].strip("`")
+)
 def test_a_row_is_true(row: list[str]) -> None:
     _, _, code, source = row
     (path,) = SYMBOL.findall(code)

@@ -48,7 +48,9 @@ def test_a_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space["Trainer"] = partial(lightning.Trainer, **FAST)
     space["search"] = partial(space["search"], trainer=space["Trainer"], progress=False)
     # As many iterations as a test has time for.
-    fewer = re.sub(r'"iterations": \d+', '"iterations": 5', line).replace('"by": "layer"', '"by": "layer", "iterations": 5')
+    fewer = re.sub(r'"iterations": \d+', '"iterations": 5', line).replace(
+        '"by": "layer"', '"by": "layer", "iterations": 5'
+    )
     result = eval(fewer, space) if ";" not in fewer else exec(fewer, space)
     if line.startswith("search"):
         assert len(result.candidates) == 4

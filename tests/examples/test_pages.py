@@ -26,7 +26,9 @@ from tests.examples.test_migration import FAST
 
 ROOT = EXAMPLES.parent
 PAGES = [ROOT / "README.md", *sorted(EXAMPLES.glob("*.md"))]
-SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("cluster/**/*.yaml")])
+SOURCES = "\n".join(
+    path.read_text(encoding="utf-8") for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("cluster/**/*.yaml")]
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -73,7 +75,10 @@ def test_commands_exist(path: Path) -> None:
 
 def test_every_script_stands_in_the_guide() -> None:
     guide = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".md")} - {"README.md", "docs_pictures.py"}
+    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".md")} - {
+        "README.md",
+        "docs_pictures.py",
+    }
     assert {name for name in scripts if f"]({name})" not in guide} == set()
 
 
@@ -81,7 +86,9 @@ def test_plans_of_the_readme_can_be_read() -> None:
     for text in blocks(ROOT / "README.md", "yaml"):
         assert QuantPlan.parse(yaml.safe_load(text)).rules
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| write | get |")[2].partition("\n\n")[0]
-    written = [plan for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for plan in re.findall(r"`([^`]+)`", cell)]
+    written = [
+        plan for cell in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for plan in re.findall(r"`([^`]+)`", cell)
+    ]
     assert len(written) > 12
     for plan in written:
         assert plan == "plan.yaml" or QuantPlan.parse(plan).rules, plan
@@ -151,13 +158,20 @@ def test_the_low_bit_table_is_that_of_the_benchmark() -> None:
 
 
 def test_the_format_table_is_what_its_specs_compute() -> None:
-    samples = {kind: DATA[kind]((ROWS, COLUMNS), torch.Generator().manual_seed(0)).double() for kind in ("gaussian", "laplace", "relu")}
+    samples = {
+        kind: DATA[kind]((ROWS, COLUMNS), torch.Generator().manual_seed(0)).double()
+        for kind in ("gaussian", "laplace", "relu")
+    }
     for title, bits, *cells in table("## What the formats keep")[1:]:
         specs = [QuantSpec.parse(text) for text in re.findall(r"`(.+?)`", title)]
-        assert numbers(bits) == pytest.approx([spec_bits(specs[0], (ROWS, COLUMNS)) / (ROWS * COLUMNS)], abs=0.01), title
+        assert numbers(bits) == pytest.approx([spec_bits(specs[0], (ROWS, COLUMNS)) / (ROWS * COLUMNS)], abs=0.01), (
+            title
+        )
         for (kind, x), cell in zip(samples.items(), cells, strict=True):
             error = x - quantized(x.float(), specs[-1] if kind == "relu" else specs[0])
-            assert numbers(cell) == pytest.approx([10 * math.log10(x.square().sum() / error.square().sum())], abs=0.0501), (title, kind)
+            assert numbers(cell) == pytest.approx(
+                [10 * math.log10(x.square().sum() / error.square().sum())], abs=0.0501
+            ), (title, kind)
 
 
 STEPS = {
@@ -186,8 +200,16 @@ def test_the_step_table_is_that_of_the_benchmark() -> None:
 
 def test_the_table_of_exported_models_is_that_of_the_benchmark() -> None:
     measured = {(r["case"], r["runtime"], r["setting"]): r["over_best_float"] for r in result("deploy")["results"]}
-    columns = [("onnxruntime", "int8"), ("onnxruntime", "int4"), ("onnxruntime", "int2"), ("openvino", "int8"), ("openvino", "int4")]
-    for case, (_, *cells) in zip(("r20_b1", "r20_b128", "r18_b1", "r18_b16"), table("## What inference gains")[1:], strict=True):
+    columns = [
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "int4"),
+        ("onnxruntime", "int2"),
+        ("openvino", "int8"),
+        ("openvino", "int4"),
+    ]
+    for case, (_, *cells) in zip(
+        ("r20_b1", "r20_b128", "r18_b1", "r18_b16"), table("## What inference gains")[1:], strict=True
+    ):
         assert [numbers(cell) for cell in cells] == [[round(measured[(case, *column)], 1)] for column in columns], case
 
 
@@ -197,4 +219,6 @@ def test_the_search_table_is_that_of_the_benchmark() -> None:
         best = content["best_at"][f"{numbers(size)[0]:.1f}"]
         assert [numbers(cell) for cell in cells] == [[best[name]] for name in ("ours", "greedy", "uniform")], size
     found = content["hypervolume"]
-    assert found["ours"]["25"] > max(found["tpe"]["1000"], found["nsga2"]["1000"]), "what the sentence above the table says"
+    assert found["ours"]["25"] > max(found["tpe"]["1000"], found["nsga2"]["1000"]), (
+        "what the sentence above the table says"
+    )

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not hav
 Load = Callable[[str], ModuleType]
 
 
-def test_qat_in_an_existing_project(example: Load, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qat_in_an_existing_project(
+    example: Load, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     scores = example("qat_existing_project").main(["--output", str(tmp_path), "--float-epochs", "3", "--epochs", "3"])
     assert scores["quantized"] > 0.85
@@ -75,7 +77,9 @@ def test_export_and_serve(example: Load, tmp_path: Path) -> None:
 
 def cluster(*overrides: str) -> Any:
     with initialize_config_dir(str(EXAMPLES / "cluster"), version_base="1.3"):
-        cfg = compose("cluster", overrides=["hydra.searchpath=[pkg://lq_plugin.conf]", *overrides], return_hydra_config=True)
+        cfg = compose(
+            "cluster", overrides=["hydra.searchpath=[pkg://lq_plugin.conf]", *overrides], return_hydra_config=True
+        )
     OmegaConf.set_struct(cfg, False)
     return cfg
 
@@ -98,7 +102,12 @@ def test_the_cluster_config(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sweep_with_two_workers_of_the_cluster_script(tmp_path: Path) -> None:
     bin_folder = Path(sys.executable).parent
     env = {name: value for name, value in os.environ.items() if name != "STORAGE"}
-    env |= {"PATH": f"{bin_folder}{os.pathsep}{env['PATH']}", "WORKERS": "2", "LAUNCHER": "joblib", "OMP_NUM_THREADS": "1"}
+    env |= {
+        "PATH": f"{bin_folder}{os.pathsep}{env['PATH']}",
+        "WORKERS": "2",
+        "LAUNCHER": "joblib",
+        "OMP_NUM_THREADS": "1",
+    }
     small = ["search.n_trials=6", "float_epochs=1", "model.width=8", "search.seeds=0", "search.calibration_batches=1"]
     command = [str(EXAMPLES / "sweep_cluster.sh"), *small, "search.progress=false"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -123,7 +132,9 @@ def test_the_demo_and_its_pictures(tmp_path: Path) -> None:
     ):
         if command[0] == "-m" and (reason := why_not()):
             pytest.skip(reason)
-        done = subprocess.run([sys.executable, *command], cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
     assert set(pictures) == {"report", "layer", "study", "pareto"}

@@ -37,19 +37,30 @@ def product(kind, scale, bias=True, relu=False, quantized_after=True):
     layout = {"Conv": codes.reshape(4, 8, 1, 1), "ConvTranspose": codes.T.reshape(8, 4, 1, 1)}.get(kind, codes.T).copy()
     axis = 0 if kind == "Conv" else 1
     constants = {"xs": np.float32(0.02), "xz": np.uint8(128), "ys": FINE, "yz": np.uint16(2**15)}
-    nodes = [helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]), helper.make_node("DequantizeLinear", ["q", "xs", "xz"], ["d"])]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "xs", "xz"], ["d"]),
+    ]
     if scale is None:
         # Channels of different size: one scale for all would round the small ones to nothing.
-        sizes = np.array([1, 0.01, 0.001, 1], np.float32).reshape([-1 if dim == axis else 1 for dim in range(layout.ndim)])
+        sizes = np.array([1, 0.01, 0.001, 1], np.float32).reshape(
+            [-1 if dim == axis else 1 for dim in range(layout.ndim)]
+        )
         constants["w"] = layout.astype(np.float32) / 127 * sizes
     else:
         constants |= {"c": layout, "s": np.asarray(scale, np.float32)}
-        nodes.append(helper.make_node("DequantizeLinear", ["c", "s"], ["w"], **({"axis": axis} if np.ndim(scale) else {})))
+        nodes.append(
+            helper.make_node("DequantizeLinear", ["c", "s"], ["w"], **({"axis": axis} if np.ndim(scale) else {}))
+        )
     values = np.array([0.5, -0.5, 0.25, 1.0], np.float32)
     if kind == "MatMul" or not bias:
         nodes.append(helper.make_node(kind, ["d", "w"], ["product" if bias else "y"], "the product"))
     else:
-        nodes.append(helper.make_node(kind, ["d", "w", "b"], ["y"], "the product", **({"strides": [1, 1]} if "Conv" in kind else {})))
+        nodes.append(
+            helper.make_node(
+                kind, ["d", "w", "b"], ["y"], "the product", **({"strides": [1, 1]} if "Conv" in kind else {})
+            )
+        )
     if kind == "MatMul" and bias:
         nodes.append(helper.make_node("Add", ["product", "b"], ["y"]))
     if bias:
@@ -75,7 +86,9 @@ def check_settled(model, shape, tolerance=2 * FINE):
     moved = settle_biases(model)
     onnx.checker.check_model(model, full_check=True)
     np.testing.assert_allclose(plain(model).run(None, {"x": x})[0], want, atol=tolerance)
-    np.testing.assert_allclose(onnx_session(model.SerializeToString(), threads=1).run(None, {"x": x})[0], want, atol=tolerance)
+    np.testing.assert_allclose(
+        onnx_session(model.SerializeToString(), threads=1).run(None, {"x": x})[0], want, atol=tolerance
+    )
     return moved
 
 
@@ -100,7 +113,9 @@ def test_biases_that_fit_are_integers(kind):
     assert check_settled(model, SHAPES[kind], tolerance=2 * FINE + 0.02 * 0.02 / 2) == []
     (bias,) = [tensor for tensor in model.graph.initializer if tensor.name == "b_codes"]
     step = np.array([0.01, 0.02, 0.005, 0.01]) * 0.02
-    np.testing.assert_array_equal(numpy_helper.to_array(bias), np.rint(np.array([0.5, -0.5, 0.25, 1.0]) / step).astype(np.int32))
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(bias), np.rint(np.array([0.5, -0.5, 0.25, 1.0]) / step).astype(np.int32)
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -125,16 +140,28 @@ def check_file(net, x, path, tolerance, openvino=True):
         pytest.importorskip("openvino")
         sessions.append(OpenVINOSession(path, threads=1))
     for session in sessions:
-        assert np.abs(session.run(None, {"x": x.numpy()})[0] - want).max() <= tolerance * np.abs(want).max(), type(session)
+        assert np.abs(session.run(None, {"x": x.numpy()})[0] - want).max() <= tolerance * np.abs(want).max(), type(
+            session
+        )
 
 
 class Switched(nn.Module):
-    """Filters of zeros, a batch norm that has switched a channel off, and a row of zeros; each with a bias that is not small."""
+    """Filters of zeros, a batch norm that has switched a channel off, and a row of zeros; each with a bias that is not
+    small."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.normed, self.depthwise = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
-        self.norm, self.fc, self.nothing, self.last = nn.BatchNorm2d(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.conv, self.normed, self.depthwise = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 8, 1),
+            nn.Conv2d(8, 8, 3, groups=8),
+        )
+        self.norm, self.fc, self.nothing, self.last = (
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+        )
         randomize(self)
         with torch.no_grad():
             for layer in (self.conv, self.depthwise, self.fc):
@@ -166,7 +193,10 @@ def test_channels_of_zeros_are_their_biases(tmp_path, caplog):
 
 def test_inputs_that_were_all_zero(tmp_path):
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(16, 6)
+    net, x = (
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(),
+        torch.randn(16, 6),
+    )
     with torch.no_grad():
         net[0].bias.fill_(-100.0)
     prepare(net, "w8a8")

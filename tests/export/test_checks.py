@@ -44,11 +44,15 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(net, x, tmp_path, no_work, dtype):
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(ExportError, match=rf"Sequential is in {name} \(0.weight, 4 parameters\).* call model.float\(\)"):
+    with pytest.raises(
+        ExportError, match=rf"Sequential is in {name} \(0.weight, 4 parameters\).* call model.float\(\)"
+    ):
         export_onnx(net.to(dtype), (x,), tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize("write", [lambda net, x, path: export_onnx(net, (x,), path), lambda net, x, path: save_packed(net, path)])
+@pytest.mark.parametrize(
+    "write", [lambda net, x, path: export_onnx(net, (x,), path), lambda net, x, path: save_packed(net, path)]
+)
 def test_places_that_are_none(net, x, tmp_path, no_work, write):
     with pytest.raises(ExportError, match=r"cannot write .*net.file: there is no folder .*missing"):
         write(net, x, tmp_path / "missing" / "net.file")
@@ -71,7 +75,10 @@ def test_inputs_are_arguments(net, x, tmp_path, no_work):
     ("batches", "message"),
     [
         (lambda x: [], "there were no batches"),
-        (lambda x: x, r"batch 0 has torch.float32 of shape \[16\] as input 0, the example has torch.float32 of shape \[4, 16\]"),
+        (
+            lambda x: x,
+            r"batch 0 has torch.float32 of shape \[16\] as input 0, the example has torch.float32 of shape \[4, 16\]",
+        ),
         (lambda x: [x, x.double()], "batch 1 has torch.float64 of shape"),
         (lambda x: [x, x[:, :3]], r"batch 1 has torch.float32 of shape \[4, 3\]"),
         (lambda x: [(x, x[:, 0])], "batch 0 has 2 tensors, the model has 1 inputs; .* of \\(x, y\\) give x"),
@@ -92,7 +99,10 @@ def test_no_sums_is_said(net, x, tmp_path, caplog):
 def test_after_use_torchao(net, x, tmp_path):
     pytest.importorskip("torchao")
     use_torchao(net)
-    for write in (lambda: export_onnx(net, (x,), tmp_path / "net.onnx"), lambda: save_packed(net, tmp_path / "net.safetensors")):
+    for write in (
+        lambda: export_onnx(net, (x,), tmp_path / "net.onnx"),
+        lambda: save_packed(net, tmp_path / "net.safetensors"),
+    ):
         with pytest.raises(ExportError, match=r"Sequential was changed by use_torchao \(0, 2\).*export it before"):
             write()
 
@@ -179,7 +189,17 @@ def test_files_of_the_other_kind(net, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        *("int4 per_channel", "int3 group4", "mx6", "mxint8", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+        *(
+            "int4 per_channel",
+            "int3 group4",
+            "mx6",
+            "mxint8",
+            "mxfp4",
+            "mxfp6_e3m2",
+            "mxfp8_e4m3",
+            "mxfp8_e5m2",
+            "nvfp4",
+        ),
         *("sign", "bwn", "twn", "ttq", "ttq per_channel", "kmeans4", "kmeans4 per_channel"),
     ],
 )

@@ -36,7 +36,9 @@ def composed(tmp_path: Path, *overrides: str) -> Any:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "quantized.ckpt"
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[QAT("w4a8")], logger=False, limit_val_batches=0, **quiet)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[QAT("w4a8")], logger=False, limit_val_batches=0, **quiet
+    )
     trainer.fit(DigitsCNN(width=8), datamodule=DigitsDataModule())
     trainer.save_checkpoint(path)
     return path
@@ -55,7 +57,9 @@ def test_a_checkpoint_becomes_a_packed_file(checkpoint: Path, tmp_path: Path, ca
 def test_a_plan_is_calibrated_and_becomes_onnx(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("onnxruntime")
     with caplog.at_level(logging.INFO):
-        path = run_export(composed(tmp_path, "plan=w8a8", "to=onnx", f"output={tmp_path}/deep/digits.onnx", "verify=true"))
+        path = run_export(
+            composed(tmp_path, "plan=w8a8", "to=onnx", f"output={tmp_path}/deep/digits.onnx", "verify=true")
+        )
     assert path.stat().st_size < 50_000
     (line,) = (record.message for record in caplog.records if "samples:" in record.message)
     assert float(line.partition("agreement ")[2].partition(",")[0]) > 0.99
@@ -102,7 +106,13 @@ class TwoInputs(DigitsCNN):
 
 def test_data_is_prepared_first(checkpoint: Path, tmp_path: Path) -> None:
     run_export(
-        composed(tmp_path, "model.width=8", f"ckpt_path={checkpoint}", "data._target_=tests.export.test_cli.Prepared", "verify=true")
+        composed(
+            tmp_path,
+            "model.width=8",
+            f"ckpt_path={checkpoint}",
+            "data._target_=tests.export.test_cli.Prepared",
+            "verify=true",
+        )
     )
 
 
@@ -114,7 +124,10 @@ def test_nan_is_said(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCapture
     torch.save(content, tmp_path / "nan.ckpt")
     with caplog.at_level(logging.INFO):
         run_export(composed(tmp_path, "model.width=8", f"ckpt_path={tmp_path}/nan.ckpt", "verify=true"))
-    assert "not bit-equal, agreement 0.0000, largest difference nan of the largest output (there is NaN in the outputs)" in caplog.text
+    assert (
+        "not bit-equal, agreement 0.0000, largest difference nan of the largest output (there is NaN in the outputs)"
+        in caplog.text
+    )
 
 
 @pytest.fixture
@@ -127,7 +140,9 @@ def test_batches_that_do_not_fit_are_refused_before_the_work(tmp_path: Path) -> 
     options = ("to=onnx", "plan=w8a8")
     with pytest.raises(ExportError, match="got dict; call export_onnx.* from Python"):
         run_export(composed(tmp_path, *options, "data._target_=tests.export.test_cli.Dicts"))
-    with pytest.raises(ExportError, match=r"forward needs 2 inputs \(x, mask\).* call lq_plugin.export.export_onnx\(model, \(x, mask\)"):
+    with pytest.raises(
+        ExportError, match=r"forward needs 2 inputs \(x, mask\).* call lq_plugin.export.export_onnx\(model, \(x, mask\)"
+    ):
         run_export(composed(tmp_path, *options, "model._target_=tests.export.test_cli.TwoInputs"))
 
 
@@ -153,7 +168,9 @@ class Residual(DigitsCNN):
         (["plan=w8a8", "phases=[calibrat]"], "Did you mean 'calibrate'"),
     ],
 )
-def test_plans_that_do_not_fit_are_refused_before_data_is_read(overrides: list[str], message: str, tmp_path: Path) -> None:
+def test_plans_that_do_not_fit_are_refused_before_data_is_read(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(QuantizationError, match=message):
         run_export(composed(tmp_path, "data._target_=tests.export.test_cli.NoBatches", *overrides))
 
@@ -202,10 +219,14 @@ class OfTwo(DigitsCNN):
 
 
 @pytest.mark.parametrize("to", ["packed", "onnx"])
-def test_weights_need_no_training_data_and_there_may_be_several_loaders(to: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_need_no_training_data_and_there_may_be_several_loaders(
+    to: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     targets = ["data._target_=tests.export.test_cli.ValidationOnly", "model._target_=tests.export.test_cli.OfTwo"]
     with caplog.at_level(logging.INFO):
-        run_export(composed(tmp_path, "plan=int4 per_channel", f"to={to}", "verify=true", "verify_batches=100", *targets))
+        run_export(
+            composed(tmp_path, "plan=int4 per_channel", f"to={to}", "verify=true", "verify_batches=100", *targets)
+        )
     assert "720 samples: " in caplog.text
 
 
@@ -214,8 +235,16 @@ def test_weights_need_no_training_data_and_there_may_be_several_loaders(to: str,
     [
         (["onnx"], ["to=onnx"], r'to=onnx needs onnx, which is not installed: pip install "lq_plugin\[onnx\]"'),
         (["onnxscript"], ["to=onnx"], "to=onnx needs onnxscript"),
-        (["onnxruntime"], ["to=onnx", "verify=true"], r'to=onnx with verify=true needs onnxruntime, .* "lq_plugin\[onnx\]"'),
-        (["onnx", "openvino"], ["to=onnx", "verify=true", "runtime=openvino"], r'needs onnx and openvino, .* "lq_plugin\[onnx,openvino\]"'),
+        (
+            ["onnxruntime"],
+            ["to=onnx", "verify=true"],
+            r'to=onnx with verify=true needs onnxruntime, .* "lq_plugin\[onnx\]"',
+        ),
+        (
+            ["onnx", "openvino"],
+            ["to=onnx", "verify=true", "runtime=openvino"],
+            r'needs onnx and openvino, .* "lq_plugin\[onnx,openvino\]"',
+        ),
     ],
 )
 def test_missing_packages_are_said_before_the_work(
@@ -245,7 +274,9 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
     assert "output=net.pt: a file of to=onnx ends in .onnx" in done.stdout
     assert "heavy: []" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    full = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "HYDRA_FULL_ERROR": "1"})
+    full = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "HYDRA_FULL_ERROR": "1"}
+    )
     assert full.returncode == 1
     assert "Traceback" in full.stderr
 
@@ -259,7 +290,10 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
         (["verify=true", "~data"], "there is no data=...: verify=true and to=onnx run the model on a batch of it"),
         (["ckpt_path=null"], "give either ckpt_path"),
         (["ckpt_path=runs/best.ckpt"], "ckpt_path=runs/best.ckpt: there is no such file"),
-        (["ckpt_path=null", "plan=w8a8", "float_checkpoint=flaot.ckpt"], "float_checkpoint=flaot.ckpt: there is no such file"),
+        (
+            ["ckpt_path=null", "plan=w8a8", "float_checkpoint=flaot.ckpt"],
+            "float_checkpoint=flaot.ckpt: there is no such file",
+        ),
         (["float_checkpoint=float.ckpt"], "float_checkpoint=... is for plan=..."),
         (["ckpt_path=null", "plan=w8b8"], "cannot read the plan 'w8b8'"),
         (["ckpt_path=null", "plan=nope.yaml"], "nope.yaml"),
@@ -281,7 +315,10 @@ def test_wrong_requests_are_refused(overrides: list[str], message: str, tmp_path
 
 
 def test_lightnings_use_of_a_deprecated_class_is_not_shown() -> None:
-    text = "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec) and treespec.is_leaf()` instead."
+    text = (
+        "`isinstance(treespec, LeafSpec)` is deprecated, "
+        "use `isinstance(treespec, TreeSpec) and treespec.is_leaf()` instead."
+    )
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         log_once()
@@ -293,9 +330,14 @@ def test_lightnings_use_of_a_deprecated_class_is_not_shown() -> None:
 def test_checkpoints_of_another_kind_or_model_are_named(checkpoint: Path, tmp_path: Path) -> None:
     float_checkpoint = tmp_path / "float.ckpt"
     torch.save({"state_dict": DigitsCNN(width=8).state_dict()}, float_checkpoint)
-    with pytest.raises(ExportError, match=r"float.ckpt is a float checkpoint.*float_checkpoint=... .and plan=.... for others"):
+    with pytest.raises(
+        ExportError, match=r"float.ckpt is a float checkpoint.*float_checkpoint=... .and plan=.... for others"
+    ):
         run_export(composed(tmp_path, "model.width=8", f"ckpt_path={float_checkpoint}"))
-    with pytest.raises(ExportError, match=r"quantized.ckpt is a checkpoint of a quantized model.*ckpt_path=... is for checkpoints of QAT"):
+    with pytest.raises(
+        ExportError,
+        match=r"quantized.ckpt is a checkpoint of a quantized model.*ckpt_path=... is for checkpoints of QAT",
+    ):
         run_export(composed(tmp_path, "model.width=8", f"float_checkpoint={checkpoint}", "plan=w4a8"))
     with pytest.raises(ExportError, match=r"(?s)quantized.ckpt is of another model than model=....*size mismatch"):
         run_export(composed(tmp_path, "model.width=16", f"ckpt_path={checkpoint}"))
@@ -312,7 +354,9 @@ def test_without_any_data(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.INFO):
         run_export(composed(tmp_path, "plan=int4 per_channel", "phases=[calibrate]", "~data"))
     assert "PTQ without data, nothing is known of operations and MACs: 6 quantized" in caplog.text
-    with pytest.raises(CalibrationError, match=r"no data=..., and fold_batch_norm needs a batch: give it, or phases=\[calibrate\]"):
+    with pytest.raises(
+        CalibrationError, match=r"no data=..., and fold_batch_norm needs a batch: give it, or phases=\[calibrate\]"
+    ):
         run_export(composed(tmp_path, "plan=int4 per_channel", "~data"))
     with pytest.raises(CalibrationError, match=r"no data=..., and the ranges of activations come from it"):
         run_export(composed(tmp_path, "plan=w4a8", "phases=[calibrate]", "~data"))

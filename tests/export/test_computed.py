@@ -46,7 +46,9 @@ def test_made_plain_it_is_exported(model: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", [weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
+@pytest.mark.parametrize(
+    "kind", [weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)]
+)
 def test_layers_left_float_are_copied_after_a_training_step(kind) -> None:
     """The hooks of old keep a weight with a gradient function in the module, which torch refuses to copy."""
     torch.manual_seed(0)

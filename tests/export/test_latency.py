@@ -35,14 +35,18 @@ def net() -> nn.Module:
 
 
 def test_a_plan_exchanges_the_time_of_its_layers() -> None:
-    layers = {"a": {"float": 3.0, "int8 per_channel / 8 bit": 1.0}, "b": {"float": 2.0, "int4 per_channel / float": 2.5}}
+    layers = {
+        "a": {"float": 3.0, "int8 per_channel / 8 bit": 1.0},
+        "b": {"float": 2.0, "int4 per_channel / float": 2.5},
+    }
     table = LatencyTable(QUICK, 10.0, layers, {"c": "reason"})
     fast, slow = plan("int8 per_channel mse", "uint8 affine"), plan("int3 per_channel")
     assert table.predict({}) == table.predict({"a": LayerPlan()}) == 10.0
     assert table.predict({"a": fast}) == 8.0
     assert table.predict({"a": fast, "b": slow, "c": fast, "d": fast}) == 8.5
     with pytest.raises(
-        ExportError, match="latency of b was not measured for 'int8 per_channel / 8 bit'; measured: float, int4 per_channel"
+        ExportError,
+        match="latency of b was not measured for 'int8 per_channel / 8 bit'; measured: float, int4 per_channel",
     ):
         table.predict({"b": fast})
 
@@ -50,7 +54,11 @@ def test_a_plan_exchanges_the_time_of_its_layers() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "equal"),
     [
-        (plan("int8 per_channel mse", "uint8 affine mse"), plan("int7 per_channel minmax", "int8 percentile:99.9"), True),
+        (
+            plan("int8 per_channel mse", "uint8 affine mse"),
+            plan("int7 per_channel minmax", "int8 percentile:99.9"),
+            True,
+        ),
         (plan("int8 per_channel"), plan("int8 per_tensor"), False),
         (plan("int4 group16"), plan("int4 group32"), False),
         (plan("int4 group16"), plan("int3 group16"), True),
@@ -99,7 +107,9 @@ def test_what_was_measured_is_remembered_for_the_same_place_only(tmp_path: Path)
     assert len(content[options.place]) == 3, "the model, and a layer under two pairs"
     content[options.place] = dict.fromkeys(content[options.place], 7.0)
     cache.write_text(json.dumps(content))
-    assert latency_table(net(), [torch.randn(1, 32)], plans, options).layers["0"] == dict.fromkeys(first.layers["0"], 7.0)
+    assert latency_table(net(), [torch.randn(1, 32)], plans, options).layers["0"] == dict.fromkeys(
+        first.layers["0"], 7.0
+    )
     other = latency_table(net(), [torch.randn(1, 32)], plans, LatencyOptions(batch=2, rounds=2, cache=str(cache)))
     assert 7.0 not in other.layers["0"].values()
     assert len(json.loads(cache.read_text())) == 2
@@ -115,7 +125,9 @@ def test_layers_that_are_no_modules_are_left_out() -> None:
             return self.head(self.lstm(x)[0])
 
     int8 = plan("int8 per_channel")
-    table = latency_table(Recurrent().eval(), [torch.randn(1, 3, 8)], [{"lstm.weight_ih_l0": int8, "head": int8}], QUICK)
+    table = latency_table(
+        Recurrent().eval(), [torch.randn(1, 3, 8)], [{"lstm.weight_ih_l0": int8, "head": int8}], QUICK
+    )
     assert list(table.left_out) == ["lstm.weight_ih_l0"]
     assert table.predict({"lstm.weight_ih_l0": int8}) == table.float_model
 

@@ -15,8 +15,10 @@ pytest.importorskip("onnxruntime")
 from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
 
 WEIGHTS = [
-    "int8 per_channel", "int8 affine mse", "int4 per_channel mse", "uint4 affine per_channel mse", "int3 group16 mse ragged",
-    "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "sign", "bwn", "twn per_channel",
+    "int8 per_channel", "int8 affine mse", "int4 per_channel mse", "uint4 affine per_channel mse", "int3 group16 mse "
+    "ragged",
+    "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "sign", "bwn",
+    "twn per_channel",
     "ttq", "kmeans3", "int12 per_channel",
 ]  # fmt: skip
 
@@ -48,7 +50,9 @@ def run(path, *inputs):
     return torch.from_numpy(y)
 
 
-@pytest.mark.parametrize("spec", [spec if spec in QUICK else pytest.param(spec, marks=pytest.mark.slow) for spec in WEIGHTS])
+@pytest.mark.parametrize(
+    "spec", [spec if spec in QUICK else pytest.param(spec, marks=pytest.mark.slow) for spec in WEIGHTS]
+)
 def test_weights_of_every_format(spec, tmp_path):
     """Without quantized activations nothing is rounded differently: the runtime's numbers are ours."""
     torch.manual_seed(0)
@@ -64,7 +68,11 @@ def test_weights_of_every_format(spec, tmp_path):
     more = torch.randn(5, 20, 6, 6), torch.randint(0, 11, (5,))  # another batch size
     assert run(tmp_path / "net.onnx", *more).shape == (5, 2, 7)
     content = onnx.load(tmp_path / "net.onnx")
-    floats = [t.name for t in content.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.name.endswith(".weight")]
+    floats = [
+        t.name
+        for t in content.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and t.name.endswith(".weight")
+    ]
     assert not floats, "a float weight stayed in the file"
 
 
@@ -87,7 +95,10 @@ def test_activations(activation, tmp_path):
 
 def test_per_channel_activations(tmp_path):
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(4, 3, 1), nn.Flatten()), torch.randn(2, 4, 3, 3) * torch.tensor([1, 5, 20, 100.0]).view(1, 4, 1, 1)
+    net, x = (
+        nn.Sequential(nn.Conv2d(4, 3, 1), nn.Flatten()),
+        torch.randn(2, 4, 3, 3) * torch.tensor([1, 5, 20, 100.0]).view(1, 4, 1, 1),
+    )
     prepare(net, "int8 per_channel / uint8 affine per_channel")
     calibrate(net, [x])
     export_onnx(net, (x,), tmp_path / "net.onnx")
@@ -97,7 +108,9 @@ def test_per_channel_activations(tmp_path):
 @pytest.mark.parametrize("weight", ["int4 per_channel mse", "uint4 affine per_channel mse", "int4 narrow per_channel"])
 def test_batch_norm_moves_into_scales_and_bias(weight, tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
     randomize(net)
     with torch.no_grad():
         for norm in (net[1], net[4]):
@@ -142,15 +155,23 @@ def test_the_weights_in_the_file_are_the_levels(tmp_path):
     levels = np.clip(np.round(w / scale), -128, 127)
     codes = tensors["0.weight_codes"].T  # stored as [C_in, C_out], which runtimes have kernels for
     assert np.abs(codes - levels).max() <= 1  # minmax reaches -128 with a finer scale
-    np.testing.assert_allclose(codes * tensors["0.weight_scale"][:, None], net[0].quantized_weight().detach(), rtol=1e-6)
+    np.testing.assert_allclose(
+        codes * tensors["0.weight_scale"][:, None], net[0].quantized_weight().detach(), rtol=1e-6
+    )
 
 
 def test_what_onnx_cannot_say_is_refused_all_at_once(tmp_path):
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
-    plan = [Rule("0", weight="mxfp8"), Rule("1", weight="int4", input="mx6"), Rule("2", weight="ttq per_channel", output="uint8 affine")]
+    plan = [
+        Rule("0", weight="mxfp8"),
+        Rule("1", weight="int4", input="mx6"),
+        Rule("2", weight="ttq per_channel", output="uint8 affine"),
+    ]
     prepare(net, QuantPlan(plan))
     calibrate(net, [torch.randn(2, 16)])
-    with pytest.raises(ExportError, match=r"0\.weight \(mxfp8_e4m3\)(.|\n)*1\.input \(mx6\)(.|\n)*2\.weight(.|\n)*2\.output"):
+    with pytest.raises(
+        ExportError, match=r"0\.weight \(mxfp8_e4m3\)(.|\n)*1\.input \(mx6\)(.|\n)*2\.weight(.|\n)*2\.output"
+    ):
         export_onnx(net, (torch.randn(2, 16),), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ExportError, match="is not quantized"):

@@ -66,7 +66,8 @@ def test_the_runtime_computes_what_we_do(name: str, weight: str, inputs: str | N
     export_onnx(net, x, path, dynamic_batch=False)
     session = onnx_session(path, threads=1)
     (got,) = session.run(None, {i.name: value.numpy() for i, value in zip(session.get_inputs(), x, strict=True)})
-    # One value on the border between two levels may fall to the other side, so most are compared closely and all loosely.
+    # One value on the border between two levels may fall to the other side, so most are compared closely and all
+    # loosely.
     apart = (torch.from_numpy(got) - want).abs() / want.abs().max()
     assert apart.median() < 1e-5
     assert apart.max() < (0.02 if inputs else 1e-4)

@@ -60,7 +60,8 @@ def test_outputs_beside_a_batch_norm(before, tmp_path):
 
 
 class Condition(nn.Module):
-    """The bodies of a condition read what is made outside: a convolution's output, which only a batch norm reads elsewhere."""
+    """The bodies of a condition read what is made outside: a convolution's output, which only a batch norm reads
+    elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +126,12 @@ class BiasedAttention(nn.Module):
 
     def __init__(self, longest=5):
         super().__init__()
-        self.qkv, self.out, self.bias, self.longest = nn.Linear(8, 24), nn.Linear(8, 8), nn.Embedding(2 * longest - 1, 2), longest
+        self.qkv, self.out, self.bias, self.longest = (
+            nn.Linear(8, 24),
+            nn.Linear(8, 8),
+            nn.Embedding(2 * longest - 1, 2),
+            longest,
+        )
 
     def forward(self, x):
         n, length, _ = x.shape
@@ -153,7 +159,9 @@ def test_sequences_of_any_length(tmp_path):
     net = exported(Tokens(), x, tmp_path / "net.onnx", dynamic_dims=[1])
     for n, length in ((2, 5), (1, 16), (7, 1)):
         assert_runs_alike(net, inputs(n, length), tmp_path / "net.onnx")
-    with pytest.raises(ExportError, match=r"dynamic_dims are dims behind the batch that an input has, 1 to 1; got 0, 2, 'L'"):
+    with pytest.raises(
+        ExportError, match=r"dynamic_dims are dims behind the batch that an input has, 1 to 1; got 0, 2, 'L'"
+    ):
         export_onnx(net, x, tmp_path / "net.onnx", dynamic_dims=[0, 1, 2, "L"])
 
 
@@ -196,7 +204,9 @@ def test_a_layer_that_does_not_run_in_evaluation_is_left_out(tmp_path):
     x = (torch.randn(2, 8),)
     net = exported(Auxiliary(), x, tmp_path / "net.onnx")
     assert_runs_alike(net, x, tmp_path / "net.onnx")
-    assert not [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer if tensor.name.startswith("aux")]
+    assert not [
+        tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer if tensor.name.startswith("aux")
+    ]
 
 
 def test_attention_over_a_learned_bias(tmp_path, capfd):
@@ -232,7 +242,11 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Branch, r"of Branch: GuardOnDataDependentSymNode: .*test_onnx_graphs.py.*, in forward: return y \* 2 if y.sum\(\) > 0 else y"),
+        (
+            Branch,
+            r"of Branch: GuardOnDataDependentSymNode: .*test_onnx_graphs.py.*, in forward: return y \* 2 if y.sum\(\) "
+            r"> 0 else y",
+        ),
         (Unknown, "of Unknown: DispatchError: No ONNX function found for .*svd"),
     ],
 )

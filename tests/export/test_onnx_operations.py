@@ -45,7 +45,16 @@ class Net(nn.Module):
         return self.head(x)
 
 
-OPERATIONS = ["add_0", "block.add_0", "block.mul_0", "block.sub_0", "block.matmul_0", "block.bmm_0", "block.add_1", "block.cat_0"]
+OPERATIONS = [
+    "add_0",
+    "block.add_0",
+    "block.mul_0",
+    "block.sub_0",
+    "block.matmul_0",
+    "block.bmm_0",
+    "block.add_1",
+    "block.cat_0",
+]
 
 
 def prepared(net: nn.Module, x: Tensor, *rules: Rule) -> nn.Module:
@@ -70,7 +79,8 @@ def test_the_runtime_computes_what_we_do(spec: str, tmp_path: Path) -> None:
     want = net(x)
     apart = (torch.from_numpy(got) - want).abs() / want.abs().max()
     assert apart.median() < 1e-5
-    # A value on the border between two levels may fall to the other side; operands left float are further away than that.
+    # A value on the border between two levels may fall to the other side; operands left float are further away than
+    # that.
     assert apart.mean() < 0.1 * (layers_only(x) - want).abs().mean() / want.abs().max()
     assert apart.max() < 0.05
 
@@ -96,7 +106,8 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("net", "name"), [(Attention(), "scaled_dot_product_attention_0"), (Net(calls=2), "block.mul_0"), (Net(calls=2), "block.add_0")]
+    ("net", "name"),
+    [(Attention(), "scaled_dot_product_attention_0"), (Net(calls=2), "block.mul_0"), (Net(calls=2), "block.add_0")],
 )
 def test_what_has_no_one_node_is_refused(net: nn.Module, name: str, tmp_path: Path) -> None:
     x = torch.randn(3, 5, 8)

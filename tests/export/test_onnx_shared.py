@@ -78,7 +78,11 @@ def test_a_layer_called_twice(make, inputs, tmp_path):
     x = torch.randn(3, 4, 6, 6) if make is Twice else torch.randn(3, 5, 8)
     want = exported(make(), x, [Rule("*", weight="int4 per_channel", input=inputs)], tmp_path / "net.onnx")
     assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5 if inputs is None else 0.03)
-    names = [tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer if tensor.name.endswith("fc.weight_codes")]
+    names = [
+        tensor.name
+        for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
+        if tensor.name.endswith("fc.weight_codes")
+    ]
     assert names == ["fc.weight_codes"]
 
 
@@ -102,7 +106,10 @@ def test_an_embedding_tied_to_a_head(rules, tmp_path):
 def test_tied_layers_that_compute_alike(inputs, tmp_path):
     """The graph says in which module a node is computed: each layer has its own bits and its own ranges."""
     x = torch.randn(3, 8)
-    rules = [Rule("first", weight="int4 per_channel", input=inputs), Rule("second", weight="int8 per_channel", input=inputs)]
+    rules = [
+        Rule("first", weight="int4 per_channel", input=inputs),
+        Rule("second", weight="int8 per_channel", input=inputs),
+    ]
     want = exported(TiedHeads(), x, rules, tmp_path / "net.onnx")
     assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5 if inputs is None else 0.03)
 
@@ -157,4 +164,9 @@ def test_layers_with_a_forward_of_their_own(tmp_path):
     kept = {tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer}
     assert not kept & {"0.weight", "1.weight", "2.weight"}
     with pytest.raises(ExportError, match="1: the forward of Standardized has no one node that reads its input"):
-        exported(nn.Sequential(nn.Linear(8, 8), Standardized(8, 8)), x, [Rule("*", weight="int4", input="uint8")], tmp_path / "other.onnx")
+        exported(
+            nn.Sequential(nn.Linear(8, 8), Standardized(8, 8)),
+            x,
+            [Rule("*", weight="int4", input="uint8")],
+            tmp_path / "other.onnx",
+        )

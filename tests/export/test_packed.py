@@ -38,7 +38,9 @@ def packed(net, x, path, weight, inputs=None):
 
 
 def test_every_weight_format_is_covered():
-    assert {QuantSpec.parse(text).format_name for text in SPECS} == {n for n, kind in FORMATS.items() if "weight" in kind.slots}
+    assert {QuantSpec.parse(text).format_name for text in SPECS} == {
+        n for n, kind in FORMATS.items() if "weight" in kind.slots
+    }
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -67,7 +69,8 @@ def test_inputs_of_every_format(spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4 per_channel mse", "int4 group16:4 ragged", "mx6", "mxfp4", "nvfp4", "bwn", "twn", "ttq", "kmeans2", "int3"]
+    "spec",
+    ["int4 per_channel mse", "int4 group16:4 ragged", "mx6", "mxfp4", "nvfp4", "bwn", "twn", "ttq", "kmeans2", "int3"],
 )
 def test_files_are_as_small_as_the_bits_say(spec, tmp_path):
     """Within 2 % of the cost model at 10 million parameters, within 5 % for ResNet-20."""
@@ -164,7 +167,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ExportError, match="cannot open"):
         load_packed(fresh(), tmp_path / "absent.safetensors")
     path.write_bytes(content)
-    others = [[nn.Linear(8, 4)], [nn.Linear(8, 8, bias=False)], [nn.Linear(8, 8), nn.BatchNorm1d(8)], [nn.ReLU(), nn.Linear(8, 8)]]
+    others = [
+        [nn.Linear(8, 4)],
+        [nn.Linear(8, 8, bias=False)],
+        [nn.Linear(8, 8), nn.BatchNorm1d(8)],
+        [nn.ReLU(), nn.Linear(8, 8)],
+    ]
     for other in (nn.Sequential(*layers) for layers in others):
         with pytest.raises(ExportError, match="is of another model"):
             load_packed(other, path)
@@ -248,7 +256,9 @@ def test_a_model_from_a_packed_file_is_not_exported_again(tmp_path):
     other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     load_packed(other, tmp_path / "net.safetensors")
     for export in (save_packed, lambda model, path: export_onnx(model, (x,), path)):
-        with pytest.raises(ExportError, match=r"(?s)0\.weight was read from a packed file.*checkpoint.*1\.weight was read"):
+        with pytest.raises(
+            ExportError, match=r"(?s)0\.weight was read from a packed file.*checkpoint.*1\.weight was read"
+        ):
             export(other, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -290,7 +300,9 @@ class ExtraState(nn.Linear):
 def test_what_no_tensor_holds_is_refused_before_a_file_is_written(tmp_path):
     net, x = nn.Sequential(ExtraState(8, 8)), torch.randn(2, 8)
     net.register_buffer("sparse", torch.eye(3).to_sparse())
-    with pytest.raises(ExportError, match=r"2 faults(.|\n)*sparse is a tensor of torch\.float32(.|\n)*0\._extra_state is a dict"):
+    with pytest.raises(
+        ExportError, match=r"2 faults(.|\n)*sparse is a tensor of torch\.float32(.|\n)*0\._extra_state is a dict"
+    ):
         packed(net, x, tmp_path / "net.safetensors", "int4 per_channel")
     assert not list(tmp_path.iterdir())
 
@@ -312,7 +324,8 @@ def test_another_precision_and_no_memory_are_refused(tmp_path):
     net, x = make().bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16)
     packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
     with pytest.raises(
-        ExportError, match=r"is torch\.bfloat16 in the file and torch\.float32 here(.|\n)*load it into a model of torch\.bfloat16"
+        ExportError,
+        match=r"is torch\.bfloat16 in the file and torch\.float32 here(.|\n)*load it into a model of torch\.bfloat16",
     ):
         load_packed(make(), tmp_path / "net.safetensors")
     other = make().bfloat16()

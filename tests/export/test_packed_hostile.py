@@ -147,7 +147,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(
-    "case", [name if name != "a table of a gigabyte" else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE]
+    "case",
+    [name if name != "a table of a gigabyte" else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE],
 )
 def test_it_is_refused_and_the_model_is_as_before(case, packed, tmp_path):
     path = rewritten(packed, tmp_path / "net.safetensors", HOSTILE[case])
@@ -169,7 +170,9 @@ def test_a_wrong_model_stays_float(packed, tmp_path):
     path = rewritten(packed, tmp_path / "net.safetensors", lambda metadata, blob, table: None)
     model, x = net(12), torch.randn(3, 16)
     keys, training = list(model.state_dict()), model.training
-    with pytest.raises(ExportError, match=r"is of another model(.|\n)*0\.weight has shape \[12, 16\] here and \[8, 16\] in the file"):
+    with pytest.raises(
+        ExportError, match=r"is of another model(.|\n)*0\.weight has shape \[12, 16\] here and \[8, 16\] in the file"
+    ):
         load_packed(model, path)
     assert list(model.state_dict()) == keys
     assert model.training == training

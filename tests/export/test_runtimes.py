@@ -26,7 +26,9 @@ def assert_exact(session, net, x):
 def test_float_weights_are_not_rounded(kind, weight, tmp_path):
     torch.manual_seed(0)
     # Weights are rounded where the output is quantized as well.
-    first, last = (nn.Linear(32, 16), nn.Linear(16, 8)) if kind == "linear" else (nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 1))
+    first, last = (
+        (nn.Linear(32, 16), nn.Linear(16, 8)) if kind == "linear" else (nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 1))
+    )
     net, x = nn.Sequential(first, nn.ReLU(), last), torch.randn(5, 32) if kind == "linear" else torch.randn(5, 8, 6, 6)
     prepare(net, QuantPlan([Rule("*", weight=weight, input="uint8 affine")]))
     calibrate(net, [x])
@@ -39,7 +41,10 @@ def test_float_weights_are_not_rounded(kind, weight, tmp_path):
 def test_linear_layers_of_an_odd_number_of_inputs(weight, tmp_path):
     pytest.importorskip("openvino")
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)), torch.randn(9, 13)
+    net, x = (
+        nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)),
+        torch.randn(9, 13),
+    )
     prepare(net, QuantPlan([Rule("*", weight=weight)]))
     calibrate(net, [x])
     export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"], smallest=4)
@@ -48,7 +53,9 @@ def test_linear_layers_of_an_odd_number_of_inputs(weight, tmp_path):
         assert_exact(session, net, x[:3])
 
 
-@pytest.mark.parametrize(("spec", "block"), [("int2 group256 ragged", 128), ("uint2 affine group96 ragged", 32), ("int2 group64", 64)])
+@pytest.mark.parametrize(
+    ("spec", "block"), [("int2 group256 ragged", 128), ("uint2 affine group96 ragged", 32), ("int2 group64", 64)]
+)
 def test_groups_of_2_bits_are_those_that_have_a_kernel(spec, block, tmp_path):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(320, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(5, 320)
@@ -76,7 +83,10 @@ def test_groups_without_a_kernel_are_named(tmp_path, caplog):
 def test_a_scale_for_each_channel_in_front_of_matrix_products(inputs, tmp_path):
     pytest.importorskip("openvino")
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 4)), torch.randn(6, 5, 8) * torch.logspace(-2, 2, 8)
+    net, x = (
+        nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 4)),
+        torch.randn(6, 5, 8) * torch.logspace(-2, 2, 8),
+    )
     prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input=inputs)]))
     calibrate(net, [x])
     export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"])

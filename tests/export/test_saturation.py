@@ -17,7 +17,8 @@ from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session, openvin
 
 
 def extreme(weight: str) -> tuple[nn.Module, torch.Tensor]:
-    """A convolution and linear layers of the largest weights, on the largest inputs: products saturate wherever they can."""
+    """A convolution and linear layers of the largest weights, on the largest inputs: products saturate wherever they
+    can."""
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 16), nn.Linear(16, 16, bias=False)).eval()
     with torch.no_grad():
         for layer in (net[0], net[2], net[3]):
@@ -35,7 +36,9 @@ def check(session, net, x):
     np.testing.assert_allclose(got, want, rtol=0.01)
 
 
-@pytest.mark.parametrize("weight", ["int8 per_channel", "int8 per_tensor", "uint8 affine per_channel", "int7 per_channel", "int8 group8"])
+@pytest.mark.parametrize(
+    "weight", ["int8 per_channel", "int8 per_tensor", "uint8 affine per_channel", "int7 per_channel", "int8 group8"]
+)
 def test_both_runtimes_sum_exactly(weight, tmp_path):
     pytest.importorskip("openvino")
     net, x = extreme(weight)

@@ -100,7 +100,10 @@ def test_slices_and_pads_move_the_whole_numbers(tmp_path):
 
 
 def test_int2_container(tmp_path):
-    net, x = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Linear(64, 6)), torch.randn(2, 3, 3, 3)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Linear(64, 6)),
+        torch.randn(2, 3, 3, 3),
+    )
     quantized(net, x, "int2 per_channel mse", None)
     y = net(x).detach().numpy()
     sizes = {}
@@ -127,13 +130,19 @@ def test_an_old_onnx_has_no_int2(tmp_path, monkeypatch):
     monkeypatch.setitem(graph._TYPES, (2, True), None)
     net, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
     quantized(net, x, "int2 per_channel", None)
-    with pytest.raises(ExportError, match=r"0\.weight: the installed onnx .* has no INT2; update it, or say smallest=4"):
+    with pytest.raises(
+        ExportError, match=r"0\.weight: the installed onnx .* has no INT2; update it, or say smallest=4"
+    ):
         export_onnx(net, (x,), tmp_path / "net.onnx")
 
 
 def test_linear_weights_fuse_to_one_kernel(tmp_path):
     net, x = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64, bias=False), nn.Linear(64, 32)), torch.randn(2, 64)
-    rules = [Rule("0", weight="int8 group32"), Rule("1", weight="int4 per_channel"), Rule("2", weight="int2 group32 mse")]
+    rules = [
+        Rule("0", weight="int8 group32"),
+        Rule("1", weight="int4 per_channel"),
+        Rule("2", weight="int2 group32 mse"),
+    ]
     prepare(net, QuantPlan(rules))
     calibrate(net, [x])
     export_onnx(net, (x,), tmp_path / "net.onnx")

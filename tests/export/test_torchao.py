@@ -27,7 +27,9 @@ def prepared(net: nn.Module, x: Tensor, weight: str, inputs: str | None) -> nn.M
 @pytest.mark.parametrize("weight", ["int8 per_channel mse", "int8 per_tensor narrow", "int4 per_channel"])
 @pytest.mark.parametrize("inputs", ["uint8 affine mse", "uint8", "int8", "int8 affine", None])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (24,)])
-def test_the_layer_computes_what_the_quantized_one_does(weight: str, inputs: str | None, shape: tuple[int, ...]) -> None:
+def test_the_layer_computes_what_the_quantized_one_does(
+    weight: str, inputs: str | None, shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     net = prepared(nn.Sequential(nn.Linear(24, 16)), torch.randn(64, 24), weight, inputs)
     x = 2 * torch.randn(shape)  # beyond the range, too
@@ -44,12 +46,16 @@ def test_the_layer_computes_what_the_quantized_one_does(weight: str, inputs: str
 def test_integer_products_are_exact() -> None:
     """Against whole-number arithmetic in int64: no rounding hides between quantizing and scaling."""
     torch.manual_seed(1)
-    net = prepared(nn.Sequential(nn.Linear(300, 8, bias=False)), torch.randn(64, 300), "int8 per_channel", "uint8 affine")
+    net = prepared(
+        nn.Sequential(nn.Linear(300, 8, bias=False)), torch.randn(64, 300), "int8 per_channel", "uint8 affine"
+    )
     x, quantizer = torch.randn(4, 300), net[0].input_quantizer
     input_scale, zero_point = (value.detach().reshape(()) for value in quantizer.qparams())
     q_x = ((x / input_scale).round() + zero_point).clamp(0, 255).long() - zero_point.long()
     use_torchao(net)
-    exact = (q_x @ net[0].weight.qdata.long().T).double() * input_scale.double() * net[0].weight.scale.flatten().double()
+    exact = (
+        (q_x @ net[0].weight.qdata.long().T).double() * input_scale.double() * net[0].weight.scale.flatten().double()
+    )
     torch.testing.assert_close(net(x).double(), exact, rtol=1e-5, atol=1e-6)
 
 
@@ -87,7 +93,10 @@ def test_what_torchao_has_no_kernel_for_stays_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(nn.Conv1d(4, 4, 1)), "no layer of Sequential has an integer kernel in torchao.*0: QuantizedConv1d has none"),
+        (
+            nn.Sequential(nn.Conv1d(4, 4, 1)),
+            "no layer of Sequential has an integer kernel in torchao.*0: QuantizedConv1d has none",
+        ),
         (nn.Sequential(nn.Linear(4, 4)), "0: it has no range yet: calibrate it"),
     ],
 )
@@ -97,8 +106,12 @@ def test_nothing_to_do_is_an_error(net: nn.Module, message: str) -> None:
         use_torchao(net)
 
 
-@pytest.mark.parametrize(("inputs", "vnni", "said"), [("uint8 affine", False, True), ("uint8 affine", True, False), (None, False, False)])
-def test_a_processor_that_is_slow_at_it_is_said(inputs: str | None, vnni: bool, said: bool, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "vnni", "said"), [("uint8 affine", False, True), ("uint8 affine", True, False), (None, False, False)]
+)
+def test_a_processor_that_is_slow_at_it_is_said(
+    inputs: str | None, vnni: bool, said: bool, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr("lq_plugin.export.torchao.sums_exactly", lambda weight: vnni)
     net = prepared(nn.Sequential(nn.Linear(24, 16)), torch.randn(64, 24), "int8 per_channel", inputs)
     with caplog.at_level("WARNING", "lq_plugin.export.torchao"):

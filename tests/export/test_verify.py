@@ -113,7 +113,9 @@ def test_batches(path, x, kind):
 
 def test_wrong_batches_are_named(path, x):
     model = packed(Outputs(), path, x)
-    with pytest.raises(ExportError, match=r"batch 1 is a tensor, or .* \(a mapping that is one stands in a tuple\); got dict"):
+    with pytest.raises(
+        ExportError, match=r"batch 1 is a tensor, or .* \(a mapping that is one stands in a tuple\); got dict"
+    ):
         verify(model, path, [x, {"x": x}], Outputs)
     with pytest.raises(ExportError, match="nothing to verify with"):
         verify(model, path, [], Outputs)

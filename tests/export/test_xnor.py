@@ -40,7 +40,9 @@ def quantized(kind, weight, inputs, bias=False):
 
 
 @pytest.mark.parametrize("variant", VARIANT)
-@pytest.mark.parametrize(("rows", "outputs", "elements"), [(1, 1, 1), (1, 8, 64), (3, 13, 200), (11, 16, 513), (33, 7, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "elements"), [(1, 1, 1), (1, 8, 64), (3, 13, 200), (11, 16, 513), (33, 7, 4096)]
+)
 def test_every_variant_multiplies_signs(variant, rows, outputs, elements):
     generator = torch.Generator().manual_seed(elements)
     x, w = torch.randn(rows, elements, generator=generator), torch.randn(outputs, elements, generator=generator)
@@ -84,10 +86,19 @@ def test_a_convolution_follows_the_size_of_its_input():
 
 def test_a_model_keeps_its_other_layers():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 4, bias=False), nn.Linear(4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 4, bias=False), nn.Linear(4, 2)
+    )
     x = torch.randn(2, 3, 6, 6)
     prepare(
-        net, QuantPlan([Rule("*", weight="sign", input="sign"), Rule("0", weight="int8", input="uint8 affine"), Rule("4", input="float")])
+        net,
+        QuantPlan(
+            [
+                Rule("*", weight="sign", input="sign"),
+                Rule("0", weight="int8", input="uint8 affine"),
+                Rule("4", input="float"),
+            ]
+        ),
     )
     calibrate(net, [x])
     expected = net.eval()(x)
@@ -102,7 +113,9 @@ def test_a_model_keeps_its_other_layers():
 
 
 def test_refused_with_every_reason():
-    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Conv2d(4, 4, 1, groups=2), nn.Embedding(4, 16))
+    net = nn.Sequential(
+        nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Conv2d(4, 4, 1, groups=2), nn.Embedding(4, 16)
+    )
     plan = [
         Rule("*", weight="sign", input="sign"),
         Rule("0", weight="int4", input="sign"),
@@ -113,7 +126,8 @@ def test_refused_with_every_reason():
     prepare(net, QuantPlan(plan))
     with pytest.raises(
         ExportError,
-        match=r"0: its weight is 'int4(.|\n)*1: .*whole rows(.|\n)*2: its input is float(.|\n)*3: groups=2(.|\n)*4: .*no kernel",
+        match=r"0: its weight is 'int4(.|\n)*1: .*whole rows(.|\n)*2: its input is float(.|\n)*3: groups=2(.|\n)*4: "
+        r".*no kernel",
     ):
         use_xnor(net, native=False)
     with pytest.raises(ExportError, match="it has no quantized layers"):

@@ -17,7 +17,10 @@ def test_rectified_sigmoid(values):
     np.testing.assert_allclose(rectified_sigmoid(torch.tensor(values)), want, atol=1e-6)
 
 
-@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30), st.sampled_from([(-4, 3, 0.0), (0, 7, 3.0), (-2, 1, 0.0)]))
+@given(
+    st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30),
+    st.sampled_from([(-4, 3, 0.0), (0, 7, 3.0), (-2, 1, 0.0)]),
+)
 def test_soft_weights_start_as_the_weights_and_end_on_a_neighbour(values, levels):
     low_level, high_level, zero = levels
     grid, scale = IntegerGrid(low_level, high_level, affine=bool(zero)), torch.tensor(0.5)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 
-from lq_plugin.functional.codebook import METHODS, assign, codebook_kmeans, fake_quantize_codebook, lloyd, lookup, midpoints
+from lq_plugin.functional.codebook import (
+    METHODS,
+    assign,
+    codebook_kmeans,
+    fake_quantize_codebook,
+    lloyd,
+    lookup,
+    midpoints,
+)
 from lq_plugin.functional.exact_kmeans import exact_centroids, summary, weighted_kmeans
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -38,7 +46,9 @@ def bimodal(rows: int = 3, n: int = 500) -> torch.Tensor:
 
 
 @given(
-    hnp.arrays(np.float32, st.integers(1, 9), elements=st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1.0, 2.0])),
+    hnp.arrays(
+        np.float32, st.integers(1, 9), elements=st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1.0, 2.0])
+    ),
     st.integers(1, 5),
 )
 @example(np.array([0, 0, 0, 1, -2e-22], np.float32), 3)
@@ -48,7 +58,9 @@ def test_exact_is_the_optimum(values, levels):
     assert centroids.shape == (1, levels)
     assert (centroids.diff(dim=1) >= 0).all()
     best = brute_force(values, levels)
-    assert inertia(rows, centroids).item() == pytest.approx(best, rel=1e-5, abs=1e-7 * (1 + float(np.square(values).sum())))
+    assert inertia(rows, centroids).item() == pytest.approx(
+        best, rel=1e-5, abs=1e-7 * (1 + float(np.square(values).sum()))
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 4, 7, 16])
@@ -71,7 +83,9 @@ def test_lloyd_ends_where_sklearn_does_from_the_same_start(levels, start):
         centroids = torch.quantile(rows, (torch.arange(levels) + 0.5) / levels, dim=1).T.contiguous()
     got = lloyd(rows.sort(1).values, centroids, 300)
     for row, first, mine in zip(rows, centroids, got, strict=True):
-        theirs = KMeans(levels, init=first.double().numpy()[:, None], n_init=1, max_iter=300, tol=0.0).fit(row.double().numpy()[:, None])
+        theirs = KMeans(levels, init=first.double().numpy()[:, None], n_init=1, max_iter=300, tol=0.0).fit(
+            row.double().numpy()[:, None]
+        )
         np.testing.assert_allclose(mine.numpy(), np.sort(theirs.cluster_centers_[:, 0]), atol=1e-5)
 
 
@@ -105,11 +119,21 @@ def test_seeds_of_kmeans_plus_plus():
 
 def test_kmeans_plus_plus_draws_distinct_weights_by_squared_distance():
     row = torch.tensor([[0.0, 0.0, 0.0, 1.0, 3.0]])
-    three = {tuple(codebook_kmeans(row, 3, "kmeans++", torch.Generator().manual_seed(s), iterations=0)[0].tolist()) for s in range(50)}
+    three = {
+        tuple(codebook_kmeans(row, 3, "kmeans++", torch.Generator().manual_seed(s), iterations=0)[0].tolist())
+        for s in range(50)
+    }
     assert three == {(0.0, 1.0, 3.0)}
     # First 0 (3 of 5), then 3 rather than 1 with 9 : 1; first 1, then 3 with 4 : 3; first 3, then 0 with 27 : 4.
-    pairs = [tuple(codebook_kmeans(row, 2, "kmeans++", torch.Generator().manual_seed(s), iterations=0)[0].tolist()) for s in range(1500)]
-    want = {(0.0, 3.0): 0.6 * 0.9 + 0.2 * 27 / 31, (0.0, 1.0): 0.6 * 0.1 + 0.2 * 3 / 7, (1.0, 3.0): 0.2 * 4 / 7 + 0.2 * 4 / 31}
+    pairs = [
+        tuple(codebook_kmeans(row, 2, "kmeans++", torch.Generator().manual_seed(s), iterations=0)[0].tolist())
+        for s in range(1500)
+    ]
+    want = {
+        (0.0, 3.0): 0.6 * 0.9 + 0.2 * 27 / 31,
+        (0.0, 1.0): 0.6 * 0.1 + 0.2 * 3 / 7,
+        (1.0, 3.0): 0.2 * 4 / 7 + 0.2 * 4 / 31,
+    }
     for pair, share in want.items():
         assert pairs.count(pair) / 1500 == pytest.approx(share, abs=0.04)
 
@@ -205,7 +229,9 @@ def test_assign_takes_the_nearest_and_the_lower_of_two():
     assert assign(rows, centroids).tolist() == [[0, 0, 1, 2, 2], [0, 1, 2, 0, 2]]  # of equal ones, either
     assert assign(rows, centroids[:, :1]).tolist() == [[0] * 5] * 2
     random = torch.randn(2, 999, generator=seeded())
-    assert torch.equal(assign(random, centroids)[:1].long(), (random[:1, :, None] - centroids[:1, None]).abs().argmin(2))
+    assert torch.equal(
+        assign(random, centroids)[:1].long(), (random[:1, :, None] - centroids[:1, None]).abs().argmin(2)
+    )
     assert assign(random, centroids).dtype == torch.uint8
     many = torch.linspace(-1, 1, 256).expand(2, 256)
     assert torch.equal(assign(many, many), torch.arange(256).to(torch.uint8).expand(2, 256))

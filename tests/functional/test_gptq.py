@@ -21,20 +21,27 @@ def problem(rows=6, columns=24, samples=64, seed=0):
     """Weight and correlated inputs `[samples, columns]`."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns // 3, columns, generator=generator)
-    x = torch.randn(samples, columns // 3, generator=generator) @ mixing + 0.3 * torch.randn(samples, columns, generator=generator)
+    x = torch.randn(samples, columns // 3, generator=generator) @ mixing + 0.3 * torch.randn(
+        samples, columns, generator=generator
+    )
     return torch.randn(rows, columns, generator=generator), x
 
 
 def qparams(weight, grid, kind="channel"):
     """Scale and zero point for each element, from the extremes of what shares them."""
     rows, columns = weight.shape
-    parts = {"tensor": weight.reshape(1, 1, -1), "channel": weight.reshape(rows, 1, columns), "group": weight.reshape(rows, -1, 4)}[kind]
+    parts = {
+        "tensor": weight.reshape(1, 1, -1),
+        "channel": weight.reshape(rows, 1, columns),
+        "group": weight.reshape(rows, -1, 4),
+    }[kind]
     scale, zero_point = qparams_from_bounds(0.8 * parts.amin(-1), 0.8 * parts.amax(-1), grid)
     return tuple(t.repeat_interleave(columns // t.shape[1], dim=1).expand(rows, columns) for t in (scale, zero_point))
 
 
 def explicit(weight, hessian, scale, zero_point, grid, dampening, order):
-    """Optimal brain quantization with a given order of columns: each is taken out of the explicit inverse (numpy, float64)."""
+    """Optimal brain quantization with a given order of columns: each is taken out of the explicit inverse (numpy,
+    float64)."""
     w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
     s, z = scale.double().numpy(), zero_point.double().numpy()
     for j in range(len(h)):
@@ -64,7 +71,9 @@ def test_it_equals_the_explicit_inverse(grid, kind, act_order):
     for block in (1, 7, 24, 128):
         got = gptq_quantize(weight, hessian, scale, zero_point, grid, act_order=act_order, block_columns=block)
         np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
-    assert not np.allclose(want, fake_quantize(weight, scale, zero_point, grid).numpy(), atol=1e-3), "not what rounding to nearest gives"
+    assert not np.allclose(want, fake_quantize(weight, scale, zero_point, grid).numpy(), atol=1e-3), (
+        "not what rounding to nearest gives"
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -86,8 +95,14 @@ def test_it_is_near_the_best_of_all_roundings():
     scale = torch.full_like(weight, 0.6)
     grid, zero = IntegerGrid(-100, 100), torch.zeros(())
     floor = (weight / scale).floor()
-    every = [output_errors(weight - (floor + torch.tensor(ups)) * scale, x.T @ x) for ups in itertools.product([0, 1], repeat=8)]
-    best, nearest = torch.stack(every).amin(0), output_errors(weight - fake_quantize(weight, scale, zero, grid), x.T @ x)
+    every = [
+        output_errors(weight - (floor + torch.tensor(ups)) * scale, x.T @ x)
+        for ups in itertools.product([0, 1], repeat=8)
+    ]
+    best, nearest = (
+        torch.stack(every).amin(0),
+        output_errors(weight - fake_quantize(weight, scale, zero, grid), x.T @ x),
+    )
     found = output_errors(weight - gptq_quantize(weight, x.T @ x, scale, zero, grid), x.T @ x)
     assert found.sum() < best.sum() + 0.25 * (nearest.sum() - best.sum())
 
@@ -135,7 +150,9 @@ def test_dead_columns_become_zero_and_change_nothing_else():
 def test_a_hessian_that_is_not_positive_definite():
     weight, x = problem(samples=5)
     scale, zero_point = qparams(weight, GRID)
-    with pytest.raises(CalibrationError, match="not positive definite, with a dampening of 0: raise the dampening or bring more inputs"):
+    with pytest.raises(
+        CalibrationError, match="not positive definite, with a dampening of 0: raise the dampening or bring more inputs"
+    ):
         gptq_quantize(weight, x.T @ x, scale, zero_point, GRID, dampening=0.0)
     with pytest.raises(CalibrationError, match="not positive definite"):
         gptq_quantize(weight, -torch.eye(24), scale, zero_point, GRID)

@@ -24,7 +24,11 @@ def test_band_of_the_rounded_value_equals_torch_learnable_op(low, high, zero):
         lambda v, s, z: fake_quantize_learned(v, s, z, IntegerGrid(low, high, True), 0.25, "rounded"),
         lambda v, s, z: torch._fake_quantize_learnable_per_tensor_affine(v, s, z, low, high, 0.25),
     ):
-        v, s, z = x.clone().requires_grad_(), torch.tensor([0.13], requires_grad=True), torch.tensor([zero], requires_grad=True)
+        v, s, z = (
+            x.clone().requires_grad_(),
+            torch.tensor([0.13], requires_grad=True),
+            torch.tensor([zero], requires_grad=True),
+        )
         y = function(v, s, z)
         y.backward(upstream)
         grads.append((y.detach(), v.grad, s.grad, z.grad))
@@ -53,9 +57,13 @@ def test_gradients_are_the_papers_formulas_per_channel(low, high, zero, native):
     assert band.sum() > 20
     term = np.where(below, low - zero, np.where(above, high - zero, np.rint(ratio) - ratio))
     outside = below | above
-    np.testing.assert_allclose(s.grad.numpy(), 0.5 * (upstream.numpy() * term).sum(1, keepdims=True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        s.grad.numpy(), 0.5 * (upstream.numpy() * term).sum(1, keepdims=True), rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_array_equal(v.grad.numpy(), np.where(outside, 0.0, upstream.numpy()))
-    np.testing.assert_allclose(z.grad.numpy(), 0.5 * (upstream.numpy() * outside * -step).sum(1, keepdims=True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        z.grad.numpy(), 0.5 * (upstream.numpy() * outside * -step).sum(1, keepdims=True), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_on_the_outermost_level_the_gradient_is_that_of_the_level():
@@ -72,13 +80,17 @@ def test_unknown_band_is_refused():
         fake_quantize_learned(torch.ones(1), torch.ones(1), torch.zeros(1), IntegerGrid(-2, 1), band="half")
 
 
-@pytest.mark.parametrize(("spec", "passes"), [("int2 lsq", 0.0), ("int2 lsq:rounded", 1.0), ("uint2 lsq", 0.0), ("uint2 lsq:rounded", 1.0)])
+@pytest.mark.parametrize(
+    ("spec", "passes"), [("int2 lsq", 0.0), ("int2 lsq:rounded", 1.0), ("uint2 lsq", 0.0), ("uint2 lsq:rounded", 1.0)]
+)
 def test_the_spec_chooses_the_band(spec, passes):
     parsed = QuantSpec.parse(spec)
     assert str(parsed) == spec
     assert parsed.learned
     x = torch.tensor([[parsed.grid.quant_max + 0.3]], requires_grad=True)
-    quantizer = make_weight_quantizer(parsed, "w", (1, 1)) if parsed.signed else make_input_quantizer(parsed, "x", 1, -1)
+    quantizer = (
+        make_weight_quantizer(parsed, "w", (1, 1)) if parsed.signed else make_input_quantizer(parsed, "x", 1, -1)
+    )
     quantizer.set_calibrated()
     quantizer(x).sum().backward()
     assert x.grad.item() == passes

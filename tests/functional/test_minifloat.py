@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lq_plugin.functional import minifloat
-from lq_plugin.functional.minifloat import E2M1, E4M3, INT8, Minifloat, fake_quantize_minifloat, round_to_minifloat, saturates
+from lq_plugin.functional.minifloat import (
+    E2M1,
+    E4M3,
+    INT8,
+    Minifloat,
+    fake_quantize_minifloat,
+    round_to_minifloat,
+    saturates,
+)
 
 NAMES = ("E4M3", "E5M2", "E3M2", "E2M3", "E2M1", "INT8")
 ML_DTYPES = {
@@ -25,9 +33,12 @@ def fmt_of(name: str) -> Minifloat:
 
 
 def hard_inputs(fmt: Minifloat) -> torch.Tensor:
-    """Every value, every tie and their float32 neighbours, beyond the ends, subnormal float32, random bits; both signs."""
+    """Every value, every tie and their float32 neighbours, beyond the ends, subnormal float32, random bits; both
+    signs."""
     values = fmt.values().double()
-    ties = torch.cat([(values[1:] + values[:-1]) / 2, fmt.max_value + fmt.largest_step * torch.tensor([0.5, 1.0])]).float()
+    ties = torch.cat(
+        [(values[1:] + values[:-1]) / 2, fmt.max_value + fmt.largest_step * torch.tensor([0.5, 1.0])]
+    ).float()
     exact = torch.cat([fmt.values(), ties])
     around = [exact, torch.nextafter(exact, torch.tensor(torch.inf)), torch.nextafter(exact, torch.tensor(-torch.inf))]
     tiny = torch.tensor([0.0, 2.0**-149, 2.0**-127, 2.0**-126, 3.4e38, torch.inf])
@@ -92,7 +103,9 @@ def test_against_a_search_of_the_values(name):
 def test_the_header_s_table(name):
     fmt = fmt_of(name)
     row = next(line for line in str(minifloat.__doc__).splitlines() if line.startswith(f"| {name} |"))
-    exponent_bits, mantissa_bits, bias, largest, smallest, emax = (cell.strip() for cell in row.strip("|").split("|")[1:])
+    exponent_bits, mantissa_bits, bias, largest, smallest, emax = (
+        cell.strip() for cell in row.strip("|").split("|")[1:]
+    )
     assert (fmt.exponent_bits, fmt.mantissa_bits, fmt.bias) == (int(exponent_bits), int(mantissa_bits), int(bias))
     numerator, _, denominator = largest.partition("/")
     assert fmt.max_value == float(numerator) / float(denominator or 1) == fmt.values().max()

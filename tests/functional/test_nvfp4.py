@@ -11,7 +11,9 @@ from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_
 
 def data(rows: int = 500, spread: float = 2.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, 4, 16, generator=generator) * torch.exp2(spread * torch.randn(rows, 4, 1, generator=generator))
+    return torch.randn(rows, 4, 16, generator=generator) * torch.exp2(
+        spread * torch.randn(rows, 4, 1, generator=generator)
+    )
 
 
 def nearest(x: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -37,7 +39,8 @@ def test_equals_torchao(factor):
     x[..., 1:7] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5]) * (block * g)
     want = nvfp4_tensor.NVFP4Tensor.to_nvfp4(flat, per_tensor_scale=g).dequantize(torch.float32)
     block, _ = nvfp4_scales(x, g)
-    # torchao does not go below 2^-6, the smallest normal E4M3: blocks with a subnormal scale differ, as documented here.
+    # torchao does not go below 2^-6, the smallest normal E4M3: blocks with a subnormal scale differ, as documented
+    # here.
     normal = (block >= 2.0**-6).expand_as(x).reshape(flat.shape)
     assert 0.3 < normal.float().mean() < 1
     got = fake_quantize_nvfp4(x, g).reshape(flat.shape)

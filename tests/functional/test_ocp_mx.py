@@ -1,4 +1,5 @@
-"""MXFP8, MXFP6, MXFP4 and MXINT8 against torchao, the specification in plain Python, and known signal to noise ratios."""
+"""MXFP8, MXFP6, MXFP4 and MXINT8 against torchao, the specification in plain Python, and known signal to noise
+ratios."""
 
 import math
 from fractions import Fraction
@@ -87,8 +88,9 @@ def test_equals_torchao(name, mode):
         "mxfp4": getattr(torch, "float4_e2m1fn_x2", None),
     }[name]
     torch.manual_seed(0)
-    # Blocks from 2^-60 to 2^60. torchao differs by design, or lack of it, beyond: it divides by 2^-126 where X is 2^-127
-    # (and by 1 with rceil) but multiplies by X, so that blocks of subnormals and X itself do not agree with each other.
+    # Blocks from 2^-60 to 2^60. torchao differs by design, or lack of it, beyond: it divides by 2^-126 where X is
+    # 2^-127 (and by 1 with rceil) but multiplies by X, so that blocks of subnormals and X itself do not agree with each
+    # other.
     x = torch.randn(2000, 64) * 2.0 ** torch.randint(-60, 60, (2000, 1))
     x[:5] = 0.0
     x[5:40, 0] = 2.0 ** torch.arange(-17, 18)  # amax at powers of two, and next to them

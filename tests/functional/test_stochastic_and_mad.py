@@ -31,7 +31,9 @@ def test_stochastic_rounding_is_the_formula(value, u, zero):
     x = torch.tensor([value], requires_grad=True)
     y = fake_quantize_stochastic(x, torch.tensor(0.25), torch.tensor(zero), grid, torch.tensor([u]))
     # In float32, as the function computes: the sum x / s + u may round up to the next whole number.
-    q = np.clip(np.floor(np.float32(np.float32(value) * np.float32(4)) + np.float32(u)) + zero, grid.quant_min, grid.quant_max)
+    q = np.clip(
+        np.floor(np.float32(np.float32(value) * np.float32(4)) + np.float32(u)) + zero, grid.quant_min, grid.quant_max
+    )
     assert y.item() == (q - zero) * 0.25
     y.backward()
     assert x.grad.item() == (grid.quant_min <= value * 4 + zero <= grid.quant_max)

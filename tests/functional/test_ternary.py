@@ -44,7 +44,9 @@ def test_thresholds_of_known_distributions(draw, exact_ratio, exact_error, appro
     assert exact.item() / np.abs(row).mean() == pytest.approx(exact_ratio, abs=0.02)
     if exact_error is not None:
         assert twn_error(row, exact.item()) / len(row) == pytest.approx(exact_error, rel=5e-3)
-        assert twn_error(row, approximate_threshold(rows).item()) / len(row) == pytest.approx(approximate_error, rel=5e-3)
+        assert twn_error(row, approximate_threshold(rows).item()) / len(row) == pytest.approx(
+            approximate_error, rel=5e-3
+        )
 
 
 def test_ternarize_values_and_gradient():
@@ -59,7 +61,8 @@ def test_ternarize_values_and_gradient():
 
 @pytest.mark.parametrize("scale_shape", [(1, 1), (3, 1)])
 def test_ttq_gradients(scale_shape):
-    """The scales' rules are autograd's own of the forward formula; the weight's is the paper's straight-through rule."""
+    """The scales' rules are autograd's own of the forward formula; the weight's is the paper's straight-through
+    rule."""
     generator = torch.Generator().manual_seed(3)
     w = torch.randn(3, 50, generator=generator, requires_grad=True)
     positive = torch.rand(scale_shape, generator=generator).add(0.5).requires_grad_()
@@ -94,7 +97,11 @@ def test_ttq_starts_at_the_mean_magnitudes_above_the_threshold():
 
 def test_twn_per_filter_and_per_tensor_thresholds():
     weight = torch.stack([torch.linspace(-1, 1, 9), torch.linspace(-10, 10, 9)])
-    for spec, groups in (("twn", [weight.flatten()]), ("twn per_channel", list(weight)), ("twn:0.75 per_channel", list(weight))):
+    for spec, groups in (
+        ("twn", [weight.flatten()]),
+        ("twn per_channel", list(weight)),
+        ("twn:0.75 per_channel", list(weight)),
+    ):
         layer = nn.Linear(9, 2)
         layer.weight.data = weight.clone()
         prepare(nn.Sequential(layer), QuantPlan([Rule("*", weight=spec)]))

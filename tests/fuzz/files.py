@@ -24,12 +24,28 @@ from tests.fuzz.target import OTHER, SAME, Failure, Target
 from tests.lifecycle import test_hostile_plans
 
 #: Words of plans, of which many mutations stay plans.
-SPECS = ("int2", "int4 per_channel", "uint8 affine", "int4 group4 ragged", "mxfp4", "kmeans2", "bwn", "twn", "float", "int8 lsq", "nvfp4")
+SPECS = (
+    "int2",
+    "int4 per_channel",
+    "uint8 affine",
+    "int4 group4 ragged",
+    "mxfp4",
+    "kmeans2",
+    "bwn",
+    "twn",
+    "float",
+    "int8 lsq",
+    "nvfp4",
+)
 
 
 def need_untouched(model: Any, before: dict[str, Tensor]) -> None:
     state = model.state_dict()
-    if quantized_layers(model) or state.keys() != before.keys() or any(not torch.equal(state[key], value) for key, value in before.items()):
+    if (
+        quantized_layers(model)
+        or state.keys() != before.keys()
+        or any(not torch.equal(state[key], value) for key, value in before.items())
+    ):
         raise Failure("it was refused, and the model is not as before")
 
 
@@ -54,7 +70,10 @@ class Loaded(Target):
         if not quantized_layers(model):
             raise Failure("it was read, and nothing is quantized")
         with torch.no_grad():
-            if any(layer.weight_quantizer is not None and layer.quantized_weight().isnan().any() for _, layer in quantized_layers(model)):
+            if any(
+                layer.weight_quantizer is not None and layer.quantized_weight().isnan().any()
+                for _, layer in quantized_layers(model)
+            ):
                 raise Failure("quantized weights are NaN")
             return SAME if self.output(model).equal(self.wanted) else OTHER
 
@@ -71,7 +90,10 @@ class Loaded(Target):
 class Packed(Loaded):
     name = "packed files"
     share = 2000
-    legitimate = "codes, scales or float numbers in the blob, places of the same sizes, or a plan that fits the same layers: another model"
+    legitimate = (
+        "codes, scales or float numbers in the blob, places of the same sizes, or a plan that fits the same layers: "
+        "another model"
+    )
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -94,14 +116,18 @@ class Packed(Loaded):
         metadata, blob, table = copy.deepcopy(self.content)
         part = rng.choice(["table", "table", "table", "plan", "plan text", "metadata", "blob"])
         if part == "table":
-            table = mutated(rng, table, words=[*SPECS, [0, [8], "float32"], [0, [8, 16], 4], "float16", "bool", "complex64"])
+            table = mutated(
+                rng, table, words=[*SPECS, [0, [8], "float32"], [0, [8, 16], 4], "float16", "bool", "complex64"]
+            )
         elif part == "plan":
             metadata["plan"] = json.dumps(mutated(rng, json.loads(metadata["plan"]), words=SPECS))
         elif part == "plan text":
             metadata["plan"] = clean(other_text(rng, metadata["plan"]))
         elif part == "metadata":
             changed = mutated(rng, metadata)
-            metadata = {"plan": ""} | ({clean(key): clean(value) for key, value in changed.items()} if isinstance(changed, dict) else {})
+            metadata = {"plan": ""} | (
+                {clean(key): clean(value) for key, value in changed.items()} if isinstance(changed, dict) else {}
+            )
         else:
             blob = mutated_blob(rng, blob)
         return metadata, blob, table
@@ -144,14 +170,31 @@ def mutated_tensor(rng: random.Random, value: Any) -> Any:
         flat[rng.randrange(len(flat))] = rng.choice([np.nan, np.inf, -np.inf, 1e30, 1e-45])
         return flat.reshape(value.shape)
     if kind == 2:
-        return value.to(rng.choice([torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.bfloat16]))
-    return rng.choice([flat, flat[:0], flat[: len(flat) // 2], value[None], -value.float(), torch.zeros_like(value), value.to_sparse()])
+        return value.to(
+            rng.choice(
+                [torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.bfloat16]
+            )
+        )
+    return rng.choice(
+        [
+            flat,
+            flat[:0],
+            flat[: len(flat) // 2],
+            value[None],
+            -value.float(),
+            torch.zeros_like(value),
+            value.to_sparse(),
+        ]
+    )
 
 
 class Checkpoints(Loaded):
     name = "checkpoints"
     share = 1500
-    legitimate = "numbers, number types of the same shapes, or a plan with the same buffers: another model (weights may then be anything)"
+    legitimate = (
+        "numbers, number types of the same shapes, or a plan with the same buffers: another model "
+        "(weights may then be anything)"
+    )
     errors = (RuntimeError,)  # of torch, for keys and shapes; `use` lets no other pass
 
     def __init__(self, folder: Path) -> None:
@@ -214,7 +257,9 @@ class Checkpoints(Loaded):
 class Plans(Target):
     name = "plan files"
     share = 2500
-    legitimate = "a changed number, word or pattern of a hand-written plan is another plan; it survives being written and read"
+    legitimate = (
+        "a changed number, word or pattern of a hand-written plan is another plan; it survives being written and read"
+    )
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -10,10 +10,14 @@ from typing import Any
 
 #: What takes the place of any value.
 EXTREMES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 17, 255, 2**31, -(2**31), 2**63, 2**64, 10**40, 0.0, -0.0, 0.5, -0.5, 1e-45, 1e-300, 1e300,
-    math.nan, math.inf, -math.inf, "", " ", "x", "nan", "-1", "1e400", "null", "٤", "²", "\0", "\udc80", "\u2028", "=1+1", "[/red]",
-    "$x^{$", "%s", "{}", "../..", "re:(", "re:(a+)+$", "re:a{9999999999}", "type:", "*", "?", "**", "x" * 3000, "9" * 5000,
-    "float", "int4", "int0", "int17", "uint8 affine", "group16", "per_channel", "mse", "lsq", "mxfp4", "_target_", "builtins.object",
+    None, True, False, 0, 1, -1, 2, 3, 17, 255, 2**31, -(2**31), 2**63, 2**64, 10**40, 0.0, -0.0, 0.5, -0.5, 1e-45,
+    1e-300, 1e300,
+    math.nan, math.inf, -math.inf, "", " ", "x", "nan", "-1", "1e400", "null", "٤", "²", "\0", "\udc80", "\u2028",
+    "=1+1", "[/red]",
+    "$x^{$", "%s", "{}", "../..", "re:(", "re:(a+)+$", "re:a{9999999999}", "type:", "*", "?", "**", "x" * 3000,
+    "9" * 5000,
+    "float", "int4", "int0", "int17", "uint8 affine", "group16", "per_channel", "mse", "lsq", "mxfp4", "_target_",
+    "builtins.object",
     "lq_plugin.nowhere", [], [None], [[]], [1, 2], {}, {"": None}, {"_target_": "nowhere.Nothing"}, {"match": "*"},
 )  # fmt: skip
 
@@ -48,7 +52,17 @@ def other_text(rng: random.Random, text: str) -> str:
 
 def other_number(rng: random.Random, number: Any) -> Any:
     changed: Any = rng.choice(
-        [-number, number + 1, number - 1, number * 2, number * 2**20, number * 10**9, float(number), str(number), [number]]
+        [
+            -number,
+            number + 1,
+            number - 1,
+            number * 2,
+            number * 2**20,
+            number * 10**9,
+            float(number),
+            str(number),
+            [number],
+        ]
     )
     return changed
 
@@ -61,7 +75,9 @@ def other_leaf(rng: random.Random, value: Any) -> Any:
     return copy.deepcopy(rng.choice(EXTREMES))
 
 
-def mutated(rng: random.Random, tree: Any, leaf: Callable[[random.Random, Any], Any] = other_leaf, words: Sequence[Any] = ()) -> Any:
+def mutated(
+    rng: random.Random, tree: Any, leaf: Callable[[random.Random, Any], Any] = other_leaf, words: Sequence[Any] = ()
+) -> Any:
     """Returns a copy of a tree after one to three changes.
 
     Args:

@@ -3,7 +3,8 @@
     python -m tests.fuzz.run --seed 0 --count 10000 --write       # RESULTS.md
     python -m tests.fuzz.run --seed 0 --target "plan files" --case 17     # that case alone, with its traceback
 
-Each target has a process of its own, with limits on memory and on the time of a case; one that dies is a failure of the case it had.
+Each target has a process of its own, with limits on memory and on the time of a case; one that dies is a failure of the
+case it had.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ def targets() -> dict[str, type[Target]]:
     """Returns every target by its name. They import torch and Lightning, the table does not."""
     from tests.fuzz import files, settings
 
-    kinds: tuple[Any, ...] = (files.Packed, files.Checkpoints, files.Plans, settings.SearchSettings, settings.SweepConfig)
+    kinds: tuple[Any, ...] = (
+        files.Packed,
+        files.Checkpoints,
+        files.Plans,
+        settings.SearchSettings,
+        settings.SweepConfig,
+    )
     return {kind.name: kind for kind in kinds}
 
 
@@ -114,7 +121,8 @@ def work(name: str, seed: int, first: int, count: int, channel: Any) -> None:
 
 
 def run(name: str, seed: int, count: int) -> Iterator[tuple[int, str, str]]:
-    """Yields case, outcome and traceback of `count` cases; `BROKEN` as the case, and no other, where the target itself has an error."""
+    """Yields case, outcome and traceback of `count` cases; `BROKEN` as the case, and no other, where the target itself
+    has an error."""
     context, case = multiprocessing.get_context("spawn"), 0
     while case < count:
         ours, theirs = context.Pipe(duplex=False)
@@ -146,7 +154,9 @@ def shares(count: int, names: dict[str, type[Target]]) -> dict[str, int]:
 def table(rows: dict[str, Counter[str]], kinds: dict[str, type[Target]], seed: int, seconds: float) -> str:
     """Returns the outcomes as Markdown."""
     total = sum(sum(row.values()) for row in rows.values())
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "hydra-core", "omegaconf", "optuna"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "lightning", "hydra-core", "omegaconf", "optuna")
+    )
     lines = [
         "# Mutated inputs and how they ended",
         "",
@@ -160,7 +170,8 @@ def table(rows: dict[str, Counter[str]], kinds: dict[str, type[Target]], seed: i
         lines.append(f"| {name} | {sum(row.values())} | {row[ERROR]} | {row[SAME]} | {row[OTHER]} | {row[FAILED]} |")
     lines += [
         "",
-        "*Own error*: an error of the `QuantizationError` family, what the function's documentation promises next to it "
+        "*Own error*: an error of the `QuantizationError` family, what the function's documentation promises next to "
+        "it "
         "(`load_checkpoint`: torch's own error of keys and shapes), or OmegaConf's of a value that its schema refuses; "
         "a model is as before. "
         "*Same result*: as of the input without the mutation. *Other valid result*:",
@@ -204,7 +215,10 @@ def main(arguments: list[str] | None = None) -> int:
                 if case == BROKEN:
                     print(f"{why}\nan error of the target {name!r}: none of its cases was tried\n", flush=True)
                     continue
-                print(f"{why}\nagain: python -m tests.fuzz.run --seed {args.seed} --target '{name}' --case {case}\n", flush=True)
+                print(
+                    f"{why}\nagain: python -m tests.fuzz.run --seed {args.seed} --target '{name}' --case {case}\n",
+                    flush=True,
+                )
         print(f"{name}: {dict(rows[name])}, {time.perf_counter() - started:.0f} s", flush=True)
     text = table(rows, kinds, args.seed, time.perf_counter() - started)
     print(text)

@@ -29,24 +29,53 @@ SPACE: dict[str, Any] = {
     "tie": ["down.*"],
 }
 OPTIONS: dict[str, Any] = {
-    "metric": "val/acc", "mode": "max", "cost": ["effective_bits", "bops"], "constraints": ["effective_bits <= 4.5", "val/acc >= 0.9"],
-    "n_trials": 3, "study_name": "fuzz", "uniform": True, "seeds": 4, "sensitivity": "auto", "sensitivity_batches": 2, "latency": None,
-    "heartbeat": 10, "max_failures": 10, "promote_within": None, "promote_first": 4, "pruner": None, "calibration_batches": 8,
+    "metric": "val/acc", "mode": "max", "cost": ["effective_bits", "bops"], "constraints": ["effective_bits <= 4.5",
+    "val/acc >= 0.9"],
+    "n_trials": 3, "study_name": "fuzz", "uniform": True, "seeds": 4, "sensitivity": "auto", "sensitivity_batches": 2,
+    "latency": None,
+    "heartbeat": 10, "max_failures": 10, "promote_within": None, "promote_first": 4, "pruner": None,
+    "calibration_batches": 8,
     "fidelity": [{"batches": 4}, {}, {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}],
     "phases": ["fold_batch_norm", "calibrate"], "seed": 0, "worker": 0,
 }  # fmt: skip
 SWEEP: dict[str, Any] = {
-    "study_name": "fuzz", "direction": ["maximize", "minimize"], "n_trials": 4, "n_jobs": 2, "seed": 1, "costs": ["effective_bits"],
+    "study_name": "fuzz", "direction": ["maximize", "minimize"], "n_trials": 4, "n_jobs": 2, "seed": 1,
+    "costs": ["effective_bits"],
     "sampler": {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "n_startup_trials": 4},
-    "pruner": {"_target_": "lq_plugin.search.dominance.DominancePruner"}, "params": {"x": "interval(0, 1)", "y": "choice(1, 2)", "z": 3},
-    "layers": {"weight": SPACE["weight"], "rules": SPACE["rules"], "plan": "w4a8"}, "plan_key": "callbacks.lq_qat.plan", "uniform": True,
+    "pruner": {"_target_": "lq_plugin.search.dominance.DominancePruner"}, "params": {"x": "interval(0, 1)",
+    "y": "choice(1, 2)", "z": 3},
+    "layers": {"weight": SPACE["weight"], "rules": SPACE["rules"], "plan": "w4a8"}, "plan_key": "callbacks.lq_qat.plan",
+    "uniform": True,
     "enqueue": [{"x": 0.5}], "constraints": ["effective_bits <= 4.5"], "retries": 1, "max_failures": 3, "heartbeat": 10,
     "storage": "sqlite:///study.db",
 }  # fmt: skip
 WORDS = (
-    *("effective_bits", "latency", "min", "maximize", "val/acc <= 1", "kl", "calibrate", "gptq", "equalize", "residual", "x=1"),
-    *("sqlite:///other.db", "postgresql://nobody@nowhere/x", "choice(1, 2)", "range(1, 3)", "interval(1, 0)", "optuna.pruners.NopPruner"),
-    *({"_target_": "optuna.pruners.MedianPruner"}, {"_target_": "optuna.samplers.RandomSampler"}, {"match": "*", "weight": "int4"}),
+    *(
+        "effective_bits",
+        "latency",
+        "min",
+        "maximize",
+        "val/acc <= 1",
+        "kl",
+        "calibrate",
+        "gptq",
+        "equalize",
+        "residual",
+        "x=1",
+    ),
+    *(
+        "sqlite:///other.db",
+        "postgresql://nobody@nowhere/x",
+        "choice(1, 2)",
+        "range(1, 3)",
+        "interval(1, 0)",
+        "optuna.pruners.NopPruner",
+    ),
+    *(
+        {"_target_": "optuna.pruners.MedianPruner"},
+        {"_target_": "optuna.samplers.RandomSampler"},
+        {"match": "*", "weight": "int4"},
+    ),
 )
 
 
@@ -93,7 +122,9 @@ class SweepConfig(Target):
     def use(self, case: Any) -> str:
         sweeper = OmegaConf.merge(OmegaConf.structured(LQSweeperConf), OmegaConf.create(case))
         hydra = {"sweep": {"dir": str(self.folder)}, "sweeper": sweeper}
-        config: Any = OmegaConf.create({"hydra": hydra, "callbacks": {"lq_qat": {"plan": "w4a8"}}, "x": 0, "y": 0, "z": 0})
+        config: Any = OmegaConf.create(
+            {"hydra": hydra, "callbacks": {"lq_qat": {"plan": "w4a8"}}, "x": 0, "y": 0, "z": 0}
+        )
         try:
             settings = SweepSettings.from_config(config)
             jobs = JobOverrides.parse(settings.params, [], None)

@@ -50,7 +50,8 @@ class Target:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises AssertionError, from what happened, unless the unmutated input gives its result: without that no mutation says much."""
+        """Raises AssertionError, from what happened, unless the unmutated input gives its result: without that no
+        mutation says much."""
         try:
             found = self.use(self.unmutated())
         except Exception as error:

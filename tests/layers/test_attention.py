@@ -31,7 +31,13 @@ MODULES = {
     "separate": lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True),
     "same key and value": lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=6),
 }
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+}
 
 
 @pytest.fixture(params=MODULES, ids=list(MODULES))
@@ -76,7 +82,9 @@ def calls_of(net):
 
 MASKS = {
     "none": {},
-    "padding": {"key_padding_mask": torch.tensor([[False] * 4, [False, False, True, True], [False] * 3 + [True], [False] * 4])},
+    "padding": {
+        "key_padding_mask": torch.tensor([[False] * 4, [False, False, True, True], [False] * 3 + [True], [False] * 4])
+    },
     "causal": {"attn_mask": nn.Transformer.generate_square_subsequent_mask(4), "is_causal": True},
     "weights of each head": {"average_attn_weights": False},
     "no weights": {"need_weights": False},
@@ -128,7 +136,11 @@ def test_self_attention_quantizes_its_input_once_on_every_path(training, grad):
     xq = quantized_uint8(new, x)
     with torch.set_grad_enabled(grad):
         assert_same(module(new, new, new), reference.requires_grad_(grad)(xq, xq, xq))
-    assert counts == {"attention.in_proj_weight.weight": 1, "attention.in_proj_weight.input": 1, "attention.out_proj.weight": 1}
+    assert counts == {
+        "attention.in_proj_weight.weight": 1,
+        "attention.in_proj_weight.input": 1,
+        "attention.out_proj.weight": 1,
+    }
     module(new, x, x)
     assert counts["attention.in_proj_weight.input"] == 3
 
@@ -212,7 +224,9 @@ def test_names_cost_and_ledger():
     ledger.add_recording(recording)
     assert ledger["attention"].macs == 3 * 2 * 7 * 11 * 8
     read = 3 * (7 * 8 * 8 + 11 * 6 * 8 + 11 * 5 * 8)
-    assert ledger.compute_coverage == read / (read + 3 * 2 * 7 * 11 * 8 + 3 * 7 * 8 * 8), "scores and the input of out_proj are float"
+    assert ledger.compute_coverage == read / (read + 3 * 2 * 7 * 11 * 8 + 3 * 7 * 8 * 8), (
+        "scores and the input of out_proj are float"
+    )
     assert ledger.weight_coverage == 1.0
     calibrate(net, [(q, k, v)], lambda batch: module(*batch))
     rows = layer_fidelity(net, lambda: module(q, k, v))
@@ -394,7 +408,9 @@ def test_qat_learns_and_its_checkpoint_loads(plan, tmp_path):
     if "lsq" in plan:
         moments = trainer.optimizers[0].state
         scales = [p for name, p in model.named_parameters() if "quantizer" in name]
-        assert len(scales) == len(names) + 2 * (len(names) - 2), "an input has a scale and a zero point, the two out_proj have none"
+        assert len(scales) == len(names) + 2 * (len(names) - 2), (
+            "an input has a scale and a zero point, the two out_proj have none"
+        )
         assert all(moments[p]["exp_avg"].abs().sum() > 0 for p in scales), "gradients reached them"
 
 
@@ -408,7 +424,9 @@ def test_the_evaluator_scores_what_ptq_scores():
     plans = ["w8a8", "w4a8", QuantPlan([Rule("*.in_proj_weight", weight="int2 per_channel", input="uint4 affine")])]
     space = {"weight": ["float", "int8 per_channel", "int4 per_channel", "int2 per_channel"]}
     space["input"] = ["float", "uint8 affine ema", "uint4 affine"]
-    with Evaluator(model, data, trainer=lambda **options: L.Trainer(accelerator="cpu", **options), calibration_batches=2) as evaluator:
+    with Evaluator(
+        model, data, trainer=lambda **options: L.Trainer(accelerator="cpu", **options), calibration_batches=2
+    ) as evaluator:
         evaluator.calibrate(space)
         got = [evaluator.evaluate(plan) for plan in plans]
     for name, value in model.state_dict().items():

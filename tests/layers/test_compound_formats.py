@@ -60,7 +60,9 @@ def test_weights(spec, module):
         assert torch.equal(run(other["m"].eval(), x), y)
     run(module.train(), x).square().sum().backward()
     for name, parameter in module.named_parameters():
-        assert parameter.grad is not None or ("weight" in name and "kmeans" in spec), f"{name}: no centroids stand for it"
+        assert parameter.grad is not None or ("weight" in name and "kmeans" in spec), (
+            f"{name}: no centroids stand for it"
+        )
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
     assert 0 < cost(net).effective_bits < 32
     rows = layer_fidelity(net)

@@ -1,4 +1,5 @@
-"""Embedding tables: what is looked up and then quantized is what a lookup in the quantized table gives, gradients included."""
+"""Embedding tables: what is looked up and then quantized is what a lookup in the quantized table gives, gradients
+included."""
 
 import copy
 
@@ -12,8 +13,10 @@ from lq_plugin.functional.lookup import Reading
 from lq_plugin.native import use_native
 
 BY_ROWS = [
-    "int8 per_channel", "int8", "int4 per_channel affine", "int4 affine mse", "int4 per_channel mse", "uint4 per_channel affine",
-    "int4 group4", "int4 group3 ragged", "int4 group4 mse", "int4 per_channel lsq", "int4 lsq", "int4 per_channel affine lsq",
+    "int8 per_channel", "int8", "int4 per_channel affine", "int4 affine mse", "int4 per_channel mse",
+    "uint4 per_channel affine",
+    "int4 group4", "int4 group3 ragged", "int4 group4 mse", "int4 per_channel lsq", "int4 lsq", "int4 per_channel "
+    "affine lsq",
     "int4 group4 lsq", "int4 per_channel octav mad", "int4 per_channel mad", "mx6", "mxfp4:rceil",
 ]  # fmt: skip
 BY_TABLE = [
@@ -39,11 +42,17 @@ def table(spec, **options):
 
 
 def gradients(net):
-    return {name: p.grad.to_dense() if p.grad.is_sparse else p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.to_dense() if p.grad.is_sparse else p.grad
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True, "padding_idx": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True, "padding_idx": 1}], ids=str
+)
 @pytest.mark.parametrize("spec", BY_ROWS)
 def test_numbers_and_gradients_are_those_of_the_quantized_table(spec, options, native):
     net = table(spec, **options)

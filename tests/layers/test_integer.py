@@ -73,14 +73,17 @@ def assert_same_step(model, x):
     assert all(map(torch.equal, seen2, seen))
 
 
-inputs_of = st.sampled_from(["uint{} affine ema", "int{} ema", "uint{} minmax", "int{} affine percentile:90", "uint{} affine mse"])
+inputs_of = st.sampled_from(
+    ["uint{} affine ema", "int{} ema", "uint{} minmax", "int{} affine percentile:90", "uint{} affine mse"]
+)
 weights_of = st.sampled_from(["int{} per_channel", "int{}", "int{} per_channel mse", "int{} percentile:80"])
 
 
 @needs_kernels
 @given(
     weights_of, inputs_of, st.integers(2, BITS), st.integers(2, 8), st.integers(0, 99), st.booleans(), st.booleans(),
-    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3),
+    st.integers(0, 3)),
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)), st.integers(9, 13), st.integers(9, 11),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
@@ -91,7 +94,14 @@ def test_convolution(weight, inputs, weight_bits, input_bits, seed, bias, channe
         groups = 1
     torch.manual_seed(seed)
     conv = nn.Conv2d(
-        2 * c_in * groups, c_out * groups, (kh, kw), (stride, 1), (padding, padding // 2), (dilation, 1), groups=groups, bias=bias
+        2 * c_in * groups,
+        c_out * groups,
+        (kh, kw),
+        (stride, 1),
+        (padding, padding // 2),
+        (dilation, 1),
+        groups=groups,
+        bias=bias,
     )
     x = torch.randn(n, 2 * c_in * groups, height, width) * torch.rand(()).add(0.1) + torch.rand(())
     if channels_last:
@@ -110,7 +120,9 @@ def test_convolution(weight, inputs, weight_bits, input_bits, seed, bias, channe
 def test_linear(weight, inputs, weight_bits, input_bits, seed, bias, shape, c_in, c_out):
     torch.manual_seed(seed)
     x = torch.randn(*shape, c_in) + 0.4
-    model = prepared(nn.Sequential(nn.Linear(c_in, c_out, bias)), f"{weight.format(weight_bits)} / {inputs.format(input_bits)}", x)
+    model = prepared(
+        nn.Sequential(nn.Linear(c_in, c_out, bias)), f"{weight.format(weight_bits)} / {inputs.format(input_bits)}", x
+    )
     assert_same_step(model, x * 1.3)
 
 
@@ -130,7 +142,9 @@ def test_padding_stands_for_zero():
 
 
 @needs_kernels
-@pytest.mark.parametrize("grid", [IntegerGrid(0, 255, True), IntegerGrid(-128, 127), IntegerGrid(-7, 7), IntegerGrid(0, 3, True)])
+@pytest.mark.parametrize(
+    "grid", [IntegerGrid(0, 255, True), IntegerGrid(-128, 127), IntegerGrid(-7, 7), IntegerGrid(0, 3, True)]
+)
 def test_kernels_for_all_processors_agree(grid):
     torch.manual_seed(0)
     x = torch.randn(100_003) * 2
@@ -159,7 +173,9 @@ def test_what_is_kept_for_backward_is_a_quarter():
     model = prepared(nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)), W8A8, x.detach())
     enable_integer_forward(model, True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
         model(x)
     assert sum(kept) < 0.3 * x.numel() * 4
 
@@ -292,7 +308,10 @@ def test_a_trial_chooses_once_and_leaves_no_trace():
     assert torch.equal(y, expected)
     assert all(map(torch.equal, again, seen))
     assert all(torch.equal(tried[name], gradient) for name, gradient in gradients.items())
-    assert settle_integer_forward(model, lambda mine: {"0": True, "2": False} if set(mine) == {"0", "2"} else {}) == ["0", "2"]
+    assert settle_integer_forward(model, lambda mine: {"0": True, "2": False} if set(mine) == {"0", "2"} else {}) == [
+        "0",
+        "2",
+    ]
     assert integer_choices(model) == {"0": True, "2": False}
     assert settle_integer_forward(model, lambda mine: pytest.fail("all have a choice")) == []
     assert integer_report(model)["0"].startswith("integer (")
@@ -346,7 +365,9 @@ def test_a_trial_within_gradient_checkpointing(reentrant):
     expected = gradients(model)
     enable_integer_forward(model)
     for choice in (None, True, False):
-        for found, wanted in zip(gradients(lambda given: checkpoint(model, given, use_reentrant=reentrant)), expected, strict=True):
+        for found, wanted in zip(
+            gradients(lambda given: checkpoint(model, given, use_reentrant=reentrant)), expected, strict=True
+        ):
             assert_close(found, wanted)
         assert set(integer_choices(model).values()) == ({choice} - {None})
         settle_integer_forward(model, lambda mine: dict.fromkeys(mine, True))

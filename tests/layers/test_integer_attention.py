@@ -1,4 +1,5 @@
-"""Self-attention whose projections are summed with integers, against torch's own attention on fake-quantized operands."""
+"""Self-attention whose projections are summed with integers, against torch's own attention on fake-quantized
+operands."""
 
 import copy
 
@@ -25,7 +26,9 @@ MASKS = {
     "causal": {"attn_mask": CAUSAL, "is_causal": True},
     "causal, said by the mask alone": {"attn_mask": CAUSAL},
     "boolean": {"attn_mask": CAUSAL < 0},
-    "for each head": {"attn_mask": torch.randn(BATCH * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2))},
+    "for each head": {
+        "attn_mask": torch.randn(BATCH * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2))
+    },
     "causal and padding": {"attn_mask": CAUSAL < 0, "key_padding_mask": PADDING, "is_causal": True},
     "for each head and padding": {
         "attn_mask": torch.randn(BATCH * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2)),
@@ -59,7 +62,9 @@ def step(net, x, **options):
     x = x.clone().requires_grad_()
     y = net(x, **options)
     parameters = list(net.parameters())
-    gradients = torch.autograd.grad(y, [x, *parameters], torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    gradients = torch.autograd.grad(
+        y, [x, *parameters], torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    )
     return [y.detach(), *gradients, *(q.batch_max.clone() for q in quantizers(net) if isinstance(q, InputQuantizer))]
 
 
@@ -107,12 +112,15 @@ def test_wrong_masks_are_torchs_to_refuse():
 
 
 def test_dropout_draws_and_an_encoder_layer_learns_alike():
-    """The same seed drops other elements, for the scores lie in memory otherwise: what is compared is what training reaches."""
+    """The same seed drops other elements, for the scores lie in memory otherwise: what is compared is what training
+    reaches."""
     x = torch.randn(64, LENGTH, WIDTH, generator=torch.Generator().manual_seed(5))
     losses = {}
     for integer in (False, True):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.1, batch_first=True), nn.Linear(WIDTH, WIDTH))
+        net = nn.Sequential(
+            nn.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.1, batch_first=True), nn.Linear(WIDTH, WIDTH)
+        )
         prepare(net, QuantPlan([Rule("*", weight=WEIGHT, input="uint8 affine ema")]))
         calibrate(net, [x])
         if integer:

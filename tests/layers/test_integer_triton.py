@@ -1,6 +1,7 @@
 """Layers whose forward pass the Triton kernels compute with integers, against fake quantization by torch operations.
 
-On a GPU where there is one, else in Triton's interpreter on CPU tensors, which truncates to bfloat16 where a GPU rounds to it.
+On a GPU where there is one, else in Triton's interpreter on CPU tensors, which truncates to bfloat16 where a GPU rounds
+to it.
 """
 
 import copy
@@ -131,7 +132,9 @@ def test_half_precision(number, dtype):
     make, shape = LAYERS[number]
     torch.manual_seed(number)
     x = (generated(*shape) + 0.4).to(dtype)
-    assert_same_as_fake_quantization(prepared(nn.Sequential(make()).to(DEVICE, dtype), W8A8, x), x * 1.3, ROUNDING[dtype])
+    assert_same_as_fake_quantization(
+        prepared(nn.Sequential(make()).to(DEVICE, dtype), W8A8, x), x * 1.3, ROUNDING[dtype]
+    )
 
 
 @pytest.mark.usefixtures("triton_everywhere")
@@ -178,7 +181,9 @@ def test_what_is_kept_for_backward_is_a_quarter():
     model = prepared(nn.Sequential(nn.Conv2d(64, 8, 1)).to(DEVICE), W8A8, x.detach())
     enable_integer_forward(model, True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
         model(x)
     assert sum(kept) < 0.3 * x.numel() * 4
 
@@ -266,8 +271,10 @@ def test_a_trainer_trains_as_with_fake_quantization(tmp_path):
         torch.manual_seed(0)
         model = DigitsCNN(width=4)
         trainer = lightning.Trainer(
-            max_steps=2, callbacks=[QAT("w8a8", forward=forward)], accelerator="gpu" if DEVICE == "cuda" else "cpu", devices=1,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            max_steps=2, callbacks=[QAT("w8a8", forward=forward)], accelerator="gpu" if DEVICE == "cuda" else "cpu",
+            devices=1,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
             num_sanity_val_steps=0, limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(model, datamodule=DigitsDataModule(batch_size=4))

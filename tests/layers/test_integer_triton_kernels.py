@@ -1,4 +1,5 @@
-"""The Triton kernels of the integer forward pass: on a GPU where there is one, else in Triton's interpreter on CPU tensors.
+"""The Triton kernels of the integer forward pass: on a GPU where there is one, else in Triton's interpreter on CPU
+tensors.
 
 The references are the C++ kernels, sums in int64, and the dispatcher, which sees who waits for the device.
 """
@@ -24,7 +25,13 @@ from lq_plugin.layers.integer.triton_arithmetic import TritonArithmetic  # noqa:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BYTES = IntegerGrid(0, 255, True)
 SIGNED = IntegerGrid(-128, 127)
-GRIDS = [(BYTES, 3.0), (SIGNED, 0.0), (IntegerGrid(-7, 7), 0.0), (IntegerGrid(0, 3, True), 1.0), (IntegerGrid(-128, 127, True), -100.0)]
+GRIDS = [
+    (BYTES, 3.0),
+    (SIGNED, 0.0),
+    (IntegerGrid(-7, 7), 0.0),
+    (IntegerGrid(0, 3, True), 1.0),
+    (IntegerGrid(-128, 127, True), -100.0),
+]
 # What the interpreter's numpy says of infinities, which are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -109,7 +116,11 @@ def integers(x_shape, w_shape, zero_point):
     kept = [value.to(DEVICE, torch.int8).contiguous(memory_format=order) for value in (q, w)]
     sums = w.flatten(1).sum(1).int().to(DEVICE)
     ones = torch.ones(w_shape[0], device=DEVICE)
-    return Operands(Levels(kept[0], None, ones[:1], scalar(float(zero_point))), kept[1], ones, None, sums), q - zero_point, w
+    return (
+        Operands(Levels(kept[0], None, ones[:1], scalar(float(zero_point))), kept[1], ones, None, sums),
+        q - zero_point,
+        w,
+    )
 
 
 @pytest.mark.parametrize("zero_point", [-128, -5, 127])
@@ -167,7 +178,11 @@ class NoWaiting(TorchDispatchMode):
     """Raises where a tensor's value becomes a Python number."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -229,7 +244,8 @@ for target, dtype, (kernel, warps, constants) in itertools.product((80, 90), DTY
 
 
 def compile_all(tmp_path, tiles, dtypes):
-    """Without a GPU, to machine code for one: no product is fused with a sum, no quotient is approximate, int8 products on tensor cores."""
+    """Without a GPU, to machine code for one: no product is fused with a sum, no quotient is approximate, int8 products
+    on tensor cores."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = COMPILE.replace("TILES", repr(tiles)).replace("DTYPES", repr(dtypes))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
@@ -248,7 +264,8 @@ def compile_all(tmp_path, tiles, dtypes):
 
 
 needs_compiler = pytest.mark.skipif(
-    not hasattr(triton.backends.backends.get("nvidia"), "compiler"), reason="this Triton has no compiler for NVIDIA GPUs"
+    not hasattr(triton.backends.backends.get("nvidia"), "compiler"),
+    reason="this Triton has no compiler for NVIDIA GPUs",
 )
 
 
@@ -260,6 +277,8 @@ def test_compiles_for_gpus(tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_compiles_for_gpus_in_every_size_and_dtype(tmp_path):
-    tiles = [(height, width, depth, warps) for height, width, warps in triton_arithmetic._PRODUCT_TILES for depth in (32, 64)]
+    tiles = [
+        (height, width, depth, warps) for height, width, warps in triton_arithmetic._PRODUCT_TILES for depth in (32, 64)
+    ]
     compile_all(tmp_path, [*tiles, (64, 16, 64, 4), (128, 16, 64, 8)], ["fp32"])
     compile_all(tmp_path, [(128, 128, 64, 8)], ["fp16", "bf16"])

@@ -279,7 +279,9 @@ def test_every_range_serves_weights_and_inputs_at_every_granularity(range_name):
 def test_complex_weights_stay_float_with_the_reason():
     net = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
     ledger = prepare(net, "w8a8")
-    assert [(entry.name, entry.reason) for entry in ledger.left_float] == [("0", "its weight is complex, levels are real numbers")]
+    assert [(entry.name, entry.reason) for entry in ledger.left_float] == [
+        ("0", "its weight is complex, levels are real numbers")
+    ]
     assert type(net[0]) is nn.Linear
     with pytest.raises(PlanError, match="its weight is complex"):
         prepare(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "w8a8")

@@ -1,4 +1,5 @@
-"""Layers of the user with attributes of the names that quantized layers use: they keep them, or are refused before any change."""
+"""Layers of the user with attributes of the names that quantized layers use: they keep them, or are refused before any
+change."""
 
 import copy
 

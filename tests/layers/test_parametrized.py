@@ -83,7 +83,8 @@ PARAMETRIZED = {
     ),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), F.linear, (3, 4)),
     "two of them": (lambda: parametrized(parametrizations.weight_norm(nn.Linear(4, 4)), Doubled()), F.linear, (3, 4)),
-    "bias, too": (lambda: parametrized(parametrizations.weight_norm(nn.Linear(4, 6)), Doubled(), name="bias"), F.linear, (3, 4)),
+    "bias, too": (lambda: parametrized(parametrizations.weight_norm(nn.Linear(4, 6)), Doubled(), name="bias"), F.linear,
+    (3, 4)),
     "low rank": (lambda: parametrized(nn.Linear(4, 6), LowRank(6, 4)), F.linear, (3, 4)),
     "own, transposed": (lambda: parametrized(nn.ConvTranspose2d(4, 6, 3), Doubled()), F.conv_transpose2d, (2, 4, 5, 5)),
     "own forward": (lambda: parametrizations.weight_norm(Scaled(4, 6)), scaled, (3, 4)),
@@ -104,7 +105,8 @@ def states_equal(one, two):
 @every_layer
 @pytest.mark.parametrize("plan", ["w4 minmax a8 minmax", "w4 lsq a4 lsq"])
 def test_the_computed_weight_is_quantized_once_in_each_forward_pass(name, plan):
-    """In training and evaluation, after the same computation as the float layer's; gradients reach all that it is made of."""
+    """In training and evaluation, after the same computation as the float layer's; gradients reach all that it is made
+    of."""
     net, function, x = made(name)
     ledger = prepare(net, plan)
     calibrate(net, [x])
@@ -112,7 +114,9 @@ def test_the_computed_weight_is_quantized_once_in_each_forward_pass(name, plan):
     for training in (True, False):
         net.train(training)
         calls = []
-        hooks = [q.register_forward_hook(lambda q, _args, _y, calls=calls: calls.append(q.name)) for q in quantizers(net)]
+        hooks = [
+            q.register_forward_hook(lambda q, _args, _y, calls=calls: calls.append(q.name)) for q in quantizers(net)
+        ]
         twin = copy.deepcopy(layer)
         y = net(x)
         assert sorted(calls) == ["0.input", "0.weight"]
@@ -129,7 +133,8 @@ def test_the_computed_weight_is_quantized_once_in_each_forward_pass(name, plan):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sources)
     assert [entry.name for entry in ledger.quantized] == ["0"]
     assert (
-        ledger["0"].parameters == layer.weight.numel() + ("parametrizations.bias" not in str(list(layer.state_dict()))) * layer.bias.numel()
+        ledger["0"].parameters
+        == layer.weight.numel() + ("parametrizations.bias" not in str(list(layer.state_dict()))) * layer.bias.numel()
     )
 
 
@@ -230,7 +235,10 @@ def test_parametrized_after_its_quantizers_came_in():
     parametrize.register_parametrization(net[0], "weight", Doubled())
     layer = net[0]
     assert torch.equal(
-        net(x), F.linear(layer.input_quantizer(x), layer.weight_quantizer(2 * layer.parametrizations.weight.original), layer.bias)
+        net(x),
+        F.linear(
+            layer.input_quantizer(x), layer.weight_quantizer(2 * layer.parametrizations.weight.original), layer.bias
+        ),
     )
     remove(net)
     assert type(layer).__bases__ == (nn.Linear,)
@@ -239,20 +247,26 @@ def test_parametrized_after_its_quantizers_came_in():
     prepare(net, "w4 minmax a8 minmax")
     calibrate(net, [x])
     parametrize.register_parametrization(net[0], "weight", Doubled())
-    with pytest.raises(QuantizationError, match="a ConvTranspose1d was parametrized after its quantizers came in: prepare it later"):
+    with pytest.raises(
+        QuantizationError, match="a ConvTranspose1d was parametrized after its quantizers came in: prepare it later"
+    ):
         net(x)
 
 
 @every_layer
 def test_copies_are_on_their_own_and_pickle_says_what_torch_says(name):
     net, _, x = made(name)
-    float_error = pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state_dict")
+    float_error = pytest.raises(
+        RuntimeError, match="Serialization of parametrized modules is only supported through state_dict"
+    )
     with float_error:
         pickle.dumps(net)
     prepare(net, PLAN)
     calibrate(net, [x])
     net.eval()
-    with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state_dict"):
+    with pytest.raises(
+        RuntimeError, match="Serialization of parametrized modules is only supported through state_dict"
+    ):
         pickle.dumps(net)
     copied = copy.deepcopy(net)
     with torch.no_grad():
@@ -320,7 +334,9 @@ def test_xnor_reads_the_weight_once():
     y = layer(x)
     assert doubled.calls == 1
     k = F.conv2d(x.abs().mean(1, keepdim=True), torch.full((1, 1, 3, 3), 1 / 9))
-    torch.testing.assert_close(y, F.conv2d(layer.input_quantizer(x), layer.quantized_weight()) * k + layer.bias.view(-1, 1, 1))
+    torch.testing.assert_close(
+        y, F.conv2d(layer.input_quantizer(x), layer.quantized_weight()) * k + layer.bias.view(-1, 1, 1)
+    )
 
 
 def test_scales_of_frozen_weights_are_frozen():
@@ -365,7 +381,9 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("make", [parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)])
+@pytest.mark.parametrize(
+    "make", [parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)]
+)
 @pytest.mark.parametrize("write", WRITES)
 def test_learned_roundings_are_not_written_into_computed_weights(write, make):
     """The layer keeps nearest rounding, with the reason; its neighbour is rounded anew."""
@@ -393,7 +411,10 @@ def test_passes_that_scale_weights_leave_computed_ones_alone():
     with pytest.raises(QuantizationError, match="'0': its weight is computed"):
         fold_batch_norm(net, [Pair("0", "1")])
     assert states_equal(net.state_dict(), state)
-    net, x = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    net, x = (
+        nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4)).eval(),
+        torch.randn(2, 4),
+    )
     refused = equalize(net, record(net, lambda: net(x))).refused
     assert str(refused[0]) == "'0': its weight is computed, not a plain parameter"
     net, x = nn.Sequential(nn.LayerNorm(4), parametrizations.weight_norm(nn.Linear(4, 4))).eval(), torch.randn(2, 4)
@@ -437,7 +458,8 @@ def with_parametrized_output(attention):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_modules_with_several_weights_are_refused_with_the_reason(name):
-    """Their kernels take the parameters themselves. A plan for all layers says in the ledger that they stay float; nothing changes."""
+    """Their kernels take the parameters themselves. A plan for all layers says in the ledger that they stay float;
+    nothing changes."""
     torch.manual_seed(0)
     net = nn.Sequential(REFUSED[name](), nn.Linear(4, 2))
     state, kinds = copy.deepcopy(net.state_dict()), [type(m) for m in net.modules()]
@@ -448,7 +470,9 @@ def test_modules_with_several_weights_are_refused_with_the_reason(name):
     remove(net)
     assert [type(m) for m in net.modules()] == kinds
     assert states_equal(net.state_dict(), state)
-    with pytest.raises(PlanError, match=r"'0' matches no layer that can be quantized(?s:.*)\n  0: its .*no plain parameter"):
+    with pytest.raises(
+        PlanError, match=r"'0' matches no layer that can be quantized(?s:.*)\n  0: its .*no plain parameter"
+    ):
         prepare(net, QuantPlan([Rule("*", weight="int8"), Rule("0", weight="int4")]))
     assert not quantized_layers(net)
 
@@ -456,13 +480,18 @@ def test_modules_with_several_weights_are_refused_with_the_reason(name):
 HOOKED = {
     "weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), F.linear, (3, 4)),
     "spectral_norm": (lambda: nn.utils.spectral_norm(nn.Conv1d(4, 4, 3)), F.conv1d, (2, 4, 8)),
-    "spectral_norm, transposed": (lambda: nn.utils.spectral_norm(nn.ConvTranspose1d(4, 4, 3)), F.conv_transpose1d, (2, 4, 8)),
+    "spectral_norm, transposed": (
+        lambda: nn.utils.spectral_norm(nn.ConvTranspose1d(4, 4, 3)),
+        F.conv_transpose1d,
+        (2, 4, 8),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_weights_that_a_hook_computes_are_quantized_as_computed(name):
-    """The older weight_norm and spectral_norm: what they compute is fake-quantized, and gradients reach what they compute it from."""
+    """The older weight_norm and spectral_norm: what they compute is fake-quantized, and gradients reach what they
+    compute it from."""
     torch.manual_seed(0)
     make, function, shape = HOOKED[name]
     layer, x = make(), torch.randn(shape)

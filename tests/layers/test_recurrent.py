@@ -107,7 +107,8 @@ def test_packed_sequences(module):
 
 
 def test_gradients_come_to_the_parameters(module):
-    """With the straight-through estimator, nothing clipped: the gradients of the float module on the quantized weights."""
+    """With the straight-through estimator, nothing clipped: the gradients of the float module on the quantized
+    weights."""
     reference = with_quantized_weights(module, 8)
     net = nn.ModuleDict({"rnn": module})
     prepare(net, "w8")
@@ -234,7 +235,9 @@ def test_rules_choose_single_weights():
     prepare(net, QuantPlan([Rule("type:LSTM", weight="int4"), Rule("type:Linear", weight="int8")]))
     assert len(quantized_layers(net)) == 5
     remove(net)
-    with pytest.raises(PlanError, match=r"'rnn' matches no layer that can be quantized, only rnn \(LSTM\)\. Did you mean 'rnn\.\*'"):
+    with pytest.raises(
+        PlanError, match=r"'rnn' matches no layer that can be quantized, only rnn \(LSTM\)\. Did you mean 'rnn\.\*'"
+    ):
         prepare(net, QuantPlan([Rule("rnn", weight="int4")]))
     with pytest.raises(PlanError, match="xnor"):
         prepare(net, QuantPlan([Rule("rnn.*", input="xnor")]))
@@ -322,7 +325,9 @@ def test_cost_and_ledger_count_each_weight_once():
     assert priced.float_bytes == 4 * everything
     assert priced.macs == recording.total_macs // 3 == free.macs
     assert sum(row.macs for row in priced) == recording.total_macs // 3, "all of it is the weights' work"
-    assert [row.input_bits for row in priced][:6] == [8, 32, 32, 8, 32, 32], "both directions read one quantized sequence"
+    assert [row.input_bits for row in priced][:6] == [8, 32, 32, 8, 32, 32], (
+        "both directions read one quantized sequence"
+    )
     row = priced["rnn.weight_hh_l0"]
     assert (row.elements, row.storage_bits, row.kind) == (24 * 4, 24 * 4 * 4 + 24 * 32, "LSTM")
     assert sum(entry.parameters for entry in ledger) == everything
@@ -373,7 +378,12 @@ def test_qat_learns(plan, tmp_path):
     x = torch.randn(256, 6, 2)
     loader = DataLoader(TensorDataset(x, x.sum(1).argmax(1)), batch_size=32)
     model = Sequences()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = L.Trainer(max_epochs=10, accelerator="cpu", default_root_dir=tmp_path, callbacks=[QAT(plan)], **quiet)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")

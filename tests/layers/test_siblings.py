@@ -36,7 +36,9 @@ class Attention(nn.Module):
     def forward(self, x, memory=None):
         memory = x if memory is None else memory
         parts = (x, memory)
-        q, k, v = checkpoint(self.projections, *parts, use_reentrant=False) if self.checkpointed else self.projections(*parts)
+        q, k, v = (
+            checkpoint(self.projections, *parts, use_reentrant=False) if self.checkpointed else self.projections(*parts)
+        )
         return self.out(torch.softmax(q @ k.transpose(-1, -2), -1) @ v)
 
 
@@ -225,7 +227,8 @@ def test_an_older_torch_shares_nothing(counted, monkeypatch):
 
 @needs_kernels
 def test_levels_are_shared_too(monkeypatch):
-    """Summed with integers: one array of bytes for three layers, the same output, gradients and ranges; and in trials nothing is."""
+    """Summed with integers: one array of bytes for three layers, the same output, gradients and ranges; and in trials
+    nothing is."""
     torch.manual_seed(0)
     net = ready(Two(), "w7a8")
     plain = alone(net)

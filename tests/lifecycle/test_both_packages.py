@@ -28,7 +28,9 @@ def make_module(package: Any) -> Any:
     class Module(package.LightningModule):
         def __init__(self, width=8):
             super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 4))
+            self.net = nn.Sequential(
+                nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 4)
+            )
 
         def training_step(self, batch, batch_idx):
             loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -52,7 +54,9 @@ def make_data(package: Any) -> Any:
         def __init__(self):
             super().__init__()
             generator = torch.Generator().manual_seed(0)
-            self.sets = TensorDataset(torch.randn(64, 1, 6, 6, generator=generator), torch.randint(0, 4, (64,), generator=generator))
+            self.sets = TensorDataset(
+                torch.randn(64, 1, 6, 6, generator=generator), torch.randint(0, 4, (64,), generator=generator)
+            )
 
         def train_dataloader(self):
             return DataLoader(self.sets, batch_size=16)
@@ -73,7 +77,12 @@ def run(tmp_path):
 
     def run(package: Any, *callbacks: Any, fn: str = "fit", ckpt_path: Any = None, **options: Any) -> Any:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
-        quiet |= {"logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path, "callbacks": list(callbacks)}
+        quiet |= {
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+            "callbacks": list(callbacks),
+        }
         trainer = package.Trainer(**(quiet | options))
         module = make_module(package)
         getattr(trainer, fn)(module, datamodule=make_data(package), ckpt_path=ckpt_path)
@@ -111,7 +120,13 @@ def test_ptq_with_every_kind_of_phase_gives_the_numbers_of_the_other_package(pac
 
 def test_monitor_and_export_write_their_files(package, run, tmp_path):
     logger = package.loggers.CSVLogger(tmp_path, name="", version="run")
-    run(package, QAT("w4a8"), QuantMonitor(float_loss=True, images=False), Export(tmp_path / "model.safetensors"), logger=logger)
+    run(
+        package,
+        QAT("w4a8"),
+        QuantMonitor(float_loss=True, images=False),
+        Export(tmp_path / "model.safetensors"),
+        logger=logger,
+    )
     written = {path.name for path in (tmp_path / "run" / "quant").iterdir()}
     assert {"plan.yaml", "ledger.csv", "report.html"} <= written
     assert "quant/quantized/loss" in (tmp_path / "run" / "metrics.csv").read_text()
@@ -195,5 +210,7 @@ def test_every_class_that_we_ask_for_exists_in_both():
 def test_no_package_is_imported_that_the_user_has_not_imported(mine):
     code = f"import sys, {mine}, lq_plugin.callbacks, lq_plugin.search, lq_plugin.instantiate; "
     code += f"print(sorted(set({PACKAGES}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.stdout.strip() == str([mine]), done.stderr

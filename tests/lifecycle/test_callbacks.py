@@ -25,7 +25,9 @@ PLANS = ["w4a8", "w3 lsq a4 lsq"]
 ORDERS = pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
 # Lightning's advice on what these callbacks do.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides the configure_model"),
+    pytest.mark.filterwarnings(
+        "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model"
+    ),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step"),
@@ -52,7 +54,10 @@ def assert_quantized(module):
     assert all(q.is_calibrated and bool(q.calibrated) for q in found if q.needs_calibration)
     assert all(q.is_enabled and bool(q.enabled) for q in found)
     for _, layer in quantized_layers(module):
-        assert max(len(row.unique()) for row in layer.quantized_weight().detach()) <= layer.weight_quantizer.spec.grid.levels
+        assert (
+            max(len(row.unique()) for row in layer.quantized_weight().detach())
+            <= layer.weight_quantizer.spec.grid.levels
+        )
 
 
 @ORDERS
@@ -67,7 +72,11 @@ def test_averaged_weights_and_scales_are_the_formula(make, plan, first, trainer,
     fit.fit(module, datamodule=data)
     want = steps.states[0]
     for count, state in enumerate(steps.states[1:], 1):
-        share = 1 / (count + 1) if isinstance(averaging, WeightAveraging) and not isinstance(averaging, EMAWeightAveraging) else 0.3
+        share = (
+            1 / (count + 1)
+            if isinstance(averaging, WeightAveraging) and not isinstance(averaging, EMAWeightAveraging)
+            else 0.3
+        )
         want = {name: value + share * (state[name] - value) for name, value in want.items()}
     got = dict(module.named_parameters())
     assert want.keys() == got.keys()
@@ -97,7 +106,9 @@ def test_stochastic_weight_averaging(plan, first, trainer, data):
 
 @ORDERS
 def test_pruned_weights_stay_zero_and_quantized(first, trainer, module, data):
-    pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False)
+    pruning = ModelPruning(
+        "l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False
+    )
     trainer(*ordered(first, pruning, QAT("w4a8"))).fit(module, datamodule=data)
     assert_quantized(module)
     for _, layer in quantized_layers(module):
@@ -113,7 +124,10 @@ def test_pruned_weights_stay_zero_and_quantized(first, trainer, module, data):
 def test_the_learning_rate_finder_tries_the_quantized_model_and_leaves_no_trace(plan, first, trainer, data):
     """The optimizer does not use the rate it finds: the run is the one without a finder, bit for bit."""
     states = []
-    for finders in ([], [LearningRateFinder(num_training_steps=6, min_lr=1e-5, max_lr=1e-3, early_stop_threshold=None)]):
+    for finders in (
+        [],
+        [LearningRateFinder(num_training_steps=6, min_lr=1e-5, max_lr=1e-3, early_stop_threshold=None)],
+    ):
         L.seed_everything(0, verbose=False)
         module = Module()
         module.lr = 0.1
@@ -141,7 +155,12 @@ def test_the_batch_size_finder(plan, first, trainer, module, data):
 @ORDERS
 def test_early_stopping_and_the_best_checkpoint_judge_the_quantized_model(first, trainer, module, data, tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=1)
-    fit = trainer(*ordered(first, EarlyStopping("val/loss", patience=1), QAT("w3a4")), best, enable_checkpointing=True, max_epochs=6)
+    fit = trainer(
+        *ordered(first, EarlyStopping("val/loss", patience=1), QAT("w3a4")),
+        best,
+        enable_checkpointing=True,
+        max_epochs=6,
+    )
     fit.fit(module, datamodule=data)
     fresh = Module()
     load_checkpoint(fresh, best.best_model_path)
@@ -154,7 +173,9 @@ def test_early_stopping_and_the_best_checkpoint_judge_the_quantized_model(first,
 @pytest.mark.parametrize("changing", ["averaged", "pruned"])  # Lightning cannot do both at once, quantized or not
 def test_many_callbacks_in_any_order(changing, seed, trainer, module, data, tmp_path):
     """All at once, shuffled: what they leave is quantized, and their checkpoints answer the same."""
-    pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False)
+    pruning = ModelPruning(
+        "l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False
+    )
     best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=1)
     callbacks = [
         QAT("w4 lsq a4 lsq"),

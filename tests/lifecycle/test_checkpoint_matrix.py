@@ -58,7 +58,9 @@ def evaluated(folder, entry, path, *callbacks, module=None):
     L.seed_everything(7, verbose=False)  # other weights than those that were saved
     module = module or Watched()
     options = {} if entry == "predict" else {"verbose": False}
-    getattr(make_trainer(folder, *callbacks), entry)(module, datamodule=Batches(), ckpt_path=path, weights_only=True, **options)
+    getattr(make_trainer(folder, *callbacks), entry)(
+        module, datamodule=Batches(), ckpt_path=path, weights_only=True, **options
+    )
     return torch.cat(module.answers[-2:])  # a calibration runs the step too, before
 
 
@@ -133,7 +135,8 @@ def test_without_a_callback_a_quantized_checkpoint_is_refused(entry, kind, saved
 @pytest.mark.parametrize("weights", ["", "-weights"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_float_checkpoints(entry, weights, saved):
-    """PTQ calibrates them; QAT, which has no ranges in an evaluation, says so; without a callback they are what they were."""
+    """PTQ calibrates them; QAT, which has no ranges in an evaluation, says so; without a callback they are what they
+    were."""
     path = saved / f"float{weights}.ckpt"
     assert torch.equal(evaluated(saved, entry, path), answers(saved, "float"))
     assert torch.equal(evaluated(saved, entry, path, PTQ(PLAN, phases=["calibrate"])), answers(saved, "ptq"))
@@ -174,7 +177,9 @@ def test_fit_starts_from_float_and_ptq_weights(kind, saved):
     if callback is not None:
         evaluated(saved, "validate", saved / "ptq.ckpt", callback, module=module)
     fit = make_trainer(saved, QAT(PLAN), Look())
-    fit.fit(module, datamodule=Batches(), ckpt_path=saved / "float.ckpt" if kind == "float" else None, weights_only=True)
+    fit.fit(
+        module, datamodule=Batches(), ckpt_path=saved / "float.ckpt" if kind == "float" else None, weights_only=True
+    )
     assert fit.global_step == 8
     assert seen
     assert all(seen)
@@ -195,7 +200,10 @@ def answer_in_new_process(folder):
     for kind in KINDS:
         for entry in ENTRIES:
             callback = PTQ(PLAN) if kind == "ptq" else QAT(PLAN, schedule=SCHEDULE)
-            assert torch.equal(evaluated(folder, entry, folder / f"{kind}.ckpt", callback), answers(folder, kind)), (kind, entry)
+            assert torch.equal(evaluated(folder, entry, folder / f"{kind}.ckpt", callback), answers(folder, kind)), (
+                kind,
+                entry,
+            )
         module = Watched()
         load_checkpoint(module, folder / f"{kind}.ckpt")
         assert torch.equal(evaluated(folder, "predict", None, module=module), answers(folder, kind)), kind
@@ -203,7 +211,8 @@ def answer_in_new_process(folder):
 
 @pytest.mark.slow
 def test_in_a_new_process(saved):
-    code = f"from tests.lifecycle.test_checkpoint_matrix import answer_in_new_process; answer_in_new_process({str(saved)!r})"
+    module = "tests.lifecycle.test_checkpoint_matrix"
+    code = f"from {module} import answer_in_new_process; answer_in_new_process({str(saved)!r})"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

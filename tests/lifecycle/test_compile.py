@@ -1,4 +1,5 @@
-"""torch.compile before and after the callback: one graph, the same numbers, and compiled once for each phase of the schedule."""
+"""torch.compile before and after the callback: one graph, the same numbers, and compiled once for each phase of the
+schedule."""
 
 import lightning as L
 import pytest
@@ -12,11 +13,15 @@ SCHEDULE = {"activations_start": "epoch 1", "observer_freeze": "epoch 2"}
 PLANS = {
     "ema": QuantPlan([Rule("*", weight="int4 per_channel", input="uint8 affine ema")], SCHEDULE),
     "learned": QuantPlan([Rule("*", weight="int4 per_channel lsq", input="int4 lsq")], SCHEDULE),
-    "stages": QuantPlan([Rule("*", weight="int8 mse", input="uint8 affine"), Rule("*", weight="int4 mse", start="epoch 1")]),
+    "stages": QuantPlan(
+        [Rule("*", weight="int8 mse", input="uint8 affine"), Rule("*", weight="int4 mse", start="epoch 1")]
+    ),
 }
 #: Graphs of the training forward after each epoch: one for each phase, and nothing new where no phase begins.
 GRAPHS = {"ema": [1, 2, 3, 3], "learned": [1, 2, 3, 3], "stages": [1, 2, 2, 2]}
-pytestmark = [pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+]
 
 
 class Compiled(Module):

@@ -1,4 +1,5 @@
-"""Copies of the network whose state is averaged or loaded in place compute in the phase and stage that their state says."""
+"""Copies of the network whose state is averaged or loaded in place compute in the phase and stage that their state
+says."""
 
 import copy
 
@@ -92,5 +93,7 @@ def test_an_old_state_that_is_loaded_while_training(trainer, data):
 
     enabled = []
     torch.manual_seed(0)
-    trainer(QAT("w8a8", schedule={"activations_start": "epoch 1"}), GoesBack(), max_epochs=3).fit(Module(), datamodule=data)
+    trainer(QAT("w8a8", schedule={"activations_start": "epoch 1"}), GoesBack(), max_epochs=3).fit(
+        Module(), datamodule=data
+    )
     assert enabled == [False] * 4 + [True] * 8

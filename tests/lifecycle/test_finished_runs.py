@@ -1,4 +1,5 @@
-"""The same command again, after the run has come to its end: fit returns at once, and everything is as the first run left it."""
+"""The same command again, after the run has come to its end: fit returns at once, and everything is as the first run
+left it."""
 
 import json
 
@@ -24,7 +25,10 @@ PLANS = {
     "activations_start": {"rules": [EMA], "schedule": {"activations_start": "epoch 1"}},
     "freezes": {"rules": [EMA], "schedule": {"observer_freeze": "epoch 1", "batch_norm_freeze": "step 3"}},
     "stages": {"rules": [EMA, STAGES]},
-    "learned": {"rules": [{"match": "*", "weight": "int4 per_channel lsq", "input": "int4 lsq"}], "schedule": {"weights_start": "step 6"}},
+    "learned": {
+        "rules": [{"match": "*", "weight": "int4 per_channel lsq", "input": "int4 lsq"}],
+        "schedule": {"weights_start": "step 6"},
+    },
     "not reached": {"rules": [EMA], "schedule": {"activations_start": "step 8", "weights_start": "epoch 2"}},
 }
 
@@ -71,7 +75,9 @@ def test_evaluates_saves_and_exports_what_the_first_run_did(kind, trainer, data,
 def test_after_it_the_callback_starts_another_run_from_the_beginning(trainer, data, tmp_path):
     plan = PLANS["activations_start"]
     torch.manual_seed(0)
-    trainer(QAT(plan), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True).fit(Module(), datamodule=data)
+    trainer(QAT(plan), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True).fit(
+        Module(), datamodule=data
+    )
     callback = QAT(plan)
     trainer(callback).fit(Module(), datamodule=data, ckpt_path=tmp_path / "last.ckpt")
 

@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, of another model, or hold code: one error that names the file, and the model is as before."""
+"""Checkpoints that are damaged, of another model, or hold code: one error that names the file, and the model is as
+before."""
 
 import copy
 import os
@@ -50,7 +51,9 @@ def test_truncated(load, share, saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["text.ckpt", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00.", bytes(4096)])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00.", bytes(4096)]
+)
 def test_not_a_checkpoint_at_all(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
@@ -71,7 +74,10 @@ def test_not_a_checkpoint_at_all(name, content, tmp_path):
         {"state_dict": {}, "callbacks": {"Other": {"plan": "a day at the sea"}}},
         {"state_dict": {}, "callbacks": [1]},
         {"state_dict": {}, "callbacks": {"QAT": {"plan": {"rules": "w4"}}}},
-        {"state_dict": {}, "callbacks": {"QAT": {"plan": {"rules": [{"match": "*", "weight": "int4", "_target_": "os.system"}]}}}},
+        {
+            "state_dict": {},
+            "callbacks": {"QAT": {"plan": {"rules": [{"match": "*", "weight": "int4", "_target_": "os.system"}]}}},
+        },
     ],
     ids=str,
 )
@@ -94,7 +100,9 @@ class Code:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_is_refused_and_not_run(zipped, tmp_path):
-    torch.save({"state_dict": Code(tmp_path / "spoiled")}, tmp_path / "code.ckpt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": Code(tmp_path / "spoiled")}, tmp_path / "code.ckpt", _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(PlanError, match=r"code\.ckpt cannot be read"):
         load_checkpoint(Module(), tmp_path / "code.ckpt", "w4a8")
     assert not (tmp_path / "spoiled").exists()

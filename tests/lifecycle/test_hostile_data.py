@@ -14,7 +14,10 @@ from tests.callbacks.conftest import Module
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 PLANS = ["w4a8", "w4 mse a8 mse", "w4 lsq a4 lsq", "w8 percentile:99 a8 percentile:99.9", "mx6 / mx9"]
-pytestmark = [pytest.mark.filterwarnings("ignore:.*DataLoader returned 0 length"), pytest.mark.filterwarnings("ignore:Total length of")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*DataLoader returned 0 length"),
+    pytest.mark.filterwarnings("ignore:Total length of"),
+]
 
 
 def assert_same(module, before):
@@ -88,14 +91,20 @@ def test_nothing_to_quantize_names_what_is_there():
         (nn.Sequential(nn.Bilinear(2, 2, 2)), r"0 \(Bilinear\): no quantized form"),
     ):
         before = copy.deepcopy(net.state_dict())
-        with pytest.raises(PlanError, match=f"nothing to quantize in Sequential, the plan matches no layer: .*{reason}"):
+        with pytest.raises(
+            PlanError, match=f"nothing to quantize in Sequential, the plan matches no layer: .*{reason}"
+        ):
             prepare(net, "w8a8")
         assert_same(net, before)
 
 
 def test_a_plan_for_another_model_changes_nothing(trainer, module, data):
     before = copy.deepcopy(module.state_dict())
-    rules = [{"match": "*", "weight": "int4"}, {"match": "net.layer1.*", "weight": "int8"}, {"match": "net.con2", "input": "int8"}]
+    rules = [
+        {"match": "*", "weight": "int4"},
+        {"match": "net.layer1.*", "weight": "int8"},
+        {"match": "net.con2", "input": "int8"},
+    ]
     with pytest.raises(PlanError, match=r"(?s)2 faults.*net\.layer1.*Did you mean 'net\.conv2'"):
         trainer(QAT({"rules": rules})).fit(module, datamodule=data)
     assert not quantizers(module)

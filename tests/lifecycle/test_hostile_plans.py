@@ -31,12 +31,15 @@ schedule: {weights_start: step 100, activations_start: epoch 1, observer_freeze:
 """
 #: What a mutation writes into a plan: YAML's own syntax, words of plans, numbers at the limits.
 TOKENS = [
-    "[", "]", "{", "}", "- ", ": ", ",", "*", "&a ", "*a", "!!", "!!python/name:os.system ", "!!binary ", "!!set ", "|", ">", "'", '"', "#",
+    "[", "]", "{", "}", "- ", ": ", ",", "*", "&a ", "*a", "!!", "!!python/name:os.system ", "!!binary ", "!!set ", "|",
+    ">", "'", '"', "#",
     "\n", "\t", "\0", "\ufeff", "\U0001f600", "<<: ", "? ", "~", "null", "true",
     ".nan", ".inf", "-.inf", "1e400", "0x", "0b", "-1", "2024-13-45",
     "12:60:61",
-    "9" * 50, "9" * 5000, "int", "int0", "int17", "uint4", "group0", "group-1", "per_channel:-9", "percentile:", "stochastic:²",
-    "re:(", "re:a{9999999999}", "type:", "match", "weight", "rules", "schedule", "_target_: os.system", "epoch", "step -1", "float", "٤",
+    "9" * 50, "9" * 5000, "int", "int0", "int17", "uint4", "group0", "group-1", "per_channel:-9", "percentile:",
+    "stochastic:²",
+    "re:(", "re:a{9999999999}", "type:", "match", "weight", "rules", "schedule", "_target_: os.system", "epoch",
+    "step -1", "float", "٤",
 ]  # fmt: skip
 
 
@@ -93,19 +96,59 @@ def test_ten_thousand_mutated_plan_files(tmp_path):
 WORDS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
-        ["int4", "uint8", "per_channel", "per_tensor", "group16:4:channel", "affine", "narrow", "ragged", "ema:0.9", "lsq", "pact"]
+        [
+            "int4",
+            "uint8",
+            "per_channel",
+            "per_tensor",
+            "group16:4:channel",
+            "affine",
+            "narrow",
+            "ragged",
+            "ema:0.9",
+            "lsq",
+            "pact",
+        ]
     ),
     st.sampled_from(
-        ["mx6", "mxfp4", "nvfp4", "bwn", "xnor", "twn:exact", "ttq", "kmeans3", "stochastic", "mad", "float", "w4a8", "/", "mse"]
+        [
+            "mx6",
+            "mxfp4",
+            "nvfp4",
+            "bwn",
+            "xnor",
+            "twn:exact",
+            "ttq",
+            "kmeans3",
+            "stochastic",
+            "mad",
+            "float",
+            "w4a8",
+            "/",
+            "mse",
+        ]
     ),
     st.from_regex(r"(u?int|group|kmeans|per_channel:|percentile:|stochastic:|w|a)\d{0,30}", fullmatch=True),
 )
 ANYTHING = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4), WORDS),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.text(max_size=6), st.integers()), inner, max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.text(max_size=6), st.integers()), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-FIELDS = ["format", "bit_width", "signed", "affine", "narrow_range", "granularity", "range", "rounding", "gradient", "surplus"]
+FIELDS = [
+    "format",
+    "bit_width",
+    "signed",
+    "affine",
+    "narrow_range",
+    "granularity",
+    "range",
+    "rounding",
+    "gradient",
+    "surplus",
+]
 
 
 def ends_well(function, value):
@@ -115,7 +158,13 @@ def ends_well(function, value):
         return None
 
 
-@given(st.one_of(st.lists(WORDS, max_size=6).map(" ".join), st.dictionaries(st.sampled_from(FIELDS), st.one_of(ANYTHING, WORDS)), ANYTHING))
+@given(
+    st.one_of(
+        st.lists(WORDS, max_size=6).map(" ".join),
+        st.dictionaries(st.sampled_from(FIELDS), st.one_of(ANYTHING, WORDS)),
+        ANYTHING,
+    )
+)
 def test_any_spec_is_read_or_refused(value):
     spec = ends_well(QuantSpec.parse, value)
     if spec is not None:
@@ -129,11 +178,18 @@ def test_any_short_plan_is_read_or_refused(text):
     assert plan is None or QuantPlan.from_dict(plan.to_dict()) == plan
 
 
-RULE = st.dictionaries(st.sampled_from(["match", "weight", "input", "output", "start", "_target_"]), st.one_of(WORDS, ANYTHING))
+RULE = st.dictionaries(
+    st.sampled_from(["match", "weight", "input", "output", "start", "_target_"]), st.one_of(WORDS, ANYTHING)
+)
 
 
 @given(
-    st.one_of(ANYTHING, st.fixed_dictionaries({"rules": st.one_of(ANYTHING, st.lists(RULE, max_size=3))}, optional={"schedule": ANYTHING}))
+    st.one_of(
+        ANYTHING,
+        st.fixed_dictionaries(
+            {"rules": st.one_of(ANYTHING, st.lists(RULE, max_size=3))}, optional={"schedule": ANYTHING}
+        ),
+    )
 )
 def test_any_mapping_is_a_plan_or_refused(value):
     plan = ends_well(QuantPlan.parse, value)
@@ -171,7 +227,8 @@ def test_hostile_files_are_refused_by_name(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    "where", ["rules: *z", "rules: [{match: '*', weight: *z}]", "rules: [{match: '*', weight: {range: *z}}]", "schedule: *z"]
+    "where",
+    ["rules: *z", "rules: [{match: '*', weight: *z}]", "rules: [{match: '*', weight: {range: *z}}]", "schedule: *z"],
 )
 def test_yaml_bombs_do_not_grow(tmp_path, where):
     """Each line stands for nine of the one before: a kilobyte that means 9²⁵ values."""
@@ -227,7 +284,9 @@ def test_a_pickle_is_no_plan(tmp_path, monkeypatch, protocol):
 
 
 def many(rules, names):
-    return "rules:\n" + "".join(f"- {{match: '{names(i)}', weight: int{2 + i % 7} per_channel}}\n" for i in range(rules))
+    return "rules:\n" + "".join(
+        f"- {{match: '{names(i)}', weight: int{2 + i % 7} per_channel}}\n" for i in range(rules)
+    )
 
 
 @pytest.mark.parametrize("rules", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 #: Learned scales and zero points; stochastic rounding; estimated ranges, found anew each epoch.
 PLANS = {
     "learned": [{"match": "*", "weight": "int4 per_channel lsq", "input": "uint4 affine lsq"}],
-    "stochastic": [{"match": "*", "weight": "int3 per_channel mse stochastic:5", "input": "uint8 affine ema:0.9 stochastic:6"}],
+    "stochastic": [
+        {"match": "*", "weight": "int3 per_channel mse stochastic:5", "input": "uint8 affine ema:0.9 stochastic:6"}
+    ],
     "stages": [
         {"match": "*", "weight": "int8 per_channel", "input": "uint8 affine ema"},
         {"match": "*", "weight": "twn", "start": "step 5"},
@@ -54,21 +56,32 @@ def run(folder, plan, killed_at=None):
     data.train_dataloader = lambda: ResumableLoader(batches)
     L.seed_everything(1, verbose=False)
     module = Module(optimizers=optimizers)
-    callbacks = [QAT({"rules": PLANS[plan], "schedule": SCHEDULE}), ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)]
+    callbacks = [
+        QAT({"rules": PLANS[plan], "schedule": SCHEDULE}),
+        ModelCheckpoint(folder, save_last=True, every_n_train_steps=1),
+    ]
     trainer = L.Trainer(
-        accelerator="cpu", callbacks=callbacks + ([] if killed_at is None else [Killed(killed_at)]), max_epochs=EPOCHS, logger=False,
+        accelerator="cpu", callbacks=callbacks + ([] if killed_at is None else [Killed(killed_at)]), max_epochs=EPOCHS,
+        logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     last = folder / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True if last.exists() else None)
+    trainer.fit(
+        module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True if last.exists() else None
+    )
     assert trainer.global_step == EPOCHS * BATCHES
     optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
-    torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "lr": scheduler.get_last_lr()}, folder / "end.pt")
+    torch.save(
+        {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "lr": scheduler.get_last_lr()},
+        folder / "end.pt",
+    )
 
 
 def in_new_process(folder, plan, killed_at=None):
     code = f"from tests.lifecycle.test_kill import run; run({str(folder)!r}, {plan!r}, {killed_at})"
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def assert_same(got, want, where=""):
@@ -94,7 +107,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(plan, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = in_new_process(whole, plan)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Not right after an epoch's last batch: resumed twice from there, Lightning counts that batch again, quantized or not.
+    # Not right after an epoch's last batch: resumed twice from there, Lightning counts that batch again, quantized or
+    # not.
     inside = [step for step in range(1, EPOCHS * BATCHES) if step % BATCHES]
     steps = sorted(random.Random(os.urandom(8)).sample(inside, 2))
     for step in steps:

@@ -1,4 +1,5 @@
-"""Models of every kind: all quantizers run, in training and in evaluation; switched off or removed, they are gone bit for bit."""
+"""Models of every kind: all quantizers run, in training and in evaluation; switched off or removed, they are gone bit
+for bit."""
 
 import copy
 import json
@@ -30,7 +31,11 @@ pytestmark = [
 def installed(case):
     """A test parameter; models of other libraries are slow, and skipped where the library is not installed."""
     missing = case.package is not None and find_spec(case.package) is None
-    marks = [] if case.package is None else [pytest.mark.slow, pytest.mark.skipif(missing, reason=f"{case.package} is not installed")]
+    marks = (
+        []
+        if case.package is None
+        else [pytest.mark.slow, pytest.mark.skipif(missing, reason=f"{case.package} is not installed")]
+    )
     return pytest.param(case, marks=marks, id=case.name)
 
 
@@ -68,7 +73,9 @@ def test_switched_off_or_removed_it_is_the_float_model(case):
         remove(module)
         assert torch.equal(module(*inputs), plain(*inputs))
     # Parametrized modules have each a class of their own.
-    kinds = [[(name, type(m).__name__, type(m).__mro__[1:]) for name, m in net.named_modules()] for net in (module, plain)]
+    kinds = [
+        [(name, type(m).__name__, type(m).__mro__[1:]) for name, m in net.named_modules()] for net in (module, plain)
+    ]
     assert kinds[0] == kinds[1]
     mine, theirs = module.state_dict(), plain.state_dict()
     assert mine.keys() == theirs.keys()
@@ -103,7 +110,8 @@ def test_the_whole_life(case):
     assert row["disabled_bit_equal"] is True
     assert row["round_trip"] is True
     assert row["compile"] == "ok"
-    # MobileNetV3 with random weights makes much of small errors: weights at 8 bits alone leave 33 dB, with activations 24.
+    # MobileNetV3 with random weights makes much of small errors: weights at 8 bits alone leave 33 dB, with activations
+    # 24.
     assert row["sqnr_db"] >= (20 if case.name == "timm MobileNetV3" else 30)
 
 
@@ -120,9 +128,21 @@ def test_json_has_the_promised_form(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     lifecycle.main(["--json", str(out), "--models", "broken", "Conv1d"])
     first, second = json.loads(out.read_text())["results"]
-    keys = ["model", "layers", "weight_coverage", "compute_coverage", "disabled_bit_equal", "sqnr_db", "round_trip", "compile", "error"]
+    keys = [
+        "model",
+        "layers",
+        "weight_coverage",
+        "compute_coverage",
+        "disabled_bit_equal",
+        "sqnr_db",
+        "round_trip",
+        "compile",
+        "error",
+    ]
     assert list(first) == list(second) == keys
-    assert first["error"].startswith("PlanError: nothing to quantize in Student, the plan matches no layer: it has no layers with weights")
+    assert first["error"].startswith(
+        "PlanError: nothing to quantize in Student, the plan matches no layer: it has no layers with weights"
+    )
     assert second["error"] is None
     assert (second["layers"], second["weight_coverage"], second["round_trip"]) == (3, 1.0, True)
     assert "broken: PlanError" in capsys.readouterr().out
@@ -153,9 +173,13 @@ def test_a_shared_module_has_one_set_of_quantizers():
 def test_lazy_modules_are_refused_until_they_have_a_shape(trainer):
     """A Trainer never quantizes around them in silence."""
     case = case_named("lazy modules")
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10)
+    )
     module = lifecycle.Student(model)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*lifecycle.inputs_of(case), torch.randn(32, 10)), 8)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*lifecycle.inputs_of(case), torch.randn(32, 10)), 8
+    )
     with pytest.raises(QuantizationError, match=r"'model\.1' \(LazyConv2d\) is not initialized"):
         trainer(QAT(PLAN)).fit(module, loader)
     with pytest.raises(PlanError, match="run one batch through the model before"):
@@ -165,7 +189,8 @@ def test_lazy_modules_are_refused_until_they_have_a_shape(trainer):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 def test_lora_both_ways(tmp_path):
-    """LoRA, then quantized: base and adapters, with trainable scales where weights are. The other way round the scales are frozen."""
+    """LoRA, then quantized: base and adapters, with trainable scales where weights are. The other way round the scales
+    are frozen."""
     case = case_named("LoRA, then quantized")
     module, _ = lifecycle.student(case)
     prepare(module, "w4 lsq a4 lsq")
@@ -182,7 +207,8 @@ def test_lora_both_ways(tmp_path):
     inputs = lifecycle.inputs_of(case)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*inputs, torch.randn(32, 10)), 8)
     trainer = L.Trainer(
-        callbacks=[QAT(plan)], max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[QAT(plan)], max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, loader, loader)

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode 
 
 @pytest.mark.parametrize("plan", ["w4a8", "w4 lsq a4 lsq"])
 def test_trained_in_evaluation_mode(plan, trainer, data):
-    """Lightning leaves it there (frozen batch norms): it trains quantized, with the ranges found first; learned ones are trained."""
+    """Lightning leaves it there (frozen batch norms): it trains quantized, with the ranges found first; learned ones
+    are trained."""
     L.seed_everything(0, verbose=False)
     module, states = Module().eval(), []
 
@@ -40,12 +41,16 @@ def test_in_evaluation_mode_without_first_ranges_it_is_an_error(trainer, data):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is (deprecated|not supported)")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(1, 4))], ids=["script", "trace"])
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(1, 4))], ids=["script", "trace"]
+)
 def test_scripted_modules_stay_float_with_the_reason(make):
     net = nn.Sequential(nn.Linear(4, 4), make(nn.Linear(4, 4)))
     ledger = prepare(net, "w4a8")
     assert [entry.name for entry in ledger.quantized] == ["0"]
-    assert [(entry.name, entry.reason) for entry in ledger.left_float] == [("1", "no quantized form of this layer type")]
+    assert [(entry.name, entry.reason) for entry in ledger.left_float] == [
+        ("1", "no quantized form of this layer type")
+    ]
     assert ledger.weight_coverage == 0.5
     with pytest.raises(PlanError, match=r"nothing to quantize in .*no quantized form of this layer type"):
         prepare(make(nn.Linear(4, 4)), "w4a8")

@@ -16,7 +16,9 @@ from tests.callbacks.conftest import Data, Module, ResumableLoader
 
 EMA = QuantPlan([*QuantPlan.parse("w4a8").rules, Rule("*.add_0", input="int8 ema:0.5")])
 LSQ = QuantPlan([*QuantPlan.parse("w4 lsq a4 lsq").rules, Rule("type:add", input="int4 lsq")])
-STAGES = QuantPlan([*EMA.rules, Rule("net.add_*", input="int4 minmax", start="step 5")], {"activations_start": "step 2"})
+STAGES = QuantPlan(
+    [*EMA.rules, Rule("net.add_*", input="int4 minmax", start="step 5")], {"activations_start": "step 2"}
+)
 PLANS = pytest.mark.parametrize("plan", [EMA, LSQ, STAGES], ids=["ema", "lsq", "stages"])
 pytestmark = [pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
@@ -139,7 +141,10 @@ def test_ptq_equals_ranges_found_by_hand(precision, trainer, data):
         scales = [float(seen[key].abs().max()) / 127 for key in "xy"]
         for q, scale in zip(quantizers(module), scales, strict=True):
             assert float(q.scale) == pytest.approx(scale)
-        x, y = (torch.fake_quantize_per_tensor_affine(seen[key], scale, 0, -128, 127) for key, scale in zip("xy", scales, strict=True))
+        x, y = (
+            torch.fake_quantize_per_tensor_affine(seen[key], scale, 0, -128, 127)
+            for key, scale in zip("xy", scales, strict=True)
+        )
         want = twin.net.fc(add(x, y).mean((2, 3)))
         torch.testing.assert_close(module.eval()(data.x[:32]), want, rtol=0, atol=1e-5)
     assert [(e.name, e.functional) for e in ptq.ledger.quantized] == [("net.add_0", True)]
@@ -184,7 +189,9 @@ def test_random_states_are_as_without(trainer, data):
 
         class Look(L.Callback):
             def on_fit_start(self, trainer, pl_module, found=found):
-                found.update({key: value.clone() for key, value in pl_module.state_dict().items() if "quant" not in key})
+                found.update(
+                    {key: value.clone() for key, value in pl_module.state_dict().items() if "quant" not in key}
+                )
                 found["rng"] = torch.get_rng_state()
 
         trainer(QAT(plan), Look(), max_epochs=1).fit(module, datamodule=data)
@@ -201,7 +208,9 @@ def test_weight_averages_hold_the_operations(trainer, data):
 
 
 def test_a_typing_error_lists_the_operations(trainer, data):
-    with pytest.raises(PlanError, match=r"'net.add_1' matches no layer and no operation of the recorded batch; operations: net.add_0"):
+    with pytest.raises(
+        PlanError, match=r"'net.add_1' matches no layer and no operation of the recorded batch; operations: net.add_0"
+    ):
         trainer(QAT(QuantPlan([Rule("net.add_1", input="int8 ema")]))).fit(seeded(), datamodule=data)
 
 
@@ -217,7 +226,8 @@ def fit_in_two_processes(path, kind, plan):
     """Entry of the spawned processes."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(plan), Save(path)], max_epochs=1, logger=False,
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(plan), Save(path)], max_epochs=1,
+        logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(kind(), datamodule=Data(batch_size=8))

@@ -30,7 +30,9 @@ SCHEDULERS = {
     "OneCycleLR": lambda o: S.OneCycleLR(o, [1e-2, 2e-2], total_steps=8),
     "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=0, threshold=10.0, min_lr=[1e-4, 2e-4]),
     "ChainedScheduler": lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.5, 3), S.ExponentialLR(o, 0.9)], optimizer=o),
-    "SequentialLR": lambda o: S.SequentialLR(o, [S.LinearLR(o, total_iters=2), S.CosineAnnealingLR(o, 6)], milestones=[2]),
+    "SequentialLR": lambda o: S.SequentialLR(
+        o, [S.LinearLR(o, total_iters=2), S.CosineAnnealingLR(o, 6)], milestones=[2]
+    ),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, [1e-3, 2e-3], anneal_epochs=4),
 }
 QUICK = ("LambdaLR, one a group", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau", "ChainedScheduler", "SWALR")
@@ -38,7 +40,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
 
 def test_no_scheduler_of_torch_is_left_out():
-    assert {name.partition(",")[0] for name in SCHEDULERS} == {name for name in S.__all__ if name != "LRScheduler"} | {"SWALR"}
+    assert {name.partition(",")[0] for name in SCHEDULERS} == {name for name in S.__all__ if name != "LRScheduler"} | {
+        "SWALR"
+    }
 
 
 def two_groups(scheduler):
@@ -50,7 +54,10 @@ def two_groups(scheduler):
         groups = [{"params": rest, "lr": 1e-2}, {"params": conv2, "lr": 2e-2}]
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1)
         made = SCHEDULERS[scheduler](optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step", "monitor": "train/loss", "strict": False}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": made, "interval": "step", "monitor": "train/loss", "strict": False},
+        }
 
     return make
 
@@ -63,9 +70,12 @@ class Rates(L.Callback):
         self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SCHEDULERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SCHEDULERS]
+)
 def test_scales_follow_the_rate_of_their_weight_and_resume(name, trainer, data, tmp_path):
-    """A scale's rate is that of its weight's group at every step, without weight decay; resumed, the run ends bit-equal."""
+    """A scale's rate is that of its weight's group at every step, without weight decay; resumed, the run ends
+    bit-equal."""
     batches = list(data.train_dataloader())
     data.train_dataloader = lambda: ResumableLoader(batches)
 
@@ -73,7 +83,10 @@ def test_scales_follow_the_rate_of_their_weight_and_resume(name, trainer, data, 
         L.seed_everything(1, verbose=False)
         module, rates = Module(optimizers=two_groups(name)), Rates()
         keep = ModelCheckpoint(
-            tmp_path / ("whole" if resume is None else "resumed"), filename="{step}", save_top_k=-1, every_n_train_steps=3
+            tmp_path / ("whole" if resume is None else "resumed"),
+            filename="{step}",
+            save_top_k=-1,
+            every_n_train_steps=3,
         )
         fit = trainer(QAT(PLAN), keep, rates, enable_checkpointing=True)
         fit.fit(module, datamodule=data, ckpt_path=resume, weights_only=None if resume is None else False)
@@ -94,7 +107,9 @@ def test_scales_follow_the_rate_of_their_weight_and_resume(name, trainer, data, 
     states = module.state_dict(), again.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
-    for mine, theirs in zip(optimizer.state_dict()["state"].values(), optimizer2.state_dict()["state"].values(), strict=True):
+    for mine, theirs in zip(
+        optimizer.state_dict()["state"].values(), optimizer2.state_dict()["state"].values(), strict=True
+    ):
         assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
 
 
@@ -114,7 +129,12 @@ class Manual(Module):
         self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self):
-        convs = [*self.net.conv.parameters(), *self.net.bn.parameters(), *self.net.conv2.parameters(), *self.net.bn2.parameters()]
+        convs = [
+            *self.net.conv.parameters(),
+            *self.net.bn.parameters(),
+            *self.net.conv2.parameters(),
+            *self.net.bn2.parameters(),
+        ]
         return torch.optim.SGD(convs, 1e-2, weight_decay=0.1), torch.optim.AdamW(self.net.fc.parameters(), 1e-2)
 
 
@@ -129,7 +149,9 @@ def test_two_optimizers_by_hand(trainer, data):
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             net = pl_module.net
-            seen.append((net.conv.weight_quantizer.scale.detach().clone(), net.fc.weight_quantizer.scale.detach().clone()))
+            seen.append(
+                (net.conv.weight_quantizer.scale.detach().clone(), net.fc.weight_quantizer.scale.detach().clone())
+            )
 
     fit = trainer(QAT(PLAN), Watch(), max_epochs=1)
     fit.fit(module, datamodule=data)
@@ -138,7 +160,10 @@ def test_two_optimizers_by_hand(trainer, data):
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             for p in quantizer.parameters():
                 assert [id(p) in ids for ids in held] == ([False, True] if name == "net.fc" else [True, False])
-    moved = [[not torch.equal(a, b) for a, b in zip(before, after, strict=True)] for before, after in itertools.pairwise(seen)]
+    moved = [
+        [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        for before, after in itertools.pairwise(seen)
+    ]
     assert moved == [[True, False], [False, True]] * 2
 
 
@@ -152,7 +177,10 @@ def test_two_optimizers_resume(trainer, data, tmp_path):
         L.seed_everything(1, verbose=False)
         module = Manual()
         keep = ModelCheckpoint(
-            tmp_path / ("whole" if resume is None else "resumed"), filename="{step}", save_top_k=-1, every_n_train_steps=3
+            tmp_path / ("whole" if resume is None else "resumed"),
+            filename="{step}",
+            save_top_k=-1,
+            every_n_train_steps=3,
         )
         fit = trainer(QAT(PLAN), keep, enable_checkpointing=True)
         fit.fit(module, datamodule=data, ckpt_path=resume, weights_only=None if resume is None else False)
@@ -166,7 +194,10 @@ def test_two_optimizers_resume(trainer, data, tmp_path):
         assert mine["param_groups"] == theirs["param_groups"]
         assert mine["state"].keys() == theirs["state"].keys()
         for key, state in mine["state"].items():
-            assert all(torch.equal(torch.as_tensor(theirs["state"][key][name]), torch.as_tensor(value)) for name, value in state.items())
+            assert all(
+                torch.equal(torch.as_tensor(theirs["state"][key][name]), torch.as_tensor(value))
+                for name, value in state.items()
+            )
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
@@ -209,7 +240,9 @@ def one_group(module):
 
 def decayed_groups(module):
     """Two groups with rates of their own and a scheduler inside a scheduler."""
-    first, *others = [m.parameters() for m in (module.net.conv, module.net.bn, module.net.conv2, module.net.bn2, module.net.fc)]
+    first, *others = [
+        m.parameters() for m in (module.net.conv, module.net.bn, module.net.conv2, module.net.bn2, module.net.fc)
+    ]
     groups = [{"params": first, "lr": 1e-3}, {"params": [p for held in others for p in held], "lr": 2e-3}]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
@@ -224,7 +257,8 @@ def names_of(module):
 
 @pytest.mark.parametrize("optimizers", [one_group, decayed_groups, None])
 def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, data, tmp_path):
-    """What a weight had in the optimizer stays with it; scales begin with nothing, at the rate of their weight's group."""
+    """What a weight had in the optimizer stays with it; scales begin with nothing, at the rate of their weight's
+    group."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=optimizers)
     before = trainer(max_epochs=1)
@@ -240,7 +274,8 @@ def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, dat
             names, optimizer = names_of(pl_module), trainer.optimizers[0]
             seen["state"] = {names[id(p)]: copy.deepcopy(state) for p, state in optimizer.state.items()}
             seen["groups"] = [
-                (group["lr"], group.get("weight_decay"), [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups
+                (group["lr"], group.get("weight_decay"), [names[id(p)] for p in group["params"]])
+                for group in optimizer.param_groups
             ]
 
     module = Module(optimizers=optimizers)
@@ -249,7 +284,10 @@ def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, dat
     assert after.global_step == 2 * before.global_step
     assert seen["state"].keys() == old.keys()
     for name, state in old.items():
-        assert all(torch.equal(torch.as_tensor(seen["state"][name][key]), torch.as_tensor(value)) for key, value in state.items())
+        assert all(
+            torch.equal(torch.as_tensor(seen["state"][name][key]), torch.as_tensor(value))
+            for key, value in state.items()
+        )
     homes = {name: lr for lr, _, names in seen["groups"] for name in names}
     assert len(homes) == len(list(module.parameters()))
     assert [lr for lr, _, _ in seen["groups"][: len(rates)]] == rates
@@ -262,7 +300,9 @@ def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, dat
         assert len(config.scheduler.get_last_lr()) == len(after.optimizers[0].param_groups)
         assert all(len(inner.base_lrs) == len(seen["groups"]) for inner in config.scheduler._schedulers)
         finals = {
-            name: group["lr"] for group in after.optimizers[0].param_groups for name in map(names_of(module).get, map(id, group["params"]))
+            name: group["lr"]
+            for group in after.optimizers[0].param_groups
+            for name in map(names_of(module).get, map(id, group["params"]))
         }
         assert finals["net.conv.weight_quantizer.scale"] == finals["net.conv.weight"] < homes["net.conv.weight"]
 

@@ -9,12 +9,18 @@ NAMED = re.findall(r"`([\w/]+\.py)::(test_\w+)`( \*)?", (TESTS / "LIFECYCLE.md")
 
 
 def functions(path):
-    return {node.name: node for node in ast.parse((TESTS / path).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: node
+        for node in ast.parse((TESTS / path).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_every_test_that_is_named_exists():
     assert len(NAMED) > 50
-    missing = [f"{path}::{name}" for path, name, _ in NAMED if not (TESTS / path).is_file() or name not in functions(path)]
+    missing = [
+        f"{path}::{name}" for path, name, _ in NAMED if not (TESTS / path).is_file() or name not in functions(path)
+    ]
     assert not missing
 
 
@@ -25,8 +31,13 @@ def test_slow_tests_are_marked():
 
 
 def test_every_test_of_this_folder_is_named():
-    here = {f"lifecycle/{path.name}": functions(f"lifecycle/{path.name}") for path in Path(__file__).parent.glob("test_*.py")}
-    unnamed = {(path, name) for path, found in here.items() for name in found if name.startswith("test_")} - {(p, n) for p, n, _ in NAMED}
+    here = {
+        f"lifecycle/{path.name}": functions(f"lifecycle/{path.name}")
+        for path in Path(__file__).parent.glob("test_*.py")
+    }
+    unnamed = {(path, name) for path, found in here.items() for name in found if name.startswith("test_")} - {
+        (p, n) for p, n, _ in NAMED
+    }
     known = {"test_page.py", "test_models.py", "test_checkpoint_matrix.py", "test_hostile_checkpoints.py"}
     # What tests the tests themselves, or stands in the docstring of another.
     assert {Path(path).name for path, _ in unnamed} <= known, unnamed

@@ -19,7 +19,9 @@ from tests.callbacks.conftest import Module, ResumableLoader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides the configure_model"),
+    pytest.mark.filterwarnings(
+        "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model"
+    ),
 ]
 PLANS = ["w4 mse a8", "w4 lsq a4 lsq"]
 every_plan = pytest.mark.parametrize("plan", PLANS)
@@ -35,7 +37,8 @@ class LowRank(torch.nn.Module):
 
 
 class Parametrized(Module):
-    """A convolution with spectral_norm, one with weight_norm, and a linear layer with a low-rank addition to its frozen weight."""
+    """A convolution with spectral_norm, one with weight_norm, and a linear layer with a low-rank addition to its frozen
+    weight."""
 
     def __init__(self, optimizers=None):
         super().__init__(optimizers=optimizers)
@@ -60,7 +63,9 @@ def test_with_all_quantizers_off_it_is_the_float_run(trainer, data):
         remove(module)
         states.append(module.state_dict())
     assert states_equal(*states)
-    assert {key for key in states[0] if "net.conv." in key} >= {f"net.conv.parametrizations.weight.0.{v}" for v in ("_u", "_v")}
+    assert {key for key in states[0] if "net.conv." in key} >= {
+        f"net.conv.parametrizations.weight.0.{v}" for v in ("_u", "_v")
+    }
 
 
 @every_plan
@@ -102,7 +107,10 @@ def two_groups(module):
     """Each layer's parameters in a group of its own; the scales are nowhere in them."""
     layers = [module.net.conv, module.net.conv2, module.net.fc]
     groups = [
-        {"params": [p for name, p in layer.named_parameters() if "quantizer" not in name and p.requires_grad], "lr": 10.0**-n}
+        {
+            "params": [p for name, p in layer.named_parameters() if "quantizer" not in name and p.requires_grad],
+            "lr": 10.0**-n,
+        }
         for n, layer in enumerate(layers, 2)
     ]
     return torch.optim.SGD(groups, weight_decay=0.1)
@@ -126,7 +134,9 @@ def test_a_learned_scale_is_where_its_weight_comes_from(trainer, data):
         scales = [p for q in (layer.weight_quantizer, layer.input_quantizer) for p in q.parameters()]
         assert [(groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for p in scales] == [(rate, 0.0)] * 3
     moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
-    assert moved >= {name for name in before if name.startswith(("net.conv.", "net.conv2.")) and "zero_point" not in name}
+    assert moved >= {
+        name for name in before if name.startswith(("net.conv.", "net.conv2.")) and "zero_point" not in name
+    }
     assert "net.fc.parametrizations.weight.original" not in moved
     assert "net.fc.weight_quantizer.scale" in moved
 
@@ -152,7 +162,10 @@ def test_calibrated_without_a_trace(plan, trainer, data):
 def test_other_callbacks(first, trainer, data, tmp_path):
     """Averages of all that a weight is computed from; a learning rate finder that leaves no trace."""
     states = []
-    for finders in ([], [LearningRateFinder(num_training_steps=4, min_lr=1e-5, max_lr=1e-3, early_stop_threshold=None)]):
+    for finders in (
+        [],
+        [LearningRateFinder(num_training_steps=4, min_lr=1e-5, max_lr=1e-3, early_stop_threshold=None)],
+    ):
         L.seed_everything(0, verbose=False)
         module = Parametrized()
         module.lr = 0.1

@@ -1,4 +1,5 @@
-"""Checkpoints that leave the frozen part out, or all that is not trained: a resumed run has the ranges and learned scales it had."""
+"""Checkpoints that leave the frozen part out, or all that is not trained: a resumed run has the ranges and learned
+scales it had."""
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from lq_plugin import QAT
 from lq_plugin.model.prepare import quantizers
 from tests.callbacks.conftest import Module
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
+)
 
 PLANS = ["int8 per_channel", "w8a8", "w4 mse a8 mse", "int4 per_channel lsq / int4 lsq"]
 
@@ -56,7 +59,9 @@ def test_resumed_it_is_the_run_that_was_not_stopped(plan, drop, trainer, data, t
 
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch == 0:
-                batch_norms.update({k: v.clone() for k, v in pl_module.net.state_dict().items() if k.startswith("bn") and "_" in k})
+                batch_norms.update(
+                    {k: v.clone() for k, v in pl_module.net.state_dict().items() if k.startswith("bn") and "_" in k}
+                )
 
     whole = made(drop, {})
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

@@ -41,7 +41,9 @@ def test_scales_stay_float32_and_a_resumed_run_is_the_same(plan, precision, trai
 
     module, fit = run()
     found = quantizers(module)
-    assert all(t.dtype == torch.float32 for q in found for t in (*q.parameters(), *q.buffers()) if t.is_floating_point())
+    assert all(
+        t.dtype == torch.float32 for q in found for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()
+    )
     assert all(torch.isfinite(t).all() for q in found for t in q.parameters())
     want = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
     assert module.net.conv.weight.dtype == want
@@ -58,10 +60,13 @@ def test_scales_stay_float32_and_a_resumed_run_is_the_same(plan, precision, trai
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(4, 4), lambda: nn.ConvTranspose1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3)], ids=["Linear", "transpose", "conv"]
+    "make",
+    [lambda: nn.Linear(4, 4), lambda: nn.ConvTranspose1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 3)],
+    ids=["Linear", "transpose", "conv"],
 )
 def test_pruned_layers_keep_their_mask(make):
-    """torch's pruning computes the weight in a hook and keeps it where quantized weights stand in: it must still be there afterwards."""
+    """torch's pruning computes the weight in a hook and keeps it where quantized weights stand in: it must still be
+    there afterwards."""
     torch.manual_seed(0)
     layer = make()
     prune.random_unstructured(layer, "weight", 0.5)
@@ -73,7 +78,9 @@ def test_pruned_layers_keep_their_mask(make):
         net.train(training)
         y = net(x)
         assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
-        assert torch.equal(layer.quantized_weight()[layer.weight_mask == 0], torch.zeros(int((layer.weight_mask == 0).sum())))
+        assert torch.equal(
+            layer.quantized_weight()[layer.weight_mask == 0], torch.zeros(int((layer.weight_mask == 0).sum()))
+        )
     y.sum().backward()
     assert torch.equal(layer.weight_orig.grad[layer.weight_mask == 0], torch.zeros(int((layer.weight_mask == 0).sum())))
     assert layer.weight_orig.grad.abs().sum() > 0

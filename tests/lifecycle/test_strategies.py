@@ -1,4 +1,5 @@
-"""Strategies and precisions of the Trainer: what works equals one way of training, and what does not says so before training."""
+"""Strategies and precisions of the Trainer: what works equals one way of training, and what does not says so before
+training."""
 
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from lq_plugin.callbacks.sharding import refuse_unsupported
 from lq_plugin.model import quantizers
 from tests.callbacks.conftest import Data, Module
 
-#: Every way a range is found: learned, estimated once an epoch, by moving average, at the first batch; and of an operation.
+#: Every way a range is found: learned, estimated once an epoch, by moving average, at the first batch; and of an
+#: operation.
 PLAN = QuantPlan(
     [
         Rule("net.conv", weight="int4 per_channel lsq", input="int4 lsq"),
@@ -94,7 +96,9 @@ def test_fsdp2_trains_as_ddp_does(tmp_path):
     mine, theirs = state(tmp_path, "fsdp2", 0), state(tmp_path, "ddp", 0)
     assert mine.keys() == theirs.keys()
     for key in [key for key in mine if "quantizer" in key]:
-        torch.testing.assert_close(mine[key], theirs[key], rtol=0.02, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            mine[key], theirs[key], rtol=0.02, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+        )
     assert float(mine["net.conv.input_quantizer.scale"]) != 1.0
 
 
@@ -123,13 +127,16 @@ def test_the_module_that_spawned_processes_train_copies_of(prepared, tmp_path, c
 
     While a range is not used yet (its schedule begins later), DDP does not miss its gradient.
     """
-    plan = QuantPlan([Rule("*", weight="int4 lsq", input="int4 lsq")], {"weights_start": "step 2", "activations_start": "step 3"})
+    plan = QuantPlan(
+        [Rule("*", weight="int4 lsq", input="int4 lsq")], {"weights_start": "step 2", "activations_start": "step 3"}
+    )
     L.seed_everything(0, verbose=False)
     module, data = Module(), Data(batch_size=8)
     if prepared:
         prepare(module, plan)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(plan), SaveState(str(tmp_path))], max_epochs=2, logger=False,
+        accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[QAT(plan), SaveState(str(tmp_path))],
+        max_epochs=2, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
@@ -155,7 +162,9 @@ def test_fsdp_of_lightning_is_refused_before_training():
     """On CPU by Lightning; elsewhere by us."""
     with pytest.raises(ValueError, match="requires a GPU accelerator"):
         L.Trainer(accelerator="cpu", strategy="fsdp", logger=False)
-    with pytest.raises(PlanError, match=r"under FSDPStrategy \(supported: DDP, and ModelParallelStrategy .* flattens weights"):
+    with pytest.raises(
+        PlanError, match=r"under FSDPStrategy \(supported: DDP, and ModelParallelStrategy .* flattens weights"
+    ):
         refuse_unsupported(SimpleNamespace(strategy=FSDPStrategy()), Module())
 
 
@@ -197,7 +206,9 @@ def test_tensor_parallel_layers_are_refused(tmp_path):
         mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
         module = Module()
         for axis in ("tensor_parallel", "data_parallel"):
-            module.net.fc.weight = torch.nn.Parameter(distribute_tensor(module.net.fc.weight.detach(), mesh[axis], [Replicate()]))
+            module.net.fc.weight = torch.nn.Parameter(
+                distribute_tensor(module.net.fc.weight.detach(), mesh[axis], [Replicate()])
+            )
             found = SimpleNamespace(strategy=ModelParallelStrategy())
             if axis == "data_parallel":
                 refuse_unsupported(found, module)
@@ -234,7 +245,9 @@ def test_16_mixed_on_cpu_is_what_lightning_makes_of_it(trainer, data):
         L.seed_everything(0, verbose=False)
         module = Module()
         if precision == "16-mixed":
-            with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'"):
+            with pytest.warns(
+                UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'"
+            ):
                 run = trainer(QAT("w4a8"), precision=precision)
         else:
             run = trainer(QAT("w4a8"), precision=precision)

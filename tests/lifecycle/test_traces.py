@@ -1,4 +1,5 @@
-"""Calibration, distillation, monitoring and search leave nothing behind in the module, in its metrics and in the loggers."""
+"""Calibration, distillation, monitoring and search leave nothing behind in the module, in its metrics and in the
+loggers."""
 
 import threading
 from collections import deque
@@ -103,7 +104,9 @@ PHASES = {
 def test_ptq_reports_the_validation_set_alone(trainer, data, phases):
     torch.manual_seed(0)
     module, recorder = Collects(), Recorder()
-    (result,) = trainer(PTQ("w4a8", phases=PHASES[phases]), logger=recorder).validate(module, datamodule=data, verbose=False)
+    (result,) = trainer(PTQ("w4a8", phases=PHASES[phases]), logger=recorder).validate(
+        module, datamodule=data, verbose=False
+    )
     assert module.lengths == [32]
     assert result["val/samples"] == 32.0
     assert recorder.sent == ["picture"] * 4  # two batches, each by the experiment and by the logger
@@ -121,7 +124,15 @@ def test_qat_and_its_teacher_keep_nothing(trainer, data, options):
 
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            found.append((list(pl_module.outputs), pl_module.samples, pl_module.last, list(pl_module.recent), pl_module.bank.tolist()))
+            found.append(
+                (
+                    list(pl_module.outputs),
+                    pl_module.samples,
+                    pl_module.last,
+                    list(pl_module.recent),
+                    pl_module.bank.tolist(),
+                )
+            )
 
         def on_train_epoch_end(self, trainer, pl_module):
             if callback.teacher is not None:
@@ -165,7 +176,14 @@ def test_loggers_keep_their_class_name_and_folder_while_they_are_silent(trainer,
 
     class Asks(Module):
         def validation_step(self, batch, batch_idx):
-            seen.append((type(self.logger).__name__, isinstance(self.logger, TensorBoardLogger), self.logger.log_dir, self.trainer.log_dir))
+            seen.append(
+                (
+                    type(self.logger).__name__,
+                    isinstance(self.logger, TensorBoardLogger),
+                    self.logger.log_dir,
+                    self.trainer.log_dir,
+                )
+            )
             self.logger.experiment.add_scalar("mine", 1.0, batch_idx)
             super().validation_step(batch, batch_idx)
 

@@ -1,4 +1,5 @@
-"""Training sees the batches of the float run, whatever the loaders are made of: calibration gives back what it has read."""
+"""Training sees the batches of the float run, whatever the loaders are made of: calibration gives back what it has
+read."""
 
 import copy
 
@@ -117,5 +118,7 @@ def test_an_iterator_that_nothing_can_stand_in_for_is_refused(trainer):
 
 def test_iterators_in_a_dict_are_several_loaders_as_the_trainer_reads_them(trainer):
     batches = list(Data().train_dataloader())
-    with pytest.raises(CalibrationError, match=r"batches of one loader, train_dataloader gives 2.*QAT\(plan, dataloader=\.\.\.\)"):
+    with pytest.raises(
+        CalibrationError, match=r"batches of one loader, train_dataloader gives 2.*QAT\(plan, dataloader=\.\.\.\)"
+    ):
         trainer(QAT("w8a8"), limit_val_batches=0).fit(Module(), {"a": iter(batches), "b": iter(batches)})

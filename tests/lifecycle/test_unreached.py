@@ -1,4 +1,5 @@
-"""Layers that no batch reaches: float with a reason, in every file and in every later run, until a training batch reaches them."""
+"""Layers that no batch reaches: float with a reason, in every file and in every later run, until a training batch
+reaches them."""
 
 import logging
 
@@ -92,14 +93,28 @@ UNREACHED = {ReadPast: {"body"}, Auxiliary: {"aux"}, Experts: {"experts.1", "exp
 @pytest.fixture
 def trainer(tmp_path):
     def make(*callbacks, **options):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return L.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | {"max_epochs": 1} | options)
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return L.Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            callbacks=list(callbacks),
+            **quiet | {"max_epochs": 1} | options,
+        )
 
     return make
 
 
 def float_layers(module):
-    return {name for name, layer in module.named_modules() if (q := getattr(layer, "weight_quantizer", None)) and not q.is_enabled}
+    return {
+        name
+        for name, layer in module.named_modules()
+        if (q := getattr(layer, "weight_quantizer", None)) and not q.is_enabled
+    }
 
 
 @pytest.mark.parametrize("kind", UNREACHED)
@@ -164,10 +179,14 @@ def test_a_training_batch_that_reaches_a_layer_quantizes_it(trainer):
     class Look(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             aux = pl_module.aux
-            states.append((aux.weight_quantizer.is_enabled, aux.input_quantizer.is_enabled, aux.input_quantizer.is_calibrated))
+            states.append(
+                (aux.weight_quantizer.is_enabled, aux.input_quantizer.is_enabled, aux.input_quantizer.is_calibrated)
+            )
 
     seen = []
-    handle = module.aux.register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach()) if layer.training else None)
+    handle = module.aux.register_forward_pre_hook(
+        lambda layer, args: seen.append(args[0].detach()) if layer.training else None
+    )
     trainer(callback, Look()).fit(module, DATA)
     handle.remove()
     assert states == [(False, False, False), *[(True, True, True)] * 3]
@@ -198,7 +217,11 @@ def test_a_layer_that_is_reached_after_ranges_are_frozen_gets_a_range_that_stays
     class Late(Auxiliary):
         def forward(self, x):
             h = self.body(x).relu()
-            return self.head(h) + self.aux(h * self.global_step) if self.training and self.global_step > 1 else self.head(h)
+            return (
+                self.head(h) + self.aux(h * self.global_step)
+                if self.training and self.global_step > 1
+                else self.head(h)
+            )
 
     module, scales = Late(), []
 

@@ -21,7 +21,8 @@ JOBS = {
     "QAT": ["lq-train", "experiment=digits_qat", *SMALL, "trainer.max_epochs=1", "paths.output_dir={0}/qat"],
     "PTQ, W&B": ["lq-train", "experiment=digits_ptq", *SMALL, "logger=wandb", "paths.output_dir={0}/ptq"],
     "search, W&B": [
-        "lq-search", "experiment=digits_search", *SMALL, "search.n_trials=2", "search.seeds=0", "search.calibration_batches=1",
+        "lq-search", "experiment=digits_search", *SMALL, "search.n_trials=2", "search.seeds=0",
+        "search.calibration_batches=1",
         "search.constraints=['effective_bits <= 6']", "logger=wandb", "paths.output_dir={0}/search",
     ],
     "report": ["lq-report", "{0}/search"],
@@ -31,7 +32,9 @@ JOBS = {
 def oldest() -> dict[str, str]:
     """The oldest version of each requirement of the library and its demo."""
     # What was installed is asked, not pyproject.toml: Python 3.10 reads no TOML.
-    declared = [line.partition(";")[0] for line in requires("lq_plugin") or () if "extra ==" not in line or '"demo"' in line]
+    declared = [
+        line.partition(";")[0] for line in requires("lq_plugin") or () if "extra ==" not in line or '"demo"' in line
+    ]
     found = {line: (re.match(r"[\w-]+", line), re.search(r">=([\d.]+)", line)) for line in declared}
     if without := [line for line, (_, minimum) in found.items() if minimum is None]:
         sys.exit(f"no oldest version in {', '.join(without)}")

@@ -82,7 +82,9 @@ def test_a_metric_measures_the_quantized_model_in_float(called: bool) -> None:
 def test_a_rule_that_names_it_quantizes_it() -> None:
     for pattern in ("lpips.net.*", r"re:lpips\.net\.[02]", "*lpips*"):
         model = Restoring()
-        ledger = lq_plugin.prepare(model, {"rules": [{"match": "up.*", "weight": "int8"}, {"match": pattern, "weight": "int4"}]})
+        ledger = lq_plugin.prepare(
+            model, {"rules": [{"match": "up.*", "weight": "int8"}, {"match": pattern, "weight": "int4"}]}
+        )
         assert [entry.name for entry in ledger.quantized] == ["up.0", "lpips.net.0", "lpips.net.2"]
         # From then on it is a part of the model, for whoever looks at it.
         assert [row.weight_bits for row in cost(model)] == [8, 4, 4]
@@ -100,8 +102,12 @@ def test_rules_that_keep_it_float_ask_for_nothing() -> None:
 def test_patterns_that_match_nothing_else_are_refused_with_the_reason() -> None:
     model = nn.ModuleDict({"net": nn.Linear(4, 4), "lpips": Perceptual()})
     with pytest.raises(PlanError, match=r"'type:Conv2d' matches no layer"):
-        lq_plugin.prepare(model, {"rules": [{"match": "*", "weight": "int8"}, {"match": "type:Conv2d", "weight": "int4"}]})
-    with pytest.raises(PlanError, match=r"nothing to quantize(.|\n)*lpips \(Perceptual\): a metric, no part of the model"):
+        lq_plugin.prepare(
+            model, {"rules": [{"match": "*", "weight": "int8"}, {"match": "type:Conv2d", "weight": "int4"}]}
+        )
+    with pytest.raises(
+        PlanError, match=r"nothing to quantize(.|\n)*lpips \(Perceptual\): a metric, no part of the model"
+    ):
         lq_plugin.prepare(nn.ModuleDict({"lpips": Perceptual()}), "w4")
     # A network that somebody quantizes for itself is a model, whatever class it has.
     assert len(lq_plugin.prepare(Perceptual(), "w4").quantized) == 2

@@ -25,7 +25,14 @@ def flags(model: nn.Module) -> dict[str, bool]:
 
 
 def net(**kwargs) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **kwargs), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, **kwargs),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+    )
 
 
 # --- freezing --------------------------------------------------------------------------------------
@@ -79,7 +86,9 @@ def test_release_follows_the_parent_and_respects_other_freezing():
 
 
 def test_freeze_some_layers_a_root_and_no_instance_norm():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), nn.GroupNorm(1, 3))
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), nn.GroupNorm(1, 3)
+    )
     freeze_batch_norm(model)
     assert [m.training for m in model] == [False, True, False, True]
     model.train()
@@ -97,11 +106,18 @@ def test_freeze_some_layers_a_root_and_no_instance_norm():
 
 
 @settings(max_examples=25, deadline=None)
-@given(sizes=st.lists(st.integers(2, 6), min_size=1, max_size=5), seed=st.integers(0, 1000), offset=st.sampled_from([0.0, 1e3]))
+@given(
+    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+    offset=st.sampled_from([0.0, 1e3]),
+)
 def test_statistics_equal_numpy_over_all_elements(sizes: list[int], seed: int, offset: float):
     """Ragged batches and a large mean: averages of averages, or E[x²] - E[x]², would fail."""
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(n, 3, 2, 5, generator=generator, dtype=torch.float64) * (i + 1) + offset for i, n in enumerate(sizes)]
+    batches = [
+        torch.randn(n, 3, 2, 5, generator=generator, dtype=torch.float64) * (i + 1) + offset
+        for i, n in enumerate(sizes)
+    ]
     model = nn.Sequential(nn.BatchNorm2d(3)).double()
     report = reestimate_batch_norm(model, batches, model)
     everything = np.concatenate([b.numpy() for b in batches]).transpose(1, 0, 2, 3).reshape(3, -1)
@@ -217,12 +233,16 @@ def test_inference_mode_and_a_later_training_step():
 
 
 def test_a_model_without_batch_norm_needs_no_batch():
-    report = reestimate_batch_norm(nn.Sequential(nn.InstanceNorm1d(2, track_running_stats=True)), [], lambda batch: None)
+    report = reestimate_batch_norm(
+        nn.Sequential(nn.InstanceNorm1d(2, track_running_stats=True)), [], lambda batch: None
+    )
     assert (report.batches, report.shifts) == (0, {})
 
 
 def _rank(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     data = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = nn.Sequential(nn.BatchNorm1d(3)).double()
     reestimate_batch_norm(model, [data[:7]] if rank == 0 else [data[7:]], model)

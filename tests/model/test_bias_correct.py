@@ -47,14 +47,20 @@ def means(model: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
             channel = -1 if isinstance(module, nn.Linear) else 1
 
             def keep(module: nn.Module, args: Any, y: Tensor, name: str = name, channel: int = channel) -> None:
-                seen.setdefault(name, []).append(np.moveaxis(y.double().numpy(), channel, 0).reshape(y.shape[channel], -1))
+                seen.setdefault(name, []).append(
+                    np.moveaxis(y.double().numpy(), channel, 0).reshape(y.shape[channel], -1)
+                )
 
             hooks.append(module.register_forward_hook(keep))
     for batch in batches:
         model(batch)
     for hook in hooks:
         hook.remove()
-    return {name: np.concatenate(parts, 1).mean(1) for name, parts in seen.items() if getattr(names[name], "bias", None) is not None}
+    return {
+        name: np.concatenate(parts, 1).mean(1)
+        for name, parts in seen.items()
+        if getattr(names[name], "bias", None) is not None
+    }
 
 
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
@@ -66,9 +72,15 @@ MODELS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "linear": (lambda: [nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 4)], (64, 6)),
     "sequences": (lambda: [nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)], (8, 7, 6)),
     "conv1d": (lambda: [nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 2, groups=2)], (16, 4, 12)),
-    "depthwise": (lambda: [nn.Conv2d(4, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 5, 1)], (16, 4, 7, 7)),
+    "depthwise": (
+        lambda: [nn.Conv2d(4, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 5, 1)],
+        (16, 4, 7, 7),
+    ),
     "conv3d": (lambda: [nn.Conv3d(2, 4, 2), nn.ReLU(), nn.Conv3d(4, 3, 2)], (8, 2, 5, 5, 5)),
-    "transposed": (lambda: [nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(6, 3, 2)], (8, 4, 5, 5)),
+    "transposed": (
+        lambda: [nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(6, 3, 2)],
+        (8, 4, 5, 5),
+    ),
     "transposed1d": (lambda: [nn.ConvTranspose1d(4, 6, 2), nn.ReLU(), nn.ConvTranspose1d(6, 3, 2)], (8, 4, 5)),
     "batch norm": (
         lambda: [
@@ -199,7 +211,11 @@ def test_folded_and_plain_batch_norms_are_corrected_alike() -> None:
         assert result.layers["linear"].target == "linear.bias"
     with torch.no_grad():
         y, z, float_y = folded(batches[0]), plain(batches[0]), model(batches[0])
-        print((y - z).abs().max(), (y - float_y).abs().max(), quantized(model, batches, plan)(batches[0]).sub(z).abs().max())
+        print(
+            (y - z).abs().max(),
+            (y - float_y).abs().max(),
+            quantized(model, batches, plan)(batches[0]).sub(z).abs().max(),
+        )
         torch.testing.assert_close(y, z, atol=2e-2, rtol=1e-2)
 
 
@@ -265,7 +281,8 @@ def test_what_is_skipped_says_why() -> None:
     assert result.layers["twice"].elements == 2 * 32 * 5
     expected = {
         "table": "Embedding has no bias",
-        "bare": "it has no bias, and a new one would change the checkpoint's keys; it is read by 'relu_0', not by a batch norm alone",
+        "bare": "it has no bias, and a new one would change the checkpoint's keys; it is read by 'relu_0', not by a "
+        "batch norm alone",
         "last": "is read by 'add_0'",
         "lstm.weight_ih_l0": "made inside the kernel of 'lstm'",
         "tied": "'tied.bias' is shared with 'tied_too.bias'",
@@ -313,7 +330,9 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        again = self.more == self.layer.weight_quantizer.is_enabled if hasattr(self.layer, "weight_quantizer") else False
+        again = (
+            self.more == self.layer.weight_quantizer.is_enabled if hasattr(self.layer, "weight_quantizer") else False
+        )
         return self.layer(y) if again else y
 
 
@@ -345,7 +364,9 @@ def test_run_modes_and_float_model() -> None:
 
 
 def _rank(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     mine, batches = pooled()
     result = bias_correct(mine, batches[rank : rank + 1])
     assert result.layers["0"].elements == 64

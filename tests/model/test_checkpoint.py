@@ -63,7 +63,9 @@ class Sized(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore="loss")
         self.loss = loss
-        self.net = torch.nn.Sequential(torch.nn.Linear(8, width), *(torch.nn.Linear(width, width) for _ in range(depth)))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, width), *(torch.nn.Linear(width, width) for _ in range(depth))
+        )
         self.last = None
 
     def configure_model(self):
@@ -89,14 +91,18 @@ class OneArgument(Sized):
 def saved_by_a_trainer(module, folder):
     data = torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=8)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[PTQ("w4a8", dataloader=data)], default_root_dir=folder, **quiet)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[PTQ("w4a8", dataloader=data)], default_root_dir=folder, **quiet
+    )
     trainer.validate(module, data, verbose=False)
     trainer.save_checkpoint(folder / "sized.ckpt")
     return module.eval()
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("make", [lambda: Sized(7, depth=2), lambda: OneArgument({"width": 7})], ids=["arguments", "one mapping"])
+@pytest.mark.parametrize(
+    "make", [lambda: Sized(7, depth=2), lambda: OneArgument({"width": 7})], ids=["arguments", "one mapping"]
+)
 def test_a_class_is_built_with_its_hyper_parameters(make, tmp_path):
     module, x = saved_by_a_trainer(make(), tmp_path), torch.randn(5, 8)
     loaded = load_checkpoint(type(module), tmp_path / "sized.ckpt")
@@ -115,7 +121,9 @@ def test_a_class_that_lacks_arguments_says_which(tmp_path):
         def __init__(self, network):
             super().__init__(7)
 
-    with pytest.raises(PlanError, match=r"Other cannot be built with the hyper-parameters.*'network'.*save_hyperparameters"):
+    with pytest.raises(
+        PlanError, match=r"Other cannot be built with the hyper-parameters.*'network'.*save_hyperparameters"
+    ):
         load_checkpoint(Other, tmp_path / "sized.ckpt")
     with pytest.raises(PlanError, match="width: arguments are for a class"):
         load_checkpoint(module, tmp_path / "sized.ckpt", width=7)

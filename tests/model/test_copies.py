@@ -69,6 +69,11 @@ def test_a_copy_belongs_to_no_trainer(module):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_such_a_module_learns_from_its_float_copy(module):
     data = DataLoader(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), batch_size=8)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[QAT("w4a8", distill=0.5)], **quiet).fit(module, data, data)
     assert module.trainer.callback_metrics["quant/distillation"] > 0

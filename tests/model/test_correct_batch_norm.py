@@ -76,8 +76,12 @@ def test_stored_statistics_are_those_of_the_formula() -> None:
     var_f, var_q = (x.var((0, 2, 3)) for x in (floats, quants))
     old_mean, old_var = (b.double().numpy() for b in (model[1].running_mean, model[1].running_var))
     a = ((var_f + 1e-5) / (var_q + 1e-5)) ** 0.5
-    torch.testing.assert_close(mine[1].running_mean.double(), torch.from_numpy(mean_q - (mean_f - old_mean) / a), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(mine[1].running_var.double(), torch.from_numpy((old_var + 1e-5) / a**2 - 1e-5), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        mine[1].running_mean.double(), torch.from_numpy(mean_q - (mean_f - old_mean) / a), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        mine[1].running_var.double(), torch.from_numpy((old_var + 1e-5) / a**2 - 1e-5), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_a_model_that_hardly_changed_hardly_changes() -> None:

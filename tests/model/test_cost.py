@@ -59,7 +59,9 @@ def test_spec_bits_by_hand(text: str, shape: tuple[int, ...], bits: int) -> None
     affine=st.booleans(),
     granularity=st.sampled_from([PerTensor(), PerChannel(), PerGroup(4, ragged=True), PerGroup(16, ragged=True)]),
 )
-def test_spec_bits_counts_the_scales_that_a_quantizer_holds(rows, columns, kernel, bit_width, affine, granularity) -> None:
+def test_spec_bits_counts_the_scales_that_a_quantizer_holds(
+    rows, columns, kernel, bit_width, affine, granularity
+) -> None:
     shape = (rows, columns, *kernel)
     spec = QuantSpec(bit_width=bit_width, affine=affine, granularity=granularity, range="mse")
     scales = make_weight_quantizer(spec, "w", shape).scale.numel()
@@ -105,7 +107,12 @@ def test_a_quantized_model_by_hand() -> None:
 
 
 def test_a_plan_is_priced_alike_before_and_after_it_is_applied() -> None:
-    for plan in ("w4 group16 ragged a8", "w3 mse a4 per_channel", "int2 per_channel lsq / uint4 lsq", "uint8 affine / float"):
+    for plan in (
+        "w4 group16 ragged a8",
+        "w3 mse a4 per_channel",
+        "int2 per_channel lsq / uint4 lsq",
+        "uint8 affine / float",
+    ):
         model = small()
         recording = recorded(model, torch.randn(1, 3, 8, 8))
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -195,7 +202,9 @@ def test_transposed_and_grouped_convolutions_have_scales_per_output_channel() ->
 
 
 def test_other_parts_are_counted_as_they_are_saved() -> None:
-    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(8, 2), "norm": nn.BatchNorm1d(4)})
+    model = nn.ModuleDict(
+        {"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(8, 2), "norm": nn.BatchNorm1d(4)}
+    )
     model["linear"].register_buffer("cache", torch.zeros(1000), persistent=False)
     model["norm"].bfloat16()
     rest = 3 * 8 + 8 + 4  # biases of the attention and of the linear layer
@@ -209,12 +218,14 @@ def test_metrics_and_quantizers_do_not_enter_the_size() -> None:
     assert cost(model).other_bytes == (8 * 4 + 8 + 10) * 4 + 8
 
 
-@pytest.mark.parametrize("plan", ["w4", "w4a8", "w2 group16 a8 per_channel", "int4 per_channel lsq / uint4 lsq", "mxfp4 / mxfp8", "twn"])
+@pytest.mark.parametrize(
+    "plan", ["w4", "w4a8", "w2 group16 a8 per_channel", "int4 per_channel lsq / uint4 lsq", "mxfp4 / mxfp8", "twn"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_the_size_of_the_packed_file(plan: str, dtype: torch.dtype, tmp_path) -> None:
-    model = nn.Sequential(nn.Conv2d(16, 96, 3), nn.BatchNorm2d(96), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(1536, 40)).to(
-        dtype
-    )
+    model = nn.Sequential(
+        nn.Conv2d(16, 96, 3), nn.BatchNorm2d(96), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(1536, 40)
+    ).to(dtype)
     lq_plugin.prepare(model, plan)
     lq_plugin.calibrate(model, [torch.randn(2, 16, 8, 8, dtype=dtype)])
     assert cost(model).bytes == pytest.approx(save_packed(model, tmp_path / "model.safetensors"), rel=0.02)
@@ -261,8 +272,13 @@ def test_operands_of_operations_have_the_bits_of_their_rule() -> None:
 
     model = Model()
     run = recorded(model, torch.randn(2, 5, 8))
-    rules = [{"match": "linear", "weight": "int4", "input": "uint8 affine"}, {"match": "*matmul_*", "input": "uint4 affine"}]
-    ledger = lq_plugin.prepare(model, {"rules": [*rules, {"match": "scaled_dot_product_attention_0", "input": "uint8 affine"}]}, run)
+    rules = [
+        {"match": "linear", "weight": "int4", "input": "uint8 affine"},
+        {"match": "*matmul_*", "input": "uint4 affine"},
+    ]
+    ledger = lq_plugin.prepare(
+        model, {"rules": [*rules, {"match": "scaled_dot_product_attention_0", "input": "uint8 affine"}]}, run
+    )
     ledger.add_recording(run)
     linear, scores, table, attention = 5 * 64, 5 * 5 * 8, 5 * 8 * 6, 2 * 5 * 5 * 8
     priced = cost(model, run)
@@ -286,14 +302,21 @@ def test_a_weight_that_is_read_past_its_layer_is_stored_in_float_as_well(tmp_pat
     run = recorded(model, torch.randn(3, 8))
     ledger = lq_plugin.prepare(model, "int4 per_channel")
     ledger.add_recording(run)
-    assert (ledger["a"].quantized, ledger["a"].reason) == (False, "never called in the recorded batch: linear_0 reads its weight, in float")
+    assert (ledger["a"].quantized, ledger["a"].reason) == (
+        False,
+        "never called in the recorded batch: linear_0 reads its weight, in float",
+    )
     assert ledger.weight_coverage == 32 / (64 + 32)
     # With a recorded batch or without, and for a plan that is not applied.
     bits = 64 * (32 + 4) + 8 * 32 + 32 * 4 + 4 * 32
     assert [priced.effective_bits for priced in (cost(model), cost(model, run))] == [bits / 96] * 2
-    assert plan_cost(Past(), {entry.name: entry.plan for entry in ledger if entry.plan}, run).effective_bits == bits / 96
+    assert (
+        plan_cost(Past(), {entry.name: entry.plan for entry in ledger if entry.plan}, run).effective_bits == bits / 96
+    )
     lq_plugin.calibrate(model, [])
-    assert cost(model).bytes == pytest.approx(save_packed(model, tmp_path / "past.safetensors"), rel=0.1), "a file of a few hundred bytes"
+    assert cost(model).bytes == pytest.approx(save_packed(model, tmp_path / "past.safetensors"), rel=0.1), (
+        "a file of a few hundred bytes"
+    )
 
 
 def test_faults_are_named() -> None:

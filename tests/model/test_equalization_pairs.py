@@ -96,11 +96,26 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] =
         "0",
         r"pools over the channels, dim -1 of \[2, 5, 6\]",
     ),
-    "other axis": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Linear(6, 2)), IMAGES, "0", "the channels are dim -3 .* dim -1"),
-    "transposed view": (lambda: Views(lambda x: x.t().reshape(6, 6)), (6, 4), "a", "reads a view, cast or reshaped copy"),
+    "other axis": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Linear(6, 2)),
+        IMAGES,
+        "0",
+        "the channels are dim -3 .* dim -1",
+    ),
+    "transposed view": (
+        lambda: Views(lambda x: x.t().reshape(6, 6)),
+        (6, 4),
+        "a",
+        "reads a view, cast or reshaped copy",
+    ),
     "flattened outside": (lambda: Views(lambda x: x.flatten(0, 1)), (2, 5, 4), "a", "reads a view"),
     "flatten, hooked": (hooked, IMAGES, "0", "reads something else|reads a view|not known"),
-    "flatten all": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(), nn.Linear(30, 2)), (2, 5, 4), "0", "flattens beyond a channel"),
+    "flatten all": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(), nn.Linear(30, 2)),
+        (2, 5, 4),
+        "0",
+        "flattens beyond a channel",
+    ),
     "tied": (Tied, (2, 4), "a", "'a.weight' is shared with 'b.weight'"),
     "read elsewhere": (Regularized, (2, 4), "a", "'b.weight' is also read by"),
     "computed": (
@@ -109,8 +124,18 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] =
         "0",
         "ParametrizedLinear has a forward|its weight is computed",
     ),
-    "own forward": (lambda: nn.Sequential(nn.Linear(4, 6), Standardized(6, 2)), (2, 4), "0", "'1' .*Standardized has a forward of its own"),
-    "attention": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 2)), (2, 3, 4), "0", r"'1' \(LSTM\) behind it is not known"),
+    "own forward": (
+        lambda: nn.Sequential(nn.Linear(4, 6), Standardized(6, 2)),
+        (2, 4),
+        "0",
+        "'1' .*Standardized has a forward of its own",
+    ),
+    "attention": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 2)),
+        (2, 3, 4),
+        "0",
+        r"'1' \(LSTM\) behind it is not known",
+    ),
     "nan": (broken, IMAGES, "0", "'2' .*NaN or Inf"),
 }
 

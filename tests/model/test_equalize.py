@@ -72,31 +72,66 @@ CHAINS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...], int]] = 
     "nothing between": (lambda: [nn.Linear(5, 7, bias=False), nn.Linear(7, 3)], (6, 5), 1),
     "identity, dropout": (lambda: [nn.Linear(5, 7), nn.Identity(), nn.Dropout(0.5), nn.Linear(7, 3)], (6, 5), 1),
     "prelu": (lambda: [nn.Conv2d(3, 6, 3), nn.PReLU(6, init=-0.3), nn.Conv2d(6, 4, 3)], (2, 3, 9, 9), 1),
-    "padding": (lambda: [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=2, padding_mode="reflect")], (2, 3, 8, 8), 1),
+    "padding": (
+        lambda: [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=2, padding_mode="reflect")],
+        (2, 3, 8, 8),
+        1,
+    ),
     "groups": (lambda: [nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 9, 3, groups=3)], (2, 4, 9, 9), 1),
     "depthwise": (
         lambda: [nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 5, 1)],
         (2, 4, 7, 7),
         2,
     ),
-    "depth multiplier": (lambda: [nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6)], (2, 3, 9, 9), 1),
+    "depth multiplier": (
+        lambda: [nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6)],
+        (2, 3, 9, 9),
+        1,
+    ),
     "conv1d": (lambda: [nn.Conv1d(4, 6, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(6, 4, 2)], (2, 4, 12), 1),
     "conv3d": (lambda: [nn.Conv3d(2, 4, 2), nn.ReLU(), nn.AvgPool3d(2), nn.Conv3d(4, 3, 1)], (2, 2, 5, 5, 5), 1),
-    "transposed": (lambda: [nn.ConvTranspose2d(4, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 3, 2), nn.Conv2d(3, 2, 1)], (2, 4, 5, 5), 2),
+    "transposed": (
+        lambda: [nn.ConvTranspose2d(4, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 3, 2), nn.Conv2d(3, 2, 1)],
+        (2, 4, 5, 5),
+        2,
+    ),
     "transposed groups": (
-        lambda: [nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ReLU(), nn.ConvTranspose1d(6, 9, 2, groups=3), nn.Conv1d(9, 2, 1)],
+        lambda: [
+            nn.ConvTranspose1d(4, 6, 3, groups=2),
+            nn.ReLU(),
+            nn.ConvTranspose1d(6, 9, 2, groups=3),
+            nn.Conv1d(9, 2, 1),
+        ],
         (2, 4, 5),
         2,
     ),
     "unbatched": (lambda: [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Conv2d(6, 4, 1)], (3, 9, 9), 1),
-    "flatten": (lambda: [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 4)], (2, 3, 8, 8), 1),
+    "flatten": (
+        lambda: [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 4)],
+        (2, 3, 8, 8),
+        1,
+    ),
     "flatten, dropout": (
-        lambda: [nn.Conv2d(3, 6, 3), nn.Flatten(), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(216, 8), nn.Linear(8, 3)],
+        lambda: [
+            nn.Conv2d(3, 6, 3),
+            nn.Flatten(),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(216, 8),
+            nn.Linear(8, 3),
+        ],
         (2, 3, 8, 8),
         2,
     ),
     "flatten in two steps": (
-        lambda: [nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d((2, 3)), nn.Dropout(), nn.Flatten(), nn.Identity(), nn.Linear(36, 4)],
+        lambda: [
+            nn.Conv2d(3, 6, 3),
+            nn.AdaptiveAvgPool2d((2, 3)),
+            nn.Dropout(),
+            nn.Flatten(),
+            nn.Identity(),
+            nn.Linear(36, 4),
+        ],
         (2, 3, 8, 8),
         1,
     ),
@@ -139,7 +174,9 @@ def test_the_function_stays_and_neighbours_share_their_spread(name: str, dtype: 
         first, second = model.get_submodule(pair.producer), model.get_submodule(pair.consumer)
         channels = len(result.factors[pair.producer])
         mine = np.array([makes(first, c) for c in range(channels)])
-        theirs = np.array([max(reads(second, c * pair.repeat + k) for k in range(pair.repeat)) for c in range(channels)])
+        theirs = np.array(
+            [max(reads(second, c * pair.repeat + k) for k in range(pair.repeat)) for c in range(channels)]
+        )
         np.testing.assert_allclose(mine, theirs, rtol=1e-3)
         assert result.factors[pair.producer].max() > 2 * result.factors[pair.producer].min()
     if count == 1:
@@ -168,7 +205,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @torch.no_grad()
 def test_functions_between(name: str) -> None:
     torch.manual_seed(0)
-    model = scaled(nn.Sequential(nn.Conv2d(3, 6, 3), Function(lambda _, x: FUNCTIONS[name](x)), nn.Conv2d(6, 4, 2))).double()
+    model = scaled(
+        nn.Sequential(nn.Conv2d(3, 6, 3), Function(lambda _, x: FUNCTIONS[name](x)), nn.Conv2d(6, 4, 2))
+    ).double()
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     expected = model(x)
     assert [(pair.producer, pair.consumer) for pair in equalize(model, recorded(model, x)).pairs] == [("0", "2")]
@@ -207,7 +246,9 @@ def test_the_error_of_one_scale_a_tensor_falls_strongly() -> None:
         layer.weight *= factor.reshape(-1, 1, 1, 1)
         norm.bias *= factor
         depthwise = isinstance(following, nn.Conv2d) and following.groups > 1
-        following.weight /= factor.reshape(-1 if depthwise else 1, 1 if depthwise else -1, *[1] * (following.weight.dim() - 2))
+        following.weight /= factor.reshape(
+            -1 if depthwise else 1, 1 if depthwise else -1, *[1] * (following.weight.dim() - 2)
+        )
     torch.testing.assert_close(model(x), target, rtol=1e-4, atol=1e-4)
     target = model(x)
 
@@ -274,7 +315,9 @@ def test_a_prepared_model_is_equalized_until_it_has_ranges() -> None:
     assert equalize(model, recording).pairs == (EqualizationPair("0", "2", ("1",)),)
     calibrate(model, [x])
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalibrationError, match=r"4 quantizers have ranges already \(0.weight, 0.input, 2.weight.*before calibrating"):
+    with pytest.raises(
+        CalibrationError, match=r"4 quantizers have ranges already \(0.weight, 0.input, 2.weight.*before calibrating"
+    ):
         equalize(model, recording)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     remove(model)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import lq_plugin
-from lq_plugin.model.fidelity import Errors, errors_on_statistics, layer_fidelity, watching, weight_bounds, weight_errors
+from lq_plugin.model.fidelity import (
+    Errors,
+    errors_on_statistics,
+    layer_fidelity,
+    watching,
+    weight_bounds,
+    weight_errors,
+)
 from lq_plugin.model.prepare import quantizers
 
 PLANS = [

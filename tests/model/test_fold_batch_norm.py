@@ -52,7 +52,11 @@ FOLDABLE = {
     "conv3d": (lambda: behind(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 2, 4, 4, 4), 1),
     "conv_transpose1d_groups": (lambda: behind(nn.ConvTranspose1d(6, 4, 3, groups=2), nn.BatchNorm1d(4)), (2, 6, 5), 1),
     "conv_transpose2d": (lambda: behind(nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)), (2, 4, 5, 5), 1),
-    "conv_transpose3d": (lambda: behind(nn.ConvTranspose3d(4, 8, 2, groups=4, bias=False), nn.BatchNorm3d(8)), (1, 4, 3, 3, 3), 1),
+    "conv_transpose3d": (
+        lambda: behind(nn.ConvTranspose3d(4, 8, 2, groups=4, bias=False), nn.BatchNorm3d(8)),
+        (1, 4, 3, 3, 3),
+        1,
+    ),
     "sync_batch_norm": (lambda: behind(nn.Conv2d(3, 6, 3), nn.SyncBatchNorm(6)), (2, 3, 8, 8), 1),
 }
 
@@ -67,7 +71,9 @@ def test_folded_model_computes_the_same(name: str, dtype: torch.dtype):
     pairs, refused = find(model, x)
     assert len(pairs) == count
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    identities = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers(), *model.named_modules())}
+    identities = {
+        name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers(), *model.named_modules())
+    }
     with torch.no_grad():
         expected = model(x)
     folded = fold_batch_norm(model, pairs)
@@ -76,7 +82,9 @@ def test_folded_model_computes_the_same(name: str, dtype: torch.dtype):
     tolerance = 1e-10 if exact else 1e-5
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
-    assert {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers(), *model.named_modules())} == identities
+    assert {
+        name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers(), *model.named_modules())
+    } == identities
     assert list(model.state_dict()) == list(before)
     assert max(folded.relative_errors().values()) < (1e-14 if exact else 2e-7)
     for pair in pairs:
@@ -101,9 +109,13 @@ def test_weight_against_numpy():
     fold_batch_norm(model, [Pair("0", "1")])
     scale = arrays["1.weight"] / np.sqrt(arrays["1.running_var"] + 1e-3)
     after = {key: value.numpy() for key, value in model.state_dict().items()}
-    np.testing.assert_array_equal(after["0.weight"], (arrays["0.weight"] * scale[:, None, None, None]).astype(np.float32))
+    np.testing.assert_array_equal(
+        after["0.weight"], (arrays["0.weight"] * scale[:, None, None, None]).astype(np.float32)
+    )
     np.testing.assert_array_equal(after["0.bias"], (arrays["0.bias"] * scale).astype(np.float32))
-    np.testing.assert_array_equal(after["1.bias"], (arrays["1.bias"] - arrays["1.running_mean"] * scale).astype(np.float32))
+    np.testing.assert_array_equal(
+        after["1.bias"], (arrays["1.bias"] - arrays["1.running_mean"] * scale).astype(np.float32)
+    )
     np.testing.assert_array_equal(after["1.running_var"], np.float32(1 - 1e-3))
     assert after["1.num_batches_tracked"] == arrays["1.num_batches_tracked"]
 
@@ -183,27 +195,37 @@ def layers(**more: nn.Module) -> dict[str, nn.Module]:
 
 REFUSED = {
     "relu_between": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)), "made by '1' (ReLU)"),
-    "relu_in_place": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6)), "made by '1' (ReLU)"),
-    "functional_in_place": (lambda: Function(lambda m, x: m.bn(m.conv(x).add_(1)), **layers()), "made by 'other_add_0' (add)"),
+    "relu_in_place": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6)),
+    "made by '1' (ReLU)"),
+    "functional_in_place": (lambda: Function(lambda m, x: m.bn(m.conv(x).add_(1)), **layers()), "made by 'other_add_0' "
+    "(add)"),
     "input": (lambda: nn.Sequential(nn.BatchNorm2d(3)), "not made by a layer"),
-    "two_consumers": (lambda: Function(lambda m, x: m.bn(y := m.conv(x)) + y, **layers()), "has 2 consumers: 'bn', 'add_0'"),
-    "output_too": (lambda: Function(lambda m, x: (m.bn(y := m.conv(x)), y), **layers()), "has 2 consumers: 'bn', 'output'"),
-    "read_out": (lambda: Function(lambda m, x: (y := m.conv(x), y.tolist(), m.bn(y))[2], **layers()), "2 consumers: 'tolist_0', 'bn'"),
-    "view_consumer": (lambda: Function(lambda m, x: m.bn(y := m.conv(x)).sum() + y[:, 0].exp().sum(), **layers()), "has 2 consumers"),
+    "two_consumers": (lambda: Function(lambda m, x: m.bn(y := m.conv(x)) + y, **layers()), "has 2 consumers: 'bn', "
+    "'add_0'"),
+    "output_too": (lambda: Function(lambda m, x: (m.bn(y := m.conv(x)), y), **layers()), "has 2 consumers: 'bn', "
+    "'output'"),
+    "read_out": (lambda: Function(lambda m, x: (y := m.conv(x), y.tolist(), m.bn(y))[2], **layers()),
+    "2 consumers: 'tolist_0', 'bn'"),
+    "view_consumer": (lambda: Function(lambda m, x: m.bn(y := m.conv(x)).sum() + y[:, 0].exp().sum(), **layers()),
+    "has 2 consumers"),
     "bn_twice": (lambda: Function(lambda m, x: m.bn(m.bn(m.conv(x))), **layers()), "it was called 2 times"),
     "bn_unused": (lambda: Function(lambda m, x: m.conv(x), **layers()), "not called in the recorded pass"),
-    "functional_conv": (lambda: Function(lambda m, x: m.bn(F.conv2d(x, m.conv.weight)), **layers()), "made by 'conv2d_0' (conv2d)"),
+    "functional_conv": (lambda: Function(lambda m, x: m.bn(F.conv2d(x, m.conv.weight)), **layers()),
+    "made by 'conv2d_0' (conv2d)"),
     "functional_use_of_weight": (lambda: Function(penalty, **layers()), "'conv.weight' is also read by 'square_0'"),
     "functional_use_of_gamma": (
-        lambda: Function(lambda m, x: m.bn(m.conv(x)).sum() + m.bn.weight.abs().sum(), **layers()), "'bn.weight' is also read by 'abs_0'"
+        lambda: Function(lambda m, x: m.bn(m.conv(x)).sum() + m.bn.weight.abs().sum(), **layers()),
+        "'bn.weight' is also read by 'abs_0'"
     ),
     "tied": (tied, "'0.weight' is shared with '2.weight'"),
     "tied_bn": (tied_bn, "'1.bias' is shared with '2.bias'"),
     "hidden_view": (hidden_view, "'0.weight' is shared with 'snapshot'"),
     "no_affine": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False)), "affine=False"),
-    "no_statistics": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)), "track_running_stats=False"),
+    "no_statistics": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
+    "track_running_stats=False"),
     "nan_statistics": (broken_statistics, "NaN or Inf"),
-    "permuted": (lambda: Function(lambda m, x: m.bn(m.conv(x).transpose(1, 2)), **layers()), "reshaped, cast or sliced"),
+    "permuted": (lambda: Function(lambda m, x: m.bn(m.conv(x).transpose(1, 2)), **layers()),
+    "reshaped, cast or sliced"),
     "cast": (lambda: Function(lambda m, x: m.bn(m.conv(x).double().float()), **layers()), "reshaped, cast or sliced"),
     "spectral_norm": (spectral, "weight of '0' (ParametrizedConv2d) in front is computed"),
     "pruned": (pruned, "weight of '0' (Conv2d) in front is computed"),
@@ -278,9 +300,15 @@ class Failing(nn.Conv2d):
 
 def test_custom_forwards_are_tried_out():
     assert find(behind(SamePadConv(3, 6, 2), BatchNormAct(6)), IMAGE)[0] == [Pair("0", "1")]
-    assert "forward of StandardizedConv computes something else" in reason(behind(StandardizedConv(3, 6, 3), nn.BatchNorm2d(6)), IMAGE)
-    assert "forward of BatchNormSquared computes something else" in reason(behind(nn.Conv2d(3, 6, 3), BatchNormSquared(6)), IMAGE)
-    assert "forward of Failing raised TypeError('float only')" in reason(behind(Failing(3, 6, 3), nn.BatchNorm2d(6)), IMAGE)
+    assert "forward of StandardizedConv computes something else" in reason(
+        behind(StandardizedConv(3, 6, 3), nn.BatchNorm2d(6)), IMAGE
+    )
+    assert "forward of BatchNormSquared computes something else" in reason(
+        behind(nn.Conv2d(3, 6, 3), BatchNormSquared(6)), IMAGE
+    )
+    assert "forward of Failing raised TypeError('float only')" in reason(
+        behind(Failing(3, 6, 3), nn.BatchNorm2d(6)), IMAGE
+    )
     model = behind(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
     model[0].forward = lambda x: F.conv2d(x, torch.ones(6, 3, 3, 3))  # float weights, whatever the module holds
     assert "could not be tried out" in reason(model, IMAGE)

@@ -1,4 +1,5 @@
-"""GPTQ over models: each kind of layer against the linear problem that it is, what is left out, and what comes of bad input."""
+"""GPTQ over models: each kind of layer against the linear problem that it is, what is left out, and what comes of bad
+input."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from lq_plugin.functional.gptq import gptq_quantize
 from lq_plugin.model.correct_batch_norm import correct_batch_norm
 from lq_plugin.model.gptq import gptq
 
-SPECS = ["int3 per_channel mse", "int2 affine mse per_channel", "int3", "int3 group4 mse ragged", "int4 group4:4 ragged", "int3 lsq"]
+SPECS = [
+    "int3 per_channel mse",
+    "int2 affine mse per_channel",
+    "int3",
+    "int3 group4 mse ragged",
+    "int4 group4:4 ragged",
+    "int3 lsq",
+]
 
 
 def correlated(count: int, *shape: int, seed: int = 0) -> Tensor:
@@ -33,7 +41,9 @@ def correlated(count: int, *shape: int, seed: int = 0) -> Tensor:
     return x.reshape(count, *shape)
 
 
-def prepared(net: nn.Module, batches: list[Any], weight: str = "int3 per_channel mse", inputs: str | None = None) -> nn.Module:
+def prepared(
+    net: nn.Module, batches: list[Any], weight: str = "int3 per_channel mse", inputs: str | None = None
+) -> nn.Module:
     prepare(net, QuantPlan([Rule("*", weight=weight, input=inputs)]))
     calibrate(net, batches)
     return net.eval()
@@ -141,7 +151,9 @@ def test_inputs_come_from_the_quantized_layers_in_front() -> None:
     inner = second.input_quantizer(net[1](first(x))).double()
     for layer, inputs, weight in ((first, first.input_quantizer(x).double(), weights[0]), (second, inner, weights[1])):
         quantizer = layer.weight_quantizer
-        want = gptq_quantize(weight, inputs.T @ inputs, quantizer.scale, quantizer.zero_point, quantizer.spec.grid, act_order=False)
+        want = gptq_quantize(
+            weight, inputs.T @ inputs, quantizer.scale, quantizer.zero_point, quantizer.spec.grid, act_order=False
+        )
         torch.testing.assert_close(layer.weight.detach(), want)
 
 
@@ -201,7 +213,11 @@ class Everything(nn.Module):
 def test_what_it_cannot_do_is_listed_with_reasons() -> None:
     torch.manual_seed(0)
     net, tokens = Everything(), torch.randint(20, (16, 5))
-    rules = [Rule("*", weight="int4 per_channel"), Rule("ternary", weight="twn"), Rule("xnor", weight="int4", input="xnor")]
+    rules = [
+        Rule("*", weight="int4 per_channel"),
+        Rule("ternary", weight="twn"),
+        Rule("xnor", weight="int4", input="xnor"),
+    ]
     prepare(net, QuantPlan(rules))
     calibrate(net, [tokens])
     before = copy.deepcopy(net.state_dict())
@@ -223,7 +239,9 @@ def test_what_it_cannot_do_is_listed_with_reasons() -> None:
     assert set(result.skipped) == set(reasons)
     for name, reason in reasons.items():
         assert reason in result.skipped[name], name
-    changed = {key for key, value in net.state_dict().items() if key not in before or not torch.equal(value, before[key])}
+    changed = {
+        key for key, value in net.state_dict().items() if key not in before or not torch.equal(value, before[key])
+    }
     assert {key.split(".")[0] for key in changed} == {"fc", "last"}
 
 
@@ -262,7 +280,9 @@ def test_batches_and_contexts_do_not_matter(context: str) -> None:
 
 
 def _rank(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
     x = correlated(256, 2, 5, 5)
@@ -304,11 +324,14 @@ def test_bad_input_is_named_and_nothing_is_changed() -> None:
     with pytest.raises(CalibrationError, match="0 batches"):
         gptq(net, [])
     with pytest.raises(
-        QuantizationError, match=r"2 faults\n.*dampening must not be negative, got -1\n.*block_columns is an integer from 1"
+        QuantizationError,
+        match=r"2 faults\n.*dampening must not be negative, got -1\n.*block_columns is an integer from 1",
     ):
         gptq(net, [x], dampening=-1, block_columns=0)
     before = states(net)
-    with pytest.raises(CalibrationError, match="GPTQ of '0': its Hessian is not positive definite, with a dampening of 0"):
+    with pytest.raises(
+        CalibrationError, match="GPTQ of '0': its Hessian is not positive definite, with a dampening of 0"
+    ):
         gptq(net, [x], dampening=0.0)
     # The first layer has inputs enough, the second has not.
     with pytest.raises(CalibrationError, match="GPTQ of '3': its Hessian is not positive definite"):
@@ -329,7 +352,9 @@ def digits() -> tuple[DigitsCNN, Tensor, Tensor, Tensor]:
     """A small CNN after a few epochs, training images, test images and labels."""
     seed_everything(0, verbose=False)
     model, data = DigitsCNN(width=8), DigitsDataModule()
-    silent: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    silent: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     Trainer(accelerator="cpu", devices=1, max_epochs=4, **silent).fit(model, datamodule=data)
     return model.eval(), data.splits["train"].tensors[0][:256], *data.splits["test"].tensors
 

@@ -1,4 +1,5 @@
-"""Whatever Python state other people's code changes is as it was, in place; what calibration changes on purpose is not touched."""
+"""Whatever Python state other people's code changes is as it was, in place; what calibration changes on purpose is not
+touched."""
 
 import functools
 import itertools
@@ -64,7 +65,8 @@ STATES = {
     "order of a dict": (lambda: OrderedDict(a=1, b=2), lambda m: m.x.move_to_end("a"), lambda x: list(x.items())),
     "least recently used": (lambda: {"a": 1, "b": 2}, lambda m: m.x.update(a=m.x.pop("a")), lambda x: list(x.items())),
     "Counter": (lambda: Counter(a=2), lambda m: m.x.update("ab"), dict),
-    "defaultdict": (lambda: defaultdict(list, a=[1]), lambda m: m.x["b"].append(m.x["a"].pop()), lambda x: {k: [*v] for k, v in x.items()}),
+    "defaultdict": (lambda: defaultdict(list, a=[1]), lambda m: m.x["b"].append(m.x["a"].pop()),
+    lambda x: {k: [*v] for k, v in x.items()}),
     "set": (lambda: {1, 2}, lambda m: m.x.symmetric_difference_update({2, 3}), sorted),
     "deque": (lambda: deque([1, 2], maxlen=2), lambda m: m.x.append(3), lambda x: (list(x), x.maxlen)),
     "tensor in place": (lambda: torch.zeros(2), lambda m: m.x.add_(1), torch.Tensor.tolist),
@@ -74,13 +76,18 @@ STATES = {
     "bytearray": (lambda: bytearray(b"ab"), lambda m: m.x.extend(b"c"), bytes),
     "object": (Meter, lambda m: m.x.add(2.0), lambda x: (x.total, list(x.history))),
     "object with slots": (Slotted, lambda m: m.x.add(), lambda x: (x.count, hasattr(x, "unset"))),
-    "object in a partial": (lambda: functools.partial(max, Meter()), lambda m: m.x.args[0].add(1), lambda x: list(x.args[0].history)),
-    "generator of torch": (lambda: torch.Generator().manual_seed(1), lambda m: torch.rand(2, generator=m.x), lambda x: [*x.get_state()]),
+    "object in a partial": (lambda: functools.partial(max, Meter()), lambda m: m.x.args[0].add(1),
+    lambda x: list(x.args[0].history)),
+    "generator of torch": (lambda: torch.Generator().manual_seed(1), lambda m: torch.rand(2, generator=m.x),
+    lambda x: [*x.get_state()]),
     "generator of numpy": (lambda: np.random.default_rng(1), lambda m: m.x.random(), lambda x: x.bit_generator.state),
-    "older generator of numpy": (lambda: np.random.RandomState(1), lambda m: m.x.rand(), lambda x: x.get_state()[1].tolist()),
+    "older generator of numpy": (lambda: np.random.RandomState(1), lambda m: m.x.rand(),
+    lambda x: x.get_state()[1].tolist()),
     "generator of Python": (lambda: random.Random(1), lambda m: m.x.random(), random.Random.getstate),
-    "metric": (MeanMetric, lambda m: m.x.update(torch.tensor(2.0)), lambda x: (x.mean_value.tolist(), x.weight.tolist(), x._update_count)),
-    "module in a list": (lambda: [Module()], lambda m: m.x[0].meter.history.append(1), lambda x: list(x[0].meter.history)),
+    "metric": (MeanMetric, lambda m: m.x.update(torch.tensor(2.0)), lambda x: (x.mean_value.tolist(), x.weight.tolist(),
+    x._update_count)),
+    "module in a list": (lambda: [Module()], lambda m: m.x[0].meter.history.append(1),
+    lambda x: list(x[0].meter.history)),
 }  # fmt: skip
 
 
@@ -211,7 +218,9 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is (deprecated|not supported)")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 3))], ids=["script", "trace"])
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 3))], ids=["script", "trace"]
+)
 def test_scripted_modules_keep_their_buffers(make):
     module = Module()
     module.loss = make(nn.Sequential(nn.Linear(3, 3), Shifted()))
@@ -280,7 +289,13 @@ def test_loaders_with_generators_of_their_own():
 
     def make():
         data, generator = Noisy(), torch.Generator().manual_seed(2)
-        return DataLoader(data, batch_size=2, sampler=RandomSampler(data, generator=generator), generator=generator, collate_fn=collate)
+        return DataLoader(
+            data,
+            batch_size=2,
+            sampler=RandomSampler(data, generator=generator),
+            generator=generator,
+            collate_fn=collate,
+        )
 
     loader = make()
     state = rng.bit_generator.state

@@ -49,7 +49,8 @@ def test_experts_count_in_both_shares() -> None:
     assert ledger.compute_coverage == 0.5
     assert ledger["grouped_mm_0"].macs == 128, "each of 8 rows meets one expert"
     with pytest.raises(
-        CoverageError, match=r"weights coverage is 20\.0%(.|\n)*- {2}?\(Experts\)(.|\n)*compute coverage is 50\.0%(.|\n)*grouped_mm_0"
+        CoverageError,
+        match=r"weights coverage is 20\.0%(.|\n)*- {2}?\(Experts\)(.|\n)*compute coverage is 50\.0%(.|\n)*grouped_mm_0",
     ):
         ledger.require(0.85)
 
@@ -63,12 +64,16 @@ def test_a_table_without_quantized_form_counts_in_the_weights() -> None:
 
 
 def test_a_product_with_a_float_input_is_not_covered() -> None:
-    ledger = ledger_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), "int8 per_channel", torch.randn(3, 4))
+    ledger = ledger_of(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), "int8 per_channel", torch.randn(3, 4)
+    )
     assert (ledger.weight_coverage, ledger.compute_coverage) == (1.0, 0.0)
     assert ledger.summary() == "2 quantized, 0 float; coverage 100.0% of weights, 0.0% of MACs"
     ledger.require({"weights": 1.0})
     with pytest.raises(
-        CoverageError, match=r"compute coverage is 0\.0%.*50\.0%(.|\n)*0 \(Linear\): the plan leaves its input float(.|\n)*bounds both"
+        CoverageError,
+        match=r"compute coverage is 0\.0%.*50\.0%(.|\n)*0 \(Linear\): the plan leaves its input float(.|\n)*bounds "
+        r"both",
     ):
         ledger.require(0.5)
 

@@ -49,7 +49,11 @@ def test_resnet20_macs_by_hand():
         (nn.Conv2d(4, 6, 3), (4, 7, 7), 6 * 25 * 4 * 9),
         (nn.LSTM(5, 6), (3, 2, 5), 3 * 2 * 4 * 6 * (5 + 6)),
         (nn.LSTM(5, 6, num_layers=2, bidirectional=True), (3, 2, 5), 3 * 2 * 2 * 4 * 6 * ((5 + 6) + (12 + 6))),
-        (nn.LSTM(5, 6, proj_size=2, num_layers=2, batch_first=True), (3, 2, 5), 6 * (24 * (5 + 2) + 6 * 2 + 24 * (2 + 2) + 6 * 2)),
+        (
+            nn.LSTM(5, 6, proj_size=2, num_layers=2, batch_first=True),
+            (3, 2, 5),
+            6 * (24 * (5 + 2) + 6 * 2 + 24 * (2 + 2) + 6 * 2),
+        ),
         (nn.GRU(5, 6), (3, 5), 3 * 3 * 6 * 11),
         (nn.RNN(5, 6), (3, 2, 5), 6 * 6 * 11),
         (nn.LSTMCell(5, 6), (2, 5), 2 * 4 * 6 * 11),
@@ -88,7 +92,9 @@ def test_weights_of_one_module_share_its_macs():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_macs(batch_first: bool):
-    model = Function(lambda m, q, k, v: m.attn(q, k, v)[0], attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=batch_first))
+    model = Function(
+        lambda m, q, k, v: m.attn(q, k, v)[0], attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=batch_first)
+    )
     sizes = [(3, 7, 8), (3, 11, 6), (3, 11, 5)]
     q, k, v = (torch.randn(s if batch_first else (s[1], s[0], s[2])) for s in sizes)
     recording = run(model, q, k, v)
@@ -154,25 +160,32 @@ HAND_CASES = {
     "F.grouped_mm": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(8, 16), (4, 16, 32)], 8 * 16 * 32),
     "cut along K": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(16, 8), (8, 32)], 16 * 8 * 32),
     "3-D x 2-D": (lambda x, w: F.grouped_mm(x, w, offs=OFFSETS), "grouped_mm", [(4, 24, 16), (16, 8)], 24 * 16 * 8),
-    "addbmm": (lambda x, w: torch.addbmm(torch.zeros(8, 32), x, w), "addbmm", [(4, 8, 16), (4, 16, 32)], 4 * 8 * 16 * 32),
-    "F.bilinear": (lambda x, y, w: F.bilinear(x, y, w), "bilinear", [(8, 16), (8, 10), (4, 16, 10)], 8 * 4 * (16 * 10 + 10)),
+    "addbmm": (lambda x, w: torch.addbmm(torch.zeros(8, 32), x, w), "addbmm", [(4, 8, 16), (4, 16, 32)],
+    4 * 8 * 16 * 32),
+    "F.bilinear": (lambda x, y, w: F.bilinear(x, y, w), "bilinear", [(8, 16), (8, 10), (4, 16, 10)],
+    8 * 4 * (16 * 10 + 10)),
     "tensordot": (lambda x, w: torch.tensordot(x, w, dims=1), "tensordot", [(8, 16), (16, 32)], 8 * 16 * 32),
-    "two dims": (lambda x, w: torch.tensordot(x, w, ([1, 2], [2, 0])), "tensordot", [(2, 3, 5), (5, 7, 3)], 2 * 3 * 5 * 7),
+    "two dims": (lambda x, w: torch.tensordot(x, w, ([1, 2], [2, 0])), "tensordot", [(2, 3, 5), (5, 7, 3)],
+    2 * 3 * 5 * 7),
     "linalg.matmul": (lambda x, w: torch.linalg.matmul(x, w), "matmul", [(8, 16), (16, 32)], 8 * 16 * 32),
     "linalg.vecdot": (lambda x, w: torch.linalg.vecdot(x, w), "vecdot", [(8, 16), (8, 16)], 8 * 16),
-    "multi_dot": (lambda *m: torch.linalg.multi_dot(m), "multi_dot", [(8, 16), (16, 32), (32, 8)], 16 * 32 * 8 + 8 * 16 * 8),
+    "multi_dot": (lambda *m: torch.linalg.multi_dot(m), "multi_dot", [(8, 16), (16, 32), (32, 8)],
+    16 * 32 * 8 + 8 * 16 * 8),
     "vectors": (lambda *m: torch.linalg.multi_dot(m), "multi_dot", [(16,), (16, 32), (32,)], 16 * 32 + 16),
     "convolution": (
         lambda x, w: torch.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2),
         "convolution", [(2, 4, 8, 8), (6, 2, 3, 3)], 2 * 6 * 36 * 2 * 9,
     ),
     "transposed": (
-        lambda x, w: torch.convolution(x, w, None, [2], [0], [1], True, [0], 1), "convolution", [(2, 4, 5), (4, 6, 3)], 2 * 4 * 5 * 6 * 3,
+        lambda x, w: torch.convolution(x, w, None, [2], [0], [1], True, [0], 1), "convolution", [(2, 4, 5), (4, 6, 3)],
+        2 * 4 * 5 * 6 * 3,
     ),
-    "conv_tbc": (lambda x, w: torch.conv_tbc(x, w, torch.zeros(5)), "conv_tbc", [(7, 2, 4), (3, 4, 5)], 5 * 2 * 5 * 3 * 4),
+    "conv_tbc": (lambda x, w: torch.conv_tbc(x, w, torch.zeros(5)), "conv_tbc", [(7, 2, 4), (3, 4, 5)],
+    5 * 2 * 5 * 3 * 4),
     "cdist": (lambda x, y: torch.cdist(x, y), "cdist", [(3, 8, 16), (3, 5, 16)], 3 * 8 * 5 * 16),
     "cdist, p = 1": (lambda x, y: torch.cdist(x, y, p=1), "cdist", [(8, 16), (5, 16)], 0),
-    "flex_attention": (lambda q, k: flex_attention(q, k, k), "flex_attention", [(1, 2, 16, 32), (1, 2, 16, 32)], 2 * 16 * 16 * (32 + 32)),
+    "flex_attention": (lambda q, k: flex_attention(q, k, k), "flex_attention", [(1, 2, 16, 32), (1, 2, 16, 32)],
+    2 * 16 * 16 * (32 + 32)),
 }  # fmt: skip
 OFFSETS = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
 

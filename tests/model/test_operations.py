@@ -143,7 +143,10 @@ def test_cat_and_functional_layers_quantize_each_activation():
     assert not ledger["cat_1"].quantized
 
 
-needs_transformers = [pytest.mark.slow, pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")]
+needs_transformers = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed"),
+]
 
 
 def language_model(kind, implementation):
@@ -163,7 +166,8 @@ def language_model(kind, implementation):
     config = getattr(transformers, f"{kind}Config")(vocab_size=32, **sizes)
     config._attn_implementation = implementation
     return Function(
-        lambda m, ids, mask: m.net(input_ids=ids, attention_mask=mask).last_hidden_state, net=getattr(transformers, f"{kind}Model")(config)
+        lambda m, ids, mask: m.net(input_ids=ids, attention_mask=mask).last_hidden_state,
+        net=getattr(transformers, f"{kind}Model")(config),
     )
 
 
@@ -224,8 +228,12 @@ def test_layers_alone_are_meant_by_a_star_and_by_patterns_that_match_layers():
 
 
 def test_what_names_an_operation():
-    assert all(map(names_operation, ["add_0", "a.b.matmul_12", "*.cat_?", "type:bmm", r"re:.*\.(add|mul)_\d", "h.[01].add_*"]))
-    assert not any(map(names_operation, ["*", "layer1.*", "add", "type:Linear", "padding_0", "my_add_0", "re:.*conv.*"]))
+    assert all(
+        map(names_operation, ["add_0", "a.b.matmul_12", "*.cat_?", "type:bmm", r"re:.*\.(add|mul)_\d", "h.[01].add_*"])
+    )
+    assert not any(
+        map(names_operation, ["*", "layer1.*", "add", "type:Linear", "padding_0", "my_add_0", "re:.*conv.*"])
+    )
 
 
 def test_disabled_removed_copied_and_pickled():
@@ -235,7 +243,10 @@ def test_disabled_removed_copied_and_pickled():
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         float_answer = model.eval()(x)
-        keys, hooks = set(model.state_dict()), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        keys, hooks = (
+            set(model.state_dict()),
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        )
         prepared(model, plan, x)
         answer = model(x)
         assert not torch.equal(answer, float_answer)
@@ -274,7 +285,9 @@ def test_a_recording_of_another_model_changes_nothing():
     with torch.no_grad():
         recording = record(model.eval(), lambda: model(x))
     other = CifarResNet(8, 4)
-    with pytest.raises(PlanError, match=r"operations of another model: (?s:.*)0.layer1.0.add_0: there is no module '0.layer1.0'"):
+    with pytest.raises(
+        PlanError, match=r"operations of another model: (?s:.*)0.layer1.0.add_0: there is no module '0.layer1.0'"
+    ):
         prepare(other, only("*.add_0"), recording)
     assert not quantizers(other)
 
@@ -303,7 +316,10 @@ def in_place(m, x):
     ("plan", "message"),
     [
         (only("*.adds_0"), r"'\*.adds_0' matches no layer"),
-        (only("add_7"), r"'add_7' matches no layer and no operation of the recorded batch; operations: add_0, add_1.* Did you mean"),
+        (
+            only("add_7"),
+            r"'add_7' matches no layer and no operation of the recorded batch; operations: add_0, add_1.* Did you mean",
+        ),
         (QuantPlan([Rule("add_1", weight="int8")]), "'add_1': an operation has no weight to quantize"),
         (only("add_1", spec="int8 per_channel minmax"), "has a scale for each channel"),
         (only("add_1", spec="xnor"), "input 'xnor' scales the output of plain Linear"),
@@ -320,7 +336,9 @@ def test_faults_change_nothing(plan, message):
 
 
 def test_operations_are_known_from_a_recording_only():
-    with pytest.raises(PlanError, match=r"operations are known from a recorded batch only: prepare\(model, plan, record"):
+    with pytest.raises(
+        PlanError, match=r"operations are known from a recorded batch only: prepare\(model, plan, record"
+    ):
         prepare(CifarResNet(8, 4), only("*.add_0"))
 
 

@@ -73,7 +73,9 @@ class OnlyLooksAtThem(Base):
 FOUND = {
     Tied: {"encoder.weight": "Tied.forward"},
     NeverCalled: {"encoder.weight": "NeverCalled.forward"},
-    InAFunction: dict.fromkeys(("encoder.weight", "layers.0.weight", "layers.1.weight", "last.weight"), "InAFunction.projected"),
+    InAFunction: dict.fromkeys(
+        ("encoder.weight", "layers.0.weight", "layers.1.weight", "last.weight"), "InAFunction.projected"
+    ),
     OnlyLooksAtThem: {},
 }
 

@@ -64,7 +64,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize(
-    "spec", ["int3 per_channel mse", "int2 affine mse per_channel", "int3", "int3 group4 mse ragged", "int4 group4:4 ragged"]
+    "spec",
+    ["int3 per_channel mse", "int2 affine mse per_channel", "int3", "int3 group4 mse ragged", "int4 group4:4 ragged"],
 )
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_layer_and_granularity(kind, spec):
@@ -84,7 +85,9 @@ def test_every_layer_and_granularity(kind, spec):
         canonical, was = layer.canonical(layer.weight), layer.canonical(before)
         if "group" not in spec:
             q = quantize(canonical, quantizer.scale, quantizer.zero_point, quantizer.spec.grid)
-            q_before = (was / quantizer.scale + quantizer.zero_point).clamp(quantizer.spec.grid.quant_min, quantizer.spec.grid.quant_max)
+            q_before = (was / quantizer.scale + quantizer.zero_point).clamp(
+                quantizer.spec.grid.quant_min, quantizer.spec.grid.quant_max
+            )
             assert ((q - q_before).abs() < 1 + 1e-4).all(), "a level next to the weight"
 
 
@@ -116,7 +119,9 @@ def test_patterns_name_blocks():
 def test_the_same_seed_gives_the_same_weights_also_from_disk():
     def run(**options):
         torch.manual_seed(0)
-        net = prepared(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)), [correlated(64, 12)], inputs="uint4 affine mse")
+        net = prepared(
+            nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)), [correlated(64, 12)], inputs="uint4 affine mse"
+        )
         reconstruct(net, [correlated(32, 12, 1), correlated(32, 12, 2)], iterations=40, drop=0.5, **options)
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
@@ -335,7 +340,10 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, by):
     content = bytearray(unit.read_bytes())
     content[-5] ^= 16
     unit.write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"unit_0001.safetensors is not a reconstructed unit: its checksum does not fit its content"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"unit_0001.safetensors is not a reconstructed unit: its checksum does not fit its content",
+    ):
         reconstruct(copy.deepcopy(net), batches, **options)
     unit.write_bytes(b"x" * 40)
     with pytest.raises(CalibrationError, match=r"unit_0001.safetensors is not a reconstructed unit"):
@@ -343,7 +351,9 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, by):
 
 
 def _rank(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
     x = correlated(256, 50).reshape(256, 2, 5, 5)

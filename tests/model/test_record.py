@@ -28,7 +28,8 @@ def names(calls) -> list[str]:
 def state_of(model: nn.Module) -> list:
     """Everything about hooks and flags that recording could leave behind."""
     return [
-        (list(m._forward_hooks), list(m._forward_pre_hooks), dict(m._forward_hooks_with_kwargs), dict(m._forward_hooks_always_called),
+        (list(m._forward_hooks), list(m._forward_pre_hooks), dict(m._forward_hooks_with_kwargs),
+        dict(m._forward_hooks_always_called),
          dict(m._forward_pre_hooks_with_kwargs), m.training, sorted(m.__dict__))
         for m in model.modules()
     ]  # fmt: skip
@@ -40,7 +41,11 @@ def state_of(model: nn.Module) -> list:
 def test_residual_adds_are_named_after_their_block():
     recording = run(resnet20(4), torch.randn(2, 3, 32, 32))
     assert names(recording.functional_calls) == [f"layer{s}.{b}.add_0" for s in (1, 2, 3) for b in (0, 1, 2)]
-    assert [call.name for call in recording.module_calls if call.op == "Conv2d"][:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    assert [call.name for call in recording.module_calls if call.op == "Conv2d"][:3] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+    ]
     add = recording.functional_calls[0]
     assert (add.op, add.kind, add.macs) == ("add", "functional", 0)
     assert add.input_shapes == ((2, 4, 32, 32), (2, 4, 32, 32))

@@ -86,7 +86,10 @@ def test_views_and_copies_pass_the_producer_through():
 
 
 def test_passthrough_modules_are_no_consumers():
-    recording = run(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.Linear(36, 2)), torch.randn(2, 3, 5, 5))
+    recording = run(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.Linear(36, 2)),
+        torch.randn(2, 3, 5, 5),
+    )
     assert recording.producer_of("4").name == "0"
     assert names(recording.consumers_of("0")) == ["4"]
     assert names(recording.module_calls) == list("01234")
@@ -204,7 +207,11 @@ class Double(torch.autograd.Function):
 
 
 def test_custom_autograd_functions_are_seen():
-    model = Function(lambda m, x: m.b(y) + Double.apply(y) if (y := m.a(x)) is not None else None, a=nn.Linear(2, 2), b=nn.Linear(2, 2))
+    model = Function(
+        lambda m, x: m.b(y) + Double.apply(y) if (y := m.a(x)) is not None else None,
+        a=nn.Linear(2, 2),
+        b=nn.Linear(2, 2),
+    )
     assert len(run(model, torch.randn(1, 2)).consumers_of("a")) == 2
 
 

@@ -122,7 +122,10 @@ def test_self_attention_reads_its_norm() -> None:
         before = net(x)
         result = smoothed(net, x)
         torch.testing.assert_close(net(x), before, rtol=1e-10, atol=1e-10)
-    assert [(pair.producer, pair.readers) for pair in result.pairs] == [("0.norm1", ("0.self_attn",)), ("0.norm2", ("0.linear1",))]
+    assert [(pair.producer, pair.readers) for pair in result.pairs] == [
+        ("0.norm1", ("0.self_attn",)),
+        ("0.norm2", ("0.linear1",)),
+    ]
     calibrate(net, [x])
     assert float((net(x) - before).abs().max()) < 0.1 * float(before.std())
 
@@ -177,7 +180,10 @@ class Conv1D(nn.Module):
 @torch.no_grad()
 def test_transposed_weights_are_scaled_along_their_inputs() -> None:
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.LayerNorm(6), Conv1D(8, 6), Conv1D(6, 8)).double().eval(), torch.randn(4, 5, 6, dtype=torch.float64)
+    net, x = (
+        nn.Sequential(nn.LayerNorm(6), Conv1D(8, 6), Conv1D(6, 8)).double().eval(),
+        torch.randn(4, 5, 6, dtype=torch.float64),
+    )
     before, weight = net(x), net[1].weight.clone()
     result = smoothed(net, x)
     assert result.pairs == (SmoothingGroup("0", ("1",)), SmoothingGroup("1", ("2",)))
@@ -191,7 +197,12 @@ class Refusals(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.LayerNorm(8, elementwise_affine=False)
-        self.shared, self.residual, self.view, self.wide = nn.LayerNorm(8), nn.RMSNorm(8), nn.LayerNorm(8), nn.LayerNorm((5, 8))
+        self.shared, self.residual, self.view, self.wide = (
+            nn.LayerNorm(8),
+            nn.RMSNorm(8),
+            nn.LayerNorm(8),
+            nn.LayerNorm((5, 8)),
+        )
         self.cross, self.before_tied, self.tied_norm, self.twin = (nn.LayerNorm(8) for _ in range(4))
         self.image = nn.BatchNorm1d(5)
         self.twin.weight = self.tied_norm.weight
@@ -283,6 +294,8 @@ def test_bad_input_changes_nothing() -> None:
     assert not net[0]._forward_hooks
     prepare(net, "w8a8")
     calibrate(net, [x])
-    with pytest.raises(CalibrationError, match="cannot smooth: 2 quantizers have ranges already .*smooth before calibrating"):
+    with pytest.raises(
+        CalibrationError, match="cannot smooth: 2 quantizers have ranges already .*smooth before calibrating"
+    ):
         smooth_quant(net, [x], recording)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())

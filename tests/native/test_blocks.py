@@ -1,4 +1,5 @@
-"""Formats whose scales follow from the values: the compiled kernels against the torch operations, bit for bit, in every variant."""
+"""Formats whose scales follow from the values: the compiled kernels against the torch operations, bit for bit, in every
+variant."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ if not available():
 
 from tests.native.test_kernels import arranged, both, check, hows, same, values, variant  # noqa: F401
 
-OCP = [f"{name}{mode}" for name in ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8") for mode in ("", ":rceil")]
+OCP = [
+    f"{name}{mode}"
+    for name in ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8")
+    for mode in ("", ":rceil")
+]
 FORMATS = ["mx4", "mx6", "mx9", *OCP, "mxfp4:ceil", "mxint8:even", "mxfp8:even", "nvfp4"]
 VECTORS = ["int4 group16:4 ragged", "uint4 group16:6 ragged", "int8 narrow group32:8 ragged", "int3 group5:4 ragged"]
 arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=20), elements=values)
@@ -43,7 +48,9 @@ def test_inputs(array, how, spec, axis, top):
 
 
 @settings(deadline=None, max_examples=40)
-@given(arrays, hows, st.sampled_from([*FORMATS, *VECTORS, "int4 group16:4:channel ragged", "int4 affine group16:4 ragged"]))
+@given(
+    arrays, hows, st.sampled_from([*FORMATS, *VECTORS, "int4 group16:4:channel ragged", "int4 affine group16:4 ragged"])
+)
 def test_weights(array, how, spec):
     x = arranged(array, how)
     check(both(make_weight_quantizer(QuantSpec.parse(spec), "weight", tuple(x.shape)), x), x)
@@ -66,7 +73,10 @@ def test_variants_and_threads(variant, spec, threads):  # noqa: F811
             flat[::7] = torch.round(flat[::7] * 4) / 8
             flat[: flat.numel() // 5] *= 1e-39
             flat[5::97], flat[6::89], flat[: min(40, flat.numel() // 9)] = torch.inf, -3e38, 0.0
-            for tensor in (x, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.t() if x.ndim == 2 else x):
+            for tensor in (
+                x,
+                x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.t() if x.ndim == 2 else x,
+            ):
                 check(both(quantizer_of_inputs(spec, shape[1], top=20.0), tensor), tensor)
     finally:
         torch.set_num_threads(before)

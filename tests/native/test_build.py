@@ -38,7 +38,9 @@ def test_it_is_compiled_once(source: Path, tmp_path: Path) -> None:
     assert list(folder.iterdir()) == [first]
 
 
-def test_a_changed_header_or_compiler_makes_another(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_header_or_compiler_makes_another(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = compiled(source, tmp_path)
     source.with_name("number.h").write_text("#define NUMBER 43\n", encoding="utf-8")
     second = compiled(source, tmp_path)
@@ -67,12 +69,18 @@ def test_processes_that_compile_at_once(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "one bit", "empty"])
-def test_a_damaged_library_is_compiled_again(source: Path, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_library_is_compiled_again(
+    source: Path, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "kept"
     first = compiled(source, folder)
     whole = first.read_bytes()
     middle = len(whole) // 2
-    damaged = {"cut": whole[:middle], "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "empty": b""}
+    damaged = {
+        "cut": whole[:middle],
+        "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "empty": b"",
+    }
     # A new file: one that is loaded is not to be written into.
     first.unlink()
     first.write_bytes(damaged[harm])

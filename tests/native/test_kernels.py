@@ -1,4 +1,5 @@
-"""The compiled kernels against the torch operations they stand for, bit for bit, in every variant that this processor runs."""
+"""The compiled kernels against the torch operations they stand for, bit for bit, in every variant that this processor
+runs."""
 
 from __future__ import annotations
 
@@ -53,11 +54,15 @@ def same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     nan = torch.isnan(theirs)
     if mine.shape != theirs.shape or not torch.equal(torch.isnan(mine), nan):
         return False
-    return torch.equal(mine.masked_fill(nan, 0).contiguous().view(torch.int32), theirs.masked_fill(nan, 0).contiguous().view(torch.int32))
+    return torch.equal(
+        mine.masked_fill(nan, 0).contiguous().view(torch.int32),
+        theirs.masked_fill(nan, 0).contiguous().view(torch.int32),
+    )
 
 
 def both(function, *tensors):
-    """Results of `function` on copies, with kernels and without: its value, then the gradient of each tensor that wants one."""
+    """Results of `function` on copies, with kernels and without: its value, then the gradient of each tensor that wants
+    one."""
     results = []
     for on in (True, False):
         with use_native(on):
@@ -89,12 +94,16 @@ hows = st.sampled_from(["contiguous", "transposed", "sliced", "channels_last"])
 @given(arrays, hows, grids, st.sampled_from([0.5, 0.1, 3e-3, 1e30]), st.integers(0, 15))
 def test_one_scale(array, how, grid, scale, zero_point):
     x = arranged(array, how)
-    s, z = torch.tensor([scale]), torch.tensor([float(zero_point) if grid.affine and zero_point <= grid.quant_max else 0.0])
+    s, z = (
+        torch.tensor([scale]),
+        torch.tensor([float(zero_point) if grid.affine and zero_point <= grid.quant_max else 0.0]),
+    )
     check(both(lambda v: fake_quantize(v, s, z, grid), x), x)
 
 
 def check(results, x):
-    """Value and gradient. That of a NaN is torch's own whim: its kernels keep or clear it by the place in a register."""
+    """Value and gradient. That of a NaN is torch's own whim: its kernels keep or clear it by the place in a
+    register."""
     (mine, theirs), (mine_slope, theirs_slope) = results
     assert same(mine, theirs)
     assert same(mine_slope.masked_fill(x.isnan(), 0), theirs_slope.masked_fill(x.isnan(), 0))
@@ -129,7 +138,11 @@ def test_observed(array, how, grid):
 
 
 @settings(deadline=None, max_examples=25)
-@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7), elements=finite), grids, st.integers(-1, 3))
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7), elements=finite),
+    grids,
+    st.integers(-1, 3),
+)
 def test_to_extremes(array, grid, axis):
     x = torch.from_numpy(array)
     shape = tuple(size if d == axis else 1 for d, size in enumerate(x.shape))
@@ -142,7 +155,10 @@ def test_to_extremes(array, grid, axis):
 def test_a_scale_for_each_element(variant, size, threads):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size, generator=generator) * 3
-    scale, zero_point = torch.rand(size, generator=generator) + 0.1, torch.randint(-3, 4, size, generator=generator).float()
+    scale, zero_point = (
+        torch.rand(size, generator=generator) + 0.1,
+        torch.randint(-3, 4, size, generator=generator).float(),
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -216,7 +232,9 @@ def test_variants_and_threads(variant, shape, threads):
             for mine, theirs in both(lambda v, s=s, z=z, grid=grid: fake_quantize(v, s, z, grid), x):
                 assert same(mine, theirs)
             for band in get_args(Band):
-                for mine, theirs in both(partial(fake_quantize_learned, grid=grid, gradient_factor=0.3, band=band), x, s, z):
+                for mine, theirs in both(
+                    partial(fake_quantize_learned, grid=grid, gradient_factor=0.3, band=band), x, s, z
+                ):
                     assert torch.equal(mine, theirs)
             for mine, theirs in both(lambda v, size=size, grid=grid: fake_quantize_to_extremes(v, size, grid), x):
                 assert same(mine, theirs)
@@ -275,9 +293,14 @@ def test_other_dtypes_and_odd_memory_take_torch_operations(dtype):
 
 def test_an_empty_tensor():
     with use_native(True):
-        assert fake_quantize(torch.zeros(0, 3), torch.tensor([1.0]), torch.tensor([0.0]), IntegerGrid(-8, 7)).shape == (0, 3)
+        assert fake_quantize(torch.zeros(0, 3), torch.tensor([1.0]), torch.tensor([0.0]), IntegerGrid(-8, 7)).shape == (
+            0,
+            3,
+        )
         with pytest.raises(RuntimeError):
-            fake_quantize_observed(torch.zeros(0), torch.ones(1), torch.zeros(1), IntegerGrid(-8, 7), torch.zeros(1), torch.zeros(1))
+            fake_quantize_observed(
+                torch.zeros(0), torch.ones(1), torch.zeros(1), IntegerGrid(-8, 7), torch.zeros(1), torch.zeros(1)
+            )
 
 
 def test_layouts():
@@ -359,7 +382,8 @@ def test_compiled_in_one_graph_with_the_same_numbers(learned):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_convolutions_with_the_layout_that_the_compiler_chooses(monkeypatch):
-    """Inductor lays images out with channels last: the gradient must still be that of the elements that were not clipped."""
+    """Inductor lays images out with channels last: the gradient must still be that of the elements that were not
+    clipped."""
 
     class Watched(Kernels):
         strides: ClassVar[list[tuple[int, ...]]] = []
@@ -417,7 +441,13 @@ def test_operators_are_sound():
     tests = ("test_schema", "test_faketensor")
     for tensor in (x, x.t(), x[:, ::2], torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)):
         torch.library.opcheck(torch.ops.lq_plugin.fake_quantize.default, (tensor, s, z, -8, 7, False), test_utils=tests)
-        torch.library.opcheck(torch.ops.lq_plugin.fake_quantize_observed.default, (tensor, s, z, -8, 7), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.lq_plugin.fake_quantize_observed.default, (tensor, s, z, -8, 7), test_utils=tests
+        )
         for gradient in (tensor, tensor.contiguous()):
-            torch.library.opcheck(torch.ops.lq_plugin.passed_gradient.default, (gradient, tensor, s, z, -8, 7), test_utils=tests)
-            torch.library.opcheck(torch.ops.lq_plugin.learned_backward.default, (tensor, gradient, s, z, -8, 7, False), test_utils=tests)
+            torch.library.opcheck(
+                torch.ops.lq_plugin.passed_gradient.default, (gradient, tensor, s, z, -8, 7), test_utils=tests
+            )
+            torch.library.opcheck(
+                torch.ops.lq_plugin.learned_backward.default, (tensor, gradient, s, z, -8, 7, False), test_utils=tests
+            )

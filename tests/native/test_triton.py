@@ -1,4 +1,5 @@
-"""The Triton kernels against the torch operations they stand for: on a GPU where there is one, else in Triton's interpreter on the CPU.
+"""The Triton kernels against the torch operations they stand for: on a GPU where there is one, else in Triton's
+interpreter on the CPU.
 
 The interpreter truncates to bfloat16 where a GPU rounds to it, so that dtype waits for a GPU.
 """
@@ -30,7 +31,8 @@ from lq_plugin.native.triton_kernels import TritonKernels, _take_in  # noqa: E40
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 GRIDS = [IntegerGrid(-128, 127), IntegerGrid(-8, 7, True), IntegerGrid(0, 15), IntegerGrid(0, 1)]
-# Shape of x, shape of the scale: tensor, channels first and last, groups; rows that fill no word and rows of several tiles.
+# Shape of x, shape of the scale: tensor, channels first and last, groups; rows that fill no word and rows of several
+# tiles.
 CASES = [
     ((300,), (1,)),
     ((), ()),
@@ -59,7 +61,9 @@ def numbers(shape, special=True):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * 3
     flat = x.view(-1)
     flat[::7] = flat[::7].round() / 4
-    for at, value in enumerate((-0.0, -1e-30, 1e-40, 3e38, -3e38, *((torch.nan, torch.inf, -torch.inf) if special else ()))):
+    for at, value in enumerate(
+        (-0.0, -1e-30, 1e-40, 3e38, -3e38, *((torch.nan, torch.inf, -torch.inf) if special else ()))
+    ):
         flat[(at + 1) % flat.numel()] = value
     return x.to(DEVICE)
 
@@ -77,7 +81,8 @@ def both(function, *tensors):
 
 
 def same(mine, theirs):
-    """Equal numbers and NaNs. The sign of a zero that was clipped at zero is torch's own whim: it depends on the place in a register."""
+    """Equal numbers and NaNs. The sign of a zero that was clipped at zero is torch's own whim: it depends on the place
+    in a register."""
     assert mine.dtype == theirs.dtype
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -105,7 +110,9 @@ def test_learned(shape, sizes, negative, band):
     function = partial(fake_quantize_learned, grid=IntegerGrid(-8, 7, True), gradient_factor=0.3, band=band)
     results = both(function, x.clamp(-40, 40), scale, scale.new_full(sizes, 2.6))
     for name, (mine, theirs) in zip(("y", "x", "scale", "zero point"), results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0 if name in "yx" else 1e-6, atol=0 if name in "yx" else 1e-6, msg=name)
+        torch.testing.assert_close(
+            mine, theirs, rtol=0 if name in "yx" else 1e-6, atol=0 if name in "yx" else 1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -167,7 +174,9 @@ def test_second_derivatives_pass_the_same_elements():
         with use_native(on):
             x = torch.linspace(-3, 3, 40, device=DEVICE).requires_grad_()
             one = torch.ones(1, device=DEVICE)
-            (first,) = torch.autograd.grad((fake_quantize(x, one * 0.2, one * 0, IntegerGrid(-8, 7)) ** 3).sum(), x, create_graph=True)
+            (first,) = torch.autograd.grad(
+                (fake_quantize(x, one * 0.2, one * 0, IntegerGrid(-8, 7)) ** 3).sum(), x, create_graph=True
+            )
             first.pow(2).sum().backward()
             outcomes.append((first.detach(), x.grad))
     assert torch.equal(outcomes[0][0], outcomes[1][0])
@@ -184,8 +193,10 @@ def test_a_model_trains_to_the_same_weights(recipe, tmp_path):
             model = DigitsCNN(width=4)
             plan = "int4 per_channel lsq / uint8 affine lsq" if recipe == "lsq" else recipe
             trainer = lightning.Trainer(
-                max_steps=3, callbacks=[QAT(plan)], accelerator="gpu" if DEVICE == "cuda" else "cpu", devices=1, logger=False,
-                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+                max_steps=3, callbacks=[QAT(plan)], accelerator="gpu" if DEVICE == "cuda" else "cpu", devices=1,
+                logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                default_root_dir=tmp_path,
                 num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
             trainer.fit(model, datamodule=DigitsDataModule(batch_size=8))
@@ -193,7 +204,9 @@ def test_a_model_trains_to_the_same_weights(recipe, tmp_path):
     mine, theirs = outcomes
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0 if recipe != "lsq" else 1e-5, atol=0 if recipe != "lsq" else 1e-6, msg=name)
+        torch.testing.assert_close(
+            value, theirs[name], rtol=0 if recipe != "lsq" else 1e-5, atol=0 if recipe != "lsq" else 1e-6, msg=name
+        )
 
 
 def test_without_triton(monkeypatch):
@@ -233,7 +246,10 @@ for dtype, (kernel, constants) in itertools.product(("fp32", "bf16", "fp16"), va
 """
 
 
-@pytest.mark.skipif(not hasattr(triton.backends.backends.get("nvidia"), "compiler"), reason="this Triton has no compiler for NVIDIA GPUs")
+@pytest.mark.skipif(
+    not hasattr(triton.backends.backends.get("nvidia"), "compiler"),
+    reason="this Triton has no compiler for NVIDIA GPUs",
+)
 def test_compiles_for_gpus_with_every_operation_rounded(tmp_path):
     """Without a GPU, to machine code for one: no product is fused with a sum, no quotient is approximate."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -36,7 +36,9 @@ def test_box_plot_draws_quartiles_and_ranges() -> None:
     boxes = [patch for patch in axes.patches if patch.get_height() > 0]
     assert [box.get_y() for box in boxes] == pytest.approx(q1, abs=1e-5)
     assert [box.get_y() + box.get_height() for box in boxes] == pytest.approx(q3, abs=1e-5)
-    drawn = [c for c in axes.collections if isinstance(c, LineCollection) and tuple(c.get_color()[0]) == to_rgba(VERMILION)]
+    drawn = [
+        c for c in axes.collections if isinstance(c, LineCollection) and tuple(c.get_color()[0]) == to_rgba(VERMILION)
+    ]
     heights = [[segment[0][1] for segment in c.get_segments()] for c in drawn]
     assert heights[0] == pytest.approx(low.numpy(), abs=1e-6)
     assert heights[1] == pytest.approx(high.numpy(), abs=1e-6)
@@ -67,7 +69,10 @@ def test_box_plot_refuses_what_does_not_fit() -> None:
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4), nn.Linear(4, 2))
-    rules = [{"match": "*", "weight": "int4 group4", "input": "uint8 affine percentile:95"}, {"match": "3", "weight": "float"}]
+    rules = [
+        {"match": "*", "weight": "int4 group4", "input": "uint8 affine percentile:95"},
+        {"match": "3", "weight": "float"},
+    ]
     lq_plugin.prepare(model, {"rules": rules})
     lq_plugin.calibrate(model, [torch.randn(64, 8)])
     return model
@@ -103,7 +108,10 @@ def test_many_layers_stay_readable() -> None:
     assert not overlaps(figure, figure.axes[0].get_yticklabels())
     assert not overlaps(figure, figure.axes[0].texts)
     # What all names share says nothing.
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == ["0.attention.projection", "1.attention.projection"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == [
+        "0.attention.projection",
+        "1.attention.projection",
+    ]
 
 
 def test_shortened_names_stay_different() -> None:

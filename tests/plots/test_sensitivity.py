@@ -34,7 +34,9 @@ def test_all_zero_and_very_many_rows_are_drawn() -> None:
     assert not plots.sensitivity_map({f"layer{i}": {2: 1.0} for i in range(200)}).axes[0].texts
 
 
-@pytest.mark.parametrize(("values", "message"), [({}, "no sensitivity"), ({"a": {2: -1.0}}, "not below 0"), ({"a": {2: np.nan}}, "finite")])
+@pytest.mark.parametrize(
+    ("values", "message"), [({}, "no sensitivity"), ({"a": {2: -1.0}}, "not below 0"), ({"a": {2: np.nan}}, "finite")]
+)
 def test_what_cannot_be_drawn_is_refused(values: dict[str, dict[int, float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plots.sensitivity_map(values)

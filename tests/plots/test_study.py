@@ -29,7 +29,12 @@ def test_front_is_what_nothing_beats(points: list[tuple[float, float]], maximize
 
 
 def test_picture_has_front_references_and_float() -> None:
-    references = {"uniform W3A8 per channel": (2.0, 0.92), "W8A8": (8.2, 0.95), "W4A8": (4.2, 0.91), "W4A4": (4.2, 0.905)}
+    references = {
+        "uniform W3A8 per channel": (2.0, 0.92),
+        "W8A8": (8.2, 0.95),
+        "W4A8": (4.2, 0.91),
+        "W4A4": (4.2, 0.905),
+    }
     references["W4A8 mse"] = (4.25, 0.908)
     figure = plots.pareto(POINTS, references, float_metric=0.96, metric="val/acc")
     axes = figure.axes[0]
@@ -43,7 +48,9 @@ def test_picture_has_front_references_and_float() -> None:
     boxes = [Text.get_window_extent(text) for text in labels]  # without the leader lines
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
     inside = axes.get_window_extent()
-    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes)
+    assert all(
+        inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes
+    )
     low, high = axes.get_ylim()
     assert low < 0.905
     assert high > 0.96

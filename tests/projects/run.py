@@ -1,4 +1,5 @@
-"""Released projects with a Lightning Trainer, each trained for some steps on made-up data with QAT, then evaluated with PTQ.
+"""Released projects with a Lightning Trainer, each trained for some steps on made-up data with QAT, then evaluated with
+PTQ.
 
     make test-projects          # makes .venv-projects, runs all, writes tests/projects/results.md
 
@@ -41,7 +42,12 @@ class Result:
 
 
 def trainer_options(folder: Path) -> dict[str, Any]:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return {"max_steps": STEPS, "accelerator": "cpu", "devices": 1, "default_root_dir": str(folder)} | quiet
 
 
@@ -62,7 +68,11 @@ def neuralforecast(folder: Path) -> Result:
     error = float(np.abs(forecast.predict()["NHITS"].to_numpy()).mean())
     # The library copies what it is given: the callback that ran is the Trainer's.
     return Result(
-        "time series, NHITS", trained.trainer, trained, trained.metrics["train_loss"].item(), f"forecasts finite: {np.isfinite(error)}"
+        "time series, NHITS",
+        trained.trainer,
+        trained,
+        trained.metrics["train_loss"].item(),
+        f"forecasts finite: {np.isfinite(error)}",
     )
 
 
@@ -72,16 +82,24 @@ def pytorch_forecasting(folder: Path) -> Result:
     import pandas as pd
     from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 
-    frames = [pd.DataFrame({"time": range(100), "series": f"s{i}", "value": np.sin(np.arange(100) / 5 + i)}) for i in range(4)]
+    frames = [
+        pd.DataFrame({"time": range(100), "series": f"s{i}", "value": np.sin(np.arange(100) / 5 + i)}) for i in range(4)
+    ]
     names = {"time_idx": "time", "target": "value", "group_ids": ["series"], "time_varying_unknown_reals": ["value"]}
-    data = TimeSeriesDataSet(pd.concat(frames, ignore_index=True), max_encoder_length=20, max_prediction_length=5, **names)
+    data = TimeSeriesDataSet(
+        pd.concat(frames, ignore_index=True), max_encoder_length=20, max_prediction_length=5, **names
+    )
     loader = data.to_dataloader(train=True, batch_size=16, num_workers=0)
-    model = TemporalFusionTransformer.from_dataset(data, hidden_size=8, attention_head_size=2, hidden_continuous_size=8, log_interval=-1)
+    model = TemporalFusionTransformer.from_dataset(
+        data, hidden_size=8, attention_head_size=2, hidden_continuous_size=8, log_interval=-1
+    )
     trainer = pl.Trainer(callbacks=[QAT(PLAN)], **trainer_options(folder))
     trainer.fit(model, loader)
     loss = float(trainer.callback_metrics["train_loss_step"])
     evaluated = pl.Trainer(callbacks=[PTQ(PLAN)], **trainer_options(folder)).validate(model, loader, verbose=False)
-    return Result("time series, temporal fusion transformer", trainer, model, loss, f"val_loss {evaluated[0]['val_loss']:.3f}")
+    return Result(
+        "time series, temporal fusion transformer", trainer, model, loss, f"val_loss {evaluated[0]['val_loss']:.3f}"
+    )
 
 
 def chemprop(folder: Path) -> Result:
@@ -92,7 +110,9 @@ def chemprop(folder: Path) -> Result:
     smiles = ["C" * (1 + n % 9) + "O" * (n % 3) + "N" * (n % 2) for n in range(64)]
     points = [data.MoleculeDatapoint.from_smi(text, [float(len(text))]) for text in smiles]
     loader = data.build_dataloader(data.MoleculeDataset(points), batch_size=8, num_workers=0)
-    model = models.MPNN(nn.BondMessagePassing(d_h=32), nn.MeanAggregation(), nn.RegressionFFN(input_dim=32, hidden_dim=32))
+    model = models.MPNN(
+        nn.BondMessagePassing(d_h=32), nn.MeanAggregation(), nn.RegressionFFN(input_dim=32, hidden_dim=32)
+    )
     trainer = pl.Trainer(callbacks=[QAT(PLAN)], **trainer_options(folder))
     trainer.fit(model, loader, loader)
     loss = float(trainer.callback_metrics["val_loss"])
@@ -113,18 +133,25 @@ def row(name: str, folder: Path) -> tuple[bool, str]:
         result = PROJECTS[name](folder)
     except Exception as error:
         traceback.print_exc()
-        return False, f"| {name} | {version(name)} | | | | | {type(error).__name__}: {str(error).splitlines()[0][:120]} |"
+        return (
+            False,
+            f"| {name} | {version(name)} | | | | | {type(error).__name__}: {str(error).splitlines()[0][:120]} |",
+        )
     ledger = next(callback.ledger for callback in result.trainer.callbacks if isinstance(callback, QAT))
     total, quantized = len(ledger), len(ledger.quantized)
     passed = bool(np.isfinite(result.loss)) and quantized > 0 and all(q.is_calibrated for q in quantizers(result.model))
     outcome = f"{'ok' if passed else 'FAILED'}, {STEPS} steps, loss {result.loss:.3f}, {result.after}"
-    shares = " | ".join("" if share is None else f"{share:.1%}" for share in (ledger.weight_coverage, ledger.compute_coverage))
+    shares = " | ".join(
+        "" if share is None else f"{share:.1%}" for share in (ledger.weight_coverage, ledger.compute_coverage)
+    )
     return passed, f"| {name} | {version(name)} | {result.task} | {quantized} of {total} | {shares} | {outcome} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("projects", nargs="*", metavar="project", help=f"some of {', '.join(PROJECTS)}; all, and the table, by default")
+    parser.add_argument(
+        "projects", nargs="*", metavar="project", help=f"some of {', '.join(PROJECTS)}; all, and the table, by default"
+    )
     chosen = parser.parse_args().projects or list(PROJECTS)
     if unknown := [name for name in chosen if name not in PROJECTS]:
         parser.error(f"unknown projects {', '.join(unknown)}")
@@ -135,7 +162,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(name, Path(folder)))
     head = f"Plan `{PLAN}`; torch {version('torch')}, lightning {version('lightning')}. Made by `make test-projects`.\n"
-    columns = "| project | version | task | layers quantized | weights | compute | result |\n|---|---|---|---|---|---|---|"
+    columns = (
+        "| project | version | task | layers quantized | weights | compute | result |\n|---|---|---|---|---|---|---|"
+    )
     table = "\n".join(["# Released projects, trained quantized\n", head, columns, *(line for _, line in rows)]) + "\n"
     if chosen == list(PROJECTS):
         RESULTS.write_text(table)

@@ -21,7 +21,13 @@ def test_the_spec_chooses_the_gradient():
         calibrate(net, [torch.zeros(1, 8)])
         net.train()(torch.ones(1, 8)).sum().backward()
         slopes[spec] = net[0].weight_quantizer.centroids.grad.abs().max().item()
-    assert slopes == {"kmeans1": 1, "kmeans1:mean": 1, "kmeans1:sum": 64, "kmeans1:reassign": 1, "kmeans1:sum:reassign": 64}
+    assert slopes == {
+        "kmeans1": 1,
+        "kmeans1:mean": 1,
+        "kmeans1:sum": 64,
+        "kmeans1:reassign": 1,
+        "kmeans1:sum:reassign": 64,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,14 @@ def test_sgd_at_the_rate_of_the_weights_keeps_the_accuracy(trained_net, lr, spec
     lightning.seed_everything(0, verbose=False)
     net = copy.deepcopy(trained_net)
     net.configure_optimizers = lambda: torch.optim.SGD(net.parameters(), lr, momentum=0.9)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", callbacks=[QAT({"rules": [{"match": "*", "weight": spec}]})], **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[QAT({"rules": [{"match": "*", "weight": spec}]})], **quiet
+    )
     trainer.fit(net, DigitsDataModule())
     assert trainer.validate(net, DigitsDataModule(), verbose=False)[0]["val/acc"] >= 0.97

@@ -148,13 +148,19 @@ def test_embeddings(spec):
     torch.testing.assert_close(net(torch.tensor([3, 3])), layer.quantized_weight()[[3, 3]])
 
 
-ESTIMATED = [*(f"uint8 affine {name}" for name in RANGES if name != "pact"), "uint4 pact", "int8 per_channel ema", "int4 lsq per_channel"]
+ESTIMATED = [
+    *(f"uint8 affine {name}" for name in RANGES if name != "pact"),
+    "uint4 pact",
+    "int8 per_channel ema",
+    "int4 lsq per_channel",
+]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "conv_transpose2d"])
 @pytest.mark.parametrize("spec", INPUTS + ESTIMATED)
 def test_empty_inputs_pass_and_move_no_range(spec, kind):
-    """An expert without tokens, an image without proposals: the output of the float layer, and nothing learned from it."""
+    """An expert without tokens, an image without proposals: the output of the float layer, and nothing learned from
+    it."""
     if spec == "xnor" and kind == "conv_transpose2d":
         pytest.skip("it scales the output of plain layers")
     torch.manual_seed(0)
@@ -176,7 +182,11 @@ def test_empty_inputs_pass_and_move_no_range(spec, kind):
     once = nn.Sequential(make())
     prepare(once, QuantPlan([Rule("*", weight="int8 per_channel", input=spec)]))
     calibrate(once, [x])
-    assert all(torch.equal(value, state[key]) for key, value in once.state_dict().items() if "input_quantizer" in key and key in state)
+    assert all(
+        torch.equal(value, state[key])
+        for key, value in once.state_dict().items()
+        if "input_quantizer" in key and key in state
+    )
 
     empty.requires_grad_()
     net.train()(empty).sum().backward()

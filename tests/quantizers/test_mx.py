@@ -40,7 +40,9 @@ def mx(row, m, micro=True):
 
 
 rows = hnp.arrays(
-    np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+    np.float32,
+    st.tuples(st.integers(1, 3), st.integers(1, 40)),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
 )
 
 
@@ -67,7 +69,9 @@ def test_papers_statistic():
         got = make_weight_quantizer(QuantSpec.parse(name), "w", tuple(x.shape))(x)
         assert mean_sqnr(got) == pytest.approx(want, abs=0.15)
     blocks = x.reshape(4000, 16, 16)
-    plain = fake_quantize(blocks, mx_step(blocks, 7, micro_bits=0), torch.zeros(1), IntegerGrid(-127, 127)).reshape(x.shape)
+    plain = fake_quantize(blocks, mx_step(blocks, 7, micro_bits=0), torch.zeros(1), IntegerGrid(-127, 127)).reshape(
+        x.shape
+    )
     mx9 = make_weight_quantizer(QuantSpec.parse("mx9"), "w", tuple(x.shape))(x)
     assert mean_sqnr(mx9) - mean_sqnr(plain) == pytest.approx(3.6, abs=0.1)
 

@@ -48,10 +48,12 @@ def test_convolution_vectors_run_along_the_input_channels():
 
 
 @pytest.mark.parametrize(
-    ("scale_bits", "coarse", "want"), [(4, "tensor", 20.25), (4, "channel", 21.24), (6, "channel", 21.30), (None, "", 21.41)]
+    ("scale_bits", "coarse", "want"),
+    [(4, "tensor", 20.25), (4, "channel", 21.24), (6, "channel", 21.30), (None, "", 21.41)],
 )
 def test_signal_to_noise_on_rows_of_different_spread(scale_bits, coarse, want):
-    """4 bits, vectors of 16, rows N(0, s_row²): a float scale per tensor wastes integer codes, one per channel does not."""
+    """4 bits, vectors of 16, rows N(0, s_row²): a float scale per tensor wastes integer codes, one per channel does
+    not."""
     torch.manual_seed(0)
     w = torch.randn(512, 1024) * torch.randn(512, 1).abs()
     scales = "" if scale_bits is None else f":{scale_bits}" + (":channel" if coarse == "channel" else "")
@@ -59,7 +61,9 @@ def test_signal_to_noise_on_rows_of_different_spread(scale_bits, coarse, want):
     assert sqnr_db(w, got) == pytest.approx(want, abs=0.6 if coarse == "tensor" else 0.15)
 
 
-@pytest.mark.parametrize("spec", ["int4 group16:4 mse", "int3 group16:4:channel mse", "int4 affine group12:5 mse ragged"])
+@pytest.mark.parametrize(
+    "spec", ["int4 group16:4 mse", "int3 group16:4:channel mse", "int4 affine group12:5 mse ragged"]
+)
 def test_integer_scales_by_error_are_the_best_of_all(spec):
     """Every multiple of γ is tried on every vector, in numpy."""
     torch.manual_seed(0)
@@ -87,7 +91,13 @@ def test_integer_scales_by_error_are_the_best_of_all(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4 group4:4 mse", "int4 affine group4:4", "uint4 group4:4:channel octav", "int4 affine group3:6:channel mse ragged"]
+    "spec",
+    [
+        "int4 group4:4 mse",
+        "int4 affine group4:4",
+        "uint4 group4:4:channel octav",
+        "int4 affine group3:6:channel mse ragged",
+    ],
 )
 def test_other_ranges_and_zero_points_land_on_integer_scales(spec):
     torch.manual_seed(0)
@@ -96,7 +106,9 @@ def test_other_ranges_and_zero_points_land_on_integer_scales(spec):
     quantizer = make_weight_quantizer(parsed, "w", w.shape)
     quantizer.calibrate(w)
     scale, zero_point = quantizer.qparams(
-        torch.nn.functional.pad(w, (0, -16 % parsed.granularity.group_size)).reshape(6, -1, parsed.granularity.group_size)
+        torch.nn.functional.pad(w, (0, -16 % parsed.granularity.group_size)).reshape(
+            6, -1, parsed.granularity.group_size
+        )
     )
     per_channel = parsed.granularity.coarse == "channel"
     top = scale.amax((1, 2), keepdim=True) if per_channel else scale.max()
@@ -106,7 +118,9 @@ def test_other_ranges_and_zero_points_land_on_integer_scales(spec):
     assert sqnr_db(w.clamp(min=0) if not parsed.signed else w, quantizer(w)) > 15
 
 
-@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv2d(12, 3, 1, bias=False), (4, 12, 5, 6)), (nn.Linear(12, 3, bias=False), (4, 5, 12))])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv2d(12, 3, 1, bias=False), (4, 12, 5, 6)), (nn.Linear(12, 3, bias=False), (4, 5, 12))]
+)
 def test_activations_get_their_vectors_at_run_time(layer, shape):
     torch.manual_seed(0)
     net = nn.Sequential(layer).eval()
@@ -121,7 +135,10 @@ def test_activations_get_their_vectors_at_run_time(layer, shape):
     # A sample gets the same whatever batch it is in.
     assert torch.equal(quantizer(x[:1]), quantizer(x)[:1])
     # Run-time vectors are closer than one scale for all.
-    assert sqnr_db(x, quantizer(x)) > sqnr_db(x, torch.fake_quantize_per_tensor_affine(x, x.abs().max().item() / 7, 0, -7, 7)) + 1
+    assert (
+        sqnr_db(x, quantizer(x))
+        > sqnr_db(x, torch.fake_quantize_per_tensor_affine(x, x.abs().max().item() / 7, 0, -7, 7)) + 1
+    )
 
 
 def test_impossible_activations_are_refused():

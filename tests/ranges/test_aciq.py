@@ -42,7 +42,9 @@ def test_constants_of_the_paper(name):
 
 
 def test_all_digits_of_the_authors_code():
-    assert [aciq_threshold("laplace", bits) for bits in (2, 3, 4)] == pytest.approx([2.83068299, 3.89722946, 5.02864014], abs=5e-9)
+    assert [aciq_threshold("laplace", bits) for bits in (2, 3, 4)] == pytest.approx(
+        [2.83068299, 3.89722946, 5.02864014], abs=5e-9
+    )
     assert [aciq_threshold("gauss", bits) for bits in (2, 3)] == pytest.approx([1.71063519, 2.15159277], abs=1e-6)
 
 
@@ -74,17 +76,23 @@ def test_optimum_of_the_real_grid(name):
 
 
 @pytest.mark.parametrize(("name", "one_sided"), list(SCIPY))
-@pytest.mark.parametrize(("quant_min", "quant_max", "scale"), [(-2, 1, 1.1), (-7, 7, 0.37), (0, 15, 0.2), (-1, 0, 1.5), (3, 9, 0.4)])
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max", "scale"), [(-2, 1, 1.1), (-7, 7, 0.37), (0, 15, 0.2), (-1, 0, 1.5), (3, 9, 0.4)]
+)
 def test_closed_form_error_equals_integration(name, one_sided, quant_min, quant_max, scale):
     density = SCIPY[name, one_sided].pdf
     levels = np.arange(quant_min, quant_max + 1) * scale
     cells = np.concatenate([[-50.0], (levels[1:] + levels[:-1]) / 2, [50.0]])
     expected = 0.0
     for level, low, high in zip(levels, cells[:-1], cells[1:], strict=True):
-        breaks = [b for b in (low, *np.arange(-30.0, 31.0, 1.0), high) if low <= b <= high and not (one_sided and b < 0)]
+        breaks = [
+            b for b in (low, *np.arange(-30.0, 31.0, 1.0), high) if low <= b <= high and not (one_sided and b < 0)
+        ]
         for a, b in itertools.pairwise(breaks):
             expected += scipy.integrate.quad(lambda x, q=level: (x - q) ** 2 * density(x), a, b, epsabs=1e-12)[0]
-    got = expected_error(name, *torch.tensor([[scale], [quant_max * scale]], dtype=torch.float64), len(levels), one_sided)
+    got = expected_error(
+        name, *torch.tensor([[scale], [quant_max * scale]], dtype=torch.float64), len(levels), one_sided
+    )
     assert got.item() == pytest.approx(expected, rel=1e-7)
 
 

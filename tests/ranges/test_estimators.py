@@ -129,7 +129,9 @@ def test_magnitudes_at_the_ends_of_float32(name):
 )
 def test_quantiles_are_numpys(values, repeats, share):
     x = np.array(values, dtype=np.float32)
-    assert quantile(torch.tensor(x[None]), None, share).item() == pytest.approx(np.quantile(x.astype(float), share), abs=1e-3)
+    assert quantile(torch.tensor(x[None]), None, share).item() == pytest.approx(
+        np.quantile(x.astype(float), share), abs=1e-3
+    )
     counts = np.array(repeats[: len(values)])
     if counts.sum():
         got = quantile(torch.tensor(x[None]), torch.tensor(counts[None]).float(), share).item()
@@ -140,12 +142,16 @@ def test_percentile_definitions():
     x = torch.randn(1, 5001, generator=torch.Generator().manual_seed(0)) + 0.5
     values = x[0].double().numpy()
     low, high = estimate_range("percentile:99", Sample.from_tensor(x), IntegerGrid(0, 255, affine=True))
-    assert (low.item(), high.item()) == pytest.approx((np.quantile(values, 0.005), np.quantile(values, 0.995)), rel=1e-5)
+    assert (low.item(), high.item()) == pytest.approx(
+        (np.quantile(values, 0.005), np.quantile(values, 0.995)), rel=1e-5
+    )
     low, high = estimate_range("percentile:99", Sample.from_tensor(x), IntegerGrid(-8, 7))
     assert (-low.item(), high.item()) == pytest.approx((np.quantile(np.abs(values), 0.99),) * 2, rel=1e-5)
     low, high = estimate_range("percentile:99", Sample.from_tensor(x), IntegerGrid(0, 15))
     assert (low.item(), high.item()) == pytest.approx((0.0, np.quantile(values, 0.99)), rel=1e-5)
-    assert estimate_range("percentile:100", Sample.from_tensor(x.relu()), IntegerGrid(0, 15))[1].item() == x.max().item()
+    assert (
+        estimate_range("percentile:100", Sample.from_tensor(x.relu()), IntegerGrid(0, 15))[1].item() == x.max().item()
+    )
     with pytest.raises(SpecError, match=r"50\.\.100"):
         estimate_range("percentile:many", Sample.from_tensor(x), IntegerGrid(-8, 7))
 
@@ -219,4 +225,6 @@ class TestRegistry:
         x = rows_of_every_kind()
         whole = estimate_range("mse", Sample.from_tensor(x), IntegerGrid(-8, 7))
         monkeypatch.setattr("lq_plugin.ranges.registry._BLOCK", 450)
-        torch.testing.assert_close(estimate_range("mse", Sample.from_tensor(x), IntegerGrid(-8, 7)), whole, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(
+            estimate_range("mse", Sample.from_tensor(x), IntegerGrid(-8, 7)), whole, rtol=1e-5, atol=0.0
+        )

@@ -32,7 +32,9 @@ def test_moments_of_what_counts(zeros, masked, spec):
             y = y[y != 0]
         assert folded.total()[row].item() == len(y)
         assert folded.mean()[row].item() == pytest.approx(y.mean() if len(y) else 0.0, rel=1e-6)
-        assert folded.root_mean_square()[row].item() == pytest.approx(np.sqrt((y**2).mean()) if len(y) else 0.0, rel=1e-6)
+        assert folded.root_mean_square()[row].item() == pytest.approx(
+            np.sqrt((y**2).mean()) if len(y) else 0.0, rel=1e-6
+        )
 
 
 def test_selected_rows_are_those_of_the_whole():

@@ -56,7 +56,9 @@ def test_every_value_lies_in_its_bin(values):
     nonzero = x[x != 0].double()
     # Bins are closed towards zero.
     index = torch.where(
-        nonzero > 0, torch.searchsorted(edges, nonzero, right=True) - 1, torch.searchsorted(edges, nonzero, right=False) - 1
+        nonzero > 0,
+        torch.searchsorted(edges, nonzero, right=True) - 1,
+        torch.searchsorted(edges, nonzero, right=False) - 1,
     )
     assert torch.equal(counts, torch.bincount(index, minlength=4096))
 
@@ -67,7 +69,10 @@ def test_one_row_is_counted_as_several_are(scale):
     x = torch.randn(1, 300_000, generator=torch.Generator().manual_seed(0)) * scale
     x[0, :1000] = 0.0
     x[0, 1000:1100] *= 1e3
-    one, two = filled(x, x * 5, max_samples=None), filled(x.expand(2, -1), x.expand(2, -1) * 5, rows=2, max_samples=None)
+    one, two = (
+        filled(x, x * 5, max_samples=None),
+        filled(x.expand(2, -1), x.expand(2, -1) * 5, rows=2, max_samples=None),
+    )
     for key in STATE:
         assert torch.equal(getattr(one, key)[0], getattr(two, key)[1]), key
 
@@ -100,7 +105,9 @@ def test_rows_are_separate():
     sample = joint.sample()
     torch.testing.assert_close(sample.total(), torch.full((3,), 800.0, dtype=torch.float64))
     both = torch.cat([x, x * 3], dim=1)
-    torch.testing.assert_close(sample.average(sample.values.double().square()), both.double().square().mean(1), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(
+        sample.average(sample.values.double().square()), both.double().square().mean(1), rtol=0.01, atol=0.0
+    )
 
 
 def test_ranks_reduce_with_a_common_range():
@@ -159,7 +166,9 @@ def test_sampled_statistics_are_close_and_bounds_exact():
     assert some.maximum.item() == 9.25
     assert some.mass[:, -1].item() == every.mass[:, -1].item() == (x == 0).sum().item()
     torch.testing.assert_close(some.total(), every.total())
-    torch.testing.assert_close(some.average(some.values.double() ** 2), every.average(every.values.double() ** 2), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(
+        some.average(some.values.double() ** 2), every.average(every.values.double() ** 2), rtol=0.05, atol=0.0
+    )
 
 
 def test_any_layout_is_read():

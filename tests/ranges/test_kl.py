@@ -95,7 +95,8 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("levels", [8, 128])
 @pytest.mark.parametrize("kind", list(DISTRIBUTIONS))
 def test_no_number_of_bins_diverges_less(kind, levels):
-    """Where the tail has few values to a bin the divergence jumps, and a search around the best of some candidates gets lost."""
+    """Where the tail has few values to a bin the divergence jumps, and a search around the best of some candidates gets
+    lost."""
     generator = np.random.default_rng(levels)
     for n in (20_000, 200_000):
         x = np.abs(DISTRIBUTIONS[kind](generator, n))
@@ -187,7 +188,9 @@ def test_few_values_still_get_clipped_at_low_bits_and_many_bits_get_the_range():
 def test_counts_of_exact_values_are_numpys(zeros, spec):
     """Zeros are left out, the value at the end is in the last bin, what lies beyond in none; bins are half open."""
     grid = QuantSpec.parse(spec).grid
-    x = (torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 64).round() / 64  # many on the edges of bins
+    x = (
+        torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 64
+    ).round() / 64  # many on the edges of bins
     x = x if zeros else x.masked_fill(x == 0, 0.01)
     end = torch.tensor([1.0, 2.0, 8.0], dtype=torch.float64)
     x[0, 0], x[1, 0] = 1.0, 1e30

@@ -77,7 +77,10 @@ def test_one_histogram_serves_all():
     x = draw("gauss", 1, 200_000).relu()
     histogram = Histogram()
     histogram.update(x)
-    binned, exact = compare_ranges(histogram.sample(), "uint4"), compare_ranges(Sample.from_tensor(x, max_points=2**20), "uint4")
+    binned, exact = (
+        compare_ranges(histogram.sample(), "uint4"),
+        compare_ranges(Sample.from_tensor(x, max_points=2**20), "uint4"),
+    )
     for a, b in zip(binned.entries(), exact.entries(), strict=True):
         assert a.measured_mse == pytest.approx(b.measured_mse, rel=0.08), a.range
     assert binned.distribution == "gauss"

@@ -141,7 +141,9 @@ def test_clipping_alone_costs_no_more_than_the_grid(spec):
     low, high = ((bound - zero_point) * scale for bound in (grid.quant_min, grid.quant_max))
     values = x.double().numpy()
     expected = ((values - values.clip(low.double().numpy()[:, None], high.double().numpy()[:, None])) ** 2).mean(1)
-    assert clipping_error(Sample.from_tensor(x), scale, zero_point, grid).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert clipping_error(Sample.from_tensor(x), scale, zero_point, grid).tolist() == pytest.approx(
+        expected.tolist(), rel=1e-5
+    )
     for sample in (Sample.from_tensor(x), Sample.from_tensor(x, max_points=1000)):
         total = mean_squared_error(sample, scale.unsqueeze(1), zero_point.unsqueeze(1), grid).squeeze(1)
         assert (clipping_error(sample, scale, zero_point, grid) <= total * (1 + 1e-6)).all()
@@ -156,7 +158,9 @@ def test_padding_has_no_error():
     torch.testing.assert_close(masked, estimate_range("mse", Sample.from_tensor(x[:, :11]), grid))
 
 
-@pytest.mark.parametrize("spec", ["int1", "int2", "int4", "int4 narrow", "int8", "uint1", "uint4", "uint4 affine", "int4 affine"])
+@pytest.mark.parametrize(
+    "spec", ["int1", "int2", "int4", "int4 narrow", "int8", "uint1", "uint4", "uint4 affine", "int4 affine"]
+)
 def test_degenerate_rows(spec):
     grid = QuantSpec.parse(spec).grid
     x = torch.tensor([[0.0, 0.0, 0.0], [2.5, 2.5, 2.5], [-1e-3, -1e-3, -1e-3], [0.0, 0.0, 7.0]])

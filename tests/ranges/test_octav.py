@@ -65,7 +65,9 @@ def test_optima(bits, normal, laplace, relu):
 def test_histogram_and_values_agree():
     x = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0))
     for grid in (IntegerGrid(-8, 7), IntegerGrid(0, 15, affine=True)):
-        for a, b in zip(estimate_range("octav", exact(x), grid), estimate_range("octav", Sample.from_tensor(x), grid), strict=True):
+        for a, b in zip(
+            estimate_range("octav", exact(x), grid), estimate_range("octav", Sample.from_tensor(x), grid), strict=True
+        ):
             assert a.item() == pytest.approx(b.item(), rel=2e-3)
 
 
@@ -135,5 +137,8 @@ def test_same_fixed_point_as_the_plain_iteration(kind, masked, n):
     ):
         low, high = estimate_range("octav", sample, grid)
         got = (-low if grid.signed else high).tolist()
-        expected = [min(numpy_octav(y.astype(float), m.astype(float), noise), y[m].max()) for y, m in zip(folded, mask, strict=True)]
+        expected = [
+            min(numpy_octav(y.astype(float), m.astype(float), noise), y[m].max())
+            for y, m in zip(folded, mask, strict=True)
+        ]
         assert got == pytest.approx(expected, rel=1e-5)

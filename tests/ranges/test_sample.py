@@ -36,12 +36,18 @@ def test_padding_never_enters():
         (lambda: Sample.from_tensor(torch.empty(4, 0)), "no elements"),
         (lambda: Sample.from_tensor(torch.randn(4)), r"\[rows, n\]"),
         (lambda: Sample.from_tensor(torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool)), "mask must be like"),
-        (lambda: Sample.from_tensor(torch.randn(2, 4), torch.tensor([[True] * 4, [False] * 4])), "1 of 2 rows have no element"),
+        (
+            lambda: Sample.from_tensor(torch.randn(2, 4), torch.tensor([[True] * 4, [False] * 4])),
+            "1 of 2 rows have no element",
+        ),
         (lambda: Sample.from_histogram(torch.linspace(0, 1, 5), torch.ones(5)), "one edge more"),
         (lambda: Sample.from_histogram(torch.tensor([0.0, 2.0, 1.0]), torch.ones(2)), "ascend"),
         (lambda: Sample.from_histogram(torch.linspace(0, 1, 5), torch.zeros(4)), "empty histogram"),
         (lambda: Sample.from_histogram(torch.linspace(0, 1, 5), -torch.ones(4)), ">= 0"),
-        (lambda: Sample(torch.randn(2, 3), torch.ones(2, 2), torch.zeros(3), torch.zeros(2)), "mass must be like.*minimum must be"),
+        (
+            lambda: Sample(torch.randn(2, 3), torch.ones(2, 2), torch.zeros(3), torch.zeros(2)),
+            "mass must be like.*minimum must be",
+        ),
     ],
 )
 def test_impossible_samples(call, message):
@@ -73,7 +79,11 @@ def test_long_rows_become_histograms():
 
 def test_histogram_bounds_hold_the_density():
     sample = Sample.from_histogram(
-        torch.linspace(-4, 4, 9), torch.tensor([0, 1, 0, 5, 5, 0, 2, 0.0]), torch.tensor([3]), torch.tensor([-2.5]), torch.tensor([2.25])
+        torch.linspace(-4, 4, 9),
+        torch.tensor([0, 1, 0, 5, 5, 0, 2, 0.0]),
+        torch.tensor([3]),
+        torch.tensor([-2.5]),
+        torch.tensor([2.25]),
     )
     assert sample.edges.min() == -2.5
     assert sample.edges.max() == 2.25

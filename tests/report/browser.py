@@ -42,7 +42,9 @@ class Page:
         self.page = page
         self.faults: list[str] = []
         self.requests: list[str] = []
-        page.on("console", lambda m: self.faults.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda m: self.faults.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
         page.on("request", lambda request: self.requests.append(request.url))
 
@@ -69,7 +71,8 @@ class Page:
             self.page.wait_for_timeout(50)
 
     def wait_for_text(self, selector: str, text: str) -> None:
-        """Wait until the element says this: a layer is shown with an event of the browser, after the click has returned."""
+        """Wait until the element says this: a layer is shown with an event of the browser, after the click has
+        returned."""
         from playwright.sync_api import expect
 
         expect(self.page.locator(selector)).to_have_text(text, timeout=15_000)

@@ -55,7 +55,8 @@ def deep_report(layers: int = 100, width: int = 32, title: str = "Deep") -> Repo
     ledger.add_recording(recording)
     steps = list(range(0, 600, 10))
     training = [
-        Series(name, steps, [2.0 / (1 + s / 50) + shift for s in steps]) for name, shift in (("train/loss", 0.0), ("val/loss", 0.1))
+        Series(name, steps, [2.0 / (1 + s / 50) + shift for s in steps])
+        for name, shift in (("train/loss", 0.0), ("val/loss", 0.1))
     ]
     training += [Series(f"quant/body.{i}/input_max", steps, [3.0 + i + s / 400 for s in steps]) for i in range(6)]
     training += [
@@ -63,7 +64,10 @@ def deep_report(layers: int = 100, width: int = 32, title: str = "Deep") -> Repo
         for i in range(min(layers - 1, 24))
         for what in ("zeros", "flips", "sqnr_db", "scale_min", "scale_max", "min", "max")
     ]
-    training += [Series(f"quant/{kind}/loss", steps[::10], [1.9 / (1 + s / 50) for s in steps[::10]]) for kind in ("float", "quantized")]
+    training += [
+        Series(f"quant/{kind}/loss", steps[::10], [1.9 / (1 + s / 50) for s in steps[::10]])
+        for kind in ("float", "quantized")
+    ]
     plan = QuantPlan.parse(PLAN)
     sensitivity = {f"body.{i}": 1.0 / (1 + i) for i in range(layers - 1)}
     return model_report(
@@ -72,7 +76,9 @@ def deep_report(layers: int = 100, width: int = 32, title: str = "Deep") -> Repo
     )  # fmt: skip
 
 
-def large_study(trials: int = 500, layers: int = 100, name: str = "large", storage: str | None = None, seed: int = 0) -> SearchResult:
+def large_study(
+    trials: int = 500, layers: int = 100, name: str = "large", storage: str | None = None, seed: int = 0
+) -> SearchResult:
     rng = random.Random(seed)
     names = [f"body.{i}" for i in range(layers - 1)] + ["head"]
     with quiet():
@@ -88,9 +94,19 @@ def large_study(trials: int = 500, layers: int = 100, name: str = "large", stora
         mean = sum(bits) / len(bits) + 0.12
         metric = 0.95 - 0.9 / mean**1.7 - 0.05 * (8 - bits[0]) / 8 - 0.03 * (8 - bits[-1]) / 8 + rng.gauss(0, 0.004)
         scheme = rng.choice(distributions["head.weight.scheme"].choices)  # type: ignore[attr-defined]
-        plan = QuantPlan([Rule(n, weight=f"int{b} per_channel mse", input="uint8 affine mse") for n, b in zip(names, bits, strict=True)])
+        plan = QuantPlan(
+            [
+                Rule(n, weight=f"int{b} per_channel mse", input="uint8 affine mse")
+                for n, b in zip(names, bits, strict=True)
+            ]
+        )
         numbers = {"val/acc": metric, "effective_bits": mean, "bytes": mean * 1e6 / 8, "bops": mean * 8e9}
-        attrs = {"plan": plan.to_dict(), "metrics": numbers, "seconds": 0.5, "origin": f"uniform {uniform} bits" if uniform else "sampled"}
+        attrs = {
+            "plan": plan.to_dict(),
+            "metrics": numbers,
+            "seconds": 0.5,
+            "origin": f"uniform {uniform} bits" if uniform else "sampled",
+        }
         params = {f"{n}.weight.bits": b for n, b in zip(names, bits, strict=True)} | {"head.weight.scheme": scheme}
         found.append(create_trial(values=[metric, mean], params=params, distributions=distributions, user_attrs=attrs))
     study.add_trials(found)

@@ -30,7 +30,16 @@ if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
 WINDOWS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
-MODEL_FIGURES = {"flow", "boxes", "histogram-weight", "histogram-input", "grid-weight", "mse-weight", "mse-input", "error-map"}
+MODEL_FIGURES = {
+    "flow",
+    "boxes",
+    "histogram-weight",
+    "histogram-input",
+    "grid-weight",
+    "mse-weight",
+    "mse-input",
+    "error-map",
+}
 STUDY_FIGURES = {"pareto", "hypervolume", "parallel", "bits", "importance"}
 PAGE_FIGURES = {"layers", "training-0", "training-1", "table-layers", "table-ledger", "table-trials"}
 
@@ -83,7 +92,9 @@ def check(opened: Page, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), WINDOWS)
-def test_every_figure_is_drawn(opened: Callable[..., Page], small: Path, screenshots: Path, width: int, scheme: str) -> None:
+def test_every_figure_is_drawn(
+    opened: Callable[..., Page], small: Path, screenshots: Path, width: int, scheme: str
+) -> None:
     window = opened(width, scheme)
     page = window.open(small, "#layer=body.4")
     check(window, small)
@@ -241,7 +252,8 @@ def test_evil_names_stay_text(opened: Callable[..., Page], tmp_path: Path) -> No
     layers = [replace(report.model.layers[0], name=EVIL, reason=EVIL), *report.model.layers[1:]]
     ledger = [dict(row, name=EVIL, reason=EVIL) for row in report.model.ledger]
     path = write_page(
-        replace(report, title=EVIL, model=replace(report.model, layers=layers, ledger=ledger, plan=EVIL)), tmp_path / "r.html"
+        replace(report, title=EVIL, model=replace(report.model, layers=layers, ledger=ledger, plan=EVIL)),
+        tmp_path / "r.html",
     )
     window = opened()
     dialogs: list[Any] = []
@@ -258,7 +270,10 @@ def test_evil_names_stay_text(opened: Callable[..., Page], tmp_path: Path) -> No
 def test_what_never_moved_is_no_curve(opened: Callable[..., Page], tmp_path: Path) -> None:
     report = deep_report(3, 8)
     assert report.model is not None
-    still = [Series("quant/body.0/weight_bits", [0, 5], [4.0, 4.0]), Series("quant/weight_coverage", [0, 5], [1.0, 1.0])]
+    still = [
+        Series("quant/body.0/weight_bits", [0, 5], [4.0, 4.0]),
+        Series("quant/weight_coverage", [0, 5], [1.0, 1.0]),
+    ]
     moved = Series("quant/body.0/weight_flips", [0, 5], [0.1, 0.2])
     for training, titles in (([*still, moved], ["weight_flips"]), (still, [])):
         path = write_page(replace(report, model=replace(report.model, training=training)), tmp_path / "r.html")
@@ -281,7 +296,8 @@ def test_learned_roundings_and_curves_of_a_run(opened: Callable[..., Page], scre
     assert "60 (6 %) went up" in page.inner_text("[data-figure=rounding]")
     assert "0.3 ms" in page.inner_text("#layer")
     assert "latency" in page.inner_text(".strip .lanes")
-    # The loss of one batch, float and quantized, stands beside the run's own, and moments of the schedule in all of them.
+    # The loss of one batch, float and quantized, stands beside the run's own, and moments of the schedule in all of
+    # them.
     key = page.inner_text("[data-figure=training-0]")
     assert "one batch, float" in key
     assert "one batch, quantized" in key
@@ -319,7 +335,9 @@ def test_an_empty_report_is_a_page(opened: Callable[..., Page], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_hundred_layers_and_five_hundred_trials(opened: Callable[..., Page], screenshots: Path, tmp_path: Path) -> None:
+def test_a_hundred_layers_and_five_hundred_trials(
+    opened: Callable[..., Page], screenshots: Path, tmp_path: Path
+) -> None:
     path = write_page(large_report(), tmp_path / "large.html")
     assert path.stat().st_size < 5e6
     for width, scheme in WINDOWS:
@@ -347,10 +365,17 @@ def test_the_page_of_the_digits_demo(opened: Callable[..., Page], screenshots: P
     result = search(model, data, space, "val/acc", 14, output_dir=tmp_path / "search", trainer=trainer, progress=False)
     qat = QAT(result.best().plan, schedule={"activations_start": "epoch 1"})
     logger = CSVLogger(tmp_path, name="fit", version="csv")
-    fit = Trainer(max_epochs=2, callbacks=[qat, QuantMonitor(images=False)], logger=logger, log_every_n_steps=2, **quiet)
+    fit = Trainer(
+        max_epochs=2, callbacks=[qat, QuantMonitor(images=False)], logger=logger, log_every_n_steps=2, **quiet
+    )
     fit.fit(model, datamodule=data)
     report = model_report(
-        model, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics, epoch_steps=int(fit.num_training_batches)
+        model,
+        qat.plan,
+        ledger=qat.ledger,
+        recording=qat.recording,
+        statistics=qat.statistics,
+        epoch_steps=int(fit.num_training_batches),
     )
     report.save(tmp_path / "fit" / "csv" / "quant" / "report.json")
     path = write_page(load_report(tmp_path), tmp_path / "report.html")

@@ -107,7 +107,12 @@ def test_a_cut_database_is_said_to_be_one(database: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "rows",
-    [b"step,loss\n0,0.5\n1,zero\n", b"step,loss\n0,0.5\n1,0.\xff\n", b"step,loss\n\xc2\xb2,0.5\n", b'step,loss\n0,"0.5\n1,0.4\n2,0.3'],
+    [
+        b"step,loss\n0,0.5\n1,zero\n",
+        b"step,loss\n0,0.5\n1,0.\xff\n",
+        b"step,loss\n\xc2\xb2,0.5\n",
+        b'step,loss\n0,"0.5\n1,0.4\n2,0.3',
+    ],
 )
 def test_an_edited_log_names_the_line(tmp_path: Path, rows: bytes) -> None:
     path = tmp_path / "metrics.csv"

@@ -80,12 +80,29 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_reports_of_version_1_lose_what_has_another_meaning_now() -> None:
-    layer = {"name": "a", "kind": "Linear", "shape": [2, 2], "specs": {}, "weight_bits": 4, "input_bits": 8, "elements": 4, "bytes": 2}
+    layer = {
+        "name": "a",
+        "kind": "Linear",
+        "shape": [2, 2],
+        "specs": {},
+        "weight_bits": 4,
+        "input_bits": 8,
+        "elements": 4,
+        "bytes": 2,
+    }
     model = {
-        "name": "Net", "plan": "", "coverage": 1.0, "totals": {"effective_bits": 4.2, "bytes": 9, "macs": 64, "bops": 2048},
+        "name": "Net", "plan": "", "coverage": 1.0, "totals": {"effective_bits": 4.2, "bytes": 9, "macs": 64,
+        "bops": 2048},
         "layers": [layer | {"float_bytes": 16, "macs": 64, "bops": 2048}], "ledger": [{"name": "a", "macs": 64}],
     }  # fmt: skip
-    trial = {"number": 0, "metric": 0.9, "cost": 4.2, "origin": "sampled", "seconds": 1.0, "numbers": {"effective_bits": 4.2, "bops": 7}}
+    trial = {
+        "number": 0,
+        "metric": 0.9,
+        "cost": 4.2,
+        "origin": "sampled",
+        "seconds": 1.0,
+        "numbers": {"effective_bits": 4.2, "bops": 7},
+    }
     study = {
         "name": "s",
         "metric": "acc",
@@ -99,8 +116,15 @@ def test_reports_of_version_1_lose_what_has_another_meaning_now() -> None:
     assert report.model is not None
     assert report.study is not None
     assert report.model.totals == {"quantizable_effective_bits": 4.2, "bytes": 9}
-    assert (report.model.weight_coverage, report.model.layers[0].macs, report.model.ledger[0]["macs"]) == (None, None, None)
-    assert (report.study.cost, report.study.costs) == ("quantizable_effective_bits", ["quantizable_effective_bits", "batch_bops"])
+    assert (report.model.weight_coverage, report.model.layers[0].macs, report.model.ledger[0]["macs"]) == (
+        None,
+        None,
+        None,
+    )
+    assert (report.study.cost, report.study.costs) == (
+        "quantizable_effective_bits",
+        ["quantizable_effective_bits", "batch_bops"],
+    )
     assert report.study.trials[0].numbers == {"quantizable_effective_bits": 4.2, "batch_bops": 7}
 
 
@@ -157,7 +181,8 @@ def test_marks_and_curve_measure_what_fake_quantize_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4 group4", "twn", "bwn", "kmeans2", "mx6", "mxfp4", "nvfp4", "uint4 affine", "int3 per_channel lsq", "int12"]
+    "spec",
+    ["int4 group4", "twn", "bwn", "kmeans2", "mx6", "mxfp4", "nvfp4", "uint4 affine", "int3 per_channel lsq", "int12"],
 )
 def test_every_kind_of_weight_has_a_page(spec: str) -> None:
     torch.manual_seed(0)
@@ -190,7 +215,12 @@ def test_what_is_not_calibrated_and_what_is_float() -> None:
 def test_the_flow_says_what_is_quantized_and_where_the_gradient_passes() -> None:
     model, x = Deep(3, 4), torch.randn(1, 3, 8, 8)
     recording = record(model, lambda: model(x))
-    plan = {"rules": [{"match": "*", "weight": "int8"}, {"match": "*", "weight": "int4", "input": "uint8 affine", "start": "epoch 2"}]}
+    plan = {
+        "rules": [
+            {"match": "*", "weight": "int8"},
+            {"match": "*", "weight": "int4", "input": "uint8 affine", "start": "epoch 2"},
+        ]
+    }
     lq_plugin.prepare(model, plan)
     layer = model_of(model_report(model, QuantPlan.parse(plan), recording=recording)).layers[1]
     assert layer.flow is not None

@@ -43,7 +43,9 @@ def test_it_tells_what_prepare_then_does_and_changes_nothing() -> None:
     ledger.add_recording(recording)
     assert found.cost == cost(model, recording)
     assert found.ledger.rows() == ledger.rows()
-    assert [row["weight"] for row in found.rows()] == [str(entry.plan.weight) for entry in ledger if not entry.functional]
+    assert [row["weight"] for row in found.rows()] == [
+        str(entry.plan.weight) for entry in ledger if not entry.functional
+    ]
     text = shown(found.table())
     assert "int3 per_channel mse" in text
     assert f"{found.cost.quantizable_effective_bits:.2f}" in text
@@ -86,7 +88,8 @@ def test_names_like_markup_are_shown_as_they_are() -> None:
 
 
 def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_nets.py").write_text("from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, size=4):\n"
+    (tmp_path / "my_nets.py").write_text("from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, "
+    "size=4):\n"
                                          "        super().__init__(nn.Linear(size, 2))\nnumber = 3\nmake = lambda: 5\n")  # fmt: skip
     monkeypatch.chdir(tmp_path)
     built = build_model("my_nets:Net", ["size=6"])

@@ -76,7 +76,9 @@ def test_a_run_and_its_search_are_one_page(small: ReportData, database: Path, tm
 def test_the_log_beside_a_report_is_its_training(small: ReportData, tmp_path: Path) -> None:
     assert small.model is not None
     log = tmp_path / "metrics.csv"
-    log.write_text("epoch,step,train/loss,val/acc,once\n0,0,2.5,,\n0,5,1.25,,\n0,9,nan,0.5,7\n1,19,,0.75,\n1,oops,1,1,1\n")
+    log.write_text(
+        "epoch,step,train/loss,val/acc,once\n0,0,2.5,,\n0,5,1.25,,\n0,9,nan,0.5,7\n1,19,,0.75,\n1,oops,1,1,1\n"
+    )
     assert read_log(log) == [Series("train/loss", [0, 5], [2.5, 1.25]), Series("val/acc", [9, 19], [0.5, 0.75])]
     silent = replace(small, model=replace(small.model, training=[]))
     silent.save(tmp_path / "quant" / "report.json")
@@ -142,7 +144,9 @@ def test_pictures_of_every_figure(small: ReportData, tmp_path: Path) -> None:
     assert write_pictures(ReportData("none"), tmp_path / "none") == []
     assert small.model is not None
     still = replace(small.model, training=[Series("quant/weight_coverage", [0, 5], [1.0, 1.0])])
-    assert "training" not in {path.stem for path in write_pictures(ReportData("still", still), tmp_path / "still", max_layers=0)}
+    assert "training" not in {
+        path.stem for path in write_pictures(ReportData("still", still), tmp_path / "still", max_layers=0)
+    }
 
 
 def test_names_that_are_markup_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

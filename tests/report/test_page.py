@@ -38,7 +38,10 @@ class Tags(HTMLParser):
 
 
 def evil_report() -> ReportData:
-    return ReportData(EVIL, ModelReport(EVIL, f"rules: {EVIL}", {EVIL: 1.0}, [], 1.0, 1.0, [{"name": EVIL, "reason": EVIL}], {EVIL: 1.0}))
+    return ReportData(
+        EVIL,
+        ModelReport(EVIL, f"rules: {EVIL}", {EVIL: 1.0}, [], 1.0, 1.0, [{"name": EVIL, "reason": EVIL}], {EVIL: 1.0}),
+    )
 
 
 def test_names_never_become_markup() -> None:

@@ -22,7 +22,9 @@ def trained() -> DigitsCNN:
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     model = DigitsCNN(width=8)
-    trainer = CPU(max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = CPU(
+        max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.fit(model, datamodule=DigitsDataModule())
     return model
 

@@ -28,7 +28,8 @@ class Server:
 
     def cut_connections(self) -> None:
         self.running.psql(
-            "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid();"
+            "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'client backend' and pid <> "
+            "pg_backend_pid();"
         )
 
 

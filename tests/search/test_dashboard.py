@@ -23,14 +23,28 @@ SPACE = {"weight": {"bit_widths": [2, 4, 8], "ranges": ["minmax"]}}
 @pytest.mark.slow
 def test_the_dashboard_shows_the_study(model: DigitsCNN, tmp_path: Path) -> None:
     search(
-        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", 8, study_name="digits_bits", output_dir=tmp_path, seeds=0, trainer=CPU,
+        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", 8, study_name="digits_bits", output_dir=tmp_path,
+        seeds=0, trainer=CPU,
         calibration_batches=1, progress=False,
     )  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     code = "from optuna_dashboard._cli import main; main()"
-    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path / 'study.db'}", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "dashboard.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process, chromium() as opened:
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        f"sqlite:///{tmp_path / 'study.db'}",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with (
+        (tmp_path / "dashboard.log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+        chromium() as opened,
+    ):
         try:
             until = time.monotonic() + 60
             while time.monotonic() < until:

@@ -1,4 +1,5 @@
-"""Shared storages: servers that go away, trials that nobody works on, workers that stand still, and what a waiting worker says."""
+"""Shared storages: servers that go away, trials that nobody works on, workers that stand still, and what a waiting
+worker says."""
 
 import threading
 import time
@@ -73,7 +74,11 @@ def lost_trial(url: str, study: str) -> None:
 def test_a_trial_that_never_gave_a_sign_of_life_is_tried_again(url: str, given: str, clock: SimpleNamespace) -> None:
     with quiet():
         callback = optuna.storages.RetryHeartbeatStaleTrialCallback()
-        options: dict[str, Any] = {"heartbeat_interval": 2, "grace_period": 6, "heartbeat_stale_trial_callback": callback}
+        options: dict[str, Any] = {
+            "heartbeat_interval": 2,
+            "grace_period": 6,
+            "heartbeat_stale_trial_callback": callback,
+        }
         storage = url if given == "url" else RDBStorage(url, **options)
     study = open_study("s", storage, ["maximize"], {}, heartbeat=2)
     study.enqueue_trial({"x": 0.25})
@@ -92,14 +97,18 @@ def test_a_trial_that_never_gave_a_sign_of_life_is_tried_again(url: str, given: 
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_after_a_worker_that_took_a_trial_and_was_killed(model: DigitsCNN, url: str, caplog: Any) -> None:
+def test_a_search_goes_on_after_a_worker_that_took_a_trial_and_was_killed(
+    model: DigitsCNN, url: str, caplog: Any
+) -> None:
     run(model, 1, storage=url, study_name="s", heartbeat=1)
     lost_trial(url, "s")
     result = run(model, 3, storage=url, study_name="s", heartbeat=1)
     assert len(result.study.get_trials(states=(COMPLETE,))) == 3
     assert len(result.study.get_trials(states=(FAIL,))) == 1
     assert not result.study.get_trials(states=(RUNNING,))
-    assert [c.origin for c in result.candidates] == [f"uniform {bits} bits" for bits in (2, 8, 3)], "also the one that was lost"
+    assert [c.origin for c in result.candidates] == [f"uniform {bits} bits" for bits in (2, 8, 3)], (
+        "also the one that was lost"
+    )
 
 
 def test_a_waiting_worker_says_what_it_waits_for(url: str, clock: SimpleNamespace, caplog: Any) -> None:
@@ -134,7 +143,8 @@ def test_a_process_that_waits_for_a_lock_says_so(tmp_path: Path, caplog: Any, mo
 
 
 def take_away(url: str, study: str, number: int) -> None:
-    """What another worker does with a trial that gave no sign of life: fails it and puts its plan back into the queue."""
+    """What another worker does with a trial that gave no sign of life: fails it and puts its plan back into the
+    queue."""
     with quiet():
         storage = RDBStorage(url)
         known = optuna.load_study(study_name=study, storage=storage)
@@ -219,7 +229,9 @@ def test_a_commit_whose_answer_was_lost_is_no_error(server: Server, monkeypatch:
         done = plain(self, *arguments)
         if not lost:
             lost.append(done)
-            raise StorageInternalError from OperationalError("commit", {}, Exception("the server closed the connection"))
+            raise StorageInternalError from OperationalError(
+                "commit", {}, Exception("the server closed the connection")
+            )
         return done
 
     monkeypatch.setattr(RDBStorage, "set_trial_state_values", carried_out)

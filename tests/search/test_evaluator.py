@@ -34,7 +34,9 @@ MIXED = {
 
 
 def quiet_trainer(**options: Any) -> Trainer:
-    return CPU(logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, **options)
+    return CPU(
+        logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, **options
+    )
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -80,11 +82,15 @@ def test_it_reports_exactly_what_ptq_reports_in_validation(
     assert found.cost.bytes == cost(fresh).bytes
 
 
-def test_plans_differ_and_the_float_metrics_are_those_of_the_float_model(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
+def test_plans_differ_and_the_float_metrics_are_those_of_the_float_model(
+    model: DigitsCNN, datamodule: DigitsDataModule
+) -> None:
     (expected,) = quiet_trainer().validate(copy_of(model), datamodule=DigitsDataModule(batch_size=120), verbose=False)
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=1) as evaluator:
         space = evaluator.calibrate(SPACE)
-        losses = [evaluator.evaluate_layers(space.layer_plans(space.uniform(bits))).metrics["val/loss"] for bits in (2, 3, 8)]
+        losses = [
+            evaluator.evaluate_layers(space.layer_plans(space.uniform(bits))).metrics["val/loss"] for bits in (2, 3, 8)
+        ]
         assert evaluator.float_metrics == expected
     assert losses[0] > losses[1] > losses[2]
 
@@ -108,7 +114,9 @@ def test_every_process_calibrates_on_the_same_batches(model: DigitsCNN) -> None:
     def loss(torch_seed: int, seed: int) -> float:
         torch.manual_seed(torch_seed)
         # Few, small batches of a shuffling loader: other ones give other ranges.
-        with Evaluator(copy_of(model), DigitsDataModule(batch_size=8), trainer=CPU, calibration_batches=1, seed=seed) as evaluator:
+        with Evaluator(
+            copy_of(model), DigitsDataModule(batch_size=8), trainer=CPU, calibration_batches=1, seed=seed
+        ) as evaluator:
             evaluator.calibrate(Space(weight=["int8", "int4"], input="uint4 affine"))
             return evaluator.evaluate("int8 / uint4 affine").metrics["val/loss"]
 
@@ -116,10 +124,14 @@ def test_every_process_calibrates_on_the_same_batches(model: DigitsCNN) -> None:
     assert loss(1, seed=0) != loss(1, seed=7)
 
 
-def test_calibration_reads_its_data_once_whatever_the_plans(model: DigitsCNN, datamodule: DigitsDataModule, monkeypatch: Any) -> None:
+def test_calibration_reads_its_data_once_whatever_the_plans(
+    model: DigitsCNN, datamodule: DigitsDataModule, monkeypatch: Any
+) -> None:
     read = []
     monkeypatch.setattr("lq_plugin.callbacks.base.one_batch", lambda *a: read.append(1) or one_batch(*a))
-    monkeypatch.setattr("lq_plugin.callbacks.base.calibration_batches", lambda *a: read.append(a[3]) or calibration_batches(*a))
+    monkeypatch.setattr(
+        "lq_plugin.callbacks.base.calibration_batches", lambda *a: read.append(a[3]) or calibration_batches(*a)
+    )
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2) as evaluator:
         evaluator.calibrate(SPACE)
         for plan in ("int2", "int8 / uint8 affine mse", "int4 / uint4 affine percentile:99.9"):
@@ -209,7 +221,9 @@ def test_layers_built_in_setup_are_found_and_ones_built_anew_are_refused(datamod
             evaluator.evaluate("int2 mse")
 
 
-def test_activations_of_every_granularity_and_format_report_what_ptq_reports(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
+def test_activations_of_every_granularity_and_format_report_what_ptq_reports(
+    model: DigitsCNN, datamodule: DigitsDataModule
+) -> None:
     batches, fresh = Batches(2), copy_of(model)
     inputs = ["uint4 affine mse", "uint4 affine per_channel", "int4 group16:4 ragged", "mx4"]
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2, dataloader=batches) as evaluator:

@@ -22,7 +22,9 @@ from .server import Server
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return request.getfixturevalue("server").url if request.param == "postgresql" else f"sqlite:///{tmp_path / 'study.db'}"
+    return (
+        request.getfixturevalue("server").url if request.param == "postgresql" else f"sqlite:///{tmp_path / 'study.db'}"
+    )
 
 
 class Worker:
@@ -30,9 +32,20 @@ class Worker:
 
     def __init__(self, folder: Path, url: str, n_trials: int, number: int, seconds: float, *hang: int) -> None:
         self.output = folder / f"{number}_{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "tests.search.worker", url, str(n_trials), str(number), str(seconds), *map(str, hang)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.search.worker",
+            url,
+            str(n_trials),
+            str(number),
+            str(seconds),
+            *map(str, hang),
+        ]
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+            self.process = subprocess.Popen(
+                command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+            )
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -45,7 +58,9 @@ class Worker:
 def trials(url: str, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
     storage = RDBStorage(url)
     try:
-        return optuna.load_study(study_name="lq_search", storage=storage).get_trials(deepcopy=False, states=states or None)
+        return optuna.load_study(study_name="lq_search", storage=storage).get_trials(
+            deepcopy=False, states=states or None
+        )
     except KeyError:
         return []
     finally:
@@ -122,7 +137,9 @@ def test_workers_outlive_a_restart_of_the_server(server: Server, tmp_path: Path)
 
 
 def test_a_database_that_is_not_there_is_named() -> None:
-    with pytest.raises(StudyError, match=r"cannot open the storage postgresql\+psycopg2://me:\*\*\*@127.0.0.1:1/none: "):
+    with pytest.raises(
+        StudyError, match=r"cannot open the storage postgresql\+psycopg2://me:\*\*\*@127.0.0.1:1/none: "
+    ):
         rdb_storage("postgresql+psycopg2://me:secret@127.0.0.1:1/none")
 
 

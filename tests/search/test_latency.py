@@ -33,11 +33,20 @@ SPACE = {
 
 
 def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
-    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "calibration_batches": 1, "progress": False, "seeds": 2} | options
+    given = {
+        "space": SPACE,
+        "metric": "val/acc",
+        "trainer": CPU,
+        "calibration_batches": 1,
+        "progress": False,
+        "seeds": 2,
+    } | options
     return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, latency={"rounds": 2}, **given)
 
 
-def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_trial_has_the_latency_of_its_plan(
+    model: DigitsCNN, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         result = run(model, 4, cost="latency", output_dir=tmp_path)
     # The float model, and each layer float and with both of its choices, one of which is float.
@@ -66,10 +75,17 @@ def test_every_trial_has_the_latency_of_its_plan(model: DigitsCNN, tmp_path: Pat
 
 def test_the_table_of_a_search_without_latency_has_no_column_for_it(model: DigitsCNN) -> None:
     found = search(
-        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", n_trials=2, trainer=CPU, calibration_batches=1, progress=False,
+        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", n_trials=2, trainer=CPU, calibration_batches=1,
+        progress=False,
         storage=optuna.storages.InMemoryStorage(),
     )  # fmt: skip
-    assert [str(column.header) for column in found.table().columns] == ["trial", "val/acc", "effective bits", "bytes", "plan from"]
+    assert [str(column.header) for column in found.table().columns] == [
+        "trial",
+        "val/acc",
+        "effective bits",
+        "bytes",
+        "plan from",
+    ]
 
 
 def test_a_bound_that_no_plan_keeps_is_refused(model: DigitsCNN) -> None:
@@ -78,7 +94,9 @@ def test_a_bound_that_no_plan_keeps_is_refused(model: DigitsCNN) -> None:
 
 
 def test_unknown_options_are_named_before_anything_is_loaded(model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match=r"options of latency: .*'runtimes'.*valid: runtime, batch, threads, rounds, cache"):
+    with pytest.raises(
+        QuantizationError, match=r"options of latency: .*'runtimes'.*valid: runtime, batch, threads, rounds, cache"
+    ):
         search(model, None, SPACE, "val/acc", latency={"runtimes": "onnxruntime"})
 
 

@@ -69,7 +69,9 @@ def test_steps_are_learned_to_where_the_loss_is_least(ranges: str) -> None:
         found = next(v for c, v in values["second.weight"].items() if c.startswith("int2"))
         assert found / WEIGHTS == pytest.approx(calibrated, rel=1e-5)
         evaluator.apply({})
-        assert {name: p.requires_grad for name, p in module.named_parameters()} == {name: wanted for name, (_, wanted) in before.items()}
+        assert {name: p.requires_grad for name, p in module.named_parameters()} == {
+            name: wanted for name, (_, wanted) in before.items()
+        }
         assert all(torch.equal(p, before[name][0]) and p.grad is None for name, p in module.named_parameters())
 
 

@@ -18,7 +18,9 @@ from lq_plugin.search.levels import parse_levels
 from .conftest import CPU
 from .test_evaluator import Batches, copy_of, quiet_trainer, same
 
-SPACE = Space(weight={"bit_widths": [2, 3, 4, 8], "granularities": ["per_channel"], "ranges": ["mse"]}, input="uint8 affine mse")
+SPACE = Space(
+    weight={"bit_widths": [2, 3, 4, 8], "granularities": ["per_channel"], "ranges": ["mse"]}, input="uint8 affine mse"
+)
 PLAN = QuantPlan.parse("int2 per_channel mse / uint8 affine mse")
 
 
@@ -27,8 +29,15 @@ def states(model: LightningModule) -> dict[str, Tensor]:
 
 
 def test_levels_are_read_from_mappings() -> None:
-    levels = parse_levels([{"batches": 2}, Level(), {"reconstruct": {"iterations": 5}, "promote_within": 0.1}, {"qat": {"max_steps": 3}}])
-    assert [str(level) for level in levels] == ["batches=2", "PTQ", "reconstruct={'iterations': 5}", "qat={'max_steps': 3}"]
+    levels = parse_levels(
+        [{"batches": 2}, Level(), {"reconstruct": {"iterations": 5}, "promote_within": 0.1}, {"qat": {"max_steps": 3}}]
+    )
+    assert [str(level) for level in levels] == [
+        "batches=2",
+        "PTQ",
+        "reconstruct={'iterations': 5}",
+        "qat={'max_steps': 3}",
+    ]
     assert levels[2].promote_within == 0.1
     # The margin decides who climbs, not what is measured.
     assert Level(batches=2, promote_within=0.5).measures() == Level(batches=2).measures() == {"batches": 2}
@@ -81,7 +90,8 @@ def test_what_does_not_fit_the_project_is_told_before_any_work(monkeypatch: Any)
         {"qat": {"max_epochs": 1, "strategy": "dpd"}},
     ]
     with pytest.raises(QuantizationError) as raised:
-        search(NoRate(), DigitsDataModule(), SPACE, "val/acc", fidelity=fidelity, trainer=partial(Trainer, accelerator="cpu"),
+        search(NoRate(), DigitsDataModule(), SPACE, "val/acc", fidelity=fidelity, trainer=partial(Trainer,
+        accelerator="cpu"),
                pruner={"_target_": "optuna.pruners.MedanPruner"}, promote_within=-0.5, promote_first=-1)  # fmt: skip
     for part in (
         "cannot search: 9 faults",
@@ -108,7 +118,9 @@ def test_a_subset_is_the_first_batches(model: DigitsCNN, datamodule: DigitsDataM
         whole = evaluator.evaluate(PLAN).metrics
     expected = []
     for count in (1, 2):
-        trainer = quiet_trainer(callbacks=[PTQ(PLAN, calibration_batches=2, dataloader=batches)], limit_val_batches=count)
+        trainer = quiet_trainer(
+            callbacks=[PTQ(PLAN, calibration_batches=2, dataloader=batches)], limit_val_batches=count
+        )
         expected += trainer.validate(copy_of(fresh), datamodule=DigitsDataModule(batch_size=120), verbose=False)
     assert found == [*expected, expected[0], whole]
     assert len({metrics["val/loss"] for metrics in found}) == 3
@@ -176,7 +188,9 @@ def test_a_qat_level_is_a_run_of_a_trainer_on_a_float_copy(model: DigitsCNN, dat
 
 @pytest.mark.slow
 def test_a_qat_level_may_use_several_processes(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
-    level = Level(qat={"max_epochs": 2, "devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu", "num_sanity_val_steps": 0})
+    level = Level(
+        qat={"max_epochs": 2, "devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu", "num_sanity_val_steps": 0}
+    )
     before = states(model)
     with Evaluator(model, datamodule, trainer=partial(Trainer, accelerator="cpu"), calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)

@@ -141,7 +141,14 @@ def test_every_space_and_sampler_of_the_configs_is_readable(tmp_path: Path, spac
 
 
 def lq_search(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from lq_plugin.cli import search; search()", *arguments, *SMALL, f"paths.log_dir={tmp_path}/logs"]
+    command = [
+        sys.executable,
+        "-c",
+        "from lq_plugin.cli import search; search()",
+        *arguments,
+        *SMALL,
+        f"paths.log_dir={tmp_path}/logs",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
     # A folder of its own: `python -c` would otherwise find lq_plugin without its installed configs.
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -149,7 +156,16 @@ def lq_search(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_workers_share_a_study(tmp_path: Path) -> None:
-    sweep = ["--config-dir", "sweeps", "--config-name", "digits", "-m", "worker=0,1", "hydra/launcher=joblib", "search.n_trials=14"]
+    sweep = [
+        "--config-dir",
+        "sweeps",
+        "--config-name",
+        "digits",
+        "-m",
+        "worker=0,1",
+        "hydra/launcher=joblib",
+        "search.n_trials=14",
+    ]
     process = lq_search(tmp_path, *sweep)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -157,7 +173,9 @@ def test_two_workers_share_a_study(tmp_path: Path) -> None:
     study = optuna.load_study(study_name="digits", storage=f"sqlite:///{folder}/study.db")
     assert 14 <= len(study.trials) <= 15, "the last trial of the other worker may come on top"
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
-    assert len({str(sorted(t.params.items())) for t in study.trials}) == len(study.trials), "the workers tried the same plan"
+    assert len({str(sorted(t.params.items())) for t in study.trials}) == len(study.trials), (
+        "the workers tried the same plan"
+    )
     assert len(list(folder.glob("float_*.ckpt"))) == 1
     assert len(list((folder / "plans").iterdir())) == len((folder / "front.csv").read_text().splitlines()) - 1
     assert (folder / "worker_0" / "lq-search.log").exists()
@@ -179,7 +197,9 @@ def test_a_signal_leaves_the_best_plans_and_the_command_goes_on(tmp_path: Path, 
     assert TrialState.RUNNING not in states(folder)
     assert list((folder / "plans").iterdir())
     done = states(folder).count(TrialState.COMPLETE)
-    output, _ = (process := lq_search(tmp_path, "experiment=digits_search", f"search.n_trials={done + 1}")).communicate(timeout=60)
+    output, _ = (process := lq_search(tmp_path, "experiment=digits_search", f"search.n_trials={done + 1}")).communicate(
+        timeout=60
+    )
     assert process.returncode == 0, output
     assert states(folder).count(TrialState.COMPLETE) == done + 1
 
@@ -188,7 +208,10 @@ def some_trial_is_complete(folder: Path) -> bool:
     """Not through Optuna: that would make the tables that the process under test is about to make."""
     if not (folder / "study.db").exists():
         return False
-    with closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as connection, suppress(sqlite3.OperationalError):
+    with (
+        closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as connection,
+        suppress(sqlite3.OperationalError),
+    ):
         return bool(connection.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0])
     return False
 
@@ -227,12 +250,17 @@ def test_packages_that_latency_needs_are_said_before_a_model_is_trained(
 ) -> None:
     monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=rf'latency needs {package}, which is not installed: pip install "lq_plugin\[{extra}\]"'):
+    with pytest.raises(
+        MissingPackageError,
+        match=rf'latency needs {package}, which is not installed: pip install "lq_plugin\[{extra}\]"',
+    ):
         run(composed(tmp_path, f"search.latency={{runtime: {runtime}}}", "search.cost=latency"))
 
 
 @pytest.mark.parametrize("override", ["measures=[fischer]", "others=wide", "search.space.weight={bit_widths: [99]}"])
-def test_wrong_measures_are_said_before_a_model_is_trained(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_measures_are_said_before_a_model_is_trained(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
     with pytest.raises(QuantizationError, match="Did you mean 'fisher'|Did you mean 'widest'|got 99"):
         measure(composed(tmp_path, override, name="sensitivity"))

@@ -28,7 +28,9 @@ def test_distributions(text, distribution):
     assert JobOverrides.parse({"a.b": text}, []).distributions == {"a.b": distribution}
 
 
-@pytest.mark.parametrize("text", ["8,1,true,null,abc,'a, b=[c]',[1,2],{a:1},1e-3,'7'", "int(interval(1,3))", "tag(log,interval(1e-9,1))"])
+@pytest.mark.parametrize(
+    "text", ["8,1,true,null,abc,'a, b=[c]',[1,2],{a:1},1e-3,'7'", "int(interval(1,3))", "tag(log,interval(1e-9,1))"]
+)
 def test_overrides_mean_the_value(text):
     """Hydra reads the override of each value as what the choice said."""
     jobs = JobOverrides.parse({}, [f"+a={text}"])

@@ -8,9 +8,15 @@ from lq_plugin.plan import LayerInfo, QuantPlan
 from lq_plugin.search.patterns import PatternSpace
 
 LAYERS = {
-    "plan": {"rules": [{"match": "*", "weight": "int8", "input": "uint8 affine ema"}], "schedule": {"activations_start": "epoch 1"}},
+    "plan": {
+        "rules": [{"match": "*", "weight": "int8", "input": "uint8 affine ema"}],
+        "schedule": {"activations_start": "epoch 1"},
+    },
     "rules": [
-        {"match": "conv*", "weight": {"bit_widths": [2, 3, 4], "granularities": ["per_channel"], "ranges": ["mse", "minmax"]}},
+        {
+            "match": "conv*",
+            "weight": {"bit_widths": [2, 3, 4], "granularities": ["per_channel"], "ranges": ["mse", "minmax"]},
+        },
         {"match": "type:Linear", "weight": "int4 group16", "input": ["uint4 affine ema", "float"]},
     ],
 }

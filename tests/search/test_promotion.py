@@ -107,7 +107,9 @@ def test_only_what_is_near_the_front_climbs_and_the_rest_costs_the_subset(
             assert alone == {name: metrics[name] for name in alone}
 
 
-def test_without_a_margin_of_its_own_a_level_takes_the_searchs_or_a_twentieth(model: DigitsCNN, monkeypatch: Any) -> None:
+def test_without_a_margin_of_its_own_a_level_takes_the_searchs_or_a_twentieth(
+    model: DigitsCNN, monkeypatch: Any
+) -> None:
     seen: dict[str, Any] = {}
 
     original = Ladder.__init__
@@ -144,7 +146,9 @@ def test_a_loss_is_better_when_it_is_smaller(model: DigitsCNN) -> None:
         assert any(o["val/loss"] < mine["val/loss"] and o["effective_bits"] <= mine["effective_bits"] for o in others)
 
 
-def test_a_pruner_decides_with_one_objective_also_about_trials_of_another_worker(model: DigitsCNN, tmp_path: Path) -> None:
+def test_a_pruner_decides_with_one_objective_also_about_trials_of_another_worker(
+    model: DigitsCNN, tmp_path: Path
+) -> None:
     pruner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3}
     options: dict[str, Any] = {"cost": None, "fidelity": LEVELS[:2], "promote_within": 10.0, "output_dir": tmp_path}
     first = run(model, 3, **options, pruner=pruner)
@@ -219,7 +223,9 @@ def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monke
 
 def test_an_interrupted_trial_goes_on_at_its_level(tmp_path: Path, monkeypatch: Any) -> None:
     # Float validation, calibration, three levels of the first trial; the second one is stopped at its second level.
-    interrupted("Evaluator._validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={LEVELS!r}, promote_first=9")
+    interrupted(
+        "Evaluator._validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={LEVELS!r}, promote_first=9"
+    )
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
     (lost,) = study.get_trials(states=(TrialState.FAIL,))
     assert len(lost.user_attrs["levels"]) == 1
@@ -250,7 +256,9 @@ run(DigitsCNN(width=4), 24, output_dir=Path(sys.argv[1]), worker=int(sys.argv[2]
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(n)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for n in (0, 1)]
+    processes = [
+        subprocess.Popen([*command, str(n)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for n in (0, 1)
+    ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     trials = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db").trials
@@ -263,12 +271,16 @@ run(DigitsCNN(width=4), 24, output_dir=Path(sys.argv[1]), worker=int(sys.argv[2]
     for trial in stopped:
         mine = trial.user_attrs["levels"][0]
         beaten_by = [t.user_attrs["levels"][0] for t in tried if t is not trial]
-        assert any(o["val/loss"] < mine["val/loss"] and o["effective_bits"] <= mine["effective_bits"] for o in beaten_by)
+        assert any(
+            o["val/loss"] < mine["val/loss"] and o["effective_bits"] <= mine["effective_bits"] for o in beaten_by
+        )
 
 
 def test_levels_in_yaml(tmp_path: Path, capsys: Any) -> None:
     fidelity = "search.fidelity=[{batches: 1},{qat: {max_steps: 2, lr: 0.001}}]"
-    result = run_config(composed(tmp_path, "search.n_trials=3", fidelity, "search.promote_first=2", "search.promote_within=0.5"))
+    result = run_config(
+        composed(tmp_path, "search.n_trials=3", fidelity, "search.promote_first=2", "search.promote_within=0.5")
+    )
     assert len(result.candidates) + result.held_back == 3
     assert all(len(c.lower) == 1 for c in result.candidates)
     assert "front of" in capsys.readouterr().out
@@ -305,4 +317,6 @@ def test_a_wandb_run_has_a_step_for_each_level(model: DigitsCNN, monkeypatch: An
     monkeypatch.setattr(wandb, "init", lambda **options: Run())
     monkeypatch.setattr(wandb, "Settings", lambda **options: None)
     log_trials(type("Logger", (), {"experiment": Run()})(), result)  # type: ignore[arg-type]
-    assert [row["val/acc"] for row in logged] == [v for c in result.candidates for v in (c.lower[0]["val/acc"], c.metric)]
+    assert [row["val/acc"] for row in logged] == [
+        v for c in result.candidates for v in (c.lower[0]["val/acc"], c.metric)
+    ]

@@ -18,8 +18,12 @@ UNITS = tuple(Unit(f"layer{index}.weight", "weight", (f"layer{index}",), CHOICES
 SPACE = BoundSpace(UNITS, ())
 #: Layers differ in size and in how much they suffer from few bits.
 SIZES, HARMS = (1.0, 2.0, 4.0, 8.0), (8.0, 1.0, 3.0, 0.5)
-COSTS = {unit.name: {str(c): size * (c.bit_width - 2) for c in CHOICES} for unit, size in zip(UNITS, SIZES, strict=True)}
-SENSITIVITY = {unit.name: {str(c): harm * 4.0**-c.bit_width for c in CHOICES} for unit, harm in zip(UNITS, HARMS, strict=True)}
+COSTS = {
+    unit.name: {str(c): size * (c.bit_width - 2) for c in CHOICES} for unit, size in zip(UNITS, SIZES, strict=True)
+}
+SENSITIVITY = {
+    unit.name: {str(c): harm * 4.0**-c.bit_width for c in CHOICES} for unit, harm in zip(UNITS, HARMS, strict=True)
+}
 BASE = 2 * sum(SIZES)
 
 
@@ -59,7 +63,9 @@ def test_the_first_proposal_wins_most_of_all_neighbours(monkeypatch: pytest.Monk
     proposed = refiner.propose([low, high], taken)
     assert proposed is not None
     # One or two layers differ from one of the two; the model is exact, so what it expects is what is won.
-    neighbours = [bits for bits in product(BITS, repeat=4) if any(1 <= sum(b != end for b in bits) <= 2 for end in (2, 8))]
+    neighbours = [
+        bits for bits in product(BITS, repeat=4) if any(1 <= sum(b != end for b in bits) <= 2 for end in (2, 8))
+    ]
     won = {bits: area([low, high, point(bits)]) - area([low, high]) for bits in neighbours}
     assert won[bits_of(proposed)] == pytest.approx(max(won.values()))
 

@@ -20,7 +20,11 @@ from .conftest import CPU
 from .test_evaluator import copy_of, same
 from .test_study import run
 
-SPACE = {"weight": ["int2 per_channel mse", "int4 per_channel mse", "int8 per_channel"], "input": "uint8 affine mse", "tie": "residual"}
+SPACE = {
+    "weight": ["int2 per_channel mse", "int4 per_channel mse", "int8 per_channel"],
+    "input": "uint8 affine mse",
+    "tie": "residual",
+}
 
 
 def ties_of(model: nn.Module, *shape: int) -> ResidualTies:
@@ -47,7 +51,11 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         same = channels == out and stride == 1
-        self.downsample = nn.Identity() if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.downsample = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +69,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
         self.stages = nn.Sequential(Block(4, 4, 1), Block(4, 4, 1), Block(4, 8, 2), Block(8, 8, 1))
         self.head = nn.Linear(8, 3)
 
@@ -71,7 +81,10 @@ class Net(nn.Module):
 
 def test_a_convolution_in_the_shortcut_begins_a_new_stream() -> None:
     assert ties_of(Net(), 1, 3, 16, 16) == ResidualTies(
-        weight=(("stem.0", "stages.0.conv2", "stages.1.conv2"), ("stages.2.conv2", "stages.2.downsample.0", "stages.3.conv2")),
+        weight=(
+            ("stem.0", "stages.0.conv2", "stages.1.conv2"),
+            ("stages.2.conv2", "stages.2.downsample.0", "stages.3.conv2"),
+        ),
         input=(("stages.2.conv1", "stages.2.downsample.0"),),
     )
 
@@ -126,15 +139,27 @@ def test_a_space_has_one_parameter_for_what_is_tied(model: DigitsCNN, datamodule
     fresh = copy_of(model)
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=1) as evaluator:
         space = evaluator.calibrate(SPACE)
-        names = {"stem.0.weight.bits", "residual:down.0.weight.bits", "block.conv1.weight.bits", "mix.0.weight.bits", "head.2.weight.bits"}
-        assert {name.replace(".bits", "") for name in space.distributions} == {name.replace(".bits", "") for name in names}
+        names = {
+            "stem.0.weight.bits",
+            "residual:down.0.weight.bits",
+            "block.conv1.weight.bits",
+            "mix.0.weight.bits",
+            "head.2.weight.bits",
+        }
+        assert {name.replace(".bits", "") for name in space.distributions} == {
+            name.replace(".bits", "") for name in names
+        }
         assert "down.0.weight = block.conv2.weight" in space.describe()
         params = space.uniform(4)
         plans = space.layer_plans(params)
         assert plans["down.0"].weight == plans["block.conv2"].weight
         assert space.params(space.plan(params)) == params
-        untied = QuantPlan.parse({"rules": [*space.plan(params).to_dict()["rules"], {"match": "down.0", "weight": "int8 per_channel"}]})
-        with pytest.raises(PlanError, match=r"residual:down\.0\.weight ties down\.0, block\.conv2, the plan gives them"):
+        untied = QuantPlan.parse(
+            {"rules": [*space.plan(params).to_dict()["rules"], {"match": "down.0", "weight": "int8 per_channel"}]}
+        )
+        with pytest.raises(
+            PlanError, match=r"residual:down\.0\.weight ties down\.0, block\.conv2, the plan gives them"
+        ):
             space.params(untied)
     assert same(model.state_dict(), fresh.state_dict())
 

@@ -88,7 +88,8 @@ def test_costs_add_up_to_the_cost_of_the_plan(evaluator: Evaluator) -> None:
 
 def test_a_search_starts_from_its_seeds(model: DigitsCNN) -> None:
     result = search(
-        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", 9, seeds=5, sensitivity_batches=1, trainer=CPU, calibration_batches=1,
+        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", 9, seeds=5, sensitivity_batches=1, trainer=CPU,
+        calibration_batches=1,
         progress=False, constraints="effective_bits <= 6",
     )  # fmt: skip
     origins = [c.origin for c in result.candidates]
@@ -99,8 +100,12 @@ def test_a_search_starts_from_its_seeds(model: DigitsCNN) -> None:
 
 def test_seeds_are_spread_over_the_budgets_and_each_is_the_best_of_its_size() -> None:
     space = Space.parse(SPACE).bind(layers(4))
-    costs = {unit.name: {str(c): float(c.bit_width * (i + 1)) for c in unit.choices} for i, unit in enumerate(space.units)}
-    harm = {unit.name: {str(c): (4 - i) * 4.0**-c.bit_width for c in unit.choices} for i, unit in enumerate(space.units)}
+    costs = {
+        unit.name: {str(c): float(c.bit_width * (i + 1)) for c in unit.choices} for i, unit in enumerate(space.units)
+    }
+    harm = {
+        unit.name: {str(c): (4 - i) * 4.0**-c.bit_width for c in unit.choices} for i, unit in enumerate(space.units)
+    }
     seeds = make_seeds(space, harm, costs, 100.0, 8)
     assert len({frozenset(seed.params.items()) for seed in seeds}) == len(seeds) <= 8
     best: dict[float, float] = {}

@@ -18,7 +18,15 @@ from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import Evaluator
 from lq_plugin.search.prefix import PrefixCache
-from lq_plugin.search.sensitivity import FORWARD, GRADIENT, MEASURES, SensitivityTable, measure_all, measure_sensitivity, to_csv
+from lq_plugin.search.sensitivity import (
+    FORWARD,
+    GRADIENT,
+    MEASURES,
+    SensitivityTable,
+    measure_all,
+    measure_sensitivity,
+    to_csv,
+)
 from lq_plugin.search.sensitivity_main import as_table, run
 
 from .conftest import CPU
@@ -26,7 +34,10 @@ from .test_main import composed
 
 BITS = [2, 4, 8]
 SPACE: dict[str, Any] = {"weight": {"bit_widths": BITS, "ranges": ["mse"]}}
-INPUTS: dict[str, Any] = {"weight": "int4", "input": {"bit_widths": [3, 8], "ranges": ["minmax"], "signed": False, "affine": True}}
+INPUTS: dict[str, Any] = {
+    "weight": "int4",
+    "input": {"bit_widths": [3, 8], "ranges": ["minmax"], "signed": False, "affine": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +67,20 @@ def quantize(evaluator: Evaluator, name: str, spec: str) -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_fewer_bits_are_worse_by_every_measure(evaluator: Evaluator, tables: dict[str, SensitivityTable], measure: str) -> None:
+def test_fewer_bits_are_worse_by_every_measure(
+    evaluator: Evaluator, tables: dict[str, SensitivityTable], measure: str
+) -> None:
     table = tables[measure]
     assert set(table.values) == {unit.name for unit in evaluator.space.units}
-    total = {bits: sum(v for values in table.values.values() for c, v in values.items() if c.startswith(f"int{bits}")) for bits in BITS}
+    total = {
+        bits: sum(v for values in table.values.values() for c, v in values.items() if c.startswith(f"int{bits}"))
+        for bits in BITS
+    }
     assert total[2] > total[4] > total[8] >= 0
     assert table.rows()[0]["unit"] == max(table.values, key=lambda name: max(table.values[name].values()))
-    assert all(q is None for layer in evaluator.layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)), "float again"
+    assert all(
+        q is None for layer in evaluator.layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)
+    ), "float again"
 
 
 @pytest.mark.parametrize("name", ["stem.0", "block.conv2", "head.2"])
@@ -90,7 +108,9 @@ def test_forward_measures_are_their_formulas(
     }
     assert set(expected) == set(FORWARD)
     for measure, value in expected.items():
-        assert tables[measure].values[f"{name}.weight"][f"int{bits} mse"] == pytest.approx(float(value), rel=1e-3, abs=2e-7), measure
+        assert tables[measure].values[f"{name}.weight"][f"int{bits} mse"] == pytest.approx(
+            float(value), rel=1e-3, abs=2e-7
+        ), measure
 
 
 @pytest.mark.parametrize("name", ["stem.0", "head.2"])
@@ -104,7 +124,9 @@ def test_gradient_measures_are_their_formulas(
     key, parameters = f"{name}.weight", {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(weight: Tensor, image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, parameters | {key: weight}, (image[None],)), label[None])
+        return F.cross_entropy(
+            torch.func.functional_call(model, parameters | {key: weight}, (image[None],)), label[None]
+        )
 
     each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(layer.weight.detach(), x, y)
     fisher = 0.5 * (each.square().mean(0) * change.square()).sum()
@@ -127,7 +149,9 @@ class Quadratic(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self(batch[0])
-        return sum(0.5 * (h * layer.weight.square()).sum() for h, layer in zip(self.curvature, self.layers, strict=True))
+        return sum(
+            0.5 * (h * layer.weight.square()).sum() for h, layer in zip(self.curvature, self.layers, strict=True)
+        )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/loss", self.training_step(batch, 0))
@@ -149,7 +173,9 @@ def test_the_trace_of_a_known_hessian_is_found() -> None:
             noise = float((layer.quantized_weight() - layer.weight).detach().square().sum())
             evaluator.apply({})
             # Random signs are exact for a diagonal Hessian.
-            assert values[f"layers.{index}.weight"]["int2 mse"] == pytest.approx(trace / layer.weight.numel() * noise, rel=1e-4)
+            assert values[f"layers.{index}.weight"]["int2 mse"] == pytest.approx(
+                trace / layer.weight.numel() * noise, rel=1e-4
+            )
 
 
 def test_others_may_be_at_their_widest(evaluator: Evaluator, batch: list[Tensor]) -> None:
@@ -178,7 +204,9 @@ def test_a_prefix_is_computed_once_and_changes_no_bit(evaluator: Evaluator, batc
     model = evaluator.model.eval()
     layers: dict[str, Any] = dict(evaluator.layers)
     calls: list[str] = []
-    hooks = [module.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)) for name, module in layers.items()]
+    hooks = [
+        module.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)) for name, module in layers.items()
+    ]
     computed: list[int] = []
     with torch.no_grad():
         for budget in (2**30, 500_000, 0):
@@ -268,7 +296,9 @@ def test_a_module_without_a_usable_loss_or_classes_is_told_what_to_use() -> None
 
     with Evaluator(OneOutput(), trainer=CPU, calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
-        with pytest.raises(QuantizationError, match="has no training_step that returns a loss.*use the measures kl or sqnr"):
+        with pytest.raises(
+            QuantizationError, match="has no training_step that returns a loss.*use the measures kl or sqnr"
+        ):
             measure_sensitivity(evaluator, "loss")
         with pytest.raises(QuantizationError, match="the last layer has one output: use sqnr or loss"):
             measure_sensitivity(evaluator, "kl")
@@ -278,7 +308,10 @@ def test_a_module_without_a_usable_loss_or_classes_is_told_what_to_use() -> None
 def test_a_value_that_is_not_finite_is_refused() -> None:
     with Evaluator(Quadratic(float("inf")), trainer=CPU, calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
-        with pytest.raises(QuantizationError, match="the sensitivity loss is not finite for 6 choices, first of layers.0.weight, int2 mse"):
+        with pytest.raises(
+            QuantizationError,
+            match="the sensitivity loss is not finite for 6 choices, first of layers.0.weight, int2 mse",
+        ):
             measure_sensitivity(evaluator, "loss")
 
 
@@ -299,11 +332,18 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path: Path, capsys: 
 
 
 def test_tables_show_the_best_choice_of_each_width() -> None:
-    table = SensitivityTable("kl", {"a": {"int4 mse": 0.2, "int4 minmax": 0.3, "int2 mse": 0.5}, "b": {"float": 0.0, "int2 mse": 0.7}})
+    table = SensitivityTable(
+        "kl", {"a": {"int4 mse": 0.2, "int4 minmax": 0.3, "int2 mse": 0.5}, "b": {"float": 0.0, "int2 mse": 0.7}}
+    )
     assert table.by_bits() == {"b": {32: 0.0, 2: 0.7}, "a": {4: 0.2, 2: 0.5}}
     shown = as_table(table)
     assert [column.header for column in shown.columns] == ["tensor", "2 bits", "4 bits", "float"]
-    assert [list(map(str, column.cells)) for column in shown.columns] == [["b", "a"], [".7", ".5"], ["", ".2"], ["0", ""]]
+    assert [list(map(str, column.cells)) for column in shown.columns] == [
+        ["b", "a"],
+        [".7", ".5"],
+        ["", ".2"],
+        ["0", ""],
+    ]
     assert to_csv([table]).splitlines()[:2] == ["unit,choice,kl", "b,float,0.0"]
 
 

@@ -38,9 +38,9 @@ def test_a_product_keeps_the_written_order_with_bits_fastest() -> None:
 
 
 def test_a_product_takes_scalars_and_the_other_fields_of_a_spec() -> None:
-    assert parse_choices({"bit_widths": 4, "granularities": "per_tensor", "ranges": "mse", "signed": False, "affine": True}) == (
-        spec("uint4 affine mse"),
-    )
+    assert parse_choices(
+        {"bit_widths": 4, "granularities": "per_tensor", "ranges": "mse", "signed": False, "affine": True}
+    ) == (spec("uint4 affine mse"),)
 
 
 def test_lists_mix_specs_products_and_float_and_drop_what_is_written_twice() -> None:
@@ -86,7 +86,9 @@ def test_yaml_and_python_are_the_same_space() -> None:
     rules: [{match: stem, weight: int8 per_channel}]
     tie: ["block.*"]
     """
-    written = Space(weight=BITS, input="uint8 affine mse", rules=[SpaceRule("stem", weight="int8 per_channel")], tie=["block.*"])
+    written = Space(
+        weight=BITS, input="uint8 affine mse", rules=[SpaceRule("stem", weight="int8 per_channel")], tie=["block.*"]
+    )
     assert Space.parse(OmegaConf.create(text)) == written
 
 
@@ -122,7 +124,9 @@ def test_choices_that_are_no_product_are_one_categorical() -> None:
 
 
 def test_group_sizes_that_do_not_divide_are_left_out_for_that_layer_only() -> None:
-    space = Space(weight={"bit_widths": [4, 8], "granularities": ["group16", "group16 ragged", "per_tensor"]}).bind(LAYERS[:3])
+    space = Space(weight={"bit_widths": [4, 8], "granularities": ["group16", "group16 ragged", "per_tensor"]}).bind(
+        LAYERS[:3]
+    )
     assert "group size 16 does not divide its 3 input channels" in space.excluded["stem.weight"][0]
     assert set(space.excluded) == {"stem.weight", "block.1.conv.weight"}
     choices = {unit.name: [str(c) for c in unit.choices] for unit in space.units}
@@ -152,14 +156,18 @@ def test_nothing_to_choose_is_an_error() -> None:
 
 
 def test_tied_layers_share_what_they_have_in_common() -> None:
-    space = Space(weight={"bit_widths": [2, 4], "granularities": ["group16", "per_tensor"]}, tie=["block.*"]).bind(LAYERS)
+    space = Space(weight={"bit_widths": [2, 4], "granularities": ["group16", "per_tensor"]}, tie=["block.*"]).bind(
+        LAYERS
+    )
     unit = next(u for u in space.units if u.name == "block.*.weight")
     assert unit.layers == ("block.0.conv", "block.1.conv")
     assert unit.choices == (spec("int2"), spec("int4"))
     plans = space.layer_plans({**space.uniform(2), "block.*.weight.bits": 4})
     assert plans["block.0.conv"] == plans["block.1.conv"]
     assert plans["block.0.conv"].weight == spec("int4")
-    different = QuantPlan.parse({"rules": [{"match": "*", "weight": "int2"}, {"match": "block.0.conv", "weight": "int4"}]})
+    different = QuantPlan.parse(
+        {"rules": [{"match": "*", "weight": "int2"}, {"match": "block.0.conv", "weight": "int4"}]}
+    )
     with pytest.raises(PlanError, match=r"block\.\*\.weight ties"):
         space.params(different)
 

@@ -35,7 +35,14 @@ def storage() -> InMemoryStorage:
 
 
 def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
-    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "calibration_batches": 1, "progress": False, "seeds": 0} | options
+    given = {
+        "space": SPACE,
+        "metric": "val/acc",
+        "trainer": CPU,
+        "calibration_batches": 1,
+        "progress": False,
+        "seeds": 0,
+    } | options
     return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, **given)
 
 
@@ -50,7 +57,11 @@ def test_a_search_writes_its_front_and_every_plan_reproduces_its_metric(model: D
     assert {c.origin for c in result.candidates[3:]} == {"sampled"}
     assert [c.cost for c in result.front] == sorted(c.cost for c in result.front)
     for c in result.front:
-        better = [o for o in result.candidates if o.metric >= c.metric and o.cost <= c.cost and (o.metric, o.cost) != (c.metric, c.cost)]
+        better = [
+            o
+            for o in result.candidates
+            if o.metric >= c.metric and o.cost <= c.cost and (o.metric, o.cost) != (c.metric, c.cost)
+        ]
         assert not better
 
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
@@ -82,7 +93,9 @@ def test_a_study_goes_on_where_it_stopped_and_counts_all_its_trials(model: Digit
 
 def test_the_same_seed_finds_the_same(model: DigitsCNN) -> None:
     one, other = run(model, 6), run(model, 6)
-    assert [(c.plan, c.metric, c.cost) for c in one.candidates] == [(c.plan, c.metric, c.cost) for c in other.candidates]
+    assert [(c.plan, c.metric, c.cost) for c in one.candidates] == [
+        (c.plan, c.metric, c.cost) for c in other.candidates
+    ]
     worker = run(model, 6, worker=1)
     assert [c.plan for c in worker.candidates[3:]] != [c.plan for c in one.candidates[3:]]
 
@@ -105,7 +118,9 @@ def test_the_smallest_loss_and_other_costs_can_be_searched_for(model: DigitsCNN)
     assert all(c.cost == c.metrics["bytes"] for c in result.candidates)
 
 
-def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(model: DigitsCNN, monkeypatch: Any, caplog: Any) -> None:
+def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(
+    model: DigitsCNN, monkeypatch: Any, caplog: Any
+) -> None:
     original, calls = Evaluator.evaluate_layers, []
 
     def sometimes(self: Evaluator, plans: Any) -> Any:
@@ -153,13 +168,20 @@ def test_equal_trials_are_evaluated_once(model: DigitsCNN, monkeypatch: Any, sto
     optuna.load_study(study_name="lq_search", storage=storage).add_trial(twin)
     result = run(model, 4, storage=storage)
     assert len(calls) == len(result.candidates) == 4
-    assert [(t.number, t.user_attrs["repeats"]) for t in result.study.trials if t.state == TrialState.PRUNED] == [(3, 0)]
+    assert [(t.number, t.user_attrs["repeats"]) for t in result.study.trials if t.state == TrialState.PRUNED] == [
+        (3, 0)
+    ]
 
 
 def test_a_small_space_is_searched_once_through(model: DigitsCNN, monkeypatch: Any) -> None:
     original, calls = Evaluator.evaluate_layers, []
     monkeypatch.setattr(Evaluator, "evaluate_layers", lambda self, plans: calls.append(0) or original(self, plans))
-    space = {"rules": [{"match": "head.2", "weight": ["int2", "int4", "int8"]}, {"match": "stem.0", "weight": ["int3", "int5"]}]}
+    space = {
+        "rules": [
+            {"match": "head.2", "weight": ["int2", "int4", "int8"]},
+            {"match": "stem.0", "weight": ["int3", "int5"]},
+        ]
+    }
     result = run(model, 20, space=space)
     assert len(calls) == len(result.candidates) == len({str(c.plan.to_dict()) for c in result.candidates}) == 6
 
@@ -178,7 +200,9 @@ def test_plans_that_cost_too_much_are_never_evaluated(model: DigitsCNN, monkeypa
     pruned = [t for t in result.study.trials if t.state == TrialState.PRUNED]
     assert {t.user_attrs["origin"] for t in pruned if "origin" in t.user_attrs} >= {"uniform 8 bits"}
     assert all(
-        t.constraints["quantizable_effective_bits <= 3"] > 0 and t.user_attrs["metrics"]["quantizable_effective_bits"] > 3.0 for t in pruned
+        t.constraints["quantizable_effective_bits <= 3"] > 0
+        and t.user_attrs["metrics"]["quantizable_effective_bits"] > 3.0
+        for t in pruned
     )
     assert all(c.metric >= 0.2 for c in result.candidates), "the metric's bound is known after evaluation only"
     complete = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
@@ -186,9 +210,13 @@ def test_plans_that_cost_too_much_are_never_evaluated(model: DigitsCNN, monkeypa
 
 
 def test_constraints_that_cannot_be_kept_are_refused(model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match=r"no plan of the space keeps 'quantizable_effective_bits <= 1': the smallest has 2\."):
+    with pytest.raises(
+        QuantizationError, match=r"no plan of the space keeps 'quantizable_effective_bits <= 1': the smallest has 2\."
+    ):
         run(model, 3, constraints="quantizable_effective_bits <= 1")
-    with pytest.raises(QuantizationError, match=r"(?s)constraint 'bits <= 3'.*constraint 'val/ac >= 1'.*Did you mean 'val/acc'"):
+    with pytest.raises(
+        QuantizationError, match=r"(?s)constraint 'bits <= 3'.*constraint 'val/ac >= 1'.*Did you mean 'val/acc'"
+    ):
         run(model, 3, constraints=["bits <= 3", "val/ac >= 1"])
     with pytest.raises(QuantizationError, match=r"a constraint is written .*, got 'effective_bits < 3'"):
         run(model, 3, constraints=["effective_bits < 3"])
@@ -211,7 +239,9 @@ def test_one_objective_or_three(model: DigitsCNN, cost: Any) -> None:
 def test_a_study_of_something_else_is_refused_with_the_difference(model: DigitsCNN, storage: InMemoryStorage) -> None:
     run(model, 3, storage=storage)
     other = {**SPACE, "rules": [{"match": "stem.0", "weight": ["int8", "int4 per_channel mse", "int2 mse"]}]}
-    with pytest.raises(StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4"):
+    with pytest.raises(
+        StudyError, match=r"space stem\.0\.weight: only in the study int2 per_channel mse, .*; only now int8, int4"
+    ):
         run(model, 5, storage=storage, space=other)
     with pytest.raises(StudyError, match="metric: val/acc in the study, val/loss now"):
         run(model, 5, storage=storage, metric="val/loss")
@@ -240,7 +270,9 @@ def test_differences_are_named_one_by_one() -> None:
 
 
 def test_an_unknown_metric_names_what_is_logged(model: DigitsCNN) -> None:
-    with pytest.raises(QuantizationError, match=r"metric 'val/ac' is not logged .*: val/acc, val/loss\. Did you mean 'val/acc'"):
+    with pytest.raises(
+        QuantizationError, match=r"metric 'val/ac' is not logged .*: val/acc, val/loss\. Did you mean 'val/acc'"
+    ):
         run(model, 3, metric="val/ac")
     with pytest.raises(QuantizationError, match=r"unknown cost 'bits'.*effective_bits"):
         run(model, 3, cost="bits")
@@ -261,7 +293,10 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
         ({"seed": 2**32}, "seed is an integer, 0 or more, 4294967295 at most"),
         ({"heartbeat": 0}, "heartbeat is an integer, 1 or more, got 0"),
         ({"heartbeat": 2.5}, "heartbeat is an integer, 1 or more, got 2.5"),
-        ({"worker": -1, "seeds": "many"}, r"2 faults(.|\n)*worker is an integer, 0 or more, got -1(.|\n)*seeds is an integer"),
+        (
+            {"worker": -1, "seeds": "many"},
+            r"2 faults(.|\n)*worker is an integer, 0 or more, got -1(.|\n)*seeds is an integer",
+        ),
         ({"n_trials": True}, "n_trials is an integer, 0 or more, got True"),
         ({"max_failures": None}, "max_failures is an integer"),
         ({"sensitivity_batches": 0}, "sensitivity_batches is an integer, 1 or more"),
@@ -281,7 +316,10 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
         ({"phases": [3]}, "a phase is a name or a mapping"),
         ({"storage": 3}, "storage is an Optuna storage, its URL, or None, got 3"),
         ({"storage": "study.db"}, "storage 'study.db' is no URL"),
-        ({"storage": "postgresql://me:s3cret@host:port/db"}, r"storage 'postgresql://me:\*\*\*@host:port/db' is no URL"),
+        (
+            {"storage": "postgresql://me:s3cret@host:port/db"},
+            r"storage 'postgresql://me:\*\*\*@host:port/db' is no URL",
+        ),
         ({"output_dir": 3}, "output_dir is a folder or None"),
         ({"sampler": 3}, "sampler is an Optuna sampler, or what makes one from a seed"),
         ({"trainer": 3}, "trainer is a class or function that makes a Trainer"),
@@ -295,7 +333,9 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
     ],
     ids=str,
 )
-def test_bad_arguments_are_said_before_anything_is_done(model: DigitsCNN, monkeypatch: Any, given: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_said_before_anything_is_done(
+    model: DigitsCNN, monkeypatch: Any, given: dict[str, Any], message: str
+) -> None:
     monkeypatch.setattr(Evaluator, "__init__", None)  # nothing is evaluated
     with pytest.raises(QuantizationError, match=message):
         run(model, **({"n_trials": 1} | given))
@@ -313,7 +353,9 @@ def test_plans_score_what_their_trials_did_also_where_the_loader_shuffles(model:
             callback = PTQ(tmp_path / "plans" / c.file_name, calibration_batches=1, seed=seed)
             fresh = DigitsCNN(width=8)
             fresh.load_state_dict(floats)
-            (found,) = quiet_trainer(callbacks=[callback]).validate(fresh, datamodule=DigitsDataModule(batch_size=120), verbose=False)
+            (found,) = quiet_trainer(callbacks=[callback]).validate(
+                fresh, datamodule=DigitsDataModule(batch_size=120), verbose=False
+            )
             scores.append(found["val/loss"])
     trials = [c.metrics["val/loss"] for c in result.front]
     assert scores[: len(trials)] == trials
@@ -344,7 +386,8 @@ assert stop is None and signal.getsignal(signal.SIGINT) is before
 def interrupted(function: str, call: int, signals: str, n_trials: int, folder: Path, options: str = "") -> None:
     """A search that gets signals in a process of its own, for a test runner may have plans of its own for them.
 
-    They come at the given call of a method; the search must end with a KeyboardInterrupt and leave the handlers as they were.
+    They come at the given call of a method; the search must end with a KeyboardInterrupt and leave the handlers as they
+    were.
     """
     script = f"""
 import signal
@@ -374,7 +417,9 @@ except KeyboardInterrupt:
     assert signal.getsignal(signal.SIGTERM) is before
     print("interrupted")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
     assert done.stdout.endswith("interrupted\n"), done.stderr
 
 
@@ -382,7 +427,9 @@ def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(tmp_path: Path) -> N
     interrupted("Evaluator.evaluate_layers", 3, "signal.SIGINT", 20, tmp_path)
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
-    assert len(list((tmp_path / "plans").iterdir())) == len(list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines())))
+    assert len(list((tmp_path / "plans").iterdir())) == len(
+        list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
+    )
 
 
 @pytest.mark.parametrize("signals", ["signal.SIGINT, signal.SIGINT", "signal.SIGTERM"])
@@ -401,7 +448,9 @@ def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(tmp_path: Path, si
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, lq_plugin.cli; print([m for m in ('torch', 'lightning', 'optuna', 'wandb') if m in sys.modules])"
+    code = (
+        "import sys, lq_plugin.cli; print([m for m in ('torch', 'lightning', 'optuna', 'wandb') if m in sys.modules])"
+    )
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"

@@ -30,7 +30,8 @@ COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
 class Sweeps:
-    """Sweeps in one folder. Jobs run here, one after the other, without Hydra; `launched` has the numbers of each batch."""
+    """Sweeps in one folder. Jobs run here, one after the other, without Hydra; `launched` has the numbers of each
+    batch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +41,11 @@ class Sweeps:
     def config(self, **settings: Any) -> DictConfig:
         sweeper = OmegaConf.merge(OmegaConf.structured(LQSweeperConf), {"n_trials": 4, "heartbeat": 1, **settings})
         return OmegaConf.create(
-            {"hydra": {"sweep": {"dir": str(self.folder)}, "sweeper": sweeper}, "callbacks": {"lq_qat": {"plan": "w4a8"}}, "x": 0}
+            {
+                "hydra": {"sweep": {"dir": str(self.folder)}, "sweeper": sweeper},
+                "callbacks": {"lq_qat": {"plan": "w4a8"}},
+                "x": 0,
+            }
         )
 
     def __call__(self, task: Callable[[dict[str, str]], Any], arguments: Sequence[str] = (), **settings: Any) -> None:
@@ -82,7 +87,9 @@ def test_job_numbers_are_trial_numbers_and_the_study_goes_on(sweeps):
     assert [trial.value for trial in complete] == [parabola(trial.params) for trial in complete]
     best = yaml.safe_load((sweeps.folder / "optimization_results.yaml").read_text())["best_trials"]
     assert best == [
-        {"number": t.number, "values": t.values, "params": t.params} for t in complete if t.value == min(c.value for c in complete)
+        {"number": t.number, "values": t.values, "params": t.params}
+        for t in complete
+        if t.value == min(c.value for c in complete)
     ]
     sweeps(parabola, n_trials=6, params=X)
     assert len(sweeps.trials()) == 6
@@ -90,11 +97,25 @@ def test_job_numbers_are_trial_numbers_and_the_study_goes_on(sweeps):
 
 def test_failures_are_recorded_and_the_sweep_goes_on(sweeps):
     def task(cfg: dict[str, str]) -> Any:
-        return {"0": 1.0, "1": 1 / 0 if cfg["x"] == "1" else 0, "2": float("nan"), "3": None, "4": "text", "5": [1.0, 2.0]}[cfg["x"]]
+        return {
+            "0": 1.0,
+            "1": 1 / 0 if cfg["x"] == "1" else 0,
+            "2": float("nan"),
+            "3": None,
+            "4": "text",
+            "5": [1.0, 2.0],
+        }[cfg["x"]]
 
     sweeps(task, ["x=0,1,2,3,4,5,6"], n_trials=7)
     errors = {trial.params["x"]: trial.user_attrs[ERROR] for trial in sweeps.trials(FAIL)}
-    wanted = {1: "ZeroDivisionError", 2: "objective is nan", 3: "set optimized_metric", 4: "'text'", 5: "gave 2 values", 6: "KeyError: '6'"}
+    wanted = {
+        1: "ZeroDivisionError",
+        2: "objective is nan",
+        3: "set optimized_metric",
+        4: "'text'",
+        5: "gave 2 values",
+        6: "KeyError: '6'",
+    }
     assert errors.keys() == wanted.keys()
     assert all(words in errors[x] and "Traceback" in errors[x] for x, words in wanted.items())
     assert [trial.params for trial in sweeps.trials(COMPLETE)] == [{"x": 0}]
@@ -166,7 +187,9 @@ def test_a_launcher_that_dies_takes_only_what_was_unfinished(sweeps):
     assert [trial.number for trial in failed] == [1, 2]
     assert all("the pool is gone" in trial.user_attrs[ERROR] for trial in failed)
     again = {
-        trial.system_attrs["retry_history"][0]: trial.params for trial in sweeps.trials(COMPLETE) if "retry_history" in trial.system_attrs
+        trial.system_attrs["retry_history"][0]: trial.params
+        for trial in sweeps.trials(COMPLETE)
+        if "retry_history" in trial.system_attrs
     }
     assert again == {trial.number: trial.params for trial in failed}
     assert len(sweeps.trials(COMPLETE)) == 4
@@ -212,7 +235,12 @@ def test_pruning(sweeps):
     assert current_trial() is None
 
 
-DOMINANCE = {"_target_": "lq_plugin.search.dominance.DominancePruner", "margin": 0.05, "n_startup_trials": 4, "n_warmup_steps": 1}
+DOMINANCE = {
+    "_target_": "lq_plugin.search.dominance.DominancePruner",
+    "margin": 0.05,
+    "n_startup_trials": 4,
+    "n_warmup_steps": 1,
+}
 
 
 def test_pruning_by_dominance_with_several_objectives(sweeps):
@@ -280,7 +308,9 @@ def test_a_training_is_stopped_by_dominance(sweeps, datamodule, trained):
 def test_the_rules_of_the_dominance_pruner():
     study = optuna.create_study(directions=["minimize", "minimize", "maximize"])
 
-    def trial(state: TrialState, *course: float, costs: Sequence[float] = (4.0, 10.0), excess: float = -1.0) -> FrozenTrial:
+    def trial(
+        state: TrialState, *course: float, costs: Sequence[float] = (4.0, 10.0), excess: float = -1.0
+    ) -> FrozenTrial:
         reports = {"costs": list(costs), "steps": {str(step): value for step, value in enumerate(course)}}
         values = [course[-1], *costs] if state == COMPLETE else None
         attrs = {"reports": reports}
@@ -291,7 +321,9 @@ def test_the_rules_of_the_dominance_pruner():
     study.add_trial(trial(COMPLETE, 0.0, 0.0, 0.0, excess=1.0))  # not allowed, so nothing to be measured by
 
     def pruned(*course: float, costs: Sequence[float] = (4.0, 10.0), **rules: Any) -> bool:
-        return DominancePruner(**{"n_startup_trials": 3, **rules}).prune(study, trial(TrialState.RUNNING, *course, costs=costs))
+        return DominancePruner(**{"n_startup_trials": 3, **rules}).prune(
+            study, trial(TrialState.RUNNING, *course, costs=costs)
+        )
 
     assert pruned(3.5)
     assert pruned(2.0, 2.5)
@@ -344,7 +376,10 @@ def test_costs_are_objectives_and_constraints_come_before_training(sweeps):
     assert max(trained) <= 4
     assert pruned
     assert all(trial.constraints["effective_bits <= 4"] > 0 for trial in pruned)
-    assert all(trial.constraints["val/acc >= 0.2"] == pytest.approx(0.2 - trial.user_attrs[METRICS]["val/acc"]) for trial in complete)
+    assert all(
+        trial.constraints["val/acc >= 0.2"] == pytest.approx(0.2 - trial.user_attrs[METRICS]["val/acc"])
+        for trial in complete
+    )
 
 
 def test_a_constraint_on_what_nobody_noted_is_a_failure(sweeps):
@@ -355,7 +390,10 @@ def test_a_constraint_on_what_nobody_noted_is_a_failure(sweeps):
 def test_layers_get_a_plan_file_each(sweeps):
     layers = {
         "plan": "w8a8",
-        "rules": [{"match": "conv*", "weight": {"bit_widths": [2, 4, 8]}}, {"match": "fc", "weight": ["int4", "float"]}],
+        "rules": [
+            {"match": "conv*", "weight": {"bit_widths": [2, 4, 8]}},
+            {"match": "fc", "weight": ["int4", "float"]},
+        ],
     }
     plans = []
 
@@ -391,7 +429,12 @@ def test_samplers(sweeps, sampler):
     other(parabola, sampler=sampler_config, **settings)
     assert [trial.params for trial in other.trials()] == [trial.params for trial in sweeps.trials()], "the seed decides"
     if sampler == "NSGAIISampler":
-        assert max(value for trial in sweeps.trials() for name, value in trial.system_attrs.items() if "generation" in name) >= 1
+        assert (
+            max(
+                value for trial in sweeps.trials() for name, value in trial.system_attrs.items() if "generation" in name
+            )
+            >= 1
+        )
 
 
 def test_a_study_for_something_else_is_refused(sweeps):
@@ -416,16 +459,31 @@ def test_a_study_for_something_else_is_refused(sweeps):
         ({"params": X, "storage": "sqlite://"}, "cannot be shared"),
         ({"params": X, "storage": "nowhere"}, "is no URL"),
         ({"params": X, "enqueue": [{"x": 3}, {"z": 1}]}, r"x cannot be 3(.|\n)*no parameter 'z'"),
-        ({"layers": {"weight": ["int4", "int8"]}, "plan_key": "callbacks.lq_ptq.plan"}, "callbacks.lq_ptq.plan is not in the config"),
+        (
+            {"layers": {"weight": ["int4", "int8"]}, "plan_key": "callbacks.lq_ptq.plan"},
+            "callbacks.lq_ptq.plan is not in the config",
+        ),
         (
             {"params": X, "sampler": {"_target_": "optuna.pruners.NopPruner"}},
             "hydra.sweeper.sampler: optuna.pruners.NopPruner is no Optuna BaseSampler",
         ),
-        ({"params": X, "sampler": {"_target_": "optuna.samplers.TPESampler", "sed": 1}}, "unexpected keyword argument 'sed'"),
+        (
+            {"params": X, "sampler": {"_target_": "optuna.samplers.TPESampler", "sed": 1}},
+            "unexpected keyword argument 'sed'",
+        ),
         ({"params": X, "pruner": {"_target_": "os.system", "command": "true"}}, "os.system is no Optuna BasePruner"),
-        ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.pruners.MedianPruner"}}, "single objective"),
-        ({"params": X, "direction": ["minimize"] * 2, "pruner": DOMINANCE}, "DominancePruner needs one metric, all other"),
-        ({"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.Nothing"}}, "cannot find optuna.Nothing"),
+        (
+            {"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.pruners.MedianPruner"}},
+            "single objective",
+        ),
+        (
+            {"params": X, "direction": ["minimize"] * 2, "pruner": DOMINANCE},
+            "DominancePruner needs one metric, all other",
+        ),
+        (
+            {"params": X, "direction": ["minimize"] * 2, "pruner": {"_target_": "optuna.Nothing"}},
+            "cannot find optuna.Nothing",
+        ),
         ({"params": X, "sampler": "tpe"}, "sampler is a mapping or null, got 'tpe'"),
         ({"params": X, "seed": -1}, "seed is an integer, 0 or more, got -1"),
         (
@@ -446,14 +504,19 @@ def test_settings_that_cannot_be(sweeps, settings, message):
 def test_a_config_without_a_quantization_callback_is_refused(sweeps):
     config = sweeps.config(layers={"weight": ["int4", "int8"]})
     del config.callbacks["lq_qat"]
-    with pytest.raises(QuantizationError, match=r"none of callbacks.lq_qat.plan, callbacks.lq_ptq.plan is in the config; add \+lq=qat"):
+    with pytest.raises(
+        QuantizationError, match=r"none of callbacks.lq_qat.plan, callbacks.lq_ptq.plan is in the config; add \+lq=qat"
+    ):
         SweepSettings.from_config(config).plan_keys(config)
 
 
 def test_other_storages(sweeps, caplog):
     journal = {
         "_target_": "optuna.storages.JournalStorage",
-        "log_storage": {"_target_": "optuna.storages.journal.JournalFileBackend", "file_path": str(sweeps.folder / "journal.log")},
+        "log_storage": {
+            "_target_": "optuna.storages.journal.JournalFileBackend",
+            "file_path": str(sweeps.folder / "journal.log"),
+        },
     }
     sweeps(parabola, params=X, storage=journal)
     assert "has no heartbeat" in caplog.text

@@ -26,23 +26,34 @@ def trials(file: Path, *states: TrialState) -> list[FrozenTrial]:
         (name,) = optuna.get_all_study_names(f"sqlite:///{file}")
     except (ValueError, optuna.exceptions.StorageInternalError):
         return []
-    return optuna.load_study(study_name=name, storage=f"sqlite:///{file}").get_trials(deepcopy=False, states=states or None)
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{file}").get_trials(
+        deepcopy=False, states=states or None
+    )
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    fixed = ["hydra/sweeper=lq", "hydra.sweeper.heartbeat=1", f"hydra.sweep.dir={folder / 'sweep'}", f"log={folder / 'jobs.txt'}"]
+    fixed = [
+        "hydra/sweeper=lq",
+        "hydra.sweeper.heartbeat=1",
+        f"hydra.sweep.dir={folder / 'sweep'}",
+        f"log={folder / 'jobs.txt'}",
+    ]
     return [sys.executable, str(APP), "-m", *fixed, *arguments]
 
 
 def hydra_run(folder: Path, *arguments: str, fails: bool = False) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run(command(folder, *arguments), cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command(folder, *arguments), cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_hydra_jobs(tmp_path):
-    output = hydra_run(tmp_path, "x=interval(0,1)", "net=glob(*)", "kind=good,raises", "steps=1", "hydra.sweeper.n_trials=6")
+    output = hydra_run(
+        tmp_path, "x=interval(0,1)", "net=glob(*)", "kind=good,raises", "steps=1", "hydra.sweeper.n_trials=6"
+    )
     found = trials(tmp_path / "sweep" / "study.db")
     assert {trial.state for trial in found} <= {COMPLETE, FAIL}
     assert sum(trial.state == COMPLETE for trial in found) == 6
@@ -81,7 +92,9 @@ def test_batches_through_joblib(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_sweep_goes_on(tmp_path, stop):
     arguments = ["x=interval(0,1)", "kind=slow", "hydra.sweeper.n_trials=6"]
-    process = subprocess.Popen(command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tmp_path, *arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 120
     # In the middle of the third job.
     while not (tmp_path / "jobs.txt").exists() or len((tmp_path / "jobs.txt").read_text().split()) < 3:
@@ -100,4 +113,6 @@ def test_a_stopped_sweep_goes_on(tmp_path, stop):
     assert jobs == sorted(set(jobs)), "no trial runs twice"
     if stop == signal.SIGKILL:  # SIGTERM lets the job finish
         (failed,) = [trial for trial in found if trial.state == FAIL]
-        assert [trial.params for trial in complete if failed.number in trial.system_attrs.get("retry_history", [])] == [failed.params]
+        assert [trial.params for trial in complete if failed.number in trial.system_attrs.get("retry_history", [])] == [
+            failed.params
+        ]

@@ -1,4 +1,5 @@
-"""One worker of a small search in a process of its own: `python -m tests.search.worker URL N_TRIALS WORKER SECONDS_PER_TRIAL [HANG]`.
+"""One worker of a small search in a process of its own: `python -m tests.search.worker URL N_TRIALS WORKER
+SECONDS_PER_TRIAL [HANG]`.
 
 It hangs in evaluation number HANG, from 0.
 """
@@ -27,7 +28,8 @@ def main(url: str, n_trials: int, worker: int, seconds: float, hang: int = -1) -
     Evaluator.evaluate_layers = slowly
     data = DigitsDataModule(batch_size=120)
     search(
-        DigitsCNN(), data, SPACE, "val/acc", n_trials, storage=url, worker=worker, heartbeat=1, progress=False, trainer=CPU,
+        DigitsCNN(), data, SPACE, "val/acc", n_trials, storage=url, worker=worker, heartbeat=1, progress=False,
+        trainer=CPU,
         calibration_batches=1, seeds=0,
     )  # fmt: skip
 

@@ -1,8 +1,10 @@
-"""Integer forward pass of quantized layers in training: 8-bit products in place of float ones, by oneDNN on CPUs, by int8 tensor cores
+"""Integer forward pass of quantized layers in training: 8-bit products in place of float ones, by oneDNN on CPUs, by
+int8 tensor cores
 through Triton on NVIDIA GPUs (compute capability 8.0 and later).
 
-On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A NaN in the input
-makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for it would wait for the device.
+On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A
+NaN in the input makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for
+it would wait for the device.
 
 Without a Trainer, on a prepared and calibrated model:
 
@@ -22,7 +24,8 @@ from torch import nn
 from lq_plugin.layers.integer.state import IntegerForward, integer_forward, why_never
 
 __all__ = [
-    "IntegerForward", "disable_integer_forward", "enable_integer_forward", "integer_choices", "integer_forward", "integer_report",
+    "IntegerForward", "disable_integer_forward", "enable_integer_forward", "integer_choices", "integer_forward",
+    "integer_report",
     "settle_integer_forward",
 ]  # fmt: skip
 
@@ -46,7 +49,9 @@ def enable_integer_forward(
     if agree is not None:
         reasons = agree(reasons)
     for name, layer in layers.items():
-        layer._integer_state = IntegerForward(choices.get(name) if isinstance(choices, Mapping) else choices, reasons[name])
+        layer._integer_state = IntegerForward(
+            choices.get(name) if isinstance(choices, Mapping) else choices, reasons[name]
+        )
 
 
 def disable_integer_forward(model: nn.Module) -> None:
@@ -58,7 +63,9 @@ def disable_integer_forward(model: nn.Module) -> None:
             module._integer_state = None
 
 
-def settle_integer_forward(model: nn.Module, agree: Callable[[dict[str, bool]], dict[str, bool]] | None = None) -> list[str]:
+def settle_integer_forward(
+    model: nn.Module, agree: Callable[[dict[str, bool]], dict[str, bool]] | None = None
+) -> list[str]:
     """Choose for each layer that was tried since.
 
     Args:
@@ -81,7 +88,11 @@ def settle_integer_forward(model: nn.Module, agree: Callable[[dict[str, bool]], 
 
 def integer_choices(model: nn.Module) -> dict[str, bool]:
     """The choices made, by layer name; for a checkpoint."""
-    return {name: state.chosen for name, state in _states(model).items() if state.reason is None and state.chosen is not None}
+    return {
+        name: state.chosen
+        for name, state in _states(model).items()
+        if state.reason is None and state.chosen is not None
+    }
 
 
 def integer_report(model: nn.Module) -> dict[str, str]:
@@ -92,7 +103,11 @@ def integer_report(model: nn.Module) -> dict[str, str]:
 def _states(model: nn.Module) -> dict[str, IntegerForward]:
     from lq_plugin.layers.base import QuantizedLayer
 
-    found = {_plain(name): module._integer_state for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    found = {
+        _plain(name): module._integer_state
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+    }
     return {name: state for name, state in found.items() if state is not None}
 
 

@@ -17,7 +17,8 @@ CAPABILITY = (8, 0)
 
 
 class Arithmetic(Protocol):
-    """Operands, their product, and what the backward pass makes of them. Callers ask `refusal` first, and `kernels_for` x and weight."""
+    """Operands, their product, and what the backward pass makes of them. Callers ask `refusal` first, and `kernels_for`
+    x and weight."""
 
     #: Whether it takes convolutions of several groups.
     grouped: bool
@@ -29,7 +30,11 @@ class Arithmetic(Protocol):
         """Why these tensors are not for it; None: they are."""
 
     def levels(
-        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        qparams: tuple[Tensor, Tensor, IntegerGrid],
+        masked: bool,
+        extremes: tuple[Tensor, Tensor] | None,
     ) -> Levels | None:
         """The input as integers.
 
@@ -43,20 +48,24 @@ class Arithmetic(Protocol):
             None where it holds a NaN. On a GPU, where to know it would wait, the product is NaN.
         """
 
-    def operands(self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]) -> Operands | None:
+    def operands(
+        self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]
+    ) -> Operands | None:
         """The same and a weight.
 
         Args:
             levels: of the input.
             weight: dense.
-            qparams: scale, float32 `[C_out]` or `[1]`, and grid, whether the scale is to be found from its extremes instead, and
-                whether elements can lie outside of the grid.
+            qparams: scale, float32 `[C_out]` or `[1]`, and grid, whether the scale is to be found from its extremes
+                instead, and whether elements can lie outside of the grid.
 
         Returns:
             None where it holds a NaN, as of the input.
         """
 
-    def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
+    ) -> Tensor:
         """The layer's output; images are channels-last."""
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +87,9 @@ class OneDnnArithmetic:
         largest = max(-weight.quant_min, weight.quant_max)
         if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
             return None
-        return "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
+        return (
+            "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
+        )
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         if torch.is_autocast_enabled("cpu"):
@@ -88,19 +99,27 @@ class OneDnnArithmetic:
         return None if weight.is_contiguous() else "its weight is not contiguous"
 
     def levels(
-        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        qparams: tuple[Tensor, Tensor, IntegerGrid],
+        masked: bool,
+        extremes: tuple[Tensor, Tensor] | None,
     ) -> Levels | None:
         scale, zero_point, grid = qparams[0].item(), qparams[1].item(), qparams[2]
         found = self._kernels.quantize(x.detach(), scale, zero_point, grid, masked, extremes)
         return None if found is None else Levels(*found, scale, int(zero_point) - grid.quant_min)
 
-    def operands(self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]) -> Operands | None:
+    def operands(
+        self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]
+    ) -> Operands | None:
         scale, grid, live, clips = qparams
         scale = torch.empty_like(scale) if live else scale.clone()
         q = self._kernels.quantize_weight(weight.detach(), scale, grid, live)
         return None if q is None else Operands(levels, q, scale, grid if clips else None)
 
-    def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
+    ) -> Tensor:
         return onednn_product(operands, bias, convolution)
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,11 @@
 """Linear and 2-d convolution with integer sums, and the gradient of the fake-quantized operation.
 
-Forward:  y = s_x · s_w · Σ (q_x - z_x) · q_w + b, summed exactly (Jacob et al., CVPR 2018, equation 7): on CPUs by oneDNN's products of
+Forward:  y = s_x · s_w · Σ (q_x - z_x) · q_w + b, summed exactly (Jacob et al., CVPR 2018, equation 7): on CPUs by
+oneDNN's products of
 uint8 and int8, on GPUs by Triton's of int8; it is that of fake quantization up to the order of float sums.
 
-Backward: the straight-through one of fake quantization, from what the forward pass kept: q_x (a byte an element), one bit an element
-for what was not clipped, and q_w.
+Backward: the straight-through one of fake quantization, from what the forward pass kept: q_x (a byte an element), one
+bit an element for what was not clipped, and q_w.
 """
 
 from __future__ import annotations
@@ -70,10 +71,13 @@ class IntegerProduct(torch.autograd.Function):
         ctx.save_for_backward(q, mask, operands.q_weight, operands.weight_scale, weight if operands.clip else None)
         ctx.clip = operands.clip
         ctx.convolution, ctx.arithmetic = convolution, arithmetic
-        # Gradients of a channels-last convolution lie otherwise than the input did: the mask's bits are in the order of the latter.
+        # Gradients of a channels-last convolution lie otherwise than the input did: the mask's bits are in the order of
+        # the latter.
         ctx.strides = x.stride()
         autocast = torch.is_autocast_enabled(x.device.type)
-        return arithmetic.product(operands, bias, convolution, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        return arithmetic.product(
+            operands, bias, convolution, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        )
 
     @staticmethod
     @once_differentiable
@@ -86,7 +90,9 @@ class IntegerProduct(torch.autograd.Function):
         shape = [-1, *[1] * (q_weight.ndim - 1)]
         w = q_weight.float().mul_(weight_scale.view(shape)).to(grad.dtype) if needs_x else None
         backward = _linear_backward if ctx.convolution is None else _convolution_backward
-        x_grad, weight_grad, bias_grad = backward(grad, q, x, q_weight, w, ctx.convolution, (needs_x, needs_weight, needs_bias))
+        x_grad, weight_grad, bias_grad = backward(
+            grad, q, x, q_weight, w, ctx.convolution, (needs_x, needs_weight, needs_bias)
+        )
         if x_grad is not None:
             x_grad = laid_out(x_grad, ctx.strides)
             arithmetic.keep(x_grad, mask)
@@ -115,7 +121,9 @@ def _convolution_backward(grad, q, x, q_weight, w, convolution, wanted):
     w = torch.empty_like(q_weight, dtype=grad.dtype) if w is None else w
     stride, padding, dilation, groups = convolution
     sizes = [q_weight.shape[0]] if wanted[2] else None
-    return torch.ops.aten.convolution_backward(grad, x, w, sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted))
+    return torch.ops.aten.convolution_backward(
+        grad, x, w, sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted)
+    )
 
 
 def _linear_backward(grad, q, x, q_weight, w, convolution, wanted):

@@ -48,7 +48,13 @@ class IntegerKernels:
         self._number = VARIANTS.index(self.variant)
 
     def quantize(
-        self, x: Tensor, scale: float, zero_point: float, grid: IntegerGrid, masked: bool, extremes: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        scale: float,
+        zero_point: float,
+        grid: IntegerGrid,
+        masked: bool,
+        extremes: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Levels above `quant_min` as uint8, laid out as `x`, and one bit for each element not clipped, where `masked`.
 
@@ -66,7 +72,8 @@ class IntegerKernels:
         mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
         nan = self._functions["quantize"](
-            x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point, grid.quant_min,
+            x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point,
+            grid.quant_min,
             grid.quant_max, low, high, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return None if nan else (q, mask)
@@ -86,7 +93,8 @@ class IntegerKernels:
         q = torch.empty_like(w, dtype=torch.int8)
         rows = scale.numel()
         bad = self._functions["quantize_rows"](
-            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live, self._number,
+            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live,
+            self._number,
             torch.get_num_threads(),
         )  # fmt: skip
         return None if bad else q
@@ -94,12 +102,16 @@ class IntegerKernels:
     def dequantize(self, q: Tensor, scale: float, zero_point: float) -> Tensor:
         """(q - zero_point) · scale, laid out as `q`."""
         y = torch.empty_strided(q.shape, q.stride(), dtype=torch.float32)
-        self._functions["dequantize"](q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads())
+        self._functions["dequantize"](
+            q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads()
+        )
         return y
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
-        self._functions["keep"](gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._number, torch.get_num_threads())
+        self._functions["keep"](
+            gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._number, torch.get_num_threads()
+        )
 
 
 @functools.cache
@@ -122,7 +134,9 @@ def sums_exactly(weight: int) -> bool:
     ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
     try:
         packed = torch.ops.onednn.qlinear_prepack(w, [4, 64])
-        y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
     except (RuntimeError, AttributeError):
         # A torch without oneDNN has not these operators.
         return False

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 MAX_PRODUCTS = 2**31 // (255 * 128) - 1
 #: Timed rounds of a trial, after one that is not.
 ROUNDS = 3
-#: A layer computes with integers where its trial takes less than this share of the time. More than 1: what the trial does not see is
-#: that less is kept for the backward pass, and that the layers behind get channels-last images, which are faster for them.
+#: A layer computes with integers where its trial takes less than this share of the time. More than 1: what the trial
+#: does not see is that less is kept for the backward pass, and that the layers behind get channels-last images, which
+#: are faster for them.
 WORTH = 1.25
 #: On a GPU, where nobody has measured the latter.
 WORTH_ON_GPU = 1.0
@@ -74,18 +75,26 @@ def why_never(layer: QuantizedLayer) -> str | None:
         return arithmetic
     if type(layer) not in (QuantizedConv2d, QuantizedLinear) and not _projects(layer):
         owner = getattr(layer, "owner", None)
-        kind = type(layer).float_class.__name__ if owner is None else f"{cast(Any, layer).key} of {type(owner).float_class.__name__}"
+        kind = (
+            type(layer).float_class.__name__
+            if owner is None
+            else f"{cast(Any, layer).key} of {type(owner).float_class.__name__}"
+        )
         return f"{kind} has no integer kernel"
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
         return f"its {'weight' if weight is None else 'input'} is float"
-    reason = _why_not_quantizer(weight, WeightQuantizer, "weight") or _why_not_quantizer(inputs, InputQuantizer, "input")
+    reason = _why_not_quantizer(weight, WeightQuantizer, "weight") or _why_not_quantizer(
+        inputs, InputQuantizer, "input"
+    )
     if reason is not None:
         return reason
     if weight.spec.grid.affine:
         return "its weight has a zero point"
     granularity = weight.spec.granularity
-    if not (isinstance(granularity, PerTensor) or (isinstance(granularity, PerChannel) and granularity.axis in (None, 0))):
+    if not (
+        isinstance(granularity, PerTensor) or (isinstance(granularity, PerChannel) and granularity.axis in (None, 0))
+    ):
         return f"its weight's scales are {granularity}"
     if not isinstance(inputs.spec.granularity, PerTensor):
         return f"its input's scales are {inputs.spec.granularity}"
@@ -182,13 +191,20 @@ def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | 
     if kernels_for(x) is None or kernels_for(weight) is None:
         return "its tensors are not plain dense ones, or compiled kernels are switched off"
     quantizers = cast(Any, (layer.weight_quantizer, layer.input_quantizer))
-    if not all(q.is_enabled and q.collector is None and (q.is_calibrated or not q.needs_calibration) for q in quantizers):
+    if not all(
+        q.is_enabled and q.collector is None and (q.is_calibrated or not q.needs_calibration) for q in quantizers
+    ):
         return "it is not quantized yet"
     return None
 
 
 def _integer(
-    layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, shared: SharedInput | None = None
+    layer: QuantizedLayer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arithmetic: Arithmetic,
+    shared: SharedInput | None = None,
 ) -> Tensor | None:
     inputs, weights = cast(InputQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
     levels = _levels(inputs, x, arithmetic, shared)
@@ -197,7 +213,9 @@ def _integer(
     scale = weights.scale.detach().reshape(-1)
     clips = not (live and grid.quant_min < 0 < grid.quant_max)
     operands = None if levels is None else arithmetic.operands(levels, weight, (scale, grid, live, clips))
-    return None if operands is None else IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), arithmetic)
+    return (
+        None if operands is None else IntegerProduct.apply(x, weight, bias, operands, convolution_of(layer), arithmetic)
+    )
 
 
 def _levels(inputs: InputQuantizer, x: Tensor, arithmetic: Arithmetic, shared: SharedInput | None) -> Levels | None:
@@ -210,7 +228,9 @@ def _levels(inputs: InputQuantizer, x: Tensor, arithmetic: Arithmetic, shared: S
         extremes = torch.full_like(inputs.scale, torch.inf), torch.full_like(inputs.scale, -torch.inf)
         return arithmetic.levels(x, qparams, masked, extremes if watches else None), extremes
 
-    found, extremes = shared.once(x, ("levels", inputs.spec.grid, inputs.scale.item(), inputs.zero_point.item(), watches), make)
+    found, extremes = shared.once(
+        x, ("levels", inputs.spec.grid, inputs.scale.item(), inputs.zero_point.item(), watches), make
+    )
     if watches:
         inputs.take_in(*extremes)
     return found
@@ -237,7 +257,9 @@ def _trial(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> float:
 
     Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
     """
-    copies = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, _bias(layer))]
+    copies = [
+        None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, layer.weight, _bias(layer))
+    ]
     wanted = [tensor for tensor in copies if tensor is not None and tensor.requires_grad]
     x, weight, bias = cast(Tensor, copies[0]), cast(Tensor, copies[1]), copies[2]
     gradient: Tensor | None = None

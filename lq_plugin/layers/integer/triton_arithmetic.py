@@ -1,7 +1,7 @@
 """`triton_kernels.py` for tensors on a GPU: the `Arithmetic` of NVIDIA's int8 tensor cores.
 
-A NaN has no level, and to look for one would wait for the device. Instead the scale becomes NaN: of the whole input, so that all of the
-output is NaN and no gradient is a number, or of the weight's row, so that its channel of the output is.
+A NaN has no level, and to look for one would wait for the device. Instead the scale becomes NaN: of the whole input, so
+that all of the output is NaN and no gradient is a number, or of the weight's row, so that its channel of the output is.
 """
 
 from __future__ import annotations
@@ -42,12 +42,19 @@ class TritonArithmetic:
         if not _by_rows(weight):
             return "its weight is neither contiguous nor channels-last"
         # Addresses are taken without further checks; torch says what is wrong.
-        if x.shape[-1 if convolution is None else 1] != weight.shape[1] or min(_output_size(x, weight, convolution)) < 1:
+        if (
+            x.shape[-1 if convolution is None else 1] != weight.shape[1]
+            or min(_output_size(x, weight, convolution)) < 1
+        ):
             return "its input does not fit its weight"
         return None
 
     def levels(
-        self, x: Tensor, qparams: tuple[Tensor, Tensor, IntegerGrid], masked: bool, extremes: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        qparams: tuple[Tensor, Tensor, IntegerGrid],
+        masked: bool,
+        extremes: tuple[Tensor, Tensor] | None,
     ) -> Levels:
         q, mask, found = self.quantize(x.detach(), *qparams, masked, extremes)
         return Levels(_side_by_side(q), mask, found[:1], found[1:])
@@ -58,9 +65,16 @@ class TritonArithmetic:
         return Operands(levels, _side_by_side(q), scale, grid if clips else None, sums)
 
     def quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, masked: bool, extremes: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: IntegerGrid,
+        masked: bool,
+        extremes: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Levels above `quant_min` less 128 as int8, laid out as `x`, and one bit for each element not clipped, where `masked`.
+        """Levels above `quant_min` less 128 as int8, laid out as `x`, and one bit for each element not clipped, where
+        `masked`.
 
         Args:
             x: dense tensor.
@@ -82,17 +96,20 @@ class TritonArithmetic:
         low, high = (lows, highs) if extremes is None else extremes
         with _device_of(x):
             kernels.quantize[programs,](
-                x, q, q if mask is None else mask, scale, zero_point, lows, highs, number, float(grid.quant_min), float(grid.quant_max),
+                x, q, q if mask is None else mask, scale, zero_point, lows, highs, number, float(grid.quant_min),
+                float(grid.quant_max),
                 MASKED=masked, BLOCK=_BLOCK, **_OPTIONS,
             )  # fmt: skip
             kernels.settle[1,](
-                scale, zero_point, qparams, lows, highs, low, high, programs, float(grid.quant_min), OBSERVED=extremes is not None,
+                scale, zero_point, qparams, lows, highs, low, high, programs, float(grid.quant_min),
+                OBSERVED=extremes is not None,
                 BLOCK=1024, **_OPTIONS,
             )  # fmt: skip
         return q, mask, qparams
 
     def quantize_weight(self, w: Tensor, scale: Tensor, grid: IntegerGrid, live: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels as int8 of a weight on a grid with zero point 0, laid out as it, their scales and sums, float32 and int32 `[C_out]`.
+        """Levels as int8 of a weight on a grid with zero point 0, laid out as it, their scales and sums, float32 and
+        int32 `[C_out]`.
 
         Args:
             w: `[C_out, ...]`, contiguous or channels-last.
@@ -108,19 +125,24 @@ class TritonArithmetic:
         low, high = torch.aminmax(w) if live and together else (scale, scale)
         with _device_of(w):
             kernels.quantize_rows[rows,](
-                w, q, scales, sums, scale, low, high, length, float(grid.quant_min), float(grid.quant_max), 0 if together else 1,
+                w, q, scales, sums, scale, low, high, length, float(grid.quant_min), float(grid.quant_max),
+                0 if together else 1,
                 LIVE=live, TOGETHER=together, BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(length))), **_OPTIONS,
             )  # fmt: skip
         return q, scales, sums
 
-    def product(self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
+    ) -> Tensor:
         (q, _, scale, zero_point), w = operands.levels, operands.q_weight
         size = _output_size(q, w, convolution)
         order = torch.contiguous_format if convolution is None else torch.channels_last
         y = torch.empty(size, dtype=dtype, device=q.device, memory_format=order)
         columns, channels, depth = w.shape[0], w.shape[1], w[0].numel()
         rows = y.numel() // columns
-        image, out_image, taps = ((1, 1), (1, 1), (1, 1)) if convolution is None else (q.shape[2:], size[2:], w.shape[2:])
+        image, out_image, taps = (
+            ((1, 1), (1, 1), (1, 1)) if convolution is None else (q.shape[2:], size[2:], w.shape[2:])
+        )
         stride, padding, dilation = ((1, 1), (0, 0), (1, 1)) if convolution is None else convolution[:3]
         height, width, warps = _product_tile(rows, columns)
         step = 32 if channels % 64 == 32 else 64
@@ -128,8 +150,10 @@ class TritonArithmetic:
         with _device_of(q):
             kernels.multiply[triton.cdiv(rows, height) * triton.cdiv(columns, width),](
                 q, w, y, scale, zero_point, operands.weight_scale, operands.weight_sums,
-                q if bias is None else bias.detach(), rows, columns, depth, channels, *image, *out_image, taps[1], *stride, *padding,
-                *dilation, TAPS=how, PADDED=any(padding), EVEN=depth % step == 0, BIASED=bias is not None, ROWS=height, COLUMNS=width,
+                q if bias is None else bias.detach(), rows, columns, depth, channels, *image, *out_image, taps[1],
+                *stride, *padding,
+                *dilation, TAPS=how, PADDED=any(padding), EVEN=depth % step == 0, BIASED=bias is not None, ROWS=height,
+                COLUMNS=width,
                 DEPTH=step, BAND=8, num_warps=warps, num_stages=4, enable_fp_fusion=False,
             )  # fmt: skip
         return y
@@ -137,14 +161,18 @@ class TritonArithmetic:
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
         y = torch.empty_strided(q.shape, q.stride(), dtype=dtype, device=q.device)
         with _device_of(q):
-            kernels.dequantize[triton.cdiv(q.numel(), _BLOCK),](q, y, scale, zero_point, q.numel(), BLOCK=_BLOCK, **_OPTIONS)
+            kernels.dequantize[triton.cdiv(q.numel(), _BLOCK),](
+                q, y, scale, zero_point, q.numel(), BLOCK=_BLOCK, **_OPTIONS
+            )
         return y
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         layout = Layout(1, 1, gradient.numel(), 1)
         programs, parts, rows, columns = _tiles(layout)
         with _device_of(gradient):
-            _mask_gradient[programs,](gradient, gradient, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS)
+            _mask_gradient[programs,](
+                gradient, gradient, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS
+            )
 
 
 def _side_by_side(q: Tensor) -> Tensor:
@@ -160,8 +188,13 @@ def _by_rows(weight: Tensor) -> bool:
 def _output_size(x: Tensor, weight: Tensor, convolution: Convolution | None) -> list[int]:
     if convolution is None:
         return [*x.shape[:-1], weight.shape[0]]
-    moves = zip(x.shape[2:], weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation, strict=True)
-    spatial = [(length + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for length, taps, stride, padding, dilation in moves]
+    moves = zip(
+        x.shape[2:], weight.shape[2:], convolution.stride, convolution.padding, convolution.dilation, strict=True
+    )
+    spatial = [
+        (length + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for length, taps, stride, padding, dilation in moves
+    ]
     return [x.shape[0], weight.shape[0], *spatial]
 
 

@@ -1,7 +1,9 @@
-"""Kernels of the integer forward pass on GPUs, in Triton: what `integer.cpp` does, with the same numbers, and the products.
+"""Kernels of the integer forward pass on GPUs, in Triton: what `integer.cpp` does, with the same numbers, and the
+products.
 
-A level is kept less 128 as an int8, for tensor cores multiply int8 with int8. Products and sums of floats are rounded one by one,
-quotients correctly, as in lq_plugin/native/triton_kernels.py. Nothing waits for the device: scales and zero points stay there.
+A level is kept less 128 as an int8, for tensor cores multiply int8 with int8. Products and sums of floats are rounded
+one by one, quotients correctly, as in lq_plugin/native/triton_kernels.py. Nothing waits for the device: scales and zero
+points stay there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import triton.language as tl
 
 from lq_plugin.native.triton_kernels import _clipped, _inverse, _range, _rounded
 
-#: How the sums of `multiply` run along taps of the kernel and channels: over both as one index; over one tap; a step is within one tap.
+#: How the sums of `multiply` run along taps of the kernel and channels: over both as one index; over one tap; a step is
+#: within one tap.
 MIXED, ONE_TAP, WITHIN_TAP = 0, 1, 2
 _ONE_TAP, _WITHIN_TAP = tl.constexpr(ONE_TAP), tl.constexpr(WITHIN_TAP)
 
@@ -33,9 +36,11 @@ def _as_integer(level):
 
 @triton.jit
 def quantize(
-    x_at, q_at, mask_at, scale_at, zero_at, lows_at, highs_at, number, quant_min, quant_max, MASKED: tl.constexpr, BLOCK: tl.constexpr
+    x_at, q_at, mask_at, scale_at, zero_at, lows_at, highs_at, number, quant_min, quant_max, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`number` elements in the order of memory; each program leaves its extremes, NaN where it met one, for `settle`."""
+    """`number` elements in the order of memory; each program leaves its extremes, NaN where it met one, for
+    `settle`."""
     program = tl.program_id(0)
     place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = place < number
@@ -58,12 +63,13 @@ def quantize(
 
 @triton.jit(do_not_specialize=["programs"])
 def settle(
-    scale_at, zero_at, qparams_at, lows_at, highs_at, low_at, high_at, programs, quant_min, OBSERVED: tl.constexpr, BLOCK: tl.constexpr
+    scale_at, zero_at, qparams_at, lows_at, highs_at, low_at, high_at, programs, quant_min, OBSERVED: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     """What is known after the last of the programs of `quantize`.
 
-    The running extremes take in theirs. The qparams are the scale, NaN where there was a NaN, which reaches all that is computed from
-    it, and the zero point of the int8 levels.
+    The running extremes take in theirs. The qparams are the scale, NaN where there was a NaN, which reaches all that is
+    computed from it, and the zero point of the int8 levels.
     """
     low, high, broken = float("inf"), float("-inf"), 0
     for start in range(0, programs, BLOCK):
@@ -88,7 +94,8 @@ def quantize_rows(
 ):  # fmt: skip
     """A row a program, on a grid with zero point 0: levels, their sum, and the scale.
 
-    LIVE: the scale is that of the row's extremes, or of `low_at` and `high_at` where TOGETHER; else it is given. A row with a NaN
+    LIVE: the scale is that of the row's extremes, or of `low_at` and `high_at` where TOGETHER; else it is given. A row
+        with a NaN
     gets the scale NaN.
     """
     row = tl.program_id(0)
@@ -104,7 +111,9 @@ def quantize_rows(
     if LIVE:
         if TOGETHER:
             low, high = tl.load(low_at).to(tl.float32), tl.load(high_at).to(tl.float32)
-        scale, _ = _range(low + tl.zeros((1,), tl.float32), high + tl.zeros((1,), tl.float32), quant_min, quant_max, False)
+        scale, _ = _range(
+            low + tl.zeros((1,), tl.float32), high + tl.zeros((1,), tl.float32), quant_min, quant_max, False
+        )
     else:
         scale = tl.load(given_at + row * given_step + one)
     scale = tl.where(broken > 0, float("nan"), scale)
@@ -132,14 +141,19 @@ def dequantize(q_at, y_at, scale_at, zero_at, number, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def multiply(
-    q_at, w_at, y_at, scale_at, zero_at, weight_scale_at, sums_at, bias_at, rows, columns, depth, channels, height, width, out_height,
-    out_width, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, TAPS: tl.constexpr, PADDED: tl.constexpr,
-    EVEN: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+    q_at, w_at, y_at, scale_at, zero_at, weight_scale_at, sums_at, bias_at, rows, columns, depth, channels, height,
+    width, out_height,
+    out_width, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, TAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    EVEN: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
 ):  # fmt: skip
-    """A convolution as a product of matrices that are read where they lie: y = s_x · s_w · (Σ q_x · q_w - z · Σ q_w) + b.
+    """A convolution as a product of matrices that are read where they lie: y = s_x · s_w · (Σ q_x · q_w - z · Σ q_w) +
+    b.
 
-    q `[N, H, W, C]`, w `[C_out, K_h, K_w, C]`, y `[N, H_out, W_out, C_out]`; `rows` is N · H_out · W_out, `depth` K_h · K_w · C. A linear
-    layer has one pixel an image. TAPS: see `MIXED`; PADDED: some taps lie outside of the image, where the level is that of 0;
+    q `[N, H, W, C]`, w `[C_out, K_h, K_w, C]`, y `[N, H_out, W_out, C_out]`; `rows` is N · H_out · W_out, `depth` K_h ·
+    K_w · C. A linear layer has one pixel an image. TAPS: see `MIXED`; PADDED: some taps lie outside of the image, where
+    the level is that of 0;
     EVEN: `depth` is a multiple of DEPTH.
     """
     # BAND tiles that lie below each other run at the same time: they read the same weights.

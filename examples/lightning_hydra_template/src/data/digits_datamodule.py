@@ -25,7 +25,9 @@ class DigitsDataModule(LightningDataModule):
             self.data_train, self.data_val, self.data_test = random_split(dataset, [1197, 300, 300], generator)
 
     def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
-        return DataLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers, shuffle=shuffle)
+        return DataLoader(
+            dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers, shuffle=shuffle
+        )
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.data_train, shuffle=True)
