@@ -41,10 +41,10 @@ from benchmarks.peers import PeerError
 from benchmarks.peers.calibrating import PeerCalibration
 from benchmarks.ptq_accuracy import all_estimates, forward_pass
 from lq_plugin import QuantPlan, Rule, prepare
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.model.calibrate import collect_statistics
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.ranges.laboratory import COMPARED
-from lq_plugin.spec import IntegerGrid
 
 PEERS = ("torchao", "onnxruntime", "brevitas", "aimet")
 CALIBRATORS = ("MinMax", "Entropy", "Percentile")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lq_plugin.files import write_file
+from lq_plugin.utilities.files import write_file
 
 DEFAULT_DATA = Path("../shared/data")
 

@@ -38,9 +38,9 @@ from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.export import export_onnx, onnx_session
 from lq_plugin.export.openvino import OpenVINOSession
-from lq_plugin.export.xnor import xnor_layer
+from lq_plugin.export.xnor.layers import xnor_layer
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.model.reconstruct import reconstruct
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 
 CASES = ("r20_b1", "r20_b128", "r18_b1", "r18_b16", "linear_m1", "linear_m32", "xnor_m1", "xnor_m32", "accuracy")
 SETTINGS = ("float", "int8", "int4", "int2")

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.model.fold_batch_norm import find_batch_norm_pairs, fold_batch_norm
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
+from lq_plugin.ptq.batch_norm.fold import find_batch_norm_pairs, fold_batch_norm
 
 
 def folded(model: nn.Module, example: Tensor) -> nn.Module:

@@ -45,8 +45,8 @@ from lq_plugin import QAT, Ledger, calibrate, load_checkpoint, prepare
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.model import quantizers
 from lq_plugin.model.calibrate import evaluating, float_forward
+from lq_plugin.model.graph.record import record
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.record import record
 
 BATCH_SIZE = 8
 STEPS = 2

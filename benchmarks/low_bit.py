@@ -29,7 +29,7 @@ from benchmarks import common
 from lq_plugin import QAT, QuantPlan
 from lq_plugin.demo.cifar10 import Cifar10DataModule, load_images
 from lq_plugin.demo.resnet import LitClassifier, load_resnet
-from lq_plugin.model.cost import cost
+from lq_plugin.model.measure.cost import cost
 
 #: Train images that --tune keeps for scoring.
 HELD_OUT = 5_000

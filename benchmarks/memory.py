@@ -78,8 +78,8 @@ def _rounding(kind: str, model: Any, size: int, cache_bytes: int) -> Callable[[]
     import torch
 
     from lq_plugin import calibrate
-    from lq_plugin.model.gptq import gptq
-    from lq_plugin.model.reconstruct import reconstruct
+    from lq_plugin.ptq.gptq.quantize import gptq
+    from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 
     calibrate(model, [torch.randn(16, size)])
     rows = 256

@@ -28,10 +28,10 @@ from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.model import collect_statistics, weight_samples
-from lq_plugin.model.correct_batch_norm import correct_batch_norm
-from lq_plugin.model.gptq import gptq
 from lq_plugin.model.prepare import quantizers
-from lq_plugin.model.reconstruct import reconstruct
+from lq_plugin.ptq.batch_norm.correct import correct_batch_norm
+from lq_plugin.ptq.gptq.quantize import gptq
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 from lq_plugin.ranges import estimate_range
 from lq_plugin.ranges.laboratory import COMPARED
 

@@ -21,7 +21,7 @@ from lq_plugin.callbacks import QAT
 from lq_plugin.layers.integer import integer_choices, integer_report
 from lq_plugin.model import calibrate, commit_observers, quantizers
 from lq_plugin.native import use_native
-from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.quantizers import ActivationQuantizer
 
 
 class Unavailable(Exception):
@@ -61,7 +61,7 @@ def _training(model: nn.Module, batch: Any) -> Step:
     model.train()
     chosen = quantizers(model)
     for quantizer in chosen:
-        quantizer.observing = isinstance(quantizer, InputQuantizer)
+        quantizer.observing = isinstance(quantizer, ActivationQuantizer)
     return Step(model, batch, after=lambda: commit_observers(chosen))
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import common
 from lq_plugin import QuantSpec
 from lq_plugin.functional.error import sqnr_db
-from lq_plugin.model.cost import spec_bits
+from lq_plugin.model.measure.cost import spec_bits
 from lq_plugin.quantizers import make_weight_quantizer
 
 ROWS, COLUMNS = 512, 1024

@@ -36,9 +36,9 @@ from benchmarks import common
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.search import Evaluator, search
-from lq_plugin.search.interrupt import stop_on_signal
-from lq_plugin.search.seeds import greedy_path, unit_costs
-from lq_plugin.search.sensitivity import measure_sensitivity
+from lq_plugin.search.sensitivity.measure import measure_sensitivity
+from lq_plugin.search.shared.interrupt import stop_on_signal
+from lq_plugin.search.study.seeds import greedy_path, unit_costs
 
 SPACE: dict[str, Any] = {
     "weight": {"bit_widths": [2, 3, 4, 5, 6, 7, 8], "granularities": ["per_channel"], "ranges": ["mse"]},

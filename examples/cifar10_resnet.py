@@ -21,7 +21,7 @@ from rich.table import Table
 from lq_plugin import PTQ, QAT
 from lq_plugin.demo.cifar10 import Cifar10DataModule, DataError
 from lq_plugin.demo.resnet import LitClassifier, load_resnet
-from lq_plugin.model.cost import cost
+from lq_plugin.model.measure.cost import cost
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[str, float, float, int]]:

@@ -32,10 +32,10 @@ from rich.table import Table
 from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.export import save_packed
-from lq_plugin.model.cost import cost
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.report import model_report, study_report, write_page
-from lq_plugin.search import Space, StudyError, search
+from lq_plugin.report import model_report, write_page
+from lq_plugin.search import Space, StudyError, search, study_report
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
 #: The plan that the searched one is compared with: its budget is what this one takes.

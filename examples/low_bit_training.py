@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lq_plugin import QAT, QuantMonitor
 from lq_plugin.demo.digits import DigitsDataModule, trained_cnn
-from lq_plugin.model.cost import cost
+from lq_plugin.model.measure.cost import cost
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

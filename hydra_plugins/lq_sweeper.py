@@ -1,7 +1,8 @@
 """`hydra/sweeper=lq`: Optuna proposes, and each trial is one Hydra job of an existing project.
 
 Hydra imports this file whenever an application starts: nothing heavy may be imported here. The work is done in
-`lq_plugin.search.sweep`. `hydra_plugins` is a namespace package shared with other projects and has no `__init__.py`.
+`lq_plugin.search.sweep.sweep`. `hydra_plugins` is a namespace package shared with other projects and has no
+`__init__.py`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 @dataclass
 class LQSweeperConf:
-    """The fields of `lq_plugin.search.sweep_settings.SweepSettings`, which explains them."""
+    """The fields of `lq_plugin.search.sweep.settings.SweepSettings`, which explains them."""
 
     _target_: str = "hydra_plugins.lq_sweeper.LQSweeper"
     # Hydra 1.3 would build sampler and pruner; 1.4 does not. So they are built in one place for both.
@@ -60,8 +61,8 @@ class LQSweeper(Sweeper):
         # Optuna and torch cost seconds: they are loaded for a sweep only.
         from hydra.core.plugins import Plugins
 
-        from lq_plugin.search.job import TrialJob
-        from lq_plugin.search.sweep_settings import SweepSettings
+        from lq_plugin.search.sweep.job import TrialJob
+        from lq_plugin.search.sweep.settings import SweepSettings
 
         self.hydra_context, self.config = hydra_context, config
         self._settings = SweepSettings.from_config(config)
@@ -71,7 +72,7 @@ class LQSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lq_plugin.search.sweep import sweep
+        from lq_plugin.search.sweep.sweep import sweep
 
         assert self.hydra_context is not None
         assert self.config is not None

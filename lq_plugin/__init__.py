@@ -9,51 +9,37 @@ Without Lightning: `prepare(model, plan)`, `calibrate(model, batches)`, `remove(
 
 from typing import TYPE_CHECKING
 
-from lq_plugin.lazy import attributes
+from lq_plugin.utilities import moved
+from lq_plugin.utilities.lazy import attributes
 
 if TYPE_CHECKING:
-    from lq_plugin.callbacks import PTQ, QAT, Export, QuantMonitor
-    from lq_plugin.errors import CalibrationError, CoverageError, PlanError, QuantizationError, SpecError
-    from lq_plugin.model import Ledger, calibrate, load_checkpoint, prepare, remove
-    from lq_plugin.plan import QuantPlan, Rule
-    from lq_plugin.schedule import Schedule
-    from lq_plugin.spec import PerChannel, PerGroup, PerTensor, QuantSpec
+    from lq_plugin.callbacks import PTQ as PTQ, QAT as QAT, Export as Export, QuantMonitor as QuantMonitor
+    from lq_plugin.errors import (
+        CalibrationError as CalibrationError,
+        CoverageError as CoverageError,
+        PlanError as PlanError,
+        QuantizationError as QuantizationError,
+        SpecError as SpecError,
+    )
+    from lq_plugin.intent.plan import QuantPlan as QuantPlan, Rule as Rule
+    from lq_plugin.intent.schedule import Schedule as Schedule
+    from lq_plugin.intent.spec import (
+        PerChannel as PerChannel,
+        PerGroup as PerGroup,
+        PerTensor as PerTensor,
+        QuantSpec as QuantSpec,
+    )
+    from lq_plugin.model import (
+        Ledger as Ledger,
+        calibrate as calibrate,
+        load_checkpoint as load_checkpoint,
+        prepare as prepare,
+        remove as remove,
+    )
 
-__version__ = "0.1.0"
-
-__all__ = [
-    "PTQ",
-    "QAT",
-    "CalibrationError",
-    "CoverageError",
-    "Export",
-    "Ledger",
-    "PerChannel",
-    "PerGroup",
-    "PerTensor",
-    "PlanError",
-    "QuantMonitor",
-    "QuantPlan",
-    "QuantSpec",
-    "QuantizationError",
-    "Rule",
-    "Schedule",
-    "SpecError",
-    "calibrate",
-    "load_checkpoint",
-    "prepare",
-    "remove",
-]
+__version__ = "0.2.0"
 
 # Loaded on first use: Hydra imports this package whenever an application of the environment starts, to
 # look at `lq_plugin.conf.shared`, and must not pay for torch and Lightning then.
-_ROOMS = {
-    "callbacks": ("PTQ", "QAT", "Export", "QuantMonitor"),
-    "errors": ("CalibrationError", "CoverageError", "PlanError", "QuantizationError", "SpecError"),
-    "model": ("Ledger", "calibrate", "load_checkpoint", "prepare", "remove"),
-    "plan": ("QuantPlan", "Rule"),
-    "schedule": ("Schedule",),
-    "spec": ("PerChannel", "PerGroup", "PerTensor", "QuantSpec"),
-}
-
-__getattr__, __dir__ = attributes(__name__, _ROOMS)
+__getattr__, __dir__, __all__ = attributes(__name__, __file__)
+moved.install()

@@ -1,65 +1,116 @@
-"""The rooms of the library: a file imports only from rooms above it, and stays short."""
+"""The rooms of the library: a file imports only from rooms above it, without circles, and stays short."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lq_plugin"
 ROOMS = [
-    "lazy", "errors", "files", "csv_text", "passwords", "hydra_files", "lightning_packages", "instantiate",
-    "extras", "export_options", "plain_yaml", "schedule", "granularity", "formats", "spec", "layer_plan",
-    "short_plan", "name_pattern", "plan",
-    "native", "functional", "metrics", "ranges",
-    "quantizers", "layers", "model", "plots", "export", "report",
-    "callbacks", "search", "demo", "export_command", "cli", "__init__",
+    "errors", "extras", "utilities", "intent", "native", "functional", "metrics", "ranges", "quantizers", "layers",
+    "model", "ptq", "plots", "export", "report", "callbacks", "search", "demo", "commands", "__init__",
 ]  # fmt: skip
-ALLOWED_LENGTH = 450
+ALLOWED_LENGTH = 470
 #: All else asks `lightning_packages`: either package may be the user's.
-USES_LIGHTNING = {"lightning_packages", "demo"}
+USES_LIGHTNING = {"utilities/lightning_packages.py", "demo/cifar10.py", "demo/digits.py", "demo/resnet.py"}
+#: Circles of imports that are left, each with its reason.
+ALLOWED_CIRCLES: dict[frozenset[str], str] = {
+    frozenset({"layers.base", "layers.compound.base", "layers.conv", "layers.integer", "layers.integer.state",
+               "layers.linear", "layers.registry"}): "IntegerForward is no leaf yet",
+    frozenset({"ranges.histogram", "ranges.sample"}): "Sample.from_tensor summarizes large tensors",
+    frozenset({"callbacks.phases", "callbacks.ptq"}): "phases are given the callback",
+    frozenset({"search.study.report", "search.study.result"}): "a result writes its own report",
+}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> list[str]:
-    """Modules imported when the file is: what stands inside functions or under TYPE_CHECKING is not."""
-    found = []
-    for node in ast.parse(path.read_text()).body:
+MODULES = {module_of(path): path for path in FILES}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports(path: Path) -> dict[str, list[tuple[str, ...]]]:
+    """Names that a file imports by the module they come from, those inside functions and under TYPE_CHECKING too."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            for alias in node.names:
+                found.setdefault(alias.name, []).append(())
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.append(node.module or "")
+            found.setdefault(node.module or "", []).append(tuple(alias.name for alias in node.names))
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_upwards(path):
-    room = room_of(path)
-    for module in imports(path):
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package, without its name, that a file imports."""
+    found = set()
+    for module, uses in imports(path).items():
         top, _, rest = module.partition(".")
-        if top == "lq_plugin" and rest:
-            other = rest.split(".")[0]
-            assert ROOMS.index(other) <= ROOMS.index(room), f"{path.name} ({room}) imports {module}"
-        if top in ("lightning", "pytorch_lightning"):
-            assert room in USES_LIGHTNING, f"{path.name} imports {module}"
+        if top == "lq_plugin":
+            for name in [name for names in uses for name in names] or [""]:
+                whole = f"{rest}.{name}".strip(".")
+                found.add(whole if whole in MODULES else rest)
+    return found - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_are_short_and_do_not_print(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= ALLOWED_LENGTH
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+def circles() -> list[frozenset[str]]:
+    """Sets of modules that import each other, directly or around (Tarjan's strongly connected components)."""
+    graph = nx.DiGraph([(module, other) for module, path in MODULES.items() for other in own_imports(path)])
+    return [frozenset(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
 
 
-@pytest.mark.parametrize("module", ["lq_plugin", "lq_plugin.plan", "lq_plugin.model", "lq_plugin.ranges"])
+def test_imports_point_upwards():
+    for path in FILES:
+        room = (module_of(path) or "__init__").split(".")[0]
+        for module in own_imports(path):
+            other = (module or "__init__").split(".")[0]
+            assert ROOMS.index(other) <= ROOMS.index(room), f"{path} ({room}) imports {module}"
+
+
+def test_no_circle_of_imports():
+    assert set(circles()) == set(ALLOWED_CIRCLES)
+
+
+def test_private_names_stay_in_their_file():
+    for path in FILES:
+        for module, uses in imports(path).items():
+            if module.partition(".")[0] == "lq_plugin":
+                private = [name for names in uses for name in names if name.startswith("_") and not name.endswith("__")]
+                assert not private, f"{path} imports {private} from {module}"
+
+
+def test_only_one_file_imports_lightning():
+    for path in FILES:
+        for node in tree(path).body:  # under TYPE_CHECKING everybody may
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            if any((name or "").split(".")[0] in ("lightning", "pytorch_lightning") for name in names):
+                assert str(path.relative_to(PACKAGE)) in USES_LIGHTNING, path
+
+
+def test_files_are_short_and_do_not_print():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= ALLOWED_LENGTH, path
+        calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        printed = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printed, f"{path} prints in line {printed[0]}"
+
+
+@pytest.mark.parametrize("module", ["lq_plugin", "lq_plugin.intent.plan", "lq_plugin.model", "lq_plugin.ranges"])
 def test_the_core_does_not_import_lightning(module):
     heavy = ("lightning", "optuna", "wandb", "hydra", "matplotlib")
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in {heavy}))"

@@ -14,7 +14,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lq_plugin import PTQ, QAT, QuantPlan
-from lq_plugin.cli import optimized_metric, require_lq_configs, run
+from lq_plugin.commands.common import require_lq_configs
+from lq_plugin.commands.train import optimized_metric, run
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.model.checkpoint import load_float_weights
 
@@ -184,7 +185,7 @@ def test_float_weights_load_strictly(tmp_path):
 
 
 def lq_train(*arguments: str, cwd: Path) -> str:
-    code = "from lq_plugin.cli import train; train()"
+    code = "from lq_plugin.commands.entry import train; train()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
@@ -215,7 +216,7 @@ def test_jobs_of_a_multirun_are_wandb_runs_of_their_own(tmp_path):
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_checkpoint_that_is_not_there_is_told_at_once(command, sweep, tmp_path):
     code = (
-        f"import sys; from lq_plugin.cli import {command}\n"
+        f"import sys; from lq_plugin.commands.entry import {command}\n"
         f"try: {command}()\nfinally: print('heavy:', 'lightning' in sys.modules)"
     )
     experiment = "digits_float" if command == "train" else "digits_search"

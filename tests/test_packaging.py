@@ -84,7 +84,7 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     assert subprocess.run(pip, check=False).returncode == 0
     # PYTHONPATH: the wheel's files come before those of the environment.
-    code = "import lq_plugin; from lq_plugin.cli import train; print('#', lq_plugin.__file__); train()"
+    code = "import lq_plugin; from lq_plugin.commands.entry import train; print('#', lq_plugin.__file__); train()"
     command = [sys.executable, "-c", code, "experiment=digits_qat", "--cfg", "job"]
     env = os.environ | {"PYTHONPATH": str(target)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -112,7 +112,7 @@ def test_a_wheel_alone_runs_from_another_folder(wheel, tmp_path):
         ("hydra_plugins.lq_plugin_searchpath", ["torch"]),
         ("hydra_plugins.lq_sweeper", ["torch", "optuna", "lightning"]),
         ("lq_plugin.conf.shared", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
-        ("lq_plugin.cli", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
+        ("lq_plugin.commands.entry", ["torch", "lightning", "optuna", "wandb", "matplotlib"]),
     ],
 )
 def test_what_hydra_imports_at_each_start_is_light(module, heavy):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from lq_plugin.plan import QuantPlan
+from lq_plugin.intent.plan import QuantPlan
 
 PROJECT = Path(__file__).parents[1] / "examples" / "lightning_hydra_template"
 SHORT = [

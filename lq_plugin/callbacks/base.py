@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lq_plugin.callbacks.data import (
+from lq_plugin.callbacks.trainer.data import (
     calibration_batches,
     one_batch,
     one_float_batch,
     statistics_merger,
     with_progress,
 )
-from lq_plugin.callbacks.load_guard import guard_load_from_checkpoint
-from lq_plugin.callbacks.neighbours import move_before, renew_averages, tuners
-from lq_plugin.callbacks.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
-from lq_plugin.callbacks.steps import CalibrationStep, step_runner
-from lq_plugin.callbacks.traces import without_traces
+from lq_plugin.callbacks.trainer.load_guard import guard_load_from_checkpoint
+from lq_plugin.callbacks.trainer.other_callbacks import move_before, renew_averages, tuners
+from lq_plugin.callbacks.trainer.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
+from lq_plugin.callbacks.trainer.steps import CalibrationStep, step_runner
+from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import PlanError
-from lq_plugin.lightning_packages import Callback, isolate_rng
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.calibrate import (
     Statistics,
     collect_statistics,
@@ -33,14 +33,14 @@ from lq_plugin.model.calibrate import (
     never_reached,
     without_levels,
 )
+from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger, least_coverage
-from lq_plugin.model.operation_rules import needs_recording
+from lq_plugin.model.operations.rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
-from lq_plugin.model.record import Recording, record
 from lq_plugin.model.unreached import REASON, suspend, unreached
-from lq_plugin.plan import QuantPlan
 from lq_plugin.quantizers import Suspension
+from lq_plugin.utilities.lightning_packages import Callback, isolate_rng
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

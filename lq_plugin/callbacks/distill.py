@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lq_plugin.callbacks.steps import step_runner
-from lq_plugin.callbacks.traces import silenced
+from lq_plugin.callbacks.trainer.steps import step_runner
+from lq_plugin.callbacks.trainer.traces import silenced
 from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.model.copies import copy_model
 from lq_plugin.model.kept_state import KeptState

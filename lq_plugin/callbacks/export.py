@@ -10,18 +10,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.base import QuantizationCallback
-from lq_plugin.callbacks.data import calibration_batches
-from lq_plugin.callbacks.neighbours import move_before, tuners
+from lq_plugin.callbacks.trainer.data import calibration_batches
+from lq_plugin.callbacks.trainer.other_callbacks import move_before, tuners
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export import save_packed
 from lq_plugin.export.checks import check_float32, stored_faults
+from lq_plugin.export.options import SUFFIXES, dims_faults, need_onnx, smallest_faults
 from lq_plugin.export.verify import inputs_of, need_one_input
-from lq_plugin.export_options import SUFFIXES, dims_faults, need_onnx, smallest_faults
-from lq_plugin.files import make_folder
 from lq_plugin.layers import computed_faults
-from lq_plugin.lightning_packages import Callback
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.utilities.files import make_folder
+from lq_plugin.utilities.lightning_packages import Callback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,7 @@ class Export(Callback):
 
     Args:
         path: `.safetensors` for a packed file, `.onnx` for ONNX.
-        round_sums: for ONNX: round residual sums to 8 bits too, see `lq_plugin.export.onnx.export_onnx`.
+        round_sums: for ONNX: round residual sums to 8 bits too, see `lq_plugin.export.onnx_file.write.export_onnx`.
         smallest: for ONNX: bits of the smallest integer type.
         dynamic_dims: for ONNX: dims of the input behind the batch that may have any size, too: `[1]` for tokens `[N,
             L]`.
@@ -128,7 +128,7 @@ class Export(Callback):
             rank_zero_warn(f"Export: {fault}, before the run ends")
         faults = stored_faults(pl_module)
         if self.onnx:
-            from lq_plugin.export.onnx import knowable_faults  # not at the top: packed files need no onnx
+            from lq_plugin.export.onnx_file.write import knowable_faults  # not at the top: packed files need no onnx
 
             need_one_input(pl_module)
             check_float32(pl_module)

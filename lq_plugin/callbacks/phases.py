@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import Progress, TaskID
 
-from lq_plugin.callbacks.data import calibration_batches, with_progress
-from lq_plugin.callbacks.steps import step_runner
-from lq_plugin.callbacks.traces import without_traces
+from lq_plugin.callbacks.trainer.data import calibration_batches, with_progress
+from lq_plugin.callbacks.trainer.steps import step_runner
+from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
-from lq_plugin.model.batch_norm import reestimate_batch_norm
-from lq_plugin.model.bias_correct import bias_correct
 from lq_plugin.model.calibrate import float_forward
-from lq_plugin.model.correct_batch_norm import correct_batch_norm
-from lq_plugin.model.equalize import equalize
-from lq_plugin.model.fold_batch_norm import find_batch_norm_pairs, fold_batch_norm
-from lq_plugin.model.gptq import check_options, gptq
 from lq_plugin.model.prepare import quantizers
-from lq_plugin.model.reconstruct import reconstruct
-from lq_plugin.model.reconstruct_options import ReconstructOptions
-from lq_plugin.model.smooth_quant import smooth_quant
+from lq_plugin.ptq.batch_norm.correct import correct_batch_norm
+from lq_plugin.ptq.batch_norm.fold import find_batch_norm_pairs, fold_batch_norm
+from lq_plugin.ptq.batch_norm.reestimate import reestimate_batch_norm
+from lq_plugin.ptq.bias_correction.correct import bias_correct
+from lq_plugin.ptq.equalization.equalize import equalize
+from lq_plugin.ptq.gptq.quantize import check_options, gptq
+from lq_plugin.ptq.reconstruction.options import ReconstructOptions
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
+from lq_plugin.ptq.smooth_quant.smooth import smooth_quant
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lq_plugin.callbacks.base import QuantizationCallback
-from lq_plugin.callbacks.data import seeded
 from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
-from lq_plugin.callbacks.steps import CalibrationStep
+from lq_plugin.callbacks.trainer.data import seeded
+from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.errors import PlanError
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.layers import weight_of
-from lq_plugin.model.fold_batch_norm import FoldedBatchNorms
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.model.reconstruct import Reconstruction
 from lq_plugin.model.unreached import REASON, unreached
-from lq_plugin.plan import QuantPlan
+from lq_plugin.ptq.batch_norm.fold import FoldedBatchNorms
+from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -12,19 +12,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lq_plugin.callbacks.base import QuantizationCallback
-from lq_plugin.callbacks.data import all_reduce_max, statistics_merger
 from lq_plugin.callbacks.distill import Distillation, Teacher
-from lq_plugin.callbacks.float_resume import is_float, make_room_for_ranges
-from lq_plugin.callbacks.neighbours import renew_averages, start_averages
-from lq_plugin.callbacks.optimizers import (
+from lq_plugin.callbacks.trainer.data import all_reduce_max, statistics_merger
+from lq_plugin.callbacks.trainer.float_resume import is_float, make_room_for_ranges
+from lq_plugin.callbacks.trainer.optimizers import (
     RangeOptimizer,
     adopt_learned_ranges,
     hide_learned_ranges,
     show_learned_ranges,
 )
-from lq_plugin.callbacks.sharding import average_gradients, whole_weights
-from lq_plugin.callbacks.steps import CalibrationStep
+from lq_plugin.callbacks.trainer.other_callbacks import renew_averages, start_averages
+from lq_plugin.callbacks.trainer.sharding import average_gradients, whole_weights
+from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.errors import PlanError
+from lq_plugin.intent.plan import QuantPlan
+from lq_plugin.intent.schedule import Phase, Schedule
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.layers.integer import (
     disable_integer_forward,
@@ -33,14 +35,12 @@ from lq_plugin.layers.integer import (
     integer_report,
     settle_integer_forward,
 )
-from lq_plugin.model.batch_norm import FrozenBatchNorms, freeze_batch_norm
-from lq_plugin.model.observe import clip_latent_weights, commit_observers, enter_stage, forget_batch
-from lq_plugin.model.operations import quantized_operations
+from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.training import clip_latent_weights, commit_observers, enter_stage, forget_batch
 from lq_plugin.model.unreached import REASON, reached_any, settle, unreached, waiting
-from lq_plugin.plan import QuantPlan
-from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
-from lq_plugin.schedule import Phase, Schedule
+from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -299,7 +299,7 @@ class QAT(QuantizationCallback):
         silent = {id(quantizer) for group in self.unreached.values() for quantizer in group}
         for quantizer in quantizers(pl_module):
             # Frozen ranges are those that there are: what a batch reaches later still gets its first.
-            quantizer.observing = isinstance(quantizer, InputQuantizer) and (
+            quantizer.observing = isinstance(quantizer, ActivationQuantizer) and (
                 phase.observe or not quantizer.is_calibrated
             )
             if id(quantizer) not in silent:

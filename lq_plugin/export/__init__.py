@@ -1,35 +1,17 @@
-"""Out of training: files that are really as small as the bits say."""
+"""Files of a quantized model, as small and as fast as its bits say, and checks that they compute the same."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lq_plugin.export.openvino import OpenVINOSession
-from lq_plugin.export.packed import load_packed, save_packed
-from lq_plugin.export.runtime import onnx_session
-from lq_plugin.export.torchao import use_torchao
-from lq_plugin.export.verify import Verification, verify
-from lq_plugin.export.xnor import use_xnor, xnor_layer
+from lq_plugin.utilities.lazy import attributes
 
-__all__ = [
-    "OpenVINOSession",
-    "Verification",
-    "export_onnx",
-    "load_packed",
-    "onnx_session",
-    "save_packed",
-    "use_torchao",
-    "use_xnor",
-    "verify",
-    "xnor_layer",
-]
+if TYPE_CHECKING:
+    from lq_plugin.export.onnx_file import export_onnx as export_onnx
+    from lq_plugin.export.openvino import OpenVINOSession as OpenVINOSession
+    from lq_plugin.export.packed import load_packed as load_packed, save_packed as save_packed
+    from lq_plugin.export.runtime import onnx_session as onnx_session
+    from lq_plugin.export.torchao import use_torchao as use_torchao
+    from lq_plugin.export.verify import Verification as Verification, verify as verify
+    from lq_plugin.export.xnor import use_xnor as use_xnor, xnor_layer as xnor_layer
 
-
-def __getattr__(name: str) -> Any:
-    # Packed files need no onnx.
-    if name == "export_onnx":
-        from lq_plugin.export_options import need_onnx
-
-        need_onnx("export_onnx")
-        from lq_plugin.export.onnx import export_onnx
-
-        return export_onnx
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Loaded on first use: commands check their options by `lq_plugin.export.options` before torch and onnx are imported.
+__getattr__, __dir__, __all__ = attributes(__name__, __file__)

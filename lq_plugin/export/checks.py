@@ -10,7 +10,7 @@ from torch import nn
 from lq_plugin.errors import ExportError
 from lq_plugin.export.codes import nothing_stored
 from lq_plugin.export.torchao import RowsLinear
-from lq_plugin.export.xnor import XNORConv, XNORLinear
+from lq_plugin.export.xnor.layers import XNORConv, XNORLinear
 from lq_plugin.model.prepare import quantized_layers
 
 

@@ -1,7 +1,7 @@
 """What a quantized weight is made of: whole numbers of few bits, and a few float numbers.
 
 `encode` takes a weight apart, `decode` puts it together, bit for bit. Every format stores exactly what
-`lq_plugin.model.cost` counts for it:
+`lq_plugin.model.measure.cost` counts for it:
 
 | format | codes (bits an element) | beside them |
 |---|---|---|
@@ -33,10 +33,10 @@ from lq_plugin.functional.mx import mx_exponents, step_of
 from lq_plugin.functional.nvfp4 import nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, mx_scale, power_of_two
 from lq_plugin.functional.twn import ternary_signs
+from lq_plugin.intent.spec import MX_FORMATS, PerGroup, QuantSpec
 from lq_plugin.quantizers import WeightQuantizer, make_weight_quantizer
 from lq_plugin.quantizers.blockwise import element_and_mode
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
-from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.float_model import float_copy, float_graph
-from lq_plugin.export.onnx import export_onnx
+from lq_plugin.export.onnx_file.float_model import float_copy, float_graph
+from lq_plugin.export.onnx_file.write import export_onnx
 from lq_plugin.export.openvino import OpenVINOSession
+from lq_plugin.export.options import LatencyOptions
 from lq_plugin.export.runtime import onnx_session
-from lq_plugin.export_options import LatencyOptions
-from lq_plugin.files import make_folder, temporary_folder, write_file
+from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
+from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
-from lq_plugin.plan import LayerPlan, QuantPlan, Rule
-from lq_plugin.spec import PerChannel, PerGroup, QuantSpec
+from lq_plugin.utilities.files import make_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def latency_table(
     Raises:
         ExportError: specs that cannot be exported, all of them at once.
 
-    >>> from lq_plugin.spec import QuantSpec
+    >>> from lq_plugin.intent.spec import QuantSpec
     >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
     >>> int8 = LayerPlan(weight=QuantSpec.parse("int8 per_channel"), input=QuantSpec.parse("uint8 affine"))
     >>> table = latency_table(net, [torch.randn(1, 64)], [{"0": int8}], LatencyOptions(rounds=3))

@@ -23,17 +23,17 @@ from lq_plugin.export.checks import check_folder, check_unchanged
 from lq_plugin.export.codes import decode, encode_rows, layout, statistics
 from lq_plugin.export.packed_checks import PackedModel
 from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter, row_chunks
-from lq_plugin.files import replacing
+from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
 from lq_plugin.model.calibrate import evaluating
-from lq_plugin.model.cost import cost
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.operations import operations_in, quantized_operations
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.operations.quantized import operations_in, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.prepare import prepare, quantized_layers, remove
 from lq_plugin.model.unreached import unreached, without_range
-from lq_plugin.plan import QuantPlan, Rule
 from lq_plugin.quantizers import WeightQuantizer
+from lq_plugin.utilities.files import replacing
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lq_plugin.errors import ExportError, SpecError, raise_all
 from lq_plugin.export.codes import any_code_is_finite, decode, layout
 from lq_plugin.export.packed_file import DTYPES, PackedReader, row_chunks
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import Quantizer
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
-from lq_plugin.spec import QuantSpec
 
 #: Bytes of the table of contents for each name in the model; a name itself may have some hundred.
 _PER_NAME, _AT_LEAST = 2048, 2**16

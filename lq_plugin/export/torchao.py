@@ -20,12 +20,12 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.quiet import quiet
 from lq_plugin.extras import need_packages
 from lq_plugin.functional.affine import quantize
+from lq_plugin.intent.spec import PerChannel, PerTensor
 from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
 from lq_plugin.layers.integer.kernels import sums_exactly
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.quantizers import InputQuantizer, WeightQuantizer
-from lq_plugin.spec import PerChannel, PerTensor
+from lq_plugin.quantizers import ActivationQuantizer, WeightQuantizer
 
 log = logging.getLogger(__name__)
 
@@ -160,5 +160,5 @@ def int8_weight(layer: QuantizedLinear) -> Tensor:
 
 def _current(layer: QuantizedLinear, slot: str) -> Any:
     """The quantizer that is on at this stage of its plan, or None."""
-    quantizer: WeightQuantizer | InputQuantizer | None = getattr(layer, f"{slot}_quantizer")
+    quantizer: WeightQuantizer | ActivationQuantizer | None = getattr(layer, f"{slot}_quantizer")
     return None if quantizer is None else quantizer.current

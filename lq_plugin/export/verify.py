@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.openvino import OpenVINOSession
+from lq_plugin.export.options import check_runtime
 from lq_plugin.export.packed import load_packed
 from lq_plugin.export.runtime import onnx_session
-from lq_plugin.export_options import check_runtime
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.loaders import loaders_in
 

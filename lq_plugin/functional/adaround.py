@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 ZETA, GAMMA = 1.1, -0.1
 #: A weight whose h is nearer than this to 0 or 1 counts as decided.

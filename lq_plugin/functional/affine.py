@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import DTYPES, FakeQuantizeKernels, Kernels, Layout, layout_along, layout_of
 from lq_plugin.native.pass_band import pass_band
-from lq_plugin.spec import IntegerGrid
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
 #: 1 / scale stays finite in float32.

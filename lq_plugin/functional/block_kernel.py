@@ -15,9 +15,9 @@ from torch import Tensor
 from lq_plugin.functional import mx, nvfp4, ocp_mx
 from lq_plugin.functional.affine import masked_gradient
 from lq_plugin.functional.minifloat import E2M1, Minifloat
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import BlockRule, Kernels, block_layout
-from lq_plugin.spec import IntegerGrid
 
 
 def mx_rule(mantissa_bits: int) -> BlockRule:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.affine import fake_quantize
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.spec import Granularity, PerChannel, PerGroup
+from lq_plugin.intent.spec import Granularity, PerChannel, PerGroup
 
 #: Of MX: what is a block by its format is padded to a whole one.
 _LARGEST_BLOCK = 32
@@ -27,7 +27,7 @@ _LARGEST_BLOCK = 32
 def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: int = 0) -> tuple[int, ...]:
     """Shape of the scales for a tensor of `shape`, broadcastable to `blocks(x, granularity)`.
 
-    >>> from lq_plugin.spec import PerTensor
+    >>> from lq_plugin.intent.spec import PerTensor
     >>> scale_shape((8, 20, 3, 3), PerGroup(16, ragged=True)), scale_shape((8, 20), PerTensor())
     ((8, 2, 1, 3, 3), (1, 1))
     """

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE, native_layout
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.spec import IntegerGrid
 
 Band = Literal["paper", "rounded"]
 

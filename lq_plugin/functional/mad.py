@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 
 def fake_quantize_mad(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:

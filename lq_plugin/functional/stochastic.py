@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd import Function
 
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 
 def fake_quantize_stochastic(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, noise: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.formats import SLOTS
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import LayerPlan, Stage
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers.integer import IntegerForward
 from lq_plugin.layers.parametrized import (
     class_before,
@@ -18,18 +20,16 @@ from lq_plugin.layers.parametrized import (
     weight_of,
     weight_sources,
 )
-from lq_plugin.plan import LayerPlan, Stage
 from lq_plugin.quantizers import (
-    InputQuantizer,
+    ActivationQuantizer,
     Quantizer,
     SharedInput,
     WeightQuantizer,
-    XNORInputQuantizer,
+    XNORActivationQuantizer,
     in_stages,
-    make_input_quantizer,
+    make_activation_quantizer,
     make_weight_quantizer,
 )
-from lq_plugin.spec import QuantSpec
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -50,8 +50,8 @@ class QuantizedLayer(nn.Module):
 
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
-    input_quantizer: InputQuantizer | None
-    output_quantizer: InputQuantizer | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     _integer_state: IntegerForward | None = None
     #: With the layers beside it that may read the same tensor, see `share_inputs`.
@@ -91,7 +91,11 @@ class QuantizedLayer(nn.Module):
                 f"{quantizer.name}: the input is sparse ({x.layout}), which no format quantizes; pass x.to_dense(), "
                 "or leave the input of this layer float and quantize its weight alone"
             )
-        if self._shared_input is not None and isinstance(quantizer, InputQuantizer) and self._shared_input.takes(x):
+        if (
+            self._shared_input is not None
+            and isinstance(quantizer, ActivationQuantizer)
+            and self._shared_input.takes(x)
+        ):
             return quantizer.forward_shared(x, self._shared_input)
         return x if quantizer is None else quantizer(x)
 
@@ -124,12 +128,12 @@ class QuantizedLayer(nn.Module):
         return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items()}, stages=tuple(stages))
 
 
-def scales_output(quantizer: InputQuantizer | None) -> bool:
+def scales_output(quantizer: ActivationQuantizer | None) -> bool:
     """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
     # Something else may stand in for a quantizer while roundings are learned.
     current = quantizer.current if isinstance(quantizer, Quantizer) else None
     return (
-        isinstance(current, XNORInputQuantizer)
+        isinstance(current, XNORActivationQuantizer)
         and current.is_enabled
         and current.collector is None
         and not current.is_suspended
@@ -197,8 +201,8 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
     shape = tuple(type(layer).canonical(layer, weight).shape)
     makers: dict[str, Callable[[QuantSpec, str], Quantizer]] = {
         "weight": lambda spec, name: make_weight_quantizer(spec, name, shape),
-        "input": lambda spec, name: make_input_quantizer(spec, name, c_in, type(layer).input_axis),
-        "output": lambda spec, name: make_input_quantizer(spec, name, c_out, type(layer).input_axis),
+        "input": lambda spec, name: make_activation_quantizer(spec, name, c_in, type(layer).input_axis),
+        "output": lambda spec, name: make_activation_quantizer(spec, name, c_out, type(layer).input_axis),
     }
     for slot in SLOTS:
         if getattr(plan, slot) is not None:

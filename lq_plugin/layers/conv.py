@@ -65,7 +65,7 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     input_axis = -4
 
 
-class _QuantizedConvTranspose(ShadowedForward, _QuantizedConv):
+class QuantizedConvTranspose(ShadowedForward, _QuantizedConv):
     """Transposed convolution; the weight `[C_in, C_out / groups, *kernel]` is put in the order of a convolution's."""
 
     groups: int
@@ -82,18 +82,18 @@ class _QuantizedConvTranspose(ShadowedForward, _QuantizedConv):
 
 
 @register_layer(nn.ConvTranspose1d)
-class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
+class QuantizedConvTranspose1d(QuantizedConvTranspose, nn.ConvTranspose1d):
     float_class = nn.ConvTranspose1d
     input_axis = -2
 
 
 @register_layer(nn.ConvTranspose2d)
-class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
+class QuantizedConvTranspose2d(QuantizedConvTranspose, nn.ConvTranspose2d):
     float_class = nn.ConvTranspose2d
     input_axis = -3
 
 
 @register_layer(nn.ConvTranspose3d)
-class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
+class QuantizedConvTranspose3d(QuantizedConvTranspose, nn.ConvTranspose3d):
     float_class = nn.ConvTranspose3d
     input_axis = -4

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lq_plugin.formats import SLOTS
+from lq_plugin.intent.formats import SLOTS
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.layers.parametrized import (
     class_before,

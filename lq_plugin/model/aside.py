@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from lq_plugin.formats import SLOTS
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import QuantPlan, Rule
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.plan import QuantPlan, Rule
-from lq_plugin.spec import QuantSpec
 
 
 def set_aside(model: nn.Module, patterns: Iterable[str] = ()) -> dict[str, str]:

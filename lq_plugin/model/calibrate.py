@@ -13,10 +13,10 @@ from torch import nn
 from lq_plugin.errors import CalibrationError, raise_all
 from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import weight_of
+from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.model.record import without_compile
 from lq_plugin.model.unreached import settle, unreached
-from lq_plugin.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.ranges import Histogram, Sample
 from lq_plugin.ranges.grid_error import side_without_levels
 
@@ -82,7 +82,7 @@ def collect_statistics(
         f"{name}.weight: NaN or Inf in {int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights"
         for name, weight in weights.items() if not torch.isfinite(weight).all()
     ])  # fmt: skip
-    watched = [q for q in quantizers(model) if isinstance(q, InputQuantizer)]
+    watched = [q for q in quantizers(model) if isinstance(q, ActivationQuantizer)]
     if not watched:
         return {}  # ranges of weights come from the weights
     count = 0
@@ -108,7 +108,7 @@ def collect_statistics(
 
 def needs_data(model: nn.Module) -> bool:
     """Whether ranges come from data: those of activations do, but for formats that find their scales at run time."""
-    return any(isinstance(q, InputQuantizer) and q.needs_calibration for q in quantizers(model))
+    return any(isinstance(q, ActivationQuantizer) and q.needs_calibration for q in quantizers(model))
 
 
 def load_statistics(model: nn.Module, statistics: Statistics, missing_only: bool = False) -> None:
@@ -123,7 +123,7 @@ def load_statistics(model: nn.Module, statistics: Statistics, missing_only: bool
         if missing_only and quantizer.is_calibrated:
             continue
         histogram = statistics.get(quantizer.name)
-        if isinstance(quantizer, InputQuantizer) and histogram is not None and histogram.total.any():
+        if isinstance(quantizer, ActivationQuantizer) and histogram is not None and histogram.total.any():
             quantizer.load_sample(histogram.sample())
     settle(before, model)
 
@@ -146,7 +146,12 @@ def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
                 samples.append((q, q.sample(weight), q.qparams(blocks(weight.float(), q.spec.granularity))[0]))
     for q in quantizers(model):
         histogram = statistics.get(q.name)
-        if isinstance(q, InputQuantizer) and q.spec.lacks_a_side and histogram is not None and histogram.total.any():
+        if (
+            isinstance(q, ActivationQuantizer)
+            and q.spec.lacks_a_side
+            and histogram is not None
+            and histogram.total.any()
+        ):
             samples.append((q, histogram.sample(), q.qparams()[0]))
     found = []
     for q, sample, scale in samples:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lq_plugin.errors import PlanError
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.operations import operations_in
+from lq_plugin.model.operations.quantized import operations_in
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.model.unreached import REASON, settle, unreached, without_range
-from lq_plugin.plan import QuantPlan
-from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.quantizers import ActivationQuantizer
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -138,7 +138,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Ma
     with _unchanged_on_failure(model):
         ledger = prepare(model, plan, operations_in(state) or None)
         model.load_state_dict(state)
-        from_data = [q for q in quantizers(model) if isinstance(q, InputQuantizer) and q.needs_calibration]
+        from_data = [q for q in quantizers(model) if isinstance(q, ActivationQuantizer) and q.needs_calibration]
         if any(quantizer.is_calibrated for quantizer in from_data):
             # Data has come, and has not reached the others.
             settle({}, model)

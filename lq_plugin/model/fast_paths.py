@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.model.operations import OperationQuantizers
+from lq_plugin.model.operations.quantized import OperationQuantizers
 
 #: The attribute that must have this value for the ordinary path.
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lq_plugin.model.tensor_identity import storage_of, version_of
+from lq_plugin.model.graph.tensor_identity import storage_of, version_of
 from lq_plugin.quantizers import Quantizer
 
 Restore = Callable[[], object]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lq_plugin.errors import CoverageError, PlanError, did_you_mean, raise_all
-from lq_plugin.formats import SLOTS
-from lq_plugin.model.record import Recording
-from lq_plugin.plan import LayerPlan
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.record import Recording
 
 
 @dataclass

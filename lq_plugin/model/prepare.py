@@ -2,8 +2,8 @@
 
 Layers are swapped by class: modules, parameters, hooks and the key `weight` keep their identity; a
 layer gains the submodules `weight_quantizer`, `input_quantizer` and `output_quantizer`. A module with several weights
-(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound`. Operations that no layer owns are quantized
-where a rule asks for them by name, see `lq_plugin.model.operation_rules`.
+(LSTM, attention) has a layer for each, see `lq_plugin.layers.compound.base`. Operations that no layer owns are
+quantized where a rule asks for them by name, see `lq_plugin.model.operations.rules`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import ExportError, PlanError, did_you_mean, raise_all
+from lq_plugin.intent.plan import LayerInfo, LayerPlan, QuantPlan
 from lq_plugin.layers import (
     CONTAINER,
     CompoundWeight,
@@ -34,18 +35,17 @@ from lq_plugin.layers import (
 )
 from lq_plugin.model.aside import quantizing
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
+from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.ledger import Entry, Ledger
-from lq_plugin.model.operation_rules import blocked, resolve_operations, split
-from lq_plugin.model.operations import (
+from lq_plugin.model.operations.quantized import (
     Operation,
     attach_operations,
     detach_operations,
     operations_of,
     quantized_operations,
 )
-from lq_plugin.model.recording import Recording
+from lq_plugin.model.operations.rules import blocked, resolve_operations, split
 from lq_plugin.model.survey import OPAQUE, Survey, input_owner
-from lq_plugin.plan import LayerInfo, LayerPlan, QuantPlan
 from lq_plugin.quantizers import Quantizer, make_weight_quantizer
 
 
@@ -61,8 +61,8 @@ def prepare(
     Args:
         model: any module; its own code stays untouched.
         plan: a `QuantPlan` or anything `QuantPlan.parse` reads.
-        recording: of one forward pass of the float model (`lq_plugin.model.record`), for a plan that names operations
-            (`block.add_0`, `*.matmul_*`); or these operations by name.
+        recording: of one forward pass of the float model (`lq_plugin.model.graph.record`), for a plan that names
+            operations (`block.add_0`, `*.matmul_*`); or these operations by name.
 
     Returns:
         The ledger of what is quantized and what stays float, and why.
@@ -104,7 +104,7 @@ def prepare(
         for name,
         layer_plan in layer_plans.items() if layer_plan and (taken := _names_taken(module := survey.candidates[name]))
     ])  # fmt: skip
-    ledger = _ledger(model, survey, layer_plans, operation_plans)
+    ledger = ledger_of(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
         raise _nothing_to_quantize(model, [(entry.name, entry.kind, entry.reason) for entry in ledger.left_float])
     _refuse_other_plan(model, survey.candidates, layer_plans, operation_plans)
@@ -190,7 +190,7 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
     return [module for module in model.modules() if isinstance(module, Quantizer)]
 
 
-def _ledger(
+def ledger_of(
     model: nn.Module,
     survey: Survey,
     plans: dict[str, LayerPlan],

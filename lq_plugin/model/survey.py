@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lq_plugin.intent.plan import LayerInfo
 from lq_plugin.layers import (
     CONTAINER,
     CompoundWeight,
@@ -22,8 +23,7 @@ from lq_plugin.layers import (
 )
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
 from lq_plugin.model.aside import set_aside
-from lq_plugin.model.operations import OperationQuantizers
-from lq_plugin.plan import LayerInfo
+from lq_plugin.model.operations.quantized import OperationQuantizers
 from lq_plugin.quantizers import Quantizer
 
 #: Modules that compute with their children's parameters without calling the children.

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lq_plugin.model.operations import quantized_operations
+from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.quantizers import InputQuantizer, Quantizer, Suspension
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, Suspension
 
 #: The reason in the ledger.
 REASON = "no batch has reached it"
@@ -29,12 +29,14 @@ def quantizers_by_owner(model: nn.Module) -> dict[str, list[Quantizer]]:
 
 def waiting(group: list[Quantizer]) -> list[Quantizer]:
     """Those that need data for their range, and have had none."""
-    return [q for q in group if isinstance(q, InputQuantizer) and q.needs_calibration and not q.is_calibrated]
+    return [q for q in group if isinstance(q, ActivationQuantizer) and q.needs_calibration and not q.is_calibrated]
 
 
 def reached_any(model: nn.Module) -> bool:
     """Whether any of the quantizers that need data for their range has had some."""
-    return any(isinstance(q, InputQuantizer) and q.needs_calibration and q.is_calibrated for q in quantizers(model))
+    return any(
+        isinstance(q, ActivationQuantizer) and q.needs_calibration and q.is_calibrated for q in quantizers(model)
+    )
 
 
 def unreached(model: nn.Module) -> dict[str, list[Quantizer]]:

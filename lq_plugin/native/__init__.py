@@ -6,7 +6,5 @@ operations. `LQ_NATIVE=0` in the environment switches them off, `LQ_NATIVE=1` ma
 `use_native` does the same for a part of a program.
 """
 
-from lq_plugin.native.build import NativeError
-from lq_plugin.native.switch import available, use_native
-
-__all__ = ["NativeError", "available", "use_native"]
+from lq_plugin.native.build import NativeError as NativeError
+from lq_plugin.native.switch import available as available, use_native as use_native

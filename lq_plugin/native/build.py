@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.files import sweep, temporary_folder
+from lq_plugin.utilities.files import sweep, temporary_folder
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ _MIN_SCALE = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def _rounded(x):
+def round_half_even(x):
     """Half to even, by adding what leaves no bits for a fraction; a zero keeps its sign, a NaN stays."""
     magnitude = tl.abs(x)
     whole = (magnitude + _WHOLE) - _WHOLE
@@ -39,7 +39,7 @@ def _rounded(x):
 
 
 @triton.jit
-def _clipped(x, low, high):
+def clip_levels(x, low, high):
     """A NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
@@ -71,11 +71,11 @@ def _acting(scale, zero_point, quant_min, quant_max):
     """A learned scale acts by its magnitude, a learned zero point rounded."""
     magnitude = tl.abs(scale)
     magnitude = tl.where(magnitude < _MIN_SCALE, _MIN_SCALE, magnitude)
-    return magnitude, _clipped(_rounded(zero_point), quant_min, quant_max)
+    return magnitude, clip_levels(round_half_even(zero_point), quant_min, quant_max)
 
 
 @triton.jit
-def _inverse(scale):
+def inverse_of(scale):
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
@@ -86,7 +86,7 @@ def _over(x, number):
 
 
 @triton.jit
-def _range(low, high, quant_min, quant_max, AFFINE: tl.constexpr):
+def range_qparams(low, high, quant_min, quant_max, AFFINE: tl.constexpr):
     """`qparams_from_bounds` of lq_plugin/functional/affine.py."""
     low, high = tl.where(low > 0.0, 0.0, low), tl.where(high < 0.0, 0.0, high)
     zero_point = tl.zeros_like(low)
@@ -94,7 +94,7 @@ def _range(low, high, quant_min, quant_max, AFFINE: tl.constexpr):
         steps = quant_max - quant_min
         scale = _over(high, steps) - _over(low, steps)
         scale = tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
-        zero_point = _clipped(quant_min - _rounded(tl.div_rn(low, scale)), quant_min, quant_max)
+        zero_point = clip_levels(quant_min - round_half_even(tl.div_rn(low, scale)), quant_min, quant_max)
     else:
         scale = tl.zeros_like(low)
         if quant_max > 0:
@@ -129,7 +129,7 @@ def _forward(
     at, there = _qparams(row, column, valid, outer, run, inner, rows, IN_COLUMNS)
     if FROM_EXTREMES:
         low, high = tl.load(low_at + at, mask=there, other=0.0), tl.load(high_at + at, mask=there, other=0.0)
-        scale, zero_point = _range(low.to(tl.float32), high.to(tl.float32), quant_min, quant_max, AFFINE)
+        scale, zero_point = range_qparams(low.to(tl.float32), high.to(tl.float32), quant_min, quant_max, AFFINE)
         if tl.program_id(0) % parts == 0:
             tl.store(scale_at + at, scale, mask=there)
             tl.store(zero_at + at, zero_point, mask=there)
@@ -138,8 +138,8 @@ def _forward(
     if LEARNED:
         scale, zero_point = _acting(scale, zero_point, quant_min, quant_max)
     low, high = quant_min - zero_point, quant_max - zero_point
-    level = _rounded(x * _inverse(scale))
-    tl.store(y_at + place, (_clipped(level, low, high) * scale).to(y_at.dtype.element_ty), mask=valid)
+    level = round_half_even(x * inverse_of(scale))
+    tl.store(y_at + place, (clip_levels(level, low, high) * scale).to(y_at.dtype.element_ty), mask=valid)
     if MASKED:
         inside = valid & ~((level < low) | (level > high))
         _store_bits(mask_at, inside, row, column, length, rows, ROWS, COLUMNS)
@@ -170,7 +170,7 @@ def _take_in(low_at, high_at, lows_at, highs_at, number, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
-def _mask_gradient(gradient_at, result_at, mask_at, rows, length, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def mask_gradient(gradient_at, result_at, mask_at, rows, length, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, valid = _place(rows, length, parts, ROWS, COLUMNS)
     place = row[:, None] * length + column[None, :]
     words = (length + 15) // 16
@@ -192,11 +192,11 @@ def _learned_backward(
     at, there = (row % outer)[:, None], (row < rows)[:, None]
     scale, zero_point = tl.load(scale_at + at, mask=there, other=1.0), tl.load(zero_at + at, mask=there, other=0.0)
     scale, zero_point = _acting(scale, zero_point, quant_min, quant_max)
-    ratio = tl.load(x_at + place, mask=valid, other=0.0).to(tl.float32) * _inverse(scale)
+    ratio = tl.load(x_at + place, mask=valid, other=0.0).to(tl.float32) * inverse_of(scale)
     gradient = tl.load(gradient_at + place, mask=valid, other=0.0)
-    rounded = _rounded(ratio)
+    rounded = round_half_even(ratio)
     low, high = quant_min - zero_point, quant_max - zero_point
-    level = _clipped(rounded, low, high)
+    level = clip_levels(rounded, low, high)
     # A NaN is outside.
     outside = (level != rounded) | (rounded != rounded) if ROUNDED else ~((ratio > low) & (ratio < high))
     # Inside: round(v/s) - v/s. Outside only the clipped level is left.
@@ -244,10 +244,10 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor | None]:
         layout = Layout(1, 1, x.numel(), 1)
         y, mask = torch.empty_like(x), new_mask(x, layout, masked)
-        programs = _tiles(layout)[0]
+        programs = tile_sizes(layout)[0]
         lows, highs = torch.empty(2, programs, dtype=torch.float32, device=x.device)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(lows, highs), observed=True)
-        with _device_of(x):
+        with device_of(x):
             _take_in[1,](low, high, lows, highs, programs, BLOCK=1024, **_OPTIONS)
         return y, mask
 
@@ -263,9 +263,9 @@ class TritonKernels:
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
         result = torch.empty_like(gradient)
-        programs, parts, rows, columns = _tiles(layout)
-        with _device_of(gradient):
-            _mask_gradient[programs,](
+        programs, parts, rows, columns = tile_sizes(layout)
+        with device_of(gradient):
+            mask_gradient[programs,](
                 gradient, result, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS
             )
         return result
@@ -275,11 +275,11 @@ class TritonKernels:
         layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        programs, parts, rows, columns = _tiles(layout)
+        programs, parts, rows, columns = tile_sizes(layout)
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.repeats, layout.outer, parts, dtype=torch.float64, device=x.device)
         shift = torch.empty_like(slope) if needs_zero_point else None
-        with _device_of(x):
+        with device_of(x):
             _learned_backward[programs,](
                 x, gradient, x if result is None else result, scale, zero_point, slope,
                 slope if shift is None else shift, *layout.rows,
@@ -296,10 +296,10 @@ class TritonKernels:
         extremes: tuple[Tensor, Tensor] | None = None, learned: bool = False, observed: bool = False,
         affine: bool = False,
     ) -> None:  # fmt: skip
-        programs, parts, rows, columns = _tiles(layout)
+        programs, parts, rows, columns = tile_sizes(layout)
         # What a kernel does not touch still takes a place among its arguments.
         low, high = (scale, scale) if extremes is None else extremes
-        with _device_of(x):
+        with device_of(x):
             _forward[programs,](
                 x, y, x if mask is None else mask, scale, zero_point, low, high, *layout.rows, parts, layout.outer,
                 layout.run,
@@ -310,7 +310,7 @@ class TritonKernels:
             )  # fmt: skip
 
 
-def _tiles(layout: Layout) -> tuple[int, int, int, int]:
+def tile_sizes(layout: Layout) -> tuple[int, int, int, int]:
     """Programs, how many of them share a row, and rows and columns of a tile."""
     rows, length = layout.rows
     columns = min(_WIDEST, max(16, triton.next_power_of_2(length)))
@@ -319,6 +319,6 @@ def _tiles(layout: Layout) -> tuple[int, int, int, int]:
     return triton.cdiv(rows, height) * parts, parts, height, columns
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
+def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

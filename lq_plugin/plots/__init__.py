@@ -1,20 +1,8 @@
 """Data in, `matplotlib.figure.Figure` out; `save` and `to_png` render one."""
 
-from lq_plugin.plots.layers import bits_per_layer, sqnr_per_layer
-from lq_plugin.plots.ranges import activation_histogram
-from lq_plugin.plots.sensitivity import sensitivity_map
-from lq_plugin.plots.study import pareto, pareto_front
-from lq_plugin.plots.style import save, to_png
-from lq_plugin.plots.weights import weight_box_plot
-
-__all__ = [
-    "activation_histogram",
-    "bits_per_layer",
-    "pareto",
-    "pareto_front",
-    "save",
-    "sensitivity_map",
-    "sqnr_per_layer",
-    "to_png",
-    "weight_box_plot",
-]
+from lq_plugin.plots.layers import bits_per_layer as bits_per_layer, sqnr_per_layer as sqnr_per_layer
+from lq_plugin.plots.ranges import activation_histogram as activation_histogram
+from lq_plugin.plots.sensitivity import sensitivity_map as sensitivity_map
+from lq_plugin.plots.study import pareto as pareto, pareto_front as pareto_front
+from lq_plugin.plots.style import save as save, to_png as to_png
+from lq_plugin.plots.weights import weight_box_plot as weight_box_plot

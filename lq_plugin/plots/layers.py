@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lq_plugin.model.cost import FLOAT_BITS, Cost
-from lq_plugin.model.fidelity import FidelityRow
+from lq_plugin.model.measure.cost import FLOAT_BITS, Cost
+from lq_plugin.model.measure.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FAINT, GREEN, INK, MUTED, VERMILION, new_figure, short, styled
 
 #: x in parts of the axes, y in data.
@@ -23,7 +23,7 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
     """Bits of each weight as bars, its scales and zero points included as a lighter end; bits of the input as marks.
 
     Args:
-        priced: of `lq_plugin.model.cost`.
+        priced: of `lq_plugin.model.measure.cost`.
 
     Raises:
         ValueError: a cost without rows.
@@ -70,7 +70,7 @@ def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantiza
     thousand.
 
     Args:
-        rows: of `lq_plugin.model.fidelity.layer_fidelity`; those without a number are left out.
+        rows: of `lq_plugin.model.measure.fidelity.layer_fidelity`; those without a number are left out.
 
     Raises:
         ValueError: when no row has a number.

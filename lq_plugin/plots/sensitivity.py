@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lq_plugin.model.cost import FLOAT_BITS
+from lq_plugin.model.measure.cost import FLOAT_BITS
 from lq_plugin.plots.style import FAINT, INK, new_figure, short, styled
 
 _DECADES = 6

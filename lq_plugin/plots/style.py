@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lq_plugin.files import make_folder, write_file
+from lq_plugin.utilities.files import make_folder, write_file
 
 #: Okabe and Ito's colours, told apart by colour-blind readers (jfly.uni-koeln.de/color).
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"

@@ -6,23 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 from lq_plugin.functional.ocp_mx import ELEMENTS
-from lq_plugin.quantizers.base import Quantizer, Suspension, Unquantized
-from lq_plugin.quantizers.binary import BWNWeightQuantizer, SignInputQuantizer, SignWeightQuantizer, XNORInputQuantizer
+from lq_plugin.intent.schedule import Moment
+from lq_plugin.intent.spec import MX_FORMATS, PerGroup, QuantSpec
+from lq_plugin.quantizers.activation import ActivationQuantizer as ActivationQuantizer
+from lq_plugin.quantizers.base import Quantizer as Quantizer, Suspension as Suspension, Unquantized
+from lq_plugin.quantizers.binary import (
+    BWNWeightQuantizer as BWNWeightQuantizer,
+    SignActivationQuantizer as SignActivationQuantizer,
+    SignWeightQuantizer as SignWeightQuantizer,
+    XNORActivationQuantizer as XNORActivationQuantizer,
+)
 from lq_plugin.quantizers.blockwise import (
-    NVFP4InputQuantizer,
+    NVFP4ActivationQuantizer,
     NVFP4WeightQuantizer,
-    OCPInputQuantizer,
+    OCPActivationQuantizer,
     OCPWeightQuantizer,
 )
 from lq_plugin.quantizers.codebook import CodebookWeightQuantizer
-from lq_plugin.quantizers.learned import LSQInputQuantizer, LSQWeightQuantizer, PACTInputQuantizer
-from lq_plugin.quantizers.mx import MXInputQuantizer, MXWeightQuantizer
-from lq_plugin.quantizers.shared import SharedInput
-from lq_plugin.quantizers.ternary import TTQWeightQuantizer, TWNWeightQuantizer
-from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
-from lq_plugin.quantizers.vector import VectorInputQuantizer
-from lq_plugin.schedule import Moment
-from lq_plugin.spec import MX_FORMATS, PerGroup, QuantSpec
+from lq_plugin.quantizers.learned import (
+    LSQActivationQuantizer as LSQActivationQuantizer,
+    LSQWeightQuantizer as LSQWeightQuantizer,
+    PACTActivationQuantizer as PACTActivationQuantizer,
+)
+from lq_plugin.quantizers.mx import (
+    MXActivationQuantizer as MXActivationQuantizer,
+    MXWeightQuantizer as MXWeightQuantizer,
+)
+from lq_plugin.quantizers.shared_input import SharedInput as SharedInput
+from lq_plugin.quantizers.ternary import (
+    TTQWeightQuantizer as TTQWeightQuantizer,
+    TWNWeightQuantizer as TWNWeightQuantizer,
+)
+from lq_plugin.quantizers.vector import VectorActivationQuantizer as VectorActivationQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer as WeightQuantizer
 
 #: By format; integer formats with a learned range by that.
 _WEIGHT: dict[str, type[WeightQuantizer]] = {
@@ -36,14 +52,14 @@ _WEIGHT: dict[str, type[WeightQuantizer]] = {
     "kmeans": CodebookWeightQuantizer,
     "lsq": LSQWeightQuantizer,
 }
-_INPUT: dict[str, type[InputQuantizer]] = {
-    **dict.fromkeys(MX_FORMATS, MXInputQuantizer),
-    **dict.fromkeys(ELEMENTS, OCPInputQuantizer),
-    "nvfp4": NVFP4InputQuantizer,
-    "sign": SignInputQuantizer,
-    "xnor": XNORInputQuantizer,
-    "lsq": LSQInputQuantizer,
-    "pact": PACTInputQuantizer,
+_INPUT: dict[str, type[ActivationQuantizer]] = {
+    **dict.fromkeys(MX_FORMATS, MXActivationQuantizer),
+    **dict.fromkeys(ELEMENTS, OCPActivationQuantizer),
+    "nvfp4": NVFP4ActivationQuantizer,
+    "sign": SignActivationQuantizer,
+    "xnor": XNORActivationQuantizer,
+    "lsq": LSQActivationQuantizer,
+    "pact": PACTActivationQuantizer,
 }
 
 
@@ -52,9 +68,9 @@ def make_weight_quantizer(spec: QuantSpec, name: str, shape: tuple[int, ...]) ->
     return _WEIGHT.get(_key(spec), WeightQuantizer)(spec, name, shape)
 
 
-def make_input_quantizer(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> InputQuantizer:
+def make_activation_quantizer(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> ActivationQuantizer:
     """The quantizer for an activation with this many channels on this axis."""
-    plain = VectorInputQuantizer if isinstance(spec.granularity, PerGroup) else InputQuantizer
+    plain = VectorActivationQuantizer if isinstance(spec.granularity, PerGroup) else ActivationQuantizer
     return _INPUT.get(_key(spec), plain)(spec, name, channels, channel_axis)
 
 
@@ -81,27 +97,3 @@ def in_stages(
 
 def _key(spec: QuantSpec) -> str:
     return spec.range_name if spec.format_name == "int" else spec.format_name
-
-
-__all__ = [
-    "BWNWeightQuantizer",
-    "InputQuantizer",
-    "LSQInputQuantizer",
-    "LSQWeightQuantizer",
-    "MXInputQuantizer",
-    "MXWeightQuantizer",
-    "PACTInputQuantizer",
-    "Quantizer",
-    "SharedInput",
-    "SignInputQuantizer",
-    "SignWeightQuantizer",
-    "Suspension",
-    "TTQWeightQuantizer",
-    "TWNWeightQuantizer",
-    "VectorInputQuantizer",
-    "WeightQuantizer",
-    "XNORInputQuantizer",
-    "in_stages",
-    "make_input_quantizer",
-    "make_weight_quantizer",
-]

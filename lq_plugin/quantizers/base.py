@@ -29,9 +29,9 @@ from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize, fake_quantize_identity
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
+from lq_plugin.intent.schedule import Moment
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.ranges import Histogram, Sample
-from lq_plugin.schedule import Moment
-from lq_plugin.spec import QuantSpec
 
 #: Buffers that say what a quantizer does, of which it keeps Python copies.
 _SWITCHES = ("enabled", "calibrated", "stage", "draws", "fixed")

@@ -8,8 +8,9 @@ from torch import Tensor
 from lq_plugin.functional.binary_connect import LATENT_BOUND, sign
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.xnor_net import binary_weight, filter_scale
+from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.base import Levels
-from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class SignWeightQuantizer(WeightQuantizer):
@@ -62,7 +63,7 @@ class BWNWeightQuantizer(WeightQuantizer):
         return unblocks(y, self.shape, self.spec.granularity)
 
 
-class SignInputQuantizer(InputQuantizer):
+class SignActivationQuantizer(ActivationQuantizer):
     """-1 and +1 (BNN)."""
 
     needs_calibration = False
@@ -78,6 +79,6 @@ class SignInputQuantizer(InputQuantizer):
         return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
 
 
-class XNORInputQuantizer(SignInputQuantizer):
+class XNORActivationQuantizer(SignActivationQuantizer):
     """-1 and +1; the layer multiplies its output by K, the mean magnitude of each window (see
     `QuantizedLayer.output_scale`)."""

@@ -14,11 +14,11 @@ from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.minifloat import E2M1, Minifloat
 from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels
-from lq_plugin.quantizers.uniform import WeightQuantizer
-from lq_plugin.quantizers.vector import VectorInputQuantizer
-from lq_plugin.spec import QuantSpec
+from lq_plugin.quantizers.vector import VectorActivationQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
@@ -102,7 +102,7 @@ class NVFP4WeightQuantizer(BlockWeightQuantizer):
         return nvfp4_rule(nvfp4_tensor_scale(torch.maximum(-low, high)).item())
 
 
-class OCPInputQuantizer(VectorInputQuantizer):
+class OCPActivationQuantizer(VectorActivationQuantizer):
     """Activations in MXFP8, MXFP6, MXFP4 or MXINT8, blocks along the channels."""
 
     needs_calibration = False
@@ -121,7 +121,7 @@ class OCPInputQuantizer(VectorInputQuantizer):
         return None
 
 
-class NVFP4InputQuantizer(VectorInputQuantizer):
+class NVFP4ActivationQuantizer(VectorActivationQuantizer):
     """Activations in NVFP4. The tensor's scale is calibrated, so that what a sample gets does not depend on its
     batch."""
 

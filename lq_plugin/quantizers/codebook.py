@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.formats import CODEBOOK_METHODS
 from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
 from lq_plugin.functional.grouping import to_rows
+from lq_plugin.intent.formats import CODEBOOK_METHODS
 from lq_plugin.quantizers.base import Levels, float32
-from lq_plugin.quantizers.uniform import WeightQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 from lq_plugin.ranges import Sample
 
 

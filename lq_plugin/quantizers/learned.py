@@ -12,9 +12,10 @@ from lq_plugin.functional.grouping import blocks, has_row_scales, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows, scales_of_rows
 from lq_plugin.functional.lsq import Band, fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.base import float32
-from lq_plugin.quantizers.uniform import InputQuantizer, WeightQuantizer
-from lq_plugin.spec import QuantSpec
+from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class LSQWeightQuantizer(WeightQuantizer):
@@ -54,7 +55,7 @@ class LSQWeightQuantizer(WeightQuantizer):
         return torch.where((index == reading.padding_idx).unsqueeze(-1), y.detach(), y)
 
 
-class LSQInputQuantizer(InputQuantizer):
+class LSQActivationQuantizer(ActivationQuantizer):
     """Learned step size (and, with `affine`, zero point) of an activation."""
 
     no_weight_decay = ("scale", "zero_point")
@@ -74,7 +75,7 @@ class LSQInputQuantizer(InputQuantizer):
         return fake_quantize_learned(x, scale, zero_point, self.spec.grid, factor, _band(self.spec))
 
 
-class PACTInputQuantizer(InputQuantizer):
+class PACTActivationQuantizer(ActivationQuantizer):
     """Learned upper bound of a non-negative activation (see `lq_plugin.functional.pact`).
 
     Weight decay reaches α on purpose: the paper regularises it with the network's own.
@@ -107,7 +108,7 @@ def _band(spec: QuantSpec) -> Band:
     return "rounded" if spec.range_option == "rounded" else "paper"
 
 
-def _effective(quantizer: WeightQuantizer | InputQuantizer) -> tuple[Tensor, Tensor]:
+def _effective(quantizer: WeightQuantizer | ActivationQuantizer) -> tuple[Tensor, Tensor]:
     """What the learned values stand for: positive steps, whole zero points on the grid."""
     grid = quantizer.spec.grid
     scale = quantizer.scale.detach().abs().clamp(min=MIN_SCALE)

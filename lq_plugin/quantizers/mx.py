@@ -9,8 +9,8 @@ from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule
 from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.mx import mx_step
 from lq_plugin.native.kernels import BlockRule
-from lq_plugin.quantizers.uniform import WeightQuantizer
-from lq_plugin.quantizers.vector import VectorInputQuantizer
+from lq_plugin.quantizers.vector import VectorActivationQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class MXWeightQuantizer(WeightQuantizer):
@@ -34,7 +34,7 @@ class MXWeightQuantizer(WeightQuantizer):
         return self.quantize_values(read_rows(weight, index.reshape(-1), reading)).view(*index.shape, -1)
 
 
-class MXInputQuantizer(VectorInputQuantizer):
+class MXActivationQuantizer(VectorActivationQuantizer):
     """Activations in MX4, MX6 or MX9, blocks along the channels."""
 
     needs_calibration = False

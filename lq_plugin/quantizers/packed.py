@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.quantizers.base import Levels
-from lq_plugin.quantizers.uniform import WeightQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class PackedWeightQuantizer(WeightQuantizer):

@@ -9,7 +9,7 @@ from lq_plugin.functional import ttq, twn
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, reduced_dims, to_rows, unblocks
 from lq_plugin.quantizers.base import Levels, float32
-from lq_plugin.quantizers.uniform import WeightQuantizer
+from lq_plugin.quantizers.weight import WeightQuantizer
 from lq_plugin.ranges import Sample
 
 

@@ -11,12 +11,12 @@ from lq_plugin.functional.affine import extremes, qparams_from_bounds
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.vs_quant import integer_scale
+from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.native.kernels import BlockRule
-from lq_plugin.quantizers.uniform import InputQuantizer
-from lq_plugin.spec import PerGroup, QuantSpec
+from lq_plugin.quantizers.activation import ActivationQuantizer
 
 
-class VectorInputQuantizer(InputQuantizer):
+class VectorActivationQuantizer(ActivationQuantizer):
     """VS-Quant for activations (see `lq_plugin.functional.vs_quant`): vectors of `group_size` channels.
 
     γ is fixed before the forward pass, by calibration or EMA, so that what a sample gets does not depend on the

@@ -5,20 +5,17 @@
 puts all of them side by side.
 """
 
-from lq_plugin.ranges import aciq, kl, learned, minmax, mse, octav, percentile  # noqa: F401 - importing registers them
-from lq_plugin.ranges.histogram import Histogram
-from lq_plugin.ranges.laboratory import RangeEntry, RangeTable, compare_ranges
-from lq_plugin.ranges.registry import RangeFunction, estimate_range, register_range, registered_ranges
-from lq_plugin.ranges.sample import Sample
-
-__all__ = [
-    "Histogram",
-    "RangeEntry",
-    "RangeFunction",
-    "RangeTable",
-    "Sample",
-    "compare_ranges",
-    "estimate_range",
-    "register_range",
-    "registered_ranges",
-]
+from lq_plugin.ranges import estimators  # noqa: F401 - importing registers them
+from lq_plugin.ranges.histogram import Histogram as Histogram
+from lq_plugin.ranges.laboratory import (
+    RangeEntry as RangeEntry,
+    RangeTable as RangeTable,
+    compare_ranges as compare_ranges,
+)
+from lq_plugin.ranges.registry import (
+    RangeFunction as RangeFunction,
+    estimate_range as estimate_range,
+    register_range as register_range,
+    registered_ranges as registered_ranges,
+)
+from lq_plugin.ranges.sample import Sample as Sample

@@ -18,8 +18,8 @@ from math import e, pi, sqrt
 import torch
 from torch import Tensor
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.ranges.sample import Sample
-from lq_plugin.spec import IntegerGrid
 
 DISTRIBUTIONS = ("gauss", "laplace")
 #: Laplace is the likelier of the two below this ratio of mean absolute to standard deviation

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import bounds_from_qparams
-from lq_plugin.ranges.folding import clips_negative, clips_positive
+from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.ranges.magnitudes import clips_negative, clips_positive
 from lq_plugin.ranges.sample import Sample
-from lq_plugin.spec import IntegerGrid
 
 #: Elements of a temporary; larger ones leave the cache and run at half the speed.
 _CHUNK = 2**17

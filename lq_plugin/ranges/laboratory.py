@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges.distributions import Fit, fit_distributions
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
 from lq_plugin.ranges.registry import estimate_range
 from lq_plugin.ranges.sample import Sample
-from lq_plugin.spec import IntegerGrid, QuantSpec
 
 #: The estimators that are compared unless named otherwise (`ema` equals `minmax` on one sample).
 COMPARED = ("minmax", "percentile", "mse", "kl", "aciq", "aciq_exact", "octav")

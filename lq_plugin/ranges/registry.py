@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import SpecError, did_you_mean
+from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.sample import Sample
-from lq_plugin.spec import RANGES, IntegerGrid
 
 #: `(sample, grid, option) -> (minimum [rows], maximum [rows])`. The sample is normalised: the
 #: largest magnitude of each row lies in [0.5, 1), or is 0.

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.files import make_folder, write_file
 from lq_plugin.report.codec import decode, encode
 from lq_plugin.report.versions import from_version_1
+from lq_plugin.utilities.files import make_folder, write_file
 
 FORMAT, VERSION = "lq_plugin.report", 2
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lq_plugin.functional import ttq, twn
-from lq_plugin.plan import FLOAT, QuantPlan
-from lq_plugin.quantizers import make_input_quantizer, make_weight_quantizer
+from lq_plugin.intent.plan import FLOAT, QuantPlan
+from lq_plugin.intent.spec import PerChannel, PerGroup, PerTensor, QuantSpec
+from lq_plugin.quantizers import make_activation_quantizer, make_weight_quantizer
 from lq_plugin.quantizers.blockwise import element_and_mode
-from lq_plugin.ranges.percentile import DEFAULT_PERCENTILE
-from lq_plugin.spec import PerChannel, PerGroup, PerTensor, QuantSpec
+from lq_plugin.ranges.estimators.percentile import DEFAULT_PERCENTILE
 
 COLUMNS = ("write", "levels", "one scale for", "zero point", "range", "rounding, gradient")
 #: As they stand in a plan; what follows a slash is for inputs.
@@ -59,7 +59,7 @@ def _shared(spec: QuantSpec) -> str:
 
 
 def _options() -> dict[str, str]:
-    moving = make_input_quantizer(QuantSpec.parse("uint8 affine ema"), "", 1, 1)
+    moving = make_activation_quantizer(QuantSpec.parse("uint8 affine ema"), "", 1, 1)
     table = make_weight_quantizer(QuantSpec.parse("kmeans2"), "", (4, 4))
     group = QuantSpec.parse("int4 group16:4").granularity
     assert isinstance(group, PerGroup)

@@ -12,16 +12,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lq_plugin.formats import SLOTS
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import LayerPlan, QuantPlan
 from lq_plugin.model.aside import quantizing
-from lq_plugin.model.cost import Cost, plan_cost
+from lq_plugin.model.graph.record import record
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.operation_rules import resolve_operations, split
-from lq_plugin.model.operations import operations_of
-from lq_plugin.model.prepare import _ledger
-from lq_plugin.model.record import record
+from lq_plugin.model.measure.cost import Cost, plan_cost
+from lq_plugin.model.operations.quantized import operations_of
+from lq_plugin.model.operations.rules import resolve_operations, split
+from lq_plugin.model.prepare import ledger_of
 from lq_plugin.model.survey import Survey
-from lq_plugin.plan import LayerPlan, QuantPlan
 from lq_plugin.report.data import Phase
 from lq_plugin.report.model import moments
 
@@ -105,11 +105,11 @@ class Explanation:
         table.add_column("bytes", f"{sum(row['bytes'] for row in rows):,}", justify="right")
         recorded = totals["bops"] is not None
         if recorded:
-            table.add_column("BOPs/sample", _short(sum(row["bops"] or 0 for row in rows)), justify="right")
+            table.add_column("BOPs/sample", short_spec(sum(row["bops"] or 0 for row in rows)), justify="right")
         for row in rows:
             bits = "" if row["effective_bits"] is None else f"{row['effective_bits']:.2f}"
             cells = [row["layer"] or row["kind"], *(row[slot] for slot in shown), bits, f"{row['bytes']:,}"]
-            table.add_row(*map(Text, cells + [_short(row["bops"])] * recorded))
+            table.add_row(*map(Text, cells + [short_spec(row["bops"])] * recorded))
         return table
 
     def summary(self) -> Text:
@@ -117,7 +117,7 @@ class Explanation:
         priced = self.cost
         size = f"model: {priced.effective_bits:.2f} effective bits a parameter, {priced.bytes:,} bytes, "
         size += f"{priced.compression:.2f} times smaller than {priced.float_bytes:,}"
-        bops = "" if priced.bops is None else f"; {_short(priced.bops)} BOPs a sample, the float parts included"
+        bops = "" if priced.bops is None else f"; {short_spec(priced.bops)} BOPs a sample, the float parts included"
         lines = [self.ledger.summary(), size + bops]
         lines += [f"operation {row['operation']} ({row['kind']}): operands {row['input']}" for row in self.operations()]
         reasons: dict[str, list[str]] = {}
@@ -174,7 +174,7 @@ def explain(
     known = {} if recording is None else operations_of(recording)
     resolved = resolve_operations(operation_rules, known, chosen, recording is not None)
     operations = {name: operation_plan for name, (_, operation_plan) in resolved.items()}
-    ledger = _ledger(model, survey, layers, resolved)
+    ledger = ledger_of(model, survey, layers, resolved)
     if recording is not None:
         ledger.add_recording(recording)
     return Explanation(chosen, layers, plan_cost(model, layers | operations, recording), ledger, moments(chosen))
@@ -187,10 +187,10 @@ def _stages(plan: LayerPlan, slot: str) -> str:
     return ", ".join(f"{'from ' + str(start) + ': ' if start else ''}{spec or 'float'}" for start, spec in stages)
 
 
-def _short(value: float | None) -> str:
+def short_spec(value: float | None) -> str:
     """A number in three digits.
 
-    >>> _short(1_474_560), _short(512)
+    >>> short_spec(1_474_560), short_spec(512)
     ('1.47 M', '512')
     """
     if value is None:

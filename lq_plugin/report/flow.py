@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lq_plugin.formats import GRADIENTS
+from lq_plugin.intent.formats import GRADIENTS
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
-from lq_plugin.model.record import Recording
-from lq_plugin.model.recording import Call
-from lq_plugin.plan import LayerPlan
+from lq_plugin.model.graph.record import Recording
+from lq_plugin.model.graph.recording import Call
 from lq_plugin.quantizers import Quantizer
 from lq_plugin.report.data import Flow, Node
-from lq_plugin.spec import QuantSpec
 
 
 def flow(

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.formats import SLOTS
 from lq_plugin.functional.error import sqnr_db
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
+from lq_plugin.intent.schedule import Moment
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics, evaluating
-from lq_plugin.model.cost import Cost, CostRow, cost
-from lq_plugin.model.fidelity import FidelityRow, Measurements, errors_on_statistics, layer_fidelity
-from lq_plugin.model.learned_rounding import Fit
+from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.measure.cost import Cost, CostRow, cost
+from lq_plugin.model.measure.fidelity import FidelityRow, Measurements, errors_on_statistics, layer_fidelity
 from lq_plugin.model.prepare import prepare
-from lq_plugin.model.reconstruct import Reconstruction
-from lq_plugin.model.record import Recording
 from lq_plugin.model.survey import Survey
-from lq_plugin.plan import LayerPlan, QuantPlan, Rule
-from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.ptq.reconstruction.learn import Fit
+from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction
+from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.report.data import LayerReport, ModelReport, Phase, ReportData, Series, TensorView, digits
 from lq_plugin.report.flow import flow
 from lq_plugin.report.tensors import activation_view, weight_view
 from lq_plugin.report.weights import boxes, error_map, in_force, original, quantized, rounding
-from lq_plugin.schedule import Moment
 
 #: Layers that get pictures of their own, the largest first; the others have numbers only.
 MAX_DETAILED = 150
@@ -58,7 +58,8 @@ def model_report(
         model: prepared, and calibrated where numbers are wanted.
         plan: that it was prepared with; made from the layers' own specs when None.
         ledger, recording, statistics: of the callback (`QAT.ledger`, `.recording`, `.statistics`).
-        measured: activation errors, from `lq_plugin.model.fidelity.watching`; else they come from the statistics.
+        measured: activation errors, from `lq_plugin.model.measure.fidelity.watching`; else they come from the
+            statistics.
         reconstruction: what `reconstruct` returned.
         float_weights: weights before it, by layer name: errors are measured against them, and roundings that went
             another way than to the nearest level are told. Without them a reconstructed weight seems to lose nothing.
@@ -212,7 +213,7 @@ def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None)
         quantizer = getattr(layer, f"{slot}_quantizer")
         current = None if quantizer is None else quantizer.current
         histogram = None if current is None else statistics.get(current.name)
-        if isinstance(current, InputQuantizer) and histogram is not None and bool(histogram.total.all()):
+        if isinstance(current, ActivationQuantizer) and histogram is not None and bool(histogram.total.all()):
             views.append(activation_view(current, histogram, slot))
     return [view for view in views if view is not None]
 

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.files import make_folder, write_file
 from lq_plugin.report.data import ReportData
+from lq_plugin.utilities.files import make_folder, write_file
 
 SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "study.js", "page.js")
 STYLE = "page.css"

@@ -13,9 +13,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from lq_plugin import plots
-from lq_plugin.files import file_name, make_folder, replacing
-from lq_plugin.model.cost import FLOAT_BITS, Cost, CostRow
-from lq_plugin.model.fidelity import FidelityRow
+from lq_plugin.model.measure.cost import FLOAT_BITS, Cost, CostRow
+from lq_plugin.model.measure.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
 from lq_plugin.report.data import (
     Boxes,
@@ -28,6 +27,7 @@ from lq_plugin.report.data import (
     StudyReport,
     TensorView,
 )
+from lq_plugin.utilities.files import file_name, make_folder, replacing
 
 FORMATS = ("png", "svg")
 #: Quantities whose curves are drawn, losses first.

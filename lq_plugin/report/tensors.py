@@ -8,16 +8,16 @@ from torch import Tensor
 
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.functional.grouping import blocks
+from lq_plugin.intent.spec import IntegerGrid, PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
-from lq_plugin.ranges.folding import fold
+from lq_plugin.ranges.estimators.kl import MOST_LEVELS, VALUES_EACH, Divergence, kl_histogram
+from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
-from lq_plugin.ranges.kl import MOST_LEVELS, VALUES_EACH, Divergence, _histogram
-from lq_plugin.ranges.percentile import quantile
+from lq_plugin.ranges.magnitudes import fold
 from lq_plugin.report.data import Curve, Mark, TensorView, digits
 from lq_plugin.report.weights import in_force, original, quantized
-from lq_plugin.spec import IntegerGrid, PerGroup, QuantSpec
 
 BINS = 96
 #: Thresholds of a curve.
@@ -28,7 +28,7 @@ MAX_LEVELS = 256
 _KL_BINS = 1024
 
 
-def activation_view(quantizer: InputQuantizer, histogram: Histogram, slot: str) -> TensorView:
+def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: str) -> TensorView:
     """One activation from the statistics of a calibration; of a per-channel one, the channel that reaches furthest."""
     sample = histogram.sample()
     row = _furthest(sample)
@@ -158,7 +158,8 @@ def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
 
 
 def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve | None:
-    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.kl` measures it; None where it
+    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.estimators.kl` measures it; None
+    where it
     does not search."""
     unit, factor = sample.normalized()
     folded = fold(unit, grid)
@@ -169,7 +170,7 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
     while sample.edges is None and bins > 4 * levels and bins * VALUES_EACH > sample.values.shape[1]:
         bins //= 2
     end = torch.minimum(2.0 * quantile(folded.magnitude, folded.mass, 0.999), folded.limit).double()
-    counts = _histogram(folded, end, bins)
+    counts = kl_histogram(folded, end, bins)
     beyond = (folded.total() - counts.sum(1)).clamp(min=0.0)
     kept = torch.logspace(float(np.log10(levels)), float(np.log10(bins)), points).round().long().unique().unsqueeze(0)
     divergence = Divergence(counts, beyond, levels).at(kept)[0]

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lq_plugin.model.cost import Cost
-from lq_plugin.model.fidelity import FidelityRow
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.report.explain import _short
+from lq_plugin.model.measure.cost import Cost
+from lq_plugin.model.measure.fidelity import FidelityRow
+from lq_plugin.report.explain import short_spec
 
 #: Rows of a table; of more layers, the largest are shown.
 MAX_ROWS = 24
@@ -39,7 +39,7 @@ def summary(
         width: characters of a line; the terminal's, or 100.
 
     >>> import torch, lq_plugin
-    >>> from lq_plugin.model.cost import cost
+    >>> from lq_plugin.model.measure.cost import cost
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
     >>> ledger = lq_plugin.prepare(net, "w4a8")
     >>> print(summary(cost(net), [], ledger, "before", width=80).splitlines()[0].strip())
@@ -56,7 +56,7 @@ def summary(
     table.add_column("bits", f"{priced.effective_bits:.2f}", justify="right")
     table.add_column("bytes", f"{priced.bytes:,}", justify="right")
     if priced.bops is not None:
-        table.add_column("BOPs/sample", _short(priced.bops), justify="right")
+        table.add_column("BOPs/sample", short_spec(priced.bops), justify="right")
     for slot in ("weight", "input") * bool(errors):
         table.add_column(f"SQNR {slot}", justify="right")
     for row in priced:
@@ -69,7 +69,7 @@ def summary(
             bits,
             f"{row.bytes:,}",
         ]
-        cells += [_short(row.bops)] * (priced.bops is not None)
+        cells += [short_spec(row.bops)] * (priced.bops is not None)
         cells += [_decibel(errors.get((row.name, slot))) for slot in ("weight", "input") * bool(errors)]
         table.add_row(*map(Text, cells))
     lines = [f"{len(priced) - len(chosen)} smaller layers are not shown"] * (len(priced) > len(chosen))

@@ -12,12 +12,12 @@ from lq_plugin.errors import SpecError
 from lq_plugin.functional.adaround import neighbours
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.functional.grouping import blocks
+from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.model.fidelity import weight_bounds
-from lq_plugin.model.learned_rounding import Fit
+from lq_plugin.model.measure.fidelity import weight_bounds
+from lq_plugin.ptq.reconstruction.learn import Fit
 from lq_plugin.quantizers import make_weight_quantizer
 from lq_plugin.report.data import Boxes, ErrorMap, Rounding, digits
-from lq_plugin.spec import PerChannel, PerTensor, QuantSpec
 
 #: Columns of a box plot; channels beyond it share one.
 MAX_COLUMNS = 64

@@ -1,36 +1,22 @@
-"""Search the bits of a model: a space, an evaluator that calibrates once, a study, and what it found."""
+"""Searches of bit-widths, granularities and clipping, layer by layer, with Optuna."""
 
-from lq_plugin.search.bound import BoundSpace, Unit
-from lq_plugin.search.costs import COSTS
-from lq_plugin.search.database import StudyError
-from lq_plugin.search.dominance import DominancePruner
-from lq_plugin.search.evaluator import Evaluation, Evaluator
-from lq_plugin.search.job import current_trial
-from lq_plugin.search.levels import Level, evaluate_at
-from lq_plugin.search.objective import Objective
-from lq_plugin.search.result import Candidate, SearchResult
-from lq_plugin.search.space import Space, SpaceRule, parse_choices
-from lq_plugin.search.study import search, tpe
-from lq_plugin.search.trial_report import TrialReport
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "COSTS",
-    "BoundSpace",
-    "Candidate",
-    "DominancePruner",
-    "Evaluation",
-    "Evaluator",
-    "Level",
-    "Objective",
-    "SearchResult",
-    "Space",
-    "SpaceRule",
-    "StudyError",
-    "TrialReport",
-    "Unit",
-    "current_trial",
-    "evaluate_at",
-    "parse_choices",
-    "search",
-    "tpe",
-]
+from lq_plugin.utilities.lazy import attributes
+
+if TYPE_CHECKING:
+    from lq_plugin.search.evaluation.costs import COSTS as COSTS
+    from lq_plugin.search.evaluation.evaluator import Evaluation as Evaluation, Evaluator as Evaluator
+    from lq_plugin.search.evaluation.levels import Level as Level, evaluate_at as evaluate_at
+    from lq_plugin.search.shared.database import StudyError as StudyError
+    from lq_plugin.search.shared.dominance import DominancePruner as DominancePruner
+    from lq_plugin.search.space.bound import BoundSpace as BoundSpace, Unit as Unit
+    from lq_plugin.search.space.space import Space as Space, SpaceRule as SpaceRule, parse_choices as parse_choices
+    from lq_plugin.search.study.objective import Objective as Objective
+    from lq_plugin.search.study.report import study_report as study_report
+    from lq_plugin.search.study.result import Candidate as Candidate, SearchResult as SearchResult
+    from lq_plugin.search.study.search import search as search, tpe as tpe
+    from lq_plugin.search.sweep.job import current_trial as current_trial
+    from lq_plugin.search.sweep.trial_report import TrialReport as TrialReport
+
+__getattr__, __dir__, __all__ = attributes(__name__, __file__)

@@ -15,9 +15,9 @@ from torch import nn
 
 import lq_plugin
 from lq_plugin import PTQ, QAT, QuantMonitor
-from lq_plugin.callbacks import monitor as monitor_module
-from lq_plugin.callbacks.live import MAX_POINTS, Flips, History, losses
-from lq_plugin.callbacks.loggers import Report
+from lq_plugin.callbacks.monitor import callback as monitor_module
+from lq_plugin.callbacks.monitor.live import MAX_POINTS, Flips, History, losses
+from lq_plugin.callbacks.monitor.loggers import Report
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.prepare import quantized_layers

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
-from lq_plugin.model.cost import cost
-from lq_plugin.model.fidelity import layer_fidelity
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.measure.fidelity import layer_fidelity
 from lq_plugin.model.prepare import quantizers
 
 LAYERS = ["stem.0", "down.0", "block.conv1", "block.conv2", "mix.0", "head.2"]

@@ -10,14 +10,14 @@ from torch import nn
 from lq_plugin import PTQ, calibrate, prepare
 from lq_plugin.callbacks import PHASES
 from lq_plugin.errors import PlanError
-from lq_plugin.model.bias_correct import bias_correct
 from lq_plugin.model.calibrate import float_forward
-from lq_plugin.model.equalize import equalize
-from lq_plugin.model.fold_batch_norm import find_batch_norm_pairs, fold_batch_norm
-from lq_plugin.model.gptq import gptq
-from lq_plugin.model.reconstruct import reconstruct
-from lq_plugin.model.record import record
-from lq_plugin.model.smooth_quant import smooth_quant
+from lq_plugin.model.graph.record import record
+from lq_plugin.ptq.batch_norm.fold import find_batch_norm_pairs, fold_batch_norm
+from lq_plugin.ptq.bias_correction.correct import bias_correct
+from lq_plugin.ptq.equalization.equalize import equalize
+from lq_plugin.ptq.gptq.quantize import gptq
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
+from lq_plugin.ptq.smooth_quant.smooth import smooth_quant
 from tests.callbacks.conftest import Data, Module
 from tests.models import randomize
 

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lq_plugin import PTQ, QAT, CalibrationError, PlanError, remove
 from lq_plugin.callbacks import PHASES, register_phase
 from lq_plugin.model import float_forward, quantizers
-from lq_plugin.model.batch_norm import reestimate_batch_norm
+from lq_plugin.ptq.batch_norm.reestimate import reestimate_batch_norm
 from tests.callbacks.conftest import Data, Module
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from lq_plugin import PTQ, QuantPlan
 from lq_plugin.callbacks.phases import PHASES
-from lq_plugin.formats import FORMATS, RANGES
+from lq_plugin.intent.formats import FORMATS, RANGES
 from tests.examples.conftest import EXAMPLES
 
 PAGE = (EXAMPLES / "formulas.md").read_text(encoding="utf-8")

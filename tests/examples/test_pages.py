@@ -20,7 +20,7 @@ from benchmarks.qsnr import COLUMNS, DATA, ROWS, quantized
 from lq_plugin import QAT, QuantPlan, QuantSpec, calibrate, prepare
 from lq_plugin.callbacks.phases import PHASES
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.model.cost import spec_bits
+from lq_plugin.model.measure.cost import spec_bits
 from tests.examples.conftest import EXAMPLES
 from tests.examples.test_migration import FAST
 

@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lq_plugin import QuantPlan
-from lq_plugin.report.load import load_report
-from lq_plugin.search.database import quiet
+from lq_plugin.commands.report_sources import load_report
+from lq_plugin.search.shared.database import quiet
 from tests.examples.conftest import EXAMPLES
 from tests.report.browser import why_not
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
-from lq_plugin.export.biases import settle_biases  # noqa: E402
+from lq_plugin.export.onnx_file.biases import settle_biases  # noqa: E402
 
 SHAPES = {"Conv": [2, 8, 3, 3], "ConvTranspose": [2, 8, 3, 3], "Gemm": [4, 8], "MatMul": [2, 3, 8]}
 #: One that rounds more finely than any error that is looked for here.
@@ -181,7 +181,7 @@ def test_channels_of_zeros_are_their_biases(tmp_path, caplog):
     net, x = Switched(), torch.randn(6, 3, 8, 8)
     prepare(net, "w8a8")
     calibrate(net, [x])
-    with caplog.at_level("WARNING", "lq_plugin.export.onnx"):
+    with caplog.at_level("WARNING", "lq_plugin.export.onnx_file.write"):
         check_file(net, x, tmp_path / "net.onnx", tolerance=0.005)
     # Of weights that are 0 the scale says nothing, and the bias fits. Of tiny ones it does.
     assert [record.args for record in caplog.records] == [("normed.bias_folded",)]

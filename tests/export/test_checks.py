@@ -10,15 +10,15 @@ from torch import nn
 from lq_plugin import QuantPlan, Rule, calibrate, load_checkpoint, prepare
 from lq_plugin.errors import ExportError, PlanError
 from lq_plugin.export import load_packed, save_packed, use_torchao, use_xnor
-from lq_plugin.spec import QuantSpec
+from lq_plugin.intent.spec import QuantSpec
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
-from lq_plugin.export import onnx as export_module  # noqa: E402
 from lq_plugin.export.codes import encode  # noqa: E402
-from lq_plugin.export.containers import container, refusal  # noqa: E402
+from lq_plugin.export.onnx_file import write as export_module  # noqa: E402
+from lq_plugin.export.onnx_file.containers import container, refusal  # noqa: E402
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import LightningDataModule, Trainer
 
 from lq_plugin import PTQ, QAT
-from lq_plugin.cli import log_once
+from lq_plugin.commands.common import log_once
+from lq_plugin.commands.export import run_export
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import CalibrationError, ExportError, MissingPackageError, QuantizationError
 from lq_plugin.export import load_packed
-from lq_plugin.export_command import run_export
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -265,7 +265,7 @@ def test_a_packed_file_needs_no_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> None:
     code = (
         "import atexit, sys; heavy = lambda: print('heavy:', [m for m in ('torch', 'lightning') if m in sys.modules]); "
-        "atexit.register(heavy); from lq_plugin.cli import export; export()"
+        "atexit.register(heavy); from lq_plugin.commands.entry import export; export()"
     )
     command = [sys.executable, "-c", code, "plan=w4mxe", "to=onnx", "output=net.pt", f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from lq_plugin import calibrate, prepare
 from lq_plugin.errors import ExportError
 from lq_plugin.export import export_onnx, load_packed, save_packed, use_torchao
-from lq_plugin.export.float_model import inference_copy
+from lq_plugin.export.onnx_file.float_model import inference_copy
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.errors import ExportError
-from lq_plugin.plan import LayerPlan
-from lq_plugin.spec import QuantSpec
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.intent.spec import QuantSpec
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from lq_plugin.export import export_onnx
-from lq_plugin.export.float_model import float_graph
 from lq_plugin.export.latency import LatencyOptions, LatencyTable, latency_table, model_graph, model_latency, pair
+from lq_plugin.export.onnx_file.float_model import float_graph
 
 QUICK = LatencyOptions(rounds=3)
 
@@ -172,7 +172,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         models.append(plain)
         return float_graph(plain, *arguments)
 
-    for module in ("lq_plugin.export.latency", "lq_plugin.export.onnx"):
+    for module in ("lq_plugin.export.latency", "lq_plugin.export.onnx_file.write"):
         monkeypatch.setattr(f"{module}.float_graph", counted)
     return models
 

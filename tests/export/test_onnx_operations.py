@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

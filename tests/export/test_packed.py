@@ -14,8 +14,8 @@ from torch import nn
 from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError, QuantizationError
 from lq_plugin.export import export_onnx, load_packed, save_packed
-from lq_plugin.formats import FORMATS
-from lq_plugin.model.cost import cost
+from lq_plugin.intent.formats import FORMATS
+from lq_plugin.model.measure.cost import cost
 from tests.models import resnet20
 from tests.quantizers.test_format_contract import INPUTS, LAYERS, WEIGHTS
 

@@ -73,7 +73,7 @@ def test_groups_without_a_kernel_are_named(tmp_path, caplog):
     calibrate(net, [x])
     for smallest, warned in ((2, True), (4, False)):
         caplog.clear()
-        with caplog.at_level("WARNING", "lq_plugin.export.onnx"):
+        with caplog.at_level("WARNING", "lq_plugin.export.onnx_file.write"):
             export_onnx(net.eval(), (x,), tmp_path / "net.onnx", input_names=["x"], smallest=smallest)
         assert ("0: ONNX Runtime has no kernel for 2-bit groups of 16" in caplog.text) == warned
         assert_exact(onnx_session(tmp_path / "net.onnx", threads=1), net, x)

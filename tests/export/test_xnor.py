@@ -8,9 +8,9 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
-from lq_plugin.export import xnor_kernel
-from lq_plugin.export.xnor import XNORConv, XNORLinear, use_xnor, xnor_layer
-from lq_plugin.export.xnor_kernel import VARIANTS, interleave, kernel, pack_signs, unpack_signs
+from lq_plugin.export.xnor import kernel as xnor_kernel
+from lq_plugin.export.xnor.kernel import VARIANTS, interleave, kernel, pack_signs, unpack_signs
+from lq_plugin.export.xnor.layers import XNORConv, XNORLinear, use_xnor, xnor_layer
 
 try:
     RUNS = kernel().variants
@@ -140,7 +140,7 @@ def test_without_a_compiler(monkeypatch):
     def broken(variant=None):
         raise ExportError("the XNOR kernel needs a C++ compiler and ninja: none")
 
-    monkeypatch.setattr("lq_plugin.export.xnor.kernel", broken)
+    monkeypatch.setattr("lq_plugin.export.xnor.layers.kernel", broken)
     with pytest.raises(ExportError, match="compiler"):
         xnor_layer(net[0], native=True)
     with pytest.warns(RuntimeWarning, match="computed by torch"):

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lq_plugin.functional.adaround import beta_at, inverse_rectified_sigmoid, neighbours, rectified_sigmoid, regularizer
 from lq_plugin.functional.affine import quantize
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 
 @given(st.lists(st.floats(-6, 6, width=32), min_size=1, max_size=20))

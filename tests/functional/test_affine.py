@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lq_plugin.functional.affine import bounds_from_qparams, dequantize, fake_quantize, qparams_from_bounds, quantize
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 grids = st.one_of(
     st.builds(

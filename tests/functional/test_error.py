@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lq_plugin.functional.error import clipped_count, clipping_share, energy, sqnr_db
 from lq_plugin.metrics import SQNR

@@ -11,7 +11,7 @@ from lq_plugin import CalibrationError
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.functional.gptq import gptq_quantize, output_errors
 from lq_plugin.functional.unfold import unfold_columns
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 GRID = IntegerGrid(-4, 3)
 AFFINE = IntegerGrid(0, 7, affine=True)

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lq_plugin.functional.grouping import block_mask, blocks, scale_shape, to_rows, unblocks
-from lq_plugin.spec import PerChannel, PerGroup, PerTensor
+from lq_plugin.intent.spec import PerChannel, PerGroup, PerTensor
 
 shapes = st.one_of(st.tuples(*[st.integers(1, 9)] * 2), st.tuples(*[st.integers(1, 5)] * 4))
 

@@ -6,9 +6,9 @@ import torch
 
 from lq_plugin.functional.lsq import fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.native import use_native
-from lq_plugin.quantizers import make_input_quantizer, make_weight_quantizer
-from lq_plugin.spec import IntegerGrid, QuantSpec
+from lq_plugin.quantizers import make_activation_quantizer, make_weight_quantizer
 
 
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (0, 15), (-2, 1), (-128, 127)])
@@ -89,7 +89,7 @@ def test_the_spec_chooses_the_band(spec, passes):
     assert parsed.learned
     x = torch.tensor([[parsed.grid.quant_max + 0.3]], requires_grad=True)
     quantizer = (
-        make_weight_quantizer(parsed, "w", (1, 1)) if parsed.signed else make_input_quantizer(parsed, "x", 1, -1)
+        make_weight_quantizer(parsed, "w", (1, 1)) if parsed.signed else make_activation_quantizer(parsed, "x", 1, -1)
     )
     quantizer.set_calibrated()
     quantizer(x).sum().backward()

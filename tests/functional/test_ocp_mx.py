@@ -6,14 +6,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.minifloat import E2M1, INT8, Minifloat
 from lq_plugin.functional.ocp_mx import ELEMENTS, MODES, fake_quantize_mx, mx_scale
-from lq_plugin.spec import PerGroup
+from lq_plugin.intent.spec import PerGroup
 
 GROUP = PerGroup(32, ragged=True)
 formats = pytest.mark.parametrize("name", ELEMENTS)

@@ -2,13 +2,12 @@
 
 import numpy as np
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lq_plugin.functional.affine import fake_quantize, fake_quantize_identity
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.intent.spec import IntegerGrid
 
 GRID = IntegerGrid(-8, 7)
 AFFINE = IntegerGrid(0, 15, affine=True)

@@ -14,11 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins.lq_sweeper import LQSweeperConf
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.model.survey import Survey
-from lq_plugin.search.options import read_options
-from lq_plugin.search.overrides import JobOverrides
-from lq_plugin.search.patterns import PatternSpace
-from lq_plugin.search.space import Space
-from lq_plugin.search.sweep_settings import SweepSettings
+from lq_plugin.search.space.patterns import PatternSpace
+from lq_plugin.search.space.space import Space
+from lq_plugin.search.study.options import read_options
+from lq_plugin.search.sweep.overrides import JobOverrides
+from lq_plugin.search.sweep.settings import SweepSettings
 from tests.fuzz.mutate import mutated
 from tests.fuzz.target import OTHER, SAME, Target
 
@@ -42,7 +42,7 @@ SWEEP: dict[str, Any] = {
     "study_name": "fuzz", "direction": ["maximize", "minimize"], "n_trials": 4, "n_jobs": 2, "seed": 1,
     "costs": ["effective_bits"],
     "sampler": {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "n_startup_trials": 4},
-    "pruner": {"_target_": "lq_plugin.search.dominance.DominancePruner"}, "params": {"x": "interval(0, 1)",
+    "pruner": {"_target_": "lq_plugin.search.shared.dominance.DominancePruner"}, "params": {"x": "interval(0, 1)",
     "y": "choice(1, 2)", "z": 3},
     "layers": {"weight": SPACE["weight"], "rules": SPACE["rules"], "plan": "w4a8"}, "plan_key": "callbacks.lq_qat.plan",
     "uniform": True,

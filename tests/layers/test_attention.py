@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lq_plugin import PTQ, QAT, QuantPlan, Rule, calibrate, load_checkpoint, prepare, remove
 from lq_plugin.model import float_forward, quantized_layers, quantizers
-from lq_plugin.model.cost import cost
-from lq_plugin.model.fidelity import layer_fidelity
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.measure.fidelity import layer_fidelity
 from lq_plugin.search import Evaluator
 from tests.layers.reference import quantized_rows, quantized_uint8, with_quantized_weights
 

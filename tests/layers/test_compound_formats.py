@@ -8,9 +8,9 @@ from torch import nn
 
 from lq_plugin import CalibrationError, QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.model import quantized_layers
-from lq_plugin.model.cost import cost
-from lq_plugin.model.fidelity import layer_fidelity
-from lq_plugin.model.observe import clip_latent_weights, enter_stage
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.measure.fidelity import layer_fidelity
+from lq_plugin.model.training import clip_latent_weights, enter_stage
 from tests.quantizers.test_format_contract import INPUTS, WEIGHTS
 
 MODULES = {

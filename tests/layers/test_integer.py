@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import QuantPlan, Rule, prepare, remove
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.integer import (
     disable_integer_forward,
     enable_integer_forward,
@@ -22,8 +22,7 @@ from lq_plugin.layers.integer import (
 from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels, sums_exactly
 from lq_plugin.model import calibrate, quantizers
 from lq_plugin.native import use_native
-from lq_plugin.quantizers import InputQuantizer
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.quantizers import ActivationQuantizer
 
 needs_kernels = pytest.mark.skipif(isinstance(integer_kernels(), str), reason=str(integer_kernels()))
 #: Without VNNI, products of 8 bits saturate in torch, and those of 7 are computed with integers.
@@ -36,7 +35,7 @@ def prepared(model, plan, *batches):
     prepare(model, QuantPlan([Rule("*", weight=weight, input=inputs)]))
     calibrate(model, list(batches))
     for quantizer in quantizers(model):
-        quantizer.observing = isinstance(quantizer, InputQuantizer)
+        quantizer.observing = isinstance(quantizer, ActivationQuantizer)
     return model.train()
 
 

@@ -11,7 +11,7 @@ from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.layers.integer import enable_integer_forward, integer_report
 from lq_plugin.layers.integer.kernels import integer_kernels, sums_exactly
 from lq_plugin.model import quantizers
-from lq_plugin.quantizers import InputQuantizer
+from lq_plugin.quantizers import ActivationQuantizer
 
 pytestmark = pytest.mark.skipif(isinstance(integer_kernels(), str), reason=str(integer_kernels()))
 #: Without VNNI, products of 8 bits saturate in torch, and those of 7 are computed with integers.
@@ -54,7 +54,7 @@ def prepared(net, x, out=WEIGHT):
     prepare(net, QuantPlan([Rule("*", weight=WEIGHT, input="uint8 affine ema"), Rule("*out_proj", weight=out)]))
     calibrate(net, [x])
     for quantizer in quantizers(net):
-        quantizer.observing = isinstance(quantizer, InputQuantizer)
+        quantizer.observing = isinstance(quantizer, ActivationQuantizer)
     return net.train()
 
 
@@ -65,7 +65,11 @@ def step(net, x, **options):
     gradients = torch.autograd.grad(
         y, [x, *parameters], torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     )
-    return [y.detach(), *gradients, *(q.batch_max.clone() for q in quantizers(net) if isinstance(q, InputQuantizer))]
+    return [
+        y.detach(),
+        *gradients,
+        *(q.batch_max.clone() for q in quantizers(net) if isinstance(q, ActivationQuantizer)),
+    ]
 
 
 def assert_same_step(net, x, **options):

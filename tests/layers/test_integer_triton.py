@@ -14,13 +14,15 @@ from torch import nn
 
 from lq_plugin import QAT
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.layers.integer import arithmetic as arithmetic_module
-from lq_plugin.layers.integer import enable_integer_forward, integer_report, settle_integer_forward
+from lq_plugin.layers.integer import (
+    arithmetic as arithmetic_module,
+    enable_integer_forward,
+    integer_report,
+    settle_integer_forward,
+)
 from lq_plugin.layers.integer.arithmetic import arithmetic_on
 from lq_plugin.model import quantizers
-from lq_plugin.native import kernels as native_kernels
-from lq_plugin.native import switch as switch_module
-from lq_plugin.native import use_native
+from lq_plugin.native import kernels as native_kernels, switch as switch_module, use_native
 from tests.layers.test_integer import W8A8, assert_close, prepared
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")

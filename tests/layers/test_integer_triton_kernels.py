@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels, Operands
 from lq_plugin.layers.integer.kernels import IntegerKernels
 from lq_plugin.native import NativeError
-from lq_plugin.spec import IntegerGrid
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 from lq_plugin.layers.integer import triton_arithmetic, triton_kernels  # noqa: E402

@@ -10,18 +10,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lq_plugin import PlanError, QuantizationError, Rule, calibrate, prepare, remove
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.layers import weight_is_computed, weight_of
 from lq_plugin.model import quantizers
 from lq_plugin.model.calibrate import float_forward
-from lq_plugin.model.cost import cost
-from lq_plugin.model.equalize import equalize
-from lq_plugin.model.fold_batch_norm import Pair, find_batch_norm_pairs, fold_batch_norm
-from lq_plugin.model.gptq import gptq
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.reconstruct import reconstruct
-from lq_plugin.model.record import record
-from lq_plugin.model.smooth_quant import smooth_quant
-from lq_plugin.plan import QuantPlan
+from lq_plugin.ptq.batch_norm.fold import Pair, find_batch_norm_pairs, fold_batch_norm
+from lq_plugin.ptq.equalization.equalize import equalize
+from lq_plugin.ptq.gptq.quantize import gptq
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
+from lq_plugin.ptq.smooth_quant.smooth import smooth_quant
 
 PLAN = "w4 mse a8 minmax"
 pytestmark = [

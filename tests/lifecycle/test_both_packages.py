@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lq_plugin import PTQ, QAT, Export, QuantMonitor, load_checkpoint
-from lq_plugin.instantiate import instantiate_for
-from lq_plugin.lightning_packages import PACKAGES, either, is_overridden, package_of
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.search import search
+from lq_plugin.utilities.instantiate import instantiate_for
+from lq_plugin.utilities.lightning_packages import PACKAGES, either, is_overridden, package_of
 from tests.test_conf import composed
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_every_class_that_we_ask_for_exists_in_both():
 @pytest.mark.slow
 @pytest.mark.parametrize("mine", PACKAGES)
 def test_no_package_is_imported_that_the_user_has_not_imported(mine):
-    code = f"import sys, {mine}, lq_plugin.callbacks, lq_plugin.search, lq_plugin.instantiate; "
+    code = f"import sys, {mine}, lq_plugin.callbacks, lq_plugin.search, lq_plugin.utilities.instantiate; "
     code += f"print(sorted(set({PACKAGES}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False

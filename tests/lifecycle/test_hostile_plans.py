@@ -7,8 +7,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 from lq_plugin import PlanError, QuantizationError, QuantPlan, QuantSpec, prepare

@@ -16,8 +16,8 @@ from lq_plugin import QAT, PlanError, QuantizationError, QuantPlan, Rule, calibr
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model import quantizers
 from lq_plugin.model.calibrate import float_forward
+from lq_plugin.model.graph.record import record
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.record import record
 
 OWN = [case for case in CASES if case.package is None]
 # torch's own advice.

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.utils.parametrizations import weight_norm
 
 from lq_plugin import PTQ, QAT, PlanError, QuantPlan, Rule, prepare
-from lq_plugin.callbacks.sharding import refuse_unsupported
+from lq_plugin.callbacks.trainer.sharding import refuse_unsupported
 from lq_plugin.model import quantizers
 from tests.callbacks.conftest import Data, Module
 
@@ -178,7 +178,7 @@ def test_fsdp_of_lightning_is_refused_before_training():
     ],
 )
 def test_what_needs_the_whole_model_is_refused_where_it_is_split(callback, named, monkeypatch):
-    monkeypatch.setattr("lq_plugin.callbacks.sharding._sharded", lambda module: iter([module]))
+    monkeypatch.setattr("lq_plugin.callbacks.trainer.sharding._sharded", lambda module: iter([module]))
     found = SimpleNamespace(strategy=ModelParallelStrategy())
     if named is None:
         refuse_unsupported(found, Module(), callback.needs_whole_model())

@@ -15,8 +15,8 @@ import lq_plugin
 from lq_plugin import PTQ
 from lq_plugin.errors import PlanError
 from lq_plugin.model.aside import set_aside
-from lq_plugin.model.cost import cost
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.report.explain import explain
 
 

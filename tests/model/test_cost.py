@@ -8,17 +8,16 @@ from math import ceil, prod
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import lq_plugin
 from lq_plugin import PerChannel, PerGroup, PerTensor, QuantSpec
 from lq_plugin.errors import PlanError, QuantizationError
 from lq_plugin.export import save_packed
-from lq_plugin.model.cost import Cost, cost, plan_cost, spec_bits
-from lq_plugin.model.record import record
-from lq_plugin.plan import LayerPlan
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import Cost, cost, plan_cost, spec_bits
 from lq_plugin.quantizers import make_weight_quantizer
 
 W4 = QuantSpec.parse("int4 per_channel")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lq_plugin
-from lq_plugin.model.fidelity import (
+from lq_plugin.model.measure.fidelity import (
     Errors,
     errors_on_statistics,
     layer_fidelity,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lq_plugin
 from lq_plugin.errors import CoverageError
+from lq_plugin.model.graph.record import record
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.record import record
 
 
 class Experts(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from lq_plugin.model.record import Recording, record
+from lq_plugin.model.graph.record import Recording, record
 from tests.models import Attention, Function, MobileNet, resnet20
 
 

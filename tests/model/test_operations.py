@@ -16,7 +16,7 @@ from lq_plugin import PlanError, QuantPlan, QuantSpec, Rule, calibrate, load_che
 from lq_plugin.demo.resnet import CifarResNet
 from lq_plugin.model import quantized_operations, quantizers, record
 from lq_plugin.model.calibrate import float_forward
-from lq_plugin.model.operation_rules import names_operation
+from lq_plugin.model.operations.rules import names_operation
 
 INT8 = "int8 minmax"
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.model.record import Recording, record
+from lq_plugin.model.graph.record import Recording, record
 from tests.models import Attention, BasicBlock, Function, PreActivation, resnet20
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.model.record import Recording, record
+from lq_plugin.model.graph.record import Recording, record
 from tests.models import BasicBlock, Function, MobileNet, SharedConv, TwoConsumers, resnet20
 
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lq_plugin import QuantSpec
 from lq_plugin.native import available, use_native
 from lq_plugin.native.kernels import BlockLayout, Kernels, block_layout
-from lq_plugin.quantizers import make_input_quantizer, make_weight_quantizer
+from lq_plugin.quantizers import make_activation_quantizer, make_weight_quantizer
 
 if not available():
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -32,7 +31,7 @@ arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_sid
 
 def quantizer_of_inputs(spec: str, channels: int, axis: int = 1, top: float = 2.0):
     """Calibrated: γ, or the tensor's scale, is that of a range up to `top`."""
-    quantizer = make_input_quantizer(QuantSpec.parse(spec), "input", channels, axis)
+    quantizer = make_activation_quantizer(QuantSpec.parse(spec), "input", channels, axis)
     if quantizer.needs_calibration:
         quantizer._store(torch.tensor([-top]), torch.tensor([top]))
     quantizer.set_calibrated()
@@ -145,7 +144,7 @@ def test_a_block_of_each_family_against_its_definition(variant):  # noqa: F811
     }
     kernels = Kernels(variant)
     for spec, want in expected.items():
-        quantizer = make_input_quantizer(QuantSpec.parse(spec), "input", 32, 1)
+        quantizer = make_activation_quantizer(QuantSpec.parse(spec), "input", 32, 1)
         quantizer.scale.fill_(1.5 if "group" in spec else 1.0)
         y, mask = kernels.fake_quantize_blocks(x, BlockLayout(1, 32, 1), quantizer.block_rule(), True)
         np.testing.assert_allclose(y[0, :4].numpy(), want, rtol=1e-6)

@@ -9,17 +9,15 @@ from typing import ClassVar, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lq_plugin.functional.affine import extremes, fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
 from lq_plugin.functional.lsq import Band, fake_quantize_learned
-from lq_plugin.native import NativeError, available, use_native
-from lq_plugin.native import switch as switch_module
+from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native import NativeError, available, switch as switch_module, use_native
 from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
 from lq_plugin.native.switch import active
-from lq_plugin.spec import IntegerGrid
 
 if not available():
     pytest.skip("no C++ compiler", allow_module_level=True)

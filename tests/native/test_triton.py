@@ -19,11 +19,10 @@ from lq_plugin import QAT
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.functional.affine import fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
 from lq_plugin.functional.lsq import fake_quantize_learned
-from lq_plugin.native import NativeError, use_native
-from lq_plugin.native import switch as switch_module
+from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native import NativeError, switch as switch_module, use_native
 from lq_plugin.native.kernels import Layout
 from lq_plugin.native.switch import active
-from lq_plugin.spec import IntegerGrid
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 from lq_plugin.native.triton_kernels import TritonKernels, _take_in  # noqa: E402
@@ -234,7 +233,7 @@ variants = [(k._forward, {**plain, **more}) for more in (
     {}, {"IN_COLUMNS": True}, {"LEARNED": True}, {"OBSERVED": True}, {"FROM_EXTREMES": True}, {"FROM_EXTREMES": True, "AFFINE": True})]
 learned = {**tile, "NEEDS_X": True, "NEEDS_SHIFT": True}
 variants += [(k._learned_backward, {**learned, "ROUNDED": rounded}) for rounded in (False, True)]
-variants += [(k._mask_gradient, tile), (k._take_in, {"BLOCK": 1024})]
+variants += [(k.mask_gradient, tile), (k._take_in, {"BLOCK": 1024})]
 for dtype, (kernel, constants) in itertools.product(("fp32", "bf16", "fp16"), variants):
     tensors = {**kinds, **dict.fromkeys(["x_at", "y_at", "gradient_at", "result_at"], f"*{dtype}")}
     signature = {name: "constexpr" if name in constants else tensors[name] for name in kernel.arg_names}
@@ -260,4 +259,4 @@ def test_compiles_for_gpus_with_every_operation_rounded(tmp_path):
     for line in lines:
         kernel, _, fused, *divisions = line.split()
         assert fused == "-", line
-        assert divisions == ([] if kernel in ("_mask_gradient", "_take_in") else ["div.rn.f32"]), line
+        assert divisions == ([] if kernel in ("mask_gradient", "_take_in") else ["div.rn.f32"]), line

@@ -11,8 +11,8 @@ from torch import nn
 
 import lq_plugin
 from lq_plugin import plots
-from lq_plugin.model.cost import Cost, cost
-from lq_plugin.model.fidelity import FidelityRow, layer_fidelity
+from lq_plugin.model.measure.cost import Cost, cost
+from lq_plugin.model.measure.fidelity import FidelityRow, layer_fidelity
 from lq_plugin.plots.style import VERMILION
 
 

@@ -8,8 +8,8 @@ import torch
 
 from lq_plugin import plots
 from lq_plugin.errors import CalibrationError
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
-from lq_plugin.spec import QuantSpec
 
 
 def histogram(x: torch.Tensor, rows: int = 1) -> Histogram:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lq_plugin import CalibrationError, PlanError, QuantPlan, QuantSpec, Rule, calibrate, prepare, remove
-from lq_plugin.formats import FORMATS, RANGES
-from lq_plugin.model.cost import cost
-from lq_plugin.model.fidelity import layer_fidelity
-from lq_plugin.model.observe import commit_observers
+from lq_plugin.intent.formats import FORMATS, RANGES
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.measure.fidelity import layer_fidelity
+from lq_plugin.model.training import commit_observers
 
 WEIGHTS = [
     "int4 per_channel mse",

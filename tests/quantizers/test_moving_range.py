@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lq_plugin.quantizers import make_input_quantizer, make_weight_quantizer
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.quantizers import make_activation_quantizer, make_weight_quantizer
 from lq_plugin.ranges import Sample
-from lq_plugin.spec import QuantSpec
 
 
 def quantizer(spec):
-    return make_input_quantizer(QuantSpec.parse(spec), "layer.input", 4, -1).train()
+    return make_activation_quantizer(QuantSpec.parse(spec), "layer.input", 4, -1).train()
 
 
 def seen(q, high):

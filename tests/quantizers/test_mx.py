@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
@@ -14,8 +13,8 @@ from lq_plugin import QuantSpec, SpecError, calibrate, prepare
 from lq_plugin.functional.affine import fake_quantize
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.functional.mx import mx_step
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.quantizers import make_weight_quantizer
-from lq_plugin.spec import IntegerGrid
 
 MANTISSA = {"mx9": 7, "mx6": 4, "mx4": 2}
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lq_plugin import calibrate, prepare
-from lq_plugin.model.observe import enter_stage
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.training import enter_stage
 
 PLAN = {
     "rules": [

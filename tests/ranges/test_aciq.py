@@ -11,10 +11,10 @@ import torch
 
 from lq_plugin.errors import SpecError
 from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges import Sample, estimate_range
-from lq_plugin.ranges.aciq import aciq_threshold, exact_scale
 from lq_plugin.ranges.distributions import DISTRIBUTIONS, expected_error, fit_distributions
-from lq_plugin.spec import IntegerGrid, QuantSpec
+from lq_plugin.ranges.estimators.aciq import aciq_threshold, exact_scale
 
 PAPER = {
     "laplace": [1.8628, 2.8307, 3.8972, 5.0286, 6.2048, 7.4131, 8.6456, 9.8968, 11.1627],

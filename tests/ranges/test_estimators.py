@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lq_plugin.errors import SpecError
 from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.intent.spec import LEARNED_RANGES, RANGES, IntegerGrid, QuantSpec
 from lq_plugin.ranges import Histogram, Sample, estimate_range, register_range, registered_ranges
-from lq_plugin.ranges.percentile import quantile
+from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.registry import _ESTIMATORS
-from lq_plugin.spec import LEARNED_RANGES, RANGES, IntegerGrid, QuantSpec
 
 CALIBRATED = ["minmax", "percentile:99", "mse", "kl", "aciq", "aciq_exact", "octav"]
 SPECS = ["int1", "int2", "int4 narrow", "int8", "uint1", "uint8", "uint4 affine", "int8 affine"]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.ranges import Histogram, Sample

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from lq_plugin.quantizers import make_input_quantizer
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
+from lq_plugin.quantizers import make_activation_quantizer
 from lq_plugin.ranges import Histogram, Sample, estimate_range
-from lq_plugin.ranges.folding import fold
-from lq_plugin.ranges.kl import _histogram, best_bin
-from lq_plugin.spec import IntegerGrid, QuantSpec
+from lq_plugin.ranges.estimators.kl import best_bin, kl_histogram
+from lq_plugin.ranges.magnitudes import fold
 
 
 def reference_bin(counts, beyond, levels):
@@ -121,7 +120,7 @@ def test_the_order_of_the_data_does_not_matter(spec):
     shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))]
     found = []
     for batches in (x.split(50_000), x.flip(0).split(30_000), shuffled.split(75_000)):
-        quantizer = make_input_quantizer(QuantSpec.parse(spec), "input", 1, 1)
+        quantizer = make_activation_quantizer(QuantSpec.parse(spec), "input", 1, 1)
         quantizer.collector = quantizer.new_collector()
         for batch in batches:
             quantizer(batch)
@@ -194,7 +193,7 @@ def test_counts_of_exact_values_are_numpys(zeros, spec):
     x = x if zeros else x.masked_fill(x == 0, 0.01)
     end = torch.tensor([1.0, 2.0, 8.0], dtype=torch.float64)
     x[0, 0], x[1, 0] = 1.0, 1e30
-    got = _histogram(fold(Sample.from_tensor(x), grid), end, 128)
+    got = kl_histogram(fold(Sample.from_tensor(x), grid), end, 128)
     for row in range(3):
         y = x[row].double().numpy()
         y = np.maximum(y, 0.0) if spec == "uint4" else np.abs(y)

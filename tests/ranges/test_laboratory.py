@@ -7,9 +7,9 @@ import torch
 
 from lq_plugin.errors import SpecError
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
 from lq_plugin.ranges.laboratory import COMPARED
-from lq_plugin.spec import QuantSpec
 
 
 def draw(kind, rows=1, n=100_000):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.ranges.estimators.mse import _descending_errors
 from lq_plugin.ranges.grid_error import clipped_share, clipping_error, mean_squared_error
-from lq_plugin.ranges.mse import _descending_errors
-from lq_plugin.spec import IntegerGrid, QuantSpec
 
 
 def numpy_error(x, scale, zero_point, grid):

@@ -6,10 +6,10 @@ import scipy.optimize
 import scipy.stats
 import torch
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.ranges import Sample, estimate_range
-from lq_plugin.ranges.folding import fold
-from lq_plugin.ranges.octav import newton_iterates
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.ranges.estimators.octav import newton_iterates
+from lq_plugin.ranges.magnitudes import fold
 
 
 def quantiles(distribution, n=400_000):

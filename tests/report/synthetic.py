@@ -11,14 +11,15 @@ from optuna.trial import create_trial
 from torch import nn
 
 import lq_plugin
+from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.model.calibrate import collect_statistics, load_statistics
-from lq_plugin.model.record import record
-from lq_plugin.plan import QuantPlan, Rule
-from lq_plugin.report import ReportData, model_report, study_report
+from lq_plugin.model.graph.record import record
+from lq_plugin.report import ReportData, model_report
 from lq_plugin.report.data import Series
-from lq_plugin.search.database import quiet
-from lq_plugin.search.result import SearchResult
-from lq_plugin.search.storage import FINGERPRINT
+from lq_plugin.search import study_report
+from lq_plugin.search.shared.database import quiet
+from lq_plugin.search.shared.storage import FINGERPRINT
+from lq_plugin.search.study.result import SearchResult
 
 PLAN = {
     "rules": [

@@ -17,11 +17,11 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lq_plugin import QAT, QuantMonitor
+from lq_plugin.commands.report_sources import load_report
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.report import ReportData, Series, model_report, study_report, write_page
+from lq_plugin.report import ReportData, Series, model_report, write_page
 from lq_plugin.report.data import Rounding
-from lq_plugin.report.load import load_report
-from lq_plugin.search import Space, search
+from lq_plugin.search import Space, search, study_report
 from tests.report.browser import Page, chromium, why_not
 from tests.report.synthetic import deep_report, large_report, large_study
 from tests.report.test_page import EVIL

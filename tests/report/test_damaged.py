@@ -17,16 +17,16 @@ import pytest
 from rich.console import Console
 
 from lq_plugin import plots
-from lq_plugin.callbacks.loggers import Picture, Report
-from lq_plugin.csv_text import to_csv
+from lq_plugin.callbacks.monitor.loggers import Picture, Report
+from lq_plugin.commands.report import report as lq_report
+from lq_plugin.commands.report_sources import load_report, read_log
+from lq_plugin.commands.sensitivity import as_table
 from lq_plugin.errors import QuantizationError
-from lq_plugin.files import file_name
 from lq_plugin.report import ReportData, Series
-from lq_plugin.report.load import load_report, read_log
-from lq_plugin.report.main import report as lq_report
 from lq_plugin.report.page import render
-from lq_plugin.search.sensitivity import SensitivityTable
-from lq_plugin.search.sensitivity_main import as_table
+from lq_plugin.search.sensitivity.measure import SensitivityTable
+from lq_plugin.utilities.csv_text import to_csv
+from lq_plugin.utilities.files import file_name
 from tests.report.synthetic import deep_report, large_study
 
 NAMES = ["[/red] [bold]", "$x^{$ \\frac", "=cmd|' /C calc'!A0", "n" * 300, "a/b\\c:d\u2028<b>&amp;"]

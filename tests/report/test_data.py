@@ -9,27 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 import lq_plugin
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.functional.error import sqnr_db
-from lq_plugin.model.cost import cost
+from lq_plugin.intent.plan import QuantPlan
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.reconstruct import reconstruct
-from lq_plugin.model.record import record
-from lq_plugin.plan import QuantPlan
+from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 from lq_plugin.ranges import Sample
-from lq_plugin.report import ReportData, Series, model_report, study_report
+from lq_plugin.report import ReportData, Series, model_report
 from lq_plugin.report.codec import decode, encode
 from lq_plugin.report.data import Curve, LayerReport, ModelReport, StudyReport, digits
 from lq_plugin.report.model import plan_of
-from lq_plugin.report.study import hypervolume
 from lq_plugin.report.tensors import binned, mse_curve
-from lq_plugin.spec import QuantSpec
+from lq_plugin.search import study_report
+from lq_plugin.search.study.report import hypervolume
 from tests.report.synthetic import PLAN, Deep, deep_report, large_study
 
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import nn
 
 import lq_plugin
+from lq_plugin.commands.explain import explain as lq_explain
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.errors import PlanError, QuantizationError
-from lq_plugin.model.cost import cost
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.report.explain import explain
-from lq_plugin.report.main import explain as lq_explain
 from lq_plugin.report.models import build_model, zeros
 from tests.report.synthetic import PLAN, Deep
 

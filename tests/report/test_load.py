@@ -11,12 +11,13 @@ from pathlib import Path
 import optuna
 import pytest
 
+from lq_plugin.commands.report import report as lq_report
+from lq_plugin.commands.report_sources import load_report, read_log
 from lq_plugin.errors import QuantizationError
-from lq_plugin.report import ReportData, Series, study_report
-from lq_plugin.report.load import load_report, read_log
-from lq_plugin.report.main import report as lq_report
+from lq_plugin.report import ReportData, Series
 from lq_plugin.report.pictures import write_pictures
-from lq_plugin.search.database import quiet
+from lq_plugin.search import study_report
+from lq_plugin.search.shared.database import quiet
 from tests.report.synthetic import deep_report, large_study
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +166,10 @@ def test_names_that_are_markup_are_printed_as_they_are(tmp_path: Path, capsys: p
 )
 def test_commands_answer_before_anything_heavy_is_imported(entry: str, arguments: list[str], said: str) -> None:
     heavy = "[name for name in ('torch', 'lightning', 'matplotlib', 'optuna', 'numpy') if name in sys.modules]"
-    code = f"import sys; from lq_plugin.report.main import {entry}; code = {entry}({arguments!r}); print(code, {heavy})"
+    code = (
+        f"import sys; from lq_plugin.commands.{entry} import {entry}; code = {entry}({arguments!r}); "
+        f"print(code, {heavy})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "2 []\n"
     assert said in done.stderr

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import lq_plugin
-from lq_plugin.model.cost import cost
-from lq_plugin.model.fidelity import layer_fidelity
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.measure.fidelity import layer_fidelity
 from lq_plugin.report.terminal import MAX_ROWS, summary
 
 

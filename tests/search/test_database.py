@@ -18,11 +18,10 @@ from sqlalchemy.exc import OperationalError
 
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.search import Evaluator, StudyError
-from lq_plugin.search import database as database_module
-from lq_plugin.search import others as others_module
-from lq_plugin.search.database import alone, quiet, rdb_storage
-from lq_plugin.search.others import OtherWorkers
-from lq_plugin.search.storage import open_study
+from lq_plugin.search.shared import database as database_module, others as others_module
+from lq_plugin.search.shared.database import alone, quiet, rdb_storage
+from lq_plugin.search.shared.others import OtherWorkers
+from lq_plugin.search.shared.storage import open_study
 
 from .server import Server
 from .test_study import run

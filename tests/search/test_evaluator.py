@@ -8,10 +8,10 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lq_plugin import PTQ, QuantPlan
-from lq_plugin.callbacks.data import calibration_batches, one_batch
+from lq_plugin.callbacks.trainer.data import calibration_batches, one_batch
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import CalibrationError, PlanError
-from lq_plugin.model.cost import cost
+from lq_plugin.model.measure.cost import cost
 from lq_plugin.search import Evaluator, Space
 
 from .conftest import CPU
@@ -140,11 +140,12 @@ def test_calibration_reads_its_data_once_whatever_the_plans(
 
 
 def test_each_range_is_estimated_once(model: DigitsCNN, datamodule: DigitsDataModule, monkeypatch: Any) -> None:
-    from lq_plugin.quantizers import uniform
+    from lq_plugin.quantizers import activation, weight
 
     calls = []
-    original = uniform.estimate_range
-    monkeypatch.setattr(uniform, "estimate_range", lambda *a: calls.append(a[0]) or original(*a))
+    original = weight.estimate_range
+    for module in (activation, weight):
+        monkeypatch.setattr(module, "estimate_range", lambda *a: calls.append(a[0]) or original(*a))
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
         calls.clear()

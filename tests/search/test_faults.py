@@ -14,8 +14,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from lq_plugin.search import StudyError
-from lq_plugin.search.database import rdb_storage
-from lq_plugin.search.storage import open_study
+from lq_plugin.search.shared.database import rdb_storage
+from lq_plugin.search.shared.storage import open_study
 
 from .server import Server
 

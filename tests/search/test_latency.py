@@ -14,8 +14,8 @@ import pytest
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import SearchResult, search
-from lq_plugin.search.latency import TABLE, pairs
-from lq_plugin.search.space import Space
+from lq_plugin.search.space.space import Space
+from lq_plugin.search.study.latency import TABLE, pairs
 
 from .conftest import CPU
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lq_plugin import QuantizationError
 from lq_plugin.search import Evaluator
-from lq_plugin.search.learned_steps import WEIGHTS
-from lq_plugin.search.sensitivity import measure_sensitivity
+from lq_plugin.search.sensitivity.learned_steps import WEIGHTS
+from lq_plugin.search.sensitivity.measure import measure_sensitivity
 
 from .conftest import CPU
 

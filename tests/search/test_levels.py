@@ -13,7 +13,7 @@ from lq_plugin import PTQ, QAT, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import Evaluator, Level, Space, evaluate_at, search
-from lq_plugin.search.levels import parse_levels
+from lq_plugin.search.evaluation.levels import parse_levels
 
 from .conftest import CPU
 from .test_evaluator import Batches, copy_of, quiet_trainer, same

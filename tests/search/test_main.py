@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from lq_plugin.cli import told
+from lq_plugin.commands.common import told
+from lq_plugin.commands.search import run
+from lq_plugin.commands.sensitivity import run as measure
 from lq_plugin.errors import MissingPackageError, QuantizationError
 from lq_plugin.search import Space
-from lq_plugin.search.main import run
-from lq_plugin.search.sensitivity_main import run as measure
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false", "search.seeds=0"]
@@ -144,7 +144,7 @@ def lq_search(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-c",
-        "from lq_plugin.cli import search; search()",
+        "from lq_plugin.commands.entry import search; search()",
         *arguments,
         *SMALL,
         f"paths.log_dir={tmp_path}/logs",
@@ -236,7 +236,7 @@ def some_trial_is_complete(folder: Path) -> bool:
 def test_wrong_options_are_said_before_a_model_is_trained(
     overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setattr("lq_plugin.commands.search.train", lambda *_: pytest.fail("a model was trained"))
     with pytest.raises(QuantizationError, match=message):
         run(composed(tmp_path, *overrides))
 
@@ -248,7 +248,7 @@ def test_wrong_options_are_said_before_a_model_is_trained(
 def test_packages_that_latency_needs_are_said_before_a_model_is_trained(
     package: str, runtime: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setattr("lq_plugin.commands.search.train", lambda *_: pytest.fail("a model was trained"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         MissingPackageError,
@@ -261,6 +261,6 @@ def test_packages_that_latency_needs_are_said_before_a_model_is_trained(
 def test_wrong_measures_are_said_before_a_model_is_trained(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lq_plugin.search.main.train", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.setattr("lq_plugin.commands.search.train", lambda *_: pytest.fail("a model was trained"))
     with pytest.raises(QuantizationError, match="Did you mean 'fisher'|Did you mean 'widest'|got 99"):
         measure(composed(tmp_path, override, name="sensitivity"))

@@ -5,7 +5,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.overrides import JobOverrides
+from lq_plugin.search.sweep.overrides import JobOverrides
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from lq_plugin.errors import PlanError
-from lq_plugin.plan import LayerInfo, QuantPlan
-from lq_plugin.search.patterns import PatternSpace
+from lq_plugin.intent.plan import LayerInfo, QuantPlan
+from lq_plugin.search.space.patterns import PatternSpace
 
 LAYERS = {
     "plan": {

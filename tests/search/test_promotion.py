@@ -13,13 +13,13 @@ import torch
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lq_plugin.commands.search import run as run_config
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import Evaluator, Level, SearchResult, StudyError, evaluate_at
-from lq_plugin.search.main import run as run_config
-from lq_plugin.search.progress import SearchProgress
-from lq_plugin.search.promotion import Ladder
-from lq_plugin.search.trial_runs import log_trials
+from lq_plugin.search.study.progress import SearchProgress
+from lq_plugin.search.study.promotion import Ladder
+from lq_plugin.search.study.trial_runs import log_trials
 
 from .conftest import CPU
 from .test_main import ROOT, composed

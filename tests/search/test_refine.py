@@ -7,10 +7,10 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from lq_plugin.search import refine
-from lq_plugin.search.bound import BoundSpace, Unit
-from lq_plugin.search.refine import Point, Refiner, front_of
-from lq_plugin.spec import QuantSpec
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.search.space.bound import BoundSpace, Unit
+from lq_plugin.search.study import refine
+from lq_plugin.search.study.refine import Point, Refiner, front_of
 
 BITS = (2, 3, 4, 8)
 CHOICES = tuple(QuantSpec.parse(f"int{bits} per_channel mse") for bits in BITS)

@@ -11,10 +11,10 @@ from lq_plugin import QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.demo.resnet import CifarResNet
 from lq_plugin.errors import PlanError
-from lq_plugin.model.record import record
+from lq_plugin.model.graph.record import record
 from lq_plugin.model.survey import Survey
 from lq_plugin.search import Evaluator, Space
-from lq_plugin.search.residual import ResidualTies, residual_ties
+from lq_plugin.search.space.residual import ResidualTies, residual_ties
 
 from .conftest import CPU
 from .test_evaluator import copy_of, same

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
-from lq_plugin.plan import LayerInfo
+from lq_plugin.intent.plan import LayerInfo
 from lq_plugin.search import Evaluator, Space, search
-from lq_plugin.search.seeds import greedy_path, ilp, make_seeds, unit_costs
+from lq_plugin.search.study.seeds import greedy_path, ilp, make_seeds, unit_costs
 
 from .conftest import CPU
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lq_plugin.commands.sensitivity import as_table, run
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import Evaluator
-from lq_plugin.search.prefix import PrefixCache
-from lq_plugin.search.sensitivity import (
+from lq_plugin.search.sensitivity.measure import (
     FORWARD,
     GRADIENT,
     MEASURES,
@@ -27,7 +27,7 @@ from lq_plugin.search.sensitivity import (
     measure_sensitivity,
     to_csv,
 )
-from lq_plugin.search.sensitivity_main import as_table, run
+from lq_plugin.search.sensitivity.prefix import PrefixCache
 
 from .conftest import CPU
 from .test_main import composed

@@ -3,15 +3,14 @@ from __future__ import annotations
 import optuna
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError
-from lq_plugin.plan import LayerInfo, QuantPlan
+from lq_plugin.intent.plan import LayerInfo, QuantPlan
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search import Space, SpaceRule, parse_choices
-from lq_plugin.spec import QuantSpec
 
 CONV = ("Conv2d", "_ConvNd")
 LAYERS = [

@@ -18,7 +18,7 @@ from lq_plugin import PTQ, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search import Evaluator, SearchResult, Space, StudyError, search
-from lq_plugin.search.storage import FINGERPRINT, differences, open_study
+from lq_plugin.search.shared.storage import FINGERPRINT, differences, open_study
 
 from .conftest import CPU
 from .test_evaluator import Batches, quiet_trainer
@@ -366,7 +366,7 @@ def test_the_first_signal_asks_and_the_second_one_raises() -> None:
     # In a process of its own, for a test runner may have plans of its own for SIGTERM.
     script = """
 import signal
-from lq_plugin.search.interrupt import stop_on_signal
+from lq_plugin.search.shared.interrupt import stop_on_signal
 before = signal.getsignal(signal.SIGINT)
 with stop_on_signal() as stop:
     assert not stop
@@ -448,9 +448,8 @@ def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(tmp_path: Path, si
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, lq_plugin.cli; print([m for m in ('torch', 'lightning', 'optuna', 'wandb') if m in sys.modules])"
-    )
+    heavy = ("torch", "lightning", "optuna", "wandb")
+    code = f"import sys, lq_plugin.commands.entry; print([m for m in {heavy} if m in sys.modules])"
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"

@@ -16,12 +16,12 @@ from hydra_plugins.lq_sweeper import LQSweeperConf
 from lq_plugin import QAT
 from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.errors import QuantizationError
-from lq_plugin.plan import QuantPlan
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.search import DominancePruner, StudyError, TrialReport
-from lq_plugin.search.job import INTERRUPTED, TrialFailure, TrialJob, current_trial
-from lq_plugin.search.objective import ERROR, METRICS, PLAN
-from lq_plugin.search.sweep import sweep
-from lq_plugin.search.sweep_settings import SweepSettings
+from lq_plugin.search.study.objective import ERROR, METRICS, PLAN
+from lq_plugin.search.sweep.job import INTERRUPTED, TrialFailure, TrialJob, current_trial
+from lq_plugin.search.sweep.settings import SweepSettings
+from lq_plugin.search.sweep.sweep import sweep
 
 from .test_evaluator import quiet_trainer
 
@@ -236,7 +236,7 @@ def test_pruning(sweeps):
 
 
 DOMINANCE = {
-    "_target_": "lq_plugin.search.dominance.DominancePruner",
+    "_target_": "lq_plugin.search.shared.dominance.DominancePruner",
     "margin": 0.05,
     "n_startup_trials": 4,
     "n_warmup_steps": 1,

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
-from lq_plugin.search.objective import ERROR
+from lq_plugin.search.study.objective import ERROR
 
 APP = Path(__file__).parent / "sweep_app" / "app.py"
 COMPLETE, FAIL, RUNNING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING

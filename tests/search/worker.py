@@ -11,7 +11,7 @@ import torch
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.search import search
-from lq_plugin.search.evaluator import Evaluator
+from lq_plugin.search.evaluation.evaluator import Evaluator
 from tests.search.conftest import CPU
 
 SPACE = {"weight": {"bit_widths": [2, 3, 4, 5, 6, 7, 8], "granularities": ["per_channel"], "ranges": ["minmax"]}}

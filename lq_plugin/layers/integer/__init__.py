@@ -21,13 +21,11 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from lq_plugin.layers.integer.state import IntegerForward, integer_forward, why_never
-
-__all__ = [
-    "IntegerForward", "disable_integer_forward", "enable_integer_forward", "integer_choices", "integer_forward",
-    "integer_report",
-    "settle_integer_forward",
-]  # fmt: skip
+from lq_plugin.layers.integer.state import (
+    IntegerForward as IntegerForward,
+    integer_forward as integer_forward,
+    why_never,
+)
 
 
 def enable_integer_forward(
@@ -112,6 +110,6 @@ def _states(model: nn.Module) -> dict[str, IntegerForward]:
 
 
 def _plain(name: str) -> str:
-    from lq_plugin.layers.compound import CONTAINER
+    from lq_plugin.layers.compound.base import CONTAINER
 
     return name.replace(f"{CONTAINER}.", "")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.ops import laid_out
-from lq_plugin.spec import IntegerGrid
 
 
 class Convolution(NamedTuple):

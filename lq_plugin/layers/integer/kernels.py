@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.build import NativeError, library
 from lq_plugin.native.kernels import VARIANTS
-from lq_plugin.spec import IntegerGrid
 
 #: Two products of a byte and a weight up to this fit in 16 bits.
 LARGEST_EXACT = 64

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lq_plugin.intent.spec import IntegerGrid, PerChannel, PerTensor
 from lq_plugin.layers.integer.arithmetic import Arithmetic, arithmetic_on
 from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels
 from lq_plugin.native.ops import kernels_for
-from lq_plugin.quantizers import InputQuantizer, Quantizer, SharedInput, WeightQuantizer
-from lq_plugin.spec import IntegerGrid, PerChannel, PerTensor
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer
 
 if TYPE_CHECKING:
     from lq_plugin.layers.base import QuantizedLayer
@@ -85,7 +85,7 @@ def why_never(layer: QuantizedLayer) -> str | None:
     if weight is None or inputs is None:
         return f"its {'weight' if weight is None else 'input'} is float"
     reason = _why_not_quantizer(weight, WeightQuantizer, "weight") or _why_not_quantizer(
-        inputs, InputQuantizer, "input"
+        inputs, ActivationQuantizer, "input"
     )
     if reason is not None:
         return reason
@@ -133,7 +133,7 @@ def _why_not_here(layer: QuantizedLayer, arithmetic: Arithmetic) -> str | None:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     if groups > 1 and not arithmetic.grouped:
         return f"it is a convolution of {groups} groups"
-    weight, inputs = cast(WeightQuantizer, layer.weight_quantizer), cast(InputQuantizer, layer.input_quantizer)
+    weight, inputs = cast(WeightQuantizer, layer.weight_quantizer), cast(ActivationQuantizer, layer.input_quantizer)
     return arithmetic.why_inexact(weight.spec.grid, inputs.spec.grid)
 
 
@@ -206,7 +206,7 @@ def _integer(
     arithmetic: Arithmetic,
     shared: SharedInput | None = None,
 ) -> Tensor | None:
-    inputs, weights = cast(InputQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
+    inputs, weights = cast(ActivationQuantizer, layer.input_quantizer), cast(WeightQuantizer, layer.weight_quantizer)
     levels = _levels(inputs, x, arithmetic, shared)
     grid = weights.spec.grid
     live = weights.live and not weights.is_fixed
@@ -218,7 +218,9 @@ def _integer(
     )
 
 
-def _levels(inputs: InputQuantizer, x: Tensor, arithmetic: Arithmetic, shared: SharedInput | None) -> Levels | None:
+def _levels(
+    inputs: ActivationQuantizer, x: Tensor, arithmetic: Arithmetic, shared: SharedInput | None
+) -> Levels | None:
     masked, watches = x.requires_grad and torch.is_grad_enabled(), inputs.moving and inputs.observing
     qparams = inputs.scale.detach(), inputs.zero_point.detach(), inputs.spec.grid
     if shared is None:

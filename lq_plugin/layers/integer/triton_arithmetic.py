@@ -10,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.integer import triton_kernels as kernels
 from lq_plugin.layers.integer.function import Convolution, Levels, Operands
 from lq_plugin.native.kernels import DTYPES, Layout
-from lq_plugin.native.triton_kernels import _device_of, _mask_gradient, _tiles
-from lq_plugin.spec import IntegerGrid
+from lq_plugin.native.triton_kernels import device_of, mask_gradient, tile_sizes
 
 _BLOCK = 2048
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -94,7 +94,7 @@ class TritonArithmetic:
         lows, highs = torch.empty(2, programs, dtype=torch.float32, device=x.device)
         # What a kernel does not touch still takes a place among its arguments.
         low, high = (lows, highs) if extremes is None else extremes
-        with _device_of(x):
+        with device_of(x):
             kernels.quantize[programs,](
                 x, q, q if mask is None else mask, scale, zero_point, lows, highs, number, float(grid.quant_min),
                 float(grid.quant_max),
@@ -123,7 +123,7 @@ class TritonArithmetic:
         scales = torch.empty(rows, dtype=torch.float32, device=w.device)
         sums = torch.empty(rows, dtype=torch.int32, device=w.device)
         low, high = torch.aminmax(w) if live and together else (scale, scale)
-        with _device_of(w):
+        with device_of(w):
             kernels.quantize_rows[rows,](
                 w, q, scales, sums, scale, low, high, length, float(grid.quant_min), float(grid.quant_max),
                 0 if together else 1,
@@ -147,7 +147,7 @@ class TritonArithmetic:
         height, width, warps = _product_tile(rows, columns)
         step = 32 if channels % 64 == 32 else 64
         how = kernels.ONE_TAP if taps[0] * taps[1] == 1 else kernels.MIXED if channels % step else kernels.WITHIN_TAP
-        with _device_of(q):
+        with device_of(q):
             kernels.multiply[triton.cdiv(rows, height) * triton.cdiv(columns, width),](
                 q, w, y, scale, zero_point, operands.weight_scale, operands.weight_sums,
                 q if bias is None else bias.detach(), rows, columns, depth, channels, *image, *out_image, taps[1],
@@ -160,7 +160,7 @@ class TritonArithmetic:
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
         y = torch.empty_strided(q.shape, q.stride(), dtype=dtype, device=q.device)
-        with _device_of(q):
+        with device_of(q):
             kernels.dequantize[triton.cdiv(q.numel(), _BLOCK),](
                 q, y, scale, zero_point, q.numel(), BLOCK=_BLOCK, **_OPTIONS
             )
@@ -168,9 +168,9 @@ class TritonArithmetic:
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         layout = Layout(1, 1, gradient.numel(), 1)
-        programs, parts, rows, columns = _tiles(layout)
-        with _device_of(gradient):
-            _mask_gradient[programs,](
+        programs, parts, rows, columns = tile_sizes(layout)
+        with device_of(gradient):
+            mask_gradient[programs,](
                 gradient, gradient, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS
             )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lq_plugin.native.triton_kernels import _clipped, _inverse, _range, _rounded
+from lq_plugin.native.triton_kernels import clip_levels, inverse_of, range_qparams, round_half_even
 
 #: How the sums of `multiply` run along taps of the kernel and channels: over both as one index; over one tap; a step is
 #: within one tap.
@@ -48,9 +48,9 @@ def quantize(
     one = tl.arange(0, 1)
     zero_point = tl.load(zero_at + one)
     low, high = quant_min - zero_point, quant_max - zero_point
-    level = _rounded(x * _inverse(tl.load(scale_at + one)))
+    level = round_half_even(x * inverse_of(tl.load(scale_at + one)))
     shift = (zero_point - quant_min).to(tl.int32) - 128
-    tl.store(q_at + place, (_as_integer(_clipped(level, low, high)) + shift).to(tl.int8), mask=there)
+    tl.store(q_at + place, (_as_integer(clip_levels(level, low, high)) + shift).to(tl.int8), mask=there)
     if MASKED:
         inside = there & ~((level < low) | (level > high))
         bits = tl.reshape(inside.to(tl.int32), (BLOCK // 16, 16)) << tl.arange(0, 16)[None, :]
@@ -111,19 +111,19 @@ def quantize_rows(
     if LIVE:
         if TOGETHER:
             low, high = tl.load(low_at).to(tl.float32), tl.load(high_at).to(tl.float32)
-        scale, _ = _range(
+        scale, _ = range_qparams(
             low + tl.zeros((1,), tl.float32), high + tl.zeros((1,), tl.float32), quant_min, quant_max, False
         )
     else:
         scale = tl.load(given_at + row * given_step + one)
     scale = tl.where(broken > 0, float("nan"), scale)
     tl.store(scale_at + row + one, scale)
-    inverse = _inverse(scale)
+    inverse = inverse_of(scale)
     total = 0
     for start in range(0, length, BLOCK):
         there = start + column < length
         w = tl.load(w_at + begin + start + column, mask=there, other=0.0).to(tl.float32)
-        level = _as_integer(_clipped(_rounded(w * inverse), quant_min, quant_max))
+        level = _as_integer(clip_levels(round_half_even(w * inverse), quant_min, quant_max))
         tl.store(q_at + begin + start + column, level.to(tl.int8), mask=there)
         total += tl.sum(tl.where(there, level, 0), axis=0)
     tl.store(sums_at + row, total)

@@ -17,7 +17,7 @@ class Unpicklable(Exception):
 
 
 def task(cfg: DictConfig) -> float | tuple[float, float] | None:
-    from lq_plugin.search.job import current_trial
+    from lq_plugin.search.sweep.job import current_trial
 
     if cfg.log:
         with Path(cfg.log).open("a") as file:

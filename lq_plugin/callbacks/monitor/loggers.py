@@ -1,0 +1,166 @@
+"""One report, to one Lightning logger, as far as it can take it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+
+from lq_plugin.intent.plan import QuantPlan
+from lq_plugin.utilities.csv_text import to_csv
+from lq_plugin.utilities.files import file_name, temporary_folder, write_file
+from lq_plugin.utilities.lightning_packages import either
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing: `kind` is the panel it belongs to, `name` its caption there."""
+
+    kind: str
+    name: str
+    png: bytes
+
+    @property
+    def path(self) -> str:
+        """Kind and name, once where they are the same."""
+        return self.kind if self.kind == self.name else f"{self.kind}/{self.name}"
+
+    @property
+    def file(self) -> str:
+        """The path as that of a file."""
+        return "/".join(file_name(part) for part in dict.fromkeys((self.kind, self.name)))
+
+    def image(self) -> Image.Image:
+        """The decoded picture."""
+        return Image.open(io.BytesIO(self.png)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is to be shown.
+
+    Args:
+        step: optimizer steps so far.
+        scalars: by key, finite.
+        tables: rows by name.
+        pictures: drawings.
+        plan: the plan in force.
+        final: the last report of a run; files that are kept for good are written now.
+        pages: further files of the last report, by name.
+    """
+
+    step: int
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
+    plan: QuantPlan | None = None
+    final: bool = False
+    pages: Mapping[str, bytes] = field(default_factory=dict)
+
+    def files(self) -> dict[str, bytes]:
+        """Plan and tables as files, by name."""
+        files = {f"{name}.csv": to_csv(rows, list(rows[0]), "\n").encode() for name, rows in self.tables.items()}
+        if self.plan is not None:
+            files["plan.yaml"] = self.plan.to_yaml().encode()
+        return files | dict(self.pages)
+
+
+def report_to(logger: Logger, report: Report) -> None:
+    """Show a report: scalars in every logger, the rest where the logger has a place for it."""
+    if report.scalars:
+        logger.log_metrics(dict(report.scalars), step=report.step)
+    if isinstance(logger, either("loggers.WandbLogger")):
+        _to_wandb(logger, report)
+    elif isinstance(logger, either("loggers.TensorBoardLogger")):
+        _to_tensorboard(logger, report)
+    elif isinstance(logger, either("loggers.CSVLogger")):
+        _to_files(logger, report)
+
+
+def _to_wandb(logger: WandbLogger, report: Report) -> None:
+    import wandb  # not at the top: it takes a second, and not every Trainer has it
+
+    run = logger.experiment
+    if report.plan is not None:
+        run.config.update({"quantization": report.plan.to_dict()}, allow_val_change=True)
+    shown: dict[str, Any] = {}
+    for name, rows in report.tables.items():
+        columns = list(rows[0])
+        # A column of a W&B table holds one kind of value: infinities are text in a log and break charts.
+        shown[f"quant/{name}"] = wandb.Table(
+            columns=[*columns], data=[[_finite(row[column]) for column in columns] for row in rows]
+        )
+    for picture in report.pictures:
+        # A panel each: a gallery wants pictures of one size.
+        shown[f"quant/{picture.path}"] = wandb.Image(picture.image(), caption=picture.name)
+    if shown:
+        # As `log_table` and `log_image` do it, but as one row of the run's history.
+        logger.log_metrics(shown, step=report.step)
+    if report.final and (files := report.files()):
+        artifact = wandb.Artifact(f"quantization-{run.id}", type="quantization")
+        with temporary_folder("artifact") as folder:
+            for name, content in files.items():
+                path = Path(folder, name)
+                path.write_bytes(content)
+                # W&B keeps a copy of its own.
+                artifact.add_file(str(path), name=name)
+            run.log_artifact(artifact)
+
+
+def _to_tensorboard(logger: TensorBoardLogger, report: Report) -> None:
+    writer = logger.experiment
+    if report.plan is not None:
+        # Four spaces make a code block in Markdown.
+        text = "\n".join(f"    {line}" for line in report.plan.to_yaml().splitlines())
+        writer.add_text("quant/plan", text, report.step)
+    for name, rows in report.tables.items():
+        writer.add_text(f"quant/{name}", _markdown(rows), report.step)
+    for picture in report.pictures:
+        writer.add_image(f"quant/{picture.path}", np.asarray(picture.image()), report.step, dataformats="HWC")
+
+
+def _to_files(logger: CSVLogger, report: Report) -> None:
+    # Before any file: a CSV log that is opened on a folder with files in it clears that folder.
+    folder = logger.experiment.log_dir.rstrip("/") + "/quant"
+    files = report.files()
+    for picture in report.pictures:
+        files[f"step_{report.step:06d}/{picture.file}.png"] = picture.png
+    system, folder = url_to_fs(folder)
+    for name, content in files.items():
+        path = f"{folder}/{name}"
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if isinstance(system, LocalFileSystem):
+            write_file(path, content)
+        else:
+            with system.open(path, "wb") as stream:
+                stream.write(content)
+
+
+def _markdown(rows: Rows) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    # A bar would end the cell.
+    return (f"{value:.5g}" if isinstance(value, float) else str(value)).replace("|", "\\|")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not isfinite(value) else value

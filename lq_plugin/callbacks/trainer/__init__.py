@@ -1,0 +1,1 @@
+"""Where the callbacks meet Lightning: data, steps, optimizers, strategies, other callbacks."""

@@ -1,0 +1,93 @@
+"""What all commands share: checks of a request, quiet logs, errors told in words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.utilities.hydra_files import hide_passwords, storage_passwords
+from lq_plugin.utilities.passwords import without
+
+log = logging.getLogger(__name__)
+
+
+def check_request(cfg: Any) -> None:
+    """Refuse what is wrong with any config, before anything is imported for it.
+
+    Raises:
+        QuantizationError: a group that was not found, or no file of float weights.
+    """
+    require_lq_configs(cfg)
+    path = cfg.get("float_checkpoint")
+    if path and not Path(path).is_file():
+        raise QuantizationError(f"float_checkpoint={path}: there is no such file")
+
+
+def require_lq_configs(cfg: Any) -> None:
+    """Refuse a config in which `+lq=qat` became the plain string `"qat"`.
+
+    Hydra makes it one where it does not find the group `lq`, and the run would be float without a word.
+
+    Raises:
+        QuantizationError: saying so.
+    """
+    if isinstance(value := cfg.get("lq"), str):
+        raise QuantizationError(
+            f"lq={value} was read as a plain string, not as the config group of lq_plugin: nothing would be quantized. "
+            "Is lq_plugin installed in this environment (pip show lq_plugin)?"
+        )
+
+
+def log_once() -> None:
+    """Take away Lightning's own console handlers, which would show each line a second time, beside Hydra's.
+
+    And a warning of torch that Lightning calls a deprecated class, which a search would show for each of its trials.
+    """
+    from lq_plugin.utilities.lightning_packages import LOGGERS  # adds them, with the package
+
+    warnings.filterwarnings(
+        "ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", module=r"(pytorch_)?lightning\."
+    )
+    for name in ("lightning", *LOGGERS):
+        logging.getLogger(name).handlers.clear()
+
+
+@contextmanager
+def told(cfg: DictConfig) -> Iterator[None]:
+    """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the
+    traceback.
+
+    The W&B run of this job ends: the next job of a multirun would go on writing into it. Passwords of storages are
+    taken out of what Hydra has written, and out of what is said.
+    """
+    passwords = storage_passwords(cfg)
+    hide_passwords(passwords)
+    try:
+        yield
+    except QuantizationError as error:
+        whole = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        # Next to a traceback Hydra shows the overrides, and with them passwords.
+        if HydraConfig.get().mode != RunMode.RUN or (whole and not passwords):
+            raise
+        log.error("%s", without(traceback.format_exc() if whole else str(error), passwords))
+        sys.exit(2)
+    except Exception:
+        if not passwords or HydraConfig.get().mode != RunMode.RUN:
+            raise
+        log.error("%s", without(traceback.format_exc(), passwords))
+        sys.exit(1)
+    finally:
+        if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+            wandb.finish()

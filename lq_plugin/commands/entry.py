@@ -1,0 +1,69 @@
+"""Entry points of the commands that Hydra configures: `lq-train`, `lq-search`, `lq-sensitivity` and `lq-export`.
+
+Hydra composes their configs from `pkg://lq_plugin.conf` and the user's own `--config-dir`.
+
+Nothing heavy is imported before a run starts: `lq-train --help` and tab completion stay quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from lq_plugin.commands.common import check_request, log_once, told
+from lq_plugin.commands.export import check_export, run_export
+from lq_plugin.commands.train import optimized_metric, run as run_train
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="train")
+def train(cfg: DictConfig) -> float | None:
+    """`lq-train`: build what the config names, then fit, validate and test it.
+
+    Returns:
+        The metric named by `optimized_metric`, for a sweep; None when none is named.
+    """
+    with told(cfg):
+        check_request(cfg)
+        return optimized_metric(run_train(cfg), cfg.optimized_metric)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
+def search(cfg: DictConfig) -> None:
+    """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
+    with told(cfg):
+        check_request(cfg)
+        log_once()
+        from lq_plugin.commands.search import run as run_search
+
+        try:
+            run_search(cfg)
+        except KeyboardInterrupt:
+            log.warning("stopped; the same command goes on with the study in %s", cfg.paths.output_dir)
+            sys.exit(130)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
+def sensitivity(cfg: DictConfig) -> None:
+    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see
+    `lq_plugin.search.sensitivity.measure`."""
+    with told(cfg):
+        check_request(cfg)
+        log_once()
+        from lq_plugin.commands.sensitivity import run as run_sensitivity
+
+        run_sensitivity(cfg)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
+def export(cfg: DictConfig) -> None:
+    """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX."""
+    with told(cfg):
+        # Before Lightning is imported, which takes longer than anything that can be wrong with a request takes to say.
+        check_export(cfg)
+        log_once()
+        run_export(cfg)

@@ -1,0 +1,78 @@
+"""`lq-explain`: what a plan would do to a model, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from lq_plugin.commands.failed import failed
+from lq_plugin.errors import QuantizationError
+from lq_plugin.intent.plan import QuantPlan
+
+
+def explain(arguments: Sequence[str] | None = None) -> int:
+    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained; `--defaults`: what the words of a
+    plan stand for.
+
+    Returns:
+        0, or 2 when the plan does not fit.
+    """
+    parser = argparse.ArgumentParser("lq-explain", description="What a plan would do to a model: a dry run.")
+    parser.add_argument("--defaults", action=_Defaults, help="print what the words of a plan stand for, and exit")
+    parser.add_argument("plan", help='a plan\'s file, or its short string: "w4a8"')
+    parser.add_argument(
+        "model", help="module:callable, or the name of a Hydra config in the group `model`; the code it names is run"
+    )
+    parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the model")
+    parser.add_argument("--config-dir", type=Path, help="folder with your own Hydra configs")
+    parser.add_argument("--shape", help="of one batch, 1,3,32,32: the float model runs once, for MACs and BOPs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args(arguments)
+    try:
+        # A plan that cannot be read is said before torch is there.
+        plan = QuantPlan.parse(args.plan)
+        import torch
+
+        from lq_plugin.report.explain import explain as dry_run
+        from lq_plugin.report.models import build_model, zeros
+
+        model = build_model(args.model, args.arguments, args.config_dir).eval()
+        batch = None if args.shape is None else zeros(args.shape)
+        with torch.no_grad():
+            found = dry_run(plan, model, None if batch is None else lambda: model(batch))
+    except QuantizationError as error:
+        return failed("lq-explain", error)
+    if args.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=1) + "\n")
+        return 0
+    console = Console()
+    console.print(found.table())
+    console.print(found.summary(), soft_wrap=True)
+    console.print()
+    console.print(Text("schedule", style="bold"))
+    console.print(found.timeline(), soft_wrap=True)
+    return 0
+
+
+class _Defaults(argparse.Action):
+    """Like `--version`: no other argument is needed."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from lq_plugin.report.defaults import markdown
+
+        sys.stdout.write(markdown())
+        parser.exit()
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(explain())

@@ -1,0 +1,12 @@
+"""The last words of a command that was asked for what cannot be."""
+
+from rich.console import Console
+from rich.text import Text
+
+from lq_plugin.errors import QuantizationError
+
+
+def failed(command: str, error: QuantizationError) -> int:
+    """Prints `error` on stderr; returns the exit status, 2."""
+    Console(stderr=True).print(Text(f"{command}: {error}"), soft_wrap=True)
+    return 2

@@ -1,0 +1,173 @@
+"""`lq-search`: build what the config names, search, and show what was found. One call is one worker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from optuna.storages import BaseStorage
+from rich.console import Console
+
+from lq_plugin import plots
+from lq_plugin.callbacks.monitor.loggers import Picture, Report, report_to
+from lq_plugin.errors import QuantizationError
+from lq_plugin.model.checkpoint import load_float_weights
+from lq_plugin.report import render
+from lq_plugin.search.shared.database import alone
+from lq_plugin.search.space.space import Space
+from lq_plugin.search.study.options import read_options
+from lq_plugin.search.study.report import study_report
+from lq_plugin.search.study.result import SearchResult
+from lq_plugin.search.study.search import search
+from lq_plugin.search.study.trial_runs import log_trials
+from lq_plugin.utilities.files import make_folder, replacing
+from lq_plugin.utilities.hydra_files import plain
+from lq_plugin.utilities.instantiate import instantiate_for
+from lq_plugin.utilities.lightning_packages import any_package, either
+from lq_plugin.utilities.passwords import masked, passwords_in, without
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> SearchResult:
+    """Search as `cfg` (composed from `search.yaml`) says.
+
+    Raises:
+        QuantizationError: see `search`.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
+    """
+    output_dir = make_folder(cfg.paths.output_dir)
+    options = {key: plain(cfg.search[key]) for key in _OPTIONS}
+    space = read_space(cfg)
+    # What is wrong with the rest is said before a float model is trained, too.
+    model: LightningModule = instantiate(cfg.model)
+    read_options(
+        model, trainer=partial(instantiate_for, model, cfg.trainer), seed=cfg.seed, worker=cfg.worker, **options
+    )
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    model = load_model(cfg, datamodule, output_dir)
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
+    storage = make_storage(cfg.search.storage)
+    # Only the first worker shows anything: the others share its terminal.
+    first = cfg.worker == 0
+    result = search(
+        model,
+        datamodule,
+        space,
+        storage=storage,
+        output_dir=output_dir,
+        sampler=instantiate(cfg.search.sampler, _partial_=True),
+        seed=cfg.seed,
+        worker=cfg.worker,
+        progress=first and cfg.search.progress,
+        trainer=partial(instantiate_for, model, cfg.trainer),
+        **options,
+    )
+    if first:
+        Console().print(result.table())
+        log_to(cfg, result)
+    log.info("written to %s", output_dir)
+    return result
+
+
+def make_storage(given: Any) -> BaseStorage | str | None:
+    """The storage that `search.storage` stands for: a URL, None, or a mapping with its `_target_`.
+
+    Raises:
+        QuantizationError: it cannot be made.
+    """
+    if isinstance(given, str | None):
+        return given
+    try:
+        return instantiate(given)
+    except InstantiationException as error:
+        raise QuantizationError(f"search.storage: {without(str(error), passwords_in(plain(given)))}") from None
+
+
+#: Keys of `cfg.search` that `search` takes by the same name.
+_OPTIONS = (
+    "metric", "mode", "cost", "constraints", "n_trials", "study_name",
+    "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",
+    "fidelity", "promote_within", "promote_first", "pruner", "calibration_batches", "phases",
+)  # fmt: skip
+
+
+def read_space(cfg: DictConfig) -> Space:
+    """The search space of a config; with `_target_`: whatever that code makes."""
+    given = cfg.search.space
+    return instantiate(given) if "_target_" in given else Space.parse(plain(given))
+
+
+def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
+    """The model with its float weights: from `float_checkpoint`, or trained for `float_epochs` and kept for the next
+    run.
+
+    Workers that start together train once: the others wait and load what the first has trained.
+    """
+    any_package().seed_everything(cfg.seed, workers=True, verbose=False)
+    model: LightningModule = instantiate(cfg.model)
+    path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None
+    if path is None and cfg.float_epochs:
+        # Named after all it depends on: with another model or more epochs it is trained anew.
+        recipe = [plain(cfg[key]) for key in ("model", "data", "float_epochs", "seed")]
+        path = output_dir / f"float_{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.ckpt"
+        with alone(f"{path}.lock", f"the float model, {path}"):
+            if not path.exists():
+                train(cfg, model, datamodule, path)
+    if path is not None:
+        load_float_weights(model, path)
+    return model
+
+
+def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> None:
+    """Train `model` float and save its weights to `path`."""
+    log.info("training the float model for %d epochs", cfg.float_epochs)
+    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
+    trainer.fit(model, datamodule=datamodule)
+    with replacing(path) as stream:
+        torch.save({"state_dict": model.state_dict()}, stream)
+
+
+def log_to(cfg: DictConfig, result: SearchResult) -> None:
+    """Give every trial to the config's loggers, one step a trial, then the front and its picture.
+
+    W&B gets a run for each trial, too, all in the study's group.
+    """
+    for entry in (cfg.get("logger") or {}).values():
+        wandb = str(entry.get("_target_", "")).endswith("WandbLogger")
+        grouped = {"group": entry.get("group") or cfg.search.study_name, "job_type": "study"} if wandb else {}
+        logger: Logger = instantiate(entry, **grouped)
+        logger.log_hyperparams(masked(plain(cfg)))
+        for candidate in result.candidates:
+            logger.log_metrics(
+                {f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number
+            )
+        if result.candidates:
+            picture = Picture("pareto", "pareto", plots.to_png(result.figure()))
+            step = result.candidates[-1].number
+            page = study_report(result)
+            pages = {"report.json": page.to_json().encode(), "report.html": render(page).encode()}
+            tables = {
+                "front": result.rows(),
+                "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates],
+            }
+            report_to(
+                logger,
+                Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages),
+            )
+        if isinstance(logger, either("loggers.WandbLogger")) and cfg.search.trial_runs:
+            log_trials(logger, result)
+        logger.finalize("success")

@@ -1,0 +1,267 @@
+"""Biases next to quantized inputs, in a form that ONNX Runtime computes as it stands.
+
+ONNX Runtime (1.32, `WeightBiasQuantization`) makes int32 of a float bias of a Conv, ConvTranspose or Gemm whose input
+is dequantized and whose result is quantized, in steps of input scale times weight scale. It does not look whether the
+bias fits: where a channel's weights are tiny the numbers wrap around. And it makes int8 of float weights there. So the
+file leaves nothing to be done:
+
+    the bias fits       DequantizeLinear(int32) with that step, half of which is what its rounding may be off
+    it does not         it is added afterwards, in float, as is
+    float weights       the same; without a bias the result passes a Sum of one operand
+
+The node that adds is one which no other pass of ONNX Runtime puts back: Sum after Conv, ConvTranspose and MatMul (it
+makes a Conv of Conv and Add, a Gemm of MatMul and Add), Add after Gemm (it makes a Gemm of Gemm and Sum).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from lq_plugin.export.onnx_file.readers import CONV, names_read
+
+#: What may stand between a product and the QuantizeLinear that reads it: the runtime moves QuantizeLinear through most
+#: of them.
+_BETWEEN = (
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MaxPool",
+    "Slice",
+    "Pad",
+    "Identity",
+)
+#: Kernels sum products in int32.
+_LIMIT = 2**31 - 1
+_BYTES = (TensorProto.INT8, TensorProto.UINT8)
+
+
+def settle_biases(model: onnx.ModelProto) -> list[str]:
+    """Rewrites, in place, what ONNX Runtime would quantize on its own.
+
+    Args:
+        model: as `export_onnx` has it, quantized.
+
+    Returns:
+        Names of the biases of integer weights that do not fit and are added in float: the runtime computes such layers
+        in float.
+    """
+    return _Biases(model).settle()
+
+
+class _Biases:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producer = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in dict.fromkeys(names_read(node)):
+                self.readers.setdefault(name, []).append(node)
+        self.before: dict[str, list[onnx.NodeProto]] = {}
+        self.after: dict[str, onnx.NodeProto] = {}
+        #: What a bias was made to, by its name and the bytes of its step.
+        self.made: dict[tuple[str, bytes], str] = {}
+
+    def settle(self) -> list[str]:
+        moved = []
+        for node in self.graph.node:
+            if (
+                node.op_type not in (*CONV, "Gemm", "MatMul")
+                or (input_scale := self._input_scale(node.input[0])) is None
+            ):
+                continue
+            bias, weight, quantized = (
+                self._bias(node),
+                self._dequantizer(node.input[1]),
+                self._is_quantized_later(node.output[0]),
+            )
+            if weight is None:
+                if quantized and self._is_constant(node.input[1]):
+                    self._add_afterwards(node, bias)
+            elif (
+                bias is not None
+                and self._value(weight.input[1]).ndim < 2
+                and (quantized or self._is_integer_gemm(node, weight))
+            ):
+                if (fitting := self._in_steps(bias, weight, input_scale)) is not None:
+                    self._read_integers(node, bias, weight, *fitting)
+                elif quantized:
+                    moved.append(bias)
+                    self._add_afterwards(node, bias)
+        self._rebuild()
+        return moved
+
+    def _input_scale(self, name: str) -> NDArray[Any] | None:
+        """The scale of a dequantized activation, where it is a single one."""
+        node = self.producer.get(name)
+        while node is not None and node.op_type in _BETWEEN:
+            node = self.producer.get(node.input[0])
+        read = None if node is None else self._dequantizer(node.output[0])
+        if read is None or self._is_constant(read.input[0]):
+            return None
+        scale = self._value(read.input[1])
+        return scale if scale.size == 1 else None
+
+    def _dequantizer(self, name: str) -> onnx.NodeProto | None:
+        node = self.producer.get(name)
+        return (
+            node
+            if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in self.constants
+            else None
+        )
+
+    def _bias(self, node: onnx.NodeProto) -> str | None:
+        """The constant that is added to a product."""
+        if node.op_type != "MatMul":
+            return node.input[2] if len(node.input) == 3 and node.input[2] in self.constants else None
+        added = self._sum_of(node)
+        return None if added is None else next(name for name in added.input if name != node.output[0])
+
+    def _sum_of(self, matmul: onnx.NodeProto) -> onnx.NodeProto | None:
+        """The Add which alone reads a MatMul, and adds a constant vector."""
+        readers = self.readers.get(matmul.output[0], [])
+        if len(readers) != 1 or readers[0].op_type != "Add":
+            return None
+        vectors = [name for name in readers[0].input if name in self.constants and len(self.constants[name].dims) == 1]
+        return readers[0] if vectors else None
+
+    def _is_constant(self, name: str) -> bool:
+        """Whether nothing but constants goes into a value."""
+        node = self.producer.get(name)
+        return name in self.constants if node is None else all(self._is_constant(read) for read in node.input if read)
+
+    def _is_quantized_later(self, name: str) -> bool:
+        """Whether a QuantizeLinear reads a value, or what is made of it by operations that only move or clip."""
+        for node in self.readers.get(name, []):
+            if node.op_type == "QuantizeLinear" or (
+                node.op_type in _BETWEEN and self._is_quantized_later(node.output[0])
+            ):
+                return True
+            # MatMul and its bias are one Gemm to the runtime.
+            if (
+                node.op_type == "Add"
+                and any(other in self.constants for other in node.input)
+                and self._is_quantized_later(node.output[0])
+            ):
+                return True
+        return False
+
+    def _is_integer_gemm(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> bool:
+        """Whether a Gemm has a kernel of integers, which wants its bias as one of them also where its result stays
+        float."""
+        codes = self.constants.get(weight.input[0])
+        return node.op_type == "Gemm" and codes is not None and codes.data_type in _BYTES
+
+    def _in_steps(
+        self, bias: str, weight: onnx.NodeProto, input_scale: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """The bias as int32, and the step; None where a sum of products and it might leave int32."""
+        values = self._value(bias).astype(np.float64)
+        step = (self._value(weight.input[1]) * np.float32(input_scale.reshape(()))).astype(np.float32)
+        if np.broadcast_shapes(values.shape, step.shape) != values.shape or not step.all():
+            return None
+        integers = np.rint(values / step)
+        return (integers, step) if (np.abs(integers) + self._largest_sum(weight) <= _LIMIT).all() else None
+
+    def _largest_sum(self, weight: onnx.NodeProto) -> NDArray[Any]:
+        """What the products of integers of each output channel with bytes can add up to."""
+        codes = self._codes(weight.input[0]).astype(np.int64)
+        axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
+        if len(weight.input) == 3:
+            zero_point = self._value(weight.input[2]).astype(np.int64)
+            codes = codes - (
+                zero_point.reshape([-1 if dim == axis else 1 for dim in range(codes.ndim)])
+                if zero_point.ndim
+                else zero_point
+            )
+        kept = (axis,) if self._value(weight.input[1]).ndim else ()
+        sums = np.abs(codes).sum(tuple(dim for dim in range(codes.ndim) if dim not in kept))
+        return 255 * sums
+
+    def _codes(self, name: str) -> NDArray[Any]:
+        node = self.producer.get(name)
+        return self._value(name if node is None else node.input[0])
+
+    def _value(self, name: str) -> NDArray[Any]:
+        return numpy_helper.to_array(self.constants[name])
+
+    def _read_integers(
+        self, node: onnx.NodeProto, bias: str, weight: onnx.NodeProto, integers: NDArray[Any], step: NDArray[Any]
+    ) -> None:
+        if node.op_type == "MatMul":
+            return  # an Add, which the runtime itself puts into integers
+        key = bias, step.tobytes()
+        if key not in self.made:
+            stem = bias if not any(name == bias for name, _ in self.made) else f"{bias}_{len(self.made)}"
+            self._constant(f"{stem}_codes", integers.astype(np.int32))
+            self._constant(f"{stem}_scale", step)
+            inputs, self.made[key] = [f"{stem}_codes", f"{stem}_scale"], f"{stem}_dequantized"
+            place: dict[str, Any] = {"axis": 0} if step.ndim else {}
+            made = helper.make_node("DequantizeLinear", inputs, [self.made[key]], f"node_{self.made[key]}", **place)
+            self.before.setdefault(node.name, []).append(made)
+        node.input[2] = self.made[key]
+        if node.op_type == "Gemm" and len(weight.input) == 2 and self._is_integer_gemm(node, weight):
+            # Its kernel wants a zero point to be there, though it is 0.
+            zeros = np.zeros(
+                self._value(weight.input[1]).shape,
+                helper.tensor_dtype_to_np_dtype(self.constants[weight.input[0]].data_type),
+            )
+            self._constant(f"{weight.output[0]}_zero_point", zeros)
+            weight.input.append(f"{weight.output[0]}_zero_point")
+
+    def _add_afterwards(self, node: onnx.NodeProto, bias: str | None) -> None:
+        if node.op_type == "MatMul":
+            if (added := self._sum_of(node)) is not None:
+                added.op_type = "Sum"
+            return
+        if bias is None and len(node.input) == 3:
+            return  # computed, which the runtime leaves alone
+        result = node.output[0]
+        node.output[0] = f"{result}_without_bias"
+        operands = [node.output[0]]
+        if bias is not None:
+            del node.input[2:]
+            operands.append(self._spread(bias, _spatial_dims(node)) if node.op_type in CONV else bias)
+        kind = "Add" if node.op_type == "Gemm" and bias is not None else "Sum"
+        self.after[node.output[0]] = helper.make_node(kind, operands, [result], f"node_{result}_with_bias")
+
+    def _spread(self, bias: str, dims: int) -> str:
+        """The bias of a convolution as `[C, 1, ...]`."""
+        name = f"{bias}_spread"
+        if name not in self.constants:
+            self._constant(name, self._value(bias).reshape(-1, *[1] * dims))
+        return name
+
+    def _constant(self, name: str, value: NDArray[Any]) -> None:
+        self.graph.initializer.append(numpy_helper.from_array(value, name))
+        self.constants[name] = self.graph.initializer[-1]
+
+    def _rebuild(self) -> None:
+        """Puts the new nodes in their places, and drops the constants that nothing reads any more."""
+        nodes = []
+        for node in self.graph.node:
+            nodes += [
+                *self.before.get(node.name, []),
+                node,
+                *(self.after[name] for name in node.output if name in self.after),
+            ]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.graph.node[:]
+        self.graph.node.extend(copies)
+        read = {name for node in copies for name in names_read(node)} | {value.name for value in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+
+
+def _spatial_dims(conv: onnx.NodeProto) -> int:
+    return next(len(a.ints) for a in conv.attribute if a.name in ("strides", "dilations", "kernel_shape"))

@@ -1,0 +1,380 @@
+"""Changes to an ONNX graph: weights as whole numbers, activations through QuantizeLinear and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from lq_plugin.errors import ExportError
+from lq_plugin.export.onnx_file.containers import Container
+from lq_plugin.export.onnx_file.readers import CONV, MATRIX, calls, names_read
+from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.intent.spec import IntegerGrid
+
+_TYPES = {
+    (2, True): getattr(TensorProto, "INT2", None),
+    (2, False): getattr(TensorProto, "UINT2", None),
+    (4, True): TensorProto.INT4,
+    (4, False): TensorProto.UINT4,
+    (8, True): TensorProto.INT8,
+    (8, False): TensorProto.UINT8,
+    (16, True): TensorProto.INT16,
+    (16, False): TensorProto.UINT16,
+}
+#: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for. It takes a hundred times as long for others.
+_FAST_GROUPS = (128, 64, 32)
+#: Of an activation, and of a weight, that is 0 altogether, where any scale says so. In steps of their product biases up
+#: to 32 fit into int32, with 26 bits after the point.
+_SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
+#: Types that the opset of a graph may lack: the first opset, and the first format version, that have them.
+_NEWER = {2: (25, 13)}
+
+
+class Graph:
+    """An exported model whose initializers have the names of the parameters.
+
+    Args:
+        model: changed in place.
+        smallest: bits of the smallest integer type that weights may have, 2, 4 or 8.
+    """
+
+    def __init__(self, model: onnx.ModelProto, smallest: int = 2) -> None:
+        self.model = model
+        self.smallest = smallest
+        self.graph = model.graph
+        self.known = {tensor.name: tensor for tensor in self.graph.initializer}
+        #: New nodes by the name of the node that they stand before, and by the value that they stand behind.
+        self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.shared: dict[tuple[Any, ...], str] = {}
+        self.codes: dict[tuple[Any, ...], str] = {}
+        #: Layers that ONNX Runtime has no kernel for, and why.
+        self.slow: dict[str, str] = {}
+
+    def put_weight(
+        self,
+        name: str,
+        source: str,
+        nodes: list[onnx.NodeProto],
+        content: tuple[Container, bool],
+        through_transpose: bool,
+    ) -> None:
+        """Let `nodes`, calls of one layer, read the weight from whole numbers."""
+        weight, exchanged = content
+        transposed = {through_transpose or self._reads_transposed(node) for node in nodes}
+        if len(transposed) != 1:
+            raise ExportError(f"{source} is read in two orders by the exported graph")
+        first, alone = nodes[0], len(nodes) == 1
+        factor = None
+        if weight.table is None and alone:
+            factor = self._absorb_batch_norm(name, first, weight.zero_point is not None)
+        value = self._dequantized(name, first, weight, exchanged != transposed.pop(), factor)
+        for node in nodes:
+            node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
+
+    def put_parameter(
+        self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]
+    ) -> None:
+        """Let nodes that do anything with a parameter read it from whole numbers."""
+        nodes, through_transpose = calls(self.graph, users)
+        if len(nodes) == 1 and nodes[0].op_type in MATRIX:
+            self.put_weight(name, source, nodes, content, through_transpose)
+            return
+        weight, exchanged = content
+        if weight.bits == 2 and weight.zero_point is not None and any(node.op_type == "Transpose" for node in users):
+            # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for
+            # the result.
+            weight = replace(weight, bits=4)
+        value = self._dequantized(name, users[0], weight, exchanged)
+        for node in users:
+            node.input[:] = [value if read == source else read for read in node.input]
+
+    def _dequantized(
+        self, name: str, before: onnx.NodeProto, weight: Container, flipped: bool = False, factor: Tensor | None = None
+    ) -> str:
+        """The real weight, made before a node: `[C_in, C_out]` if flipped, with its channels multiplied by factors."""
+        source = f"{name}.weight"
+        q = weight.q.transpose(0, 1) if flipped else weight.q
+        if weight.table is not None:
+            indices = self._initializer(f"{name}.weight_codes", q.numpy().astype(np.uint8), TensorProto.UINT8)
+            table = self._initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
+            wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
+            return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
+        bits = max(weight.bits, self.smallest)
+        if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
+            # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
+            bits = 4
+        if bits == 4 and before.op_type in MATRIX and q.shape[0 if flipped else 1] % 2:
+            # OpenVINO 2026.4 computes nonsense there: it reads rows of 4-bit numbers as if they ended on whole bytes.
+            bits = 8
+        if bits == 2 and before.op_type in MATRIX and weight.block not in (0, *_FAST_GROUPS):
+            size = next((size for size in _FAST_GROUPS if weight.block % size == 0), None)
+            if size is None:
+                self.slow[name] = f"2-bit groups of {weight.block}"
+            else:
+                weight = weight.in_blocks(size)
+        kind = self._type(bits, weight.signed, source)
+        scale, zero_point = weight.scale, weight.zero_point
+        assert scale is not None
+        if factor is not None:
+            scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
+            q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
+            zero_point = (
+                zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
+            )
+        if not weight.block:
+            scale = _ordinary(scale, q.transpose(0, 1) if flipped else q, zero_point)
+        if weight.block and flipped:
+            scale = scale.transpose(0, 1)
+            zero_point = None if zero_point is None else zero_point.transpose(0, 1)
+        codes = self._weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
+        if before.op_type in CONV and bits < 8:
+            # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
+            kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
+            codes = self._node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
+        inputs = [codes, self._initializer(f"{name}.weight_scale", scale.contiguous().numpy(), TensorProto.FLOAT)]
+        if zero_point is not None:
+            inputs.append(self._initializer(f"{name}.weight_zero_point", zero_point.contiguous().numpy(), kind))
+        place = {"axis": (0 if flipped else 1) if weight.block else (1 if flipped else 0)} if scale.ndim else {}
+        if weight.block:
+            place["block_size"] = weight.block
+        return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+
+    def _weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
+        """The whole numbers of a weight, once for tied layers that have the same ones."""
+        content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
+        if content not in self.codes:
+            self.codes[content] = self._initializer(name, values, kind)
+        self.known[name] = self.known[self.codes[content]]
+        return self.codes[content]
+
+    @staticmethod
+    def _reads_transposed(node: onnx.NodeProto) -> bool:
+        """Whether a Gemm had its weight as `[C_out, C_in]`; from now on it is `[C_in, C_out]`, which runtimes have
+        kernels for."""
+        flags = [a for a in node.attribute if a.name == "transB" and a.i] if node.op_type == "Gemm" else []
+        for flag in flags:
+            flag.i = 0
+        return bool(flags)
+
+    def _type(self, bits: int, signed: bool, name: str) -> int:
+        kind = _TYPES[bits, signed]
+        if kind is None:
+            raise ExportError(
+                f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4"
+            )
+        if bits in _NEWER:
+            opset, version = _NEWER[bits]
+            entry = next(entry for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+            entry.version = max(entry.version, opset)
+            self.model.ir_version = max(self.model.ir_version, version)
+        return kind
+
+    def put_activation(
+        self,
+        node: onnx.NodeProto,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: IntegerGrid,
+        axis: int | None,
+        operand: int = 0,
+    ) -> None:
+        """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the
+        nodes."""
+        source = node.input[operand]
+        # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each
+        # channel.
+        qparams = scale.numpy(), zero_point.numpy()
+        by_operations = axis is not None and (node.op_type in MATRIX or grid.levels not in (256, 65536))
+        key = (source, *(value.tobytes() for value in qparams), grid, axis, by_operations)
+        if key not in self.shared:
+            if axis is not None and by_operations:
+                self.shared[key] = self._round(source, *qparams, grid, axis)
+            else:
+                self.shared[key] = self._quantize(source, *qparams, grid, axis)
+        node.input[operand] = self.shared[key]
+
+    def _round(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int) -> str:
+        """An activation on its levels, by float operations: what `fake_quantize` computes, bit for bit."""
+        shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]
+        added, stem = self.behind[source], f"{source}.quantized_{len(self.shared)}"
+        constants = {
+            "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point,
+            "scale": scale,
+        }  # fmt: skip
+        inverse, low, high, step = (
+            self._initializer(f"{stem}_{key}", value.astype(np.float32).reshape(shape), TensorProto.FLOAT)
+            for key, value in constants.items()
+        )
+        value = _make(added, "Mul", [source, inverse], f"{stem}_steps")
+        value = _make(added, "Round", [value], f"{stem}_rounded")
+        value = _make(added, "Max", [value, low], f"{stem}_raised")
+        value = _make(added, "Min", [value, high], stem)
+        return _make(added, "Mul", [value, step], f"{stem}_real")
+
+    def _rank(self, name: str) -> int:
+        found = [value for value in (*self.graph.value_info, *self.graph.input) if value.name == name]
+        if not found:
+            raise ExportError(
+                f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end"
+            )
+        return len(found[0].type.tensor_type.shape.dim)
+
+    def _quantize(
+        self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None
+    ) -> str:
+        # Next to where it is made: those who read it may stand in any order.
+        added = self.behind[source]
+        bits = 8 if grid.levels <= 256 else 16
+        stem = f"{source}.quantized_{len(self.shared)}"
+        outermost = {"low": (grid.quant_min - zero_point) * scale, "high": (grid.quant_max - zero_point) * scale}
+        if axis is None and scale <= MIN_SCALE:
+            # Nothing but 0 was seen, and nothing else passes.
+            scale, outermost = np.full_like(scale, _SCALE_OF_ZEROS), dict.fromkeys(outermost, np.zeros_like(scale))
+        elif grid.levels in (256, 65536):
+            outermost = {}
+        if outermost:
+            # Fewer levels than the type has: clipped to the outermost ones first.
+            ends = [
+                self._initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT)
+                for key, end in outermost.items()
+            ]
+            source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
+        # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
+        kind = self._type(bits, False, source)
+        zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed else 0)
+        parameters = [
+            self._initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
+            self._initializer(f"{stem}_zero_point", zero_point, kind),
+        ]
+        place = {} if axis is None else {"axis": axis}
+        codes = _make(added, "QuantizeLinear", [source, *parameters], stem, **place)
+        return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
+
+    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
+        """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is
+        none."""
+        if node.op_type != "Conv":
+            return None
+        followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
+        given_out = any(value.name == node.output[0] for value in self.graph.output)
+        if len(followers) != 1 or followers[0].op_type != "BatchNormalization" or given_out:
+            return None
+        norm = followers[0]
+        if any(value not in self.known for value in norm.input[1:5]):
+            return None
+        weight, shift, mean, variance = (
+            numpy_helper.to_array(self.known[value]).astype(np.float64) for value in norm.input[1:5]
+        )
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = weight / np.sqrt(variance + epsilon)
+        if affine and not factor.all():
+            return None
+        bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
+        moved = self._initializer(
+            f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT
+        )
+        del node.input[2:]
+        node.input.append(moved)
+        # Under the norm's name, which other nodes read, and which may be an output of the graph, too.
+        node.output[0] = norm.output[0]
+        self.graph.node.remove(norm)
+        return torch.from_numpy(factor.astype(np.float32))
+
+    def _made_of(self, value: str, weight: str) -> bool:
+        return any(
+            node.op_type == "Transpose" and node.output[0] == value and node.input[0] == weight
+            for node in self.graph.node
+        )
+
+    def _initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
+        small = next((bits for bits in (2, 4) if kind in (_TYPES[bits, True], _TYPES[bits, False])), None)
+        if small is not None:
+            # The first element in the lowest bits.
+            flat = values.astype(np.uint8).reshape(-1) & (2**small - 1)
+            each = 8 // small
+            flat = np.append(flat, np.zeros(-flat.size % each, np.uint8)).reshape(-1, each)
+            packed = np.bitwise_or.reduce(flat << np.arange(0, 8, small, dtype=np.uint8), axis=1)
+            tensor = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
+        else:
+            tensor = numpy_helper.from_array(
+                np.asarray(values.astype(helper.tensor_dtype_to_np_dtype(kind)), order="C"), name
+            )
+        self.graph.initializer.append(tensor)
+        self.known[name] = self.graph.initializer[-1]
+        return name
+
+    def _node(self, before: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        return _make(self.before[before.name], op_type, inputs, output, **attributes)
+
+    def finish(self) -> onnx.ModelProto:
+        """Put the new nodes where they belong, drop what nothing reads."""
+        nodes = [new for value in self.graph.input for new in self.behind[value.name]]
+        for node in self.graph.node:
+            nodes += [*self.before[node.name], node, *(new for value in node.output for new in self.behind[value])]
+        used = {value.name for value in self.graph.output}
+        alive: list[onnx.NodeProto] = []
+        for node in reversed(nodes):
+            if used.intersection(node.output):
+                alive.append(node)
+                used.update(names_read(node))
+        del self.graph.node[:]
+        self.graph.node.extend(reversed(alive))
+        for node in self.graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        del self.graph.value_info[:]
+        del self.graph.metadata_props[:]
+        return self.model
+
+
+def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    """Append a node; its output's name."""
+    nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
+    return output
+
+
+def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales of weights whose channels are multiplied with a factor each.
+
+    A negative factor changes the sign of the whole numbers where their type has all the negatives, else that of the
+    scale. A factor of 0 leaves no weight. All of it is exact.
+
+    Args:
+        q: `[C_out, ...]`, no smaller than the type's `lowest`; 0: of a type without negatives.
+        scale: `[C_out, ...]`.
+        factor: `[C_out]`.
+    """
+    gone = factor == 0
+    opposite = (factor < 0) & (q.flatten(1).amin(1) > lowest) & (lowest < 0)
+    factor = torch.where(opposite, -factor, factor)
+    over_q, over_scale = (-1, *[1] * (q.ndim - 1)), (-1, *[1] * (scale.ndim - 1))
+    q = torch.where(opposite.view(over_q), -q, q).masked_fill(gone.view(over_q), 0)
+    return q, (scale * factor.view(over_scale)).masked_fill(gone.view(over_scale), 1.0)
+
+
+def _ordinary(scale: Tensor, q: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Scales of output channels, the median one for those whose weights are all 0, where any says the same.
+
+    Their own scale is the smallest that there is, and biases are rounded in steps of it.
+
+    >>> _ordinary(torch.tensor([0.5, 1e-30]), torch.tensor([[1, 2], [0, 0]]), None)
+    tensor([0.5000, 0.5000])
+    """
+    rows = q.flatten(1) if scale.ndim else q.reshape(1, -1)
+    dead = (rows == (0 if zero_point is None else zero_point.reshape(-1, 1))).all(1)
+    live = scale.reshape(-1)[~dead].abs()
+    return torch.where(dead.view(scale.shape), live.median() if len(live) else _SCALE_OF_ZERO_WEIGHTS, scale)

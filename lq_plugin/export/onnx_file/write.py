@@ -1,0 +1,399 @@
+"""One ONNX file in the standard QDQ form, which ONNX Runtime, OpenVINO and TensorRT read.
+
+The float model is exported by `torch.onnx.export`, and then gets its quantization back: each quantized weight becomes
+whole numbers and a DequantizeLinear (or a Gather from its table), each quantized activation a QuantizeLinear and a
+DequantizeLinear. Batch norms after a quantized convolution move into its scales and bias; a negative factor changes the
+sign of the channel's whole numbers, or of its scale where their type lacks the negative of one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
+from lq_plugin.export.codes import encode
+from lq_plugin.export.onnx_file.biases import settle_biases
+from lq_plugin.export.onnx_file.containers import Container, container, refusal
+from lq_plugin.export.onnx_file.float_model import float_graph, inference_copy
+from lq_plugin.export.onnx_file.graph import Graph
+from lq_plugin.export.onnx_file.operations import operation_nodes
+from lq_plugin.export.onnx_file.readers import layer_calls, products, readers
+from lq_plugin.export.onnx_file.sums import quantize_sums
+from lq_plugin.export.options import smallest_faults
+from lq_plugin.intent.spec import PerChannel, PerGroup
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
+from lq_plugin.model.prepare import quantized_layers, remove
+from lq_plugin.model.unreached import unreached, without_range
+from lq_plugin.quantizers import ActivationQuantizer
+from lq_plugin.utilities.files import replacing
+
+log = logging.getLogger(__name__)
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    path: str | Path,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    sums_from: Iterable[Any] | None = None,
+    smallest: int = 2,
+    dynamic_dims: Sequence[int] = (),
+    exported: onnx.ModelProto | None = None,
+) -> int:
+    """Write a prepared and calibrated model as ONNX.
+
+    Args:
+        model: prepared; it is not changed.
+        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the
+            batch is dynamic.
+        path: of the file.
+        dynamic_batch: dim 0 of every input may have any size.
+        input_names, output_names: of the graph; as many names as `inputs` has tensors.
+        sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums
+            between convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers
+            (`lq_plugin.export.onnx_file.sums`). None: the file rounds nothing but what the plan says.
+        smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
+        dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
+        exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most
+            of the time.
+
+    Returns:
+        The size of the file, in bytes.
+
+    Raises:
+        ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every
+            tensor that ONNX cannot say exactly. No file is written then.
+        MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
+    """
+    raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
+    check_folder(path)
+    check_unchanged(model)
+    check_float32(model)
+    batches = None if sums_from is None else list(sums_from)
+    free = {
+        **({0: torch.export.Dim("batch")} if dynamic_batch else {}),
+        **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC),
+    }
+    _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
+    inputs = _without_empty_keywords(model, inputs)
+    layers = quantized_layers(model)
+    if not layers:
+        raise ExportError(
+            f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first"
+        )
+    missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
+    raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
+    silent = unreached(model)
+    for name in silent:
+        log.warning("%s is float in %s: no batch has reached it", name, path)
+    layers = [(name, layer) for name, layer in layers if name not in silent]
+    weights, activations = _collect(layers)
+    plain = inference_copy(model)
+    ran = _layers_that_run(plain, inputs)
+    remove(plain)
+    arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
+    shapes = (
+        tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments)
+        if free
+        else None
+    )
+    made = (
+        float_graph(plain, tuple(inputs), shapes, input_names, output_names)
+        if exported is None
+        else copy.deepcopy(exported)
+    )
+    graph = Graph(made, smallest)
+    operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
+    # Before the graph changes. What the float model does is what the exporter has seen.
+    recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
+    nodes_of = operation_nodes(graph.model, recorded.values())
+    for name in (name for name, _ in layers if name not in ran):
+        log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
+    nodes, faults = _put_weights(
+        graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations
+    )
+    # Behind all weights, which take batch norms out of the graph.
+    for name in (name for name in nodes if name in activations):
+        for node in nodes[name]:
+            graph.put_activation(node, *_activation(activations[name]))
+    faults += _put_operations(graph, operations, nodes_of)
+    raise_all(ExportError, "cannot export the model", faults)
+    for name, what in graph.slow.items():
+        log.warning(
+            "%s: ONNX Runtime has no kernel for %s and is many times slower with them; smallest=4 writes 4 bits",
+            name,
+            what,
+        )
+    file = graph.finish()
+    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
+        log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
+    for bias in settle_biases(file):
+        log.warning(
+            "%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there",
+            bias,
+        )
+    onnx.checker.check_model(file, full_check=True)
+    with replacing(path, ExportError) as stream:
+        onnx.save(file, stream)
+    return Path(path).stat().st_size
+
+
+def _put_weights(
+    graph: Graph,
+    layers: Sequence[tuple[str, QuantizedLayer]],
+    model: nn.Module,
+    plain: nn.Module,
+    weights: Mapping[str, Container],
+    activations: Collection[str],
+) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
+    """Let the nodes of each layer read its weight from whole numbers: those nodes by the layer's name, and what has
+    none."""
+    faults: list[str] = []
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    names = _names(model)
+    for name, layer in layers:
+        try:
+            source = _initializer_of(weight_key(name, layer), plain, graph)
+            users = readers(graph.graph, source, names[id(_module(layer))])
+            if not users:
+                raise ExportError(f"{source} is read by no node of the exported graph that belongs to {name}")
+            if isinstance(layer, CompoundWeight):
+                nodes[name] = products(graph.graph, source, users)
+                if name in weights:
+                    graph.put_parameter(name, source, users, (weights[name], False))
+            elif (found := layer_calls(graph.graph, users, layer)) is not None:
+                nodes[name], transposed = found
+                if name in weights:
+                    graph.put_weight(name, source, nodes[name], _oriented(weights[name], layer, name), transposed)
+            elif name not in activations:
+                graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
+            else:
+                raise ExportError(
+                    f"{name}: the forward of {type(layer).float_class.__name__} has no one node that reads its input; "
+                    "leave that float"
+                )
+        except ExportError as error:
+            faults.append(str(error))
+    return nodes, faults
+
+
+def _check_inputs(
+    inputs: Sequence[Any],
+    input_names: Sequence[str] | None,
+    batches: list[Any] | None,
+    dims: Sequence[int],
+    free: set[int],
+) -> None:
+    """Refuse names, dims and calibration batches that do not fit the example, whose `free` dims may have any size.
+
+    Raises:
+        ExportError: naming every fault.
+    """
+    if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
+        raise ExportError(
+            f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)"
+        )
+    examples = _tensors(inputs)
+    faults = []
+    if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
+        faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
+    most = max((x.ndim for x in examples), default=0)
+    if unfit := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim < most]:
+        faults.append(
+            f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got "
+            f"{', '.join(map(repr, unfit))}"
+        )
+    if isinstance(batches, list) and not batches:
+        faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
+    for index, batch in enumerate(batches or ()):
+        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, free)]
+    raise_all(ExportError, "cannot export the model", faults)
+
+
+def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Iterator[str]:
+    """How a calibration batch differs from the example's tensors in more than the sizes that are free."""
+    if not isinstance(batch, (Tensor, tuple, list)):
+        yield f"is a tensor or a tuple like inputs, got {type(batch).__name__}"
+        return
+    values = _tensors(batch)
+    if len(values) != len(examples):
+        yield (
+            f"has {len(values)} tensors, the model has {len(examples)} inputs; "
+            "targets do not belong in it: of (x, y) give x"
+        )
+        return
+    for number, (x, example) in enumerate(zip(values, examples, strict=True)):
+        differ = {dim for dim, sizes in enumerate(zip(x.shape, example.shape, strict=False)) if sizes[0] != sizes[1]}
+        if x.dtype != example.dtype or x.ndim != example.ndim or not differ <= free:
+            wanted = f"{example.dtype} of shape {list(example.shape)}"
+            yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
+
+
+def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for
+    it."""
+    if len(inputs) < 2 or inputs[-1] != {} or not isinstance(inputs[-1], dict):
+        return inputs
+    try:
+        inspect.signature(model.forward).bind(*inputs)
+    except TypeError:
+        return inputs[:-1]
+    return inputs
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors of nested arguments, in the order of the graph's inputs; numbers and None are constants there."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
+    """A batch as arrays by input name."""
+    return {value.name: x.detach().cpu().numpy() for value, x in zip(file.graph.input, _tensors(batch), strict=True)}
+
+
+def knowable_faults(model: nn.Module) -> list[str]:
+    """What of a prepared model's last stage ONNX cannot hold whatever its weights will be; calibrated or not."""
+    faults: list[str] = []
+    for name, layer in quantized_layers(model):
+        # Its shape, not the weight's, which a strategy may hold in shards.
+        weight = cast(Any, layer.weight_quantizer)
+        if weight is not None and (reason := refusal(weight.spec, weight.shape[0])) is not None:
+            faults.append(f"{name}.weight ({weight.spec}): {reason}")
+        faults += _slot_faults(name, layer)
+    operands = [quantizer for _, operation in quantized_operations(model) for quantizer in operation.quantizers()]
+    return faults + [reason for quantizer in operands if (reason := _no_fixed_scale(quantizer)) is not None]
+
+
+def _slot_faults(name: str, layer: QuantizedLayer) -> list[str]:
+    """What ONNX cannot say of a layer's input and output."""
+    faults = []
+    if layer.output_quantizer is not None:
+        faults.append(
+            f"{name}.output: a file has one step between two layers, that of the next one's input: leave the output "
+            "float"
+        )
+    if layer.input_quantizer is not None and (reason := _no_fixed_scale(layer.input_quantizer)) is not None:
+        faults.append(reason)
+    return faults
+
+
+def _collect(
+    layers: Sequence[tuple[str, QuantizedLayer]],
+) -> tuple[dict[str, Container], dict[str, ActivationQuantizer]]:
+    weights: dict[str, Container] = {}
+    activations: dict[str, ActivationQuantizer] = {}
+    faults: list[str] = []
+    for name, layer in layers:
+        if layer.weight_quantizer is not None:
+            quantizer = cast(Any, layer.weight_quantizer).current
+            try:
+                if quantizer is None:
+                    raise ExportError(f"{name}.weight is float at this stage of its plan")
+                weights[name] = container(
+                    quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight"
+                )
+            except ExportError as error:
+                faults.append(str(error))
+        faults += _slot_faults(name, layer)
+        if (found := layer.input_quantizer) is not None:
+            activations[name] = found
+    raise_all(ExportError, "cannot export the model", faults)
+    return weights, activations
+
+
+def _put_operations(
+    graph: Graph, operations: Iterable[tuple[str, QuantizedOperation]], nodes: Mapping[str, onnx.NodeProto]
+) -> Iterator[str]:
+    """Quantize the operands of operations; what cannot be said, as text."""
+    for name, operation in operations:
+        if name not in nodes:
+            yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
+            continue
+        for index, quantizer in zip(operation.operation.operands, operation.quantizers(), strict=True):
+            current: Any = quantizer.current
+            if current is None:
+                yield f"{quantizer.name} is float at this stage of its plan"
+            elif (reason := _no_fixed_scale(quantizer)) is not None:
+                yield reason
+            else:
+                graph.put_activation(nodes[name], *_activation(current), operand=index)
+
+
+def _no_fixed_scale(quantizer: ActivationQuantizer) -> str | None:
+    if quantizer.spec.format_name == "int" and not isinstance(quantizer.spec.granularity, PerGroup):
+        return None
+    return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
+
+
+def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
+    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float
+    then.
+
+    What of the example does not fit, the model says itself here. The exporter says it at length.
+    """
+    ran: set[str] = set()
+    layers = quantized_layers(quantized)
+    hooks = [_module(layer).register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]
+    with torch.no_grad():
+        quantized(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+def _module(layer: QuantizedLayer | CompoundWeight) -> nn.Module:
+    """The module whose forward reads a layer's weight."""
+    return layer.owner if isinstance(layer, CompoundWeight) else layer
+
+
+def _names(model: nn.Module) -> dict[int, set[str]]:
+    """All names of each module; one that is shared has several."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].add(name)
+    return names
+
+
+def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
+    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    return next(
+        (other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known),
+        key,
+    )
+
+
+def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
+    """The container, and whether the layer keeps its weight with dims 0 and 1 exchanged."""
+    probe = torch.arange(content.q.numel()).reshape(content.q.shape)
+    held = type(layer).from_canonical(layer, probe)
+    if torch.equal(held, probe):
+        return content, False
+    if held.shape == probe.transpose(0, 1).shape and torch.equal(held, probe.transpose(0, 1)):
+        return content, True
+    raise ExportError(f"{name}: a transposed convolution with groups holds its channels along no single axis of ONNX")
+
+
+def _activation(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, Any, int | None]:
+    """Scale and zero point as ONNX has them, the grid, and the axis of per-channel ones."""
+    scale, zero_point = (value.detach().float() for value in quantizer.qparams())
+    axis = quantizer.axis if isinstance(quantizer.spec.granularity, PerChannel) else None
+    if axis is None:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return scale, zero_point, quantizer.spec.grid, axis

@@ -1,0 +1,118 @@
+"""What a plan comes to for one layer: the specs of its tensors, their stages, and whether the layer can take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.schedule import Moment
+from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a plan must know of a layer to be checked against it.
+
+    Args:
+        name: qualified name in the model.
+        types: class names of the layer, most derived first.
+        reduction: number of input channels of the weight, the dim that groups divide.
+        slots: the tensors it has; an embedding has no float input.
+        plain: it is a plain linear operation, whose output can make up for a scale taken from its input.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    reduction: int = 0
+    slots: tuple[str, ...] = SLOTS
+    plain: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one tensor is from a moment of the training run on: a spec, or None for float."""
+
+    slot: str
+    start: Moment | None
+    spec: QuantSpec | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The specs one layer gets; None stays float.
+
+    Args:
+        weight, input, output: the specs it ends with.
+        stages: where a tensor gets there step by step, all of its stages in order.
+    """
+
+    weight: QuantSpec | None = None
+    input: QuantSpec | None = None
+    output: QuantSpec | None = None
+    stages: tuple[Stage, ...] = ()
+
+    def stages_of(self, slot: str) -> list[tuple[Moment | None, QuantSpec | None]]:
+        """When each spec of a tensor comes into force, in order."""
+        return [(stage.start, stage.spec) for stage in self.stages if stage.slot == slot] or [
+            (None, getattr(self, slot))
+        ]
+
+    def __bool__(self) -> bool:
+        return any((self.weight, self.input, self.output))
+
+
+def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) -> LayerPlan:
+    """The plan of the stages that a layer's rules lead to; what is impossible about them is added to `faults`."""
+    for slot, stages in chosen.items():
+        if len(stages) > 1 and stages[-1].spec is None:
+            faults.append(f"{name}: its {slot} ends float at {stages[-1].start}; stages lead to a quantized tensor")
+    last: dict[str, Any] = {slot: stages[-1].spec for slot, stages in chosen.items()}
+    return LayerPlan(**last, stages=tuple(stage for stages in chosen.values() if len(stages) > 1 for stage in stages))
+
+
+def layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
+    """All that the layer cannot take, of every stage."""
+    faults = [
+        fault for slot in SLOTS for _, spec in plan.stages_of(slot) if spec for fault in _spec_faults(layer, slot, spec)
+    ]
+    return list(dict.fromkeys(faults))
+
+
+def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
+    where = f"{layer.name}: {slot} spec '{spec}'"
+    if slot not in spec.kind.slots:
+        return [f"{layer.name}: '{spec}' is for {' and '.join(spec.kind.slots)}, not for its {slot}"]
+    if slot == "weight":
+        return _weight_faults(layer, spec)
+    faults = []
+    if spec.format_name == "xnor" and not layer.plain:
+        faults.append(
+            f"{layer.name}: input 'xnor' scales the output of plain Linear and Conv layers without groups, got "
+            f"{layer.types[0]}"
+        )
+    if isinstance(group := spec.granularity, PerGroup) and not spec.kind.fixed:
+        if group.scale_bits is None or group.coarse != "tensor":
+            faults.append(
+                f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4"
+            )
+        if spec.affine:
+            faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
+    return faults
+
+
+def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
+    faults = []
+    if isinstance(group := spec.granularity, PerGroup) and layer.reduction % group.group_size and not group.ragged:
+        faults.append(
+            f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels; "
+            f"'{group} ragged' allows a shorter last group"
+        )
+    if spec.range_name in ("ema", "pact"):
+        faults.append(
+            f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ..."
+        )
+    if isinstance(channel := spec.granularity, PerChannel) and channel.axis not in (None, 0):
+        faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")
+    return faults

@@ -1,0 +1,387 @@
+"""What is wanted of one tensor: `QuantSpec`, a frozen and validated value.
+
+A spec is one line to write and reads back from it::
+
+    int4 per_channel mse          signed 4 bit, one scale per output channel, MSE clipping
+    uint8 affine ema:0.99         unsigned 8 bit with a zero point, ranges by EMA while training
+    int4 group16 octav            one scale per 16 elements along the reduction dim
+    int4 group16:4                the same with 4-bit integer scales under one float scale: 4.25 bits
+    int3 per_channel lsq narrow   learned step size on the levels -3..3
+    uint8 mse stochastic          rounded up or down at random in training
+    mx6, mxfp4:rceil, nvfp4       shared exponents or scales found from the values, nothing to calibrate
+    bwn, twn, ttq, kmeans2        binary, ternary and codebook weights
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, cast
+
+from lq_plugin.errors import SpecError, did_you_mean, raise_all
+from lq_plugin.intent.formats import (
+    ALIASES,
+    FORMATS,
+    GRADIENTS,
+    LEARNED_FORMATS,
+    LEARNED_RANGES,
+    MAX_BIT_WIDTH,
+    MX_FORMATS,
+    RANGES,
+    ROUNDINGS,
+    Format,
+    IntegerGrid,
+    gradient_fault,
+    name_fault,
+    range_fault,
+    rounding_fault,
+)
+from lq_plugin.intent.granularity import Granularity, PerChannel, PerGroup, PerTensor
+
+__all__ = ["MX_FORMATS", "RANGES", "Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
+
+_INT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d{1,9})$")
+_BITS_TOKEN = re.compile(r"(?P<name>kmeans)(?P<bits>\d{1,9})(:(?P<option>.+))?$")
+_GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
+_CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized. Immutable, hashable, checked on construction.
+
+    Args:
+        format: kind of levels, a name in `lq_plugin.intent.formats.FORMATS`, with options after colons where it takes
+            some (`"twn:exact"`). Most formats other than `int` fix the fields below.
+        bit_width: bits an element takes, 1..16; 8 unless the format fixes it.
+        signed: levels on both sides of zero (`int4`) or from zero up (`uint4`).
+        affine: a zero point is allowed (asymmetric quantization).
+        narrow_range: drop the most negative level, so that the levels are symmetric.
+        granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`; None is the format's own.
+        range: how the clipping range is found, a name in `RANGES`, with an option after a colon
+            where it takes one (`"percentile:99.9"`).
+        rounding: a name in `ROUNDINGS`, with a seed after a colon where it takes one.
+        gradient: what passes back through the rounding, a name in `GRADIENTS`.
+
+    Raises:
+        SpecError: listing everything that is impossible about it.
+
+    >>> QuantSpec.parse("int4 per_channel mse")
+    QuantSpec('int4 per_channel mse')
+    >>> QuantSpec(bit_width=4, granularity=PerGroup(16)).grid
+    IntegerGrid(quant_min=-8, quant_max=7, affine=False)
+    """
+
+    format: str = "int"
+    bit_width: int = cast(int, None)
+    signed: bool = True
+    affine: bool = False
+    narrow_range: bool = False
+    granularity: Granularity = cast(Granularity, None)  # noqa: RUF009  (None, typed as what it becomes)
+    range: str = "minmax"
+    rounding: str = "nearest"
+    gradient: str = "clipped"
+
+    _FLAGS: ClassVar[dict[str, str]] = {
+        "affine": "a zero point",
+        "narrow": "symmetric levels",
+        "ragged": "a shorter last group",
+    }
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, str) or self.format_name not in FORMATS:
+            raise_all(SpecError, "impossible QuantSpec", [name_fault("format", str(self.format), FORMATS)])
+        kind = self.kind
+        switches = [(name, getattr(self, name)) for name in ("signed", "affine", "narrow_range")]
+        faults = [
+            f"{name} must be true or false, got {value!r}" for name, value in switches if not isinstance(value, bool)
+        ]
+        faults += self._fill_in(kind)
+        if fault := kind.option_fault(self.format_name, self.format.partition(":")[2] or None):
+            faults.append(fault)
+        if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
+            faults.append(f"bit_width must be an int, got {self.bit_width!r}")
+        elif self.bit_width not in kind.bit_widths:
+            ends = dict.fromkeys((kind.bit_widths[0], kind.bit_widths[-1]))
+            faults.append(f"bit_width must be {'..'.join(map(str, ends))}, got {self.bit_width}")
+        elif self.bit_width == 1 and self.signed and self.narrow_range:
+            faults.append("int1 with narrow_range has the single level 0; use int1, uint1 or at least int2 narrow")
+        if self.narrow_range and not self.signed:
+            faults.append("narrow_range drops the most negative level, an unsigned format has none")
+        faults += self._range_faults() + self._rounding_faults(kind)
+        if isinstance(self.granularity, PerGroup):
+            size = self.granularity.group_size
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                faults.append(f"group_size must be a positive int, got {size!r}")
+            faults += self._scale_faults(self.granularity)
+        elif not isinstance(self.granularity, (PerTensor, PerChannel)):
+            faults.append(f"granularity must be PerTensor, PerChannel or PerGroup, got {self.granularity!r}")
+        raise_all(SpecError, "impossible QuantSpec", faults)
+
+    def _fill_in(self, kind: Format) -> list[str]:
+        """Set what the format decides; what it leaves no choice of is a fault."""
+        faults = []
+        width = 8 if len(kind.bit_widths) > 1 else kind.bit_widths[0]
+        own: dict[str, Any] = {"bit_width": width, "granularity": kind.granularity}
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.format_name != "int":
+            object.__setattr__(self, "narrow_range", self.narrow_range or kind.sign_magnitude)
+            own |= {"signed": True, "affine": False, "range": "minmax", "narrow_range": kind.sign_magnitude}
+            free = set() if kind.fixed else {"granularity"}
+            free |= {"bit_width"} if len(kind.bit_widths) > 1 else set()
+            wrong = [name for name in own if name not in free and getattr(self, name) != own[name]]
+            faults += [f"{self.format} has no choice of {name}, got {getattr(self, name)}" for name in wrong]
+            group = self.granularity
+            if not kind.groups and isinstance(group, PerGroup):
+                faults.append(f"{self.format} is per_tensor or per_channel, got {group}")
+            elif not kind.fixed and isinstance(group, PerGroup) and group.scale_bits is not None:
+                faults.append(f"{self.format} has float scales, got integer ones: {group}")
+        return faults
+
+    def _rounding_faults(self, kind: Format) -> list[str]:
+        faults = []
+        learned = isinstance(self.range, str) and self.range_name in LEARNED_RANGES
+        if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(
+            str(self.gradient), kind, self.format
+        ):
+            faults.append(fault)
+        elif self.stochastic and self.gradient != "clipped" and self.format_name == "int":
+            faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
+        elif learned and (self.gradient != "clipped" or self.stochastic):
+            faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
+        if self.format_name == "sign" and "float_eval" in self.format_options and not self.stochastic:
+            faults.append(
+                "sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'"
+            )
+        if self.format_name == "sign" and self.stochastic and any(map(self.kind._is_number, self.format_options)):
+            faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
+        return faults
+
+    def _scale_faults(self, group: PerGroup) -> list[str]:
+        faults = []
+        bits = group.scale_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BIT_WIDTH):
+            faults.append(f"scale_bits of a group must be 1..{MAX_BIT_WIDTH}, got {bits!r}")
+        if group.coarse not in ("tensor", "channel"):
+            faults.append(
+                f"the float scale above a group's integer scales is per 'tensor' or 'channel', got {group.coarse!r}"
+            )
+        if bits is None and group.coarse != "tensor":
+            faults.append("coarse='channel' belongs to integer scales: group16:4:channel")
+        if bits is not None and isinstance(self.range, str) and self.learned:
+            faults.append(f"range {self.range!r} learns float scales, group{group.group_size}:{bits} has integer ones")
+        return faults
+
+    def _range_faults(self) -> list[str]:
+        if fault := range_fault(str(self.range)):
+            return [fault]
+        faults = []
+        name = self.range_name
+        if name == "pact" and (self.signed or self.affine):
+            faults.append(
+                "range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine"
+            )
+        if name == "lsq" and isinstance(self.bit_width, int) and self.bit_width == 1 and self.signed:
+            faults.append("range 'lsq' needs a positive level: int1 has none, use uint1 or at least int2")
+        return faults
+
+    @property
+    def format_name(self) -> str:
+        """The format without its options."""
+        return self.format.partition(":")[0]
+
+    @property
+    def format_options(self) -> tuple[str, ...]:
+        """The words behind the format's colon."""
+        return tuple(filter(None, self.format.split(":")[1:]))
+
+    @property
+    def kind(self) -> Format:
+        """What is known of the format."""
+        return FORMATS[self.format_name]
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the levels are those of an `IntegerGrid`, times a scale."""
+        return self.format_name == "int" or self.kind.sign_magnitude
+
+    @property
+    def threshold(self) -> float:
+        """Number among the format's options: from where on binarization gives +1; 0 where none is written."""
+        return next((float(word) for word in self.format_options if word not in sum(self.kind.options, ())), 0.0)
+
+    @property
+    def lacks_a_side(self) -> bool:
+        """Whether its levels are all on one side of zero (`uint8`, `int1`), with no zero point to move them."""
+        return self.has_grid and not self.affine and (not self.signed or self.grid.quant_max <= 0)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether values are rounded at random in training."""
+        return self.rounding.startswith("stochastic")
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return int(self.rounding.partition(":")[2] or 0)
+
+    @property
+    def range_name(self) -> str:
+        """The range without its option."""
+        return self.range.partition(":")[0]
+
+    @property
+    def range_option(self) -> str | None:
+        """What stands behind the colon, or None."""
+        return self.range.partition(":")[2] or None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the optimizer trains the range or the levels."""
+        return self.range_name in LEARNED_RANGES or self.format_name in LEARNED_FORMATS
+
+    @property
+    def grid(self) -> IntegerGrid:
+        """The integer levels of this spec.
+
+        Raises:
+            SpecError: for a format whose levels are no whole numbers times a scale.
+
+        >>> QuantSpec.parse("uint4").grid.quant_max
+        15
+        """
+        if not self.has_grid:
+            raise SpecError(f"{self} has no integer grid")
+        if not self.signed:
+            return IntegerGrid(0, 2**self.bit_width - 1, self.affine)
+        half = 2 ** (self.bit_width - 1)
+        return IntegerGrid(-half + self.narrow_range, half - 1, self.affine)
+
+    def replace(self, **changes: Any) -> QuantSpec:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+    @classmethod
+    def parse(cls, value: QuantSpec | str | dict[str, Any], written: str | None = None) -> QuantSpec:
+        """Read a spec from its short string, a mapping of its fields, or a spec; errors quote what was `written` for
+        it.
+
+        Raises:
+            SpecError: naming every word that is not understood.
+
+        >>> QuantSpec.parse("uint8 affine ema:0.99").affine
+        True
+        >>> QuantSpec.parse({"bit_width": 4, "granularity": "group16"})
+        QuantSpec('int4 group16')
+        """
+        if isinstance(value, QuantSpec):
+            return value
+        if isinstance(value, str):
+            return cls._from_words(value, written or value)
+        if isinstance(value, dict):
+            return cls._from_fields(value)
+        raise SpecError(
+            f"a QuantSpec is written as a string, a mapping or a QuantSpec, got {type(value).__name__}: {value!r}"
+        )
+
+    @classmethod
+    def _from_words(cls, text: str, written: str) -> QuantSpec:
+        words = text.split()
+        chosen: dict[str, Any] = {}
+        faults: list[str] = []
+        ragged = False
+
+        def choose(key: str, value: Any, word: str) -> None:
+            if key in chosen:
+                faults.append(f"{word!r} sets {key} a second time")
+            chosen[key] = value
+
+        for word in words:
+            if match := _INT_TOKEN.match(word):
+                choose("format", "int", word)
+                chosen["bit_width"] = int(match["bits"])
+                chosen["signed"] = not match["unsigned"]
+            elif match := _GROUP_TOKEN.match(word):
+                scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
+                choose(
+                    "granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word
+                )
+            elif match := _CHANNEL_TOKEN.match(word):
+                choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
+            elif match := _BITS_TOKEN.match(word):
+                choose("format", f"{match['name']}:{match['option']}" if match["option"] else match["name"], word)
+                chosen["bit_width"] = int(match["bits"])
+            elif (name := ALIASES.get(word.partition(":")[0], word.partition(":")[0])) in FORMATS and name not in (
+                "int",
+                "kmeans",
+            ):
+                choose("format", ":".join([name, *word.split(":")[1:]]), word)
+            elif word == "per_tensor":
+                choose("granularity", PerTensor(), word)
+            elif word == "affine":
+                choose("affine", True, word)
+            elif word == "narrow":
+                choose("narrow_range", True, word)
+            elif word == "ragged":
+                ragged = True
+            elif word.partition(":")[0] in RANGES:
+                choose("range", word, word)
+            elif word.partition(":")[0] in ROUNDINGS:
+                choose("rounding", word, word)
+            elif word in GRADIENTS:
+                choose("gradient", word, word)
+            else:
+                formats = [
+                    "int8",
+                    "uint8",
+                    "kmeans2",
+                    *(name for name in (*FORMATS, *ALIASES) if name not in ("int", "kmeans")),
+                ]
+                known = [*formats, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS]
+                faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
+        if "format" not in chosen and not faults:
+            faults.append("no format; start with int4, uint8, ...")
+        if ragged:
+            if isinstance(group := chosen.get("granularity"), PerGroup):
+                chosen["granularity"] = replace(group, ragged=True)
+            else:
+                faults.append("'ragged' belongs to a group size: group16 ragged")
+        raise_all(SpecError, f"cannot read the spec {written!r}", faults)
+        try:
+            return cls(**chosen)
+        except SpecError as error:
+            raise SpecError(f"spec {written!r}: {error}") from None
+
+    @classmethod
+    def _from_fields(cls, mapping: dict[str, Any]) -> QuantSpec:
+        names = [f.name for f in fields(cls)]
+        faults = [
+            f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+            for key in mapping
+            if key not in names
+        ]
+        raise_all(SpecError, "cannot read the spec", faults)
+        chosen = dict(mapping)
+        if isinstance(word := chosen.get("granularity"), str):
+            chosen["granularity"] = cls._from_words(f"int8 {word}", word).granularity
+        return cls(**chosen)
+
+    def __str__(self) -> str:
+        if self.format_name == "int":
+            words = [f"{'' if self.signed else 'u'}int{self.bit_width}"]
+        else:
+            bits = str(self.bit_width) if len(self.kind.bit_widths) > 1 else ""
+            words = [":".join([self.format_name + bits, *self.format_options])]
+        if self.granularity != self.kind.granularity:
+            words.append(str(self.granularity))
+        words += ["affine"] * self.affine + ["narrow"] * (self.narrow_range and not self.kind.sign_magnitude)
+        plain = {"range": "minmax", "rounding": "nearest", "gradient": "clipped"}
+        words += [getattr(self, name) for name, value in plain.items() if getattr(self, name) != value]
+        return " ".join(words)
+
+    def __repr__(self) -> str:
+        return f"QuantSpec({str(self)!r})"

@@ -1,0 +1,1 @@
+"""Modules with several weights: recurrent layers and attention."""

@@ -1,0 +1,1 @@
+"""Measurements of a prepared model: its cost, and how well each tensor survives."""

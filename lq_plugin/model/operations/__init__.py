@@ -1,0 +1,1 @@
+"""Quantized operands of operations that no layer owns: `x + y`, `q @ k.T`, attention."""

@@ -1,0 +1,286 @@
+"""Quantizers for the operands of operations that no layer owns: `x + y`, `q @ k.T`, `torch.cat`, attention.
+
+A module whose forward has such operations gains one submodule, `quantized_operations`, with the quantizers of each. It
+stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
+as a recording does (`lq_plugin.model.graph.numbering`) and sends their operands through the quantizers. Calls
+inside its submodules are not its own; hooks on them say when one begins and ends. Modules without quantized operations,
+and their submodules, are not touched.
+
+`torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew
+behind the break, and quantize other operands than the plan says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.numbering import OPERATIONS, Numbering, channel_axis
+from lq_plugin.model.graph.op_names import METADATA, normalize
+from lq_plugin.model.graph.recording import Recording
+from lq_plugin.model.graph.tensor_identity import tensors_of
+from lq_plugin.quantizers import ActivationQuantizer, in_stages, make_activation_quantizer
+
+#: The submodule that holds the quantizers of a module's own operations.
+OPERATIONS_CONTAINER = "quantized_operations"
+_QUANTIZER = re.compile(r"input_(\d+)_quantizer")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a model.
+
+    Args:
+        name: as a recording names it: `layer1.0.add_0`.
+        op: `"add"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
+        operands: which of the tensors that it gets can be quantized; a parameter or a mask can not.
+    """
+
+    name: str
+    op: str
+    operands: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module it runs in, and its name there."""
+        owner, _, label = self.name.rpartition(".")
+        return owner, label
+
+
+def operations_of(recording: Recording) -> dict[str, Operation]:
+    """The functional calls of a recorded pass, by name."""
+    return {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
+
+
+def operations_in(state: Iterable[str]) -> dict[str, Operation]:
+    """The operations whose quantizers a state dict has keys of."""
+    operands: dict[str, set[int]] = {}
+    for key in state:
+        owner, _, rest = f".{key}".rpartition(f".{OPERATIONS_CONTAINER}.")
+        label, _, inner = rest.partition(".")
+        if (found := _QUANTIZER.match(inner)) and _op_of(label) in OPERATIONS:
+            operands.setdefault(".".join(filter(None, (owner.strip("."), label))), set()).add(int(found[1]))
+    return {name: Operation(name, _op_of(name), tuple(sorted(found))) for name, found in operands.items()}
+
+
+def _op_of(name: str) -> str:
+    return name.rpartition(".")[2].rpartition("_")[0]
+
+
+class QuantizedOperation(nn.Module):
+    """The quantizers of one operation, one for each operand: `input_0_quantizer`, ...
+
+    Args:
+        operation: which one.
+        plan: the specs of its input, the same for all operands.
+    """
+
+    def __init__(self, operation: Operation, plan: LayerPlan) -> None:
+        super().__init__()
+        self.operation, self.plan = operation, plan
+        for index in operation.operands:
+            make: Any = partial(make_activation_quantizer, channels=1, channel_axis=channel_axis(operation.op, index))
+            quantizer = in_stages(make, f"{operation.name}.input_{index}", plan.stages_of("input"))
+            self.add_module(f"input_{index}_quantizer", quantizer)
+
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """In the order of the operands."""
+        return cast(list[ActivationQuantizer], list(self.children()))
+
+    def quantized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the operation with quantized operands; not where results are written."""
+        numbers = count()
+        return self._map(args, numbers), {
+            key: value if key == "out" else self._map(value, numbers) for key, value in kwargs.items()
+        }
+
+    def _map(self, value: Any, numbers: Iterator[int]) -> Any:
+        if isinstance(value, Tensor):
+            quantizer = self._modules.get(f"input_{next(numbers)}_quantizer")
+            return value if quantizer is None else quantizer(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._map(item, numbers) for item in value])
+        return value
+
+
+class _Call:
+    """One call of a module that has quantized operations."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.numbering = Numbering(module)
+        #: How many submodules are running inside each other.
+        self.depth = 0
+
+
+class OperationQuantizers(nn.Module):
+    """The quantized operations of one module, by their name there; it stands in for the module's `forward`.
+
+    Args:
+        owner: the module, which it looks at and does not own.
+    """
+
+    owner: nn.Module
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        _keep_out_of_graphs()
+        # Past nn.Module, which would make the owner a submodule of its own part.
+        self.__dict__["owner"] = owner
+        self.calls: list[_Call] = []
+        #: A `forward` that somebody else had put on the instance.
+        self.replaced: Any = owner.__dict__.get("forward")
+        self.train(owner.training)
+        owner.add_module(OPERATIONS_CONTAINER, self)
+        owner.__dict__["forward"] = self.run
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _keep_out_of_graphs()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The owner's forward."""
+        call = _Call(self.owner)
+        self.calls.append(call)
+        try:
+            with _QuantizedOperands(self, call):
+                if self.replaced is not None:
+                    return self.replaced(*args, **kwargs)
+                return type(self.owner).forward(self.owner, *args, **kwargs)
+        finally:
+            self.calls.pop()
+
+    def enter_submodule(self, module: nn.Module, args: Any) -> None:
+        """Hook: what runs from here on is the submodule's."""
+        if self.calls:
+            self.calls[-1].depth += 1
+
+    def leave_submodule(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook: the submodule has returned, or raised."""
+        # One whose own hooks raised before ours has not been entered.
+        if self.calls and self.calls[-1].depth:
+            self.calls[-1].depth -= 1
+
+    def watch_submodules(self) -> None:
+        """Put hooks on submodules that have none yet; those that come later are seen at the next `prepare`."""
+        ours = {self.owner, *self.modules()}
+        for module in self.owner.modules():
+            # Scripted code is out of a function mode's sight, and refuses hooks.
+            if module not in ours and not isinstance(module, torch.jit.ScriptModule) and not self._hooks_on(module):
+                # Innermost, as in a recording: what users' hooks compute is the owner's.
+                module.register_forward_pre_hook(self.enter_submodule)
+                module.register_forward_hook(self.leave_submodule, prepend=True, always_call=True)
+
+    def release(self) -> None:
+        """Give the owner its forward back, and take the hooks away."""
+        for module in self.owner.modules():
+            for hooks, key in self._hooks_on(module):
+                del hooks[key]
+                for flags in (module._forward_hooks_always_called, module._forward_hooks_with_kwargs):
+                    flags.pop(key, None)
+        delattr(self.owner, OPERATIONS_CONTAINER)
+        # Somebody may have put something else there in the meantime, which is not ours to remove.
+        if self.owner.__dict__.get("forward") == self.run:
+            del self.owner.__dict__["forward"]
+            if self.replaced is not None:
+                self.owner.__dict__["forward"] = self.replaced
+
+    def _hooks_on(self, module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+        mine = (self.enter_submodule, self.leave_submodule)
+        return [
+            (hooks, key)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for key, hook in hooks.items()
+            if hook in mine
+        ]
+
+
+def _keep_out_of_graphs() -> None:
+    # Not as a decorator: that would import torch._dynamo, which takes seconds, with this file.
+    if not hasattr(OperationQuantizers.run, "_torchdynamo_disable"):
+        reason = "modules with quantized operations run outside of compiled graphs"
+        OperationQuantizers.run = torch.compiler.disable(OperationQuantizers.run, reason=reason)  # type: ignore[method-assign]
+
+
+class _QuantizedOperands(TorchFunctionMode):
+    def __init__(self, container: OperationQuantizers, call: _Call) -> None:
+        super().__init__()
+        self.container, self.call = container, call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.call.depth or self.container.calls[-1] is not self.call or name in METADATA:
+            return func(*args, **kwargs)
+        op, in_place = normalize(name.partition(".")[0])
+        inputs = list(tensors_of((args, {key: value for key, value in kwargs.items() if key != "out"})))
+        numbering = self.call.numbering
+        label = numbering.label(op, inputs)
+        operation = None if label is None else self.container._modules.get(label[0])
+        if operation is None:
+            result = func(*args, **kwargs)
+        elif in_place:
+            result = _in_place(func, cast(QuantizedOperation, operation), args, kwargs)
+        else:
+            args, kwargs = cast(QuantizedOperation, operation).quantized(args, kwargs)
+            result = func(*args, **kwargs)
+        numbering.note(op, in_place or kwargs.get("out") is not None, inputs, list(tensors_of(result)))
+        return result
+
+
+def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`x += y` with quantized operands: the result stands in `x` itself, which others may hold, too."""
+    # Quantizers keep what they were given for the backward pass, so it must not be what is written to.
+    changed, kwargs = operation.quantized((args[0].clone(), *args[1:]), kwargs)
+    first = changed[0].clone() if changed[0]._is_view() else changed[0]
+    return args[0].copy_(func(first, *changed[1:], **kwargs))
+
+
+def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, LayerPlan]]) -> None:
+    """Give operations the quantizers that their plans ask for; those that have them keep them."""
+    present = dict(quantized_operations(model))
+    for name, (operation, plan) in plans.items():
+        if name in present:
+            continue
+        path, label = operation.place
+        owner = model.get_submodule(path)
+        container = getattr(owner, OPERATIONS_CONTAINER, None) or OperationQuantizers(owner)
+        quantized = QuantizedOperation(operation, plan)
+        near = next(owner.parameters(), next(model.parameters(), None))
+        if near is not None:
+            quantized.to(near.device)
+        quantized.train(owner.training)
+        parameters = list(owner.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            # A frozen module gets no trainable scales.
+            quantized.requires_grad_(False)
+        container.add_module(label, quantized)
+    for module in model.modules():
+        if isinstance(module, OperationQuantizers):
+            module.watch_submodules()
+
+
+def detach_operations(model: nn.Module) -> None:
+    """Take the quantizers of all operations out of `model`."""
+    for module in list(model.modules()):
+        if isinstance(module, OperationQuantizers):
+            module.release()
+
+
+def quantized_operations(model: nn.Module) -> list[tuple[str, QuantizedOperation]]:
+    """The operations of `model` that hold quantizers, by the names of the plan."""
+    return [
+        (name.replace(f"{OPERATIONS_CONTAINER}.", ""), module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedOperation)
+    ]

@@ -1,0 +1,131 @@
+"""Which rules of a plan ask for operations that no layer owns, what each operation gets, and which rules ask in vain.
+
+A rule is about operations when its pattern matches no layer and ends in an operation's name: `encoder.0.add_0`,
+`*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about
+layers
+alone: an operation is never quantized unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from lq_plugin.errors import PlanError, did_you_mean, raise_all
+from lq_plugin.intent.plan import LayerInfo, LayerPlan, QuantPlan, Rule, matches
+from lq_plugin.intent.spec import PerChannel
+from lq_plugin.model.aside import names, quantizes, quantizing
+from lq_plugin.model.graph.numbering import OPERATIONS
+from lq_plugin.model.operations.quantized import Operation, quantized_operations
+from lq_plugin.model.survey import Survey
+
+_NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(OPERATIONS, key=len, reverse=True))})(?:_|[|)])")
+
+
+def names_operation(pattern: str) -> bool:
+    """Whether a pattern could match operations, by the look of it.
+
+    >>> patterns = ("block.add_0", "*.matmul_*", "type:cat", "*", "block.add", "re:.*(add|cat)_0")
+    >>> [names_operation(pattern) for pattern in patterns]
+    [True, True, True, False, False, True]
+    """
+    return pattern[5:] in OPERATIONS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
+
+
+def split(
+    plan: QuantPlan, layers: Sequence[LayerInfo], aside: Iterable[str] = ()
+) -> tuple[QuantPlan | None, list[Rule]]:
+    """The plan of the rules about layers (None where there are none), and the rules about operations.
+
+    A rule that keeps float what is no part of the model (the names `aside`) asks for nothing.
+    """
+    chosen: list[Rule] = []
+    others: list[Rule] = []
+    for rule in plan.rules:
+        found = _matches_any(rule, layers)
+        if not found and not quantizes(rule) and any(names(rule.match, name) for name in aside):
+            continue
+        (chosen if names_operation(rule.match) and not found else others).append(rule)
+    return (QuantPlan(others, plan.schedule) if others else None), chosen
+
+
+def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dict[str, str]:
+    """Modules that cannot hold quantizers although a rule matches them alone, and why."""
+    # Nobody reads the reasons of more.
+    idle = [rule for rule in plan.rules[:1000] if not _matches_any(rule, layers)]
+    return {
+        name: reason
+        for name, reason in survey.reasons.items()
+        if any(matches(r.match, name, [survey.kinds[name]]) for r in idle)
+    }
+
+
+def _matches_any(rule: Rule, layers: Iterable[LayerInfo]) -> bool:
+    return any(matches(rule.match, layer.name, layer.types) for layer in layers)
+
+
+def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
+    """Whether `prepare` must be told the operations of `model`: the plan asks for some that have no quantizers yet."""
+    if not any(names_operation(rule.match) for rule in plan.rules):
+        return False
+    survey = Survey.of(model, quantizing(plan))
+    _, rules = split(plan, survey.infos(), survey.aside)
+    present = _infos(operation.operation for _, operation in quantized_operations(model))
+    return not all(_matches_any(rule, present) for rule in rules)
+
+
+def resolve_operations(
+    rules: Sequence[Rule], operations: Mapping[str, Operation], schedule: QuantPlan, known: bool
+) -> dict[str, tuple[Operation, LayerPlan]]:
+    """What each operation gets; those that stay float are left out.
+
+    Args:
+        rules: those about operations.
+        operations: of the model, by name.
+        schedule: the plan that the rules are from.
+        known: whether `operations` are all that a recorded pass has shown.
+
+    Raises:
+        PlanError: listing rules that match nothing, and what an operation cannot take.
+    """
+    if not rules:
+        return {}
+    infos = _infos(operations.values())
+    faults = [_nothing_matches(rule, operations, known) for rule in rules if not _matches_any(rule, infos)]
+    for rule in rules:
+        given = [slot for slot in ("weight", "output") if getattr(rule, slot) is not None]
+        faults += [
+            f"{rule.match!r}: an operation has no {slot} to quantize, only its input: all of its operands"
+            for slot in given
+        ]
+    raise_all(PlanError, "the plan does not fit the model", faults)
+    plans = QuantPlan(rules, schedule.schedule).resolve(infos)
+    for name, plan in plans.items():
+        specs = [spec for _, spec in plan.stages_of("input") if spec is not None]
+        faults += [
+            f"{name}: input spec '{spec}' has a scale for each channel; the operands of an operation have one each"
+            for spec in specs
+            if isinstance(spec.granularity, PerChannel)
+        ]
+    raise_all(PlanError, "the plan does not fit the model", faults)
+    return {name: (operations[name], plan) for name, plan in plans.items() if plan}
+
+
+def _infos(operations: Iterable[Operation]) -> list[LayerInfo]:
+    return [LayerInfo(operation.name, (operation.op,), slots=("input",), plain=False) for operation in operations]
+
+
+def _nothing_matches(rule: Rule, operations: Mapping[str, Operation], known: bool) -> str:
+    if not known:
+        return (
+            f"{rule.match!r} matches no layer, and operations are known from a recorded batch only: "
+            "prepare(model, plan, record(model, lambda: model(batch)))"
+        )
+    names = list(operations)
+    shown = ", ".join(names[:6]) + (f", ... ({len(names)} operations)" if len(names) > 6 else "") if names else "none"
+    near = did_you_mean(
+        rule.match.removeprefix("type:"), {*names, *(operation.op for operation in operations.values())}
+    )
+    return f"{rule.match!r} matches no layer and no operation of the recorded batch; operations: {shown}.{near}"

@@ -1,0 +1,296 @@
+"""Empirical bias correction: what quantization adds to the mean of a layer's output is taken off its bias.
+
+Rounded weights and inputs shift the mean of every output channel by E[W̃ x̂] - E[W x], with W̃, x̂ quantized and the
+expectation over the calibration data; the bias takes it back. Layers are corrected in the order in which they run:
+x̂ comes from quantized layers that are corrected already, x from the float model.
+
+Each batch runs twice, float and quantized, and nothing but means is kept. While the quantized pass runs, each layer is
+corrected by the batch's own means; the biases get the mean over all batches in the end. For one batch the mean output
+of every corrected layer then is that of the float model; for several it is so for the first layers, and behind
+nonlinear functions as far as the batches are alike.
+
+A layer without a bias cannot get one, as the checkpoint's keys would no longer be those of the float model. Where a
+batch norm alone reads it, the running mean is moved instead: BN(x - e) is the batch norm with μ + e.
+
+Do this once, and not together with `correct_batch_norm` or `reconstruct`: all of them measure against the float model,
+whose biases are other ones afterwards.
+
+Reference: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019
+(arXiv 1906.04721), section 4.2 and appendix D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lq_plugin.errors import CalibrationError, raise_all
+from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.model.calibrate import evaluating, float_forward
+from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.model.graph.record import Recording, record, without_compile
+from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.model.ranks import gathered
+from lq_plugin.model.survey import float_class
+from lq_plugin.ptq.batch_norm.fold import sharing_fault
+from lq_plugin.ptq.reconstruction.units import owner_name
+
+#: Their outputs are a sum and the bias; subclasses qualify with the same forward.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class CorrectedLayer:
+    """How a layer's mean output was corrected.
+
+    Args:
+        target: what was changed, by qualified name: its bias, or the running mean of the batch norm behind it.
+        elements: values a channel that the means are over, of all processes.
+        mean: mean |E[W̃ x̂] - E[W x]| of the channels, in units of the layer's output.
+        largest: the largest of a channel.
+    """
+
+    target: str
+    elements: int
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class BiasCorrection:
+    """What `bias_correct` did.
+
+    Args:
+        batches: number of batches that ran (on this rank).
+        layers: the corrected layers, by name.
+        skipped: quantized layers that keep their mean shift, and why.
+    """
+
+    batches: int
+    layers: dict[str, CorrectedLayer]
+    skipped: dict[str, str]
+
+
+def bias_correct(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> BiasCorrection:
+    """Take the mean error of each quantized layer off its bias, in place.
+
+    Everything runs in evaluation mode and without gradients. With several processes the means of all ranks are pooled.
+
+    Args:
+        model: prepared and calibrated.
+        batches: calibration data, read once.
+        run: runs the model on one batch; `model(batch)` when None. The first batch runs once more, to see who reads
+            what.
+
+    Raises:
+        CalibrationError: no batches, NaN or Inf in what a layer makes, or a model that is not prepared or calibrated.
+            Nothing is changed then.
+
+    >>> import lq_plugin
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    >>> batches = [torch.randn(64, 4, generator=torch.Generator().manual_seed(0))]
+    >>> mean = model(batches[0]).mean(0)
+    >>> _ = lq_plugin.prepare(model, "w2a8")
+    >>> _ = lq_plugin.calibrate(model, batches)
+    >>> bool((model(batches[0]).mean(0) - mean).abs().max() < 1e-5)
+    False
+    >>> sorted(bias_correct(model, batches).layers)
+    ['0', '2']
+    >>> bool((model(batches[0]).mean(0) - mean).abs().max() < 1e-5)
+    True
+    """
+    layers = dict(quantized_layers(model))
+    if not layers:
+        raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
+    forward = run or model
+    watches: dict[str, _Watch] = {}
+    skipped: dict[str, str] = {}
+    count = 0
+    with evaluating(model), torch.no_grad(), without_compile(), ExitStack() as hooks:
+        for batch in batches:
+            if not count:
+                with float_forward(model):
+                    recording = record(model, lambda: forward(batch))  # noqa: B023
+                watches, skipped = _targets(model, layers, recording)
+                for watch in watches.values():
+                    hooks.callback(watch.attach().remove)
+            with float_forward(model):
+                forward(batch)
+            for watch in watches.values():
+                watch.correcting = True
+            forward(batch)
+            for watch in watches.values():
+                watch.finish_batch()
+            count += 1
+    counts = gathered(count)
+    if not all(counts):
+        where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
+        raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
+    return BiasCorrection(count, _apply(watches, skipped), skipped)
+
+
+class _Watch:
+    """Hook on what a layer makes: remembers the mean of the float pass, then takes the quantized pass back to it.
+
+    Args:
+        name: of the layer.
+        layer: what is watched, in front of its output quantizer.
+        target_name: of the bias or running mean.
+        target: the tensor itself.
+        sign: that the error goes into the target with.
+    """
+
+    def __init__(self, name: str, layer: QuantizedLayer, target_name: str, target: Tensor, sign: float) -> None:
+        self.name, self.layer, self.target_name, self.target, self.sign = name, layer, target_name, target, sign
+        self.correcting = False
+        #: Means of the calls of the float pass, for the same calls of the quantized one.
+        self.calls: list[tuple[Tensor, int]] = []
+        self.error, self.elements = torch.zeros_like(target, dtype=torch.float64, device="cpu"), 0
+
+    def attach(self) -> Any:
+        # Disabled quantizers are called, too: in both passes the hook sees the sum and the bias.
+        if self.layer.output_quantizer is not None:
+            return self.layer.output_quantizer.register_forward_pre_hook(lambda _, args: (self.see(args[0]), *args[1:]))
+        return self.layer.register_forward_hook(lambda _, __, y: self.see(y), prepend=True)
+
+    def see(self, y: Tensor) -> Tensor:
+        """`y`, with the float model's means in the quantized pass."""
+        axis = type(self.layer).input_axis % y.dim()
+        others = [dim for dim in range(y.dim()) if dim != axis]
+        values = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+        mean = (values.mean(others) if others else values).cpu().double()
+        elements = y.numel() // y.shape[axis]
+        if not self.correcting:
+            self.calls.append((mean, elements))
+            return y
+        if not self.calls or self.calls[0][1] != elements:
+            expected = f"{self.calls[0][1]} values a channel" if self.calls else "no further call"
+            raise CalibrationError(
+                f"cannot correct the bias of {self.name!r}: the quantized pass made {elements} values a channel where "
+                "the float pass "
+                f"made {expected}; the way through the model depends on its values"
+            )
+        float_mean, _ = self.calls.pop(0)
+        error = mean - float_mean
+        self.error += error * elements
+        self.elements += elements
+        return (values - error.to(values).reshape([-1 if dim == axis else 1 for dim in range(y.dim())])).to(y.dtype)
+
+    def finish_batch(self) -> None:
+        """Be ready for the next batch's float pass."""
+        if self.calls:
+            raise CalibrationError(
+                f"cannot correct the bias of {self.name!r}: the quantized pass called it {len(self.calls)} times less "
+                "than the float "
+                "pass; the way through the model depends on its values"
+            )
+        self.correcting = False
+
+
+def _apply(watches: dict[str, _Watch], skipped: dict[str, str]) -> dict[str, CorrectedLayer]:
+    """Move the errors of all ranks into the targets, all or none."""
+    ranks = gathered({name: (watch.error, watch.elements) for name, watch in watches.items()})
+    errors: dict[str, tuple[Tensor, int]] = {}
+    for name in watches:
+        seen = [rank[name] for rank in ranks if name in rank]
+        elements = sum(count for _, count in seen)
+        if elements:
+            errors[name] = sum((error for error, _ in seen), torch.zeros(())) / elements, elements
+        else:
+            skipped[name] = "no batch reached it"
+    raise_all(CalibrationError, "cannot correct biases", [
+        f"{name!r} makes NaN or Inf, float or quantized" for name, (error,
+        _) in errors.items() if not error.isfinite().all()
+    ])  # fmt: skip
+    corrected = {}
+    for name, (error, elements) in errors.items():
+        watch = watches[name]
+        with torch.no_grad():
+            watch.target.copy_(watch.target.cpu().double() + watch.sign * error)
+        corrected[name] = CorrectedLayer(
+            watch.target_name, elements, float(error.abs().mean()), float(error.abs().max())
+        )
+    return corrected
+
+
+def _targets(
+    model: nn.Module, layers: dict[str, QuantizedLayer], recording: Recording
+) -> tuple[dict[str, _Watch], dict[str, str]]:
+    """A watch of each layer that can be corrected, in the order of first calls, and why the others cannot."""
+    watches: dict[str, _Watch] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in layers.items():
+        found = _layer_fault(model, layer) or _target(model, name, layer, recording)
+        if isinstance(found, _Watch):
+            watches[name] = found
+        else:
+            skipped[name] = found
+    return watches, skipped
+
+
+def _layer_fault(model: nn.Module, layer: QuantizedLayer) -> str | None:
+    if isinstance(layer, CompoundWeight):
+        return f"its sum is made inside the kernel of {owner_name(model, layer)!r} and not seen"
+    kind = float_class(layer)
+    if not isinstance(layer, _LAYERS) and not is_hf_conv1d(layer):
+        return f"{kind.__name__} has no bias"
+    own = kind.forward not in [known.forward for known in _LAYERS] and not (
+        is_hf_conv1d(layer) and kind.__name__ == "Conv1D"
+    )
+    if own or "forward" in layer.__dict__:
+        return f"{kind.__name__} has a forward of its own, which may do more than add the bias"
+    return None
+
+
+def _target(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recording) -> _Watch | str:
+    """The layer's bias, or the running mean of the batch norm that alone reads it."""
+    key = f"{name}.bias" if name else "bias"
+    bias = layer._parameters.get("bias")
+    if bias is not None and "bias" not in layer.__dict__:
+        return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bias, -1.0)
+    if getattr(layer, "bias", None) is not None:
+        return "its bias is computed, not a plain parameter"
+    return _batch_norm_behind(model, name, layer, recording)
+
+
+def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recording) -> _Watch | str:
+    without = "it has no bias, and a new one would change the checkpoint's keys"
+    calls = recording.calls_of(name)
+    if not calls:
+        return "it has no bias, and the first batch did not show what reads it"
+    readers = {reader for call in calls for reader in recording.consumers_of(call)}
+    modules = {reader.name for reader in readers if reader.kind == "module"}
+    bn = model.get_submodule(next(iter(modules))) if len(modules) == 1 else None
+    if (
+        not isinstance(bn, _BatchNorm)
+        or len(readers) != len(calls)
+        or any(reader.kind != "module" for reader in readers)
+    ):
+        names = ", ".join(sorted({repr(reader.name) for reader in readers})) or "nothing"
+        return f"{without}; it is read by {names}, not by a batch norm alone, whose running mean could be moved"
+    (bn_name,) = modules
+    if bn.running_mean is None:
+        return f"it has no bias, and {bn_name!r} normalizes each batch by its own mean (track_running_stats=False)"
+    if len(recording.calls_of(bn_name)) != len(calls):
+        return f"{without}; {bn_name!r} behind it reads other layers, too"
+    dims = {len(call.output_shapes[0]) for call in calls}
+    direct = all(reader.inputs[0].direct for reader in readers)
+    if (
+        not direct
+        or any(type(layer).input_axis % dim != 1 for dim in dims)
+        or bn.num_features != type(layer).channels(layer)[1]
+    ):
+        return f"{without}; the channels of {bn_name!r} behind it are not shown to be its own"
+    key = f"{bn_name}.running_mean"
+    return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bn.running_mean, 1.0)
+
+
+def _readers(recording: Recording) -> dict[str, str]:
+    """Who reads parameters and buffers outside the modules that have them."""
+    return {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}

@@ -1,0 +1,178 @@
+"""Cross-layer equalization: neighbouring layers share the spread of their channels, the float function stays.
+
+Behind a positively homogeneous function, f(s · x) = s · f(x) for s > 0, channel i of the first layer can be divided by
+s_i while the second layer's weights that read it are multiplied by s_i. With r1_i and r2_i, the largest |weight| that
+makes and that reads channel i (half the paper's ranges)::
+
+    s_i = √(r1_i · r2_i) / r2_i    =>    r1_i / s_i = r2_i · s_i = √(r1_i · r2_i)
+
+Both layers then use one scale a tensor best. Layers of a chain are in two pairs, so the pairs are visited in turn
+until the factors settle. A folded batch norm in between (`fold_batch_norm`) is a shift, which is divided, too.
+
+Equalize before ranges are found: they are those of the weights and activations before. Activations get other ranges
+a channel; where a layer is quantized per channel already, little is left to win.
+
+Reference: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019
+(arXiv 1906.04721), sections 4.1.1 and 4.1.2, equation 11. Absorbing high biases (4.1.3) is not done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
+from lq_plugin.model.graph.record import Recording
+from lq_plugin.model.prepare import quantizers
+from lq_plugin.ptq.equalization.pairs import EqualizationPair, RefusedLayer, find_equalization_pairs
+
+__all__ = ["Equalization", "EqualizationPair", "RefusedLayer", "equalize", "find_equalization_pairs"]
+
+#: Factors that change less than this (ln s) are settled.
+_SETTLED = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Equalization:
+    """What `equalize` did.
+
+    Args:
+        factors: s `[C]`, float64, that the output channels of each producer were divided by.
+        pairs: what was equalized.
+        refused: the other layers, with the reason.
+        iterations: how often each pair was visited.
+        change: largest |ln s| in the last iteration; below 1e-4 it is settled.
+    """
+
+    factors: dict[str, Tensor]
+    pairs: tuple[EqualizationPair, ...]
+    refused: tuple[RefusedLayer, ...]
+    iterations: int
+    change: float
+
+
+def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Equalization:
+    """Equalize the channels of neighbouring layers, in place. Values change, objects and keys do not.
+
+    Computed in float64 and rounded once to each tensor's dtype. The function stays that of evaluation mode; keep folded
+    batch norms frozen while training.
+
+    Args:
+        model: float or prepared, without ranges; batch norms folded.
+        recording: of one float forward pass (`lq_plugin.model.graph.record.record`).
+        iterations: how often each pair is visited at most.
+
+    Raises:
+        CalibrationError: quantizers have ranges already. They would be those of other weights.
+        QuantizationError: fewer than 1 iteration, or weights that overflow their dtype. Nothing is changed then.
+
+    >>> from lq_plugin.model.graph.record import record
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> with torch.no_grad():
+    ...     _ = net[0].weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 0.5]]))
+    ...     _ = net[2].weight.copy_(torch.tensor([[2.0, 2.0]]))
+    ...     result = equalize(net, record(net, lambda: net(torch.ones(1, 2))))
+    >>> result.factors["0"].tolist(), net[0].weight.tolist(), net[2].weight.tolist()
+    ([2.0, 0.5], [[4.0, 0.0], [0.0, 1.0]], [[4.0, 1.0]])
+    >>> [str(refused) for refused in result.refused]
+    ["'2': its output is what the model returns"]
+    """
+    if iterations < 1:
+        raise QuantizationError(f"iterations are a number of visits, 1 or more, got {iterations!r}")
+    calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
+    if calibrated:
+        raise CalibrationError(
+            f"cannot equalize: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), "
+            "which "
+            "would not be those of the equalized weights; equalize before calibrating"
+        )
+    pairs, refused = find_equalization_pairs(model, recording)
+    layers = {name: model.get_submodule(name) for pair in pairs for name in (pair.producer, pair.consumer)}
+    factors, visits, change = _factors(pairs, {name: _magnitudes(layer) for name, layer in layers.items()}, iterations)
+    changes = _changes(model, pairs, layers, factors)
+    faults = [
+        f"{name!r}: equalized values are not finite in {t.dtype}"
+        for name, t, value in changes
+        if not value.isfinite().all()
+    ]
+    raise_all(QuantizationError, "cannot equalize", faults)
+    with torch.no_grad():
+        for _, tensor, value in changes:
+            tensor.copy_(value)
+    return Equalization(factors, tuple(pairs), tuple(refused), visits, change)
+
+
+def _factors(
+    pairs: Sequence[EqualizationPair], magnitudes: dict[str, Tensor], iterations: int
+) -> tuple[dict[str, Tensor], int, float]:
+    """Factors of each producer's output channels, iterations made, and the last change."""
+    total = {pair.producer: torch.ones_like(_makes(magnitudes[pair.producer])) for pair in pairs}
+    visits, change = 0, math.inf if pairs else 0.0
+    while visits < iterations and change > _SETTLED:
+        visits, change = visits + 1, 0.0
+        for pair in pairs:
+            first, second = magnitudes[pair.producer], magnitudes[pair.consumer]
+            makes, reads = _makes(first), second.amax(1).reshape(-1, pair.repeat).amax(1)
+            s = (makes / reads).sqrt()
+            # A channel that nothing makes or nothing reads needs no levels.
+            s = torch.where((makes > 0) & (reads > 0), s, 1.0)
+            first /= s.reshape(first.shape[0], -1, 1)
+            second *= s.repeat_interleave(pair.repeat).reshape(second.shape[0], 1, -1)
+            total[pair.producer] *= s
+            change = max(change, float(s.log().abs().max()))
+    return total, visits, change
+
+
+def _changes(
+    model: nn.Module, pairs: Sequence[EqualizationPair], layers: Mapping[str, nn.Module], factors: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """`(name, tensor, new value)` of all that equalization changes, the new value in the tensor's dtype."""
+    inputs = {pair.consumer: factors[pair.producer].repeat_interleave(pair.repeat) for pair in pairs}
+    changes: list[tuple[str, Tensor, Tensor]] = []
+    for name, layer in layers.items():
+        weight = _parts(layer)
+        if name in inputs:
+            weight = weight * inputs[name].reshape(weight.shape[0], 1, -1, 1)
+        if name in factors:
+            weight = weight / factors[name].reshape(weight.shape[0], -1, 1, 1)
+        changes.append((f"{name}.weight", cast(Tensor, layer.weight), _whole(layer, weight)))
+    for pair in pairs:
+        for name in (pair.producer, *pair.batch_norms):
+            bias = model.get_submodule(name).bias
+            if isinstance(bias, Tensor):
+                changes.append((f"{name}.bias", bias, bias.detach().double() / factors[pair.producer]))
+    return [(name, tensor, value.to(tensor.dtype)) for name, tensor, value in changes]
+
+
+def _parts(layer: nn.Module) -> Tensor:
+    """The weight, float64, as `[groups, C_out / groups, C_in / groups, kernel elements]`.
+
+    Linear is `[C_out, C_in]`, a convolution `[C_out, C_in / groups, ...]`, a transposed one `[C_in, C_out / groups,
+    ...]`.
+    """
+    assert isinstance(layer, (nn.Linear, _ConvNd))
+    weight, groups = layer.weight.detach().double(), 1 if isinstance(layer, nn.Linear) else layer.groups
+    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return grouped.transpose(1, 2) if isinstance(layer, _ConvTransposeNd) else grouped
+
+
+def _whole(layer: nn.Module, parts: Tensor) -> Tensor:
+    """Inverse of `_parts`."""
+    assert isinstance(layer.weight, Tensor)
+    return (parts.transpose(1, 2) if isinstance(layer, _ConvTransposeNd) else parts).reshape(layer.weight.shape)
+
+
+def _magnitudes(layer: nn.Module) -> Tensor:
+    """Returns the largest |weight| between each input and output channel, `[groups, C_out / groups, C_in / groups]`."""
+    return _parts(layer).abs().amax(3)
+
+
+def _makes(magnitudes: Tensor) -> Tensor:
+    """Largest |weight| of each output channel, `[C_out]`."""
+    return magnitudes.amax(2).flatten()

@@ -1,0 +1,101 @@
+"""H = 2 X Xᵀ of a layer's inputs, summed batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from lq_plugin.functional.unfold import unfold_columns
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers.base import scales_output
+from lq_plugin.layers.conv import QuantizedConvTranspose
+from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.model.ranks import average
+from lq_plugin.model.survey import float_class
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Elements of unfolded inputs that are held at a time.
+_CHUNK = 2**24
+
+
+class InputHessian:
+    """Sums 2 X Xᵀ over the inputs of one linear or convolution, as its input quantizer gives them.
+
+    A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows
+    of X belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no
+    TF32 get at it.
+
+    Args:
+        layer: one that `why_no_hessian` has nothing against.
+
+    Attributes:
+        total: `[groups, columns, columns]`, for the weight's columns.
+        count: samples, the columns of X, in this process.
+    """
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.layer = layer
+        self.groups = int(getattr(layer, "groups", 1))
+        columns = type(layer).canonical(layer, layer.weight)[0].numel()
+        self.count = 0
+        self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))
+
+    def add(self, x: Tensor) -> None:
+        """Add one call's input."""
+        x = self.layer.quantized_input(x.detach())
+        x = x.to(_device(x))
+        for chunk in self._chunks(x):
+            columns = self._columns(chunk.double())
+            self.count += columns.shape[2]
+            self.total.baddbmm_(columns, columns.mT, alpha=2.0)
+
+    def mean_over_ranks(self) -> Tensor:
+        """The mean of all processes' sums."""
+        average([self.total])
+        return self.total
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The canonical weight (or something shaped like it) as `[groups, rows, columns]`."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(self.layer, _ConvNd):
+            x = x.reshape(-1, x.shape[-1])
+            return x.split(max(1, _CHUNK // x.shape[1]))
+        x = x if x.dim() == len(self.layer.kernel_size) + 2 else x.unsqueeze(0)
+        # At most: with stride 1.
+        return x.split(max(1, _CHUNK // (x[0].numel() * self.layer.weight[0, 0].numel())))
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """X as `[groups, columns, samples]`."""
+        conv = self.layer
+        if not isinstance(conv, _ConvNd):
+            return x.mT.unsqueeze(0)
+        if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+            x = F.pad(x, [size for size in reversed(conv.padding) for _ in range(2)])
+        else:
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        return unfold_columns(x, conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+
+
+def why_no_hessian(layer: QuantizedLayer) -> str | None:
+    """Why a layer is no product of its weight with columns made of its input; None when it is."""
+    kind = float_class(layer)
+    if isinstance(layer, QuantizedConvTranspose):
+        return "a transposed convolution is not unfolded to a matrix product"
+    if not isinstance(layer, _LAYERS) and not is_hf_conv1d(layer):
+        return f"{kind.__name__} is no product of a weight and an input"
+    known = kind.forward in [layer.forward for layer in _LAYERS] or (is_hf_conv1d(layer) and kind.__name__ == "Conv1D")
+    if not known or "forward" in layer.__dict__:
+        return f"{kind.__name__} has a forward of its own, which may do more than multiply"
+    if scales_output(layer.input_quantizer):
+        return "its input's scale (XNOR-Net) is multiplied to each output"
+    return None
+
+
+def _device(x: Tensor) -> torch.device:
+    # mps has no float64.
+    return torch.device("cpu") if x.device.type == "mps" else x.device

@@ -1,0 +1,75 @@
+"""How roundings are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """How roundings are learned.
+
+    Args:
+        iterations: optimizer steps of each unit.
+        batch_size: samples of a step.
+        learning_rate: of V, by Adam. The paper's 1e-3 takes thousands of steps.
+        scale_learning_rate: of the factors on weight and input scales; 0 keeps the calibrated ones.
+        input_learning_rate: of the factors on input scales; 0 keeps the calibrated ones.
+        bias_learning_rate: of biases (in the layer, or in the batch norm behind it), in standard deviations of the
+            channel; 0: fixed.
+        regularization: λ: weight of the regulariser's mean over all weights against the error, which is 1 at the start.
+        beta: β of the regulariser, from and to.
+        warm_up: share of the iterations without regulariser.
+        drop: probability that an element of an input stays float (QDrop); 0.5 in its paper.
+        correct_batch_norm: first correct the statistics of batch norms, as `lq_plugin.ptq.batch_norm.correct` does.
+        seed: of samples and of dropping.
+        cache_bytes: memory for activations; what is more goes to disk.
+        folder: keeps what is finished, so that the same call again goes on after it, with the same result; None:
+            nothing is kept.
+    """
+
+    iterations: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-1
+    scale_learning_rate: float = 1e-3
+    input_learning_rate: float = 1e-3
+    bias_learning_rate: float = 1e-3
+    regularization: float = 10.0
+    beta: tuple[float, float] = (20.0, 2.0)
+    warm_up: float = 0.2
+    drop: float = 0.0
+    correct_batch_norm: bool = True
+    seed: int = 0
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is a whole number from {low}, got {getattr(self, name)!r}"
+            for name, low in (("iterations", 0), ("batch_size", 1), ("seed", 0), ("cache_bytes", 0))
+            if isinstance(getattr(self, name), bool)
+            or not isinstance(getattr(self, name), int)
+            or getattr(self, name) < low
+        ]
+        faults += [
+            f"{name} must not be negative, got {getattr(self, name)!r}"
+            for name in (
+                "learning_rate",
+                "scale_learning_rate",
+                "input_learning_rate",
+                "bias_learning_rate",
+                "regularization",
+            )
+            if not getattr(self, name) >= 0
+        ]
+        faults += [
+            f"{name} is a share in 0..1, got {getattr(self, name)!r}"
+            for name in ("warm_up", "drop")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if not isinstance(self.folder, str | None):
+            faults.append(f"folder is a path, got {self.folder!r}")
+        raise_all(QuantizationError, "impossible ReconstructOptions", faults)

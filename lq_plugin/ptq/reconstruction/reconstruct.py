@@ -1,0 +1,370 @@
+"""Learn how weights are rounded, part by part, so that each part does what the float model's does.
+
+For each unit in the order in which they run: its inputs come from the quantized model in front of it, which is done
+already; its targets are the outputs of the float unit on float inputs. Roundings (AdaRound), scales and biases of the
+unit are trained together, then every weight takes the level it was rounded to. That level is written into
+`layer.weight`, and the weight quantizer keeps the scale for good: the ordinary quantizer returns these weights
+unchanged.
+
+References: Nagel et al., "Up or Down?", ICML 2020 (arXiv 2004.10568) by layer; Li et al., "BRECQ", ICLR 2021
+(arXiv 2102.05426) by block; Wei et al., "QDrop", ICLR 2022 (arXiv 2203.05740) for `drop`; Hubara et al., "Accurate
+Post Training Quantization With Small Calibration Sets", ICML 2021 (arXiv 2006.10518) for scales and biases.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
+from lq_plugin.model.calibrate import evaluating, float_forward
+from lq_plugin.model.digest import digest
+from lq_plugin.model.graph.record import Recording, record
+from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.ranks import averaged, gathered
+from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
+from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
+from lq_plugin.ptq.layerwise.replay import Arguments, Replay
+from lq_plugin.ptq.reconstruction.learn import Fit, fit_rounding
+from lq_plugin.ptq.reconstruction.options import ReconstructOptions
+from lq_plugin.ptq.reconstruction.samples import Samples, copied, float_leaves, mixed, renewed
+from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit, writable_weights
+from lq_plugin.ptq.reconstruction.store import UnitStore
+from lq_plugin.ptq.reconstruction.units import Unit, find_units, owner_name
+
+
+@dataclass
+class Reconstruction:
+    """What `reconstruct` did.
+
+    Args:
+        units: how each unit went, by its name.
+        skipped: layers that kept nearest rounding, and why.
+    """
+
+    units: dict[str, Fit] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def reconstruct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    by: str | Sequence[str] = "block",
+    options: ReconstructOptions | None = None,
+    *,
+    on_step: Callable[[str, int], None] | None = None,
+    **changes: Any,
+) -> Reconstruction:
+    """Learn the roundings of a calibrated model, in place.
+
+    With several processes (`torch.distributed`) each brings its own batches; gradients and statistics are averaged, and
+    all end with the same model.
+
+    Args:
+        model: prepared and calibrated.
+        batches: calibration data, read once and kept in the cache.
+        run: runs the model on one batch; `model(batch)` when None.
+        by: `"block"` (BRECQ), `"layer"` (AdaRound), or patterns of the names of blocks.
+        options: how; `changes` replaces fields of it.
+        on_step: told the unit's name and the iteration after each.
+
+    Returns:
+        The error of each unit before and after, the undecided share, and the layers left out.
+
+    Raises:
+        CalibrationError: no batches, a model without ranges, NaN or Inf in a unit.
+        QuantizationError: options or patterns that cannot be.
+    """
+    chosen = replace(options or ReconstructOptions(), **changes)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        evaluating(model),
+        _frozen(model),
+        ActivationCache(chosen.cache_bytes) as cache,
+    ):
+        worker = _Reconstructor(model, run or model, cache, chosen, on_step)
+        worker.load(batches)
+        return worker.reconstruct(by)
+
+
+class _Reconstructor:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[Any], Any],
+        cache: ActivationCache,
+        options: ReconstructOptions,
+        on_step: Callable[[str, int], None] | None,
+    ) -> None:
+        self.model, self.run, self.cache, self.options = model, run, cache, options
+        self.on_step = on_step
+        self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
+        self.count = 0
+        #: Float values of the parameters and buffers that were changed.
+        self.originals: dict[Tensor, Tensor] = {}
+        self.recording: Recording | None = None
+
+    def load(self, batches: Iterable[Any]) -> None:
+        if not self.layers:
+            raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
+        for batch in batches:
+            self.cache.put(("batch", self.count), batch)
+            self.count += 1
+        counts = gathered(self.count)
+        if not all(counts):
+            where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
+            raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
+
+    def reconstruct(self, by: str | Sequence[str]) -> Reconstruction:
+        with self.float_state():
+            self.recording = record(self.model, lambda: self.run(self.cache.get(("batch", 0))))
+        units, uncalled = find_units(self.model, self.recording, by)
+        result = Reconstruction(skipped=dict.fromkeys(uncalled, "no batch reached it"))
+        store = self._store(units) if self.options.folder is not None else None
+        calls = self._count_calls({unit.name for unit in units})
+        names = [name for unit in units for name in unit.layers]
+        replays = [Replay(self.model, self.run, self.cache, kind, names) for kind in ("float", "quantized")]
+        for index, unit in enumerate(units):
+            for name in unit.layers:
+                if (reason := self._why_not(name)) is not None:
+                    result.skipped[name] = reason
+            result.units[str(unit)] = self._restored(unit, index, store) or self._learned(
+                unit, index, store, replays, calls[unit.name]
+            )
+            for replay in replays:
+                replay.finish(unit.layers)
+        return result
+
+    def _store(self, units: list[Unit]) -> UnitStore:
+        """The folder, for all that the result depends on."""
+        options = {key: value for key, value in asdict(self.options).items() if key not in ("cache_bytes", "folder")}
+        specs = {quantizer.name: str(quantizer.spec) for quantizer in quantizers(self.model)}
+        leaves = (
+            (f"{index}/{i}", t)
+            for index in range(self.count)
+            for i, t in enumerate(tree_leaves(self.cache.get(("batch", index))))
+            if isinstance(t, Tensor)
+        )
+        run = {
+            "options": json.dumps(options),
+            "units": json.dumps([str(unit) for unit in units]),
+            "specs": json.dumps(specs),
+            "weights or ranges": digest(self.model.state_dict().items()),
+            "data": " ".join(gathered(digest(leaves))),
+        }
+        return UnitStore(self.options.folder or "", run)
+
+    def _learned(self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int) -> Fit:
+        """Learn a unit, and keep it in the store."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
+        fit = self._unit(unit, replays[0], replays[1], calls, generator)
+        if store is not None:
+            store.save(index, str(unit), self._changing(unit), fit)
+        return fit
+
+    def _restored(self, unit: Unit, index: int, store: UnitStore | None) -> Fit | None:
+        """Take a unit from the store, if it is there."""
+        if store is None:
+            return None
+        self._keep_originals([*writable_weights(self.layers[name] for name in unit.layers), *self._biases(unit)])
+        self._keep_originals(
+            t for norm in self._batch_norms(unit).values() for t in (norm.running_mean, norm.running_var)
+        )
+        return store.load(index, str(unit), self._changing(unit))
+
+    def _changing(self, unit: Unit) -> dict[str, nn.Module]:
+        """The modules that learning a unit may change."""
+        biases = self._biases(unit)
+        behind = {
+            name: m
+            for name, m in self.model.named_modules()
+            if any(getattr(m, "bias", None) is bias for bias in biases)
+        }
+        return (
+            {name: self.model.get_submodule(name) for name in map(self._owner, unit.layers)}
+            | behind
+            | self._batch_norms(unit)
+        )
+
+    def _owner(self, name: str) -> str:
+        """The module that has the weight of a layer: the layer itself, but for the weights of an LSTM or of
+        attention."""
+        return owner_name(self.model, self.layers[name]) or name
+
+    def _why_not(self, name: str) -> str | None:
+        quantizer = self.layers[name].weight_quantizer
+        assert quantizer is not None
+        if weight_is_computed(self.layers[name]):
+            return COMPUTED
+        return None if quantizer.spec.format == "int" else f"{quantizer.spec} has no integer levels to choose from"
+
+    @contextmanager
+    def float_state(self) -> Iterator[None]:
+        """The float model, with the weights and biases it had."""
+        now = {parameter: parameter.data for parameter in self.originals}
+        for parameter, before in self.originals.items():
+            parameter.data = before
+        try:
+            with float_forward(self.model):
+                yield
+        finally:
+            for parameter, value in now.items():
+                parameter.data = value
+
+    def _count_calls(self, names: set[str]) -> dict[str, int]:
+        counts = dict.fromkeys(names, 0)
+
+        def count(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                counts[name] += 1
+
+            return hook
+
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+        try:
+            with self.float_state():
+                self.run(self.cache.get(("batch", 0)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return counts
+
+    def _unit(self, unit: Unit, float_replay: Replay, replay: Replay, calls: int, generator: torch.Generator) -> Fit:
+        module = self.model.get_submodule(unit.name)
+
+        def forward(arguments: Arguments) -> list[Tensor]:
+            return float_leaves(unit.finish(self.model, module(*arguments[0], **arguments[1])))
+
+        samples = Samples(self.cache, forward)
+        norms = self._batch_norms(unit) if self.options.correct_batch_norm else {}
+        watches = {name: Watch(norm) for name, norm in norms.items()}
+        with ExitStack() as hooks:
+            for watch in watches.values():
+                hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            for batch in range(self.count):
+                inputs = replay.inputs_of(unit.name, batch, calls)
+                with self.float_state():
+                    for call, arguments in enumerate(float_replay.inputs_of(unit.name, batch, calls)):
+                        # Its own copy: the module may write into them.
+                        args, kwargs = tree_map(renewed, arguments)
+                        output = module(*args, **kwargs)
+                        float_replay.keep_output(unit.name, batch, call, output)
+                        floats = arguments if self.options.drop else None
+                        samples.add((inputs[call], floats, float_leaves(unit.finish(self.model, output))))
+                if watches:
+                    for watch in watches.values():
+                        watch.correcting = True
+                    for arguments in inputs:
+                        forward(tree_map(copied, arguments))
+                    for watch in watches.values():
+                        watch.correcting = False
+        self._keep_originals([t for bn in norms.values() for t in (bn.running_mean, bn.running_var)])
+        apply_watches(watches)
+        samples.merge()
+        try:
+            return self._learn(unit, samples, forward, generator)
+        finally:
+            samples.clear()
+
+    def _learn(
+        self, unit: Unit, samples: Samples, forward: Callable[[Arguments], list[Tensor]], generator: torch.Generator
+    ) -> Fit:
+        options = self.options
+        trial = samples.draw(8 * options.batch_size, generator)
+
+        def error() -> list[float]:
+            pairs = zip(forward(tree_map(copied, trial[0])), trial[2], strict=True)
+            return averaged([float((y - t).float().square().mean()) for y, t in pairs])
+
+        spread = [max(variance, 1e-20) for variance in averaged([float(t.float().var()) for t in trial[2]])]
+        nearest = error()
+        if not all(math.isfinite(e) for e in nearest):
+            raise CalibrationError(f"reconstruction of {unit}: its quantized or float output holds NaN or Inf")
+        norms = [max(e, 1e-9 * s) for e, s in zip(nearest, spread, strict=True)]
+        layers = {name: self.layers[name] for name in unit.layers}
+        biases = self._biases(unit) if options.bias_learning_rate else []
+        self._keep_originals([*writable_weights(layers.values()), *biases])
+        soft = SoftUnit(layers, biases, options, generator, spread[0] ** 0.5)
+
+        def draw() -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+            inputs, floats, targets = samples.draw(options.batch_size, generator)
+            if floats is not None:
+                inputs = mixed(inputs, floats, options.drop, generator)
+            return (lambda: forward(inputs)), targets
+
+        def step(iteration: int) -> None:
+            if self.on_step is not None:
+                self.on_step(unit.name, iteration)
+
+        with soft, torch.enable_grad():
+            iterations = fit_rounding(soft, draw, norms, options, str(unit), step)
+        undecided = soft.undecided_share()
+        before = soft.harden()
+        learned = error()
+        kept = sum(e / n for e, n in zip(learned, norms, strict=True)) <= len(norms)
+        if not kept:
+            before.restore()
+        relative = [
+            sum(e / s for e, s in zip(errors, spread, strict=True)) / len(spread) for errors in (nearest, learned)
+        ]
+        return Fit(iterations, relative[0], relative[1], undecided, kept)
+
+    def _batch_norms(self, unit: Unit) -> dict[str, _BatchNorm]:
+        """Batch norms with running statistics in the unit and its tail, by name."""
+        roots = [unit.name, *(call.name for call in unit.tail if call.kind == "module")]
+        found = {
+            name: module for root in roots for name, module in self.model.get_submodule(root).named_modules(prefix=root)
+        }
+        return {name: m for name, m in found.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+    def _keep_originals(self, tensors: Iterable[Tensor | None]) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                self.originals.setdefault(tensor, tensor.data.clone())
+
+    def _biases(self, unit: Unit) -> list[nn.Parameter]:
+        """The bias behind each layer's sum: its own, or that of the batch norm which alone reads it."""
+        assert self.recording is not None
+        found = []
+        for name in unit.layers:
+            if isinstance(self.layers[name], CompoundWeight):
+                continue
+            bias = getattr(self.layers[name], "bias", None)
+            readers = self.recording.consumers_of(self.recording.calls_of(name)[0])
+            if bias is None and len(readers) == 1 and readers[0].kind == "module":
+                norm = self.model.get_submodule(readers[0].name)
+                alone = len(self.recording.calls_of(readers[0].name)) == len(self.recording.calls_of(name))
+                bias = norm.bias if isinstance(norm, _BatchNorm) and alone else None
+            if isinstance(bias, nn.Parameter):
+                found.append(bias)
+        return found
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model asks for gradients; and none is an inference tensor, which could not be trained
+    through."""
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in asked:
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for parameter, before in asked:
+            parameter.requires_grad_(before)

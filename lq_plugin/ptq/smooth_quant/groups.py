@@ -1,0 +1,171 @@
+"""Between which norms and linear layers each channel can be scaled, by what a recorded pass shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.model.graph.record import Call, Recording
+from lq_plugin.model.survey import float_class
+from lq_plugin.ptq.batch_norm.fold import sharing_fault
+
+_NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmoothingGroup:
+    """What makes some channels, and all that reads them, by qualified name.
+
+    Args:
+        producer: a norm, or a linear layer.
+        readers: linear layers and self-attentions, in the order in which they run.
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unsmoothed:
+    """A norm or linear layer whose output channels stay as they are, and why."""
+
+    producer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.producer!r}: {self.reason}"
+
+
+def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[SmoothingGroup], list[Unsmoothed]]:
+    """Norms and linear layers whose output channels can be scaled, and all others with the reason.
+
+    Safe means: called once, with a weight (and bias) of its own that nothing else reads; its output, as it is, is read
+    by linear layers and by self-attentions (as query, key and value) alone, each called once with a weight of its own.
+    Dropout and `nn.Identity` may stand in between. A norm's channels must be the last dim.
+
+    Args:
+        model: the model that was recorded.
+        recording: of one float forward pass in evaluation mode.
+
+    Returns:
+        `(groups, refused)`, in the order in which producers ran, those that did not last.
+    """
+    search = _Search(model, recording)
+    groups: list[SmoothingGroup] = []
+    refused: list[Unsmoothed] = []
+    inside = tuple(f"{name}." for name, module in search.modules.items() if isinstance(module, nn.MultiheadAttention))
+    candidates = [
+        name
+        for name, m in search.modules.items()
+        if (isinstance(m, _NORMS) or _is_linear(m)) and not name.startswith(inside)
+    ]
+    first = {call.name: call.position for call in reversed(recording.calls) if call.kind == "module"}
+    for name in sorted(candidates, key=lambda name: first.get(name, len(recording.calls))):
+        found = search.group(name)
+        if isinstance(found, SmoothingGroup):
+            groups.append(found)
+        else:
+            refused.append(Unsmoothed(name, found))
+    return groups, refused
+
+
+def input_weight(module: nn.Module) -> str:
+    """Key of the weight that multiplies a reader's input."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def input_dim(module: nn.Module) -> int:
+    """The dim of a reader's weight that runs along its input; HF `Conv1D` has `[C_in, C_out]`."""
+    return 1 if isinstance(module, (nn.Linear, nn.MultiheadAttention)) else 0
+
+
+class _Search:
+    def __init__(self, model: nn.Module, recording: Recording) -> None:
+        self.model, self.recording = model, recording
+        self.modules = dict(model.named_modules())
+        self.parameter_readers = {
+            name: call.name for call in recording.calls for source in call.inputs for name in source.parameters
+        }
+
+    def group(self, name: str) -> SmoothingGroup | str:
+        """The group that a norm or linear layer begins, or why there is none."""
+        module = self.modules[name]
+        if not _is_linear(module) and getattr(module, "weight", None) is None:
+            return "it has no affine weight that could take the factors"
+        if fault := self._layer_fault(name, ("weight", "bias")):
+            return fault
+        call = self.recording.calls_of(name)[0]
+        if fault := _channels_fault(module, call):
+            return fault
+        readers = self.recording.consumers_of(call)
+        if not readers:
+            return "nothing reads its output"
+        for reader in readers:
+            if reader.kind == "output":
+                return "its output is what the model returns"
+            if fault := self._reader_fault(reader, call):
+                return f"{reader.name!r} ({reader.op}) reads it, {fault}"
+        return SmoothingGroup(name, tuple(reader.name for reader in readers))
+
+    def _reader_fault(self, reader: Call, producer: Call) -> str | None:
+        module = self.modules[reader.name] if reader.kind == "module" else None
+        if module is None or not (_is_linear(module) or isinstance(module, nn.MultiheadAttention)):
+            return "which is no linear layer"
+        sources = [source for source in reader.inputs if source.producer == producer.position]
+        if any(not source.direct or source.output for source in sources):
+            return "but through a view, cast or reshaped copy, whose channels the recording does not show"
+        if isinstance(module, nn.MultiheadAttention):
+            if not module._qkv_same_embed_dim:
+                return "but its key and value have a size of their own"
+            if len(sources) != 3:
+                return "but not as all of query, key and value"
+        fault = self._layer_fault(reader.name, (input_weight(module),))
+        return f"but {fault}" if fault else None
+
+    def _layer_fault(self, name: str, keys: tuple[str, ...]) -> str | None:
+        """Why the parameters `keys` of a module cannot be scaled."""
+        module = self.modules[name]
+        kind = float_class(module)
+        known = kind in (*_NORMS, nn.Linear, nn.MultiheadAttention) or (
+            is_hf_conv1d(module) and kind.__name__ == "Conv1D"
+        )
+        if not known or "forward" in module.__dict__:
+            return f"{kind.__name__} has a forward of its own"
+        if (times := len(self.recording.calls_of(name))) != 1:
+            return (
+                f"it was called {times} times in the recorded pass"
+                if times
+                else "it was not called in the recorded pass"
+            )
+        for key in keys:
+            parameter = module._parameters.get(key)
+            if key in module.__dict__ or (parameter is None and getattr(module, key, None) is not None):
+                return f"its {key} is computed, not a plain parameter"
+            if parameter is not None and not (parameter.is_floating_point() and bool(parameter.isfinite().all())):
+                return f"its {key} is not floating point, or holds NaN or Inf"
+        return sharing_fault(self.model, [f"{name}.{key}" if name else key for key in keys], self.parameter_readers)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_hf_conv1d(module)
+
+
+def _channels_fault(module: nn.Module, call: Call) -> str | None:
+    """Why a norm's weight is not one number for each element of the last dim, which linear layers read."""
+    shape = call.output_shapes[0]
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return (
+            None
+            if len(module.normalized_shape) == 1
+            else f"it normalizes {list(module.normalized_shape)}, more than the last dim"
+        )
+    if isinstance(module, (_NormBase, nn.GroupNorm)) and (len(shape) != 2 or isinstance(module, _InstanceNorm)):
+        return f"its channels are not the last dim of {list(shape)}"
+    return None

@@ -1,0 +1,220 @@
+"""Uniform integer quantizer of inputs, outputs and operands whose range is found by statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import CalibrationError
+from lq_plugin.functional.affine import (
+    fake_quantize,
+    fake_quantize_observed,
+    observe,
+    qparams_from_bounds,
+)
+from lq_plugin.intent.spec import IntegerGrid, PerChannel, QuantSpec
+from lq_plugin.quantizers.base import Levels, Quantizer, float32
+from lq_plugin.quantizers.shared_input import SharedInput
+from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.ranges.histogram import MAX_SAMPLES
+from lq_plugin.ranges.registry import COUNT_ALL
+
+DEFAULT_MOMENTUM = 0.99
+#: Batches that a calibration stands for in the ramp of an average: the next one then has a weight of 0.09.
+CALIBRATED = 90
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizes an activation with a range fixed before the forward pass.
+
+    The range comes from calibration (`collector`, `load_sample`). With range `ema` it keeps moving
+    in training: `observe` gathers the extremes of one batch, however often it runs over the same
+    data (gradient checkpointing), and `commit` folds them into the average once the batch is over:
+    r ← mₜ·r + (1 - mₜ)·batch with mₜ = min(m, (1 + t) / (10 + t)) after t batches. Without the ramp a
+    network trained from scratch would outrun an average of the last hundred batches. A calibration counts as
+    `CALIBRATED` of them, so that its range is not forgotten with the first batch; without one that batch is the
+    first range. `ema:0.99:constant` has mₜ = m from the second batch on.
+
+    Args:
+        spec: how to quantize; per tensor or per channel.
+        name: for messages.
+        channels: size of the channel axis, for per-channel specs.
+        channel_axis: the layer's channel axis of this activation.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    running_min: Tensor
+    running_max: Tensor
+    batches: Tensor
+    batch_min: Tensor
+    batch_max: Tensor
+
+    def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
+        super().__init__(spec, name)
+        granularity = spec.granularity
+        self.per_channel = isinstance(granularity, PerChannel)
+        self.axis = channel_axis
+        if isinstance(granularity, PerChannel) and granularity.axis is not None:
+            self.axis = granularity.axis
+        self.channels = channels if self.per_channel else 1
+        self.moving = spec.range_name == "ema"
+        self.pending: Histogram | None = None
+        momentum, _, constant = (spec.range_option or "").partition(":") if self.moving else ("", "", "")
+        self.momentum, self.ramps = float(momentum or DEFAULT_MOMENTUM), not constant
+        self._make_qparams()
+
+    def _make_qparams(self) -> None:
+        self.register_buffer("scale", float32(1.0, (self.channels,)))
+        self.register_buffer("zero_point", float32(0.0, (self.channels,)))
+        if self.moving:
+            self.register_buffer("running_min", float32(0.0, (self.channels,)))
+            self.register_buffer("running_max", float32(0.0, (self.channels,)))
+            self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
+            self.register_buffer("batch_min", float32(torch.inf, (self.channels,)), persistent=False)
+            self.register_buffer("batch_max", float32(-torch.inf, (self.channels,)), persistent=False)
+
+    def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
+        """`[C]` shaped to broadcast against an activation of `ndim` dims."""
+        if not self.per_channel:
+            return per_channel
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return per_channel.view(shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.transpose(0, self.axis).reshape(self.channels, -1) if self.per_channel else x.reshape(1, -1)
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.qparams()
+        return self.rounded(x, self._view(scale, x.ndim), self._view(zero_point, x.ndim))
+
+    def levels(self, x: Tensor | None = None) -> Levels | None:
+        found = super().levels()
+        return found if x is None or found is None else Levels(*(self._view(value, x.ndim) for value in found))
+
+    def draw_key(self, x: Tensor) -> str:
+        # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing
+        # makes it, the same.
+        ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return f":{torch.distributed.get_rank() if ranked else 0}:{x.detach().sum(dtype=torch.float32).item()}"
+
+    def new_collector(self) -> Histogram:
+        """Empty statistics for one calibration."""
+        at_most = None if self.spec.range_name in COUNT_ALL else MAX_SAMPLES
+        return Histogram(rows=self.channels, max_samples=at_most, device=self.calibrated.device, name=self.name)
+
+    def collect(self, x: Tensor) -> None:
+        assert self.collector is not None
+        self.collector.update(self._rows(x) if self.per_channel else x)
+
+    def collect_first(self, x: Tensor) -> None:
+        if not self.moving:
+            self.pending = self.pending or self.new_collector()
+            self.pending.update(self._rows(x.detach()) if self.per_channel else x.detach())
+
+    def load_sample(self, sample: Sample) -> None:
+        if not self.needs_calibration:
+            self.set_calibrated()
+            return
+        # Formats without a grid have the range minmax, which does not look at it.
+        grid = self.spec.grid if self.spec.has_grid else IntegerGrid(-1, 1)
+        minimum, maximum = estimate_range(self.spec.range, sample, grid)
+        if self.moving:
+            with torch.no_grad():
+                self.running_min.copy_(minimum)
+                self.running_max.copy_(maximum)
+                self.batches.fill_(CALIBRATED)
+        self._store(minimum, maximum)
+        self.set_calibrated()
+
+    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+
+    def observe(self, x: Tensor) -> None:
+        if not self.moving:
+            return
+        with torch.no_grad():
+            if not self.per_channel:
+                observe(x, self.batch_min, self.batch_max)
+                return
+            rows = self._rows(x)
+            self.take_in(rows.amin(1).float(), rows.amax(1).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.follow_buffers()
+        # Observing and quantizing with what was observed before take one pass over the data together.
+        if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
+            return fake_quantize_observed(
+                x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max
+            )
+        return super().forward(x)
+
+    def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
+        """The same, by what another quantizer with the same qparams made of the same tensor."""
+        self.follow_buffers()
+        if (
+            not (self._calibrated and self._enabled and x.numel() and self._is_plain())
+            or self._forward_hooks
+            or self._forward_pre_hooks
+        ):
+            return self(x)
+        watches, grid = self._watches, self.spec.grid
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            low, high = float32(torch.inf, (1,)), float32(-torch.inf, (1,))
+            if not watches:
+                return fake_quantize(x, self.scale, self.zero_point, grid), low, high
+            return fake_quantize_observed(x, self.scale, self.zero_point, grid, low, high), low, high
+
+        y, low, high = shared.once(x, (grid, self.scale.item(), self.zero_point.item(), watches), make)
+        if watches:
+            self.take_in(low, high)
+        return y
+
+    def take_in(self, low: Tensor, high: Tensor) -> None:
+        """Let the extremes `[C]` of the batch so far take in others."""
+        with torch.no_grad():
+            self.batch_min.copy_(torch.minimum(self.batch_min, low))
+            self.batch_max.copy_(torch.maximum(self.batch_max, high))
+
+    @property
+    def _watches(self) -> bool:
+        """Whether the batch's extremes are wanted of this call."""
+        return self.moving and self.observing and self.training
+
+    def _is_plain(self) -> bool:
+        """Whether a forward pass is `fake_quantize` with one scale and nothing else."""
+        plain = type(self).quantize_values is ActivationQuantizer.quantize_values and not self.per_channel
+        return plain and self.rounds_to_nearest and self.collector is None and not self.starts and not self.is_suspended
+
+    def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
+        """Fold one batch's extremes `[C]` (over all ranks) into the moving range and empty the batch buffers.
+
+        Raises:
+            CalibrationError: naming the layer when they are NaN or Inf.
+        """
+        if not (torch.isfinite(batch_min) & torch.isfinite(batch_max)).all():
+            raise CalibrationError(
+                f"{self.name}: the batch holds NaN or Inf (range {batch_min.min():g}..{batch_max.max():g})"
+            )
+        with torch.no_grad():
+            if self._calibrated:
+                ramp = (1.0 + self.batches) / (10.0 + self.batches)
+                share = 1.0 - (ramp.clamp(max=self.momentum) if self.ramps else torch.full_like(ramp, self.momentum))
+                self.running_min.lerp_(batch_min, share)
+                self.running_max.lerp_(batch_max, share)
+                self.batches.add_(1)
+            else:
+                self.running_min.copy_(batch_min)
+                self.running_max.copy_(batch_max)
+            self._store(self.running_min, self.running_max)
+            self.batch_min.fill_(torch.inf)
+            self.batch_max.fill_(-torch.inf)
+        self.set_calibrated()

@@ -1,0 +1,256 @@
+"""Uniform integer quantizer of weights whose range is found by statistics."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lq_plugin.functional.affine import (
+    extremes,
+    fake_quantize_to_extremes,
+    qparams_from_bounds,
+    zero_point_from,
+)
+from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
+from lq_plugin.functional.grouping import (
+    block_mask,
+    blocks,
+    has_row_scales,
+    reduced_dims,
+    scale_shape,
+    to_rows,
+    unblocks,
+)
+from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
+from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
+from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
+from lq_plugin.native.kernels import BlockRule
+from lq_plugin.quantizers.base import Quantizer, float32
+from lq_plugin.ranges import Sample, estimate_range
+from lq_plugin.ranges.estimators.mse import best_multiples
+
+#: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
+LIVE_WEIGHT_RANGES = frozenset({"minmax"})
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight `[C_out, C_in, *kernel]`.
+
+    A `minmax` range is taken from the weight at every call. Other ranges are estimated by
+    `calibrate(weight)` and stay until the next call; `QAT` calls it at the start of each epoch.
+    `fix(scale, zero_point)` ends both: from then on the qparams are those, whatever the weight becomes.
+
+    Args:
+        spec: how to quantize.
+        name: for messages.
+        shape: shape of the weight.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    fixed: Tensor
+    #: The weight itself is kept in ±this while it is trained, where a format asks for it.
+    latent_bound: float | None = None
+
+    def __init__(self, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(spec, name)
+        # In the state_dict once it is True: what follows the weight is nobody's to load.
+        self.register_buffer("fixed", torch.zeros(1, dtype=torch.bool), persistent=False)
+        self._fixed = False
+        self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self.shape = tuple(shape)
+        self.live = spec.range_name in LIVE_WEIGHT_RANGES
+        self.scale_shape = scale_shape(self.shape, spec.granularity)
+        self.needs_calibration = not self.live
+        self._make_qparams()
+
+    def _make_qparams(self) -> None:
+        self.register_buffer("scale", float32(1.0, self.scale_shape), persistent=not self.live)
+        self.register_buffer("zero_point", float32(0.0, self.scale_shape), persistent=not self.live)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the qparams were set by `fix`."""
+        self.follow_buffers()
+        return self._fixed
+
+    def fix(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set the qparams for good; `calibrate` no longer changes them. Shapes as `self.scale`."""
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        self._set_fixed(True)
+        self.set_calibrated()
+
+    def _set_fixed(self, fixed: bool) -> None:
+        self.follow_buffers()
+        self._write("fixed", fixed)
+        self._note_fixed(fixed)
+
+    def _read_switches(self) -> None:
+        super()._read_switches()
+        if (fixed := bool(self.fixed)) != self._fixed:
+            self._note_fixed(fixed)
+
+    def _note_fixed(self, fixed: bool) -> None:
+        self._fixed = fixed
+        keys = {"fixed", "scale", "zero_point"} if self.live else {"fixed"}
+        hidden = self._non_persistent_buffers_set
+        self._non_persistent_buffers_set = hidden - keys if fixed else hidden | keys
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if any(key.startswith(prefix) for key in state_dict):
+            self._set_fixed(prefix + "fixed" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point; a live range needs `x`, the blocks of the weight."""
+        if self._fixed or not self.live:
+            return self.scale, self.zero_point
+        if x is None:
+            raise ValueError(f"{self.name}: the range {self.spec.range!r} follows the weight; pass it to qparams")
+        # Zero padding of a ragged group does no harm here: every range includes zero.
+        return self._from_bounds(*extremes(x, self.scale_shape))
+
+    def _from_bounds(self, minimum: Tensor, maximum: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures
+        integer scales."""
+        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        group = self.spec.granularity
+        if isinstance(group, PerGroup) and group.scale_bits is not None:
+            coarse = coarse_scale(scale, group.scale_bits, group.coarse == "channel")
+            if sample is not None and self.spec.range_name == "mse":
+                low, own, shared = (of.expand_as(scale).flatten() for of in (minimum, scale, coarse))
+                found = best_multiples(sample, low, own, shared, 2**group.scale_bits - 1, self.spec.grid)
+                scale = found.view_as(scale) * coarse
+            else:
+                scale = integer_scale(scale, coarse, group.scale_bits) * coarse
+            zero_point = zero_point_from(minimum.float().clamp(max=0.0), scale, self.spec.grid)
+        return scale, zero_point
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        group = self.spec.granularity
+        if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
+            if not isinstance(group, PerGroup) or group.scale_bits is None:
+                return unblocks(
+                    fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), x.shape, group
+                )
+            if group.coarse == "tensor" and not self.spec.grid.affine:
+                done = fake_quantize_blocks(
+                    x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits))
+                )
+                if done is not None:
+                    return done
+        w = blocks(x, group)
+        scale, zero_point = self.qparams(w)
+        return unblocks(self.rounded(w, scale, zero_point), x.shape, group)
+
+    def takes_rows(self, reading: Reading) -> bool:
+        """Whether `quantize_rows` may stand for a call, now: what a row becomes depends on it and on known qparams
+        alone."""
+        if (
+            self.starts
+            or self.collector is not None
+            or not self._enabled
+            or self._forward_hooks
+            or self._forward_pre_hooks
+        ):
+            return False
+        if self.needs_calibration and not self._calibrated:
+            return False
+        # What trains a scale is what trains its rows, before it is divided by how often they are read.
+        return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
+
+    def _rows_are_independent(self) -> bool:
+        plain = (
+            type(self).quantize_values is WeightQuantizer.quantize_values
+            and type(self).qparams is WeightQuantizer.qparams
+        )
+        return plain and has_row_scales(self.spec.granularity) and not (self.spec.stochastic and self.training)
+
+    def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        """`quantize_values(weight)[index]`, of the rows that are read alone; where `takes_rows` says so.
+
+        Args:
+            weight: `[rows, columns]`.
+            index: integers of any shape.
+            reading: how gradients come back.
+        """
+        group, qparams = self.spec.granularity, None
+        if not self.live or self._fixed:
+            qparams = self.scale, self.zero_point
+        elif isinstance(group, PerTensor):
+            qparams = self._qparams_of(weight)
+        if self.rounds_to_nearest:
+            done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading)
+            if done is not None:
+                return done
+        rows = read_rows(weight, index.reshape(-1), reading)
+        w = blocks(rows, group)
+        if qparams is None:
+            scale, zero_point = self._from_bounds(*extremes(w, scale_shape(tuple(rows.shape), group)))
+        else:
+            scale, zero_point = (scales_of_rows(value, index) for value in qparams)
+        return unblocks(self.rounded(w, scale, zero_point), rows.shape, group).view(*index.shape, -1)
+
+    def _qparams_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a live range; in evaluation of the weight as it was at the last call, while nothing wrote to it."""
+        # In compiled code nothing can be remembered from call to call.
+        if self.training or torch.compiler.is_compiling() or weight.is_inference():
+            return self.qparams(weight)
+        state = weight.data_ptr(), weight._version
+        if self._last is None or self._last[0] != state:
+            self._last = state, self.qparams(weight)
+        return self._last[1]
+
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        self._last = None
+        super().train(mode)
+        return self
+
+    def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
+        """Two-level scales, with γ of the weight as it is: the largest of all scales is that of the extremes."""
+        largest, _ = qparams_from_bounds(*extremes(x, (1,) * x.ndim), self.spec.grid)
+        return vector_rule(size, self.spec.grid, scale_bits, coarse_scale(largest, scale_bits).item())
+
+    def sample(self, weight: Tensor) -> Sample:
+        """The weight's values, one row for each scale; padding does not enter."""
+        rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
+        mask = block_mask(self.shape, self.spec.granularity)
+        return Sample.from_tensor(
+            rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name
+        )
+
+    def counts(self, device: torch.device) -> Tensor | None:
+        """How many elements share each scale, shaped like the scales; None where no ragged group makes them differ."""
+        mask = block_mask(self.shape, self.spec.granularity)
+        return None if mask is None else mask.to(device).sum(reduced_dims(self.scale_shape), keepdim=True)
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Find the range from the weight.
+
+        Raises:
+            CalibrationError: naming the layer when the weight has NaN or Inf.
+        """
+        self.load_sample(self.sample(weight))
+
+    def new_epoch(self, weight: Tensor) -> None:
+        """Follow the weight once an epoch: a range that is estimated and not learned is found anew."""
+        if self.needs_calibration and not self.spec.learned:
+            self.calibrate(weight)
+
+    def load_sample(self, sample: Sample) -> None:
+        if not self.live and not self._fixed:
+            minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
+            self._store(minimum, maximum, sample)
+        self.set_calibrated()
+
+    def _store(self, minimum: Tensor, maximum: Tensor, sample: Sample) -> None:
+        scale, zero_point = self._from_bounds(
+            minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape), sample
+        )
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)

@@ -1,0 +1,35 @@
+"""What a search can minimize next to its metric, and what constraints can bound.
+
+All of it is of the whole model, what stays float included, and work is that of one input sample: a bound means the same
+whatever the batch size and however much of a model can hold quantizers. `effective_bits <= 4.5` bounds the mean bits of
+a parameter, so that the packed file takes about 4.5 bits for each; experts, norms or tables of positions that stay
+float count with the bits of their dtype, and where they are too many no plan keeps the bound, which is said before the
+first trial. `quantizable_effective_bits` leaves them out: the mean over the weights that a plan can change. See
+`lq_plugin.model.measure.cost` for the definitions.
+"""
+
+from __future__ import annotations
+
+from lq_plugin.model.measure.cost import Cost
+
+#: Totals of the cost model.
+COUNTED = ("effective_bits", "quantizable_effective_bits", "bytes", "bops")
+#: Milliseconds a sample on the target runtime, from a table that is measured first.
+LATENCY = "latency"
+#: All of them.
+COSTS = (*COUNTED, LATENCY)
+#: Their names on an axis.
+LABELS = {
+    "effective_bits": "effective bits a parameter",
+    "quantizable_effective_bits": "effective bits of quantizable layers",
+    "bytes": "bytes",
+    "bops": "bit operations a sample",
+    LATENCY: "milliseconds a sample",
+}
+#: What costs are of, for the fingerprint of a study: trials that counted something else cannot be compared.
+COUNTS = {"costs count": "the whole model, for one input sample"}
+
+
+def cost_totals(cost: Cost) -> dict[str, float]:
+    """The counted totals, which trials carry beside the metrics."""
+    return {name: value for name in COUNTED if (value := getattr(cost, name)) is not None}

@@ -1,0 +1,370 @@
+"""Score plan after plan on one loaded model: one calibration pass, then quantizers are exchanged, data is not.
+
+    with Evaluator(model, datamodule) as evaluator:
+        evaluator.calibrate(space)
+        evaluator.evaluate("plan.yaml").metrics["val/acc"]
+
+What `evaluate` reports is what `Trainer.validate` reports with `PTQ(plan)` and the same calibration
+data, exactly: it is the Trainer's own validation loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lq_plugin.callbacks import PTQ
+from lq_plugin.callbacks.phases import check_phases, names_and_options
+from lq_plugin.callbacks.trainer.traces import KeepState, SilentLogger
+from lq_plugin.errors import CalibrationError, PlanError
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import LayerPlan, QuantPlan
+from lq_plugin.intent.spec import Granularity, PerChannel, PerTensor, QuantSpec
+from lq_plugin.layers import QuantizedLayer, attach_quantizers
+from lq_plugin.model.copies import copy_model
+from lq_plugin.model.digest import digest
+from lq_plugin.model.graph.record import Recording
+from lq_plugin.model.measure.cost import Cost, plan_cost
+from lq_plugin.model.prepare import quantized_layers, remove
+from lq_plugin.model.survey import Survey
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer
+from lq_plugin.ranges import Sample
+from lq_plugin.search.evaluation.calibration import Calibration, FloatRecording
+from lq_plugin.search.evaluation.costs import LATENCY, cost_totals
+from lq_plugin.search.evaluation.setup_once import SetUpOnce
+from lq_plugin.search.shared.interrupt import interrupts_kept
+from lq_plugin.search.space.bound import BoundSpace, as_plan
+from lq_plugin.search.space.space import Space
+from lq_plugin.utilities.lightning_packages import package_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+#: Options of a Trainer that shows, logs and keeps nothing.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "callbacks": None,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one plan scores.
+
+    Args:
+        metrics: everything the validation logged.
+        cost: of the plan.
+        seconds: that the evaluation took.
+    """
+
+    metrics: dict[str, float]
+    cost: Cost
+    seconds: float
+
+
+class Evaluator:
+    """A LightningModule that is loaded and calibrated once.
+
+    `close` (or leaving the `with` block) takes the quantizers out and undoes batch norm folding: the
+    float weights are back, bit for bit.
+
+    Args:
+        model: trained; nothing of it is changed in the end.
+        datamodule: gives validation and calibration data; None where the module has its own loaders.
+        trainer: makes the Trainer: a class or function that takes `Trainer`'s keywords; None: that of the model's
+            package. One device.
+        calibration_batches, phases, dataloader: of the calibration, see `PTQ`.
+        seed: of the calibration data's order: every process that asks for the same gets the same statistics.
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        trainer: Callable[..., Trainer] | None = None,
+        calibration_batches: int = 8,
+        phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
+        dataloader: Iterable[Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.datamodule = datamodule
+        self.calibration_batches = calibration_batches
+        check_phases(*names_and_options(phases))
+        self.phases = tuple(phases)
+        self.dataloader = dataloader
+        self.seed = seed
+        self._make_trainer = trainer or package_of(model).Trainer
+        self.trainer = self.make_trainer()
+        if self.trainer.world_size > 1:
+            raise PlanError(
+                f"a search evaluates on one device, this Trainer has {self.trainer.world_size}: run several workers "
+                "instead"
+            )
+        self.float_metrics: dict[str, float] = {}
+        self.weights = ""
+        self.space: BoundSpace | None = None
+        self.recording: Recording | None = None
+        #: Milliseconds of a plan, see `lq_plugin.search.study.latency`.
+        self.latency: Callable[[Mapping[str, LayerPlan]], float] | None = None
+        #: Batches of a validation, of the longest loader.
+        self.batches: float = 0
+        self._float_state: dict[str, torch.Tensor] = {}
+        self._samples: dict[tuple[str, Granularity], Sample] = {}
+        self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
+        self._layers: dict[str, QuantizedLayer] = {}
+        self._data = SetUpOnce(datamodule)
+
+    def __enter__(self) -> Evaluator:
+        self._data.open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def make_trainer(self, **options: Any) -> Trainer:
+        """A Trainer that shows, logs and keeps nothing."""
+        trainer = self._make_trainer(**QUIET, **options)
+        trainer.logger = SilentLogger()  # a step that calls its logger finds one
+        return trainer
+
+    def float_copy(self) -> LightningModule:
+        """The module with its float weights, batch norms included, and nothing of the search; it belongs to no
+        Trainer."""
+        self._calibrated()
+        copied = copy_model(self.model)
+        remove(copied)
+        with torch.no_grad():
+            self._make_float(copied)
+        return copied
+
+    def _make_float(self, model: LightningModule) -> None:
+        for name, tensor in model.state_dict().items():
+            if name in self._float_state:
+                tensor.copy_(self._float_state[name])
+
+    def close(self) -> None:
+        """Give the float model back."""
+        remove(self.model)
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_float(self.model)
+        self._float_state.clear()
+        self._quantizers.clear()
+        self._layers.clear()
+        self._data.close()
+
+    def calibrate(self, space: Space | Mapping[str, Any]) -> BoundSpace:
+        """Validate the float model, fold what can be folded, and gather the statistics that `space` may need.
+
+        One pass over the calibration data; a second one only for activations that may be quantized
+        both per tensor and per channel.
+
+        Raises:
+            QuantizationError: a space that does not fit the model, or no calibration data.
+        """
+        self.float_metrics = self._validate()
+        loop: Any = self.trainer.validate_loop
+        self.batches = max(loop.max_batches, default=0)
+        self._float_state = {
+            name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)
+        }
+        self.weights = digest(self._float_state.items())
+        # After a validation: only now has `configure_model` built every layer.
+        survey = Survey.of(self.model)
+        space = Space.parse(space)
+        self.space = space.bind(survey.infos(), survey.others(), self._recorded() if space.ties_residuals else None)
+        for plan in _statistics_plans(self.space):
+            remove(self.model)
+            first = self.recording is None
+            ptq = Calibration(
+                plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader
+            )
+            ptq.seed = self.seed
+            self.run(ptq)
+            self.recording = self.recording or ptq.recording
+            self._keep_samples(ptq)
+        self._layers = dict(quantized_layers(self.model))
+        return self.space
+
+    def _recorded(self) -> Recording | None:
+        recorder = FloatRecording("int8", dataloader=self.dataloader)
+        recorder.seed = self.seed
+        with self.limited(1):
+            self.run(recorder)
+        return recorder.recording
+
+    def run(self, callback: Callback) -> dict[str, float]:
+        """Validate with one more callback."""
+        callbacks: list[Any] = vars(self.trainer)["callbacks"]
+        callbacks.append(callback)
+        try:
+            return self._validate()
+        finally:
+            callbacks.remove(callback)
+
+    @contextmanager
+    def limited(self, batches: int | None) -> Iterator[None]:
+        """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as
+        many."""
+        before = vars(self.trainer)["limit_val_batches"]
+        if batches is not None:
+            vars(self.trainer)["limit_val_batches"] = min(batches, self.batches)
+        try:
+            yield
+        finally:
+            vars(self.trainer)["limit_val_batches"] = before
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The layers that can hold quantizers, by name."""
+        self._calibrated()
+        return self._layers
+
+    def _keep_samples(self, ptq: PTQ) -> None:
+        for quantizer in (module for module in self.model.modules() if isinstance(module, ActivationQuantizer)):
+            histogram = ptq.statistics.get(quantizer.name)
+            if histogram is not None and histogram.total.any():
+                self._samples.setdefault((quantizer.name, quantizer.spec.granularity), histogram.sample())
+
+    def layer_plans(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> dict[str, LayerPlan]:
+        """The specs that a plan gives to every layer.
+
+        Raises:
+            PlanError: when it does not fit the model.
+        """
+        space = self._calibrated()
+        return QuantPlan.parse(plan).resolve(space.layers, space.others)
+
+    def cost(self, layer_plans: Mapping[str, LayerPlan]) -> Cost:
+        """The cost of a plan, without evaluating it."""
+        self._calibrated()
+        return plan_cost(self.model, layer_plans, self.recording)
+
+    def costs(self, layer_plans: Mapping[str, LayerPlan]) -> dict[str, float]:
+        """The totals of a plan by name, without evaluating it; its latency among them once that is measured."""
+        totals = cost_totals(self.cost(layer_plans))
+        return totals if self.latency is None else totals | {LATENCY: self.latency(layer_plans)}
+
+    def evaluate(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Evaluation:
+        """Validate the model under a plan.
+
+        Raises:
+            QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
+        """
+        return self.evaluate_layers(self.layer_plans(plan))
+
+    def evaluate_layers(self, layer_plans: Mapping[str, LayerPlan]) -> Evaluation:
+        """The same for specs by layer name."""
+        started = time.perf_counter()
+        self.apply(layer_plans)
+        metrics = self._validate()
+        now = dict(quantized_layers(self.model))
+        rebuilt = [name for name, layer in self._layers.items() if now.get(name) is not layer]
+        if rebuilt:
+            raise PlanError(
+                f"{type(self.model).__name__} built {len(rebuilt)} layers anew while validating (first: {rebuilt[0]}), "
+                "so they ran float: "
+                "build layers in __init__, or only once in setup or configure_model"
+            )
+        return Evaluation(metrics, self.cost(layer_plans), time.perf_counter() - started)
+
+    def apply(self, layer_plans: Mapping[str, LayerPlan]) -> None:
+        """Give every layer the quantizers of its specs, with their ranges."""
+        self._calibrated()
+        outside = [name for name, plan in layer_plans.items() if plan and name not in self._layers]
+        if outside:
+            raise PlanError(f"layers that the search space keeps float: {', '.join(outside)}")
+        for name, layer in self._layers.items():
+            plan = layer_plans.get(name, LayerPlan())
+            chosen = {
+                slot: self._quantizer(name, slot, spec) for slot in SLOTS if (spec := getattr(plan, slot)) is not None
+            }
+            for slot in SLOTS:
+                setattr(layer, f"{slot}_quantizer", chosen.get(slot))
+
+    def _quantizer(self, name: str, slot: str, spec: QuantSpec) -> Quantizer:
+        """The calibrated quantizer of one tensor; each (tensor, spec) is estimated once."""
+        key = (name, slot, spec)
+        layer = self._layers[name]
+        if key not in self._quantizers:
+            only: dict[str, Any] = {slot: spec}
+            attach_quantizers(layer, LayerPlan(**only), name)
+            quantizer: Quantizer = getattr(layer, f"{slot}_quantizer")
+            if slot == "weight":
+                layer.calibrate_weight()
+            else:
+                sample = self._samples.get((quantizer.name, _statistics_of(spec)))
+                if sample is not None:
+                    quantizer.load_sample(sample)
+                elif quantizer.needs_calibration:
+                    raise CalibrationError(
+                        f"{quantizer.name}: no statistics for '{spec}': no batch reached it, or it is not in the space"
+                    )
+            self._quantizers[key] = quantizer
+        # A Trainer on a GPU brings the model back to the CPU after each validation, with what it holds then.
+        return self._quantizers[key].to(layer.weight.device)
+
+    def _calibrated(self) -> BoundSpace:
+        if self.space is None:
+            raise CalibrationError("the evaluator is not calibrated: call calibrate(space) first")
+        return self.space
+
+    def _validate(self) -> dict[str, float]:
+        # One trial finds the module as the other did, with all that its steps have counted, kept and cached.
+        callbacks, keeper = vars(self.trainer)["callbacks"], KeepState()
+        callbacks.insert(0, keeper)
+        try:
+            with interrupts_kept():
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        finally:
+            callbacks.remove(keeper)
+            keeper.close()
+        return logged(self.trainer)
+
+
+def logged(trainer: Trainer) -> dict[str, float]:
+    """What the last run of a Trainer logged."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
+    """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in
+    addition."""
+    wanted: dict[str, dict[str, list[QuantSpec]]] = {}
+    for unit in space.units:
+        kinds = {_statistics_of(spec): spec for spec in unit.choices if isinstance(spec, QuantSpec)}
+        for name in unit.layers:
+            # One weight spec is enough: weights need no data.
+            wanted.setdefault(name, {})[unit.slot] = list(kinds.values())[: 1 if unit.slot == "weight" else None]
+    passes = max(len(specs) for slots in wanted.values() for specs in slots.values())
+    plans = []
+    for index in range(passes):
+        chosen = {
+            name: {slot: specs[min(index, len(specs) - 1)] for slot, specs in slots.items()}
+            for name, slots in wanted.items()
+        }
+        layers: dict[str, dict[str, Any]] = {
+            name: {slot: _plain(spec) for slot, spec in slots.items()} for name, slots in chosen.items()
+        }
+        plans.append(as_plan({name: LayerPlan(**specs) for name, specs in layers.items()}))
+    return plans
+
+
+def _plain(spec: QuantSpec) -> QuantSpec:
+    """A spec that takes the same statistics and is quick to estimate."""
+    return QuantSpec(bit_width=8, granularity=_statistics_of(spec))
+
+
+def _statistics_of(spec: QuantSpec) -> PerChannel | PerTensor:
+    """What an activation's statistics are gathered for: scales of groups are found at run time, from one range."""
+    return spec.granularity if isinstance(spec.granularity, PerChannel) else PerTensor()

@@ -1,0 +1,298 @@
+"""What one evaluation may cost: levels of fidelity, the cheap ones first.
+
+    fidelity: [{batches: 4}, {}, {reconstruct: {iterations: 100}}, {qat: {max_epochs: 1}}]
+
+PTQ on the first batches of the validation data, PTQ on all of it, PTQ with learned rounding, and a short QAT.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lq_plugin.callbacks import QAT
+from lq_plugin.callbacks.phases import check_phases, names_and_options
+from lq_plugin.callbacks.trainer.data import seeded
+from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.intent.plan import LayerPlan, QuantPlan
+from lq_plugin.search.evaluation.calibration import LearnedRounding
+from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator, logged
+from lq_plugin.search.evaluation.setup_once import without_memory
+from lq_plugin.search.shared.interrupt import interrupts_kept
+from lq_plugin.search.space.bound import as_plan
+from lq_plugin.utilities.lightning_packages import LOGGERS, any_package, either, package_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+#: Options of a `qat` level that `QAT` takes; those of the Trainer are all others.
+_QAT = ("schedule", "init_batches", "distill", "forward")
+#: Where a module keeps its learning rate, as Lightning's own tuner looks for it.
+_RATES = ("lr", "learning_rate")
+#: Options of the Trainer that are not a level's business.
+_OURS = (
+    "self",
+    "callbacks",
+    "logger",
+    "enable_progress_bar",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "limit_val_batches",
+)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to score a plan.
+
+    Args:
+        batches: of the validation data, the first ones of each loader; None: all.
+        reconstruct: options of the phase of that name, which learns how weights are rounded; None: they are rounded to
+            nearest.
+        qat: the plan is trained: options of `Trainer` (`max_epochs` or `max_steps` at least), of `QAT` (`schedule`,
+            `init_batches`, `distill`, `forward`), and `lr`, which the module's attribute of that name (or
+            `learning_rate`) gets.
+        promote_within: how far a trial may be behind here and still climb, in the metric's unit; None: as the search
+            says.
+
+    Raises:
+        QuantizationError: listing everything that cannot be.
+
+    >>> print(Level(batches=4, qat={"max_epochs": 1}))
+    batches=4, qat={'max_epochs': 1}
+    """
+
+    batches: int | None = None
+    reconstruct: Mapping[str, Any] | None = None
+    qat: Mapping[str, Any] | None = None
+    promote_within: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.batches is not None and (
+            isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1
+        ):
+            faults.append(f"batches is a whole number from 1, got {self.batches!r}")
+        for name in ("reconstruct", "qat"):
+            if not isinstance(getattr(self, name), Mapping | None):
+                faults.append(f"{name} is a mapping of options, got {getattr(self, name)!r}")
+        if self.reconstruct is not None and self.qat is not None:
+            faults.append("reconstruct and qat are two levels: QAT trains the float weights")
+        faults += margin_faults(self.promote_within)
+        if isinstance(self.qat, Mapping):
+            valid = (*_trainer_options(), *_QAT, "lr")
+            faults += [
+                f"unknown option {key!r} of qat.{did_you_mean(str(key), valid)}" for key in self.qat if key not in valid
+            ]
+            if not {"max_epochs", "max_steps"} & set(self.qat):
+                faults.append("qat needs max_epochs or max_steps, which say how short it is")
+        raise_all(QuantizationError, "level", faults)
+
+    @classmethod
+    def parse(cls, value: Level | Mapping[str, Any]) -> Level:
+        """Read a mapping with its fields, or return it as it is.
+
+        Raises:
+            QuantizationError: see `Level`; or unknown keys.
+        """
+        if isinstance(value, Level):
+            return value
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping):
+            raise QuantizationError(f"a level is a mapping of {', '.join(names)}, got {value!r}")
+        unknown = [
+            f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
+            for key in value
+            if key not in names
+        ]
+        raise_all(QuantizationError, "level", unknown)
+        return cls(**{str(key): item for key, item in value.items()})
+
+    def measures(self) -> dict[str, Any]:
+        """What its metrics depend on, as plain values: those of equal levels can be compared."""
+        found = {
+            name: getattr(self, name) for name in ("batches", "reconstruct", "qat") if getattr(self, name) is not None
+        }
+        return dict(json.loads(json.dumps(found, default=str)))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.measures().items()) or "PTQ"
+
+
+def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...]:
+    """Read the levels of a search, the cheapest first.
+
+    Raises:
+        QuantizationError: listing everything that is wrong in them.
+
+    >>> [str(level) for level in parse_levels([{"batches": 2}, {}])]
+    ['batches=2', 'PTQ']
+    """
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence) or not value:
+        raise QuantizationError(f"fidelity is a list of levels, as in [{{batches: 4}}, {{}}], got {value!r}")
+    levels: list[Level] = []
+    faults: list[str] = []
+    for number, entry in enumerate(value):
+        try:
+            level = Level.parse(entry)
+        except QuantizationError as error:
+            faults.append(f"level {number}: {str(error).removeprefix('level: ')}")
+            continue
+        if level.measures() in [other.measures() for other in levels]:
+            faults.append(f"level {number}: '{level}' stands there twice")
+        levels.append(level)
+    raise_all(QuantizationError, "fidelity", faults)
+    return tuple(levels)
+
+
+def level_faults(
+    levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
+) -> list[str]:
+    """What in the levels does not fit a project: its phases of PTQ, its Trainer, its module."""
+    faults = []
+    for number, level in enumerate(levels):
+        try:
+            if level.reconstruct is not None:
+                check_phases(*names_and_options([*phases, {"reconstruct": level.reconstruct}]))
+            if level.qat is not None:
+                options = _Training.of(level.qat)
+                QAT("int8", **options.qat)
+                with _silent():
+                    launcher = (trainer or package_of(model).Trainer)(**QUIET, **options.trainer).strategy.launcher
+                if isinstance(launcher, either("strategies.launchers._SubprocessScriptLauncher")):
+                    faults.append(
+                        f"level {number}: its strategy would start this search anew for each device; "
+                        "use ddp_spawn, ddp_fork or ddp_notebook"
+                    )
+                if options.rate is not None and not _rates_of(model):
+                    faults.append(
+                        f"level {number}: {type(model).__name__} has no attribute {' or '.join(_RATES)} that lr could "
+                        "set"
+                    )
+        # Whatever a Trainer, or a config that makes one, finds wrong is a fault of the setting.
+        except Exception as error:
+            faults.append(f"level {number}: {error}")
+    return faults
+
+
+def margin_faults(margin: Any) -> list[str]:
+    """What is wrong with a `promote_within`."""
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    return [] if margin is None or (number and margin >= 0) else [f"promote_within is a number from 0, got {margin!r}"]
+
+
+def evaluate_at(
+    evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], level: Level
+) -> dict[str, float]:
+    """What a plan scores at one level: everything that was logged. The evaluator's module is afterwards as it was, bit
+    for bit.
+
+    Raises:
+        QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
+    """
+    return evaluate_layers_at(evaluator, evaluator.layer_plans(plan), level)
+
+
+def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
+    """The same for specs by layer name."""
+    if level.qat is not None:
+        return _trained(evaluator, layer_plans, level)
+    with evaluator.limited(level.batches):
+        if level.reconstruct is None:
+            return evaluator.evaluate_layers(layer_plans).metrics
+        return _with_learned_rounding(evaluator, layer_plans, level.reconstruct)
+
+
+def _with_learned_rounding(
+    evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], options: Mapping[str, Any]
+) -> dict[str, float]:
+    evaluator.apply({})
+    before = {
+        name: tensor.clone()
+        for name, tensor in evaluator.model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    try:
+        evaluator.apply(layer_plans)
+        # What is learned belongs to this trial: others get the quantizers as they were calibrated.
+        for layer in evaluator.layers.values():
+            for name, quantizer in list(layer.named_children()):
+                if name.endswith("_quantizer"):
+                    setattr(layer, name, copy.deepcopy(quantizer))
+        with _silent():
+            return evaluator.run(
+                LearnedRounding(options, evaluator.calibration_batches, evaluator.dataloader, evaluator.seed)
+            )
+    finally:
+        evaluator.apply({})
+        with torch.no_grad():
+            for name, tensor in evaluator.model.state_dict().items():
+                if name in before:
+                    tensor.copy_(before[name])
+
+
+def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
+    """Train a float copy of the module with the plan, and validate it.
+
+    With several devices their processes end with the fit: what counts is its last validation.
+    """
+    assert level.qat is not None
+    options = _Training.of(level.qat)
+    module = evaluator.float_copy()
+    if options.rate is not None:
+        package_of(module).utilities.parsing.lightning_setattr(module, _rates_of(module)[0], options.rate)
+    limit = {} if level.batches is None else {"limit_val_batches": level.batches}
+    with _silent(), seeded(evaluator.seed), interrupts_kept():
+        trainer = evaluator.make_trainer(**options.trainer, **limit)
+        vars(trainer)["callbacks"].append(QAT(as_plan(layer_plans), dataloader=evaluator.dataloader, **options.qat))
+        data = evaluator.datamodule
+        if trainer.world_size > 1:
+            trainer.fit(module, datamodule=without_memory(data))
+        else:
+            trainer.fit(module, datamodule=data)
+            trainer.validate(module, datamodule=data, verbose=False)
+    return logged(trainer)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Options of a `qat` level, by who takes them."""
+
+    trainer: dict[str, Any]
+    qat: dict[str, Any]
+    rate: float | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> _Training:
+        trainer = {str(key): value for key, value in options.items() if key not in (*_QAT, "lr")}
+        return cls(trainer, {key: options[key] for key in _QAT if key in options}, options.get("lr"))
+
+
+def _rates_of(model: LightningModule) -> list[str]:
+    return [name for name in _RATES if package_of(model).utilities.parsing.lightning_hasattr(model, name)]
+
+
+def _trainer_options() -> list[str]:
+    return [name for name in inspect.signature(any_package().Trainer.__init__).parameters if name not in _OURS]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what every run of a Trainer says about devices and layers; warnings are shown."""
+    before = [(log, log.level) for log in map(logging.getLogger, LOGGERS)]
+    for log, level in before:
+        log.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for log, level in before:
+            log.setLevel(level)

@@ -1,0 +1,383 @@
+"""How much each tensor suffers from each of its choices, with everything else float.
+
+Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss
+(`loss`); computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all
+tensors at once (`learned_step`)::
+
+    kl           KL(softmax z || softmax ẑ), mean over samples: nats
+    sqnr         Σ(z - ẑ)² / Σ z², the inverse of the signal to quantization noise ratio of the logits
+    layer_sqnr   the same of the layer's own output
+    loss         loss(ŵ) - loss(w), not below 0
+    fisher       ½ Σ E[g²] ΔW², the diagonal of the empirical Fisher matrix: FIT, Zandonati et al., 2022
+                 (arXiv 2210.08502)
+    first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers
+                 as far
+                 as their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
+    hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852)
+    learned_step the step size that a quantizer learns: LIMPQ, Tang et al., ECCV 2022 (arXiv 2203.08368)
+
+z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken
+for the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq_plugin.callbacks.trainer.data import calibration_batches
+from lq_plugin.callbacks.trainer.steps import as_step, step_runner
+from lq_plugin.callbacks.trainer.traces import without_traces
+from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.intent.plan import FLOAT, LayerPlan
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.model.calibrate import evaluating, switched
+from lq_plugin.model.measure.cost import FLOAT_BITS
+from lq_plugin.model.prepare import quantizers
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.sensitivity.curvature import Values, alone, by_gradients
+from lq_plugin.search.sensitivity.learned_steps import by_learned_steps
+from lq_plugin.search.sensitivity.prefix import PrefixCache
+from lq_plugin.search.sensitivity.split import split
+from lq_plugin.search.space.bound import Choice, Params, Unit
+from lq_plugin.utilities import csv_text
+from lq_plugin.utilities.lightning_packages import Callback, is_overridden
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+#: Measures from a forward pass for each choice.
+FORWARD = ("kl", "sqnr", "layer_sqnr", "loss")
+#: Measures from gradients of the float model, for weights.
+GRADIENT = ("fisher", "first_order", "hessian")
+#: What is learned with all tensors quantized.
+LEARNED = "learned_step"
+MEASURES = (*FORWARD, *GRADIENT, LEARNED)
+#: Stands for the measure that fits the model.
+AUTO = "auto"
+#: What the other tensors may be meanwhile.
+OTHERS = ("float", "widest")
+#: Samples of one forward pass on a CPU: their activations stay in its caches.
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """What was measured.
+
+    Args:
+        measure: its name.
+        values: by name of the unit and choice as text; units with one choice are left out.
+    """
+
+    measure: str
+    values: dict[str, dict[str, float]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each unit and choice, the most sensitive unit (by its worst choice) first."""
+        return [
+            {"unit": name, "choice": choice, self.measure: value}
+            for name in self.order
+            for choice, value in self.values[name].items()
+        ]
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the units, the most sensitive (by its worst choice) first."""
+        return sorted(self.values, key=lambda name: -max(self.values[name].values()))
+
+    def by_bits(self) -> dict[str, dict[int, float]]:
+        """The harm of the best choice of each bit-width (float: 32); the unit that suffers most from its worst one
+        first."""
+        table: dict[str, dict[int, float]] = {name: {} for name in self.values}
+        for name, row in table.items():
+            for choice, value in self.values[name].items():
+                bits = FLOAT_BITS if choice == FLOAT else QuantSpec.parse(choice).bit_width
+                row[bits] = min(value, row.get(bits, value))
+        return dict(sorted(table.items(), key=lambda item: -max(item[1].values())))
+
+
+def to_csv(tables: Sequence[SensitivityTable]) -> str:
+    """Tables of one space as CSV text: a row for each unit and choice, a column for each measure, in the order of the
+    first table."""
+    rows = [
+        {"unit": name, "choice": choice, **{table.measure: table.values[name][choice] for table in tables}}
+        for name in tables[0].order
+        for choice in tables[0].values[name]
+    ]
+    return csv_text.to_csv(rows, ["unit", "choice", *(table.measure for table in tables)])
+
+
+def measure_sensitivity(
+    evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float"
+) -> SensitivityTable:
+    """Measure every choice of every unit of a calibrated evaluator's space.
+
+    Args:
+        evaluator: calibrated.
+        measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is
+            called as a module.
+        batches: of calibration data.
+        others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what
+            comes on top of that. Gradients are always those of the float model, steps learned with all tensors
+            quantized.
+
+    Raises:
+        QuantizationError: an unknown measure, one that does not fit the space or the module, or one that is not finite.
+        CalibrationError: no data.
+    """
+    return measure_all(evaluator, (measure,), batches, others)[0]
+
+
+def measure_all(
+    evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
+) -> list[SensitivityTable]:
+    """The same for several measures, which share what they can: forward passes, and gradients."""
+    check_measures(measures, others)
+    measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
+    worker = _Measurement(evaluator, measures, batches, others)
+    evaluator.run(worker)
+    for measure, found in worker.values.items():
+        odd = [
+            f"{unit}, {choice}" for unit, row in found.items() for choice, value in row.items() if not isfinite(value)
+        ]
+        if odd:
+            raise QuantizationError(
+                f"the sensitivity {measure} is not finite for {len(odd)} choices, first of {odd[0]}"
+            )
+    return [SensitivityTable(measure, worker.values[measure]) for measure in measures]
+
+
+def check_measures(measures: Sequence[str], others: str) -> None:
+    """Refuse measures that do not exist, and what the other tensors cannot be meanwhile.
+
+    Raises:
+        QuantizationError: naming every fault.
+    """
+    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, "
+    f"{', '.join(MEASURES)}.{did_you_mean(str(name), MEASURES)}"
+              for name in measures if name not in (AUTO, *MEASURES)]  # fmt: skip
+    faults += (
+        []
+        if others in OTHERS
+        else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(str(others), OTHERS)}"]
+    )
+    faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
+    raise_all(QuantizationError, "cannot measure", faults)
+
+
+def _fitting(evaluator: Evaluator) -> str:
+    """The measure that `"auto"` stands for."""
+    assert evaluator.recording is not None
+    called = [call.name for call in evaluator.recording.module_calls if call.name in evaluator.layers]
+    if not called:
+        return "loss"
+    last = evaluator.layers[called[-1]]
+    return "kl" if type(last).channels(last)[1] > 1 else "sqnr"
+
+
+class _Measurement(Callback):
+    """Measures where a validation would start: the Trainer has put everything in its place."""
+
+    def __init__(self, evaluator: Evaluator, measures: Sequence[str], batches: int, others: str) -> None:
+        self.evaluator, self.batches, self.others = evaluator, batches, others
+        self.forward = [name for name in measures if name in FORWARD]
+        self.gradient = [name for name in measures if name in GRADIENT]
+        self.learned = LEARNED in measures
+        assert evaluator.space is not None
+        self.space = evaluator.space
+        self.units = [unit for unit in self.space.units if len(unit.choices) > 1]
+        self.values: Values = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refuse()
+        with torch.inference_mode(False), torch.no_grad(), evaluating(pl_module), without_traces(pl_module):
+            data = list(calibration_batches(trainer, pl_module, self.evaluator.dataloader, self.batches))
+            if not data:
+                raise CalibrationError("no calibration data: the loader gave 0 batches")
+            try:
+                if self.gradient:
+                    self.values |= by_gradients(
+                        self.evaluator, self.units, data, self.gradient, _loss_step(trainer, pl_module)
+                    )
+                at_once = _AT_ONCE if pl_module.device.type == "cpu" else None
+                parts = [part for batch in data for part in (split(batch, at_once) if at_once else [batch])]
+                if self.learned:
+                    step = _loss_step(trainer, pl_module)
+                    self.values[LEARNED] = by_learned_steps(self.evaluator, self.units, pl_module, parts, step)
+                if self.forward:
+                    run = (
+                        _loss_step(trainer, pl_module)
+                        if "loss" in self.forward
+                        else step_runner(trainer, pl_module, None)
+                    )
+                    self._by_forward(pl_module, parts, run)
+            finally:
+                self.evaluator.apply({})
+
+    def _refuse(self) -> None:
+        inputs = [unit.name for unit in self.units if unit.slot != "weight"]
+        if self.gradient and inputs:
+            kind = f"measure {self.gradient[0]!r} is for weights"
+            raise QuantizationError(f"{kind}; {', '.join(inputs[:3])} are not: use {', '.join(FORWARD)}")
+        inner = [name for unit in self.units for name in unit.layers if name not in self._called()]
+        if "layer_sqnr" in self.forward and inner:
+            kind = "measure 'layer_sqnr' is for layers that are called as modules"
+            raise QuantizationError(f"{kind}; {', '.join(inner[:3])} are not: use kl, sqnr or loss")
+
+    def _called(self) -> list[str]:
+        """Layers that are called as modules, in the order of their calls."""
+        assert self.evaluator.recording is not None
+        return [call.name for call in self.evaluator.recording.module_calls if call.name in self.evaluator.layers]
+
+    def _by_forward(self, module: LightningModule, data: list[Any], run: Callable[[Any], Any]) -> None:
+        if not (called := self._called()):
+            raise QuantizationError(
+                f"measure {self.forward[0]!r} compares what the last layer makes; no layer is called as a module"
+            )
+        head = module.get_submodule(called[-1])
+        layers: dict[str, Any] = dict(self.evaluator.layers)
+        sums = {
+            (name, unit.name, str(c)): _Ratio() for name in self.forward for unit in self.units for c in unit.choices
+        }
+        # Batch by batch, so that one prefix is held at a time.
+        for batch in data:
+            cache = PrefixCache(layers)
+            self.evaluator.apply(self._plans(None))
+            with cache.recording():
+                expected = _outputs(head, run, batch)
+            for unit in self.units:
+                for choice in unit.choices:
+                    self.evaluator.apply(self._plans(unit, choice))
+                    own = _Ratio()
+                    with cache.replaying(unit.layers), ExitStack() as stack:
+                        if "layer_sqnr" in self.forward:
+                            for name in unit.layers:
+                                stack.enter_context(_watching(layers[name], own))
+                        got = _outputs(head, run, batch)
+                    for name in self.forward:
+                        found = own if name == "layer_sqnr" else _FUNCTIONS[name](expected, got)
+                        sums[name, unit.name, str(choice)].add(found)
+        for (measure, name, choice), ratio in sums.items():
+            self.values.setdefault(measure, {}).setdefault(name, {})[choice] = ratio.value
+
+    def _plans(self, unit: Unit | None, choice: Choice = FLOAT) -> dict[str, LayerPlan]:
+        if self.others == "float":
+            return {} if unit is None else alone(unit, choice)
+        widest: Params = {
+            key: value for u in self.space.units for key, value in u.params(max(u.choices, key=_bits)).items()
+        }
+        return self.space.layer_plans(widest if unit is None else widest | unit.params(choice))
+
+
+@dataclass
+class _Ratio:
+    """A quotient of sums over batches."""
+
+    numerator: float = 0.0
+    denominator: float = 0.0
+
+    def add(self, other: _Ratio) -> None:
+        self.numerator += other.numerator
+        self.denominator += other.denominator
+
+    @property
+    def value(self) -> float:
+        return _not_below_0(self.numerator / max(self.denominator, 1e-30))
+
+
+@dataclass
+class _Outputs:
+    logits: list[Tensor]
+    result: Any
+
+
+def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs:
+    """What the last layer makes of a batch, in each of its calls, as rows of logits `[samples, classes]`; and the
+    step's result."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        rows = output.movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else output
+        found.append(rows.float().reshape(-1, rows.shape[-1]))
+
+    hook = head.register_forward_hook(keep)
+    try:
+        result = run(batch)
+    finally:
+        hook.remove()
+    return _Outputs(found, result)
+
+
+def _watching(layer: QuantizedLayer, into: _Ratio) -> Any:
+    """Context in which each call of a layer adds its output's noise and signal: a second call, float, has the same
+    input."""
+
+    def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        with switched(quantizers(module), False):
+            expected = module.forward(*args, **kwargs)
+        into.add(_noise(_Outputs([expected.float()], None), _Outputs([output.float()], None)))
+
+    stack = ExitStack()
+    stack.callback(layer.register_forward_hook(compare, with_kwargs=True).remove)
+    return stack
+
+
+def _kl(expected: _Outputs, got: _Outputs) -> _Ratio:
+    if min(z.shape[-1] for z in expected.logits) < 2:
+        raise QuantizationError(
+            "measure 'kl' compares probabilities of classes, and the last layer has one output: use sqnr or loss"
+        )
+    pairs = [(F.log_softmax(z, -1), F.log_softmax(q, -1)) for z, q in zip(expected.logits, got.logits, strict=True)]
+    total = sum(float(F.kl_div(q, z, reduction="sum", log_target=True)) for z, q in pairs)
+    return _Ratio(total, sum(len(z) for z, _ in pairs))
+
+
+def _noise(expected: _Outputs, got: _Outputs) -> _Ratio:
+    noise = sum(float((z - q).square().sum()) for z, q in zip(expected.logits, got.logits, strict=True))
+    return _Ratio(noise, sum(float(z.square().sum()) for z in expected.logits))
+
+
+def _increase(expected: _Outputs, got: _Outputs) -> _Ratio:
+    count = sum(map(len, expected.logits))
+    return _Ratio(float(got.result - expected.result) * count, count)
+
+
+_FUNCTIONS: dict[str, Callable[[_Outputs, _Outputs], _Ratio]] = {"kl": _kl, "sqnr": _noise, "loss": _increase}
+
+
+def _not_below_0(value: float) -> float:
+    """Rounding errors of a KL divergence, and a loss that became less, count as no harm; NaN stays."""
+    return 0.0 if value < 0 else value
+
+
+def _bits(choice: Choice) -> int:
+    return choice.bit_width if isinstance(choice, QuantSpec) else FLOAT_BITS
+
+
+def _loss_step(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor]:
+    """A function from a batch to the loss of `training_step`, in evaluation mode and the Trainer's precision."""
+    if not is_overridden("training_step", module) or not module.automatic_optimization:
+        raise QuantizationError(
+            f"{type(module).__name__} has no training_step that returns a loss and leaves optimization to Lightning; "
+            "use the measures kl or sqnr"
+        )
+
+    own = as_step(trainer, module, "training_step")
+
+    def step(module: LightningModule, batch: Any) -> Tensor:
+        given = own(module, batch)
+        loss = given["loss"] if isinstance(given, dict) else given
+        if not isinstance(loss, Tensor):
+            raise QuantizationError(f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss")
+        return loss
+
+    return step_runner(trainer, module, step)

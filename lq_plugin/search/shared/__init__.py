@@ -1,0 +1,1 @@
+"""What studies and sweeps share: databases, storages, other workers, interrupts, pruners."""

@@ -1,0 +1,105 @@
+"""The latency table of a search: every layer under every pair of specs that the space has for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from optuna import Study
+from torch import Tensor
+
+from lq_plugin.errors import CalibrationError, ExportError
+from lq_plugin.export.options import LatencyOptions, need_onnx
+from lq_plugin.export.verify import inputs_of
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.space.bound import BoundSpace
+from lq_plugin.search.study.result import MEASURED, TABLE, SearchResult
+
+if TYPE_CHECKING:
+    from lq_plugin.export.latency import LatencyTable
+
+log = logging.getLogger(__name__)
+
+
+def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
+    """Read `{"runtime": "onnxruntime", "batch": 1, ...}`.
+
+    Raises:
+        ExportError: options that do not exist, or cannot be.
+        MissingPackageError: without onnx and the runtime (`pip install "lq_plugin[onnx]"`).
+    """
+    try:
+        options = LatencyOptions(**(given or {}))
+    except TypeError as error:
+        raise ExportError(
+            f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}"
+        ) from error
+    need_onnx("latency", options.runtime)
+    return options
+
+
+def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:
+    """Let the evaluator's costs have `latency`: by the study's table, which is measured where it has none yet.
+
+    Raises:
+        ExportError: a model or spec that cannot be exported.
+        CalibrationError: no validation batch.
+    """
+    from lq_plugin.export.latency import LatencyTable, latency_table
+
+    assert evaluator.space is not None
+    known = study.user_attrs.get(TABLE)
+    if known is None:
+        table = latency_table(evaluator.model, example_inputs(evaluator), pairs(evaluator.space), options)
+        study.set_user_attr(TABLE, asdict(replace(table, options=replace(options, cache=None))))
+    else:
+        table = LatencyTable(**{**known, "options": options})
+    for name, reason in table.left_out.items():
+        log.warning("latency: %s counts as float: %s", name, reason)
+    evaluator.latency = table.predict
+    return table
+
+
+def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:
+    """Measure the whole model under each plan of the front, beside what the table predicts; the study keeps it."""
+    from lq_plugin.export.latency import model_graph, model_latency
+
+    measured = dict(result.study.user_attrs.get(MEASURED, {}))
+    inputs = example_inputs(evaluator)
+    # Plans exchange quantizers, the float weights are the same.
+    graph = model_graph(evaluator.model, inputs, options)
+    for candidate in result.front:
+        if str(candidate.number) not in measured:
+            evaluator.apply(evaluator.layer_plans(candidate.plan))
+            measured[str(candidate.number)] = model_latency(evaluator.model, inputs, options, graph)
+    result.study.set_user_attr(MEASURED, measured)
+
+
+def example_inputs(evaluator: Evaluator) -> list[Tensor]:
+    """The first part of the first validation batch.
+
+    Raises:
+        CalibrationError: there is none.
+        ExportError: it is no tensor.
+    """
+    if inputs := inputs_of(evaluator.trainer.val_dataloaders or (), 1):
+        return inputs
+    raise CalibrationError("latency is measured on a batch of validation data, and there is none")
+
+
+def pairs(space: BoundSpace) -> Iterator[dict[str, LayerPlan]]:
+    """Every pair of a weight's and an input's specs, layer by layer."""
+    choices: dict[str, dict[str, list[QuantSpec | None]]] = {}
+    for unit in space.units:
+        for name in unit.layers:
+            choices.setdefault(name, {})[unit.slot] = [
+                choice if isinstance(choice, QuantSpec) else None for choice in unit.choices
+            ]
+    for name, slots in choices.items():
+        for weight, read in product(slots.get("weight", [None]), slots.get("input", [None])):
+            yield {name: LayerPlan(weight=weight, input=read)}

@@ -1,0 +1,136 @@
+"""The loop of one worker over the trials of a study that others may work on, too."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search.shared.database import StudyError, has_heartbeat, quiet
+from lq_plugin.search.shared.interrupt import StopRequest
+from lq_plugin.search.shared.others import TAKEN_FOR_DEAD, OtherWorkers
+from lq_plugin.search.study.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective, held_back
+from lq_plugin.search.study.promotion import LEVELS
+from lq_plugin.search.study.proposer import Proposer
+
+log = logging.getLogger(__name__)
+
+_COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING
+
+
+class Loop:
+    """One worker's share of the trials."""
+
+    def __init__(
+        self,
+        study: Study,
+        objective: Objective,
+        proposer: Proposer,
+        n_trials: int,
+        max_failures: int,
+        stop: StopRequest,
+    ) -> None:
+        self.study, self.objective, self.proposer = study, objective, proposer
+        self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
+        self.failed: list[FrozenTrial] = []
+        self.shown: Any = None
+        #: Only then do the trials of a killed worker end.
+        self.heartbeat = has_heartbeat(study._storage)
+        self.others = OtherWorkers(study)
+
+    def run(self, bar: AbstractContextManager[Any]) -> None:
+        with bar as self.shown, quiet():
+            self._show(None)
+            while (missing := self.n_trials - self._count(_COMPLETE) - self._held_back()) > 0:
+                if self.stop or len(self.failed) > self.max_failures or self._exhausted():
+                    break
+                if self.heartbeat and self._count(_RUNNING) >= missing:
+                    # Others do the rest; should one of them have been killed, its trial comes back into the queue.
+                    self.others.wait()
+                    if not self._count(_WAITING):
+                        continue
+                self.others.go_on()
+                if not self._count(_WAITING):
+                    self.proposer.publish()
+                try:
+                    self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
+                except KeyboardInterrupt:
+                    _try_again(self.study, self.objective.interrupted)
+                    raise
+                except (UpdateFinishedTrialError, ValueError) as refused:
+                    if isinstance(refused, QuantizationError) or not self._taken_for_dead():
+                        raise
+            self._reap()
+        if len(self.failed) > self.max_failures:
+            error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
+            raise StudyError(
+                f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last "
+                f"one:\n{error}"
+            )
+
+    def _taken_for_dead(self) -> bool:
+        """Whether another worker has failed the trial of this one, which stood still for too long, or could not reach
+        the storage."""
+        trial = self.objective.trial
+        if trial is None or trial.number in {failed.number for failed in self.failed}:
+            return False
+        if self.study.get_trials(deepcopy=False)[trial.number].state != TrialState.FAIL:
+            return False
+        log.warning(TAKEN_FOR_DEAD, trial.number)
+        return True
+
+    def _exhausted(self) -> bool:
+        """Whether every plan of the space has been tried."""
+        size = self.proposer.space.size
+        if size > 10_000:
+            return False
+        tried = self.study.get_trials(deepcopy=False, states=(_COMPLETE, TrialState.PRUNED))
+        return len({frozenset(trial.params.items()) for trial in tried}) >= size
+
+    def _count(self, state: TrialState) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(state,)))
+
+    def _held_back(self) -> int:
+        """Trials that stopped below the top level; each has cost an evaluation, too."""
+        if self.objective.ladder is None:
+            return 0
+        return len(held_back(self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
+
+    def _after(self, study: Study, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.FAIL:
+            self.failed.append(trial)
+            log.warning("trial %d failed: %s", trial.number, _last_line(trial))
+        self._show(trial)
+
+    def _show(self, last: FrozenTrial | None) -> None:
+        if self.shown is not None:
+            stopped = self._held_back()
+            self.shown.update(self._count(_COMPLETE) + stopped, last, len(self.failed), stopped)
+
+    def _reap(self) -> None:
+        """Leave no trial of a killed worker running, if this worker is the last one."""
+        storage = self.study._storage
+        interval = storage.get_heartbeat_interval() if self.heartbeat else None  # type: ignore[attr-defined]
+        until = time.monotonic() + 4 * (interval or 0)
+        while not self.stop and self._count(_RUNNING) and time.monotonic() < until:
+            self.others.wait()
+
+
+def _try_again(study: Study, trial: Trial | None) -> None:
+    """Enqueue an interrupted trial, so that the next run takes it up."""
+    if trial is not None and trial.params:
+        kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN, LEVELS) if name in trial.user_attrs}
+        attrs = kept | {RETRIES: trial.number}
+        study.add_trial(
+            create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs)
+        )
+
+
+def _last_line(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get(ERROR, "no traceback")).strip().splitlines()[-1]

@@ -1,0 +1,140 @@
+"""Which trials go on to the next level of fidelity: those near the front of what was tried at theirs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna import Trial, TrialPruned
+from optuna.trial import FrozenTrial
+
+from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.evaluation.levels import Level, evaluate_layers_at
+
+log = logging.getLogger(__name__)
+
+#: User attribute of a trial: what was logged at each level that it reached, and the costs.
+LEVELS = "levels"
+#: User attribute of a trial that stopped below the top: why.
+HELD_BACK = "held_back"
+#: Share of the float model's metric that a trial may be behind, where no margin is given.
+_SHARE = 0.05
+
+
+class Ladder:
+    """Evaluates a trial level by level, as long as it is good enough for the next one.
+
+    It climbs from a level unless another trial of the study, of this or another worker, is better there by more than
+    the margin and costs no more, whatever costs there are; the first trials at a level always do. With one objective
+    the study's pruner decides as well.
+
+    Args:
+        evaluator: calibrated.
+        levels: the cheapest first.
+        metric, costs: the objectives.
+        maximize: whether more of the metric is better.
+        promote_within: the margin in the metric's unit, of levels without one of their own; None: a twentieth of what
+            the float model scores.
+        promote_first: trials at a level that climb in any case.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        levels: Sequence[Level],
+        metric: str,
+        costs: Sequence[str],
+        maximize: bool,
+        promote_within: float | None = None,
+        promote_first: int = 4,
+    ) -> None:
+        self.evaluator, self.levels, self.metric, self.costs = evaluator, tuple(levels), metric, tuple(costs)
+        self.sign = 1.0 if maximize else -1.0
+        margin = _SHARE * abs(read(evaluator.float_metrics, metric)) if promote_within is None else promote_within
+        self.margins = [margin if level.promote_within is None else level.promote_within for level in self.levels]
+        self.promote_first = promote_first
+        for number, level in enumerate(self.levels):
+            if level.batches is not None and level.batches >= evaluator.batches:
+                log.warning(
+                    "level %d reads %d batches: the validation has no more than %g",
+                    number,
+                    level.batches,
+                    evaluator.batches,
+                )
+
+    def climb(self, trial: Trial, layer_plans: Mapping[str, LayerPlan], costs: Mapping[str, float]) -> dict[str, float]:
+        """What the plan scores at the top, and its costs.
+
+        Levels that an interrupted trial has behind it are not evaluated again by the one that takes its place.
+
+        Raises:
+            TrialPruned: it stops below the top.
+            QuantizationError: the metric is not logged, or no finite number.
+        """
+        reached: list[dict[str, float]] = list(trial.user_attrs.get(LEVELS, []))
+        for number, level in enumerate(self.levels):
+            new = number == len(reached)
+            if new:
+                reached.append({**evaluate_layers_at(self.evaluator, layer_plans, level), **costs})
+            value = read(reached[number], self.metric)
+            if new:
+                trial.set_user_attr(LEVELS, reached)
+            alone = len(trial.study.directions) == 1
+            if alone:
+                trial.report(value, step=number)
+            if number < len(self.levels) - 1:
+                reason = self._better(trial, number, value, costs)
+                if reason is None and alone and trial.should_prune():
+                    reason = "the pruner stopped it"
+                if reason is not None:
+                    reason = f"level {number}: {self.metric} {value:.6g}; {reason}"
+                    trial.set_user_attr(HELD_BACK, reason)
+                    raise TrialPruned(reason)
+        return reached[-1]
+
+    def _better(self, trial: Trial, number: int, value: float, costs: Mapping[str, float]) -> str | None:
+        """Another trial that is so much better at this level that climbing is no use."""
+        others = [
+            t
+            for t in trial.study.get_trials(deepcopy=False)
+            if t.number != trial.number and len(reached_by(t)) > number
+        ]
+        if len(others) < self.promote_first:
+            return None
+        for other in others:
+            theirs = reached_by(other)[number]
+            ahead = self.sign * (theirs[self.metric] - value)
+            if ahead > self.margins[number] and all(theirs[cost] <= costs[cost] for cost in self.costs):
+                return " and ".join(
+                    [
+                        f"trial {other.number} has {theirs[self.metric]:.6g}",
+                        *(f"{c} {theirs[c]:.6g}" for c in self.costs),
+                    ]
+                )
+        return None
+
+
+def reached_by(trial: FrozenTrial) -> list[dict[str, float]]:
+    """What a trial scored at each level that it reached; nothing where there is one level."""
+    found: Any = trial.user_attrs.get(LEVELS, [])
+    return list(found)
+
+
+def read(metrics: Mapping[str, float], name: str) -> float:
+    """A value that was logged.
+
+    Raises:
+        QuantizationError: it was not, or it is NaN or infinite.
+    """
+    if name not in metrics:
+        listing = ", ".join(sorted(metrics)) or "nothing"
+        raise QuantizationError(
+            f"metric {name!r} is not logged in validation; logged: {listing}.{did_you_mean(name, metrics)}"
+        )
+    if not math.isfinite(metrics[name]):
+        raise QuantizationError(f"metric {name!r} is {metrics[name]}")
+    return metrics[name]

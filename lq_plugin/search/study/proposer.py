@@ -1,0 +1,165 @@
+"""Plans are sampled in memory and published whole.
+
+Optuna writes one parameter after the other to a shared storage, a transaction each: with 60 layers that takes longer
+than the evaluation. A trial that waits in the queue with all its parameters takes two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.shared.database import StudyError, quiet
+from lq_plugin.search.space.bound import BoundSpace, Params
+from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, REPEATS
+from lq_plugin.search.study.refine import Point, Refiner
+
+#: Proposals in a row that may break a constraint before the search gives up.
+_PATIENCE = 1000
+#: Proposals in a row that may be known before random ones are tried, and before one is taken a second time.
+_REPEATS, _RANDOM_REPEATS = 5, 30
+#: One of so many proposals is the sampler's where there is a refiner: it looks where the additive model does not.
+_SAMPLED = 4
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class Proposer(BaseSampler):
+    """Puts what a sampler proposes into the study's queue.
+
+    The sampler works on a copy of the study in memory, which takes up what all workers have found. A proposal that
+    breaks a constraint on the cost goes into the study as a pruned trial, for the sampler to learn from, and is never
+    evaluated.
+
+    It is the shared study's sampler itself, too: should another worker have taken what was published, the trial
+    that Optuna makes then gets the values of a further proposal.
+
+    Args:
+        study: shared.
+        sampler: what proposes.
+        evaluator: calibrated; knows the space, and what a plan costs.
+        constraints: only those on costs count here.
+        refiner: makes most of the proposals, where the front has gaps that it can fill.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        sampler: BaseSampler,
+        evaluator: Evaluator,
+        constraints: Iterable[Constraint] = (),
+        refiner: Refiner | None = None,
+    ) -> None:
+        assert evaluator.space is not None
+        self.study, self.evaluator, self.space = study, evaluator, evaluator.space
+        costs = evaluator.costs({})
+        self.constraints = [constraint for constraint in constraints if constraint.name in costs]
+        with quiet():
+            self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
+        self._seen: set[int] = set()
+        self._params: Params = {}
+        self._refiner = refiner
+        self._asked = 0
+
+    def publish(self) -> None:
+        """Put one more plan into the queue.
+
+        Raises:
+            StudyError: the constraints leave hardly any plan.
+        """
+        for _ in range(_PATIENCE):
+            trial = self._propose()
+            self.study.add_trial(trial)
+            if trial.state == TrialState.WAITING:
+                return
+        names = " and ".join(map(str, self.constraints))
+        raise StudyError(
+            f"{_PATIENCE} proposals in a row broke {names}; widen the space towards fewer bits, or the constraint"
+        )
+
+    def _propose(self) -> FrozenTrial:
+        """What the sampler proposes, unless some worker has it already."""
+        taken = set()
+        for known in self.study.get_trials(deepcopy=False):
+            taken.add(frozenset(known.params.items()))
+            if known.state in _FINISHED and known.number not in self._seen and REPEATS not in known.user_attrs:
+                self._seen.add(known.number)
+                self._memory.add_trial(known)
+        self._asked += 1
+        if self._refiner is not None and self._asked % _SAMPLED:
+            between = self._refiner.propose(self._points(), taken)
+            if between is not None:
+                return waiting_trial(self.space, between, self.evaluator, self.constraints, {ORIGIN: "refined"})
+        sampler = self._memory.sampler
+        try:
+            for repeats in range(_RANDOM_REPEATS):
+                if repeats == _REPEATS:
+                    self._memory.sampler = RandomSampler(seed=len(taken))
+                trial = self._memory.ask()
+                params = dict(self.space.suggest(trial))
+                # What it scores comes back from the shared study.
+                self._memory.tell(trial, state=TrialState.FAIL)
+                if frozenset(params.items()) not in taken:
+                    break
+        finally:
+            self._memory.sampler = sampler
+        attrs = self._memory.get_trials(deepcopy=False)[trial.number].system_attrs
+        return waiting_trial(self.space, params, self.evaluator, self.constraints, system_attrs=attrs)
+
+    def _points(self) -> list[Point]:
+        """Finished trials of two objectives."""
+        sign = 1.0 if self.study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [
+            Point(sign * trial.values[0], trial.values[1], trial.params)
+            for trial in complete
+            if all(map(math.isfinite, trial.values))
+        ]
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> Params:
+        return {}
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._params = {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if not self._params:
+            self._params = dict(self._propose().params)
+        return self._params[param_name]
+
+
+def waiting_trial(
+    space: BoundSpace,
+    params: Mapping[str, Any],
+    evaluator: Evaluator,
+    constraints: Iterable[Constraint] = (),
+    user_attrs: Mapping[str, Any] | None = None,
+    system_attrs: Mapping[str, Any] | None = None,
+) -> FrozenTrial:
+    """A trial for the queue, with its plan; or a pruned one, where the plan's cost breaks a constraint."""
+    costs = evaluator.costs(space.layer_plans(params))
+    excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}
+    kept = all(value <= 0 for value in excess.values())
+    attrs = {PLAN: space.plan(params).to_dict(), **(user_attrs or {})}
+    return create_trial(
+        state=TrialState.WAITING if kept else TrialState.PRUNED,
+        params=dict(params),
+        distributions=dict(space.distributions),
+        user_attrs=attrs if kept else attrs | {METRICS: costs},
+        system_attrs=dict(system_attrs or {}),
+        constraints=excess,
+    )

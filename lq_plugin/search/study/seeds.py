@@ -1,0 +1,139 @@
+"""Plans that are good before anything is searched: each tensor's sensitivity and cost are known, the sum is minimized.
+
+The model is additive, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv 2011.10680, equation 8): quantizing several tensors
+harms as much as the sum of each alone. Then the best plan of a size is an integer program, min Σ s(u, c) x(u, c) with
+one choice c for each unit u and Σ cost(u, c) x(u, c) within the budget. The greedy path solves it without a solver:
+from the widest plan on, always the step that harms least for what it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.space.bound import BoundSpace, Choice, Params
+
+#: By unit and choice (as text): a sensitivity, or a cost.
+Table = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A plan to start a search with.
+
+    Args:
+        params: of it.
+        origin: `"ilp 3.5"` or `"greedy 3.5"`, with the budget.
+    """
+
+    params: Params
+    origin: str
+
+
+def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[str, float]]]:
+    """What the plan of first choices costs, and what each choice of each unit adds to it or takes from it.
+
+    Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of
+    a
+    layer: exact where one of the two is fixed. So does `latency`, where kernels depend on both.
+    """
+    space = evaluator.space
+    assert space is not None
+    first = {name: value for unit in space.units for name, value in unit.params(unit.choices[0]).items()}
+
+    def total(params: Params) -> float:
+        return evaluator.costs(space.layer_plans(params))[cost]
+
+    base = total(first)
+    costs = {unit.name: {str(c): total(first | unit.params(c)) - base for c in unit.choices} for unit in space.units}
+    return base, costs
+
+
+def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
+    """The plan of least summed sensitivity with `base` + its costs at most `budget`.
+
+    Raises:
+        QuantizationError: no plan is so small; it names the smallest.
+    """
+    pairs = [(unit.name, choice, unit) for unit in space.units for choice in unit.choices]
+    harm = np.array([sensitivity.get(name, {}).get(str(choice), 0.0) for name, choice, _ in pairs])
+    price = np.array([costs[name][str(choice)] for name, choice, _ in pairs])
+    smallest = base + sum(min(costs[unit.name].values()) for unit in space.units)
+    if smallest > budget * (1 + 1e-9):
+        raise QuantizationError(f"no plan costs at most {budget:g}: the smallest costs {smallest:.6g}")
+    one = np.array([[float(name == unit.name) for name, *_ in pairs] for unit in space.units])
+    slack = 1e-9 * max(abs(budget), 1.0)
+    limits = [LinearConstraint(one, 1.0, 1.0), LinearConstraint(price[None], -np.inf, budget - base + slack)]
+    # Scaled, since the solver's tolerances are absolute.
+    result = milp(
+        harm / max(np.abs(harm).max(), 1e-300), constraints=limits, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1)
+    )
+    if result.x is None:
+        raise QuantizationError(f"the integer program for a budget of {budget:g} failed: {result.message}")
+    chosen = [(choice, unit) for (_, choice, unit), taken in zip(pairs, result.x, strict=True) if taken > 0.5]
+    return {name: value for choice, unit in chosen for name, value in unit.params(choice).items()}
+
+
+def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float = 0.0) -> list[tuple[float, Params]]:
+    """`(cost, plan)` from the least sensitive plan down to one of the smallest, one unit changed at a time."""
+
+    def harm(unit_name: str, choice: Choice) -> float:
+        return sensitivity.get(unit_name, {}).get(str(choice), 0.0)
+
+    now: dict[str, Choice] = {
+        u.name: min(u.choices, key=lambda c: (harm(u.name, c), costs[u.name][str(c)])) for u in space.units
+    }
+    units = {unit.name: unit for unit in space.units}
+    path = []
+    while True:
+        cost = base + sum(costs[name][str(choice)] for name, choice in now.items())
+        path.append(
+            (cost, {key: value for name, choice in now.items() for key, value in units[name].params(choice).items()})
+        )
+        steps = []
+        for name, choice in now.items():
+            for other in units[name].choices:
+                saved = costs[name][str(choice)] - costs[name][str(other)]
+                if saved > 0:
+                    steps.append(((harm(name, other) - harm(name, choice)) / saved, -saved, name, other))
+        if not steps:
+            return path
+        _, _, name, other = min(steps, key=lambda step: step[:2])
+        now[name] = other
+
+
+def make_seeds(
+    space: BoundSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
+) -> list[Seed]:
+    """`count` budgets, the smaller the denser, with the best plan of each: by integer program, else from the greedy
+    path.
+
+    Args:
+        space: what may be chosen.
+        sensitivity: harm of each choice.
+        costs, base: see `unit_costs`.
+        count: budgets between the smallest and the largest plan.
+        most: no plan may cost more.
+    """
+    low = base + sum(min(values.values()) for values in costs.values())
+    if count < 1 or low > most:
+        return []
+    high = min(base + sum(max(values.values()) for values in costs.values()), most)
+    budgets = np.geomspace(low, high, count + 2)[1:-1] if low > 0 else np.linspace(low, high, count + 2)[1:-1]
+    path = greedy_path(space, sensitivity, costs, base)
+    found = [Seed(ilp(space, sensitivity, costs, float(budget), base), f"ilp {budget:.3g}") for budget in budgets]
+    for budget in budgets:
+        fitting = next((params for cost, params in path if cost <= budget), None)
+        if fitting is not None:
+            found.append(Seed(fitting, f"greedy {budget:.3g}"))
+    return distinct(found)[:count]
+
+
+def distinct(seeds: Iterable[Seed]) -> list[Seed]:
+    """Each plan once, the first of equal ones."""
+    return list({frozenset(seed.params.items()): seed for seed in reversed(list(seeds))}.values())[::-1]

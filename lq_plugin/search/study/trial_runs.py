@@ -1,0 +1,59 @@
+"""A W&B run for each trial of a study, in one group."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from lq_plugin.search.study.result import SearchResult
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
+
+
+def log_trials(logger: WandbLogger, result: SearchResult) -> None:
+    """Write the trials of a finished search: plan, sensitivity's origin and metrics of each, about a third of a second
+    each.
+
+    They share project and mode of the logger's run, and the study's name as their group. A trial has the same id
+    whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity
+    a run has a step for each.
+
+    Args:
+        logger: with the run of the study.
+        result: what was found.
+    """
+    import wandb  # not at the top: it takes a second, and not every search needs it
+
+    study = logger.experiment
+    name = result.study.study_name
+    origin = hashlib.sha256(str(result.study.user_attrs).encode()).hexdigest()[:6]
+    # Machine statistics of a run that lasts milliseconds say nothing.
+    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True)
+    for candidate in result.candidates:
+        run = wandb.init(
+            project=study.project,
+            entity=study.entity or None,
+            dir=study.settings.root_dir,
+            mode="offline" if study.offline else "online",
+            id=f"{origin}-{candidate.number}",
+            name=f"{name} {candidate.number}",
+            group=name,
+            job_type="trial",
+            tags=[candidate.origin],
+            config={
+                "plan": candidate.plan.to_dict(),
+                "origin": candidate.origin,
+                "study": name,
+                "trial": candidate.number,
+            },
+            reinit="create_new",
+            resume="allow",
+            settings=settings,
+        )
+        try:
+            for level in candidate.lower:
+                run.log(dict(level))
+            run.log({**candidate.metrics, "seconds": candidate.seconds})
+        finally:
+            run.finish()

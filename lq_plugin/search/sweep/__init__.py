@@ -1,0 +1,1 @@
+"""Searches over Hydra jobs: `hydra/sweeper=lq`."""

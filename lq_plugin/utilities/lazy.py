@@ -1,0 +1,51 @@
+"""Names of a package that are imported when they are first asked for (PEP 562)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+Lazy = tuple[Callable[[str], object], Callable[[], list[str]], list[str]]
+
+
+def attributes(package: str, file: str) -> Lazy:
+    """Returns `__getattr__`, `__dir__` and `__all__` of a package whose names are imported on first use.
+
+    The names are those under `if TYPE_CHECKING:` in its `__init__.py`, so that type checkers, editors and the import
+    system read one list.
+
+    Args:
+        package: its `__name__`.
+        file: its `__file__`.
+
+    >>> get, _, names = attributes("lq_plugin.report", import_module("lq_plugin.report").__file__)
+    >>> "write_page" in names, get("write_page").__module__
+    (True, 'lq_plugin.report.page')
+    >>> get("writepage")
+    Traceback (most recent call last):
+    AttributeError: module 'lq_plugin.report' has no attribute 'writepage'
+    """
+    home = _imports_for_type_checkers(Path(file).read_text(encoding="utf-8"))
+
+    def get(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(home[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *home}), sorted(home)
+
+
+def _imports_for_type_checkers(source: str) -> dict[str, str]:
+    """Modules by the names that are imported from them under `if TYPE_CHECKING:`."""
+    found = {}
+    for block in ast.parse(source).body:
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            for line in block.body:
+                if isinstance(line, ast.ImportFrom) and line.module:
+                    found |= {alias.asname or alias.name: line.module for alias in line.names}
+    return found

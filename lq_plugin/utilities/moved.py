@@ -1,0 +1,88 @@
+"""Import paths of earlier versions, which go on working with a `DeprecationWarning`.
+
+A module that moved is imported from its new place; both names are one module. CHANGELOG.md says until when.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+#: Documented modules that are in another place since 0.2.
+MOVED = {
+    f"lq_plugin.{old}": f"lq_plugin.{new}"
+    for old, new in {
+        "cli": "commands.entry",
+        "formats": "intent.formats",
+        "granularity": "intent.granularity",
+        "plan": "intent.plan",
+        "schedule": "intent.schedule",
+        "spec": "intent.spec",
+        "model.batch_norm": "ptq.batch_norm.reestimate",
+        "model.bias_correct": "ptq.bias_correction.correct",
+        "model.blocks": "ptq.reconstruction.units",
+        "model.correct_batch_norm": "ptq.batch_norm.correct",
+        "model.cost": "model.measure.cost",
+        "model.equalize": "ptq.equalization.equalize",
+        "model.fidelity": "model.measure.fidelity",
+        "model.fold_batch_norm": "ptq.batch_norm.fold",
+        "model.gptq": "ptq.gptq.quantize",
+        "model.observe": "model.training",
+        "model.reconstruct": "ptq.reconstruction.reconstruct",
+        "model.record": "model.graph.record",
+        "model.smooth_quant": "ptq.smooth_quant.smooth",
+        "ranges.aciq": "ranges.estimators.aciq",
+        "ranges.kl": "ranges.estimators.kl",
+        "ranges.learned": "ranges.estimators.learned",
+        "ranges.minmax": "ranges.estimators.minmax",
+        "ranges.mse": "ranges.estimators.mse",
+        "ranges.octav": "ranges.estimators.octav",
+        "ranges.percentile": "ranges.estimators.percentile",
+        "report.study": "search.study.report",
+        "search.costs": "search.evaluation.costs",
+        "search.dominance": "search.shared.dominance",
+        "search.interrupt": "search.shared.interrupt",
+        "search.seeds": "search.study.seeds",
+        "search.trial_report": "search.sweep.trial_report",
+    }.items()
+}
+
+
+class _Alias(Loader):
+    """Loads a module under its former name: the module itself, not a copy."""
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self._module = import_module(self._new)
+        self._spec = self._module.__spec__
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has just put the former name there.
+        module.__spec__ = self._spec
+
+
+class _MovedModules(MetaPathFinder):
+    """Finds modules by their former names, after all other finders have found nothing."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        new = MOVED.get(fullname)
+        if new is None:
+            return None
+        warnings.warn(f"{fullname} is {new} now", DeprecationWarning, stacklevel=2)
+        return ModuleSpec(fullname, _Alias(new))
+
+
+def install() -> None:
+    """Lets the import system find moved modules by their former names; a second call does nothing."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
