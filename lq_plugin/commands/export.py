@@ -215,7 +215,7 @@ def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
     Raises:
         CalibrationError: it is.
     """
-    from lq_plugin.callbacks import calibrate, prepare
+    from lq_plugin.model import calibrate, prepare
     from lq_plugin.model.calibrate import needs_data
 
     if others := [phase for phase in ptq.phases if phase != "calibrate"]:
