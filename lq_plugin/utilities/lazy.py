@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 Lazy = tuple[Callable[[str], object], Callable[[], list[str]], list[str]]
 
@@ -29,6 +30,14 @@ def attributes(package: str, file: str) -> Lazy:
     AttributeError: module 'lq_plugin.report' has no attribute 'writepage'
     """
     home = _imports_for_type_checkers(Path(file).read_text(encoding="utf-8"))
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: object) -> None:
+            # The import system binds every submodule, also one with the name of a function: `verify` in `verify.py`.
+            if not (name in home and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package
 
     def get(name: str) -> object:
         if name not in home:
