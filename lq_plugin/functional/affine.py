@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import DTYPES, FakeQuantizeKernels, Kernels, Layout, layout_along, layout_of
@@ -176,7 +175,7 @@ def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if layout is not None and layout.repeats == layout.inner == 1:
             low, high = found.row_extremes(x, layout.outer)
             return low.view(scale_shape), high.view(scale_shape)
-    dims = reduced_dims(scale_shape)
+    dims = [dim for dim, size in enumerate(scale_shape) if size == 1]
     if not dims:  # torch takes none for all
         return x, x
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
@@ -196,7 +195,7 @@ def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: Int
     tensor([[ 1.,  0.],
             [ 0., -8.]])
     """
-    covered = not grid.affine and grid.quant_min < 0 < grid.quant_max and grid.levels <= 2**16
+    covered = not grid.affine and grid.quant_min < 0 < grid.quant_max and grid.quant_max - grid.quant_min < 2**16
     if not torch.compiler.is_compiling() and x.is_contiguous() and (found := ops.kernels_for(x)) is not None:
         layout = layout_along(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
@@ -341,7 +340,7 @@ def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are whole numbers, exact in float32.
-    if _has_cheap_scalars(x, scale, zero_point):
+    if scale.numel() == 1 and _has_cheap_scalars(x, scale, zero_point):
         low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
         return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
     y = (x.float() * scale.reciprocal()).round_()

@@ -98,5 +98,5 @@ def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:
 
 
 def reduced_dims(scale: tuple[int, ...]) -> list[int]:
-    """The dims a scale tensor of this shape is shared along."""
+    """Returns the dims that a scale tensor of this shape is shared along."""
     return [d for d, size in enumerate(scale) if size == 1]

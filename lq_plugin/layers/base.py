@@ -47,6 +47,9 @@ class QuantizedLayer(nn.Module):
     slots: ClassVar[tuple[str, ...]] = SLOTS
     float_class: ClassVar[type[nn.Module]]
     input_axis: ClassVar[int] = -1
+    #: Whether `output_scale` gives XNOR-Net's K, so that the input format `xnor` can be had.
+    has_output_scale: ClassVar[bool] = False
+    _is_canonical: ClassVar[bool] = True
 
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
@@ -54,8 +57,14 @@ class QuantizedLayer(nn.Module):
     output_quantizer: ActivationQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     _integer_state: IntegerForward | None = None
-    #: With the layers beside it that may read the same tensor, see `share_inputs`.
+    #: With the layers next to it that may read the same tensor, see `share_inputs`.
     _shared_input: SharedInput | None = None
+    #: Whether a stage of its input has a format that scales the output.
+    _scales_output: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._is_canonical = cls.canonical is QuantizedLayer.canonical
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -69,14 +78,13 @@ class QuantizedLayer(nn.Module):
         """Channels of the input and of the output."""
         raise NotImplementedError
 
-    def quantized_weight(self) -> Tensor:
-        """The weight as the forward pass uses it."""
-        return self.quantize_weight(self.weight)
-
-    def quantize_weight(self, weight: Tensor) -> Tensor:
-        """`weight`, which is the layer's, quantized."""
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        """Returns the weight as the forward pass uses it; `weight` is the layer's own, where it is at hand already."""
+        weight = self.weight if weight is None else weight
         if self.weight_quantizer is None:
             return weight
+        if type(self)._is_canonical:
+            return self.weight_quantizer(weight)
         return type(self).from_canonical(self, self.weight_quantizer(type(self).canonical(self, weight)))
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -100,9 +108,11 @@ class QuantizedLayer(nn.Module):
         return x if quantizer is None else quantizer(x)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
-        """XNOR-Net's K for the output that input `x` leads to, broadcastable to it; None for every other input
-        format."""
-        return None
+        """Returns XNOR-Net's K for the output of input `x`, broadcastable to it; None while another format is in force.
+
+        Called where a stage of the input has the format `xnor`, which needs `has_output_scale`.
+        """
+        raise NotImplementedError
 
     def quantized_output(self, y: Tensor) -> Tensor:
         """The output as the next layer sees it."""
@@ -207,6 +217,8 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
     for slot in SLOTS:
         if getattr(plan, slot) is not None:
             setattr(layer, f"{slot}_quantizer", in_stages(makers[slot], f"{name}.{slot}", plan.stages_of(slot)))
+    if layer.input_quantizer is not None:
+        layer._scales_output = any(stage.scales_output for stage in layer.input_quantizer.stages())
     for quantizer in (layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer):
         if quantizer is None:
             continue
@@ -223,6 +235,7 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
         delattr(layer, f"{slot}_quantizer")
     layer.__dict__.pop("_integer_state", None)
     layer.__dict__.pop("_shared_input", None)
+    layer.__dict__.pop("_scales_output", None)
     cast(nn.Module, layer).__class__ = _float_class(layer)
 
 

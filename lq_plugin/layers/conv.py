@@ -18,6 +18,8 @@ class _QuantizedConv(QuantizedLayer):
     Input `[N, C_in, *spatial]` or `[C_in, *spatial]`, weight `[C_out, C_in / groups, *kernel]`.
     """
 
+    has_output_scale = True
+
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -30,7 +32,7 @@ class _QuantizedConv(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)
-        scale = self.output_scale(input)
+        scale = self.output_scale(input) if self._scales_output else None
         if scale is None:
             return self.quantized_output(
                 self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)

@@ -39,7 +39,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
             reading = reading._replace(sparse=False)
             if weight.requires_grad and torch.is_grad_enabled():
                 weight = _SparseGradient.apply(weight)
-        return self.quantized_output(read_rows(self.quantize_weight(weight), input, reading))
+        return self.quantized_output(read_rows(self.quantized_weight(weight), input, reading))
 
 
 class _SparseGradient(torch.autograd.Function):

@@ -16,6 +16,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """y = Q(x) · Q(W)ᵀ + b. Input `[..., C_in]`."""
 
     float_class = nn.Linear
+    has_output_scale = True
 
     def channels(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -23,7 +24,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)
-        scale = self.output_scale(input)
+        scale = self.output_scale(input) if self._scales_output else None
         if scale is None:
             return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
         y = F.linear(self.quantized_input(input), self.quantized_weight()) * scale

@@ -21,7 +21,7 @@ from lq_plugin.layers import (
     why_unsupported,
     why_unsupported_compound,
 )
-from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.layers.base import ShadowedForward
 from lq_plugin.model.aside import set_aside
 from lq_plugin.model.operations.quantized import OperationQuantizers
 from lq_plugin.quantizers import Quantizer
@@ -114,7 +114,7 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     )
     quantized: Any = quantized_class(module)
     # Called on the float module: `canonical` uses nothing but attributes of the float class.
-    plain = quantized.output_scale is not QuantizedLayer.output_scale and getattr(module, "groups", 1) == 1
+    plain = quantized.has_output_scale and getattr(module, "groups", 1) == 1
     plain = plain and not issubclass(quantized, ShadowedForward)
     return LayerInfo(name, types, quantized.canonical(module, weight_of(module)).shape[1], quantized.slots, plain)
 

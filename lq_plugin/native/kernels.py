@@ -49,7 +49,12 @@ class Layout(NamedTuple):
 
 def accepts(x: Tensor) -> bool:
     """One of its device's `DTYPES`, its elements side by side in memory in whatever order of dims."""
-    return x.dtype in DTYPES.get(x.device.type, ()) and x.layout == torch.strided and not x.is_neg() and is_dense(x)
+    return (
+        x.dtype in DTYPES.get(x.device.type, ())
+        and x.layout == torch.strided
+        and not x.is_neg()
+        and (x.is_contiguous() or is_dense(x))
+    )
 
 
 def is_dense(x: Tensor) -> bool:
@@ -313,12 +318,13 @@ class Kernels:
     def fake_quantize_rows(
         self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        y, mask = torch.empty_like(x), new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
+        y, mask = torch.empty_like(x), None
         scale, zero_point = x.new_empty(rows), x.new_empty(rows)
+        if masked:
+            mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         self._rows(
-            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), rows,
-            x.numel() // rows, *bounds, affine,
-            self._number, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
+            zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
 

@@ -20,11 +20,11 @@ def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
     They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch
     modes), on an empty tensor, and where `accepts` says no.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel() or not accepts(x):
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
         return None
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if (found := active(x.device.type)) is None or not accepts(x):
         return None
-    return active(x.device.type)
+    return None if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() else found
 
 
 @torch.compiler.assume_constant_result

@@ -37,12 +37,12 @@ def use_native(on: bool | None) -> Iterator[None]:
     if on:
         _compiled()
     _chosen.append(on)
-    _current.cache_clear()
+    active.cache_clear()
     try:
         yield
     finally:
         _chosen.pop()
-        _current.cache_clear()
+        active.cache_clear()
 
 
 def available() -> bool:
@@ -54,13 +54,9 @@ def available() -> bool:
     return True
 
 
-def active(device: str = "cpu") -> FakeQuantizeKernels | None:
-    """The kernels that are to be used now on a type of device; None: torch operations."""
-    return _current(device)
-
-
 @functools.cache
-def _current(device: str) -> FakeQuantizeKernels | None:
+def active(device: str = "cpu") -> FakeQuantizeKernels | None:
+    """Returns the kernels to be used now on a type of device; None: torch operations."""
     on = _chosen[-1] if _chosen else _from_environment()
     if on is False:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,9 @@ class ActivationQuantizer(Quantizer):
         channels: size of the channel axis, for per-channel specs.
         channel_axis: the layer's channel axis of this activation.
     """
+
+    #: Whether the layer's output makes up for it, see `QuantizedLayer.output_scale`.
+    scales_output: ClassVar[bool] = False
 
     scale: Tensor
     zero_point: Tensor

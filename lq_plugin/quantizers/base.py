@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec = spec
         self.name = name
+        # Read at every call: plain attributes cost less than properties of the spec.
+        self._rounds_at_random = spec.stochastic
+        self._rounds_to_nearest = spec.gradient == "clipped"
         self.observing = False
         self.suspension: Suspension | None = None
         self.waiting = False
@@ -130,7 +134,7 @@ class Quantizer(nn.Module):
 
     def _write(self, switch: str, value: int) -> None:
         self._buffers[switch].fill_(value)  # type: ignore[union-attr]
-        self._written = self._count_writes()
+        self._written = None if self._written is None else self._written + 1
 
     def follow_buffers(self) -> None:
         """Read the switches anew if somebody has written to them in place: a weight average, whose copy this is.
@@ -138,24 +142,20 @@ class Quantizer(nn.Module):
         Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code
         the switches are those of the last call outside of it.
         """
-        if not torch.compiler.is_compiling():
-            written = self._count_writes()
-            if (written is None or written != self._written) and not self.enabled.is_meta:
-                self._read_switches()
-
-    def _count_writes(self) -> int | None:
-        buffers = self._buffers
-        try:
-            return sum(buffer._version for name in _SWITCHES if (buffer := buffers.get(name)) is not None)
-        except RuntimeError:
-            return None  # made in inference mode, where torch does not count
+        if torch.compiler.is_compiling():
+            return
+        buffers, written = self._buffers, None
+        with suppress(RuntimeError):  # made in inference mode, where torch does not count
+            written = sum([buffer._version for name in _SWITCHES if (buffer := buffers.get(name)) is not None])
+        if (written is None or written != self._written) and not self.enabled.is_meta:
+            self._read_switches()
+            self._written = written
 
     def _read_switches(self) -> None:
         self._enabled = bool(self.enabled)
         self._calibrated = bool(self.calibrated)
-        self._draws = int(self.draws) if self.spec.stochastic else 0
+        self._draws = int(self.draws) if self._rounds_at_random else 0
         self._stage = int(self.stage) if self.starts else 0
-        self._written = self._count_writes()
 
     def forget_switches(self) -> None:
         """Read them at the next call, whatever was written to."""
@@ -190,6 +190,14 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # an expert without tokens, an image without proposals: nothing to see, nothing to round
             return self.pass_on(x)
+        self.follow_buffers()
+        if (
+            self._enabled
+            and (self._calibrated or not self.needs_calibration)
+            and not (self.starts or self.observing or self.collector is not None)
+            and not (self.suspension is not None and self.suspension.active)
+        ):
+            return self.quantize_values(x)
         if not self.starts:
             self.watch(x)
             return self.apply_to(x)
@@ -244,7 +252,7 @@ class Quantizer(nn.Module):
     @property
     def rounds_to_nearest(self) -> bool:
         """Whether `rounded` is `fake_quantize`, now."""
-        return self.spec.gradient == "clipped" and not (self.spec.stochastic and self.training)
+        return self._rounds_to_nearest and not (self._rounds_at_random and self.training)
 
     def noise(self, x: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) shaped like `x`: a function of the seed, the tensor's name and the batches so far.
@@ -343,6 +351,8 @@ class Quantizer(nn.Module):
 
 class Unquantized(nn.Module):
     """A stage that leaves the tensor float."""
+
+    scales_output = False
 
     def watch(self, x: Tensor) -> None:
         """Nothing to see."""

@@ -82,3 +82,5 @@ class SignActivationQuantizer(ActivationQuantizer):
 class XNORActivationQuantizer(SignActivationQuantizer):
     """-1 and +1; the layer multiplies its output by K, the mean magnitude of each window (see
     `QuantizedLayer.output_scale`)."""
+
+    scales_output = True

@@ -25,7 +25,7 @@ from lq_plugin.functional.grouping import (
 )
 from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
-from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
+from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerTensor, QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Quantizer, float32
 from lq_plugin.ranges import Sample, estimate_range
@@ -62,6 +62,10 @@ class WeightQuantizer(Quantizer):
         self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
+        # A subclass that finds its qparams in its own way takes them from there.
+        plain = type(self).qparams is WeightQuantizer.qparams
+        self._from_extremes = plain and self.live and self._rounds_to_nearest and spec.has_grid
+        self._grid = cast(IntegerGrid, spec.grid if spec.has_grid else None)
         self.scale_shape = scale_shape(self.shape, spec.granularity)
         self.needs_calibration = not self.live
         self._make_qparams()
@@ -132,12 +136,14 @@ class WeightQuantizer(Quantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         group = self.spec.granularity
-        if self.live and not self._fixed and self.rounds_to_nearest and type(self).qparams is WeightQuantizer.qparams:
-            if not isinstance(group, PerGroup) or group.scale_bits is None:
+        if self._from_extremes and not self._fixed and not (self._rounds_at_random and self.training):
+            if not isinstance(group, PerGroup):
+                return fake_quantize_to_extremes(x, self.scale_shape, self._grid)
+            if group.scale_bits is None:
                 return unblocks(
-                    fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self.spec.grid), x.shape, group
+                    fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self._grid), x.shape, group
                 )
-            if group.coarse == "tensor" and not self.spec.grid.affine:
+            if group.coarse == "tensor" and not self._grid.affine:
                 done = fake_quantize_blocks(
                     x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits))
                 )

@@ -333,9 +333,9 @@ def test_switches():
 def test_environment(monkeypatch, value, want):
     monkeypatch.setenv("LQ_NATIVE", value)
     monkeypatch.setattr(switch_module, "_chosen", [])
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
     assert (active() is not None) == want
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
 
 
 def test_environment_that_means_nothing(monkeypatch):

@@ -50,9 +50,9 @@ def triton_everywhere(monkeypatch):
     """The interpreter's tensors are on the CPU."""
     kernels = TritonKernels()
     monkeypatch.setattr(switch_module, "_compiled", lambda: kernels)
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
     yield
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
 
 
 def numbers(shape, special=True):
