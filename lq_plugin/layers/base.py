@@ -12,7 +12,7 @@ from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan, Stage
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.layers.integer import IntegerForward
+from lq_plugin.layers.integer.state import IntegerForward
 from lq_plugin.layers.parametrized import (
     class_before,
     parametrized_class,
@@ -49,6 +49,8 @@ class QuantizedLayer(nn.Module):
     input_axis: ClassVar[int] = -1
     #: Whether `output_scale` gives XNOR-Net's K, so that the input format `xnor` can be had.
     has_output_scale: ClassVar[bool] = False
+    #: Whether `lq_plugin.layers.integer` computes its forward; of this very class, not of its subclasses.
+    has_integer_kernel: ClassVar[bool] = False
     _is_canonical: ClassVar[bool] = True
 
     weight: Tensor
@@ -183,24 +185,6 @@ class ShadowedForward(nn.Module):
             else:
                 self.__dict__["weight"] = computed
         return layer.quantized_output(y)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so pickle cannot find it by name: it is made again from the float class.
-        return (
-            _rebuild_shadowed,
-            (type(self).float_class,),
-            self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
-        )
-
-
-def _rebuild_shadowed(float_class: type[nn.Module]) -> nn.Module:
-    from lq_plugin.layers.registry import quantized_class
-
-    plain = float_class.__new__(float_class)
-    swapped = quantized_class(plain)
-    assert swapped is not None
-    plain.__class__ = swapped
-    return plain
 
 
 def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None:

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, scales_output
-from lq_plugin.layers.integer import integer_forward
+from lq_plugin.layers.integer.forward import integer_forward
 from lq_plugin.layers.registry import register_layer
 
 
@@ -59,6 +59,7 @@ class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     float_class = nn.Conv2d
     input_axis = -3
+    has_integer_kernel = True
 
 
 @register_layer(nn.Conv3d)

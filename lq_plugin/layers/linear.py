@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.layers.base import QuantizedLayer, scales_output
-from lq_plugin.layers.integer import integer_forward
+from lq_plugin.layers.integer.forward import integer_forward
 from lq_plugin.layers.parametrized import weight_of
 from lq_plugin.layers.registry import register_layer, register_layer_name
 
@@ -17,6 +17,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     float_class = nn.Linear
     has_output_scale = True
+    has_integer_kernel = True
 
     def channels(self) -> tuple[int, int]:
         return self.in_features, self.out_features

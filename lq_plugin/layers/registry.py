@@ -90,8 +90,22 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
     if base is None:
         return None
     mixins = (base,) if issubclass(base, ShadowedForward) else (ShadowedForward, base)
-    shadowed = swapped_class(mixins, kind, {"float_class": kind, "__module__": __name__})
+    shadowed = swapped_class(mixins, kind, {"float_class": kind, "__module__": __name__, "__reduce_ex__": _reduce})
     return _SHADOWED.setdefault(kind, shadowed)
+
+
+def _reduce(layer: Any, protocol: Any) -> Any:
+    """`__reduce_ex__` of classes made at run time, which pickle cannot find by name: made anew from the float class."""
+    state = layer.__getstate__() if hasattr(layer, "__getstate__") else layer.__dict__
+    return _rebuild, (type(layer).float_class,), state
+
+
+def _rebuild(float_class: type[nn.Module]) -> nn.Module:
+    plain = float_class.__new__(float_class)
+    swapped = quantized_class(plain)
+    assert swapped is not None
+    plain.__class__ = swapped
+    return plain
 
 
 #: What is read from the class of a quantized layer, never from the layer: an instance may have these names for itself.

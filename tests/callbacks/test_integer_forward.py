@@ -50,7 +50,7 @@ def test_a_measured_run_resumes_bit_equal(trainer, tmp_path, monkeypatch):
     ratios = iter(
         [0.5, 2.0, 0.7]
     )  # for one trial of each layer; what a trial measures is the machine's: here it is given
-    monkeypatch.setattr("lq_plugin.layers.integer.state._trial", lambda *_: next(ratios))
+    monkeypatch.setattr("lq_plugin.layers.integer.forward._trial", lambda *_: next(ratios))
     generator = torch.Generator().manual_seed(0)
     batches = [
         (torch.randn(16, 1, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator))

@@ -39,7 +39,7 @@ def triton_everywhere(monkeypatch):
     """The interpreter's tensors are on the CPU, of every dtype that a GPU takes."""
     fake, integer = TritonKernels(), TritonArithmetic()
     monkeypatch.setattr(switch_module, "_compiled", lambda: fake)
-    monkeypatch.setattr("lq_plugin.layers.integer.state.arithmetic_on", lambda device: integer)
+    monkeypatch.setattr("lq_plugin.layers.integer.forward.arithmetic_on", lambda device: integer)
     monkeypatch.setitem(native_kernels.DTYPES, "cpu", native_kernels.DTYPES["cuda"])
     switch_module._current.cache_clear()
     yield

@@ -1,6 +1,7 @@
-"""Integer forward pass of quantized layers in training: 8-bit products in place of float ones, by oneDNN on CPUs, by
-int8 tensor cores
-through Triton on NVIDIA GPUs (compute capability 8.0 and later).
+"""Integer forward pass of quantized layers in training.
+
+Products of 8-bit integers stand in for float ones: by oneDNN on CPUs, by int8 tensor cores through Triton on NVIDIA
+GPUs (compute capability 8.0 and later).
 
 On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A
 NaN in the input makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for
@@ -15,101 +16,19 @@ Without a Trainer, on a prepared and calibrated model:
 or at once, without measuring, `enable_integer_forward(model, choices=True)`. `lq_plugin.remove` takes it away, too.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from collections.abc import Callable, Mapping
+from lq_plugin.utilities.lazy import attributes
 
-from torch import nn
+if TYPE_CHECKING:
+    from lq_plugin.layers.integer.forward import integer_forward as integer_forward
+    from lq_plugin.layers.integer.state import IntegerForward as IntegerForward
+    from lq_plugin.layers.integer.switch import (
+        disable_integer_forward as disable_integer_forward,
+        enable_integer_forward as enable_integer_forward,
+        integer_choices as integer_choices,
+        integer_report as integer_report,
+        settle_integer_forward as settle_integer_forward,
+    )
 
-from lq_plugin.layers.integer.state import (
-    IntegerForward as IntegerForward,
-    integer_forward as integer_forward,
-    why_never,
-)
-
-
-def enable_integer_forward(
-    model: nn.Module,
-    choices: Mapping[str, bool] | bool | None = None,
-    agree: Callable[[dict[str, str | None]], dict[str, str | None]] | None = None,
-) -> None:
-    """Let the quantized layers of `model` compute their training forward pass with integers, where they can.
-
-    Args:
-        model: prepared.
-        choices: by layer name, as `integer_choices` gave them; True or False for all; a layer without one is tried.
-        agree: makes one answer of those of all ranks to why a layer never can (None: it can).
-    """
-    from lq_plugin.layers.base import QuantizedLayer
-
-    layers = {_plain(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-    reasons = {name: why_never(layer) for name, layer in layers.items()}
-    if agree is not None:
-        reasons = agree(reasons)
-    for name, layer in layers.items():
-        layer._integer_state = IntegerForward(
-            choices.get(name) if isinstance(choices, Mapping) else choices, reasons[name]
-        )
-
-
-def disable_integer_forward(model: nn.Module) -> None:
-    """Back to fake quantization everywhere."""
-    from lq_plugin.layers.base import QuantizedLayer
-
-    for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            module._integer_state = None
-
-
-def settle_integer_forward(
-    model: nn.Module, agree: Callable[[dict[str, bool]], dict[str, bool]] | None = None
-) -> list[str]:
-    """Choose for each layer that was tried since.
-
-    Args:
-        model: with the integer forward enabled.
-        agree: makes one choice of those of all ranks; called while a layer has none, on every rank alike.
-
-    Returns:
-        Names of the layers that have a choice now and had none before.
-    """
-    waiting = {name: state for name, state in _states(model).items() if state.reason is None and state.chosen is None}
-    if not waiting:
-        return []
-    choices = {name: state.ratio < state.worth for name, state in waiting.items() if state.ratio is not None}
-    if agree is not None:
-        choices = agree(choices)
-    for name, chosen in choices.items():
-        waiting[name].chosen = chosen
-    return list(choices)
-
-
-def integer_choices(model: nn.Module) -> dict[str, bool]:
-    """The choices made, by layer name; for a checkpoint."""
-    return {
-        name: state.chosen
-        for name, state in _states(model).items()
-        if state.reason is None and state.chosen is not None
-    }
-
-
-def integer_report(model: nn.Module) -> dict[str, str]:
-    """How each quantized layer computes its training forward pass, and why."""
-    return {name: state.describe() for name, state in _states(model).items()}
-
-
-def _states(model: nn.Module) -> dict[str, IntegerForward]:
-    from lq_plugin.layers.base import QuantizedLayer
-
-    found = {
-        _plain(name): module._integer_state
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer)
-    }
-    return {name: state for name, state in found.items() if state is not None}
-
-
-def _plain(name: str) -> str:
-    from lq_plugin.layers.compound.base import CONTAINER
-
-    return name.replace(f"{CONTAINER}.", "")
+__getattr__, __dir__, __all__ = attributes(__name__, __file__)
