@@ -7,38 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lq_plugin.callbacks.trainer.data import (
-    calibration_batches,
-    one_batch,
-    one_float_batch,
-    statistics_merger,
-    with_progress,
-)
+from lq_plugin.callbacks.phases import TrainerContext
+from lq_plugin.callbacks.trainer.data import one_float_batch
 from lq_plugin.callbacks.trainer.load_guard import guard_load_from_checkpoint
 from lq_plugin.callbacks.trainer.other_callbacks import move_before, renew_averages, tuners
-from lq_plugin.callbacks.trainer.sharding import refuse_unsupported, resharded, warn_of_copies, whole_weights
-from lq_plugin.callbacks.trainer.steps import CalibrationStep, step_runner
+from lq_plugin.callbacks.trainer.sharding import refuse_unsupported, resharded, warn_of_copies
+from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import PlanError
 from lq_plugin.intent.plan import QuantPlan
-from lq_plugin.model.calibrate import (
-    Statistics,
-    collect_statistics,
-    evaluating,
-    float_forward,
-    load_statistics,
-    needs_data,
-    never_reached,
-    without_levels,
-)
+from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger, least_coverage
 from lq_plugin.model.operations.rules import needs_recording
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
-from lq_plugin.model.unreached import REASON, suspend, unreached
+from lq_plugin.model.unreached import suspend
 from lq_plugin.quantizers import Suspension
 from lq_plugin.utilities.lightning_packages import Callback, isolate_rng
 
@@ -69,7 +55,7 @@ class QuantizationCallback(Callback):
     """
 
     #: What happens to tensors that no calibration batch reached.
-    if_unreached = "their layers stay float, weights also: more calibration batches may reach them"
+    if_unreached = TrainerContext.if_unreached
 
     def __init__(
         self,
@@ -149,37 +135,30 @@ class QuantizationCallback(Callback):
             CalibrationError: when there is no batch.
         """
         if self.recording is None:
-            with (
-                resharded(pl_module), without_traces(pl_module), evaluating(pl_module), float_forward(pl_module),
-                torch.no_grad(), isolate_rng(),
-            ):  # fmt: skip
-                run, samples = one_batch(trainer, pl_module, self.dataloader, self.calibration_step)
-                self.recording = record(pl_module, run, samples=samples)
+            self.recording = self.context(trainer, pl_module).record()
             self.ledger.add_recording(self.recording)
             rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")
         self.ledger.require(self.min_coverage)
         return self.recording
 
+    def context(self, trainer: Trainer, pl_module: LightningModule, count: int = 1) -> CallbackContext:
+        """Returns what phases are given.
+
+        Args:
+            trainer, pl_module: of the run.
+            count: calibration batches of each rank.
+        """
+        return CallbackContext(self, trainer, pl_module, count)
+
     def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int, missing_only: bool = False) -> None:
-        """Find every range, or those that are missing, from `count` batches of each rank. The statistics stay in
-        `self.statistics`."""
-        self.record(trainer, pl_module)
-        batches = calibration_batches(trainer, pl_module, self.dataloader, count, needs_data(pl_module))
-        batches = with_progress(trainer, "calibrate", batches, count)
-        with resharded(pl_module), without_traces(pl_module):
-            run = step_runner(trainer, pl_module, self.calibration_step)
-            self.statistics = collect_statistics(pl_module, batches, run, statistics_merger(trainer))
-        with whole_weights(pl_module):
-            load_statistics(pl_module, self.statistics, missing_only)
-            clipped = without_levels(pl_module, self.statistics)
-        self.end_suspension()  # the phases that follow look at the quantized model
-        self.ledger.note_unreached(unreached(pl_module), REASON)
-        if missed := never_reached(pl_module, self.statistics):
-            rank_zero_warn(
-                f"{type(self).__name__}: no calibration batch reached {', '.join(missed)}; {self.if_unreached}"
-            )
-        if clipped:
-            rank_zero_warn(f"{type(self).__name__}: {'; '.join(clipped)}")
+        """Find ranges; the statistics stay in `self.statistics`.
+
+        Args:
+            trainer, pl_module: of the run.
+            count: calibration batches of each rank.
+            missing_only: leave the ranges that are there.
+        """
+        self.context(trainer, pl_module, count).calibrate(missing_only)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A run that failed before configure_model must not leave the patch behind.
@@ -208,3 +187,32 @@ class QuantizationCallback(Callback):
                 f"{[rule.to_dict() for rule in self.plan.rules]}\n"
                 "  resume with the checkpoint's plan, or start from its weights only"
             )
+
+
+class CallbackContext(TrainerContext):
+    """A context that keeps the recording and the statistics in a callback.
+
+    Args:
+        callback: whose calibration data, step and ledger are used.
+        trainer, pl_module: of the run.
+        count: calibration batches of each rank.
+    """
+
+    def __init__(
+        self, callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, count: int
+    ) -> None:
+        super().__init__(
+            trainer, pl_module, callback.dataloader, count, callback.calibration_step,
+            ledger=callback.ledger, title=type(callback).__name__,
+        )  # fmt: skip
+        self.callback = callback
+        self.if_unreached = callback.if_unreached
+
+    @property
+    def recording(self) -> Recording:
+        return self.callback.record(self.trainer, self.model)
+
+    def calibrate(self, missing_only: bool = False) -> Statistics:
+        self.callback.statistics = super().calibrate(missing_only)
+        self.callback.end_suspension()  # the phases that follow look at the quantized model
+        return self.callback.statistics

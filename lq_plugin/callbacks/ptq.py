@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lq_plugin.callbacks.base import QuantizationCallback
-from lq_plugin.callbacks.phases import PHASES, check_phases, names_and_options
 from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.errors import PlanError
 from lq_plugin.intent.plan import QuantPlan
-from lq_plugin.layers import weight_of
-from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.unreached import REASON, unreached
 from lq_plugin.ptq.batch_norm.fold import FoldedBatchNorms
+from lq_plugin.ptq.phases import check_phases, names_and_options, run_phase
 from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ class PTQ(QuantizationCallback):
         self.phases = phases
         self.seed = seed
         self.recalibrate = recalibrate
-        self.folded: FoldedBatchNorms | None = None
-        self.reconstruction: Reconstruction | None = None
+        #: What each phase returned, by its name.
+        self.results: dict[str, Any] = {}
         #: Weights before learned roundings were written into them, by layer name.
         self.float_weights: dict[str, Tensor] = {}
 
@@ -97,14 +96,22 @@ class PTQ(QuantizationCallback):
         if not self.recalibrate and not waiting:
             self.ledger.note_unreached(silent, REASON)
         else:
+            context = self.context(trainer, pl_module, self.calibration_batches)
+            self.results, self.float_weights = context.results, context.float_weights
             with seeded(self.seed):
                 for phase in self.phases:
-                    PHASES[phase].run(self, trainer, pl_module)
+                    run_phase(context, phase, self.phase_options.get(phase))
         self.end_suspension()
 
     def needs_whole_model(self) -> list[str]:
         return [f"phase {phase}" for phase in self.phases if phase != "calibrate"]
 
-    def keep_float_weights(self, pl_module: LightningModule) -> None:
-        """Remember the weights that a phase is about to round, for reports."""
-        self.float_weights = {name: weight_of(layer).detach().clone() for name, layer in quantized_layers(pl_module)}
+    @property
+    def folded(self) -> FoldedBatchNorms | None:
+        """The folded batch norms; None before `fold_batch_norm` has run."""
+        return self.results.get("fold_batch_norm")
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How learned roundings went; None before `reconstruct` has run."""
+        return self.results.get("reconstruct")

@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lq_plugin import PTQ, QAT, CalibrationError, PlanError, remove
 from lq_plugin.callbacks import PHASES, register_phase
 from lq_plugin.model import float_forward, quantizers
+from lq_plugin.ptq import run_phases
 from lq_plugin.ptq.batch_norm.reestimate import reestimate_batch_norm
 from tests.callbacks.conftest import Data, Module
 
@@ -191,14 +192,23 @@ def test_fit_is_refused_and_missing_data_is_explained(trained, trainer, data):
         trainer(PTQ("w8a8", dataloader=[])).validate(trained, datamodule=data, verbose=False)
 
 
-def test_custom_phase(trained, trainer, data):
+def test_phase_of_the_callback_trainer_and_module_still_runs(trained, trainer, data):
     called = []
-    register_phase("note")(lambda ptq, trainer, module: called.append(module))
+
+    def note(ptq, trainer, module):
+        called.append((ptq, trainer, module, sorted(ptq.statistics)))
+
+    with pytest.deprecated_call(match="phase 'note'"):
+        register_phase("note")(note)
     try:
-        trainer(PTQ("w8a8", phases=["calibrate", "note"])).validate(trained, datamodule=data, verbose=False)
+        ptq = PTQ("w8a8", phases=["calibrate", "note"])
+        run = trainer(ptq)
+        run.validate(trained, datamodule=data, verbose=False)
+        with pytest.raises(PlanError, match="PTQ alone can call"):
+            run_phases(copy.deepcopy(trained.net), None, [data.x], ["calibrate", "note"])
     finally:
         del PHASES["note"]
-    assert called == [trained]
+    assert called == [(ptq, run, trained, ["net.conv.input", "net.conv2.input", "net.fc.input"])]
 
 
 def test_mixed_precision_keeps_statistics_in_float32(trained, trainer, data):

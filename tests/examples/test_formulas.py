@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lq_plugin import PTQ, QuantPlan
-from lq_plugin.callbacks.phases import PHASES
 from lq_plugin.intent.formats import FORMATS, RANGES
+from lq_plugin.ptq.phases import PHASES
 from tests.examples.conftest import EXAMPLES
 
 PAGE = (EXAMPLES / "formulas.md").read_text(encoding="utf-8")

@@ -18,9 +18,9 @@ import yaml
 
 from benchmarks.qsnr import COLUMNS, DATA, ROWS, quantized
 from lq_plugin import QAT, QuantPlan, QuantSpec, calibrate, prepare
-from lq_plugin.callbacks.phases import PHASES
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.model.measure.cost import spec_bits
+from lq_plugin.ptq.phases import PHASES
 from tests.examples.conftest import EXAMPLES
 from tests.examples.test_migration import FAST
 

@@ -112,7 +112,7 @@ def test_patterns_name_blocks():
     assert list(reconstruct(net, [x], by=["0"], iterations=5).units) == ["0", "1"]
     with pytest.raises(QuantizationError, match="no module with quantized layers matches: 'encoder'"):
         reconstruct(net, [x], by=["encoder"])
-    with pytest.raises(QuantizationError, match="iterations is a whole number from 0, got -1"):
+    with pytest.raises(QuantizationError, match="iterations is an integer from 0, got -1"):
         reconstruct(net, [x], iterations=-1)
 
 
@@ -289,7 +289,7 @@ def test_a_phase_of_ptq(trainer):  # noqa: F811
 
 
 def test_options_of_phases_are_checked_at_once():
-    with pytest.raises(PlanError, match="phase 'reconstruct': .*iterations is a whole number"):
+    with pytest.raises(PlanError, match="phase 'reconstruct': .*iterations is an integer"):
         PTQ("w4a8", phases=["calibrate", {"reconstruct": {"iterations": "many"}}])
     with pytest.raises(PlanError, match="phase 'reconstruct' has no options 'itterations'.*Did you mean 'iterations'"):
         PTQ("w4a8", phases=["calibrate", {"reconstruct": {"itterations": 3}}])
@@ -299,7 +299,7 @@ def test_options_of_phases_are_checked_at_once():
         PTQ("w4a8", phases=["calibrate", "correct_batch_norm", "reconstruct"])
     with pytest.raises(PlanError, match=r"(?s)put reconstruct after calibrate.*put equalize before calibrate"):
         PTQ("w4a8", phases=["reconstruct", "calibrate", "equalize"])
-    with pytest.raises(PlanError, match="phase 'equalize': iterations is a whole number from 1, got 0"):
+    with pytest.raises(PlanError, match="phase 'equalize': iterations is an integer from 1, got 0"):
         PTQ("w4a8", phases=[{"equalize": {"iterations": 0}}, "calibrate"])
     with pytest.raises(PlanError, match="put reconstruct after calibrate"):
         PTQ("w4a8", phases=["reconstruct", "calibrate"])

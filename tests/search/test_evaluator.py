@@ -128,9 +128,9 @@ def test_calibration_reads_its_data_once_whatever_the_plans(
     model: DigitsCNN, datamodule: DigitsDataModule, monkeypatch: Any
 ) -> None:
     read = []
-    monkeypatch.setattr("lq_plugin.callbacks.base.one_batch", lambda *a: read.append(1) or one_batch(*a))
+    monkeypatch.setattr("lq_plugin.callbacks.phases.one_batch", lambda *a: read.append(1) or one_batch(*a))
     monkeypatch.setattr(
-        "lq_plugin.callbacks.base.calibration_batches", lambda *a: read.append(a[3]) or calibration_batches(*a)
+        "lq_plugin.callbacks.phases.calibration_batches", lambda *a: read.append(a[3]) or calibration_batches(*a)
     )
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2) as evaluator:
         evaluator.calibrate(SPACE)

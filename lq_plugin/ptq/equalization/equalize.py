@@ -83,8 +83,7 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     >>> [str(refused) for refused in result.refused]
     ["'2': its output is what the model returns"]
     """
-    if iterations < 1:
-        raise QuantizationError(f"iterations are a number of visits, 1 or more, got {iterations!r}")
+    check_iterations(iterations)
     calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
     if calibrated:
         raise CalibrationError(
@@ -106,6 +105,16 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
         for _, tensor, value in changes:
             tensor.copy_(value)
     return Equalization(factors, tuple(pairs), tuple(refused), visits, change)
+
+
+def check_iterations(iterations: int = 20) -> None:
+    """Refuse a number of iterations that cannot be.
+
+    Raises:
+        QuantizationError: no integer, or one below 1.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise QuantizationError(f"iterations is an integer from 1, got {iterations!r}")
 
 
 def _factors(

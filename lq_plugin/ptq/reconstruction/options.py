@@ -48,7 +48,7 @@ class ReconstructOptions:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} is a whole number from {low}, got {getattr(self, name)!r}"
+            f"{name} is an integer from {low}, got {getattr(self, name)!r}"
             for name, low in (("iterations", 0), ("batch_size", 1), ("seed", 0), ("cache_bytes", 0))
             if isinstance(getattr(self, name), bool)
             or not isinstance(getattr(self, name), int)

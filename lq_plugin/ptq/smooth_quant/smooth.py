@@ -81,8 +81,7 @@ def smooth_quant(
     >>> result.pairs[0].readers, net[0].weight.round(decimals=3).tolist(), net[1].weight.round(decimals=3).tolist()
     (('1',), [4.0, 1.0], [[4.0, 1.0]])
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise QuantizationError(f"alpha is a share in 0..1, got {alpha!r}")
+    check_alpha(alpha)
     calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
     if calibrated:
         raise CalibrationError(
@@ -96,6 +95,16 @@ def smooth_quant(
     factors = {group.producer: values.smooth(group, largest[group.producer], alpha) for group in groups}
     values.write()
     return Smoothing(tuple(groups), factors, tuple(refused))
+
+
+def check_alpha(alpha: float = 0.5) -> None:
+    """Refuse an alpha that cannot be.
+
+    Raises:
+        QuantizationError: no number, or one outside of 0..1.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise QuantizationError(f"alpha is a share in 0..1, got {alpha!r}")
 
 
 def _largest_activations(

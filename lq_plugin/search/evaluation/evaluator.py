@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lq_plugin.callbacks import PTQ
-from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.callbacks.trainer.traces import KeepState, SilentLogger
 from lq_plugin.errors import CalibrationError, PlanError
 from lq_plugin.intent.formats import SLOTS
@@ -33,6 +32,7 @@ from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.measure.cost import Cost, plan_cost
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.survey import Survey
+from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.evaluation.calibration import Calibration, FloatRecording

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lq_plugin.callbacks import QAT
-from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.intent.plan import LayerPlan, QuantPlan
+from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.calibration import LearnedRounding
 from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator, logged
 from lq_plugin.search.evaluation.setup_once import without_memory

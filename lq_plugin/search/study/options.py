@@ -13,9 +13,9 @@ from optuna.storages import BaseStorage
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from lq_plugin.callbacks.phases import check_phases, names_and_options
 from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.export.options import LatencyOptions
+from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import COSTS, LATENCY
 from lq_plugin.search.evaluation.levels import Level, level_faults, margin_faults, parse_levels
 from lq_plugin.search.sensitivity.measure import AUTO, MEASURES
