@@ -25,6 +25,7 @@ $(READY): pyproject.toml setup.py
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 test: check
