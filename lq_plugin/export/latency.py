@@ -96,7 +96,7 @@ def pair(plan: LayerPlan) -> str:
 def _weight_kind(spec: QuantSpec | None) -> str:
     if spec is None:
         return _FLOAT
-    if spec.format_name != "int":
+    if not spec.is_uniform:
         return spec.format_name
     bits = next(bits for bits in (2, 4, 8, 16) if spec.bit_width <= bits)
     group = spec.granularity

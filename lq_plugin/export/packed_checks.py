@@ -137,7 +137,7 @@ class PackedModel:
                 values = self.file.read(place)
                 if not values.isfinite().all():
                     yield f"{name}.weight, {key}: NaN or Inf"
-                elif spec.format_name == "int" and not (values > 0).all():
+                elif spec.is_uniform and not (values > 0).all():
                     yield f"{name}.weight, {key}: scales of 0 or less"
         if not any_code_is_finite(spec):
             try:

@@ -105,7 +105,7 @@ def why_not(layer: QuantizedLayer) -> str | None:
         return "it has no range yet: calibrate it"
     spec = weight.spec
     if (
-        spec.format != "int"
+        not spec.is_uniform
         or spec.bit_width > 8
         or spec.grid.affine
         or not isinstance(spec.granularity, (PerChannel, PerTensor))
@@ -113,7 +113,7 @@ def why_not(layer: QuantizedLayer) -> str | None:
         return f"its weight is '{spec}', not a symmetric integer of at most 8 bits per channel or per tensor"
     if inputs is not None:
         spec = inputs.spec
-        if spec.format != "int" or spec.bit_width != 8 or not isinstance(spec.granularity, PerTensor):
+        if not spec.is_uniform or spec.bit_width != 8 or not isinstance(spec.granularity, PerTensor):
             return f"its input is '{spec}', not an integer of 8 bits per tensor"
         if spec.grid.quant_max == 127 and spec.grid.quant_min != -128:
             return f"its input is '{spec}' and stops at {spec.grid.quant_min}, torchao's at -128"

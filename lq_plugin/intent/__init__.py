@@ -1,1 +1,3 @@
-"""What is wanted of a model, as plain values: specs, plans and schedules. Nothing here imports torch."""
+"""Specs, plans and schedules: what a user asks for, as plain values. Nothing here imports torch."""
+
+from lq_plugin.intent import builtin_formats  # noqa: F401 - importing declares them

@@ -92,7 +92,7 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
             f"{layer.name}: input 'xnor' scales the output of plain Linear and Conv layers without groups, got "
             f"{layer.types[0]}"
         )
-    if isinstance(group := spec.granularity, PerGroup) and not spec.kind.fixed:
+    if isinstance(group := spec.granularity, PerGroup) and "granularity" in spec.kind.choices:
         if group.scale_bits is None or group.coarse != "tensor":
             faults.append(
                 f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4"

@@ -18,32 +18,30 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from lq_plugin.errors import SpecError, did_you_mean, raise_all
+from lq_plugin.intent.builtin_formats import MX_ELEMENTS
 from lq_plugin.intent.formats import (
-    ALIASES,
+    FLAGS,
     FORMATS,
     GRADIENTS,
-    LEARNED_FORMATS,
-    LEARNED_RANGES,
     MAX_BIT_WIDTH,
-    MX_FORMATS,
-    RANGES,
     ROUNDINGS,
     Format,
     IntegerGrid,
+    format_spellings,
     gradient_fault,
-    name_fault,
-    range_fault,
     rounding_fault,
+    spelled_format,
 )
 from lq_plugin.intent.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from lq_plugin.intent.ranges import LEARNED_RANGES, RANGES, name_fault, range_fault
 
 __all__ = ["MX_FORMATS", "RANGES", "Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
 
-_INT_TOKEN = re.compile(r"(?P<unsigned>u?)int(?P<bits>\d{1,9})$")
-_BITS_TOKEN = re.compile(r"(?P<name>kmeans)(?P<bits>\d{1,9})(:(?P<option>.+))?$")
+#: MX formats: integer mantissas under shared exponents.
+MX_FORMATS = tuple(MX_ELEMENTS)
 _GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
 _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
 
@@ -84,12 +82,6 @@ class QuantSpec:
     rounding: str = "nearest"
     gradient: str = "clipped"
 
-    _FLAGS: ClassVar[dict[str, str]] = {
-        "affine": "a zero point",
-        "narrow": "symmetric levels",
-        "ragged": "a shorter last group",
-    }
-
     def __post_init__(self) -> None:
         if not isinstance(self.format, str) or self.format_name not in FORMATS:
             raise_all(SpecError, "impossible QuantSpec", [name_fault("format", str(self.format), FORMATS)])
@@ -104,8 +96,7 @@ class QuantSpec:
         if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
             faults.append(f"bit_width must be an int, got {self.bit_width!r}")
         elif self.bit_width not in kind.bit_widths:
-            ends = dict.fromkeys((kind.bit_widths[0], kind.bit_widths[-1]))
-            faults.append(f"bit_width must be {'..'.join(map(str, ends))}, got {self.bit_width}")
+            faults.append(f"bit_width must be {_listed(kind.bit_widths)}, got {self.bit_width}")
         elif self.bit_width == 1 and self.signed and self.narrow_range:
             faults.append("int1 with narrow_range has the single level 0; use int1, uint1 or at least int2 narrow")
         if self.narrow_range and not self.signed:
@@ -121,25 +112,24 @@ class QuantSpec:
         raise_all(SpecError, "impossible QuantSpec", faults)
 
     def _fill_in(self, kind: Format) -> list[str]:
-        """Set what the format decides; what it leaves no choice of is a fault."""
+        """Sets the fields that the format decides; returns a fault for each that it leaves no choice of."""
         faults = []
-        width = 8 if len(kind.bit_widths) > 1 else kind.bit_widths[0]
-        own: dict[str, Any] = {"bit_width": width, "granularity": kind.granularity}
-        for name, value in own.items():
+        width = 8 if 8 in kind.bit_widths else kind.bit_widths[-1]
+        fixed: dict[str, Any] = {"bit_width": width, "granularity": kind.granularity}
+        for name, value in fixed.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.format_name != "int":
-            object.__setattr__(self, "narrow_range", self.narrow_range or kind.sign_magnitude)
-            own |= {"signed": True, "affine": False, "range": "minmax", "narrow_range": kind.sign_magnitude}
-            free = set() if kind.fixed else {"granularity"}
-            free |= {"bit_width"} if len(kind.bit_widths) > 1 else set()
-            wrong = [name for name in own if name not in free and getattr(self, name) != own[name]]
-            faults += [f"{self.format} has no choice of {name}, got {getattr(self, name)}" for name in wrong]
-            group = self.granularity
-            if not kind.groups and isinstance(group, PerGroup):
+        object.__setattr__(self, "narrow_range", self.narrow_range or kind.sign_magnitude)
+        fixed |= {"signed": True, "affine": False, "range": "minmax", "narrow_range": kind.sign_magnitude}
+        free = {*kind.choices, *(["bit_width"] if kind.spells_bits else [])}
+        wrong = [name for name in fixed if name not in free and getattr(self, name) != fixed[name]]
+        faults += [f"{self.format} has no choice of {name}, got {getattr(self, name)}" for name in wrong]
+        group = self.granularity
+        if isinstance(group, PerGroup) and "granularity" in kind.choices:
+            if not kind.groups:
                 faults.append(f"{self.format} is per_tensor or per_channel, got {group}")
-            elif not kind.fixed and isinstance(group, PerGroup) and group.scale_bits is not None:
-                faults.append(f"{self.format} has float scales, got integer ones: {group}")
+            elif group.scale_bits is not None and not self.has_free_scales:
+                faults.append(f"{self.format} has scales of its own, got integer ones: {group}")
         return faults
 
     def _rounding_faults(self, kind: Format) -> list[str]:
@@ -149,7 +139,7 @@ class QuantSpec:
             str(self.gradient), kind, self.format
         ):
             faults.append(fault)
-        elif self.stochastic and self.gradient != "clipped" and self.format_name == "int":
+        elif self.stochastic and self.gradient != "clipped" and self.is_uniform:
             faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
         elif learned and (self.gradient != "clipped" or self.stochastic):
             faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
@@ -157,7 +147,7 @@ class QuantSpec:
             faults.append(
                 "sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'"
             )
-        if self.format_name == "sign" and self.stochastic and any(map(self.kind._is_number, self.format_options)):
+        if self.format_name == "sign" and self.stochastic and any(map(self.kind.is_number, self.format_options)):
             faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
         return faults
 
@@ -181,6 +171,8 @@ class QuantSpec:
             return [fault]
         faults = []
         name = self.range_name
+        if name in LEARNED_RANGES and "range" in self.kind.choices and not self.has_free_scales:
+            faults.append(f"range {self.range!r} learns float scales, {self.format} has scales of its own")
         if name == "pact" and (self.signed or self.affine):
             faults.append(
                 "range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine"
@@ -196,37 +188,47 @@ class QuantSpec:
 
     @property
     def format_options(self) -> tuple[str, ...]:
-        """The words behind the format's colon."""
+        """The words after the format's colon."""
         return tuple(filter(None, self.format.split(":")[1:]))
 
     @property
     def kind(self) -> Format:
-        """What is known of the format."""
+        """The declaration of the format."""
         return FORMATS[self.format_name]
 
     @property
+    def is_uniform(self) -> bool:
+        """True if values are `(level - zero_point) · scale` on the levels of `grid`, with an estimated range."""
+        return self.kind.uniform
+
+    @property
+    def has_free_scales(self) -> bool:
+        """True if any float number may be a scale, so that the optimizer may train it."""
+        return self.kind.uniform and self.kind.scale_bits is None
+
+    @property
     def has_grid(self) -> bool:
-        """Whether the levels are those of an `IntegerGrid`, times a scale."""
-        return self.format_name == "int" or self.kind.sign_magnitude
+        """True if the levels are those of an `IntegerGrid`, times a scale."""
+        return self.kind.uniform or self.kind.sign_magnitude
 
     @property
     def threshold(self) -> float:
-        """Number among the format's options: from where on binarization gives +1; 0 where none is written."""
+        """The smallest value that is binarized to +1: the number among the format's options, else 0."""
         return next((float(word) for word in self.format_options if word not in sum(self.kind.options, ())), 0.0)
 
     @property
     def lacks_a_side(self) -> bool:
-        """Whether its levels are all on one side of zero (`uint8`, `int1`), with no zero point to move them."""
+        """True if all levels are on one side of zero (`uint8`, `int1`), with no zero point to move them."""
         return self.has_grid and not self.affine and (not self.signed or self.grid.quant_max <= 0)
 
     @property
     def stochastic(self) -> bool:
-        """Whether values are rounded at random in training."""
+        """True if values are rounded at random in training."""
         return self.rounding.startswith("stochastic")
 
     @property
     def seed(self) -> int:
-        """Of stochastic rounding."""
+        """The seed of stochastic rounding, 0 unless the spec has one."""
         return int(self.rounding.partition(":")[2] or 0)
 
     @property
@@ -236,26 +238,28 @@ class QuantSpec:
 
     @property
     def range_option(self) -> str | None:
-        """What stands behind the colon, or None."""
+        """The text after the range's colon, or None."""
         return self.range.partition(":")[2] or None
 
     @property
     def learned(self) -> bool:
-        """Whether the optimizer trains the range or the levels."""
-        return self.range_name in LEARNED_RANGES or self.format_name in LEARNED_FORMATS
+        """True if the optimizer trains the range or the levels."""
+        return self.range_name in LEARNED_RANGES or self.kind.learned
 
     @property
     def grid(self) -> IntegerGrid:
         """The integer levels of this spec.
 
         Raises:
-            SpecError: for a format whose levels are no whole numbers times a scale.
+            SpecError: for a format whose levels are not integers times a scale.
 
         >>> QuantSpec.parse("uint4").grid.quant_max
         15
         """
         if not self.has_grid:
             raise SpecError(f"{self} has no integer grid")
+        if self.kind.grid is not None:
+            return self.kind.grid(self)
         if not self.signed:
             return IntegerGrid(0, 2**self.bit_width - 1, self.affine)
         half = 2 ** (self.bit_width - 1)
@@ -301,10 +305,10 @@ class QuantSpec:
             chosen[key] = value
 
         for word in words:
-            if match := _INT_TOKEN.match(word):
-                choose("format", "int", word)
-                chosen["bit_width"] = int(match["bits"])
-                chosen["signed"] = not match["unsigned"]
+            head, colon, options = word.partition(":")
+            if spelled := spelled_format(head):
+                choose("format", spelled[0] + colon + options, word)
+                chosen |= spelled[1]
             elif match := _GROUP_TOKEN.match(word):
                 scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
                 choose(
@@ -312,14 +316,6 @@ class QuantSpec:
                 )
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
-            elif match := _BITS_TOKEN.match(word):
-                choose("format", f"{match['name']}:{match['option']}" if match["option"] else match["name"], word)
-                chosen["bit_width"] = int(match["bits"])
-            elif (name := ALIASES.get(word.partition(":")[0], word.partition(":")[0])) in FORMATS and name not in (
-                "int",
-                "kmeans",
-            ):
-                choose("format", ":".join([name, *word.split(":")[1:]]), word)
             elif word == "per_tensor":
                 choose("granularity", PerTensor(), word)
             elif word == "affine":
@@ -328,20 +324,16 @@ class QuantSpec:
                 choose("narrow_range", True, word)
             elif word == "ragged":
                 ragged = True
-            elif word.partition(":")[0] in RANGES:
+            elif head in RANGES:
                 choose("range", word, word)
-            elif word.partition(":")[0] in ROUNDINGS:
+            elif head in ROUNDINGS:
                 choose("rounding", word, word)
             elif word in GRADIENTS:
                 choose("gradient", word, word)
             else:
-                formats = [
-                    "int8",
-                    "uint8",
-                    "kmeans2",
-                    *(name for name in (*FORMATS, *ALIASES) if name not in ("int", "kmeans")),
-                ]
-                known = [*formats, "per_tensor", "per_channel", "group16", *cls._FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS]
+                known = [
+                    *format_spellings(), "per_tensor", "per_channel", "group16", *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS
+                ]  # fmt: skip
                 faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
         if "format" not in chosen and not faults:
             faults.append("no format; start with int4, uint8, ...")
@@ -371,11 +363,8 @@ class QuantSpec:
         return cls(**chosen)
 
     def __str__(self) -> str:
-        if self.format_name == "int":
-            words = [f"{'' if self.signed else 'u'}int{self.bit_width}"]
-        else:
-            bits = str(self.bit_width) if len(self.kind.bit_widths) > 1 else ""
-            words = [":".join([self.format_name + bits, *self.format_options])]
+        unsigned, bits = "" if self.signed else "u", str(self.bit_width) if self.kind.spells_bits else ""
+        words = [":".join([unsigned + self.format_name + bits, *self.format_options])]
         if self.granularity != self.kind.granularity:
             words.append(str(self.granularity))
         words += ["affine"] * self.affine + ["narrow"] * (self.narrow_range and not self.kind.sign_magnitude)
@@ -385,3 +374,11 @@ class QuantSpec:
 
     def __repr__(self) -> str:
         return f"QuantSpec({str(self)!r})"
+
+
+def _listed(widths: tuple[int, ...]) -> str:
+    """Returns bit-widths for a message: `4`, `1..16`, or `one of 2, 4, 8`."""
+    low, high = widths[0], widths[-1]
+    if widths == tuple(range(low, high + 1)):
+        return str(low) if low == high else f"{low}..{high}"
+    return f"one of {', '.join(map(str, widths))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,18 +12,19 @@ from lq_plugin.functional.affine import (
     fake_quantize,
     fake_quantize_observed,
     observe,
-    qparams_from_bounds,
 )
+from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.spec import IntegerGrid, PerChannel, QuantSpec
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
 from lq_plugin.quantizers.shared_input import SharedInput
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.ranges.histogram import MAX_SAMPLES
-from lq_plugin.ranges.registry import COUNT_ALL
 
 DEFAULT_MOMENTUM = 0.99
 #: Batches that a calibration stands for in the ramp of an average: the next one then has a weight of 0.09.
 CALIBRATED = 90
+#: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
+_IN_KERNELS = ("qparams", "quantize_values")
 
 
 class ActivationQuantizer(Quantizer):
@@ -54,6 +55,12 @@ class ActivationQuantizer(Quantizer):
     batches: Tensor
     batch_min: Tensor
     batch_max: Tensor
+    #: Whether kernels that observe and round in one pass may stand for its methods.
+    takes_kernels: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.takes_kernels = all(getattr(cls, name) is getattr(ActivationQuantizer, name) for name in _IN_KERNELS)
 
     def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
         super().__init__(spec, name)
@@ -109,7 +116,7 @@ class ActivationQuantizer(Quantizer):
 
     def new_collector(self) -> Histogram:
         """Empty statistics for one calibration."""
-        at_most = None if self.spec.range_name in COUNT_ALL else MAX_SAMPLES
+        at_most = None if range_kind(self.spec.range_name).count_all else MAX_SAMPLES
         return Histogram(rows=self.channels, max_samples=at_most, device=self.calibrated.device, name=self.name)
 
     def collect(self, x: Tensor) -> None:
@@ -137,7 +144,7 @@ class ActivationQuantizer(Quantizer):
         self.set_calibrated()
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
-        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        scale, zero_point = self.bounds_to_qparams(minimum, maximum)
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -196,7 +203,7 @@ class ActivationQuantizer(Quantizer):
 
     def _is_plain(self) -> bool:
         """Whether a forward pass is `fake_quantize` with one scale and nothing else."""
-        plain = type(self).quantize_values is ActivationQuantizer.quantize_values and not self.per_channel
+        plain = self.takes_kernels and not self.per_channel
         return plain and self.rounds_to_nearest and self.collector is None and not self.starts and not self.is_suspended
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:

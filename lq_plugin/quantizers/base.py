@@ -27,7 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize, fake_quantize_identity
+from lq_plugin.functional.affine import (
+    bounds_from_qparams,
+    fake_quantize,
+    fake_quantize_identity,
+    qparams_from_bounds,
+)
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
 from lq_plugin.intent.schedule import Moment
@@ -109,6 +114,10 @@ class Quantizer(nn.Module):
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point now in force, of the shape that broadcasts against the blocks of the tensor."""
         raise NotImplementedError
+
+    def bounds_to_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for clipping bounds, of their shape; a format with scales of its own overrides this."""
+        return qparams_from_bounds(minimum, maximum, self.spec.grid)
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         """Outermost levels and their step, broadcastable against the blocks `x` of the tensor; None where they follow

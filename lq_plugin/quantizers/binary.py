@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lq_plugin.functional.binary_connect import LATENT_BOUND, sign
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.xnor_net import binary_weight, filter_scale
+from lq_plugin.intent.formats import FORMATS
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.base import Levels
+from lq_plugin.quantizers.integer import onnx_scale
+from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.weight import WeightQuantizer
 
 
@@ -84,3 +90,41 @@ class XNORActivationQuantizer(SignActivationQuantizer):
     `QuantizedLayer.output_scale`)."""
 
     scales_output = True
+
+
+def _fault(spec: QuantSpec) -> str | None:
+    floats = "float_eval" in spec.format_options
+    return "it is evaluated with float weights, there is nothing to store" if floats else None
+
+
+def _scale(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
+    return (quantizer.qparams(w)[0],)
+
+
+def _encode(quantizer: WeightQuantizer, w: Tensor, *scale: Tensor) -> Parts:
+    codes = {"codes": Part((w >= quantizer.spec.threshold).to(torch.int32), 1)}
+    return codes | {"scale": Part(scale[0])} if scale else codes
+
+
+def _decode(spec: QuantSpec, parts: Values) -> Tensor:
+    return (2.0 * parts["codes"] - 1.0) * parts.get("scale", torch.ones(()))
+
+
+def _container(spec: QuantSpec, values: Values) -> Container:
+    scale, block = onnx_scale(spec, values.get("scale", torch.ones(1)))
+    return Container(2 * values["codes"] - 1, 2, True, scale, block=block)
+
+
+_SIGNS = Storage(_encode, _decode, fault=_fault, finite_codes=True)
+register_format(
+    "sign",
+    FORMATS["sign"],
+    weight=SignWeightQuantizer,
+    activation=SignActivationQuantizer,
+    storage=_SIGNS,
+    onnx=_container,
+)
+register_format("xnor", FORMATS["xnor"], activation=XNORActivationQuantizer)
+register_format(
+    "bwn", FORMATS["bwn"], weight=BWNWeightQuantizer, storage=replace(_SIGNS, statistics=_scale), onnx=_container
+)

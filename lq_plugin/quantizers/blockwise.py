@@ -11,14 +11,20 @@ from lq_plugin.functional.affine import extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows
-from lq_plugin.functional.minifloat import E2M1, Minifloat
+from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, round_to_minifloat
 from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
-from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale
+from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale, power_of_two
+from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels
+from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer
+
+#: Factors that make integers of the elements: ONNX has no small floating point types with blocks. The values of an
+#: MXFP8 element would need 18 bits.
+_FACTORS = {"mxint8": 64, "mxfp4": 2, "mxfp6_e2m3": 8, "mxfp6_e3m2": 16}
 
 
 def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
@@ -137,3 +143,94 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():
             self.scale.copy_(nvfp4_tensor_scale(torch.maximum(-minimum, maximum)))
+
+
+def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    element, mode = element_and_mode(quantizer.spec)
+    scale = mx_scale(w, element, mode)
+    codes = _minifloat_codes(w * scale.reciprocal(), element)
+    return {"codes": Part(codes, element.bit_width), "exponent": Part(torch.frexp(scale).exponent + 126, 8)}
+
+
+def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
+    return _minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
+
+
+def _ocp_container(spec: QuantSpec, values: Values) -> Container:
+    name = spec.format_name
+    scale = power_of_two(values["exponent"] - 127).squeeze(2) / _FACTORS[name]
+    q = _as_integers(values["codes"], ELEMENTS[name].values(), _FACTORS[name])
+    return Container(q, 16 if name == "mxfp6_e3m2" else 8, True, scale, block=32)
+
+
+def _no_ocp_container(spec: QuantSpec, channels: int) -> str | None:
+    if spec.format_name in _FACTORS:
+        return None
+    return "ONNX has no integers of 16 bits that hold its values; use the packed file, or another format"
+
+
+def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
+    return (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin())).reshape(1),)
+
+
+def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
+    block, _ = nvfp4_scales(w, tensor_scale)
+    codes = _minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
+    return {
+        "codes": Part(codes, 4),
+        "scale": Part(_minifloat_codes(block, E4M3), 8),
+        "tensor_scale": Part(tensor_scale),
+    }
+
+
+def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
+    return _minifloat_values(parts["codes"], E2M1) * (_minifloat_values(parts["scale"], E4M3) * parts["tensor_scale"])
+
+
+def _nvfp4_container(spec: QuantSpec, values: Values) -> Container:
+    scale = E4M3.values()[values["scale"].long()].squeeze(2) * values["tensor_scale"] / 2
+    return Container(_as_integers(values["codes"], E2M1.values(), 2), 8, True, scale, block=16)
+
+
+def _minifloat_codes(x: Tensor, fmt: Minifloat) -> Tensor:
+    """Returns sign in the highest bit, index of the magnitude below: the bits of the format itself."""
+    value = round_to_minifloat(x, fmt)
+    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous())
+    return (index + (value.signbit() << (fmt.bit_width - 1))).to(torch.int32)
+
+
+def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
+    half = 1 << (fmt.bit_width - 1)
+    magnitude = fmt.values().to(codes.device)[codes.long() % half]
+    return torch.where(codes >= half, -magnitude, magnitude)
+
+
+def _as_integers(codes: Tensor, magnitudes: Tensor, factor: int) -> Tensor:
+    """Returns the values of codes times a factor that makes integers of them, int32."""
+    half = len(magnitudes)
+    # A format whose largest codes are no values (E4M3's NaN) has fewer magnitudes than codes.
+    while half & (half - 1):
+        half += 1
+    value = (magnitudes * factor).round().to(torch.int32)[codes.long() % half]
+    return torch.where(codes >= half, -value, value)
+
+
+for _name in ELEMENTS:
+    register_format(
+        _name,
+        FORMATS[_name],
+        weight=OCPWeightQuantizer,
+        activation=OCPActivationQuantizer,
+        storage=Storage(_encode_ocp, _decode_ocp),
+        onnx=_ocp_container,
+        onnx_fault=_no_ocp_container,
+        default_options="floor",
+    )
+register_format(
+    "nvfp4",
+    FORMATS["nvfp4"],
+    weight=NVFP4WeightQuantizer,
+    activation=NVFP4ActivationQuantizer,
+    storage=Storage(_encode_nvfp4, _decode_nvfp4, _nvfp4_statistics),
+    onnx=_nvfp4_container,
+)

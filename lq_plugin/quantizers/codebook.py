@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
 from lq_plugin.functional.grouping import to_rows
-from lq_plugin.intent.formats import CODEBOOK_METHODS
+from lq_plugin.intent.builtin_formats import CODEBOOK_METHODS
+from lq_plugin.intent.formats import FORMATS
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers.base import Levels, float32
+from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
+from lq_plugin.quantizers.ternary import no_table
 from lq_plugin.quantizers.weight import WeightQuantizer
 from lq_plugin.ranges import Sample
 
@@ -81,3 +85,31 @@ class CodebookWeightQuantizer(WeightQuantizer):
 
     def load_sample(self, sample: Sample) -> None:
         self.set_calibrated()
+
+
+def _statistics(quantizer: CodebookWeightQuantizer, w: Tensor) -> Statistics:
+    return quantizer.indices.view(w.shape), quantizer.centroids.detach()
+
+
+def _encode(quantizer: CodebookWeightQuantizer, w: Tensor, indices: Tensor, centroids: Tensor) -> Parts:
+    return {"codes": Part(indices.to(torch.int32), quantizer.spec.bit_width), "centroids": Part(centroids)}
+
+
+def _decode(spec: QuantSpec, parts: Values) -> Tensor:
+    centroids, codes = parts["centroids"], parts["codes"]
+    return centroids.gather(1, codes.reshape(len(centroids), -1).long()).reshape(codes.shape)
+
+
+def _container(spec: QuantSpec, values: Values) -> Container:
+    return Container(values["codes"], 8, False, table=values["centroids"][0])
+
+
+register_format(
+    "kmeans",
+    FORMATS["kmeans"],
+    weight=CodebookWeightQuantizer,
+    storage=Storage(_encode, _decode, _statistics, finite_codes=True),
+    onnx=_container,
+    onnx_fault=no_table,
+    default_options="exact:mean:fixed",
+)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.affine import quantize
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule
 from lq_plugin.functional.lookup import Reading, read_rows
-from lq_plugin.functional.mx import mx_step
+from lq_plugin.functional.mx import mx_exponents, mx_step, step_of
+from lq_plugin.intent.formats import FORMATS
+from lq_plugin.intent.spec import MX_FORMATS, QuantSpec
 from lq_plugin.native.kernels import BlockRule
+from lq_plugin.quantizers.registry import Container, Part, Parts, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer
 
@@ -47,3 +51,34 @@ class MXActivationQuantizer(VectorActivationQuantizer):
 
     def levels(self, x: Tensor | None = None) -> None:
         return None
+
+
+def _encode(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+    m = quantizer.spec.bit_width - 1
+    exponent, shift = mx_exponents(w)
+    codes = quantize(w, step_of(exponent, shift, m), torch.zeros(()), quantizer.spec.grid) + 2**m - 1
+    return {"codes": Part(codes, m + 1), "exponent": Part(exponent + 127, 8), "shift": Part(shift, 1)}
+
+
+def _decode(spec: QuantSpec, parts: Values) -> Tensor:
+    m = spec.bit_width - 1
+    return (parts["codes"] - 2**m + 1) * step_of(parts["exponent"] - 127, parts["shift"], m)
+
+
+def _container(spec: QuantSpec, values: Values) -> Container:
+    """Returns the levels as INT4 or INT8 in blocks of 2, the elements that share a microexponent."""
+    m, codes = spec.bit_width - 1, values["codes"]
+    steps = step_of(values["exponent"] - 127, values["shift"], m)[:, :, ::2].flatten(1, 2)
+    pairs = -(-codes.shape[1] // 2)
+    return Container(codes - 2**m + 1, 4 if m < 4 else 8, True, steps[:, :pairs], block=2)
+
+
+for _name in MX_FORMATS:
+    register_format(
+        _name,
+        FORMATS[_name],
+        weight=MXWeightQuantizer,
+        activation=MXActivationQuantizer,
+        storage=Storage(_encode, _decode),
+        onnx=_container,
+    )

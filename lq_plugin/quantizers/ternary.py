@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from lq_plugin.functional import ttq, twn
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, reduced_dims, to_rows, unblocks
+from lq_plugin.functional.twn import ternary_signs
+from lq_plugin.intent.formats import FORMATS
+from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
 from lq_plugin.quantizers.base import Levels, float32
+from lq_plugin.quantizers.integer import onnx_scale
+from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.weight import WeightQuantizer
 from lq_plugin.ranges import Sample
 
@@ -93,3 +98,63 @@ class TTQWeightQuantizer(WeightQuantizer):
 
     def load_sample(self, sample: Sample) -> None:
         self.set_calibrated()
+
+
+def _encode_twn(quantizer: TWNWeightQuantizer, w: Tensor, threshold: Tensor, scale: Tensor) -> Parts:
+    return {"codes": Part(ternary_signs(w, threshold).to(torch.int32) + 1, 2), "scale": Part(scale)}
+
+
+def _decode_twn(spec: QuantSpec, parts: Values) -> Tensor:
+    return (parts["codes"] - 1) * parts["scale"]
+
+
+def _twn_container(spec: QuantSpec, values: Values) -> Container:
+    scale, block = onnx_scale(spec, values["scale"])
+    return Container(values["codes"] - 1, 2, True, scale, block=block)
+
+
+def _ttq_statistics(quantizer: TTQWeightQuantizer, w: Tensor) -> Statistics:
+    return quantizer.threshold(w), *quantizer.scales()
+
+
+def _encode_ttq(
+    quantizer: TTQWeightQuantizer, w: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor
+) -> Parts:
+    codes = ternary_signs(w, threshold).to(torch.int32) + 1
+    return {"codes": Part(codes, 2), "positive": Part(positive), "negative": Part(negative)}
+
+
+def _decode_ttq(spec: QuantSpec, parts: Values) -> Tensor:
+    signs = parts["codes"] - 1
+    return torch.where(signs > 0, parts["positive"], torch.where(signs < 0, -parts["negative"], 0.0))
+
+
+def _ttq_container(spec: QuantSpec, values: Values) -> Container:
+    table = torch.cat([-values["negative"].reshape(1), torch.zeros(1), values["positive"].reshape(1)])
+    return Container(values["codes"], 8, False, table=table)
+
+
+def no_table(spec: QuantSpec, channels: int) -> str | None:
+    """Returns the reason why ONNX cannot hold a weight of several tables, or None where it has one."""
+    if isinstance(spec.granularity, PerTensor) or (channels == 1 and isinstance(spec.granularity, PerChannel)):
+        return None
+    return "ONNX has no tables for single channels; use the packed file, or another format"
+
+
+register_format(
+    "twn",
+    FORMATS["twn"],
+    weight=TWNWeightQuantizer,
+    storage=Storage(_encode_twn, _decode_twn, lambda quantizer, w: quantizer.threshold_and_scale(w)),
+    onnx=_twn_container,
+    default_options=f"{twn.THRESHOLD:g}",
+)
+register_format(
+    "ttq",
+    FORMATS["ttq"],
+    weight=TTQWeightQuantizer,
+    storage=Storage(_encode_ttq, _decode_ttq, _ttq_statistics),
+    onnx=_ttq_container,
+    onnx_fault=no_table,
+    default_options=f"{ttq.THRESHOLD:g}",
+)

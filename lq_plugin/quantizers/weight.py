@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from lq_plugin.ranges.estimators.mse import best_multiples
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
+#: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
+_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams")
 
 
 class WeightQuantizer(Quantizer):
@@ -53,6 +55,12 @@ class WeightQuantizer(Quantizer):
     fixed: Tensor
     #: The weight itself is kept in ±this while it is trained, where a format asks for it.
     latent_bound: float | None = None
+    #: Whether kernels that find the range and round in one pass may stand for its methods.
+    takes_kernels: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.takes_kernels = all(getattr(cls, name) is getattr(WeightQuantizer, name) for name in _IN_KERNELS)
 
     def __init__(self, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(spec, name)
@@ -62,9 +70,7 @@ class WeightQuantizer(Quantizer):
         self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
-        # A subclass that finds its qparams in its own way takes them from there.
-        plain = type(self).qparams is WeightQuantizer.qparams
-        self._from_extremes = plain and self.live and self._rounds_to_nearest and spec.has_grid
+        self._from_extremes = self.takes_kernels and self.live and self._rounds_to_nearest and spec.has_grid
         self._grid = cast(IntegerGrid, spec.grid if spec.has_grid else None)
         self.scale_shape = scale_shape(self.shape, spec.granularity)
         self.needs_calibration = not self.live
@@ -121,7 +127,7 @@ class WeightQuantizer(Quantizer):
     def _from_bounds(self, minimum: Tensor, maximum: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures
         integer scales."""
-        scale, zero_point = qparams_from_bounds(minimum, maximum, self.spec.grid)
+        scale, zero_point = self.bounds_to_qparams(minimum, maximum)
         group = self.spec.granularity
         if isinstance(group, PerGroup) and group.scale_bits is not None:
             coarse = coarse_scale(scale, group.scale_bits, group.coarse == "channel")
@@ -170,11 +176,8 @@ class WeightQuantizer(Quantizer):
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
 
     def _rows_are_independent(self) -> bool:
-        plain = (
-            type(self).quantize_values is WeightQuantizer.quantize_values
-            and type(self).qparams is WeightQuantizer.qparams
-        )
-        return plain and has_row_scales(self.spec.granularity) and not (self.spec.stochastic and self.training)
+        drawn = self.spec.stochastic and self.training
+        return self.takes_kernels and has_row_scales(self.spec.granularity) and not drawn
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
         """`quantize_values(weight)[index]`, of the rows that are read alone; where `takes_rows` says so.

@@ -60,7 +60,7 @@ def flow(
 
 
 def _quantizer(module: Any, slot: str, spec: QuantSpec, plan: LayerPlan, column: int, row: int) -> Node:
-    own = "the gradient of its format" if spec.format_name != "int" else GRADIENTS[spec.gradient]
+    own = "the gradient of its format" if not spec.is_uniform else GRADIENTS[spec.gradient]
     details = [f"STE: {own}" + ("; its range is trained" if spec.learned else "")]
     stages = plan.stages_of(slot)
     if len(stages) > 1:

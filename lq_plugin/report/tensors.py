@@ -51,7 +51,7 @@ def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorVi
         return None
     weight = original(layer, before)
     spec: QuantSpec = quantizer.spec
-    if spec.format_name == "int" and not isinstance(spec.granularity, PerGroup):
+    if spec.is_uniform and not isinstance(spec.granularity, PerGroup):
         grouped = blocks(type(layer).canonical(layer, layer.weight).detach().float(), spec.granularity)
         scale, zero_point = (value.detach().float().cpu().reshape(-1) for value in quantizer.qparams(grouped))
         row = int(weight.flatten(1).abs().amax(1).argmax()) if len(scale) > 1 else 0

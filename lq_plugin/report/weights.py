@@ -77,7 +77,7 @@ def _granularities(layer: QuantizedLayer, weight: Tensor, learned: bool) -> tupl
     better.
     """
     quantizer = in_force(layer)
-    if quantizer is None or quantizer.spec.format_name != "int" or quantizer.spec.learned:
+    if quantizer is None or not quantizer.spec.is_uniform or quantizer.spec.learned:
         return None, {}
     spec: QuantSpec = quantizer.spec
     ratios: dict[str, float] = {} if learned else {str(spec.granularity): digits(sqnr_db(weight, quantized(layer)))}
@@ -132,7 +132,7 @@ def rounding(layer: QuantizedLayer, before: Tensor | None, unit: str = "", fit: 
     if fit is not None:
         told = {"unit": unit, "before": digits(fit.before), "after": digits(fit.after), "kept": fit.kept}
     quantizer = in_force(layer)
-    if before is None or quantizer is None or quantizer.spec.format_name != "int":
+    if before is None or quantizer is None or not quantizer.spec.is_uniform:
         return Rounding(0, 0, 0, **told) if told else None
     granularity = quantizer.spec.granularity
     now, was = (

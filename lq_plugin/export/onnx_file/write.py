@@ -336,7 +336,7 @@ def _put_operations(
 
 
 def _no_fixed_scale(quantizer: ActivationQuantizer) -> str | None:
-    if quantizer.spec.format_name == "int" and not isinstance(quantizer.spec.granularity, PerGroup):
+    if quantizer.spec.is_uniform and not isinstance(quantizer.spec.granularity, PerGroup):
         return None
     return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
 

@@ -230,7 +230,7 @@ class _GPTQ:
             return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
         if weight_is_computed(layer):
             return COMPUTED
-        if quantizer.spec.format != "int":
+        if not quantizer.spec.is_uniform:
             return f"{quantizer.spec} has no integer levels to choose from"
         if not quantizer.is_enabled:
             return "its weight quantizer is switched off"

@@ -208,7 +208,7 @@ class _Reconstructor:
         assert quantizer is not None
         if weight_is_computed(self.layers[name]):
             return COMPUTED
-        return None if quantizer.spec.format == "int" else f"{quantizer.spec} has no integer levels to choose from"
+        return None if quantizer.spec.is_uniform else f"{quantizer.spec} has no integer levels to choose from"
 
     @contextmanager
     def float_state(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ class SoftRounding(nn.Module):
     Args:
         quantizer: whose qparams and grid hold.
         weight: canonical, `[C_out, C_in, *kernel]`.
-        learn_scale: g is trained, one for each scale; else it is 1. Integer scales (VS-Quant) are never trained.
+        learn_scale: g is trained, one for each scale; else it is 1. Integer scales (VS-Quant) and those of
+            a format of its own are never trained.
     """
 
     def __init__(self, quantizer: WeightQuantizer, weight: Tensor, learn_scale: bool = False) -> None:
@@ -39,8 +40,9 @@ class SoftRounding(nn.Module):
         if mask is not None:
             self.free &= mask.to(w.device)
         self.v = nn.Parameter(inverse_rectified_sigmoid(fraction))
-        integer_scales = isinstance(self.granularity, PerGroup) and self.granularity.scale_bits is not None
-        self.gain = nn.Parameter(torch.ones_like(self.scale)) if learn_scale and not integer_scales else None
+        integers = isinstance(self.granularity, PerGroup) and self.granularity.scale_bits is not None
+        trained = learn_scale and not integers and quantizer.spec.has_free_scales
+        self.gain = nn.Parameter(torch.ones_like(self.scale)) if trained else None
 
     def forward(self, weight: Tensor) -> Tensor:
         return unblocks(self._step() * (self.low + self.span * self.h()), self.shape, self.granularity).to(weight.dtype)

@@ -42,7 +42,7 @@ class SoftUnit:
             quantizer = layer.weight_quantizer
             if (
                 quantizer is not None
-                and quantizer.spec.format == "int"
+                and quantizer.spec.is_uniform
                 and quantizer.is_enabled
                 and not weight_is_computed(layer)
             ):
@@ -52,7 +52,7 @@ class SoftUnit:
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
                 if isinstance(held, ActivationQuantizer) and held.is_enabled:
-                    learn = options.input_learning_rate > 0 and held.spec.format == "int" and held.spec.bit_width < 8
+                    learn = options.input_learning_rate > 0 and held.spec.has_free_scales and held.spec.bit_width < 8
                     self.inputs[name, slot] = SoftInput(held, learn, options.drop, generator)
         self._before = Snapshot(layers, biases)
         self._held: list[tuple[QuantizedLayer, str, Any]] = []

@@ -89,7 +89,7 @@ def by_learned_steps(
         f"{unit.name}: '{choice}' has no step"
         for unit in units
         for choice in unit.choices
-        if isinstance(choice, QuantSpec) and choice.format_name != "int"
+        if isinstance(choice, QuantSpec) and not choice.has_free_scales
     ]
     raise_all(
         QuantizationError, "measure 'learned_step' is for integers; kl, sqnr and loss are for all formats", faults

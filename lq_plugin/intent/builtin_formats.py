@@ -1,0 +1,145 @@
+"""The formats that come with the library, declared; `lq_plugin.quantizers` computes them."""
+
+from __future__ import annotations
+
+from lq_plugin.intent.formats import MAX_BIT_WIDTH, Format, declare_format
+from lq_plugin.intent.granularity import PerChannel, PerGroup
+
+#: Ways to find the exponent of an OCP MX block (`lq_plugin.functional.ocp_mx`).
+MX_SCALE_MODES = ("floor", "rceil", "ceil", "even")
+#: Ways to find the codebook of a tensor (`lq_plugin.functional.codebook`).
+CODEBOOK_METHODS = ("exact", "linear", "quantile", "kmeans++")
+#: MX formats (integer mantissas under shared exponents) by name, with the bits of an element.
+MX_ELEMENTS = {"mx9": 8, "mx6": 5, "mx4": 3}
+#: OCP MX formats by name, with the bits of an element and what it is.
+OCP_ELEMENTS = {
+    "mxfp8_e4m3": (8, "E4M3"),
+    "mxfp8_e5m2": (8, "E5M2"),
+    "mxfp6_e3m2": (6, "E3M2"),
+    "mxfp6_e2m3": (6, "E2M3"),
+    "mxfp4": (4, "E2M1"),
+    "mxint8": (8, "8-bit integer"),
+}
+
+declare_format(
+    "int",
+    Format(
+        "uniform integer levels",
+        tuple(range(1, MAX_BIT_WIDTH + 1)),
+        choices=("granularity", "signed", "affine", "narrow_range", "range"),
+        uniform=True,
+        scale_bits=None,
+        roundings=("nearest", "stochastic"),
+        gradients=("clipped", "mad", "identity"),
+        examples=("int8", "uint8"),
+        defaults=("int4", "/ uint8"),
+    ),
+)
+declare_format(
+    "sign",
+    Format(
+        "-1 and +1 (BinaryConnect, BNN); sign:0.1 sets the threshold, sign:float_eval evaluates with the real-valued "
+        "weights",
+        (1,),
+        choices=(),
+        options=(("float_eval",),),
+        number=("threshold", -1.0, 1.0),
+        roundings=("nearest", "stochastic"),
+        gradients=("clipped", "identity"),
+    ),
+)
+declare_format(
+    "xnor",
+    Format(
+        "sign of an input; the output is multiplied by K, the mean magnitude of each of the input's windows",
+        (1,),
+        choices=(),
+        slots=("input",),
+        defaults=(),
+    ),
+)
+declare_format(
+    "bwn",
+    Format(
+        "sign times the mean magnitude of a filter; bwn:paper takes the paper's gradient",
+        (1,),
+        PerChannel(),
+        scale_bits=32,
+        slots=("weight",),
+        options=(("plain", "paper"),),
+    ),
+)
+declare_format(
+    "twn",
+    Format(
+        "-a, 0, +a with the threshold 0.7 E|w|; twn:0.75 sets the factor, twn:exact finds the optimum",
+        (2,),
+        scale_bits=32,
+        slots=("weight",),
+        options=(("exact",),),
+        number=("threshold", 0.0, 2.0),
+    ),
+)
+declare_format(
+    "ttq",
+    Format(
+        "-Wn, 0, +Wp with learned scales and the threshold 0.05 max|w|; ttq:0.1 sets the factor",
+        (2,),
+        scale_bits=64,
+        slots=("weight",),
+        number=("threshold", 0.0, 0.95),
+        learned=True,
+    ),
+)
+declare_format(
+    "kmeans",
+    Format(
+        "a codebook whose centroids are trained: kmeans2:linear, kmeans4:exact:reassign; sum takes the paper's "
+        "gradient of a centroid",
+        tuple(range(1, 9)),
+        codebook=True,
+        groups=False,
+        slots=("weight",),
+        options=(CODEBOOK_METHODS, ("mean", "sum"), ("fixed", "reassign")),
+        learned=True,
+        examples=("kmeans2",),
+    ),
+)
+for name, bits in MX_ELEMENTS.items():
+    declare_format(
+        name,
+        Format(
+            f"{name[2:]} bits with an exponent for 16 elements and a microexponent for 2",
+            (bits,),
+            PerGroup(16, ragged=True),
+            choices=(),
+            scale_bits=8 + 16 // 2,
+            sign_magnitude=True,
+            defaults=(name,) if name == "mx6" else (),
+        ),
+    )
+for name, (bits, element) in OCP_ELEMENTS.items():
+    declare_format(
+        name,
+        Format(
+            f"OCP MX: {element} elements, a power-of-two scale for 32 of them; mxfp4:rceil sets how the scale is "
+            "rounded",
+            (bits,),
+            PerGroup(32, ragged=True),
+            choices=(),
+            scale_bits=8,
+            options=(MX_SCALE_MODES,),
+            defaults=(name,) if name == "mxfp4" else (),
+        ),
+    )
+declare_format(
+    "nvfp4",
+    Format(
+        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above",
+        (4,),
+        PerGroup(16, True),
+        choices=(),
+        scale_bits=8,
+        tensor_bits=32,
+    ),
+)
