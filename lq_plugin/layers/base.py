@@ -1,4 +1,4 @@
-"""What all quantized layers share: three slots for quantizers, and a way back."""
+"""Base of all quantized layers: three slots for quantizers, and the way back to the float class."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class QuantizedLayer(nn.Module):
 
 
 def scales_output(quantizer: ActivationQuantizer | None) -> bool:
-    """Whether an input is quantized in a way that the output makes up for (XNOR-Net), now."""
+    """Returns whether an input is quantized now in a format that the output makes up for (XNOR-Net)."""
     # Something else may stand in for a quantizer while roundings are learned.
     current = quantizer.current if isinstance(quantizer, Quantizer) else None
     return (
@@ -224,8 +224,10 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
 
 
 def _float_class(layer: QuantizedLayer) -> type[nn.Module]:
-    """The class from before the quantizers, with the parametrizations there are now: they can have come and gone
-    since."""
+    """Returns the float class, with the parametrizations that the layer has now.
+
+    They can have come and gone since the quantizers came in.
+    """
     names, kind = parametrized_names(layer), type(layer).float_class
     known = [name for name, value in kind.__dict__.items() if isinstance(value, property)]
     if not names or ("float_class" in type(layer).__dict__ and set(known) == set(names)):

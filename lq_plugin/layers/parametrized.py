@@ -1,5 +1,4 @@
-"""Layers whose weight is computed: by `torch.nn.utils.parametrize` (weight_norm, spectral_norm, orthogonal, ...), or by
-a hook.
+"""Layers whose weight is computed, by `torch.nn.utils.parametrize` (weight_norm, spectral_norm, ...) or by a hook.
 
 To parametrize a layer, torch derives a class for it alone, `ParametrizedLinear(nn.Linear)`, whose `weight` is a
 property. The quantized class is what torch would have made of the quantized layer: derived from `QuantizedLinear`, with
@@ -15,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-#: What torch puts into a parametrized layer's class, beside one property for each parametrized tensor.
+#: What torch puts into a parametrized layer's class, next to one property for each parametrized tensor.
 _TORCH_METHODS = ("__getstate__", "__deepcopy__")
 #: Why nothing can be written into a weight.
 COMPUTED = (
@@ -43,7 +42,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def weight_is_computed(module: nn.Module) -> bool:
-    """Whether a layer's weight is no tensor of its own, so that nothing can be written into it."""
+    """Returns whether a layer's weight is computed from other tensors, so that nothing can be written into it."""
     by_hook = "weight" in module.__dict__ and "weight" not in module._parameters
     return by_hook or is_parametrized(module, "weight")
 
@@ -63,7 +62,7 @@ def weight_sources(module: nn.Module) -> list[Tensor]:
 
 
 def weight_parts(module: nn.Module) -> list[Tensor]:
-    """`weight_sources` and the buffers that are used beside them."""
+    """Returns `weight_sources` and the buffers that are used with them."""
     if is_parametrized(module, "weight"):
         return [*weight_sources(module), *cast(Any, module).parametrizations["weight"].buffers()]
     buffers = module._buffers.items() if weight_is_computed(module) else ()
@@ -71,8 +70,7 @@ def weight_parts(module: nn.Module) -> list[Tensor]:
 
 
 def parametrized_names(module: nn.Module) -> list[str]:
-    """The tensors of a module that are parametrized, where its class is the one that torch made for them; none
-    otherwise."""
+    """Returns the names of a module's parametrized tensors; none where its class is not the one torch made for them."""
     names = list(cast(nn.ModuleDict, module.parametrizations)) if is_parametrized(module) else []
     return names if all(isinstance(type(module).__dict__.get(name), property) for name in names) else []
 
@@ -87,8 +85,7 @@ def parametrized_class(base: type[nn.Module], module: nn.Module, **content: Any)
 
 
 def shadowable(computed: property) -> property:
-    """The property of a weight, but what stands in the instance's `__dict__` comes first, as it does for a plain
-    parameter."""
+    """Returns a weight's property that gives way to the instance's `__dict__`, as a plain parameter does."""
 
     def weight(self: nn.Module) -> Tensor:
         standing_in = self.__dict__.get("weight")

@@ -1,4 +1,4 @@
-"""Which float layer becomes which quantized layer.
+"""Registry of quantized layers: the quantized class of each float class.
 
 A quantized class inherits its float class, so that `isinstance`, parameters, hooks and the key `weight`
 stay; swapping `module.__class__` in place turns one into the other, and back.
@@ -44,7 +44,7 @@ def register_layer(float_type: type[nn.Module]) -> Callable[[L], L]:
 
 
 def register_layer_name(type_name: str) -> Callable[[L], L]:
-    """The same for a class of a library that need not be installed: `"transformers.pytorch_utils.Conv1D"`.
+    """Class decorator: quantizes layers of a class that need not be installed: `"transformers.pytorch_utils.Conv1D"`.
 
     The decorated class inherits `QuantizedLayer` only; it is combined with the float class when one is met.
     """
@@ -139,7 +139,7 @@ def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> li
 
 
 def why_unsupported(module: nn.Module) -> str | None:
-    """Why this layer, although of a known type, cannot hold quantizers; None when it can."""
+    """Returns why this layer, although of a known type, cannot hold quantizers; None when it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy module without shape yet: run one batch through the model before the Trainer"
     if any(source.is_complex() for source in weight_sources(module)):

@@ -1,5 +1,4 @@
-"""Linear layers side by side in one module, which may read one tensor: attention's projections, a gated
-feed-forward."""
+"""Linear layers in one module that may read one tensor: attention's projections, a gated feed-forward."""
 
 from __future__ import annotations
 

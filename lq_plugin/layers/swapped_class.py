@@ -1,4 +1,4 @@
-"""Classes that a module can take on while it lives: what is added comes first, what it was stays behind."""
+"""Classes that a module can take on while it lives: the additions come first, its own class stays a base."""
 
 from __future__ import annotations
 

@@ -29,13 +29,13 @@ _SWAPPED: dict[type[nn.Module], type[QuantizedCompound]] = {}
 
 
 class CompoundWeight(nn.Module):
-    """One weight `[C_out, C_in]` of a module that holds several. It looks at the parameter and does not own it.
+    """One weight `[C_out, C_in]` of a module that holds several; it refers to the parameter and does not own it.
 
     Args:
         owner: the module.
-        key: what the plan calls the weight, behind the module's name.
+        key: what the plan calls the weight, after the module's name.
         path: the parameter in the owner, where that is something else: `"out_proj.weight"`.
-        input_of: key of the weight whose input is this one's, too.
+        input_of: key of the weight that shares this input.
         remark: why its input stays float, where it does.
     """
 
@@ -163,8 +163,10 @@ class QuantizedCompound(nn.Module):
     def _quantized_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with quantized inputs. What was one tensor stays one: torch asks whether the query *is* the
-        key."""
+        """Returns the arguments with quantized inputs.
+
+        One tensor that is passed twice stays one: torch asks whether the query *is* the key.
+        """
         positional = list(args)
         done: dict[tuple[int, int], Any] = {}
         waiting = {}
@@ -243,7 +245,7 @@ def weight_key(name: str, layer: nn.Module) -> str:
 
 
 def why_unsupported_compound(module: nn.Module) -> str | None:
-    """Why a module that holds several weights cannot hold quantizers; None when it can."""
+    """Returns why a module with several weights cannot hold quantizers; None when it can."""
     family = compound_family(module)
     for weight in family.weights(module) if family is not None else ():
         try:
@@ -265,7 +267,7 @@ def swapped_compound(kind: type[nn.Module]) -> type[QuantizedCompound]:
 
 
 def _positions(family: type[QuantizedCompound], kind: type[nn.Module]) -> dict[str, int]:
-    """Where the inputs stand among the arguments; a subclass may have another signature."""
+    """Returns the positions of the inputs among the arguments; a subclass may have another signature."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     found = {name: names.index(name) for name in family.input_names if name in names}

@@ -3,7 +3,7 @@
 Products of 8-bit integers stand in for float ones: by oneDNN on CPUs, by int8 tensor cores through Triton on NVIDIA
 GPUs (compute capability 8.0 and later).
 
-On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; the arithmetic beside the sums is float32. A
+On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; all arithmetic but the sums is float32. A
 NaN in the input makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for
 it would wait for the device.
 
@@ -13,7 +13,7 @@ Without a Trainer, on a prepared and calibrated model:
     ...                                # one step
     settle_integer_forward(model)      # from now on each layer takes the faster way
 
-or at once, without measuring, `enable_integer_forward(model, choices=True)`. `lq_plugin.remove` takes it away, too.
+or at once, without measuring, `enable_integer_forward(model, choices=True)`. `lq_plugin.remove` also takes it away.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What computes with integers on a type of device."""
+"""Integer arithmetic of each type of device."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ CAPABILITY = (8, 0)
 
 
 class Arithmetic(Protocol):
-    """Operands, their product, and what the backward pass makes of them. Callers ask `refusal` first, and `kernels_for`
-    x and weight."""
+    """Operands, their product, and its backward pass.
+
+    Callers ask `refusal` first, and `kernels_for` x and weight.
+    """
 
     #: Whether it takes convolutions of several groups.
     grouped: bool
 
     def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
-        """Why sums of products of these levels may not be exact; None: they are, where they fit in 32 bits."""
+        """Returns why sums of products of these levels may be inexact; None: they are exact within 32 bits."""
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
-        """Why these tensors are not for it; None: they are."""
+        """Returns why these tensors cannot be computed here; None: they can."""
 
     def levels(
         self,
@@ -51,7 +53,7 @@ class Arithmetic(Protocol):
     def operands(
         self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]
     ) -> Operands | None:
-        """The same and a weight.
+        """Returns the operands of a product: these levels and the weight's.
 
         Args:
             levels: of the input.

@@ -1,4 +1,4 @@
-"""Which layers compute their training forward pass with integers, and why others do not."""
+"""The training forward pass of single layers with integers, and the reasons of layers that keep fake quantization."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS = 3
 
 
 def why_never(layer: QuantizedLayer) -> str | None:
-    """Why a layer cannot compute with integers whatever its input; None: it can."""
+    """Returns why a layer cannot compute with integers whatever its input; None: it can."""
     arithmetic = arithmetic_on(layer.weight.device)
     if isinstance(arithmetic, str):
         return arithmetic
@@ -62,13 +62,13 @@ def why_never(layer: QuantizedLayer) -> str | None:
 
 
 def _projects(layer: QuantizedLayer) -> bool:
-    """Whether it is the projection of query, key and value in one, of torch's attention."""
+    """Returns whether a layer is the joint projection of query, key and value in torch's attention."""
     owner = getattr(layer, "owner", None)
     return getattr(owner, "float_class", None) is nn.MultiheadAttention and cast(Any, layer).key == "in_proj_weight"
 
 
 def _bias(layer: QuantizedLayer) -> Tensor | None:
-    """What is added to its products."""
+    """Returns the bias that is added to the layer's products."""
     return cast(Any, layer).owner.in_proj_bias if _projects(layer) else cast(Any, layer).bias
 
 
@@ -85,7 +85,7 @@ def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str)
 
 
 def _why_not_here(layer: QuantizedLayer, arithmetic: Arithmetic) -> str | None:
-    """What the device has a say in: asked at each call, too, for the layer may have moved."""
+    """Returns the device's objection; asked at each call also, since the layer may have moved."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     if groups > 1 and not arithmetic.grouped:
         return f"it is a convolution of {groups} groups"
@@ -137,7 +137,7 @@ def integer_forward(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
 
 
 def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | None:
-    """Why this call cannot be computed with integers."""
+    """Returns why this call cannot be computed with integers; None: it can."""
     weight, bias = layer.weight, _bias(layer)
     if (isinstance(layer, nn.Conv2d) and x.ndim != 4) or x.ndim < 2:
         return "its input has no batch dim"

@@ -21,7 +21,7 @@ from lq_plugin.native.ops import laid_out
 
 
 class Convolution(NamedTuple):
-    """How a 2-d convolution moves; padding is with zeros on both sides."""
+    """Geometry of a 2-d convolution; padding is with zeros on both sides."""
 
     stride: list[int]
     padding: list[int]

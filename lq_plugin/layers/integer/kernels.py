@@ -126,7 +126,7 @@ def integer_kernels() -> IntegerKernels | str:
 
 @functools.cache
 def sums_exactly(weight: int) -> bool:
-    """Whether oneDNN's products of uint8 and int8 are exact here, with weights up to this number.
+    """Returns whether oneDNN's products of uint8 and int8 are exact here, with weights up to this number.
 
     Without VNNI instructions pairs of products saturate in 16 bits, which `LARGEST_EXACT` cannot reach.
     """

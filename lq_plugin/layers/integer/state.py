@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 #: A layer computes with integers where its trial takes less than this share of the time. More than 1: what the trial
-#: does not see is that less is kept for the backward pass, and that the layers behind get channels-last images, which
+#: does not see is that less is kept for the backward pass, and that the next layers get channels-last images, which
 #: are faster for them.
 WORTH = 1.25
 #: On a GPU, where nobody has measured the latter.

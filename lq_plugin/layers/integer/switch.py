@@ -74,7 +74,7 @@ def integer_choices(model: nn.Module) -> dict[str, bool]:
 
 
 def integer_report(model: nn.Module) -> dict[str, str]:
-    """How each quantized layer computes its training forward pass, and why."""
+    """Returns, by layer name, in words how each layer computes its training forward pass, and why."""
     return {name: state.describe() for name, state in _states(model).items()}
 
 

@@ -73,8 +73,9 @@ class TritonArithmetic:
         masked: bool,
         extremes: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Levels above `quant_min` less 128 as int8, laid out as `x`, and one bit for each element not clipped, where
-        `masked`.
+        """Returns levels of `x`, as int8 above `quant_min` less 128, and a mask of one bit an element.
+
+        Both are laid out as `x`; the mask, of what is not clipped, is made where `masked`.
 
         Args:
             x: dense tensor.
@@ -108,8 +109,9 @@ class TritonArithmetic:
         return q, mask, qparams
 
     def quantize_weight(self, w: Tensor, scale: Tensor, grid: IntegerGrid, live: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels as int8 of a weight on a grid with zero point 0, laid out as it, their scales and sums, float32 and
-        int32 `[C_out]`.
+        """Returns a weight's levels as int8, their scales (float32) and sums (int32), both `[C_out]`.
+
+        The grid has zero point 0; the levels are laid out as the weight.
 
         Args:
             w: `[C_out, ...]`, contiguous or channels-last.
@@ -181,7 +183,7 @@ def _side_by_side(q: Tensor) -> Tensor:
 
 
 def _by_rows(weight: Tensor) -> bool:
-    """Whether all that makes one output lies side by side, one output behind the other."""
+    """Returns whether all that makes one output lies next to each other, one output after the other."""
     return weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 

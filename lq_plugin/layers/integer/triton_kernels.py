@@ -1,5 +1,6 @@
-"""Kernels of the integer forward pass on GPUs, in Triton: what `integer.cpp` does, with the same numbers, and the
-products.
+"""Triton kernels of the integer forward pass on GPUs.
+
+They do what `integer.cpp` does, with the same numbers, and compute the products.
 
 A level is kept less 128 as an int8, for tensor cores multiply int8 with int8. Products and sums of floats are rounded
 one by one, quotients correctly, as in lq_plugin/native/triton_kernels.py. Nothing waits for the device: scales and zero
@@ -39,8 +40,10 @@ def quantize(
     x_at, q_at, mask_at, scale_at, zero_at, lows_at, highs_at, number, quant_min, quant_max, MASKED: tl.constexpr,
     BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`number` elements in the order of memory; each program leaves its extremes, NaN where it met one, for
-    `settle`."""
+    """Quantizes `number` elements in the order of memory.
+
+    Each program leaves its extremes for `settle`, NaN where it met one.
+    """
     program = tl.program_id(0)
     place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = place < number
@@ -66,7 +69,7 @@ def settle(
     scale_at, zero_at, qparams_at, lows_at, highs_at, low_at, high_at, programs, quant_min, OBSERVED: tl.constexpr,
     BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What is known after the last of the programs of `quantize`.
+    """Merges the extremes that the programs of `quantize` left.
 
     The running extremes take in theirs. The qparams are the scale, NaN where there was a NaN, which reaches all that is
     computed from it, and the zero point of the int8 levels.
@@ -148,8 +151,7 @@ def multiply(
     EVEN: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):  # fmt: skip
-    """A convolution as a product of matrices that are read where they lie: y = s_x · s_w · (Σ q_x · q_w - z · Σ q_w) +
-    b.
+    """Convolves by a product of matrices read in place: y = s_x · s_w · (Σ q_x · q_w - z · Σ q_w) + b.
 
     q `[N, H, W, C]`, w `[C_out, K_h, K_w, C]`, y `[N, H_out, W_out, C_out]`; `rows` is N · H_out · W_out, `depth` K_h ·
     K_w · C. A linear layer has one pixel an image. TAPS: see `MIXED`; PADDED: some taps lie outside of the image, where
