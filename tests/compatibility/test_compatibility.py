@@ -28,7 +28,7 @@ from lq_plugin.commands.report_sources import load_report
 from lq_plugin.export import load_packed
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.report import ReportData, render
-from tests.compatibility.families import FAMILIES, Data, Module, Searched, evaluated, resume, state_of, trainer
+from tests.compatibility.families import FAMILIES, Data, Module, Searched, evaluated, resume, state_of, train, trainer
 from tests.compatibility.studies import own_answers, run_search, run_sweep, searched
 from tests.compatibility.write import PREPARED, prepared_plan
 
@@ -143,6 +143,16 @@ def test_training_goes_on_for_a_step(archive: Path, family: str, unpacked: Mappi
     )
     for key, value in changed.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore:.*of its values are negative and become 0")
+@pytest.mark.parametrize("family", ["ranges", "inputs"])
+def test_the_same_training_finds_the_same_ranges(family: str, written: Written, tmp_path: Path) -> None:
+    """A default of an estimator is in no file: it shows in what a run finds from the start."""
+    found, wanted = state_of(train(FAMILIES[family], written.data, tmp_path / "again.ckpt")), written.state(family)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize(
