@@ -103,10 +103,9 @@ def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
     Raises:
         QuantizationError: when it was not logged.
 
-    >>> optimized_metric({"val/acc": 0.5}, "val/ac")
+    >>> optimized_metric({"acc": 0.5}, "ac")
     Traceback (most recent call last):
-    lq_plugin.errors.QuantizationError: optimized_metric 'val/ac' was not logged; logged: val/acc. Did you mean
-    'val/acc'?
+    lq_plugin.errors.QuantizationError: optimized_metric 'ac' was not logged; logged: acc. Did you mean 'acc'?
     """
     if name is None:
         return None

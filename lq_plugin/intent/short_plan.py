@@ -35,9 +35,10 @@ def read_short(text: str) -> Specs:
         PlanError: a tensor named twice, words that can be read in two ways, or nothing quantized.
         SpecError: words that are none of a spec.
 
-    >>> read_short("W4A8"), read_short("w4a16 mse")
-    ({'weight': QuantSpec('int4 per_channel'), 'input': QuantSpec('uint8 affine ema')}, {'weight': QuantSpec('int4
-    per_channel mse')})
+    >>> read_short("W4A8")
+    {'weight': QuantSpec('int4 per_channel'), 'input': QuantSpec('uint8 affine ema')}
+    >>> read_short("w4a16 mse")
+    {'weight': QuantSpec('int4 per_channel mse')}
     """
     groups: list[tuple[list[str], list[str]]] = []
     for word in text.split():

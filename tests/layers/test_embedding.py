@@ -103,7 +103,6 @@ def test_only_the_rows_that_are_read_are_quantized(spec, monkeypatch):
         raise AssertionError("the whole table is quantized")
 
     monkeypatch.setattr(type(net[0]), "quantized_weight", never)
-    monkeypatch.setattr(type(net[0]), "quantize_weight", never)
     if spec == "int8":
         monkeypatch.setattr(type(net[0].weight_quantizer), "qparams", never)
     assert net(INDEX).shape == (2, 4, 12)

@@ -41,9 +41,9 @@ def triton_everywhere(monkeypatch):
     monkeypatch.setattr(switch_module, "_compiled", lambda: fake)
     monkeypatch.setattr("lq_plugin.layers.integer.forward.arithmetic_on", lambda device: integer)
     monkeypatch.setitem(native_kernels.DTYPES, "cpu", native_kernels.DTYPES["cuda"])
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
     yield
-    switch_module._current.cache_clear()
+    switch_module.active.cache_clear()
 
 
 def scalar(value):

@@ -70,9 +70,11 @@ class JobOverrides:
         Raises:
             QuantizationError: listing each sweep without a value, and each key that is set twice.
 
-        >>> JobOverrides.parse({"lr": "tag(log, interval(0.001, 0.1))"}, ["width=8,16", "epochs=3"]).distributions
-        {'lr': FloatDistribution(high=0.1, log=True, low=0.001, step=None), 'width': CategoricalDistribution(choices=(8,
-        16))}
+        >>> job = JobOverrides.parse({"lr": "tag(log, interval(0.001, 0.1))"}, ["width=8,16", "epochs=3"])
+        >>> job.distributions["lr"]
+        FloatDistribution(high=0.1, log=True, low=0.001, step=None)
+        >>> job.distributions["width"]
+        CategoricalDistribution(choices=(8, 16))
         """
         lines = [f"{key}={'null' if value is None else value}" for key, value in params.items()]
         parser = OverridesParser.create(config_loader=config_loader)
