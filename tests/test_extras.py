@@ -38,6 +38,7 @@ def test_a_missing_package_is_an_import_error_and_one_of_ours(monkeypatch):
 def test_functions_name_what_they_need(name, package, monkeypatch):
     import lq_plugin.export
 
+    monkeypatch.delitem(vars(lq_plugin.export), name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     vars(lq_plugin.export).pop(name, None)  # it may have been asked for before
     with pytest.raises(ImportError, match=rf"{name} needs {package}, which is not installed: pip install"):

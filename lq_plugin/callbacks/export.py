@@ -13,10 +13,9 @@ from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.trainer.data import calibration_batches
 from lq_plugin.callbacks.trainer.other_callbacks import move_before, tuners
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export import save_packed
-from lq_plugin.export.checks import check_float32, stored_faults
-from lq_plugin.export.options import SUFFIXES, dims_faults, need_onnx, smallest_faults
-from lq_plugin.export.verify import inputs_of, need_one_input
+from lq_plugin.export.inputs import inputs_of
+from lq_plugin.export.request import Request
+from lq_plugin.export.target import export_model, target_of
 from lq_plugin.layers import computed_faults
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
@@ -25,6 +24,7 @@ from lq_plugin.utilities.lightning_packages import Callback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
 
 class Export(Callback):
@@ -34,16 +34,17 @@ class Export(Callback):
     of the run, as far as it is known there; batches that do not begin with an input tensor at the first of them.
 
     Args:
-        path: `.safetensors` for a packed file, `.onnx` for ONNX.
-        round_sums: for ONNX: round residual sums to 8 bits too, see `lq_plugin.export.onnx_file.write.export_onnx`.
+        path: of the file; its suffix chooses the target: `.safetensors` packed, `.onnx` ONNX.
+        round_sums: for ONNX: round residual sums to 8 bits as well, see `lq_plugin.export.export_onnx`.
         smallest: for ONNX: bits of the smallest integer type.
-        dynamic_dims: for ONNX: dims of the input behind the batch that may have any size, too: `[1]` for tokens `[N,
-            L]`.
         batches: of training data that the ranges of sums come from; one of them is the example input.
+        dynamic_dims: for ONNX: dims of the input after the batch that may have any size: `[1]` for tokens `[N, L]`.
+        target: name of the target, where several have the suffix.
+        options: of another target, by name.
 
     Raises:
         ExportError: another suffix, impossible options; a run without quantization; a model that the file cannot hold.
-        MissingPackageError: for ONNX, without the packages for it.
+        MissingPackageError: a package that the target needs.
 
     >>> from lightning import Trainer
     >>> from lq_plugin import QAT
@@ -57,43 +58,35 @@ class Export(Callback):
         smallest: int = 2,
         batches: int = 8,
         dynamic_dims: Sequence[int] = (),
+        target: str | None = None,
+        **options: Any,
     ) -> None:
         self.path = Path(path)
-        self.onnx = self.path.suffix == ".onnx"
-        faults = smallest_faults(smallest) + dims_faults(dynamic_dims)
-        if self.path.suffix not in SUFFIXES.values():
-            faults.append(
-                f"a model is exported to a file that ends in {' or '.join(SUFFIXES.values())}, got {str(path)!r}"
-            )
-        if round_sums and not self.onnx:
-            faults.append(f"round_sums is for a file that ends in .onnx, got {str(path)!r}")
-        if dynamic_dims and not self.onnx:
-            faults.append(f"dynamic_dims is for a file that ends in .onnx, got {str(path)!r}")
+        self.target = target_of(path, target)
+        self.options = {"round_sums": round_sums, "smallest": smallest, "dynamic_dims": dynamic_dims, **options}
+        faults = self.target.faults(Request(self.options, self.path))
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             faults.append(f"batches is a number of batches, 1 or more, got {batches!r}")
         raise_all(ExportError, "Export", faults)
-        if self.onnx:
-            need_onnx(f"Export({str(path)!r})")
-        self.round_sums, self.smallest, self.batches = round_sums, smallest, batches
-        self.dynamic_dims = tuple(dynamic_dims)
+        self.target.need_packages(f"Export({str(path)!r})")
+        self.batches = batches
         self.size: int | None = None
+        self._inputs_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # What cannot be exported is said before PTQ and QAT calibrate.
         move_before(trainer, self, (QuantizationCallback, *tuners()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._inputs_checked = False
         self.check(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not at the start of the fit: a loader that is asked for a batch of its own does not go on where its checkpoint
         # says.
-        if self.onnx:
-            (x,) = inputs_of([batch], 1)
-            if max(self.dynamic_dims, default=0) >= x.ndim:
-                raise ExportError(
-                    f"dynamic_dims={list(self.dynamic_dims)}, but the input has {x.ndim} dims, {list(x.shape)}"
-                )
+        if self.target.needs_inputs and not self._inputs_checked:
+            self.check(pl_module, inputs_of([batch], 1))
+            self._inputs_checked = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, pl_module)
@@ -110,45 +103,32 @@ class Export(Callback):
 
     on_test_end = on_predict_end = on_validation_end
 
-    def check(self, pl_module: LightningModule) -> None:
-        """Refuse what cannot be exported in the end, as far as it is known.
+    def check(self, pl_module: LightningModule, inputs: list[Tensor] | None = None) -> None:
+        """Refuses what cannot be exported in the end, as far as it is known.
+
+        Args:
+            pl_module: prepared.
+            inputs: an example; None: not known yet.
 
         Raises:
             ExportError: naming every fault.
         """
-        name = type(pl_module).__name__
-        layers = quantized_layers(pl_module)
-        if not layers:
-            raise ExportError(
-                f"Export: {name} is not quantized, nothing would be in {self.path}: give the Trainer a QAT or PTQ "
-                "callback, too"
-            )
-        for fault in computed_faults(layers):
+        request = Request(self.options, self.path, pl_module, inputs=inputs, from_loader=self.target.needs_inputs)
+        title = f"Export: {self.path} cannot hold {type(pl_module).__name__} under its plan"
+        raise_all(ExportError, title, self.target.faults(request))
+        for fault in computed_faults(quantized_layers(pl_module)) if inputs is None else ():
             # No error yet: what computes a weight may be taken away before the run ends.
             rank_zero_warn(f"Export: {fault}, before the run ends")
-        faults = stored_faults(pl_module)
-        if self.onnx:
-            from lq_plugin.export.onnx_file.write import knowable_faults  # not at the top: packed files need no onnx
-
-            need_one_input(pl_module)
-            check_float32(pl_module)
-            faults += knowable_faults(pl_module)
-        raise_all(ExportError, f"Export: {self.path} cannot hold {name} under its plan", faults)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process."""
+        """Writes the file, on the first process."""
         if not trainer.is_global_zero:
             return
         make_folder(self.path.parent, ExportError)
+        inputs = batches = None
         with torch.inference_mode(False), torch.no_grad(), evaluating(pl_module):
-            self.size = self._onnx(trainer, pl_module) if self.onnx else save_packed(pl_module, self.path)
+            if self.target.needs_inputs or self.target.needs_batches(self.options):
+                found = inputs_of(calibration_batches(trainer, pl_module, None, self.batches), self.batches)
+                inputs, batches = found[:1], found if self.target.needs_batches(self.options) else None
+            self.size = export_model(pl_module, self.path, inputs, batches, self.target.name, **self.options)
         rank_zero_info(f"Export: {self.path}: {self.size:,} bytes")
-
-    def _onnx(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        from lq_plugin.export import export_onnx
-
-        batches = inputs_of(calibration_batches(trainer, pl_module, None, self.batches), self.batches)
-        return export_onnx(
-            pl_module, batches[:1], self.path, sums_from=batches if self.round_sums else None, smallest=self.smallest,
-            dynamic_dims=self.dynamic_dims,
-        )  # fmt: skip

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,24 @@ def check_request(cfg: Any) -> None:
     Raises:
         QuantizationError: a group that was not found, or no file of float weights.
     """
+    import_modules(cfg)
     require_lq_configs(cfg)
     path = cfg.get("float_checkpoint")
     if path and not Path(path).is_file():
         raise QuantizationError(f"float_checkpoint={path}: there is no such file")
+
+
+def import_modules(cfg: Any) -> None:
+    """Imports the modules of `imports=[...]`, which register a project's own targets, ranges, layers or phases.
+
+    Raises:
+        QuantizationError: one that cannot be imported.
+    """
+    for name in cfg.get("imports") or ():
+        try:
+            import_module(str(name))
+        except ImportError as error:
+            raise QuantizationError(f"imports={name}: {error}; is its project installed, or on PYTHONPATH?") from error
 
 
 def require_lq_configs(cfg: Any) -> None:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, did_you_mean, raise_all
-from lq_plugin.export.options import SUFFIXES, check_runtime, dims_faults, need_onnx, smallest_faults
+from lq_plugin.commands.common import import_modules
+from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, raise_all
+from lq_plugin.export.request import Request
+from lq_plugin.export.target import TARGETS, Target, target_of
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.utilities.files import make_folder
+from lq_plugin.utilities.hydra_files import plain
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
@@ -37,9 +40,9 @@ def run_export(cfg: DictConfig) -> Path:
         QuantizationError: nothing to export, an unknown target, a plan that does not fit, or a model that the file
             cannot hold.
     """
-    check_export(cfg)
+    target = check_export(cfg)
     from lq_plugin.callbacks import PTQ
-    from lq_plugin.export import save_packed, verify
+    from lq_plugin.export import export_model, verify
     from lq_plugin.model.checkpoint import load_checkpoint, load_float_weights
     from lq_plugin.utilities.lightning_packages import any_package
 
@@ -48,32 +51,25 @@ def run_export(cfg: DictConfig) -> Path:
     model: LightningModule = instantiate(cfg.model)
     if ptq is None:
         load(load_checkpoint, model, cfg.ckpt_path)
-        check_model(cfg, model)
+        check_model(cfg, target, model)
     else:
         if cfg.float_checkpoint:
             load(load_float_weights, model, cfg.float_checkpoint)
-        check_plan(cfg, model, ptq.plan)
-    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{SUFFIXES[cfg.to]}")
+        check_plan(cfg, target, model, ptq.plan)
+    path = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{target.suffix}")
     make_folder(path.parent, ExportError)
     datamodule: LightningDataModule | None = instantiate(cfg.get("data"))
     inputs: list[Tensor] = []
-    sums_from: list[Tensor] | None = None
-    if datamodule is not None and (cfg.verify or cfg.to == "onnx"):
-        inputs, sums_from = example_batches(cfg, datamodule)
+    batches: list[Tensor] | None = None
+    if datamodule is not None and (cfg.verify or target.needs_inputs or target.needs_batches(options_of(cfg))):
+        inputs, batches = example_batches(cfg, target, datamodule)
     if ptq is not None:
-        calibrate_plan(cfg, model, datamodule, ptq)
+        calibrate_plan(cfg, target, model, datamodule, ptq)
     model.eval().cpu()
-    if cfg.to == "packed":
-        size = save_packed(model, path)
-    else:
-        from lq_plugin.export import export_onnx  # not above: packed files need no onnx
-
-        size = export_onnx(
-            model, inputs[:1], path, sums_from=sums_from, smallest=cfg.smallest, dynamic_dims=list(cfg.dynamic_dims)
-        )
+    size = export_model(model, path, inputs[:1] or None, batches, target.name, **options_of(cfg))
     log.info("written to %s: %s bytes", path, f"{size:,}")
     if cfg.verify:
-        result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime)
+        result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime, target=target.name)
         nan = " (there is NaN in the outputs)" if math.isnan(result.largest_difference) else ""
         log.info(
             "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output%s",
@@ -83,23 +79,21 @@ def run_export(cfg: DictConfig) -> Path:
     return path
 
 
-def check_export(cfg: DictConfig) -> None:
-    """Refuse what cannot be exported, before anything is built.
+def check_export(cfg: DictConfig) -> Target:
+    """Refuses what cannot be exported before anything is built; returns the target.
 
     Raises:
         ExportError: naming every fault.
         MissingPackageError: a package for the file, or for the runtime that shall verify it, is not installed.
     """
-    check_runtime(cfg.runtime)
-    if cfg.to not in SUFFIXES:
-        raise ExportError(
-            f"to={cfg.to}: a model is exported to {' or '.join(SUFFIXES)}.{did_you_mean(str(cfg.to).lower(), SUFFIXES)}"
-        )
+    import_modules(cfg)
+    target = target_of(name=cfg.to)
+    runtime = target.runtime_of(cfg.runtime)
     if (cfg.ckpt_path is None) == (cfg.plan is None):
         raise ExportError(
             "give either ckpt_path=..., of a run with QAT or PTQ, or plan=... (with float_checkpoint=...)"
         )
-    faults = smallest_faults(cfg.smallest) + dims_faults(cfg.dynamic_dims)
+    faults = target.faults(Request(options_of(cfg), None if cfg.output is None else Path(cfg.output)))
     for name in ("ckpt_path", "float_checkpoint"):
         if cfg[name] is not None and not Path(cfg[name]).is_file():
             faults.append(f"{name}={cfg[name]}: there is no such file")
@@ -110,25 +104,24 @@ def check_export(cfg: DictConfig) -> None:
             QuantPlan.parse(cfg.plan)
         except QuantizationError as error:
             faults.append(str(error))
-    if cfg.get("data") is None and (cfg.verify or cfg.to == "onnx"):
-        faults.append("there is no data=...: verify=true and to=onnx run the model on a batch of it")
-    if cfg.output is not None and Path(cfg.output).suffix != SUFFIXES[cfg.to]:
-        faults.append(f"output={cfg.output}: a file of to={cfg.to} ends in {SUFFIXES[cfg.to]}")
-    if cfg.round_sums and cfg.to != "onnx":
-        faults.append(f"round_sums=true is for to=onnx, got to={cfg.to}: no sum is in a packed file")
-    if cfg.dynamic_dims and cfg.to != "onnx":
-        faults.append(f"dynamic_dims is for to=onnx, got to={cfg.to}: a packed file has no sizes")
-    faults += [
-        f"{name} is true or false, got {cfg[name]!r}"
-        for name in ("verify", "round_sums")
-        if not isinstance(cfg[name], bool)
-    ]
+    if cfg.get("data") is None and (cfg.verify or target.needs_inputs):
+        who = f"to={target.name}" if target.needs_inputs else "verify=true"
+        faults.append(f"there is no data=...: {who} runs the model on a batch of it")
+    if not isinstance(cfg.verify, bool):
+        faults.append(f"verify is true or false, got {cfg.verify!r}")
     for name in ("verify_batches", "calibration_batches"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
     raise_all(ExportError, "cannot export", faults)
-    if cfg.to == "onnx":
-        need_onnx("to=onnx with verify=true" if cfg.verify else "to=onnx", cfg.runtime if cfg.verify else None)
+    verified = " with verify=true" if cfg.verify else ""
+    target.need_packages(f"to={target.name}{verified}", runtime if cfg.verify else None)
+    return target
+
+
+def options_of(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the options of targets that a config has a value for."""
+    names = {option.name for target in TARGETS.values() for option in target.options}
+    return {name: plain(cfg[name]) for name in sorted(names) if name in cfg}
 
 
 def load(function: Callable[[LightningModule, str], Any], model: LightningModule, path: str) -> None:
@@ -147,7 +140,7 @@ def load(function: Callable[[LightningModule, str], Any], model: LightningModule
         raise ExportError(f"{path} is of another model than model=...: {error}") from error
 
 
-def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None:
+def check_plan(cfg: DictConfig, target: Target, model: LightningModule, plan: QuantPlan) -> None:
     """Refuse a plan that does not fit the float model, or what the file cannot hold of it.
 
     Raises:
@@ -164,49 +157,41 @@ def check_plan(cfg: DictConfig, model: LightningModule, plan: QuantPlan) -> None
     ):
         probe = copy.deepcopy(model)
         prepare(probe, plan)
-        check_model(cfg, probe)
+        check_model(cfg, target, probe)
 
 
-def check_model(cfg: DictConfig, model: LightningModule) -> None:
-    """Refuse a prepared model that the file cannot hold, whatever its ranges will be.
+def check_model(cfg: DictConfig, target: Target, model: LightningModule) -> None:
+    """Refuses a prepared model that the file cannot hold, whatever its ranges will be.
 
     Raises:
         ExportError: naming every fault.
     """
-    from lq_plugin.export.checks import check_float32, stored_faults
-    from lq_plugin.export.verify import need_one_input
-    from lq_plugin.layers import computed_faults
-    from lq_plugin.model.prepare import quantized_layers
-
-    if cfg.verify or cfg.to == "onnx":
-        need_one_input(model)
-    faults = computed_faults(quantized_layers(model)) + stored_faults(model)
-    if cfg.to == "onnx":
-        from lq_plugin.export.onnx_file.write import knowable_faults
-
-        check_float32(model)
-        faults += knowable_faults(model)
-    raise_all(ExportError, f"to={cfg.to} cannot hold {type(model).__name__} under its plan", faults)
+    from_loader = cfg.verify or target.needs_inputs
+    request = Request(options_of(cfg), model=model, settled="weights", from_loader=from_loader)
+    raise_all(ExportError, f"to={cfg.to} cannot hold {type(model).__name__} under its plan", target.faults(request))
 
 
-def example_batches(cfg: DictConfig, datamodule: LightningDataModule) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Inputs of validation batches, and of training batches where sums are rounded; the random state is as before.
+def example_batches(
+    cfg: DictConfig, target: Target, datamodule: LightningDataModule
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Returns inputs of validation batches, and of training batches where an option wants them; the random state stays.
 
     Raises:
         ExportError: there are none, or batches do not begin with a tensor.
     """
-    from lq_plugin.export.verify import inputs_of
+    from lq_plugin.export.inputs import inputs_of
     from lq_plugin.utilities.lightning_packages import isolate_rng
 
+    wanted = target.needs_batches(options_of(cfg))
     with isolate_rng():
         datamodule.prepare_data()
-        datamodule.setup("fit" if cfg.round_sums else "validate")
+        datamodule.setup("fit" if wanted else "validate")
         inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches if cfg.verify else 1)
-        sums_from = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if cfg.round_sums else None
-    if not inputs or sums_from == []:
+        batches = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if wanted else None
+    if not inputs or batches == []:
         name = "train_dataloader" if inputs else "val_dataloader"
         raise ExportError(f"{type(datamodule).__name__}.{name} gives no batches")
-    return inputs, sums_from
+    return inputs, batches
 
 
 def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
@@ -231,7 +216,9 @@ def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
     calibrate(model, ())
 
 
-def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule | None, ptq: PTQ) -> None:
+def calibrate_plan(
+    cfg: DictConfig, target: Target, model: LightningModule, datamodule: LightningDataModule | None, ptq: PTQ
+) -> None:
     """Run PTQ on the float model; nothing is evaluated.
 
     Raises:
@@ -246,7 +233,7 @@ def calibrate_plan(cfg: DictConfig, model: LightningModule, datamodule: Lightnin
         return
     # What `check_plan` could not tell is known then, and nothing is calibrated yet.
     check = package_of(model).callbacks.LambdaCallback(
-        on_validation_start=lambda trainer, module: check_model(cfg, module)
+        on_validation_start=lambda trainer, module: check_model(cfg, target, module)
     )
     # One batch: nobody sees a metric of it.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}

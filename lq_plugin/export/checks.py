@@ -1,69 +1,91 @@
-"""What every export refuses before it starts to work."""
+"""Refusals that export targets share."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
 
-import torch
 from torch import nn
 
-from lq_plugin.errors import ExportError
 from lq_plugin.export.codes import nothing_stored
-from lq_plugin.export.torchao import RowsLinear
-from lq_plugin.export.xnor.layers import XNORConv, XNORLinear
+from lq_plugin.export.request import Request
+from lq_plugin.layers import QuantizedLayer, computed_faults
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.model.unreached import unreached, without_range
 
 
-def check_folder(path: str | Path) -> None:
-    """Refuse a file that cannot be written for want of its folder.
+def shared_faults(request: Request) -> list[str]:
+    """Returns what keeps a prepared model from being stored in any file, as far as it is settled."""
+    model = request.model
+    kind = type(model).__name__
+    kernels = [
+        (name or "the model itself", m.changed_by)
+        for name, m in model.named_modules()
+        if hasattr(type(m), "changed_by")
+    ]
+    if kernels:
+        listed = ", ".join(name for name, _ in kernels[:5]) + f" and {len(kernels) - 5} more" * (len(kernels) > 5)
+        return [
+            f"{kind} was changed by {kernels[0][1]} ({listed}), for inference in this process only: export it before, "
+            "or load its checkpoint into a new one"
+        ]
+    layers = quantized_layers(model)
+    if not layers:
+        return [
+            f"{kind} is not quantized, nothing would be in the file: give the Trainer a QAT or PTQ callback, or "
+            "prepare and calibrate it, or load its checkpoint"
+        ]
+    faults = folder_faults(request) + (one_input_faults(model) if request.from_loader else [])
+    # Before that, what computes a weight may still be taken away.
+    faults += computed_faults(layers) if request.settled != "plan" else []
+    if request.settled != "ranges":
+        return faults + [fault for name, layer in layers for fault in weight_faults(name, layer, "plan")]
+    silent = unreached(model)
+    faults += [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
+    return faults + [f for name, layer in layers if name not in silent for f in weight_faults(name, layer, "ranges")]
 
-    Raises:
-        ExportError: there is none, or a folder stands in the file's place.
-    """
-    path = Path(path)
+
+def weight_faults(name: str, layer: QuantizedLayer, settled: str) -> list[str]:
+    """Returns why no file can hold a layer's weight: that of its last stage, or of the present one."""
+    quantizer = cast(Any, layer.weight_quantizer)
+    if quantizer is not None and settled == "ranges":
+        quantizer = quantizer.current
+        if quantizer is None:
+            return [f"{name}.weight is float at this stage of its plan"]
+    reason = None if quantizer is None else nothing_stored(quantizer.spec)
+    return [] if reason is None else [f"{name}.weight ({quantizer.spec}): {reason}"]
+
+
+def folder_faults(request: Request) -> list[str]:
+    """Returns why a file cannot be written for want of its folder, once it is to be written."""
+    path = request.path
+    if path is None or request.settled != "ranges":
+        return []
     if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a folder, give the name of a file")
+        return [f"cannot write {path}: there is no folder {path.parent}"]
+    return [f"cannot write {path}: it is a folder, give the name of a file"] if path.is_dir() else []
 
 
-def check_unchanged(model: nn.Module) -> None:
-    """Refuse a model whose layers have become kernels: no whole numbers and scales can be read from those.
-
-    Raises:
-        ExportError: naming the layers, and what has changed them.
-    """
-    kernels: dict[str, tuple[type[nn.Module], ...]] = {"use_torchao": (RowsLinear,), "use_xnor": (XNORLinear, XNORConv)}
-    for function, kinds in kernels.items():
-        changed = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, kinds)]
-        if changed:
-            listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-            raise ExportError(
-                f"{type(model).__name__} was changed by {function} ({listed}), for inference in this process only: "
-                "export it before, or load its checkpoint into a new one"
-            )
+def one_input_faults(model: nn.Module) -> list[str]:
+    """Returns the fault of a model that cannot run on the first tensor of a batch alone, naming its inputs."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    if len(needed) < 2:
+        return []
+    return [
+        f"{type(model).__name__}.forward needs {len(needed)} inputs ({', '.join(needed)}), and only the first tensor "
+        "of a batch is given to it here; call "
+        f"lq_plugin.export.export_onnx(model, ({', '.join(needed)}), path) from Python"
+    ]
 
 
-def stored_faults(model: nn.Module) -> list[str]:
-    """What of a prepared model's last stage no file can hold whatever its weights will be."""
-    specs = {name: layer.layer_plan.weight for name, layer in quantized_layers(model)}
-    reasons = {name: nothing_stored(spec) for name, spec in specs.items() if spec is not None}
-    return [f"{name}.weight ({specs[name]}): {reason}" for name, reason in reasons.items() if reason is not None]
-
-
-def check_float32(model: nn.Module) -> None:
-    """Refuse a model in another precision: its ranges and rounding are those of that one.
-
-    Raises:
-        ExportError: saying which parameters.
-    """
-    others = {
-        name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32
-    }
-    if others:
-        name, dtype = next(iter(others.items()))
-        raise ExportError(
-            f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an "
-            "ONNX file is made "
-            "of a float32 one: call model.float(), and verify the file"
-        )
+def layers_with_kernel(
+    model: nn.Module, why_not: Callable[[QuantizedLayer], str | None]
+) -> tuple[dict[str, str | None], list[str]]:
+    """Returns why each quantized layer has no kernel (None: it has one), and these reasons as faults where none has."""
+    reasons = {name: why_not(layer) for name, layer in quantized_layers(model)}
+    if any(reason is None for reason in reasons.values()):
+        return reasons, []
+    return reasons, [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]

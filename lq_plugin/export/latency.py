@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.onnx_file.float_model import float_copy, float_graph
 from lq_plugin.export.onnx_file.write import export_onnx
-from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.export.options import LatencyOptions
-from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export.targets.onnx import RUNTIMES
 from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
 from lq_plugin.model.calibrate import calibrate
@@ -257,8 +256,7 @@ class _Timer:
             calibrate(model, [inputs], run=lambda batch: model(*batch))
         path = self.folder / f"{len(self.runs)}.onnx"
         if quantized_layers(model):
-            # OpenVINO has no INT2.
-            smallest = 4 if self.options.runtime == "openvino" else 2
+            smallest = RUNTIMES[self.options.runtime].smallest
             export_onnx(model, inputs, path, dynamic_batch=False, smallest=smallest, exported=graph and graph())
         else:
             onnx.save(graph() if graph else float_graph(float_copy(model), tuple(inputs)), path)
@@ -283,11 +281,7 @@ class _Timer:
         return self.known
 
     def _runner(self, path: Path, inputs: list[Tensor]) -> Callable[[], Any]:
-        threads = self.options.threads
-        # Level 4 is what ONNX Runtime chooses by itself, the fastest one.
-        session = (
-            OpenVINOSession(path, threads) if self.options.runtime == "openvino" else onnx_session(path, 4, threads)
-        )
+        session = RUNTIMES[self.options.runtime].session(path, True, self.options.threads)
         feed = {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)}
         return lambda: session.run(None, feed)
 

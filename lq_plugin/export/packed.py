@@ -19,19 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, PlanError, raise_all
-from lq_plugin.export.checks import check_folder, check_unchanged
+from lq_plugin.export.checks import shared_faults
 from lq_plugin.export.codes import decode, encode_rows, layout, statistics
 from lq_plugin.export.packed_checks import PackedModel
 from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter, row_chunks
+from lq_plugin.export.request import Request
 from lq_plugin.intent.plan import QuantPlan, Rule
-from lq_plugin.layers import CONTAINER, QuantizedLayer, computed_faults, weight_key
+from lq_plugin.layers import CONTAINER, QuantizedLayer, weight_key
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.operations.quantized import operations_in, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.prepare import prepare, quantized_layers, remove
-from lq_plugin.model.unreached import unreached, without_range
+from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import WeightQuantizer
 from lq_plugin.utilities.files import replacing
 
@@ -66,15 +67,10 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     >>> torch.equal(other(x), net.eval()(x))
     True
     """
-    check_folder(path)
-    check_unchanged(model)
+    raise_all(
+        ExportError, "cannot pack the model", shared_faults(Request(path=Path(path), model=model, settled="ranges"))
+    )
     layers = quantized_layers(model)
-    if not layers:
-        raise ExportError(
-            f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first"
-        )
-    missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
-    raise_all(ExportError, "cannot pack the model", missing + computed_faults(layers))
     silent = unreached(model)
     plans = {name: layer.layer_plan for name, layer in layers if name not in silent}
     # A model that is a layer itself has the name "", which is no pattern.
@@ -143,8 +139,6 @@ def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests:
     """Writes a weight in chunks of rows, each compared with what the quantizer gives in evaluation; its entry in the
     table."""
     quantizer = cast(Any, layer.weight_quantizer).current
-    if quantizer is None:
-        raise ExportError(f"{name}.weight is float at this stage of its plan")
     weight, spec = type(layer).canonical(layer, layer.weight), quantizer.spec
     shape, before = tuple(weight.shape), writer.size
     found = statistics(quantizer, weight)

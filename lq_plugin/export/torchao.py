@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.checks import layers_with_kernel
 from lq_plugin.export.quiet import quiet
 from lq_plugin.extras import need_packages
 from lq_plugin.functional.affine import quantize
@@ -58,12 +59,9 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
     ({}, 'Int8Tensor', True)
     """
     need_packages("use_torchao", "torchao")
-    layers = quantized_layers(model)
-    reasons = {name: why_not(layer) for name, layer in layers}
-    if not layers or all(reasons.values()):
-        faults = [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]
-        raise_all(ExportError, f"no layer of {type(model).__name__} has an integer kernel in torchao", faults)
-    chosen = [layer for name, layer in layers if reasons[name] is None]
+    reasons, faults = layers_with_kernel(model, why_not)
+    raise_all(ExportError, f"no layer of {type(model).__name__} has an integer kernel in torchao", faults)
+    chosen = [layer for name, layer in quantized_layers(model) if reasons[name] is None]
     if any(
         layer.input_quantizer is not None and layer.weight.device.type == "cpu" for layer in chosen
     ) and not sums_exactly(127):
@@ -72,17 +70,18 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
             "instructions, "
             "as this one seems to be: ONNX Runtime (export_onnx) is fast there"
         )
-    for name, layer in layers:
-        if reasons[name] is None:
-            weight = int8_weight(cast(QuantizedLinear, layer))
-            detach_quantizers(layer)
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            cast(nn.Module, layer).__class__ = RowsLinear
+    for layer in chosen:
+        weight = int8_weight(cast(QuantizedLinear, layer))
+        detach_quantizers(layer)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        cast(nn.Module, layer).__class__ = RowsLinear
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 class RowsLinear(nn.Linear):
     """`nn.Linear` that hands on its input as a matrix: torchao's static quantization takes no other shape."""
+
+    changed_by = "use_torchao"
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError
-from lq_plugin.export.openvino import OpenVINOSession
-from lq_plugin.export.options import check_runtime
-from lq_plugin.export.packed import load_packed
-from lq_plugin.export.runtime import onnx_session
+from lq_plugin.export.target import TARGETS, target_of
 from lq_plugin.model.calibrate import evaluating
-from lq_plugin.model.loaders import loaders_in
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,15 @@ class Verification:
     largest_difference: float
 
 
-#: What opens an ONNX file, by the runtime's name.
-SESSIONS: dict[str, Callable[[Path], Any]] = {"onnxruntime": onnx_session, "openvino": OpenVINOSession}
-
-Run = Callable[..., Any]
-
-
 def verify(
     model: nn.Module,
     path: str | Path,
     inputs: Iterable[Any],
     fresh: Callable[[], nn.Module] | None = None,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     classes: int | None = None,
     n_inputs: int | None = None,
+    target: str | None = None,
 ) -> Verification:
     """Compare an exported file with the fake-quantized model on some inputs.
 
@@ -77,35 +68,18 @@ def verify(
             compared.
     """
     path = Path(path)
-    check_runtime(runtime)
-    if path.suffix == ".onnx":
-        run, taken = _runtime(path, runtime)
-        tensors: int | None = taken
-        if n_inputs is not None and n_inputs > taken:
-            raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
-    elif fresh is None:
-        raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
-    else:
-        run, tensors = fresh(), None
-        load_packed(run, path)
+    # A packed file may have any name.
+    known = target is not None or path.suffix in [each.suffix for each in TARGETS.values()]
+    chosen = target_of(path, target) if known else TARGETS["packed"]
+    run, taken = chosen.open(path, chosen.runtime_of(runtime), fresh)
+    if n_inputs is not None and taken is not None and n_inputs > taken:
+        raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
     found = _Comparison(classes)
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(inputs):
-            args = _arguments(model, batch, n_inputs, tensors, f"batch {index}")
+            args = _arguments(model, batch, n_inputs, taken, f"batch {index}")
             found.add(list(_tensors(model(*args))), list(_tensors(run(*args))))
     return found.result()
-
-
-def _runtime(path: Path, runtime: str) -> tuple[Run, int]:
-    """What runs an ONNX file on tensors, and how many it takes."""
-    session = SESSIONS[runtime](path)
-    names = [value.name for value in session.get_inputs()]
-
-    def run(*args: Any) -> list[Tensor]:
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, feed)]
-
-    return run, len(names)
 
 
 def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
@@ -205,45 +179,3 @@ class _Comparison:
         relative = [d / largest if largest else d for d, largest in zip(self.difference, self.largest, strict=True)]
         largest = math.nan if any(map(math.isnan, relative)) else max(relative)
         return Verification(self.samples, self.equal, self.agreed / self.samples, largest)
-
-
-def inputs_of(batches: Iterable[Any], count: int) -> list[Tensor]:
-    """The input tensor of up to `count` batches, on the CPU: the batch itself, or its first element.
-
-    Args:
-        batches: a loader, or several as a LightningDataModule may give them: one after the other.
-        count: of the batches.
-
-    Raises:
-        ExportError: when a batch is neither.
-    """
-    found: list[Tensor] = []
-    for batch in itertools.chain.from_iterable(loaders_in(batches)):
-        if len(found) == count:
-            break
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, Tensor):
-            raise ExportError(
-                f"a batch is a tensor or starts with one, got {type(batch).__name__}; "
-                "call export_onnx(model, inputs, path) and verify of lq_plugin.export from Python for others"
-            )
-        found.append(x.detach().cpu())
-    return found
-
-
-def need_one_input(model: nn.Module) -> None:
-    """Refuse a model that cannot run on the first tensor of a batch alone.
-
-    Raises:
-        ExportError: naming its inputs.
-    """
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds and p.default is p.empty
-    ]
-    if len(needed) > 1:
-        raise ExportError(
-            f"{type(model).__name__}.forward needs {len(needed)} inputs ({', '.join(needed)}), and only the first "
-            "tensor of a batch is "
-            f"given to it here; call lq_plugin.export.export_onnx(model, ({', '.join(needed)}), path) from Python"
-        )

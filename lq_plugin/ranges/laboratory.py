@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import qparams_from_bounds
-from lq_plugin.intent.ranges import RANGES, range_kind
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges.distributions import Fit, fit_distributions
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
-from lq_plugin.ranges.registry import estimate_range, registered_ranges
+from lq_plugin.ranges.registry import estimate_range
 from lq_plugin.ranges.sample import Sample
 
-#: The library's own estimators that are compared unless named otherwise (`ema` equals `minmax` on one sample).
-COMPARED = tuple(name for name in RANGES if range_kind(name).compared)
+#: The estimators that are compared unless named otherwise (`ema` equals `minmax` on one sample).
+COMPARED = ("minmax", "percentile", "mse", "kl", "aciq", "aciq_exact", "octav")
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,12 @@ class RangeTable:
 def compare_ranges(
     sample: Sample, grid: QuantSpec | IntegerGrid | str, ranges: Iterable[str] | None = None
 ) -> RangeTable:
-    """Runs estimators on one sample and measures each.
+    """Run estimators on one sample and measure each.
 
     Args:
         sample: the values.
         grid: the levels, or a spec that has them.
-        ranges: estimators, with options where wanted; None: all registered ones that are to be compared, those of the
-            library in the order of `COMPARED`.
+        ranges: estimators, with options where wanted; None compares the seven that need no training.
 
     Raises:
         SpecError: unknown estimator or option.
@@ -164,8 +162,7 @@ def compare_ranges(
     ('mse', 7)
     """
     levels = grid if isinstance(grid, IntegerGrid) else QuantSpec.parse(grid).grid
-    compared = [name for name in RANGES if range_kind(name).compared and name in registered_ranges()]
-    names = compared if ranges is None else list(ranges)
+    names = list(COMPARED if ranges is None else ranges)
     bounds = {name: estimate_range(name, sample, levels) for name in names}
     # Errors on the normalised sample cannot overflow; they scale with its square.
     unit, factor = sample.normalized()

@@ -159,7 +159,7 @@ class Residual(DigitsCNN):
             ["to=onnx", "plan=mx9 / mx9"],
             r"(?s)to=onnx cannot hold DigitsCNN under its plan.*input \(mx9\): its scales are found at run time",
         ),
-        (["to=onnx", "plan=mxfp8"], "ONNX has no whole numbers of 16 bits"),
+        (["to=onnx", "plan=mxfp8"], "ONNX has no integers of 16 bits"),
         (
             ["plan=sign:float_eval stochastic"],
             "(?s)to=packed cannot hold DigitsCNN .*evaluated with float weights",
@@ -271,7 +271,7 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert "words stand apart: 'w4 mse'" in done.stdout
-    assert "output=net.pt: a file of to=onnx ends in .onnx" in done.stdout
+    assert "net.pt: a file of onnx ends in .onnx" in done.stdout
     assert "heavy: []" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     full = subprocess.run(
@@ -284,10 +284,11 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["to=onix"], "to=onix: .* Did you mean 'onnx'"),
-        (["to=ONNX"], "to=ONNX: .* Did you mean 'onnx'"),
+        (["to=onix"], "no export target 'onix'; valid: onnx, packed. Did you mean 'onnx'"),
+        (["to=ONNX"], "no export target 'ONNX'; .* Did you mean 'onnx'"),
+        (["to=torchao"], r"torchao writes no file, .* lq_plugin.export.use_torchao\(model\)"),
         (["verify=maybe"], "verify is true or false, got 'maybe'"),
-        (["verify=true", "~data"], "there is no data=...: verify=true and to=onnx run the model on a batch of it"),
+        (["verify=true", "~data"], "there is no data=...: verify=true runs the model on a batch of it"),
         (["ckpt_path=null"], "give either ckpt_path"),
         (["ckpt_path=runs/best.ckpt"], "ckpt_path=runs/best.ckpt: there is no such file"),
         (
@@ -298,12 +299,12 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
         (["ckpt_path=null", "plan=w8b8"], "cannot read the plan 'w8b8'"),
         (["ckpt_path=null", "plan=nope.yaml"], "nope.yaml"),
         (["runtime=openvin"], "Did you mean 'openvino'"),
-        (["to=onnx", "output=foo.safetensors"], "output=foo.safetensors: a file of to=onnx ends in .onnx"),
-        (["to=packed", "output=foo.onnx"], "output=foo.onnx: a file of to=packed ends in .safetensors"),
-        (["to=packed", "round_sums=true"], "round_sums=true is for to=onnx"),
+        (["to=onnx", "output=foo.safetensors"], "foo.safetensors: a file of onnx ends in .onnx"),
+        (["to=packed", "output=foo.onnx"], "foo.onnx: a file of packed ends in .safetensors"),
+        (["to=packed", "round_sums=true"], "round_sums is an option of onnx, not of packed"),
         (["to=onnx", "smallest=3"], "smallest is 2, 4 or 8 bits, got 3"),
-        (["to=onnx", "dynamic_dims=1"], "dynamic_dims are dims of the inputs behind the batch, 1 or more, .*; got 1"),
-        (["dynamic_dims=[1]"], "dynamic_dims is for to=onnx, got to=packed"),
+        (["to=onnx", "dynamic_dims=1"], "dynamic_dims are dims of the inputs after the batch, 1 or more, .*; got 1"),
+        (["dynamic_dims=[1]"], "dynamic_dims is an option of onnx, not of packed"),
         (["verify_batches=0"], "verify_batches is a number of batches, 1 or more, got 0"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from lq_plugin.export.options import need_onnx
+from lq_plugin.export.onnx_file.options import PACKAGES
+from lq_plugin.extras import need_packages
 
 
 def __getattr__(name: str) -> Any:
     if name == "export_onnx":
-        need_onnx("export_onnx")
+        need_packages("export_onnx", *PACKAGES)
         from lq_plugin.export.onnx_file.write import export_onnx
 
         return export_onnx

@@ -19,25 +19,26 @@ from typing import Any, cast
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.checks import check_float32, check_folder, check_unchanged
 from lq_plugin.export.codes import encode
 from lq_plugin.export.onnx_file.biases import settle_biases
-from lq_plugin.export.onnx_file.containers import Container, container, refusal
+from lq_plugin.export.onnx_file.containers import Container, container
+from lq_plugin.export.onnx_file.faults import onnx_faults, tensors_of
 from lq_plugin.export.onnx_file.float_model import float_graph, inference_copy
 from lq_plugin.export.onnx_file.graph import Graph
 from lq_plugin.export.onnx_file.operations import operation_nodes
+from lq_plugin.export.onnx_file.options import OPTIONS
 from lq_plugin.export.onnx_file.readers import layer_calls, products, readers
 from lq_plugin.export.onnx_file.sums import quantize_sums
-from lq_plugin.export.options import smallest_faults
-from lq_plugin.intent.spec import PerChannel, PerGroup
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, computed_faults, weight_key
+from lq_plugin.export.request import Request, option_faults
+from lq_plugin.intent.spec import PerChannel
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_key
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, remove
-from lq_plugin.model.unreached import unreached, without_range
+from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.utilities.files import replacing
 
@@ -81,28 +82,20 @@ def export_onnx(
             tensor that ONNX cannot say exactly. No file is written then.
         MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
-    raise_all(ExportError, "cannot export the model", smallest_faults(smallest))
-    check_folder(path)
-    check_unchanged(model)
-    check_float32(model)
     batches = None if sums_from is None else list(sums_from)
+    options = {"smallest": smallest, "dynamic_dims": dynamic_dims}
+    request = Request(options, Path(path), model, "ranges", inputs, batches)
+    faults = option_faults(OPTIONS, options) or onnx_faults(request, input_names, dynamic_batch)
+    raise_all(ExportError, "cannot export the model", faults)
     free = {
         **({0: torch.export.Dim("batch")} if dynamic_batch else {}),
         **dict.fromkeys(dynamic_dims, torch.export.Dim.DYNAMIC),
     }
-    _check_inputs(inputs, input_names, batches, dynamic_dims, set(free))
     inputs = _without_empty_keywords(model, inputs)
-    layers = quantized_layers(model)
-    if not layers:
-        raise ExportError(
-            f"{type(model).__name__} is not quantized: prepare and calibrate it, or load its checkpoint, first"
-        )
-    missing = [f"{q.name} ({q.spec}) has no range" for q in without_range(model)]
-    raise_all(ExportError, "cannot export the model", missing + computed_faults(layers))
     silent = unreached(model)
     for name in silent:
         log.warning("%s is float in %s: no batch has reached it", name, path)
-    layers = [(name, layer) for name, layer in layers if name not in silent]
+    layers = [(name, layer) for name, layer in quantized_layers(model) if name not in silent]
     weights, activations = _collect(layers)
     plain = inference_copy(model)
     ran = _layers_that_run(plain, inputs)
@@ -193,58 +186,6 @@ def _put_weights(
     return nodes, faults
 
 
-def _check_inputs(
-    inputs: Sequence[Any],
-    input_names: Sequence[str] | None,
-    batches: list[Any] | None,
-    dims: Sequence[int],
-    free: set[int],
-) -> None:
-    """Refuse names, dims and calibration batches that do not fit the example, whose `free` dims may have any size.
-
-    Raises:
-        ExportError: naming every fault.
-    """
-    if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
-        raise ExportError(
-            f"inputs are the positional arguments of the model's forward, got a {type(inputs).__name__}: write (x,)"
-        )
-    examples = _tensors(inputs)
-    faults = []
-    if input_names is not None and (isinstance(input_names, str) or len(input_names) != len(examples)):
-        faults.append(f"input_names are {len(examples)}, as many as there are tensors in inputs, got {input_names!r}")
-    most = max((x.ndim for x in examples), default=0)
-    if unfit := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim < most]:
-        faults.append(
-            f"dynamic_dims are dims behind the batch that an input has, 1 to {most - 1}; got "
-            f"{', '.join(map(repr, unfit))}"
-        )
-    if isinstance(batches, list) and not batches:
-        faults.append("sums_from: the ranges of residual sums need calibration data, there were no batches")
-    for index, batch in enumerate(batches or ()):
-        faults += [f"sums_from: batch {index} {fault}" for fault in _batch_faults(batch, examples, free)]
-    raise_all(ExportError, "cannot export the model", faults)
-
-
-def _batch_faults(batch: Any, examples: Sequence[Tensor], free: set[int]) -> Iterator[str]:
-    """How a calibration batch differs from the example's tensors in more than the sizes that are free."""
-    if not isinstance(batch, (Tensor, tuple, list)):
-        yield f"is a tensor or a tuple like inputs, got {type(batch).__name__}"
-        return
-    values = _tensors(batch)
-    if len(values) != len(examples):
-        yield (
-            f"has {len(values)} tensors, the model has {len(examples)} inputs; "
-            "targets do not belong in it: of (x, y) give x"
-        )
-        return
-    for number, (x, example) in enumerate(zip(values, examples, strict=True)):
-        differ = {dim for dim, sizes in enumerate(zip(x.shape, example.shape, strict=False)) if sizes[0] != sizes[1]}
-        if x.dtype != example.dtype or x.ndim != example.ndim or not differ <= free:
-            wanted = f"{example.dtype} of shape {list(example.shape)}"
-            yield f"has {x.dtype} of shape {list(x.shape)} as input {number}, the example has {wanted}"
-
-
 def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
     """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for
     it."""
@@ -257,40 +198,9 @@ def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence
     return inputs
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Tensors of nested arguments, in the order of the graph's inputs; numbers and None are constants there."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
     """A batch as arrays by input name."""
-    return {value.name: x.detach().cpu().numpy() for value, x in zip(file.graph.input, _tensors(batch), strict=True)}
-
-
-def knowable_faults(model: nn.Module) -> list[str]:
-    """What of a prepared model's last stage ONNX cannot hold whatever its weights will be; calibrated or not."""
-    faults: list[str] = []
-    for name, layer in quantized_layers(model):
-        # Its shape, not the weight's, which a strategy may hold in shards.
-        weight = cast(Any, layer.weight_quantizer)
-        if weight is not None and (reason := refusal(weight.spec, weight.shape[0])) is not None:
-            faults.append(f"{name}.weight ({weight.spec}): {reason}")
-        faults += _slot_faults(name, layer)
-    operands = [quantizer for _, operation in quantized_operations(model) for quantizer in operation.quantizers()]
-    return faults + [reason for quantizer in operands if (reason := _no_fixed_scale(quantizer)) is not None]
-
-
-def _slot_faults(name: str, layer: QuantizedLayer) -> list[str]:
-    """What ONNX cannot say of a layer's input and output."""
-    faults = []
-    if layer.output_quantizer is not None:
-        faults.append(
-            f"{name}.output: a file has one step between two layers, that of the next one's input: leave the output "
-            "float"
-        )
-    if layer.input_quantizer is not None and (reason := _no_fixed_scale(layer.input_quantizer)) is not None:
-        faults.append(reason)
-    return faults
+    return {value.name: x.detach().cpu().numpy() for value, x in zip(file.graph.input, tensors_of(batch), strict=True)}
 
 
 def _collect(
@@ -303,14 +213,11 @@ def _collect(
         if layer.weight_quantizer is not None:
             quantizer = cast(Any, layer.weight_quantizer).current
             try:
-                if quantizer is None:
-                    raise ExportError(f"{name}.weight is float at this stage of its plan")
                 weights[name] = container(
                     quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight"
                 )
             except ExportError as error:
                 faults.append(str(error))
-        faults += _slot_faults(name, layer)
         if (found := layer.input_quantizer) is not None:
             activations[name] = found
     raise_all(ExportError, "cannot export the model", faults)
@@ -326,19 +233,7 @@ def _put_operations(
             yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
             continue
         for index, quantizer in zip(operation.operation.operands, operation.quantizers(), strict=True):
-            current: Any = quantizer.current
-            if current is None:
-                yield f"{quantizer.name} is float at this stage of its plan"
-            elif (reason := _no_fixed_scale(quantizer)) is not None:
-                yield reason
-            else:
-                graph.put_activation(nodes[name], *_activation(current), operand=index)
-
-
-def _no_fixed_scale(quantizer: ActivationQuantizer) -> str | None:
-    if quantizer.spec.is_uniform and not isinstance(quantizer.spec.granularity, PerGroup):
-        return None
-    return f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"
+            graph.put_activation(nodes[name], *_activation(quantizer.current), operand=index)
 
 
 def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.export.checks import layers_with_kernel
 from lq_plugin.export.codes import encode
 from lq_plugin.export.xnor.kernel import Kernel, interleave, kernel, pack_signs, unpack_signs
 from lq_plugin.intent.spec import PerGroup
 from lq_plugin.layers import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLayer, QuantizedLinear
-from lq_plugin.model.prepare import quantized_layers
 
 _CONV = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -55,11 +55,9 @@ def use_xnor(model: nn.Module, native: bool | None = None) -> list[str]:
     (['0'], True)
     """
     counter = _counter(native)
-    reasons = {name: why_not(layer) for name, layer in quantized_layers(model)}
+    reasons, faults = layers_with_kernel(model, why_not)
+    raise_all(ExportError, f"no layer of {type(model).__name__} is binary × binary", faults)
     replaced = [name for name, reason in reasons.items() if reason is None]
-    if not replaced:
-        faults = [f"{name}: {reason}" for name, reason in reasons.items()] or ["it has no quantized layers"]
-        raise_all(ExportError, f"no layer of {type(model).__name__} is binary × binary", faults)
     for name in replaced:
         if not name:
             raise ExportError("the model is a single layer and cannot replace itself: use xnor_layer(model)")
@@ -136,6 +134,7 @@ class _XNORLayer(nn.Module):
         counter: the compiled kernel; None: torch.
     """
 
+    changed_by = "use_xnor"
     words: Tensor
     scale: Tensor | None
     bias: Tensor | None

@@ -12,8 +12,9 @@ from optuna import Study
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError, ExportError
-from lq_plugin.export.options import LatencyOptions, need_onnx
-from lq_plugin.export.verify import inputs_of
+from lq_plugin.export.inputs import inputs_of
+from lq_plugin.export.options import LatencyOptions
+from lq_plugin.export.target import TARGETS
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search.evaluation.evaluator import Evaluator
@@ -39,7 +40,7 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
         raise ExportError(
             f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}"
         ) from error
-    need_onnx("latency", options.runtime)
+    TARGETS["onnx"].need_packages("latency", options.runtime)
     return options
 
 

@@ -1,0 +1,32 @@
+"""Options and packages of ONNX files. Nothing here imports torch or onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lq_plugin.export.request import Option, flag_fault
+
+#: Needed to write a file.
+PACKAGES = ("onnx", "onnxscript")
+#: Bits that the smallest integer type of a file may have.
+SMALLEST = (2, 4, 8)
+
+
+def _smallest_fault(smallest: Any) -> str | None:
+    return None if smallest in SMALLEST else f"smallest is 2, 4 or 8 bits, got {smallest!r}"
+
+
+def _dims_fault(dims: Any) -> str | None:
+    # A ListConfig of Hydra is a sequence as well.
+    listed = isinstance(dims, Sequence) and not isinstance(dims, str)
+    if listed and all(isinstance(dim, int) and not isinstance(dim, bool) and dim > 0 for dim in dims):
+        return None
+    return f"dynamic_dims are dims of the inputs after the batch, 1 or more, as [1] for tokens [N, L]; got {dims!r}"
+
+
+OPTIONS = (
+    Option("smallest", 2, _smallest_fault),
+    Option("dynamic_dims", (), _dims_fault),
+    Option("round_sums", False, flag_fault("round_sums")),
+)

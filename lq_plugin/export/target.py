@@ -1,0 +1,226 @@
+"""Export targets: the files and kernels that a quantized model can become, one class each, registered by name.
+
+`lq-export`, the `Export` callback, `export_model`, `verify` and their error messages ask the registry. Nothing here
+imports torch, so that a command refuses a request before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from lq_plugin import extras
+from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.export.request import Option, Request, option_faults
+
+
+class Reader(NamedTuple):
+    """An opened file: `run` maps the model's positional inputs to its outputs; `inputs` is the number of tensors that
+    the file takes, None where any number may be given."""
+
+    run: Callable[..., Any]
+    inputs: int | None = None
+
+
+class Target(ABC):
+    """Base class of export targets; see `register_target` for a complete one.
+
+    `faults` is the only place that refuses. It is asked with whatever is known: the options before anything is built,
+    the plan before training, the model before it is written.
+    """
+
+    #: The word for it: `lq-export to=NAME`.
+    name: ClassVar[str]
+    #: The end of its files' names; None: it changes a model in this process and writes no file.
+    suffix: ClassVar[str | None]
+    #: One line for listings.
+    summary: ClassVar[str]
+    #: Packages that are needed to write a file.
+    packages: ClassVar[tuple[str, ...]] = ()
+    #: Packages that run a file, the default first; none: torch runs it.
+    runtimes: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = ()
+    #: Whether the model runs on an example input to be written.
+    needs_inputs: ClassVar[bool] = False
+
+    def faults(self, request: Request) -> list[str]:
+        """Returns everything known to keep a request from being carried out."""
+        faults = option_faults(self.options, request.options)
+        known = {option.name: (target, option) for target in (*TARGETS.values(), self) for option in target.options}
+        valid = [option.name for option in self.options]
+        for name, value in request.options.items():
+            if name not in known:
+                listed = ", ".join(valid) or "none"
+                faults.append(f"{self.name} has no option {name!r}; valid: {listed}.{did_you_mean(name, valid)}")
+            elif name not in valid and not known[name][1].is_default(value):
+                faults.append(f"{name} is an option of {known[name][0].name}, not of {self.name}")
+        if request.path is not None and self.suffix is not None and not str(request.path).endswith(self.suffix):
+            faults.append(f"{request.path}: a file of {self.name} ends in {self.suffix}")
+        return faults if faults or request.model is None else self.model_faults(request)
+
+    def model_faults(self, request: Request) -> list[str]:
+        """Returns what keeps `request.model` from being stored; a target adds what its files cannot hold."""
+        from lq_plugin.export.checks import shared_faults
+
+        return shared_faults(request)
+
+    @abstractmethod
+    def write(self, request: Request) -> int:
+        """Writes `request.path`, or changes `request.model` in place; returns the size of the file in bytes."""
+
+    def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
+        """Opens a file for `verify`.
+
+        Args:
+            path: of the file.
+            runtime: one of `runtimes`; None where there are none.
+            fresh: makes a float model, where a file is read into one.
+
+        Raises:
+            ExportError: it cannot be opened.
+        """
+        raise ExportError(f"{path}: a file of {self.name} cannot be run")
+
+    def needs_batches(self, options: Mapping[str, Any]) -> bool:
+        """Whether calibration batches are wanted with these options."""
+        return False
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        """Returns the value of every option."""
+        return {option.name: request.options.get(option.name, option.default) for option in self.options}
+
+    def need_packages(self, what: str, runtime: str | None = None) -> None:
+        """Refuses to begin `what` without the packages that write a file, and run it where a runtime is named.
+
+        Raises:
+            MissingPackageError: naming them, and the extra that brings them.
+        """
+        extras.need_packages(what, *self.packages, *([] if runtime is None else [runtime]))
+
+    def runtime_of(self, given: str | None) -> str | None:
+        """Returns the runtime that reads its files: the given one, or the default; None where torch does.
+
+        Raises:
+            ExportError: no runtime of that name, or not one of this target.
+        """
+        known = list(dict.fromkeys(name for target in TARGETS.values() for name in target.runtimes))
+        if given is not None and (given not in known or (self.runtimes and given not in self.runtimes)):
+            valid = self.runtimes or known
+            raise ExportError(f"runtime is {' or '.join(valid)}, got {given!r}.{did_you_mean(str(given), valid)}")
+        return (given or self.runtimes[0]) if self.runtimes else None
+
+
+#: By name; `register_target` adds to it.
+TARGETS: dict[str, Target] = {}
+
+_Kind = TypeVar("_Kind", bound=type[Target])
+
+
+def register_target(kind: _Kind) -> _Kind:
+    """Class decorator: makes a target known to `lq-export`, `Export`, `export_model` and `verify`.
+
+    A target takes one file. `faults` has already passed when `write` is called. A command finds the target when its
+    module is imported: `lq-export imports=[my_project.npz] to=npz ...`.
+
+    >>> import tempfile
+    >>> import numpy, torch, lq_plugin
+    >>> from lq_plugin.export import Target, export_model, register_target
+    >>> from lq_plugin.export.codes import encode
+    >>> from lq_plugin.model import quantized_layers
+
+    >>> @register_target
+    ... class NPZ(Target):
+    ...     name, suffix, summary = "npz", ".npz", "integer codes of the weights, for numpy"
+    ...
+    ...     def model_faults(self, request):
+    ...         specs = {name: layer.layer_plan.weight for name, layer in quantized_layers(request.model)}
+    ...         others = [f"{name}.weight is '{spec}'" for name, spec in specs.items() if spec.format_name != "int"]
+    ...         return super().model_faults(request) + others
+    ...
+    ...     def write(self, request):
+    ...         layers = quantized_layers(request.model)
+    ...         codes = {name: encode(layer.weight_quantizer, layer.weight)["codes"].values for name, layer in layers}
+    ...         numpy.savez(request.path, **{name: value.numpy() for name, value in codes.items()})
+    ...         return request.path.stat().st_size
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = lq_plugin.prepare(net, "int4 per_channel")
+    >>> _ = lq_plugin.calibrate(net, ())
+    >>> path = tempfile.mkdtemp() + "/net.npz"
+    >>> _ = export_model(net, path)
+    >>> numpy.load(path)["0"].shape
+    (4, 8)
+    >>> _ = TARGETS.pop("npz")
+
+    Raises:
+        ExportError: another target has the name.
+    """
+    known = TARGETS.get(kind.name)
+    if known is not None and (type(known).__module__, type(known).__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ExportError(f"there is an export target {kind.name!r} already: {type(known).__module__}")
+    TARGETS[kind.name] = kind()
+    return kind
+
+
+def target_of(path: str | Path | None = None, name: str | None = None) -> Target:
+    """Returns the target that writes a file: the one of that name, or the one whose suffix the path ends in.
+
+    Raises:
+        ExportError: there is none, or it writes no file.
+
+    >>> target_of("model.onnx").name, target_of("model.bin", "packd")
+    Traceback (most recent call last):
+    lq_plugin.errors.ExportError: there is no export target 'packd'; valid: onnx, packed. Did you mean 'packed'?
+    """
+    suffixes = {target.name: target.suffix for target in TARGETS.values() if target.suffix is not None}
+    if name is None:
+        found = [known for known, suffix in suffixes.items() if str(path).endswith(suffix)]
+        if len(found) != 1:
+            among = f"; name one of {', '.join(found)}" if found else ""
+            listed = " or ".join(f"{suffix} ({known})" for known, suffix in suffixes.items())
+            raise ExportError(f"a model is exported to a file that ends in {listed}, got {str(path)!r}{among}")
+        return TARGETS[found[0]]
+    if name not in TARGETS:
+        near = did_you_mean(str(name).lower(), suffixes)
+        raise ExportError(f"there is no export target {name!r}; valid: {', '.join(suffixes)}.{near}")
+    target = TARGETS[name]
+    if target.suffix is None:
+        raise ExportError(f"{name} writes no file, it changes a model in this process: {target.summary}")
+    return target
+
+
+def export_model(
+    model: Any,
+    path: str | Path,
+    inputs: Sequence[Any] | None = None,
+    batches: Sequence[Any] | None = None,
+    target: str | None = None,
+    **options: Any,
+) -> int:
+    """Writes a prepared and calibrated model to a file of any target.
+
+    Args:
+        model: prepared and calibrated; it is not changed.
+        path: of the file.
+        inputs: positional arguments of its forward, as an example, for targets that run the model.
+        batches: calibration batches, for options that want them.
+        target: its name; None: the one that the path's suffix belongs to.
+        options: of the target, by name.
+
+    Returns:
+        The size of the file, in bytes.
+
+    Raises:
+        ExportError: listing everything that keeps the file from being written.
+        MissingPackageError: a package that the target needs.
+    """
+    chosen = target_of(path, target)
+    chosen.need_packages(f"export_model({str(path)!r})")
+    request = Request(options, Path(path), model, "ranges", inputs, batches)
+    faults = chosen.faults(request)
+    if chosen.needs_inputs and inputs is None:
+        faults.append(f"{chosen.name} runs the model on an example: give inputs=(x,)")
+    raise_all(ExportError, "cannot export the model", faults)
+    return chosen.write(request)

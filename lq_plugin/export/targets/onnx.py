@@ -1,0 +1,83 @@
+"""Target `onnx`: one file in the QDQ form, for ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lq_plugin.export.onnx_file.options import OPTIONS, PACKAGES
+from lq_plugin.export.request import Request
+from lq_plugin.export.target import Reader, Target, register_target
+
+
+class Runtime(NamedTuple):
+    """A runtime of ONNX files.
+
+    Args:
+        session: opens `(path, fastest, threads)`; called like an `onnxruntime.InferenceSession`. The fastest one may
+            round activations that the file leaves float.
+        smallest: bits of the smallest integers that it reads.
+    """
+
+    session: Callable[[Path, bool, int | None], Any]
+    smallest: int
+
+
+def _onnxruntime(path: Path, fastest: bool, threads: int | None) -> Any:
+    from lq_plugin.export.runtime import onnx_session
+
+    # Level 4 is ONNX Runtime's own choice.
+    return onnx_session(path, 4 if fastest else 1, threads)
+
+
+def _openvino(path: Path, fastest: bool, threads: int | None) -> Any:
+    from lq_plugin.export.openvino import OpenVINOSession
+
+    return OpenVINOSession(path, threads)
+
+
+RUNTIMES = {"onnxruntime": Runtime(_onnxruntime, 2), "openvino": Runtime(_openvino, 4)}
+
+
+@register_target
+class ONNX(Target):
+    """ONNX files; see `lq_plugin.export.onnx_file.write`."""
+
+    name, suffix = "onnx", ".onnx"
+    summary = "standard QDQ graph with INT2, INT4, INT8 and INT16, for ONNX Runtime and OpenVINO"
+    packages, runtimes = PACKAGES, tuple(RUNTIMES)
+    options = OPTIONS
+    needs_inputs = True
+
+    def model_faults(self, request: Request) -> list[str]:
+        from lq_plugin.export.onnx_file.faults import onnx_faults
+
+        return onnx_faults(request)
+
+    def needs_batches(self, options: Mapping[str, Any]) -> bool:
+        return bool(options.get("round_sums"))
+
+    def write(self, request: Request) -> int:
+        from lq_plugin.export.onnx_file.write import export_onnx
+
+        settings = self.settings(request)
+        assert request.path is not None
+        assert request.inputs is not None
+        return export_onnx(
+            request.model, request.inputs, request.path, sums_from=request.batches if settings["round_sums"] else None,
+            smallest=settings["smallest"], dynamic_dims=list(settings["dynamic_dims"]),
+        )  # fmt: skip
+
+    def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        session = RUNTIMES[runtime or self.runtimes[0]].session(path, False, None)
+        names = [value.name for value in session.get_inputs()]
+
+        def run(*args: Any) -> list[torch.Tensor]:
+            feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
+            return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+        return Reader(run, len(names))
