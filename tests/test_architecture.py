@@ -21,7 +21,6 @@ USES_LIGHTNING = {"utilities/lightning_packages.py", "demo/cifar10.py", "demo/di
 #: Circles of imports that are left, each with its reason.
 ALLOWED_CIRCLES: dict[frozenset[str], str] = {
     frozenset({"ranges.histogram", "ranges.sample"}): "Sample.from_tensor summarizes large tensors",
-    frozenset({"search.study.report", "search.study.result"}): "a result writes its own report",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,11 @@ from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.report import render
 from lq_plugin.search.shared.database import alone
 from lq_plugin.search.space.space import Space
-from lq_plugin.search.study.options import read_options
+from lq_plugin.search.study.config import SearchConfig
 from lq_plugin.search.study.report import study_report
 from lq_plugin.search.study.result import SearchResult
-from lq_plugin.search.study.search import search
 from lq_plugin.search.study.trial_runs import log_trials
+from lq_plugin.search.study.worker import StudyWorker
 from lq_plugin.utilities.files import make_folder, replacing
 from lq_plugin.utilities.hydra_files import plain
 from lq_plugin.utilities.instantiate import instantiate_for
@@ -49,37 +50,47 @@ def run(cfg: DictConfig) -> SearchResult:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
     output_dir = make_folder(cfg.paths.output_dir)
-    options = {key: plain(cfg.search[key]) for key in _OPTIONS}
-    space = read_space(cfg)
-    # What is wrong with the rest is said before a float model is trained, too.
-    model: LightningModule = instantiate(cfg.model)
-    read_options(
-        model, trainer=partial(instantiate_for, model, cfg.trainer), seed=cfg.seed, worker=cfg.worker, **options
-    )
+    # Only the first worker shows anything: the others share its terminal.
+    first = cfg.worker == 0
+    # Read before a float model is trained, which takes long.
+    config = read_config(cfg, instantiate(cfg.model), progress=first and cfg.search.progress)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
-    storage = make_storage(cfg.search.storage)
-    # Only the first worker shows anything: the others share its terminal.
-    first = cfg.worker == 0
-    result = search(
-        model,
-        datamodule,
-        space,
-        storage=storage,
-        output_dir=output_dir,
-        sampler=instantiate(cfg.search.sampler, _partial_=True),
-        seed=cfg.seed,
-        worker=cfg.worker,
-        progress=first and cfg.search.progress,
-        trainer=partial(instantiate_for, model, cfg.trainer),
-        **options,
-    )
+    result = StudyWorker(
+        replace(
+            config,
+            model=model,
+            datamodule=datamodule,
+            storage=make_storage(cfg.search.storage),
+            output_dir=output_dir,
+            sampler=instantiate(cfg.search.sampler, _partial_=True),
+            trainer=partial(instantiate_for, model, cfg.trainer),
+        )
+    ).work()
     if first:
         Console().print(result.table())
         log_to(cfg, result)
     log.info("written to %s", output_dir)
     return result
+
+
+def read_config(cfg: DictConfig, model: LightningModule, **options: Any) -> SearchConfig:
+    """Returns what `cfg` asks for, without its data, storage, folder and sampler.
+
+    Args:
+        cfg: composed from `search.yaml`.
+        model: trained or not.
+        options: further fields of `SearchConfig`.
+
+    Raises:
+        QuantizationError: listing everything that is wrong in it.
+    """
+    given = {key: plain(cfg.search[key]) for key in _OPTIONS}
+    trainer = partial(instantiate_for, model, cfg.trainer)
+    return SearchConfig(
+        model, None, read_space(cfg), trainer=trainer, seed=cfg.seed, worker=cfg.worker, **given, **options
+    )
 
 
 def make_storage(given: Any) -> BaseStorage | str | None:
@@ -96,7 +107,7 @@ def make_storage(given: Any) -> BaseStorage | str | None:
         raise QuantizationError(f"search.storage: {without(str(error), passwords_in(plain(given)))}") from None
 
 
-#: Keys of `cfg.search` that `search` takes by the same name.
+#: Keys of `cfg.search` that are fields of a `SearchConfig`.
 _OPTIONS = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name",
     "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",

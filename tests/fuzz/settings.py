@@ -16,7 +16,7 @@ from lq_plugin.demo.digits import DigitsCNN
 from lq_plugin.model.survey import Survey
 from lq_plugin.search.space.patterns import PatternSpace
 from lq_plugin.search.space.space import Space
-from lq_plugin.search.study.options import read_options
+from lq_plugin.search.study.config import SearchConfig
 from lq_plugin.search.sweep.overrides import JobOverrides
 from lq_plugin.search.sweep.settings import SweepSettings
 from tests.fuzz.mutate import mutated
@@ -103,7 +103,7 @@ class SearchSettings(Target):
         # By keywords, as from Python and from Hydra: each is there, and none is new.
         given = case["options"] if isinstance(case["options"], dict) else {}
         options = OPTIONS | {key: value for key, value in given.items() if key in OPTIONS}
-        read_options(self.model, trainer=partial(Trainer, accelerator="cpu"), **options)
+        SearchConfig(self.model, None, case["space"], trainer=partial(Trainer, accelerator="cpu"), **options)
         return SAME if case == self.given else OTHER
 
 

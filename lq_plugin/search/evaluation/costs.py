@@ -10,6 +10,9 @@ first trial. `quantizable_effective_bits` leaves them out: the mean over the wei
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from lq_plugin.errors import did_you_mean
 from lq_plugin.model.measure.cost import Cost
 
 #: Totals of the cost model.
@@ -33,3 +36,12 @@ COUNTS = {"costs count": "the whole model, for one input sample"}
 def cost_totals(cost: Cost) -> dict[str, float]:
     """The counted totals, which trials carry beside the metrics."""
     return {name: value for name in COUNTED if (value := getattr(cost, name)) is not None}
+
+
+def unknown_costs(names: Iterable[str]) -> list[str]:
+    """Returns a fault for each name that is no cost."""
+    return [
+        f"unknown cost {name!r}; valid: {', '.join(COSTS)}.{did_you_mean(str(name), COSTS)}"
+        for name in names
+        if name not in COSTS
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,3 +68,12 @@ def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
             faults.append(str(error))
     raise_all(QuantizationError, "cannot read the constraints", faults)
     return tuple(found)
+
+
+def largest(limits: Iterable[Constraint], cost: str) -> float:
+    """Returns what a plan may cost at most under these constraints; infinity where none bounds this cost from above.
+
+    >>> largest(parse_constraints(["bytes <= 900", "bytes <= 800", "val/acc >= 0.9"]), "bytes")
+    800.0
+    """
+    return min((limit.bound for limit in limits if limit.name == cost and limit.relation == "<="), default=math.inf)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lq_plugin.utilities.lazy import attributes
 
 if TYPE_CHECKING:
+    from lq_plugin.search.study.config import tpe as tpe
     from lq_plugin.search.study.report import study_report as study_report
-    from lq_plugin.search.study.search import tpe as tpe
 
 __getattr__, __dir__, __all__ = attributes(__name__, __file__)

@@ -11,7 +11,7 @@ from optuna import Trial, TrialPruned
 from optuna.trial import FrozenTrial, TrialState
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
-from lq_plugin.search.evaluation.costs import COSTS
+from lq_plugin.search.evaluation.costs import COSTS, unknown_costs
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.study.promotion import LEVELS, Ladder, reached_by, read
@@ -54,11 +54,7 @@ class Objective:
         constraints: Sequence[Constraint] = (),
         ladder: Ladder | None = None,
     ) -> None:
-        faults = [
-            f"unknown cost {cost!r}; valid: {', '.join(COSTS)}.{did_you_mean(cost, COSTS)}"
-            for cost in costs
-            if cost not in COSTS
-        ]
+        faults = unknown_costs(costs)
         names = [*COSTS, *evaluator.float_metrics]
         faults += [
             f"constraint '{c}': there is no cost or logged metric {c.name!r}; valid: "

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.plots import pareto_front
 from lq_plugin.report.data import BestPlan, ReportData, StudyReport, TrialReport, digits
-
-if TYPE_CHECKING:
-    from lq_plugin.search.study.result import Candidate, SearchResult
+from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 
 #: Plans whose bits are shown layer by layer.
 MAX_BEST = 40
@@ -23,7 +20,7 @@ MAX_PARAMETERS = 8
 MAX_IMPORTANCE = 30
 
 
-def study_report(result: SearchResult, title: str | None = None) -> ReportData:
+def study_report(result: StudyCandidates, title: str | None = None) -> ReportData:
     """Gather what a page shows of a search.
 
     Args:
@@ -70,7 +67,7 @@ def study_report(result: SearchResult, title: str | None = None) -> ReportData:
     return ReportData(title or result.study.study_name, study=report)
 
 
-def _costs(result: SearchResult) -> list[str]:
+def _costs(result: StudyCandidates) -> list[str]:
     """What trials can be placed by beside the metric."""
     shared = set.intersection(*(set(c.metrics) for c in result.candidates)) if result.candidates else set()
     usual = [name for name in ("effective_bits", "quantizable_effective_bits", "bytes", "bops") if name in shared]
@@ -101,7 +98,7 @@ def bits_by_match(plan: QuantPlan) -> tuple[dict[str, int], dict[str, int]]:
     return found["weight"], found["input"]
 
 
-def parameter_importance(result: SearchResult) -> dict[str, float]:
+def parameter_importance(result: StudyCandidates) -> dict[str, float]:
     """Share of the metric's variation that each parameter accounts for (PED-ANOVA), largest first; empty with fewer
     than 8 trials.
 

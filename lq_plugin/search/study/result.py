@@ -1,27 +1,18 @@
-"""What a study found: its front, the best plan of a size, and the files that show them."""
+"""What a search found, as a picture, a table and files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from optuna import Study
-from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 from rich.text import Text
 
 from lq_plugin import plots
-from lq_plugin.errors import QuantizationError
-from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.plots.style import short
 from lq_plugin.report import render
 from lq_plugin.search.evaluation.costs import COSTS, LABELS, LATENCY
-from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
-from lq_plugin.search.study.promotion import reached_by
+from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 from lq_plugin.search.study.report import study_report
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.files import make_folder, write_file
@@ -32,120 +23,8 @@ TABLE = "latency_table"
 MEASURED = "measured_latency"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One complete trial.
-
-    Args:
-        number: of the trial.
-        plan: that it evaluated.
-        metric: its first objective.
-        cost: its size: the second objective, or the effective bits where there is none.
-        values: all objectives.
-        metrics: everything its validation logged, and all costs.
-        origin: `"uniform 4 bits"`, or `"sampled"`.
-        seconds: that it took.
-        lower: what it scored at each level of fidelity below the top; empty where there is one level.
-    """
-
-    number: int
-    plan: QuantPlan
-    metric: float
-    cost: float
-    metrics: Mapping[str, float]
-    origin: str
-    seconds: float
-    values: tuple[float, ...]
-    lower: tuple[Mapping[str, float], ...] = ()
-
-    @property
-    def effective_bits(self) -> float:
-        """Mean bits of a parameter of the model, scales and zero points included."""
-        return self.metrics["effective_bits"]
-
-    @property
-    def file_name(self) -> str:
-        """Name of its plan file."""
-        return f"plan_{self.number:03d}_{self.effective_bits:.2f}bits.yaml"
-
-    @classmethod
-    def of(cls, trial: FrozenTrial, cost: str) -> Candidate:
-        """Read a complete trial; `cost` names its size."""
-        attrs, values = trial.user_attrs, tuple(trial.values)
-        plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
-        lower = tuple(reached_by(trial)[:-1])
-        return cls(
-            trial.number, plan, values[0], metrics[cost], metrics, origin, attrs.get(SECONDS, 0.0), values, lower
-        )
-
-
-class SearchResult:
-    """The complete trials of a study, of all workers and earlier runs, as they are now.
-
-    Args:
-        study: the metric is its first objective, costs are the others.
-        metric, costs: their names.
-        maximize: whether more of the metric is better.
-        float_metrics: what the float model scores.
-        float_bytes: size of the float model.
-
-    Attributes:
-        candidates: every complete trial that keeps the constraints, by number; with several levels of fidelity those of
-            the top.
-        held_back: number of trials that stopped below the top level.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        metric: str,
-        costs: Sequence[str],
-        maximize: bool,
-        float_metrics: Mapping[str, float],
-        float_bytes: int | None = None,
-    ) -> None:
-        self.study, self.metric, self.maximize = study, metric, maximize
-        #: What sizes are compared by.
-        self.cost = costs[0] if costs else "effective_bits"
-        self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        self.held_back = len(held_back(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
-        self.candidates = [
-            Candidate.of(trial, self.cost)
-            for trial in complete
-            if all(excess <= 0 for excess in trial.constraints.values())
-        ]
-
-    @cached_property
-    def front(self) -> list[Candidate]:
-        """The candidates that no other beats in every objective, by cost; of equal ones the first."""
-        if len(self.study.directions) < 3:
-            found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
-            return [self.candidates[index] for index in found]
-        signs = [-1.0 if self.maximize else 1.0] + [1.0] * (len(self.study.directions) - 1)
-        losses = np.array(
-            [[sign * value for sign, value in zip(signs, c.values, strict=True)] for c in self.candidates]
-        )
-        distinct = [
-            c
-            for i, c in enumerate(self.candidates)
-            if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))
-        ]
-        return sorted(distinct, key=lambda c: (c.cost, c.metric))
-
-    def best(self, cost: float | None = None) -> Candidate:
-        """The candidate with the best metric whose cost is at most `cost`.
-
-        Raises:
-            QuantizationError: when there is none.
-        """
-        allowed = sorted(
-            (c for c in self.front if cost is None or c.cost <= cost), key=lambda c: c.metric, reverse=not self.maximize
-        )
-        if not allowed:
-            least = f"the smallest has {self.front[0].cost:.4g}" if self.front else "no trial is complete"
-            raise QuantizationError(f"no plan with {self.cost} <= {cost}: {least}")
-        return allowed[-1]
+class SearchResult(StudyCandidates):
+    """What a search found: `front`, `best(cost)`, `figure()`, `table()`, and `write(folder)` for all of it as files."""
 
     def figure(self) -> Any:
         """Metric over cost of every trial, the front, the uniform plans and the float model."""
@@ -241,8 +120,3 @@ def _levels(candidate: Candidate) -> dict[str, float]:
         if name not in COSTS
     }
     return {"level": len(candidate.lower), **found}
-
-
-def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:
-    """No worse anywhere, and better somewhere or equal and earlier."""
-    return bool((mine <= other).all() and ((mine < other).any() or earlier))

@@ -54,6 +54,11 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     return base, costs
 
 
+def smallest_cost(base: float, costs: Table) -> float:
+    """Returns the cost of the smallest plan, from what `unit_costs` returns."""
+    return base + sum(min(values.values()) for values in costs.values())
+
+
 def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
     """The plan of least summed sensitivity with `base` + its costs at most `budget`.
 
@@ -63,7 +68,7 @@ def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base
     pairs = [(unit.name, choice, unit) for unit in space.units for choice in unit.choices]
     harm = np.array([sensitivity.get(name, {}).get(str(choice), 0.0) for name, choice, _ in pairs])
     price = np.array([costs[name][str(choice)] for name, choice, _ in pairs])
-    smallest = base + sum(min(costs[unit.name].values()) for unit in space.units)
+    smallest = smallest_cost(base, costs)
     if smallest > budget * (1 + 1e-9):
         raise QuantizationError(f"no plan costs at most {budget:g}: the smallest costs {smallest:.6g}")
     one = np.array([[float(name == unit.name) for name, *_ in pairs] for unit in space.units])
@@ -120,7 +125,7 @@ def make_seeds(
         count: budgets between the smallest and the largest plan.
         most: no plan may cost more.
     """
-    low = base + sum(min(values.values()) for values in costs.values())
+    low = smallest_cost(base, costs)
     if count < 1 or low > most:
         return []
     high = min(base + sum(max(values.values()) for values in costs.values()), most)

@@ -1,0 +1,235 @@
+"""One worker of a study, from its first look at the model to the files that show what was found."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna import Study
+from optuna.samplers import BaseSampler
+
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.search.evaluation.costs import COUNTED, COUNTS, LATENCY
+from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.sensitivity.measure import measure_sensitivity
+from lq_plugin.search.shared.database import locked, quiet
+from lq_plugin.search.shared.interrupt import StopRequest, stop_on_signal
+from lq_plugin.search.shared.storage import open_study
+from lq_plugin.search.space.bound import BoundSpace
+from lq_plugin.search.space.constraint import Constraint, largest
+from lq_plugin.search.study.config import SearchConfig
+from lq_plugin.search.study.latency import measure_front, share_latency
+from lq_plugin.search.study.loop import Loop
+from lq_plugin.search.study.objective import ORIGIN, Objective
+from lq_plugin.search.study.progress import SearchProgress
+from lq_plugin.search.study.promotion import Ladder
+from lq_plugin.search.study.proposer import Proposer, waiting_trial
+from lq_plugin.search.study.refine import Refiner
+from lq_plugin.search.study.result import SearchResult
+from lq_plugin.search.study.seeds import Seed, Table, distinct, make_seeds, smallest_cost, unit_costs
+from lq_plugin.utilities.files import make_folder
+
+log = logging.getLogger(__name__)
+
+#: User attribute of a study whose first trials are in its queue.
+SEEDED = "seeded"
+#: User attribute of a study: the harm of each choice of each unit, which its first trials were chosen by.
+SENSITIVITY = "sensitivity"
+
+
+class StudyWorker:
+    """Works on a study: `open` it, `seed` its queue, `run` trials, `finish` with the files. `work` does all four.
+
+    Other workers may do the same at the same time; what is done once for a study is done by the first one.
+
+    Args:
+        config: what is searched for.
+
+    Raises:
+        QuantizationError: a folder that cannot be made, or a Trainer with several devices.
+    """
+
+    #: Set by `open`.
+    space: BoundSpace
+    study: Study
+    objective: Objective
+    sampler: BaseSampler
+    float_bytes: int
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self.storage = config.storage
+        if config.output_dir is not None:
+            make_folder(config.output_dir)
+            self.storage = self.storage or f"sqlite:///{Path(config.output_dir).resolve() / 'study.db'}"
+        self._unit_costs: dict[str, tuple[float, Table]] = {}
+        self.evaluator = Evaluator(
+            config.model,
+            config.datamodule,
+            trainer=config.trainer,
+            calibration_batches=config.calibration_batches,
+            phases=config.phases,
+            dataloader=config.dataloader,
+            seed=config.seed,
+        )
+
+    def work(self) -> SearchResult:
+        """Search until the study has its trials, and give the float model back.
+
+        Raises:
+            QuantizationError: a space or metric that does not fit, a study made for others, too many failed trials.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
+        """
+        with self.evaluator, stop_on_signal() as stop:
+            self.open()
+            self.seed()
+            try:
+                self.run(stop)
+            finally:
+                self.finish()
+        if stop.received is not None:
+            raise KeyboardInterrupt(signal.strsignal(stop.received))
+        return self.result()
+
+    def open(self) -> None:
+        """Calibrate the model, check that the request can be met, and open the study.
+
+        Raises:
+            QuantizationError: a space, metric or constraint that does not fit, or a study made for others.
+        """
+        config, evaluator = self.config, self.evaluator
+        self.space = evaluator.calibrate(config.space)
+        for tensor, reasons in self.space.excluded.items():
+            log.info("left out for %s: %s", tensor, "; ".join(reasons))
+        self.float_bytes = evaluator.cost({}).bytes
+        self.objective = Objective(evaluator, config.metric, config.costs, config.limits)
+        if config.levels:
+            self.objective.ladder = Ladder(
+                evaluator,
+                config.levels,
+                config.metric,
+                config.costs,
+                config.maximize,
+                config.promote_within,
+                config.promote_first,
+            )
+        self._check_reachable(limit for limit in config.limits if limit.name in COUNTED)
+        self.study = open_study(
+            config.study_name, self.storage, config.directions, self._fingerprint(), config.heartbeat
+        )
+        if config.levels:
+            self.study.pruner = config.pruning
+        if config.timing is not None:
+            with locked(self.storage):
+                share_latency(evaluator, self.study, config.timing)
+            self._check_reachable(limit for limit in config.limits if limit.name == LATENCY)
+        # With the same seed again a sampler would propose the same plans again.
+        entropy = np.random.SeedSequence([config.seed, config.worker, len(self.study.get_trials(deepcopy=False))])
+        first, self._refiner_seed = entropy.generate_state(2).tolist()
+        with quiet():
+            given = config.sampler
+            self.sampler = given if isinstance(given, BaseSampler) else given(seed=first)
+
+    def seed(self) -> None:
+        """Put the first plans into the queue, unless another worker or an earlier run has done it."""
+        config = self.config
+        with locked(self.storage):
+            if self.study.user_attrs.get(SEEDED):
+                return
+            widths = self.space.bit_widths if config.uniform else []
+            plans = [Seed(self.space.uniform(bits), f"uniform {bits} bits") for bits in widths]
+            if config.seeds:
+                harm = measure_sensitivity(self.evaluator, config.sensitivity, config.sensitivity_batches).values
+                base, costs = self._costs_of_choices(config.size)
+                most = largest(config.limits, config.size)
+                plans += make_seeds(self.space, harm, costs, base, config.seeds, most)
+                self.study.set_user_attr(SENSITIVITY, harm)
+            for plan in distinct(plans):
+                origin = {ORIGIN: plan.origin}
+                self.study.add_trial(waiting_trial(self.space, plan.params, self.evaluator, config.limits, origin))
+            self.study.set_user_attr(SEEDED, True)
+
+    def run(self, stop: StopRequest) -> None:
+        """Evaluate trials until the study has enough, the space is exhausted, or `stop` asks to end.
+
+        Raises:
+            StudyError: too many failed trials, or constraints that leave hardly any plan.
+        """
+        config = self.config
+        proposer = Proposer(self.study, self.sampler, self.evaluator, config.limits, self._refiner())
+        self.study.sampler = proposer
+        bar = SearchProgress(config.n_trials, config.metric) if config.progress else nullcontext()
+        Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop).run(bar)
+        if config.timing is not None and stop.received is None:
+            with locked(self.storage):
+                measure_front(self.evaluator, self.result(), config.timing)
+
+    def finish(self) -> None:
+        """Write the files of the results so far, and leave the study with the sampler that was asked for."""
+        self.study.sampler = self.sampler
+        if self.config.output_dir is None:
+            return
+        # Until nothing is new: another worker may have finished a trial meanwhile, and written before us.
+        written = -1
+        while written != len((latest := self.result()).candidates):
+            latest.write(self.config.output_dir)
+            written = len(latest.candidates)
+
+    def result(self) -> SearchResult:
+        """Returns what the study has found so far; `open` comes first."""
+        config = self.config
+        return SearchResult(
+            self.study, config.metric, config.costs, config.maximize, self.evaluator.float_metrics, self.float_bytes
+        )
+
+    def _refiner(self) -> Refiner | None:
+        """Returns what fills the gaps of the front, where sensitivity is known and there is one cost."""
+        known = self.study.user_attrs.get(SENSITIVITY)
+        if known is None or len(self.config.costs) != 1:
+            return None
+        size = self.config.size
+        base, costs = self._costs_of_choices(size)
+        return Refiner(self.space, known, base, costs, largest(self.config.limits, size), self._refiner_seed)
+
+    def _costs_of_choices(self, cost: str) -> tuple[float, Table]:
+        """Returns `unit_costs`, computed once for each cost."""
+        if cost not in self._unit_costs:
+            self._unit_costs[cost] = unit_costs(self.evaluator, cost)
+        return self._unit_costs[cost]
+
+    def _check_reachable(self, limits: Iterable[Constraint]) -> None:
+        """Refuse bounds on costs that the smallest plan breaks."""
+        faults = []
+        for limit in limits:
+            if limit.relation == "<=":
+                smallest = smallest_cost(*self._costs_of_choices(limit.name))
+                if smallest > limit.bound * (1 + 1e-9):
+                    faults.append(f"no plan of the space keeps '{limit}': the smallest has {smallest:.6g}")
+        raise_all(QuantizationError, "cannot search", faults)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Returns what the trials of one study have in common, as plain values."""
+        config, evaluator = self.config, self.evaluator
+        # Only where they are asked for: earlier studies have none.
+        added: dict[str, Any] = {} if config.timing is None else {"latency": config.timing.place}
+        if config.levels:
+            added["fidelity"] = [level.measures() for level in config.levels]
+        return added | {
+            "metric": config.metric,
+            "mode": config.mode,
+            "cost": ", ".join(config.costs),
+            "constraints": [str(limit) for limit in config.limits],
+            "weights of the model": evaluator.weights,
+            "calibration": {
+                "batches": evaluator.calibration_batches,
+                "seed": evaluator.seed,
+                "phases": list(evaluator.phases),
+            },
+            "space": self.space.describe(),
+            **COUNTS,
+        }
