@@ -256,14 +256,20 @@ def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
     )
 
 
-def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording: Recording | None = None) -> Cost:
-    """What a model would cost under these plans. The model is only looked at, prepared or float.
+def plan_cost(
+    model: nn.Module,
+    layer_plans: Mapping[str, LayerPlan],
+    recording: Recording | None = None,
+    survey: Survey | None = None,
+) -> Cost:
+    """Returns what a model would cost under these plans. The model is only looked at, prepared or float.
 
     Args:
         model: any module.
         layer_plans: specs by name of layer, as `QuantPlan.resolve` gives them, or of recorded operation; what is left
             out is float.
         recording: of one batch, for MACs and BOPs.
+        survey: of this model, where many plans are priced; taken anew when None.
 
     Raises:
         PlanError: naming each plan whose layer is not there.
@@ -273,7 +279,7 @@ def plan_cost(model: nn.Module, layer_plans: Mapping[str, LayerPlan], recording:
     >>> plan_cost(net, {"0": LayerPlan(weight=QuantSpec.parse("int8"))})["0"].weight_bits
     8
     """
-    survey = Survey.of(model)
+    survey = survey or Survey.of(model)
     operations = set() if recording is None else {call.name for call in recording.functional_calls}
     names = list(survey.candidates)
     unknown = [name for name in layer_plans if name not in survey.candidates and name not in operations]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,9 @@ class Evaluator:
         self._samples: dict[tuple[str, Granularity], Sample] = {}
         self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
         self._layers: dict[str, QuantizedLayer] = {}
+        self._survey: Survey | None = None
+        #: A trial's plan is priced when it is proposed; until it is evaluated few others are.
+        self._price = lru_cache(maxsize=64)(self._plan_cost)
         self._data = SetUpOnce(datamodule)
 
     def __enter__(self) -> Evaluator:
@@ -161,6 +165,8 @@ class Evaluator:
         self._float_state.clear()
         self._quantizers.clear()
         self._layers.clear()
+        self._survey = None
+        self._price.cache_clear()
         self._data.close()
 
     def calibrate(self, space: Space | Mapping[str, Any]) -> BoundSpace:
@@ -194,6 +200,8 @@ class Evaluator:
             self.recording = self.recording or ptq.recording
             self._keep_samples(ptq)
         self._layers = dict(quantized_layers(self.model))
+        self._survey = Survey.of(self.model)
+        self._price.cache_clear()
         return self.space
 
     def _recorded(self) -> Recording | None:
@@ -248,7 +256,10 @@ class Evaluator:
     def cost(self, layer_plans: Mapping[str, LayerPlan]) -> Cost:
         """The cost of a plan, without evaluating it."""
         self._calibrated()
-        return plan_cost(self.model, layer_plans, self.recording)
+        return self._price(frozenset(layer_plans.items()))
+
+    def _plan_cost(self, layer_plans: frozenset[tuple[str, LayerPlan]]) -> Cost:
+        return plan_cost(self.model, dict(layer_plans), self.recording, self._survey)
 
     def costs(self, layer_plans: Mapping[str, LayerPlan]) -> dict[str, float]:
         """The totals of a plan by name, without evaluating it; its latency among them once that is measured."""

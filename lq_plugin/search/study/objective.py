@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.search.evaluation.costs import COSTS, unknown_costs
 from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.space.bound import as_plan
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.study.promotion import LEVELS, Ladder, reached_by, read
 
@@ -81,7 +82,7 @@ class Objective:
             params = space.suggest(trial)
             layer_plans = space.layer_plans(params)
             if PLAN not in trial.user_attrs:
-                trial.set_user_attr(PLAN, space.plan(params).to_dict())
+                trial.set_user_attr(PLAN, as_plan(layer_plans).to_dict())
             costs = self.evaluator.costs(layer_plans)
             if (earlier := _same(trial.study.get_trials(deepcopy=False), params, trial.number)) is not None:
                 noted[REPEATS] = earlier

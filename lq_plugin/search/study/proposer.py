@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.shared.database import StudyError, quiet
-from lq_plugin.search.space.bound import BoundSpace, Params
+from lq_plugin.search.space.bound import BoundSpace, Params, as_plan
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, REPEATS
 from lq_plugin.search.study.refine import Point, Refiner
@@ -151,10 +151,11 @@ def waiting_trial(
     system_attrs: Mapping[str, Any] | None = None,
 ) -> FrozenTrial:
     """A trial for the queue, with its plan; or a pruned one, where the plan's cost breaks a constraint."""
-    costs = evaluator.costs(space.layer_plans(params))
+    layer_plans = space.layer_plans(params)
+    costs = evaluator.costs(layer_plans)
     excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}
     kept = all(value <= 0 for value in excess.values())
-    attrs = {PLAN: space.plan(params).to_dict(), **(user_attrs or {})}
+    attrs = {PLAN: as_plan(layer_plans).to_dict(), **(user_attrs or {})}
     return create_trial(
         state=TrialState.WAITING if kept else TrialState.PRUNED,
         params=dict(params),
