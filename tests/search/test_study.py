@@ -13,11 +13,14 @@ import pytest
 import torch
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from torch import nn
 
 from lq_plugin import PTQ, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
+from lq_plugin.model.survey import Survey
 from lq_plugin.search import Evaluator, SearchResult, Space, StudyError, search
+from lq_plugin.search.evaluation import evaluator as evaluator_module
 from lq_plugin.search.shared.storage import FINGERPRINT, differences, open_study
 
 from .conftest import CPU
@@ -184,6 +187,34 @@ def test_a_small_space_is_searched_once_through(model: DigitsCNN, monkeypatch: A
     }
     result = run(model, 20, space=space)
     assert len(calls) == len(result.candidates) == len({str(c.plan.to_dict()) for c in result.candidates}) == 6
+
+
+def test_a_trial_prices_its_plan_once_and_surveys_no_model(model: DigitsCNN, monkeypatch: Any) -> None:
+    price, survey, evaluate = evaluator_module.plan_cost, Survey.of.__func__, Evaluator.evaluate_layers
+    priced: list[Any] = []
+    surveys: list[nn.Module] = []
+    before: list[int] = []
+
+    def counted(network: nn.Module, plans: Any, *rest: Any) -> Any:
+        priced.append(plans)
+        return price(network, plans, *rest)
+
+    def evaluated(self: Evaluator, plans: Any) -> Any:
+        before.append(len(surveys))
+        return evaluate(self, plans)
+
+    monkeypatch.setattr(evaluator_module, "plan_cost", counted)
+    monkeypatch.setattr(
+        Survey,
+        "of",
+        classmethod(lambda cls, *args, **options: surveys.append(args[0]) or survey(cls, *args, **options)),
+    )
+    monkeypatch.setattr(Evaluator, "evaluate_layers", evaluated)
+    result = run(model, 3, uniform=False)
+    assert len(result.study.trials) == len(before) == 3
+    assert [str(plans) for plans in priced].count("{}") == 1, "the float model"
+    assert len(priced) == 1 + 3
+    assert before == [len(surveys)] * 3, "the model was surveyed before the trials"
 
 
 def test_plans_that_cost_too_much_are_never_evaluated(model: DigitsCNN, monkeypatch: Any) -> None:

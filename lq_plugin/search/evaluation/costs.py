@@ -1,4 +1,4 @@
-"""What a search can minimize next to its metric, and what constraints can bound.
+"""Costs that a search can minimize next to its metric, and that constraints can bound.
 
 All of it is of the whole model, what stays float included, and work is that of one input sample: a bound means the same
 whatever the batch size and however much of a model can hold quantizers. `effective_bits <= 4.5` bounds the mean bits of
@@ -34,12 +34,12 @@ COUNTS = {"costs count": "the whole model, for one input sample"}
 
 
 def cost_totals(cost: Cost) -> dict[str, float]:
-    """The counted totals, which trials carry beside the metrics."""
+    """Returns the counted totals by name, which trials carry next to the metrics."""
     return {name: value for name in COUNTED if (value := getattr(cost, name)) is not None}
 
 
 def unknown_costs(names: Iterable[str]) -> list[str]:
-    """Returns a fault for each name that is no cost."""
+    """Returns a fault for each name that is not a cost."""
     return [
         f"unknown cost {name!r}; valid: {', '.join(COSTS)}.{did_you_mean(str(name), COSTS)}"
         for name in names

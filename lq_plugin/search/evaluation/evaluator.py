@@ -1,4 +1,4 @@
-"""Score plan after plan on one loaded model: one calibration pass, then quantizers are exchanged, data is not.
+"""Scores many plans on one loaded model, which is calibrated once; between plans only its quantizers are exchanged.
 
     with Evaluator(model, datamodule) as evaluator:
         evaluator.calibrate(space)
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,10 +33,10 @@ from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.measure.cost import Cost, plan_cost
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.survey import Survey
-from lq_plugin.ptq.phases import check_phases, names_and_options
+from lq_plugin.ptq.phases import PhaseContext, check_phases, names_and_options
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer
 from lq_plugin.ranges import Sample
-from lq_plugin.search.evaluation.calibration import Calibration, FloatRecording
+from lq_plugin.search.evaluation.calibration import Calibration, OnCalibrationData
 from lq_plugin.search.evaluation.costs import LATENCY, cost_totals
 from lq_plugin.search.evaluation.setup_once import SetUpOnce
 from lq_plugin.search.shared.interrupt import interrupts_kept
@@ -59,7 +59,7 @@ QUIET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one plan scores.
+    """The score of one plan.
 
     Args:
         metrics: everything the validation logged.
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """A LightningModule that is loaded and calibrated once.
+    """Evaluates plans on a LightningModule that is loaded and calibrated once.
 
     `close` (or leaving the `with` block) takes the quantizers out and undoes batch norm folding: the
     float weights are back, bit for bit.
@@ -137,14 +137,13 @@ class Evaluator:
         self.close()
 
     def make_trainer(self, **options: Any) -> Trainer:
-        """A Trainer that shows, logs and keeps nothing."""
+        """Returns a Trainer that shows, logs and keeps nothing."""
         trainer = self._make_trainer(**QUIET, **options)
         trainer.logger = SilentLogger()  # a step that calls its logger finds one
         return trainer
 
     def float_copy(self) -> LightningModule:
-        """The module with its float weights, batch norms included, and nothing of the search; it belongs to no
-        Trainer."""
+        """Returns a copy of the module with its float weights and batch norms, without quantizers and Trainer."""
         self._calibrated()
         copied = copy_model(self.model)
         remove(copied)
@@ -158,7 +157,7 @@ class Evaluator:
                 tensor.copy_(self._float_state[name])
 
     def close(self) -> None:
-        """Give the float model back."""
+        """Restore the float model."""
         remove(self.model)
         with torch.inference_mode(False), torch.no_grad():
             self._make_float(self.model)
@@ -193,9 +192,12 @@ class Evaluator:
             remove(self.model)
             first = self.recording is None
             ptq = Calibration(
-                plan, self.calibration_batches, self.phases if first else ("calibrate",), dataloader=self.dataloader
+                plan,
+                self.calibration_batches,
+                self.phases if first else ("calibrate",),
+                dataloader=self.dataloader,
+                seed=self.seed,
             )
-            ptq.seed = self.seed
             self.run(ptq)
             self.recording = self.recording or ptq.recording
             self._keep_samples(ptq)
@@ -204,15 +206,15 @@ class Evaluator:
         self._price.cache_clear()
         return self.space
 
-    def _recorded(self) -> Recording | None:
-        recorder = FloatRecording("int8", dataloader=self.dataloader)
-        recorder.seed = self.seed
+    def _recorded(self) -> Recording:
+        """Returns what the float model does with one batch."""
+        recorder = OnCalibrationData(PhaseContext.record, 1, self.dataloader, self.seed)
         with self.limited(1):
             self.run(recorder)
-        return recorder.recording
+        return cast(Recording, recorder.result)
 
     def run(self, callback: Callback) -> dict[str, float]:
-        """Validate with one more callback."""
+        """Validate with one more callback, and return what was logged."""
         callbacks: list[Any] = vars(self.trainer)["callbacks"]
         callbacks.append(callback)
         try:
@@ -222,8 +224,7 @@ class Evaluator:
 
     @contextmanager
     def limited(self, batches: int | None) -> Iterator[None]:
-        """Inside, a validation reads the first `batches` batches of each loader, and never more than outside; None: as
-        many."""
+        """A context in which a validation reads at most `batches` batches of each loader; None: as many as outside."""
         before = vars(self.trainer)["limit_val_batches"]
         if batches is not None:
             vars(self.trainer)["limit_val_batches"] = min(batches, self.batches)
@@ -245,7 +246,7 @@ class Evaluator:
                 self._samples.setdefault((quantizer.name, quantizer.spec.granularity), histogram.sample())
 
     def layer_plans(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> dict[str, LayerPlan]:
-        """The specs that a plan gives to every layer.
+        """Returns the specs that a plan gives to every layer, by its name.
 
         Raises:
             PlanError: when it does not fit the model.
@@ -254,7 +255,7 @@ class Evaluator:
         return QuantPlan.parse(plan).resolve(space.layers, space.others)
 
     def cost(self, layer_plans: Mapping[str, LayerPlan]) -> Cost:
-        """The cost of a plan, without evaluating it."""
+        """Returns the cost of a plan without evaluating it."""
         self._calibrated()
         return self._price(frozenset(layer_plans.items()))
 
@@ -262,7 +263,7 @@ class Evaluator:
         return plan_cost(self.model, dict(layer_plans), self.recording, self._survey)
 
     def costs(self, layer_plans: Mapping[str, LayerPlan]) -> dict[str, float]:
-        """The totals of a plan by name, without evaluating it; its latency among them once that is measured."""
+        """Returns the totals of a plan by name without evaluating it, with its latency once latency is measured."""
         totals = cost_totals(self.cost(layer_plans))
         return totals if self.latency is None else totals | {LATENCY: self.latency(layer_plans)}
 
@@ -275,7 +276,7 @@ class Evaluator:
         return self.evaluate_layers(self.layer_plans(plan))
 
     def evaluate_layers(self, layer_plans: Mapping[str, LayerPlan]) -> Evaluation:
-        """The same for specs by layer name."""
+        """Validate the model under specs that are given by layer name."""
         started = time.perf_counter()
         self.apply(layer_plans)
         metrics = self._validate()
@@ -290,7 +291,7 @@ class Evaluator:
         return Evaluation(metrics, self.cost(layer_plans), time.perf_counter() - started)
 
     def apply(self, layer_plans: Mapping[str, LayerPlan]) -> None:
-        """Give every layer the quantizers of its specs, with their ranges."""
+        """Give every layer the calibrated quantizers of its specs."""
         self._calibrated()
         outside = [name for name, plan in layer_plans.items() if plan and name not in self._layers]
         if outside:
@@ -304,7 +305,7 @@ class Evaluator:
                 setattr(layer, f"{slot}_quantizer", chosen.get(slot))
 
     def _quantizer(self, name: str, slot: str, spec: QuantSpec) -> Quantizer:
-        """The calibrated quantizer of one tensor; each (tensor, spec) is estimated once."""
+        """Returns the calibrated quantizer of one tensor; each (tensor, spec) is estimated once."""
         key = (name, slot, spec)
         layer = self._layers[name]
         if key not in self._quantizers:
@@ -344,13 +345,12 @@ class Evaluator:
 
 
 def logged(trainer: Trainer) -> dict[str, float]:
-    """What the last run of a Trainer logged."""
+    """Returns the metrics that the last run of a Trainer logged."""
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
-    """Plans that between them gather every statistic: the first has all there is, others what a tensor may be in
-    addition."""
+    """Returns plans that together gather every statistic; those after the first cover what a tensor may also be."""
     wanted: dict[str, dict[str, list[QuantSpec]]] = {}
     for unit in space.units:
         kinds = {_statistics_of(spec): spec for spec in unit.choices if isinstance(spec, QuantSpec)}
@@ -372,10 +372,10 @@ def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
 
 
 def _plain(spec: QuantSpec) -> QuantSpec:
-    """A spec that takes the same statistics and is quick to estimate."""
+    """Returns a spec that takes the same statistics and is quick to estimate."""
     return QuantSpec(bit_width=8, granularity=_statistics_of(spec))
 
 
 def _statistics_of(spec: QuantSpec) -> PerChannel | PerTensor:
-    """What an activation's statistics are gathered for: scales of groups are found at run time, from one range."""
+    """Returns the granularity of an activation's statistics; groups get their scales at run time, from one range."""
     return spec.granularity if isinstance(spec.granularity, PerChannel) else PerTensor()

@@ -1,4 +1,4 @@
-"""What one evaluation may cost: levels of fidelity, the cheap ones first.
+"""Levels of fidelity: ways to evaluate a plan, from cheap to expensive.
 
     fidelity: [{batches: 4}, {}, {reconstruct: {iterations: 100}}, {qat: {max_epochs: 1}}]
 
@@ -23,8 +23,8 @@ from lq_plugin.callbacks import QAT
 from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.intent.plan import LayerPlan, QuantPlan
-from lq_plugin.ptq.phases import check_phases, names_and_options
-from lq_plugin.search.evaluation.calibration import LearnedRounding
+from lq_plugin.ptq.phases import check_phases, names_and_options, run_phase
+from lq_plugin.search.evaluation.calibration import OnCalibrationData
 from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator, logged
 from lq_plugin.search.evaluation.setup_once import without_memory
 from lq_plugin.search.shared.interrupt import interrupts_kept
@@ -99,7 +99,7 @@ class Level:
 
     @classmethod
     def parse(cls, value: Level | Mapping[str, Any]) -> Level:
-        """Read a mapping with its fields, or return it as it is.
+        """Read a mapping with the fields of a level; a `Level` is returned unchanged.
 
         Raises:
             QuantizationError: see `Level`; or unknown keys.
@@ -118,7 +118,7 @@ class Level:
         return cls(**{str(key): item for key, item in value.items()})
 
     def measures(self) -> dict[str, Any]:
-        """What its metrics depend on, as plain values: those of equal levels can be compared."""
+        """Returns everything that the metrics depend on as plain values; scores of equal ones can be compared."""
         found = {
             name: getattr(self, name) for name in ("batches", "reconstruct", "qat") if getattr(self, name) is not None
         }
@@ -157,7 +157,7 @@ def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...
 def level_faults(
     levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
 ) -> list[str]:
-    """What in the levels does not fit a project: its phases of PTQ, its Trainer, its module."""
+    """Returns what in the levels does not fit a project: its PTQ phases, its Trainer or its module."""
     faults = []
     for number, level in enumerate(levels):
         try:
@@ -185,7 +185,7 @@ def level_faults(
 
 
 def margin_faults(margin: Any) -> list[str]:
-    """What is wrong with a `promote_within`."""
+    """Returns what is wrong with a `promote_within`."""
     number = isinstance(margin, int | float) and not isinstance(margin, bool)
     return [] if margin is None or (number and margin >= 0) else [f"promote_within is a number from 0, got {margin!r}"]
 
@@ -193,8 +193,7 @@ def margin_faults(margin: Any) -> list[str]:
 def evaluate_at(
     evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], level: Level
 ) -> dict[str, float]:
-    """What a plan scores at one level: everything that was logged. The evaluator's module is afterwards as it was, bit
-    for bit.
+    """Returns everything that a plan logs at one level. The evaluator's module is unchanged afterwards, bit for bit.
 
     Raises:
         QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
@@ -203,7 +202,7 @@ def evaluate_at(
 
 
 def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
-    """The same for specs by layer name."""
+    """Returns everything that specs, given by layer name, log at one level."""
     if level.qat is not None:
         return _trained(evaluator, layer_plans, level)
     with evaluator.limited(level.batches):
@@ -215,6 +214,7 @@ def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan
 def _with_learned_rounding(
     evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], options: Mapping[str, Any]
 ) -> dict[str, float]:
+    check_phases(*names_and_options(["calibrate", {"reconstruct": options}]))
     evaluator.apply({})
     before = {
         name: tensor.clone()
@@ -228,10 +228,14 @@ def _with_learned_rounding(
             for name, quantizer in list(layer.named_children()):
                 if name.endswith("_quantizer"):
                     setattr(layer, name, copy.deepcopy(quantizer))
+        reconstruct = OnCalibrationData(
+            lambda context: run_phase(context, "reconstruct", options),
+            evaluator.calibration_batches,
+            evaluator.dataloader,
+            evaluator.seed,
+        )
         with _silent():
-            return evaluator.run(
-                LearnedRounding(options, evaluator.calibration_batches, evaluator.dataloader, evaluator.seed)
-            )
+            return evaluator.run(reconstruct)
     finally:
         evaluator.apply({})
         with torch.no_grad():
@@ -265,7 +269,7 @@ def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: 
 
 @dataclass(frozen=True)
 class _Training:
-    """Options of a `qat` level, by who takes them."""
+    """Options of a `qat` level, by what takes them."""
 
     trainer: dict[str, Any]
     qat: dict[str, Any]
@@ -287,7 +291,7 @@ def _trainer_options() -> list[str]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what every run of a Trainer says about devices and layers; warnings are shown."""
+    """A context without the messages of a Trainer about devices and layers; warnings are shown."""
     before = [(log, log.level) for log in map(logging.getLogger, LOGGERS)]
     for log, level in before:
         log.setLevel(max(level, logging.WARNING))

@@ -1,4 +1,4 @@
-"""Set a datamodule up once for many validations: reading a data set anew would cost more than a trial."""
+"""Sets a datamodule up once for many validations: reading a data set anew would cost more than a trial."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class SetUpOnce:
-    """Between `open` and `close` each stage of `datamodule` is set up the first time only.
+    """Sets each stage of `datamodule` up only the first time between `open` and `close`.
 
     `teardown` waits until `close`. None is accepted and left alone.
     """
@@ -21,7 +21,7 @@ class SetUpOnce:
         self._prepared = False
 
     def open(self) -> None:
-        """Take over `prepare_data`, `setup` and `teardown` of the instance."""
+        """Replace `prepare_data`, `setup` and `teardown` of the instance."""
         if self._datamodule is None:
             return
         original = {name: getattr(self._datamodule, name) for name in ("prepare_data", "setup")}
@@ -42,7 +42,7 @@ class SetUpOnce:
         self._datamodule.__dict__ |= {"prepare_data": prepare_data, "setup": setup, "teardown": teardown}
 
     def close(self) -> None:
-        """Hand the methods back and tear down what was set up."""
+        """Restore the methods and tear down what was set up."""
         if self._datamodule is None or "setup" not in self._datamodule.__dict__:
             return
         for name in ("prepare_data", "setup", "teardown"):
@@ -53,7 +53,7 @@ class SetUpOnce:
 
 
 def without_memory(datamodule: LightningDataModule | None) -> LightningDataModule | None:
-    """A copy with its own methods, for other processes, which set it up themselves."""
+    """Returns a copy with its own methods, for other processes, which set it up themselves."""
     if datamodule is None:
         return None
     copied = copy.copy(datamodule)

@@ -1,4 +1,4 @@
-"""How much each tensor suffers from each of its choices."""
+"""Sensitivity of each tensor to each of its choices."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""How much each weight suffers from each of its choices, by gradients of the float model's loss.
+"""Sensitivity of weights from gradients of the float model's loss.
 
 A sample's gradient is its own: of a batch's mean gradient only the part that all samples share would be left.
 """
@@ -37,7 +37,7 @@ def by_gradients(
     measures: Sequence[str],
     loss: Callable[[Any], Tensor],
 ) -> Values:
-    """The gradient measures of weights; the quantizers of all layers are taken out.
+    """Returns the gradient measures of weights; the quantizers of all layers are taken out.
 
     The errors ΔW of all choices are held in memory at once.
 
@@ -87,7 +87,7 @@ def _by_sample(
     loss: Callable[[Any], Tensor],
     products: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """½ Σ E[g²] ΔW² and E[(gᵀΔW)²], by unit, for each choice `[choices]`."""
+    """Returns ½ Σ E[g²] ΔW² and E[(gᵀΔW)²] of each unit, one number for each choice `[choices]`."""
     square = {name: torch.zeros_like(change[0]) for name, change in changes.items()}
     first_order = {name: torch.zeros_like(change[:, 0]) for name, change in changes.items()}
     count = 0
@@ -104,7 +104,7 @@ def _by_sample(
 
 
 def _samples(data: Sequence[Any], loss: Callable[[Any], Tensor]) -> Iterator[Any]:
-    """One sample after the other; whole batches where the loss is no mean over samples."""
+    """Yields one sample after the other, or whole batches where the loss is not a mean over samples."""
     whole = data[0]
     parts = split(whole, 1)
     with torch.no_grad():
@@ -119,8 +119,7 @@ def _samples(data: Sequence[Any], loss: Callable[[Any], Tensor]) -> Iterator[Any
 
 
 def _traces(weights: list[Tensor], sizes: list[int], data: Sequence[Any], loss: Callable[[Any], Tensor]) -> list[float]:
-    """Trace of each unit's block of the Hessian: E[zᵀHz] with random signs z; a unit has `sizes` consecutive
-    weights."""
+    """Returns the trace of each unit's Hessian block, E[zᵀHz] with random signs z; a unit is `sizes` weights."""
     generator = torch.Generator().manual_seed(0)
     found = torch.zeros(len(weights), dtype=torch.float64)
     for batch in data:
@@ -142,7 +141,7 @@ def _traces(weights: list[Tensor], sizes: list[int], data: Sequence[Any], loss: 
 
 
 def _changes(evaluator: Evaluator, unit: Unit) -> Tensor:
-    """Q(W) - W of each choice, `[choices, elements]`."""
+    """Returns Q(W) - W of each choice, `[choices, elements]`."""
     rows = []
     for choice in unit.choices:
         if isinstance(choice, QuantSpec):
@@ -158,20 +157,20 @@ def _changes(evaluator: Evaluator, unit: Unit) -> Tensor:
 
 
 def alone(unit: Unit, choice: Choice) -> dict[str, LayerPlan]:
-    """Specs by layer name with this choice and nothing else quantized."""
+    """Returns specs by layer name with this choice and nothing else quantized."""
     specs: dict[str, Any] = {unit.slot: choice}
     return {name: LayerPlan(**specs) for name in unit.layers} if isinstance(choice, QuantSpec) else {}
 
 
 def _distinct(evaluator: Evaluator, unit: Unit) -> list[QuantizedLayer]:
-    """The unit's layers; of those that share a weight the first."""
+    """Returns the unit's layers; of those that share a weight only the first."""
     layers = [evaluator.layers[name] for name in unit.layers]
     return list({id(layer.weight): layer for layer in reversed(layers)}.values())[::-1]
 
 
 @contextmanager
 def asking(tensors: Sequence[Tensor], wanted: bool = True) -> Iterator[None]:
-    """These tensors want gradients inside, or do not, and are as before afterwards."""
+    """A context in which these tensors require gradients, or do not; it restores them at its end."""
     before = [(tensor, tensor.requires_grad) for tensor in tensors]
     for tensor, _ in before:
         tensor.requires_grad_(wanted)

@@ -1,4 +1,4 @@
-"""How large a step each tensor's quantizer learns at each of its bit-widths: LIMPQ's indicators of importance.
+"""Sensitivity from the step that each tensor's quantizer learns at each bit-width: LIMPQ's indicators of importance.
 
 A tensor has one step for each bit-width, as in LSQ. In each round the loss is taken with every tensor at the lowest
 bit-width, then at the next, and so on, then once with bit-widths drawn at random; the gradients of all these add up to
@@ -47,7 +47,7 @@ class _Range(NamedTuple):
 
 
 class _Steps(nn.Module):
-    """Stands in for a quantizer: one learned step for each bit-width.
+    """A stand-in for a quantizer, with one learned step for each bit-width.
 
     Args:
         ranges: by bit-width, where the steps begin.
@@ -72,8 +72,7 @@ class _Steps(nn.Module):
 def by_learned_steps(
     evaluator: Evaluator, units: Sequence[Unit], module: nn.Module, data: Sequence[Any], loss: Callable[[Any], Tensor]
 ) -> dict[str, dict[str, float]]:
-    """The sum of the learned steps of each unit's tensors, by unit and choice; float has none. Tensors with one choice
-    have that one.
+    """Returns the sum of the learned steps of each unit's tensors, by unit and choice.
 
     Args:
         evaluator: calibrated.
@@ -134,10 +133,7 @@ def _learn(tensors: list[_Steps], data: Sequence[Any], loss: Callable[[Any], Ten
 
 
 def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _Steps]]:
-    """Steps for each layer of a unit, from the calibrated ranges of its first choice of each bit-width; layers that
-    share a weight
-    share them.
-    """
+    """Returns steps for each layer of a unit; layers that share a weight share them."""
     specs: dict[int, QuantSpec] = {}
     for choice in unit.choices:
         if isinstance(choice, QuantSpec):

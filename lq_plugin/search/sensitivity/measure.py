@@ -1,4 +1,4 @@
-"""How much each tensor suffers from each of its choices, with everything else float.
+"""Sensitivity of each tensor to each of its choices, with everything else float.
 
 Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss
 (`loss`); computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all
@@ -71,7 +71,7 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """What was measured.
+    """The harm of each choice of each unit by one measure.
 
     Args:
         measure: its name.
@@ -82,7 +82,7 @@ class SensitivityTable:
     values: dict[str, dict[str, float]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each unit and choice, the most sensitive unit (by its worst choice) first."""
+        """Returns a row for each unit and choice, the unit that suffers most from its worst choice first."""
         return [
             {"unit": name, "choice": choice, self.measure: value}
             for name in self.order
@@ -91,12 +91,11 @@ class SensitivityTable:
 
     @property
     def order(self) -> list[str]:
-        """Names of the units, the most sensitive (by its worst choice) first."""
+        """Returns the names of the units, the one that suffers most from its worst choice first."""
         return sorted(self.values, key=lambda name: -max(self.values[name].values()))
 
     def by_bits(self) -> dict[str, dict[int, float]]:
-        """The harm of the best choice of each bit-width (float: 32); the unit that suffers most from its worst one
-        first."""
+        """Returns the harm of the best choice of each bit-width (float: 32), the most sensitive unit first."""
         table: dict[str, dict[int, float]] = {name: {} for name in self.values}
         for name, row in table.items():
             for choice, value in self.values[name].items():
@@ -106,8 +105,7 @@ class SensitivityTable:
 
 
 def to_csv(tables: Sequence[SensitivityTable]) -> str:
-    """Tables of one space as CSV text: a row for each unit and choice, a column for each measure, in the order of the
-    first table."""
+    """Returns tables of one space as CSV text: a row for each unit and choice, a column for each measure."""
     rows = [
         {"unit": name, "choice": choice, **{table.measure: table.values[name][choice] for table in tables}}
         for name in tables[0].order
@@ -140,7 +138,7 @@ def measure_sensitivity(
 def measure_all(
     evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
 ) -> list[SensitivityTable]:
-    """The same for several measures, which share what they can: forward passes, and gradients."""
+    """Measure every choice of every unit by several measures, which share forward passes and gradients."""
     check_measures(measures, others)
     measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
     worker = _Measurement(evaluator, measures, batches, others)
@@ -157,7 +155,7 @@ def measure_all(
 
 
 def check_measures(measures: Sequence[str], others: str) -> None:
-    """Refuse measures that do not exist, and what the other tensors cannot be meanwhile.
+    """Refuse measures and states of the other tensors that do not exist.
 
     Raises:
         QuantizationError: naming every fault.
@@ -175,7 +173,7 @@ def check_measures(measures: Sequence[str], others: str) -> None:
 
 
 def _fitting(evaluator: Evaluator) -> str:
-    """The measure that `"auto"` stands for."""
+    """Returns the measure that `"auto"` selects."""
     assert evaluator.recording is not None
     called = [call.name for call in evaluator.recording.module_calls if call.name in evaluator.layers]
     if not called:
@@ -185,7 +183,7 @@ def _fitting(evaluator: Evaluator) -> str:
 
 
 class _Measurement(Callback):
-    """Measures where a validation would start: the Trainer has put everything in its place."""
+    """Measures when a validation starts: the Trainer has put everything in its place."""
 
     def __init__(self, evaluator: Evaluator, measures: Sequence[str], batches: int, others: str) -> None:
         self.evaluator, self.batches, self.others = evaluator, batches, others
@@ -234,7 +232,7 @@ class _Measurement(Callback):
             raise QuantizationError(f"{kind}; {', '.join(inner[:3])} are not: use kl, sqnr or loss")
 
     def _called(self) -> list[str]:
-        """Layers that are called as modules, in the order of their calls."""
+        """Returns the layers that are called as modules, in the order of their calls."""
         assert self.evaluator.recording is not None
         return [call.name for call in self.evaluator.recording.module_calls if call.name in self.evaluator.layers]
 
@@ -301,8 +299,7 @@ class _Outputs:
 
 
 def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs:
-    """What the last layer makes of a batch, in each of its calls, as rows of logits `[samples, classes]`; and the
-    step's result."""
+    """Returns the logits of each call of the last layer, as rows `[samples, classes]`, and the result of the step."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -318,8 +315,7 @@ def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs
 
 
 def _watching(layer: QuantizedLayer, into: _Ratio) -> Any:
-    """Context in which each call of a layer adds its output's noise and signal: a second call, float, has the same
-    input."""
+    """A context in which each call of a layer adds its output's noise and signal, by a float call on its input."""
 
     def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with switched(quantizers(module), False):
@@ -355,7 +351,7 @@ _FUNCTIONS: dict[str, Callable[[_Outputs, _Outputs], _Ratio]] = {"kl": _kl, "sqn
 
 
 def _not_below_0(value: float) -> float:
-    """Rounding errors of a KL divergence, and a loss that became less, count as no harm; NaN stays."""
+    """Returns the value with negative harm (rounding errors, or a loss that became smaller) as 0; NaN stays."""
     return 0.0 if value < 0 else value
 
 
@@ -364,7 +360,7 @@ def _bits(choice: Choice) -> int:
 
 
 def _loss_step(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor]:
-    """A function from a batch to the loss of `training_step`, in evaluation mode and the Trainer's precision."""
+    """Returns a function from a batch to the loss of `training_step`, in evaluation mode and the right precision."""
     if not is_overridden("training_step", module) or not module.automatic_optimization:
         raise QuantizationError(
             f"{type(module).__name__} has no training_step that returns a loss and leaves optimization to Lightning; "

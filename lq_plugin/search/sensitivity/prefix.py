@@ -1,4 +1,4 @@
-"""The part of a network before the first changed layer is computed once."""
+"""Computes the part of a network before the first changed layer once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ BUDGET = 2**30
 
 
 class PrefixCache:
-    """What each layer made of one batch, call by call; a later pass takes it from here until a layer comes that has
-    changed.
+    """Keeps the outputs of each layer for one batch, and replays them until the first layer that has changed.
 
     Every call before that one is bit-identical, so nothing is approximated. What lies between the layers (activations,
     normalization, sums) is computed again. Layers that are not called as modules, such as the weights of an LSTM, have
@@ -47,7 +46,7 @@ class PrefixCache:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Forget the last batch; keep what the layers make of the one that runs inside."""
+        """A context that forgets the last batch and keeps the layers' outputs for the one that runs inside."""
         self._names, self._outputs, self._bytes = [], [], 0
 
         def record(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +63,7 @@ class PrefixCache:
 
     @contextmanager
     def replaying(self, changed: Iterable[str]) -> Iterator[None]:
-        """Run the recorded batch again; layers called before the first of `changed` are not computed.
+        """A context to run the recorded batch again; layers called before the first of `changed` are not computed.
 
         Raises:
             QuantizationError: when the layers are called in another order than before.
@@ -107,5 +106,5 @@ def _bound(stand_in: Callable[..., Any], name: str, forward: Callable[..., Any])
 
 
 def _copy(output: Any) -> Any:
-    """Copies both ways, because models write into what layers give them (`ReLU(inplace=True)`)."""
+    """Returns a copy, because models write into the outputs of layers (`ReLU(inplace=True)`)."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)

@@ -1,4 +1,4 @@
-"""A batch in parts, along its first dim."""
+"""Splits a batch along its first dim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def split(batch: Any, size: int) -> list[Any]:
-    """Parts of at most `size` samples; the batch alone where its tensors do not all have the same first dim.
+    """Returns parts of at most `size` samples, or the batch alone where the first dims of its tensors differ.
 
     >>> import torch
     >>> [part["y"].tolist() for part in split({"x": torch.zeros(5, 2), "y": torch.arange(5)}, 2)]

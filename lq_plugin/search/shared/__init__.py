@@ -1,1 +1,1 @@
-"""What studies and sweeps share: databases, storages, other workers, interrupts, pruners."""
+"""Common parts of studies and sweeps: databases, storages, other workers, interrupts, pruners."""

@@ -1,4 +1,4 @@
-"""Samplers, pruners and storages of Optuna from configs with `_target_`.
+"""Builds samplers, pruners and storages of Optuna from configs with `_target_`.
 
 Not `hydra.utils.instantiate`: it calls whatever a config names, and Hydra 1.4 warns about every such call.
 """
@@ -22,7 +22,7 @@ _PARTS: tuple[type, ...] = (BaseSampler, BasePruner, BaseStorage, BaseJournalBac
 
 
 def part_class(config: Any, kind: type, where: str) -> type:
-    """The class that `config` names.
+    """Returns the class that `config` names.
 
     Raises:
         QuantizationError: it names none, or no subclass of `kind`.
@@ -42,8 +42,7 @@ def part_class(config: Any, kind: type, where: str) -> type:
 
 
 def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
-    """What `config` describes: its `_target_` called with all other keys. Mappings with a `_target_` inside are built
-    first.
+    """Call the `_target_` of `config` with all other keys; mappings with a `_target_` inside are built first.
 
     Args:
         config: plain mappings, lists and values.

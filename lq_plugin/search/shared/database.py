@@ -1,5 +1,4 @@
-"""Databases that several workers share: a server may go away for a while, and no trial stays with a worker that is
-gone."""
+"""Databases that several workers share, which survive an absent server and workers that are killed."""
 
 from __future__ import annotations
 
@@ -42,12 +41,11 @@ _SILENCE = 5.0
 
 
 class StudyError(QuantizationError):
-    """A study that cannot go on: it was made for something else, too many of its trials failed, or its storage does not
-    answer."""
+    """A study that cannot continue: it has another request, too many trials failed, or its storage does not answer."""
 
 
 def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method of a storage, carried out again while its server is away."""
+    """Returns a storage's method that is repeated while its server is away."""
 
     @functools.wraps(method)
     def call(self: SharedStorage, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +91,7 @@ class SharedStorage(RDBStorage):
 
     @classmethod
     def of(cls, storage: BaseStorage) -> BaseStorage:
-        """The same database with the same settings, where it is one of Optuna's own; else the storage itself."""
+        """Returns the same database with the same settings, where it is one of Optuna's own; else `storage`."""
         if type(storage) is not RDBStorage:
             return storage
         same = cls.__new__(cls)
@@ -146,8 +144,7 @@ for _name in (
 
 
 def rdb_storage(url: str, heartbeat: int = HEARTBEAT) -> SharedStorage:
-    """A database whose running trials give signs of life; one that is silent for three of them has failed and is tried
-    again.
+    """Returns a database with a heartbeat: a trial that is silent for three beats has failed and is tried again.
 
     SQLite waits for other processes and writes ahead: with the write-ahead log a transaction costs a third; a loss of
     power (not of the process) can take the last trials with it.
@@ -194,7 +191,7 @@ def _connect(url: str, engine: dict[str, Any], options: dict[str, Any]) -> Share
 
 @contextlib.contextmanager
 def locked(storage: BaseStorage | str | None) -> Iterator[None]:
-    """One process at a time: two that make the tables of a new SQLite file at once get in each other's way."""
+    """A context for one process at a time, where the storage is a SQLite file: two must not make its tables at once."""
     file = sqlite_file(storage)
     if file is None:
         yield
@@ -206,7 +203,7 @@ def locked(storage: BaseStorage | str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: str | Path, what: str) -> Iterator[None]:
-    """One process at a time; a second one waits until the first has gone through, or has ended, and says for what.
+    """A context for one process at a time; a second one waits until the first has left it, and says for what.
 
     Args:
         path: of the lock.
@@ -225,13 +222,13 @@ def alone(path: str | Path, what: str) -> Iterator[None]:
 
 
 def has_heartbeat(storage: BaseStorage | None) -> bool:
-    """Whether the trials of a killed worker are noticed, and tried again."""
+    """Returns whether the trials of a killed worker are noticed and tried again."""
     interval = getattr(storage, "get_heartbeat_interval", None)
     return interval is not None and interval() is not None
 
 
 def sqlite_file(storage: BaseStorage | str | None) -> Path | None:
-    """The file of an SQLite database."""
+    """Returns the file of an SQLite database; None for other storages, and in memory."""
     if not isinstance(storage, str) or not storage.startswith("sqlite"):
         return None
     database = make_url(storage).database or ":memory:"
@@ -241,13 +238,13 @@ def sqlite_file(storage: BaseStorage | str | None) -> Path | None:
 
 
 def shown(url: str) -> str:
-    """A storage's URL without its password."""
+    """Returns a storage's URL without its password."""
     return str(masked(url))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No line for each trial, and no warning about what Optuna calls experimental."""
+    """A context without Optuna's line for each trial and without its warnings about experimental parts."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Pruning of trials with several objectives: Optuna's own pruners know one."""
+"""A pruner for trials with several objectives: Optuna's own pruners take one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COSTS, _STEPS = "costs", "steps"
 
 
 class DominancePruner(BasePruner):
-    """Ends a trial that cannot come to the front any more, as far as its course tells.
+    """Ends a trial that is unlikely to reach the front, judged by its reported values so far.
 
     Its costs are known before it is trained. It ends where enough complete trials that cost no more, whatever costs
     there are, had a metric at the same step that was better by more than `margin`. The metric is the first objective;
@@ -55,7 +55,7 @@ class DominancePruner(BasePruner):
         self.n_warmup_steps, self.interval_steps = n_warmup_steps, interval_steps
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial should end after its last reported step."""
+        """Returns whether the trial should end after its last reported step."""
         course = _course(trial)
         step = max(course, default=-1)
         if step < self.n_warmup_steps or (step - self.n_warmup_steps) % self.interval_steps:
@@ -77,11 +77,11 @@ class DominancePruner(BasePruner):
 
 
 def with_report(known: Mapping[str, Any] | None, costs: list[float], value: float, step: int) -> dict[str, Any]:
-    """The attribute `REPORTS` after one more step."""
+    """Returns the attribute `REPORTS` after one more step."""
     return {_COSTS: costs, _STEPS: {**(known or {}).get(_STEPS, {}), str(step): value}}
 
 
 def _course(trial: FrozenTrial) -> dict[int, float]:
-    """The metric by step."""
+    """Returns the metric by step."""
     reported = trial.user_attrs.get(REPORTS, {}).get(_STEPS, {})
     return {int(step): value for step, value in reported.items()} or dict(trial.intermediate_values)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether a signal asked to stop."""
+    """A flag that is true once a signal has asked to stop."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -26,7 +26,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Take over SIGINT and SIGTERM inside; the handlers from before are back afterwards.
+    """A context that handles SIGINT and SIGTERM, and restores the former handlers at its end.
 
     Lightning notices SIGTERM as well, and leaves its loop after the running batch.
 
@@ -53,8 +53,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """For runs of a Trainer: Lightning turns both signals into an exit that Optuna would not notice, and ignores the
-    next Ctrl-C.
+    """A context for runs of a Trainer that turns Lightning's exit after a signal into a KeyboardInterrupt.
 
     Raises:
         KeyboardInterrupt: instead of that exit.

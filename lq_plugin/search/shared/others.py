@@ -1,4 +1,4 @@
-"""What a worker does while the trials that are left are with other workers."""
+"""Waiting while the trials that are left belong to other workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FIRST_WORD, _NEXT_WORD = 5.0, 60.0
 
 
 class OtherWorkers:
-    """Waits for the trials of other workers, in words; those of workers that are gone come back into the queue.
+    """Waits for the trials of other workers and says so; those of workers that are gone return to the queue.
 
     Args:
         study: shared, in a storage with a heartbeat.
@@ -33,7 +33,7 @@ class OtherWorkers:
         self._speak_at: float | None = None
 
     def wait(self) -> None:
-        """Sleeps for a moment, once the trials that gave no sign of life for too long have failed."""
+        """Mark trials without a sign of life as failed, then sleep for a moment."""
         with quiet():
             optuna.storages.fail_stale_trials(self.study)
         running = [trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
@@ -51,5 +51,5 @@ class OtherWorkers:
         time.sleep(POLL)
 
     def go_on(self) -> None:
-        """The waiting is over."""
+        """Forget how long this worker has waited."""
         self._speak_at = None

@@ -1,4 +1,4 @@
-"""Open a study so that several processes can share it, and refuse one that asks for something else."""
+"""Opens a study so that several processes can share it, and refuses one with another request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_study(
     fingerprint: Mapping[str, Any],
     heartbeat: int = HEARTBEAT,
 ) -> Study:
-    """The study `name` in `storage`, new or with all its trials.
+    """Returns the study `name` in `storage`, new or with all its trials.
 
     Args:
         name: names the study in its storage.
@@ -73,7 +73,7 @@ def open_study(
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two nested mappings, one line each.
+    """Returns the differences between two nested mappings, one line each.
 
     >>> stored = {"metric": "val/acc", "space": {"a": ["int4"]}}
     >>> differences(stored, {"metric": "val/acc", "space": {"a": ["int4", "int8"]}})

@@ -1,4 +1,4 @@
-"""The search space of one model: which Optuna parameters there are, and the plan that values of them stand for.
+"""The search space of one model: its Optuna parameters, and the plan for values of them.
 
 A tensor with choices has two parameters, `stem.0.weight.bits` (an ordered number) and
 `stem.0.weight.scheme` (everything else); where the choices are not a full product of both, one
@@ -43,7 +43,7 @@ class Unit:
 
     @cached_property
     def _table(self) -> dict[tuple[int, str], Choice] | None:
-        """The choices by bit-width and scheme, when every bit-width goes with every scheme."""
+        """The choices by bit-width and scheme; None where a bit-width does not come with every scheme."""
         specs = [choice for choice in self.choices if isinstance(choice, QuantSpec)]
         table: dict[tuple[int, str], Choice] = {(spec.bit_width, _scheme(spec)): spec for spec in specs}
         full = len({bits for bits, _ in table}) * len({scheme for _, scheme in table})
@@ -51,7 +51,7 @@ class Unit:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Its parameters; none when there is one choice."""
+        """The parameters of this unit; none when there is one choice."""
         if len(self.choices) == 1:
             return {}
         if self._table is None:
@@ -66,7 +66,7 @@ class Unit:
         return found
 
     def choice(self, params: Mapping[str, Any]) -> Choice:
-        """What values of its parameters stand for."""
+        """Returns the choice for values of its parameters."""
         if len(self.choices) == 1:
             return self.choices[0]
         if self._table is None:
@@ -77,7 +77,7 @@ class Unit:
         ]
 
     def params(self, choice: Choice) -> Params:
-        """The inverse of `choice`.
+        """Returns the values of its parameters for a choice: the inverse of `choice`.
 
         Raises:
             PlanError: when it is none of the choices.
@@ -93,7 +93,7 @@ class Unit:
         return {name: value for name, value in values.items() if name in self.distributions}
 
     def nearest(self, bit_width: int) -> Choice:
-        """The choice nearest to a bit-width; of two equally near the wider, of several the one written first."""
+        """Returns the choice nearest to a bit-width; of two equally near the wider, of equal ones the first."""
 
         def distance(choice: Choice) -> tuple[int, int]:
             bits = choice.bit_width if isinstance(choice, QuantSpec) else 32
@@ -120,7 +120,7 @@ class BoundSpace:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Every parameter of the search."""
+        """Every parameter of the search, by name."""
         return {name: distribution for unit in self.units for name, distribution in unit.distributions.items()}
 
     @property
@@ -141,7 +141,7 @@ class BoundSpace:
         return trial.params
 
     def layer_plans(self, params: Mapping[str, Any]) -> dict[str, LayerPlan]:
-        """The specs of every layer for these parameter values."""
+        """Returns the specs of every layer for values of the parameters."""
         chosen: dict[str, dict[str, QuantSpec]] = {layer.name: {} for layer in self.layers}
         for unit in self.units:
             choice = unit.choice(params)
@@ -151,11 +151,11 @@ class BoundSpace:
         return {name: LayerPlan(**cast(dict[str, Any], specs)) for name, specs in chosen.items()}
 
     def plan(self, params: Mapping[str, Any]) -> QuantPlan:
-        """The same as a plan, one rule a layer."""
+        """Returns the plan for values of the parameters, with one rule for each layer."""
         return as_plan(self.layer_plans(params))
 
     def params(self, plan: QuantPlan) -> Params:
-        """The parameter values that stand for a plan.
+        """Returns the values of the parameters for a plan.
 
         Raises:
             PlanError: naming a tensor whose spec is not in the space, or tied layers that differ.
@@ -174,19 +174,19 @@ class BoundSpace:
 
     @property
     def bit_widths(self) -> list[int]:
-        """Every bit-width that some weight may have."""
+        """Every bit-width that some weight may have, ascending."""
         specs = [choice for unit in self.units if unit.slot == "weight" for choice in unit.choices]
         return sorted({spec.bit_width for spec in specs if isinstance(spec, QuantSpec)})
 
     def uniform(self, bit_width: int) -> Params:
-        """All weights at (or nearest to) one bit-width; of everything else the choice that is written first."""
+        """Returns parameters with all weights at (or nearest to) one bit-width, everything else at its first choice."""
         values: Params = {}
         for unit in self.units:
             values |= unit.params(unit.nearest(bit_width) if unit.slot == "weight" else unit.choices[0])
         return values
 
     def describe(self) -> dict[str, list[str]]:
-        """The choices of every tensor as plain strings: equal spaces have equal descriptions."""
+        """Returns the choices of every tensor as plain strings: equal spaces have equal descriptions."""
         return {
             " = ".join(f"{layer}.{unit.slot}" for layer in unit.layers): [str(choice) for choice in unit.choices]
             for unit in self.units
@@ -194,7 +194,7 @@ class BoundSpace:
 
 
 def as_plan(layer_plans: Mapping[str, LayerPlan]) -> QuantPlan:
-    """A plan with one rule for each layer that is not all float.
+    """Returns a plan with one rule for each layer that is not all float.
 
     Raises:
         PlanError: when all are.
@@ -205,12 +205,12 @@ def as_plan(layer_plans: Mapping[str, LayerPlan]) -> QuantPlan:
 
 
 def _exactly(name: str) -> str:
-    """A pattern that matches this name alone."""
+    """Returns a pattern that matches this name alone."""
     return f"re:{re.escape(name)}" if re.search(r"[*?\[\]]", name) else name
 
 
 def _scheme(spec: QuantSpec) -> str:
-    """A spec without its bit-width: `"int per_channel mse"`."""
+    """Returns a spec without its bit-width: `"int per_channel mse"`."""
     words = [f"{'' if spec.signed else 'u'}{spec.format}", str(spec.granularity)]
     words += ["affine"] * spec.affine + ["narrow"] * spec.narrow_range + [spec.range]
     return " ".join(words + [spec.rounding] * (spec.rounding != "nearest"))

@@ -1,4 +1,4 @@
-"""What a plan must keep: `"effective_bits <= 4.5"`."""
+"""Constraints on plans: `"effective_bits <= 4.5"`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Constraint:
         return cls(found[1], found[2], float(found[3]))
 
     def violation(self, values: Mapping[str, float]) -> float:
-        """How far the value is beyond the bound; 0 or less where the constraint is kept."""
+        """Returns by how much the value exceeds the bound; 0 or less where the constraint is kept."""
         excess = values[self.name] - self.bound
         return excess if self.relation == "<=" else -excess
 
@@ -54,7 +54,7 @@ class Constraint:
 
 
 def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
-    """Several constraints; one may be a plain string.
+    """Read several constraints; one may be a plain string.
 
     Raises:
         QuantizationError: listing every one that cannot be read.
@@ -71,7 +71,7 @@ def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
 
 
 def largest(limits: Iterable[Constraint], cost: str) -> float:
-    """Returns what a plan may cost at most under these constraints; infinity where none bounds this cost from above.
+    """Returns the most that a plan may cost under these constraints; infinity where none bounds this cost from above.
 
     >>> largest(parse_constraints(["bytes <= 900", "bytes <= 800", "val/acc >= 0.9"]), "bytes")
     800.0

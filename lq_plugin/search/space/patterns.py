@@ -1,4 +1,4 @@
-"""A search space over patterns, where the model is not known: one choice for all layers that a pattern matches."""
+"""A search space over patterns, for a model that is not known: one choice for all layers that a pattern matches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lq_plugin.search.space.space import Space, SpaceRule
 
 @dataclass(frozen=True)
 class PatternSpace:
-    """Plans that are made of the rules of `base` and of one more rule for each pattern.
+    """Plans with the rules of `base`, then one rule for each pattern.
 
     A pattern that matches no layer is an error of the job, which has the model.
 
@@ -75,7 +75,7 @@ class PatternSpace:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What is chosen together: the tensors of one slot in all layers of a pattern."""
+        """The tensors that are chosen together: those of one slot in all layers of a pattern."""
         return tuple(
             Unit(f"{rule.match}.{slot}", slot, (rule.match,), tuple(choices))
             for rule in self._rules
@@ -85,11 +85,11 @@ class PatternSpace:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Every Optuna parameter."""
+        """Every Optuna parameter, by name."""
         return {name: distribution for unit in self.units for name, distribution in unit.distributions.items()}
 
     def plan(self, params: Mapping[str, Any]) -> QuantPlan:
-        """What values of the parameters stand for."""
+        """Returns the plan for values of the parameters."""
         chosen: dict[str, dict[str, Any]] = {}
         for unit in self.units:
             chosen.setdefault(unit.layers[0], {})[unit.slot] = unit.choice(params)
@@ -97,8 +97,7 @@ class PatternSpace:
         return QuantPlan(rules) if self.base is None else QuantPlan([*self.base.rules, *rules], self.base.schedule)
 
     def uniform(self) -> list[Params]:
-        """Every bit-width of some weight, for all weights alike; of everything else the choice that is written
-        first."""
+        """Returns parameters for each bit-width, used for all weights; everything else is at its first choice."""
         specs = [choice for unit in self.units if unit.slot == "weight" for choice in unit.choices]
         widths = sorted({spec.bit_width for spec in specs if isinstance(spec, QuantSpec)}, reverse=True)
         return [
@@ -111,7 +110,7 @@ class PatternSpace:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """Plain values: equal spaces have equal descriptions."""
+        """Returns plain values: equal spaces have equal descriptions."""
         return {
             "plan": None if self.base is None else self.base.to_dict(),
             "choices": {unit.name: [str(choice) for choice in unit.choices] for unit in self.units},

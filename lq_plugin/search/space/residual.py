@@ -1,4 +1,4 @@
-"""Which layers meet in residual sums, by what a recorded pass shows."""
+"""Finds the layers that meet in residual sums, from a recorded pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIXING = ("softmax", "logsoftmax", "softmin", "glu")
 
 @dataclass(frozen=True)
 class ResidualTies:
-    """Layers that belong together, by name; each in one group at most.
+    """Layers that belong together, by name; each is in at most one group.
 
     Args:
         weight: layers whose outputs meet in a sum, or in sums that are operands of one another.
@@ -35,13 +35,13 @@ class ResidualTies:
     input: tuple[tuple[str, ...], ...]
 
     def group_of(self, layer: str, slot: str) -> str | None:
-        """Name of the group that ties this tensor."""
+        """Returns the name of the group that ties this tensor, or None."""
         groups = {"weight": self.weight, "input": self.input}.get(slot, ())
         return next((f"{RESIDUAL}:{group[0]}" for group in groups if layer in group), None)
 
 
 def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies:
-    """Follow the operands of every sum of two activations back to layers, and its readers forward to layers.
+    """Returns the layers that feed each sum of two activations, and the layers that read it.
 
     Between a layer and a sum there may be norms, pointwise activations, pooling, dropout, padding, views, and products
     and sums with parameters. A sum that is an
@@ -69,7 +69,7 @@ class _Search:
             self._feeding[call.position] = frozenset(self._outcome(call))
 
     def feeding(self, call: Call) -> frozenset[str]:
-        """Layers whose output this is, or a part of it."""
+        """Returns the layers whose output this is, or a part of it."""
         return self._feeding[call.position]
 
     def _outcome(self, call: Call) -> Iterator[str]:
@@ -81,7 +81,7 @@ class _Search:
                     yield from self._feeding[source.producer]
 
     def reading(self, call: Call) -> frozenset[str]:
-        """Layers that read what this makes, up to the next sum."""
+        """Returns the layers that read the output of a call, up to the next sum."""
         found: set[str] = set()
         for reader in self.recording.consumers_of(call):
             if own := [name for name in _readers(reader) if name in self.layers]:
@@ -92,7 +92,7 @@ class _Search:
 
 
 def _is_sum(call: Call) -> bool:
-    """Whether two activations are added."""
+    """Returns whether two activations are added."""
     return call.kind in ("functional", "other") and call.op == "add" and _activations(call) == 2
 
 
@@ -108,14 +108,14 @@ def _passes(call: Call) -> bool:
 
 
 def _writers(call: Call) -> list[str]:
-    """The layer whose output a call is: of attention its last projection."""
+    """Returns the layer whose output a call is; of attention also its last projection."""
     return (
         [call.name, *(name for name in call.weight_names if name.endswith("out_proj"))] if call.kind == "module" else []
     )
 
 
 def _readers(call: Call) -> list[str]:
-    """The layers that read the input of a call: of attention its first projections."""
+    """Returns the layers that read the input of a call; of attention also its first projections."""
     inner = (
         [name for name in call.weight_names if not name.endswith("out_proj")] if call.op == "MultiheadAttention" else []
     )
@@ -123,7 +123,7 @@ def _readers(call: Call) -> list[str]:
 
 
 def _united(groups: Iterable[frozenset[str]], order: Collection[str]) -> tuple[tuple[str, ...], ...]:
-    """Groups of two and more; those with a member in common are one."""
+    """Returns the groups of two or more layers; groups with a member in common are joined."""
     found: list[frozenset[str]] = []
     for group in groups:
         meeting = [other for other in found if other & group]

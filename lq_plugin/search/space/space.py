@@ -1,4 +1,4 @@
-"""What a search may choose from: specs for every tensor of a model, by default and by rules.
+"""The choices of a search: specs for every tensor of a model, by default and by rules.
 
 The same space in YAML and in Python::
 
@@ -41,7 +41,7 @@ _CONSTANT = tuple(f.name for f in fields(QuantSpec) if f.name not in _PRODUCT.va
 
 
 def parse_choices(value: Choices) -> tuple[Choice, ...]:
-    """The specs (and `"float"`) that `value` stands for, each once, in the order they are written.
+    """Returns the specs (and `"float"`) that `value` describes, each once, in the order in which they are written.
 
     Raises:
         SpecError: listing every one that is impossible.
@@ -138,7 +138,7 @@ class Space:
 
     @classmethod
     def parse(cls, value: Space | Mapping[str, Any]) -> Space:
-        """Read a space from a mapping with its fields (YAML), or return it as it is."""
+        """Read a space from a mapping with its fields (YAML); a `Space` is returned unchanged."""
         return value if isinstance(value, Space) else _from_mapping(cls, value)
 
     @property
@@ -149,7 +149,7 @@ class Space:
     def bind(
         self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None, recording: Recording | None = None
     ) -> BoundSpace:
-        """The space of one model.
+        """Returns the space of one model.
 
         A choice that a layer cannot take (its input channels are no multiple of the group size, say)
         is left out for that layer, and named in `BoundSpace.excluded`.
@@ -218,7 +218,7 @@ class Space:
         ties: ResidualTies,
         faults: list[str],
     ) -> Iterable[Unit]:
-        """One unit for each tensor, or for each set of tied ones, in the model's order."""
+        """Yields a unit for each tensor, or for each set of tied ones, in the model's order."""
         groups: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
             tied = [pattern for pattern in self._patterns if matches(pattern, layer.name, layer.types)]
