@@ -19,9 +19,7 @@ ALLOWED_LENGTH = 470
 #: All else asks `lightning_packages`: either package may be the user's.
 USES_LIGHTNING = {"utilities/lightning_packages.py", "demo/cifar10.py", "demo/digits.py", "demo/resnet.py"}
 #: Circles of imports that are left, each with its reason.
-ALLOWED_CIRCLES: dict[frozenset[str], str] = {
-    frozenset({"ranges.histogram", "ranges.sample"}): "Sample.from_tensor summarizes large tensors",
-}  # fmt: skip
+ALLOWED_CIRCLES: dict[frozenset[str], str] = {}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -175,12 +175,21 @@ def declare_format(name: str, declared: Format) -> None:
             f"a format is named by a lower-case word of letters, digits and underscores, without a digit at the end "
             f"where bits follow it, got {name!r}"
         )
-    words = {**FORMATS, **ALIASES, **RANGES, **ROUNDINGS, **GRADIENTS, **FLAGS, "per_tensor": 0, "per_channel": 0}
-    if name in words or spelled_format(name) is not None or re.match(r"group|[wa]\d", name):
+    if has_meaning(name):
         raise SpecError(f"{name!r} cannot name a format: it has a meaning in specs already")
     if not declared.bit_widths or not all(1 <= bits <= MAX_BIT_WIDTH for bits in declared.bit_widths):
         raise SpecError(f"format {name!r}: bit_widths must be 1..{MAX_BIT_WIDTH}, got {declared.bit_widths}")
     FORMATS[name] = declared
+
+
+def has_meaning(word: str) -> bool:
+    """Returns True if a plan reads `word` as something already: a format, a range, a granularity, ...
+
+    >>> has_meaning("mse"), has_meaning("uint4"), has_meaning("group16"), has_meaning("log2")
+    (True, True, True, False)
+    """
+    words = {*FORMATS, *ALIASES, *RANGES, *ROUNDINGS, *GRADIENTS, *FLAGS, "per_tensor", "per_channel", "float"}
+    return word in words or spelled_format(word) is not None or re.match(r"group|[wa]\d", word) is not None
 
 
 def spelled_format(head: str) -> tuple[str, dict[str, Any]] | None:

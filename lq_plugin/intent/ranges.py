@@ -6,6 +6,7 @@ implements in one call. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def one_of(*words: str) -> OptionCheck:
 
 
 def declare_range(name: str, summary: str, kind: RangeKind | None = None) -> None:
-    """Makes `name` a valid range of specs; declaring the same summary again has no effect.
+    """Makes `name` a valid range of specs; with the summary it has already, only a `kind` changes anything.
 
     Args:
         name: a word of lower-case letters, digits and underscores.
@@ -72,12 +73,12 @@ def declare_range(name: str, summary: str, kind: RangeKind | None = None) -> Non
     Raises:
         SpecError: the name is not such a word, or is declared with another summary.
     """
-    if not (name.isidentifier() and name == name.lower()):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SpecError(f"a range is named by a lower-case word of letters, digits and underscores, got {name!r}")
     if RANGES.get(name, summary) != summary:
         raise SpecError(f"range {name!r} is already registered: {RANGES[name]}")
-    if name not in RANGES:
-        RANGES[name], _KINDS[name] = summary, kind or RangeKind()
+    RANGES[name] = summary
+    _KINDS[name] = kind or _KINDS.get(name) or RangeKind()
 
 
 def range_kind(name: str) -> RangeKind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from lq_plugin.quantizers import (
     make_weight_quantizer,
 )
 
+Operation = Literal["product", "convolution", "transposed convolution"]
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -41,12 +42,19 @@ class QuantizedLayer(nn.Module):
     attributes of these names of its own; a class that has them is refused (`names_taken`).
 
     A layer says which axis of its input and output carries the channels, and how its weight is brought
-    into the order `[C_out, C_in / groups, *kernel]` and back, as views, so that gradients flow.
+    into the order `[C_out, C_in / groups, *kernel]` and back, as views, so that gradients flow. With `operation` it
+    says that its float class computes one of these and adds `bias`, if that is not None, along `input_axis`:
+
+        product                   x · Wᵀ over the last dim, W the canonical weight
+        convolution               that of torch, with the attributes of torch's classes
+        transposed convolution    likewise
     """
 
     slots: ClassVar[tuple[str, ...]] = SLOTS
     float_class: ClassVar[type[nn.Module]]
     input_axis: ClassVar[int] = -1
+    #: What the float class computes, for PTQ passes and MACs; None is none of these.
+    operation: ClassVar[Operation | None] = None
     #: Whether `output_scale` gives XNOR-Net's K, so that the input format `xnor` can be had.
     has_output_scale: ClassVar[bool] = False
     #: Whether `lq_plugin.layers.integer` computes its forward; of this very class, not of its subclasses.

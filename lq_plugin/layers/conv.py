@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lq_plugin.layers.base import QuantizedLayer, ShadowedForward, scales_output
+from lq_plugin.layers.base import Operation, QuantizedLayer, ShadowedForward, scales_output
 from lq_plugin.layers.integer.forward import integer_forward
 from lq_plugin.layers.registry import register_layer
 
@@ -20,6 +21,7 @@ class _QuantizedConv(QuantizedLayer):
 
     has_output_scale = True
 
+    operation: ClassVar[Operation | None] = "convolution"
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -71,6 +73,7 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
 class QuantizedConvTranspose(ShadowedForward, _QuantizedConv):
     """Transposed convolution; the weight `[C_in, C_out / groups, *kernel]` is put in the order of a convolution's."""
 
+    operation = "transposed convolution"
     groups: int
 
     def canonical(self, weight: Tensor) -> Tensor:

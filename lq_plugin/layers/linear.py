@@ -16,6 +16,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """y = Q(x) · Q(W)ᵀ + b. Input `[..., C_in]`."""
 
     float_class = nn.Linear
+    operation = "product"
     has_output_scale = True
     has_integer_kernel = True
 
@@ -38,6 +39,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 @register_layer_name("transformers.pytorch_utils.Conv1D")
 class QuantizedConv1D(QuantizedLayer):
     """GPT-2's linear layer: its weight is `[C_in, C_out]`."""
+
+    operation = "product"
 
     def channels(self) -> tuple[int, int]:
         c_in, c_out = weight_of(self).shape

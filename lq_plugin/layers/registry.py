@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.intent.formats import SLOTS
-from lq_plugin.layers.base import QuantizedLayer, ShadowedForward
+from lq_plugin.layers.base import Operation, QuantizedLayer, ShadowedForward
 from lq_plugin.layers.parametrized import (
     class_before,
     parametrized_class,
@@ -33,7 +33,23 @@ L = TypeVar("L", bound=type[QuantizedLayer])
 def register_layer(float_type: type[nn.Module]) -> Callable[[L], L]:
     """Class decorator: the class quantizes layers of exactly `float_type`.
 
-    It inherits `QuantizedLayer` and `float_type`, in this order.
+    It inherits `QuantizedLayer` and `float_type`, in this order. From then on plans, calibration, training, search,
+    files and reports take such layers. What its `operation` is says which PTQ passes can work on them.
+
+    Args:
+        float_type: the class of the float layers.
+
+    >>> class Scores(nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).softmax(-1)
+    >>> @register_layer(Scores)
+    ... class QuantizedScores(QuantizedLayer, Scores):
+    ...     float_class = Scores
+    ...     def channels(self):
+    ...         return self.in_features, self.out_features
+    ...     def forward(self, x):
+    ...         y = nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    ...         return self.quantized_output(y.softmax(-1))
     """
 
     def decorate(quantized: L) -> L:
@@ -44,9 +60,12 @@ def register_layer(float_type: type[nn.Module]) -> Callable[[L], L]:
 
 
 def register_layer_name(type_name: str) -> Callable[[L], L]:
-    """Class decorator: quantizes layers of a class that need not be installed: `"transformers.pytorch_utils.Conv1D"`.
+    """Class decorator: `register_layer` for a class of a library that need not be installed.
 
     The decorated class inherits `QuantizedLayer` only; it is combined with the float class when one is met.
+
+    Args:
+        type_name: the module and name of the class: `"transformers.pytorch_utils.Conv1D"`.
     """
 
     def decorate(quantized: L) -> L:
@@ -72,6 +91,29 @@ def quantized_class(module: nn.Module) -> type[nn.Module] | None:
     return _class_for(kind)
 
 
+def operation_of(module: nn.Module) -> Operation | None:
+    """Returns what a layer, float or prepared, is declared to compute; None for all other modules.
+
+    A subclass with a forward of its own counts as what its parent computes, see `known_operation`.
+    """
+    kind = type(module) if isinstance(module, QuantizedLayer) else quantized_class(module)
+    return getattr(kind, "operation", None)
+
+
+def known_operation(module: nn.Module) -> Operation | None:
+    """Returns `operation_of` a layer that does nothing else; None where its forward is one of its own."""
+    kind = getattr(class_before(module), "float_class", class_before(module))
+    if "forward" in module.__dict__:
+        return None
+    parent = next((parent for parent in kind.__mro__ if parent in _REGISTRY), kind)
+    inherited = parent in _REGISTRY and kind.forward is parent.forward
+    return operation_of(module) if inherited or _name(kind) in _BY_NAME else None
+
+
+def _name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _parametrized(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     kind = type(module)
     content: dict[str, Any] = {"float_class": kind}
@@ -85,7 +127,7 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module] | None:
         return _REGISTRY[kind]
     if kind in _SHADOWED:
         return _SHADOWED[kind]
-    named = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    named = _BY_NAME.get(_name(kind))
     base = named or next((_REGISTRY[parent] for parent in kind.__mro__ if parent in _REGISTRY), None)
     if base is None:
         return None

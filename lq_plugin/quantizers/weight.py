@@ -28,7 +28,7 @@ from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerTensor, QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Quantizer, float32
-from lq_plugin.ranges import Sample, estimate_range
+from lq_plugin.ranges import Sample, estimate_range, summarize
 from lq_plugin.ranges.estimators.mse import best_multiples
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
@@ -228,7 +228,7 @@ class WeightQuantizer(Quantizer):
         """The weight's values, one row for each scale; padding does not enter."""
         rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
         mask = block_mask(self.shape, self.spec.granularity)
-        return Sample.from_tensor(
+        return summarize(
             rows, None if mask is None else to_rows(mask.to(weight.device), self.scale_shape), name=self.name
         )
 

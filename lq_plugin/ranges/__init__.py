@@ -19,3 +19,4 @@ from lq_plugin.ranges.registry import (
     registered_ranges as registered_ranges,
 )
 from lq_plugin.ranges.sample import Sample as Sample
+from lq_plugin.ranges.summarize import summarize as summarize

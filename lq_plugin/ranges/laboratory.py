@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import qparams_from_bounds
+from lq_plugin.intent.ranges import RANGES, range_kind
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges.distributions import Fit, fit_distributions
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
-from lq_plugin.ranges.registry import estimate_range
+from lq_plugin.ranges.registry import estimate_range, registered_ranges
 from lq_plugin.ranges.sample import Sample
 
-#: The estimators that are compared unless named otherwise (`ema` equals `minmax` on one sample).
-COMPARED = ("minmax", "percentile", "mse", "kl", "aciq", "aciq_exact", "octav")
+#: The library's own estimators that are compared unless named otherwise (`ema` equals `minmax` on one sample).
+COMPARED = tuple(name for name in RANGES if range_kind(name).compared)
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,13 @@ class RangeTable:
 def compare_ranges(
     sample: Sample, grid: QuantSpec | IntegerGrid | str, ranges: Iterable[str] | None = None
 ) -> RangeTable:
-    """Run estimators on one sample and measure each.
+    """Runs estimators on one sample and measures each.
 
     Args:
         sample: the values.
         grid: the levels, or a spec that has them.
-        ranges: estimators, with options where wanted; None compares the seven that need no training.
+        ranges: estimators, with options where wanted; None: all registered ones that are to be compared, those of the
+            library in the order of `COMPARED`.
 
     Raises:
         SpecError: unknown estimator or option.
@@ -162,7 +164,8 @@ def compare_ranges(
     ('mse', 7)
     """
     levels = grid if isinstance(grid, IntegerGrid) else QuantSpec.parse(grid).grid
-    names = list(COMPARED if ranges is None else ranges)
+    compared = [name for name in RANGES if range_kind(name).compared and name in registered_ranges()]
+    names = compared if ranges is None else list(ranges)
     bounds = {name: estimate_range(name, sample, levels) for name in names}
     # Errors on the normalised sample cannot overflow; they scale with its square.
     unit, factor = sample.normalized()

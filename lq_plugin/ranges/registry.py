@@ -1,4 +1,4 @@
-"""How a range estimator is found by name, and called."""
+"""The door for range estimators: `register_range` gives a function a name in specs, `estimate_range` calls it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lq_plugin.errors import SpecError, did_you_mean
-from lq_plugin.intent.spec import RANGES, IntegerGrid
+from lq_plugin.errors import SpecError
+from lq_plugin.intent.formats import has_meaning
+from lq_plugin.intent.ranges import RANGES, OptionCheck, RangeKind, declare_range, name_fault, range_fault
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.ranges.sample import Sample
 
-#: `(sample, grid, option) -> (minimum [rows], maximum [rows])`. The sample is normalised: the
-#: largest magnitude of each row lies in [0.5, 1), or is 0.
+#: `(sample, grid, option) -> (minimum [rows], maximum [rows])`. The sample is normalized: the largest magnitude of each
+#: row lies in [0.5, 1), or is 0.
 RangeFunction: TypeAlias = Callable[[Sample, IntegerGrid, str | None], tuple[Tensor, Tensor]]
-
-#: Ranges that follow from few values far out: their statistics count every element, so that they are the same in any
-#: order of the data.
-COUNT_ALL = frozenset({"kl"})
 
 _Registered = TypeVar("_Registered", bound=RangeFunction)
 _BLOCK = 2**18
@@ -26,21 +24,26 @@ _BLOCK = 2**18
 _ESTIMATORS: dict[str, RangeFunction] = {}
 
 
-def register_range(name: str, summary: str) -> Callable[[_Registered], _Registered]:
-    """Decorator: make a function a range estimator that specs can name.
+def register_range(
+    name: str, summary: str, *, option: OptionCheck | None = None, compared: bool = True, count_all: bool = False
+) -> Callable[[_Registered], _Registered]:
+    """Decorator: makes a function a range estimator that specs can name.
 
-    The function gets a `Sample` whose rows are scaled to magnitudes below 1, the `IntegerGrid`
-    and what stood behind the colon of the spec (or None). It returns bounds `[rows]` from which
-    `lq_plugin.functional.affine.qparams_from_bounds` makes scale and zero point.
+    The function gets a `Sample` whose rows are scaled to magnitudes below 1, the `IntegerGrid` and the text after the
+    colon of the spec (or None). It returns bounds `[rows]`, from which the quantizer makes scale and zero point.
 
     Args:
-        name: one word, as it stands in a spec.
+        name: a lower-case word, as it stands in a spec.
         summary: the line that error messages and docs show.
+        option: checks the text after the colon, see `lq_plugin.intent.ranges.number_in` and `one_of`; None: the range
+            takes no option.
+        compared: `compare_ranges` and the report show it next to the other estimators.
+        count_all: calibration counts every element and not a sample, because few values far out decide.
 
     Raises:
-        SpecError: the name is taken by another function.
+        SpecError: the name has another meaning in specs, or is taken by another function.
 
-    >>> @register_range("half", "half of the largest magnitude")
+    >>> @register_range("half", "half of the largest magnitude", compared=False)
     ... def half(sample, grid, option):
     ...     return sample.minimum / 2, sample.maximum / 2
     >>> minimum, maximum = estimate_range("half", Sample.from_tensor(torch.tensor([[-1.0, 3.0]])), IntegerGrid(-8, 7))
@@ -52,15 +55,18 @@ def register_range(name: str, summary: str) -> Callable[[_Registered], _Register
         known = _ESTIMATORS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
             raise SpecError(f"range {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        if name not in RANGES and has_meaning(name):
+            raise SpecError(f"{name!r} cannot name a range: it has a meaning in specs already")
+        kind = RangeKind(option, compared, count_all)
+        declare_range(name, summary, None if kind == RangeKind() else kind)
         _ESTIMATORS[name] = function
-        RANGES.setdefault(name, summary)
         return function
 
     return register
 
 
 def estimate_range(spec_range: str, sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
-    """Clipping bounds of each row of a sample.
+    """Returns the clipping bounds of each row of a sample.
 
     Args:
         spec_range: the `range` of a `QuantSpec`: `"mse"`, `"percentile:99.9"`.
@@ -77,11 +83,11 @@ def estimate_range(spec_range: str, sample: Sample, grid: IntegerGrid) -> tuple[
     >>> estimate_range("minmax", sample, IntegerGrid(-8, 7))
     (tensor([-1.,  0.]), tensor([0.5000, 4.0000]))
     """
+    if (fault := range_fault(spec_range)) is not None:
+        raise SpecError(fault)
     name, _, option = spec_range.partition(":")
     if name not in _ESTIMATORS:
-        raise SpecError(
-            f"unknown range {spec_range!r}; valid: {', '.join(_ESTIMATORS)}.{did_you_mean(name, _ESTIMATORS)}"
-        )
+        raise SpecError(name_fault("range", spec_range, _ESTIMATORS))
     # Rows are independent: blocks of them keep the temporaries in the cache and memory bounded.
     rows_at_once = max(_BLOCK // sample.values.shape[1], 1)
     low, high = [], []
@@ -95,16 +101,10 @@ def estimate_range(spec_range: str, sample: Sample, grid: IntegerGrid) -> tuple[
 
 
 def registered_ranges() -> list[str]:
-    """Names that `estimate_range` knows, in order of registration."""
+    """Returns the names that `estimate_range` knows, in order of registration."""
     return list(_ESTIMATORS)
 
 
-def no_option(name: str, option: str | None) -> None:
-    """Raise `SpecError` when an estimator that takes no option got one."""
-    if option is not None:
-        raise SpecError(f"range {name!r} takes no option, got {option!r}")
-
-
 def as_bounds(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 bounds on both sides of zero."""
+    """Returns bounds as float32, clamped so that the minimum is <= 0 and the maximum >= 0."""
     return minimum.to(torch.float32).clamp(max=0.0), maximum.to(torch.float32).clamp(min=0.0)

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
 
-#: Rows of `Sample.from_tensor` with more elements than this are summarised by a histogram.
-MAX_POINTS = 2**16
-
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -106,17 +103,13 @@ class Sample:
         return scaled, factor
 
     @classmethod
-    def from_tensor(
-        cls, x: Tensor, mask: Tensor | None = None, name: str = "tensor", max_points: int = MAX_POINTS
-    ) -> Sample:
-        """The elements of `x` themselves, for weights.
+    def from_tensor(cls, x: Tensor, mask: Tensor | None = None, name: str = "tensor") -> Sample:
+        """Returns the elements of `x` themselves; `lq_plugin.ranges.summarize` keeps those of large tensors small.
 
         Args:
             x: floating point `[rows, n]`; a row is a channel or a group.
             mask: bool `[rows, n]`, True for real elements; padding never enters.
             name: what error messages call the tensor.
-            max_points: longer rows are summarised by a histogram of all their elements, with
-                bins of less than 1 % of the value (`Histogram`); a mask keeps them exact.
 
         Raises:
             CalibrationError: the tensor is empty or holds NaN or Inf, or a row has no element.
@@ -136,12 +129,6 @@ class Sample:
             maximum = x.masked_fill(~mask, -torch.inf).amax(dim=1)
             refuse_non_finite(minimum, maximum, name)
             return cls(x.masked_fill(~mask, 0.0), mask.float(), minimum, maximum)
-        if x.shape[1] > max_points:
-            from lq_plugin.ranges.histogram import Histogram
-
-            histogram = Histogram(rows=x.shape[0], max_samples=None, name=name)
-            histogram.update(x)
-            return histogram.sample()
         minimum, maximum = x.amin(dim=1), x.amax(dim=1)
         refuse_non_finite(minimum, maximum, name)
         return cls(x, None, minimum, maximum)

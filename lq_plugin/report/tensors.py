@@ -11,7 +11,7 @@ from lq_plugin.functional.grouping import blocks
 from lq_plugin.intent.spec import IntegerGrid, PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.quantizers import ActivationQuantizer
-from lq_plugin.ranges import Histogram, Sample, compare_ranges
+from lq_plugin.ranges import Histogram, Sample, compare_ranges, summarize
 from lq_plugin.ranges.estimators.kl import MOST_LEVELS, VALUES_EACH, Divergence, kl_histogram
 from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
@@ -57,9 +57,9 @@ def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorVi
         row = int(weight.flatten(1).abs().amax(1).argmax()) if len(scale) > 1 else 0
         part = weight[row] if len(scale) > 1 else weight
         what = f"channel {row} of {len(weight)}" if len(scale) > 1 else "whole tensor"
-        return _grid_view("weight", spec, what, Sample.from_tensor(part.reshape(1, -1)), (scale[row], zero_point[row]))
+        return _grid_view("weight", spec, what, summarize(part.reshape(1, -1)), (scale[row], zero_point[row]))
     row = int(weight.flatten(1).abs().amax(1).argmax())
-    sample = Sample.from_tensor(weight[row].reshape(1, -1))
+    sample = summarize(weight[row].reshape(1, -1))
     return _view("weight", spec, f"channel {row} of {len(weight)}", sample, _used(quantized(layer)[row]), [])
 
 

@@ -208,7 +208,7 @@ def test_any_mapping_is_a_plan_or_refused(value):
         ("rules: 0x_", "not plain YAML"),
         ("rules: [{match: '*', weight: int" + "9" * 5000 + "}]", "valid: int8, uint8"),
         ("rules: [{match: '*', weight: {bit_width: " + "9" * 5000 + "}}]", "not plain YAML"),
-        ("rules: [{match: '*', weight: int4 stochastic:²}]", "a whole number"),
+        ("rules: [{match: '*', weight: int4 stochastic:²}]", "an integer"),
         ("rules: [{match: 're:a{9999999999}', weight: int4}]", "no regular expression"),
         ("rules: [{match: 're:" + "(" * 5000 + ")" * 5000 + "', weight: int4}]", "at most 2000 characters"),
         ("rules: [{match: '*', weight: {signed: flase}}]", "signed must be true or false, got 'flase'"),

@@ -177,6 +177,9 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
 @torch.no_grad()
 def test_transposed_weights_are_scaled_along_their_inputs() -> None:
     torch.manual_seed(0)

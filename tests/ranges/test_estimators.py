@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from lq_plugin.errors import SpecError
 from lq_plugin.functional.affine import qparams_from_bounds
-from lq_plugin.intent.spec import LEARNED_RANGES, RANGES, IntegerGrid, QuantSpec
+from lq_plugin.intent.ranges import LEARNED_RANGES, RANGES, number_in
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges import Histogram, Sample, estimate_range, register_range, registered_ranges
 from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.registry import _ESTIMATORS
@@ -205,7 +206,7 @@ class TestRegistry:
     def test_new_estimators_can_be_named_in_a_spec(self):
         try:
 
-            @register_range("three_sigma", "three standard deviations")
+            @register_range("three_sigma", "three standard deviations", option=number_in(0.5, 6.0))
             def three_sigma(sample, grid, option):
                 width = float(option or 3) * sample.average(sample.values.square()).sqrt()
                 return -width, width

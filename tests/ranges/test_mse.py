@@ -6,7 +6,7 @@ import torch
 
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
-from lq_plugin.ranges import Histogram, Sample, estimate_range
+from lq_plugin.ranges import Histogram, Sample, estimate_range, summarize
 from lq_plugin.ranges.estimators.mse import _descending_errors
 from lq_plugin.ranges.grid_error import clipped_share, clipping_error, mean_squared_error
 
@@ -84,7 +84,7 @@ def test_found_from_a_histogram_as_good_as_from_the_values(spec, kind):
     x = data(kind, 1, 200_000)
     histogram = Histogram(max_samples=None)
     histogram.update(x)
-    from_values = measured(x, grid, estimate_range("mse", Sample.from_tensor(x, max_points=2**24), grid)).item()
+    from_values = measured(x, grid, estimate_range("mse", Sample.from_tensor(x), grid)).item()
     from_bins = measured(x, grid, estimate_range("mse", histogram.sample(), grid)).item()
     assert from_bins <= from_values * 1.01
 
@@ -98,8 +98,8 @@ def test_error_of_a_sample_is_that_of_fake_quantize(spec):
     zero_point = torch.tensor([0.0, 1.0, 2.0]) if grid.affine else torch.zeros(3)
     x̂ = fake_quantize(x, scale.unsqueeze(1), zero_point.unsqueeze(1), grid)
     expected = (x - x̂).double().square().mean(1)
-    exact = Sample.from_tensor(x, max_points=2**24)
-    binned = Sample.from_tensor(x, max_points=1000)
+    exact = Sample.from_tensor(x)
+    binned = summarize(x, max_points=1000)
     assert binned.values.shape[1] < 3000
     for sample, tolerance in ((exact, 1e-5), (binned, 0.02)):
         got = mean_squared_error(sample, scale.unsqueeze(1), zero_point.unsqueeze(1), grid).squeeze(1)
@@ -144,7 +144,7 @@ def test_clipping_alone_costs_no_more_than_the_grid(spec):
     assert clipping_error(Sample.from_tensor(x), scale, zero_point, grid).tolist() == pytest.approx(
         expected.tolist(), rel=1e-5
     )
-    for sample in (Sample.from_tensor(x), Sample.from_tensor(x, max_points=1000)):
+    for sample in (Sample.from_tensor(x), summarize(x, max_points=1000)):
         total = mean_squared_error(sample, scale.unsqueeze(1), zero_point.unsqueeze(1), grid).squeeze(1)
         assert (clipping_error(sample, scale, zero_point, grid) <= total * (1 + 1e-6)).all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.ranges import Sample
+from lq_plugin.ranges import Sample, summarize
 
 
 @pytest.mark.parametrize(("bad", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (float("-inf"), "Inf")])
@@ -13,7 +13,7 @@ def test_non_finite_values_are_refused_by_name(bad, word, max_points):
     x = torch.randn(3, 20)
     x[1, 7] = bad
     with pytest.raises(CalibrationError, match=rf"encoder\.0\.weight: {word} in 1 of 3 rows"):
-        Sample.from_tensor(x, name="encoder.0.weight", max_points=max_points)
+        summarize(x, name="encoder.0.weight", max_points=max_points)
     with pytest.raises(CalibrationError, match=f"w: {word}"):
         Sample.from_tensor(x, mask=torch.ones(3, 20, dtype=torch.bool), name="w")
 
@@ -68,7 +68,7 @@ def test_normalized_is_exact():
 
 def test_long_rows_become_histograms():
     x = torch.randn(2, 5000)
-    short = Sample.from_tensor(x, max_points=1000)
+    short = summarize(x, max_points=1000)
     assert short.edges is not None
     assert short.values.shape[1] < 5000
     assert torch.equal(short.minimum, x.amin(1))

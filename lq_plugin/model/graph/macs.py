@@ -12,27 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isqrt, prod
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lq_plugin.layers.registry import operation_of, quantized_class
 from lq_plugin.model.graph.tensor_identity import tensors_of
 
 Shape = tuple[int, ...]
-
-
-def is_hf_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D`, a Linear with weight `[in, out]`.
-
-    Told by its type name and weight, so that transformers need not be installed.
-    """
-    weight = getattr(module, "weight", None)
-    return (
-        any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-    )
 
 
 def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes: Sequence[Shape]) -> int:
@@ -63,10 +51,8 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
         return prod(input_shapes[0]) * (module.out_channels // module.groups) * prod(module.kernel_size)
     if isinstance(module, _ConvNd):
         return outputs * (module.in_channels // module.groups) * prod(module.kernel_size)
-    if is_hf_conv1d(module):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return outputs * weight.shape[0]
+    if operation_of(module) == "product":
+        return outputs * cast(Any, quantized_class(module)).channels(module)[0]
     return 0
 
 

@@ -30,9 +30,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.layers import why_unsupported_compound
+from lq_plugin.layers import quantized_class, why_unsupported_compound
 from lq_plugin.model.aside import set_aside
-from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, is_hf_conv1d, module_macs, weight_macs
+from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_macs, weight_macs
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
 from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, normalize
 from lq_plugin.model.graph.recording import Call, Recording, Source
@@ -57,7 +57,7 @@ def default_is_leaf(module: nn.Module) -> bool:
     A childless module defined elsewhere stays transparent: arithmetic written in its forward must
     show up as functional calls instead of disappearing.
     """
-    if isinstance(module, _OPAQUE) or is_hf_conv1d(module):
+    if isinstance(module, _OPAQUE) or quantized_class(module) is not None:
         return True
     return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
 

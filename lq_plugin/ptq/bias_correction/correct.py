@@ -32,17 +32,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, raise_all
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.calibrate import evaluating, float_forward
-from lq_plugin.model.graph.macs import is_hf_conv1d
 from lq_plugin.model.graph.record import Recording, record, without_compile
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.ranks import gathered
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.reconstruction.units import owner_name
-
-#: Their outputs are a sum and the bias; subclasses qualify with the same forward.
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -238,12 +235,9 @@ def _layer_fault(model: nn.Module, layer: QuantizedLayer) -> str | None:
     if isinstance(layer, CompoundWeight):
         return f"its sum is made inside the kernel of {owner_name(model, layer)!r} and not seen"
     kind = float_class(layer)
-    if not isinstance(layer, _LAYERS) and not is_hf_conv1d(layer):
+    if operation_of(layer) is None:
         return f"{kind.__name__} has no bias"
-    own = kind.forward not in [known.forward for known in _LAYERS] and not (
-        is_hf_conv1d(layer) and kind.__name__ == "Conv1D"
-    )
-    if own or "forward" in layer.__dict__:
+    if known_operation(layer) is None:
         return f"{kind.__name__} has a forward of its own, which may do more than add the bias"
     return None
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
@@ -92,7 +92,7 @@ def find_equalization_pairs(
     refused: list[RefusedLayer] = []
     search = _Search(model, recording)
     for name, module in search.modules.items():
-        if isinstance(module, (nn.Linear, _ConvNd)) or is_hf_conv1d(module):
+        if isinstance(module, (nn.Linear, _ConvNd)) or operation_of(module) is not None:
             found = search.layer_fault(name, ("weight", "bias")) or search.follow(name)
             if isinstance(found, EqualizationPair):
                 pairs.append(found)
@@ -123,7 +123,9 @@ class _Search:
         """Why the parameters `keys` of a layer cannot be scaled."""
         module = self.modules[name]
         if float_class(module) not in (*_LAYERS, *_BATCH_NORMS) or "forward" in module.__dict__:
-            return f"{float_class(module).__name__} has a forward of its own"
+            kind = float_class(module).__name__
+            own = known_operation(module) is None
+            return f"{kind} has a forward of its own" if own else f"{kind} is none of torch's own layers"
         if (times := len(self.recording.calls_of(name))) != 1:
             return (
                 f"it was called {times} times in the recorded pass"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from lq_plugin.functional.unfold import unfold_columns
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.layers.base import scales_output
-from lq_plugin.layers.conv import QuantizedConvTranspose
-from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.ranks import average
 from lq_plugin.model.survey import float_class
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Elements of unfolded inputs that are held at a time.
 _CHUNK = 2**24
 
@@ -84,12 +82,12 @@ class InputHessian:
 def why_no_hessian(layer: QuantizedLayer) -> str | None:
     """Why a layer is no product of its weight with columns made of its input; None when it is."""
     kind = float_class(layer)
-    if isinstance(layer, QuantizedConvTranspose):
+    operation = operation_of(layer)
+    if operation == "transposed convolution":
         return "a transposed convolution is not unfolded to a matrix product"
-    if not isinstance(layer, _LAYERS) and not is_hf_conv1d(layer):
+    if operation is None:
         return f"{kind.__name__} is no product of a weight and an input"
-    known = kind.forward in [layer.forward for layer in _LAYERS] or (is_hf_conv1d(layer) and kind.__name__ == "Conv1D")
-    if not known or "forward" in layer.__dict__:
+    if known_operation(layer) is None:
         return f"{kind.__name__} has a forward of its own, which may do more than multiply"
     if scales_output(layer.input_quantizer):
         return "its input's scale (XNOR-Net) is multiplied to each output"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lq_plugin.model.graph.macs import is_hf_conv1d
+from lq_plugin.layers.registry import known_operation, operation_of, quantized_class
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
@@ -82,8 +84,11 @@ def input_weight(module: nn.Module) -> str:
 
 
 def input_dim(module: nn.Module) -> int:
-    """The dim of a reader's weight that runs along its input; HF `Conv1D` has `[C_in, C_out]`."""
-    return 1 if isinstance(module, (nn.Linear, nn.MultiheadAttention)) else 0
+    """Returns the dim of a reader's weight that runs along its input; HF `Conv1D` has `[C_in, C_out]`."""
+    if isinstance(module, nn.MultiheadAttention):
+        return 1
+    probe = cast(Any, quantized_class(module)).canonical(module, torch.empty(2, 3, device="meta"))
+    return 1 if probe.shape[1] == 3 else 0
 
 
 class _Search:
@@ -133,10 +138,8 @@ class _Search:
         """Why the parameters `keys` of a module cannot be scaled."""
         module = self.modules[name]
         kind = float_class(module)
-        known = kind in (*_NORMS, nn.Linear, nn.MultiheadAttention) or (
-            is_hf_conv1d(module) and kind.__name__ == "Conv1D"
-        )
-        if not known or "forward" in module.__dict__:
+        plain = kind in (*_NORMS, nn.MultiheadAttention) and "forward" not in module.__dict__
+        if not plain and known_operation(module) != "product":
             return f"{kind.__name__} has a forward of its own"
         if (times := len(self.recording.calls_of(name))) != 1:
             return (
@@ -154,7 +157,7 @@ class _Search:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_hf_conv1d(module)
+    return operation_of(module) == "product"
 
 
 def _channels_fault(module: nn.Module, call: Call) -> str | None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.magnitudes import Folded, clips_negative, clips_positive, fold
-from lq_plugin.ranges.registry import no_option, register_range
+from lq_plugin.ranges.registry import register_range
 from lq_plugin.ranges.sample import Sample
 
 BINS = 2048
@@ -51,7 +51,6 @@ _CHUNK = 2**20
 @register_range("kl", RANGES["kl"])
 def kl(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
     """Bounds at the threshold of least KL divergence; around the mean where the grid has a zero point."""
-    no_option("kl", option)
     folded = fold(sample, grid)
     threshold = folded.limit.double()
     for levels in folded.levels.unique().tolist():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lq_plugin.errors import SpecError
 from lq_plugin.intent.spec import RANGES, IntegerGrid
-from lq_plugin.ranges.registry import as_bounds, no_option, register_range
+from lq_plugin.ranges.registry import as_bounds, register_range
 from lq_plugin.ranges.sample import Sample
 
 
@@ -42,5 +42,4 @@ def lsq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
 @register_range("pact", RANGES["pact"])
 def pact(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
     """First clipping level: the largest value seen; the paper's fixed start (8 or 10) ignores the data."""
-    no_option("pact", option)
     return as_bounds(torch.zeros_like(sample.maximum), sample.maximum)

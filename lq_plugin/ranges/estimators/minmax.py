@@ -7,14 +7,13 @@ from torch import Tensor
 
 from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.magnitudes import clips_negative, clips_positive
-from lq_plugin.ranges.registry import as_bounds, no_option, register_range
+from lq_plugin.ranges.registry import as_bounds, register_range
 from lq_plugin.ranges.sample import Sample
 
 
 @register_range("minmax", RANGES["minmax"])
 def minmax(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
     """Exact bounds of the data; nothing is clipped, except the side an unsigned grid (or `int1`) has not."""
-    no_option("minmax", option)
     return as_bounds(*_extremes(sample, grid))
 
 

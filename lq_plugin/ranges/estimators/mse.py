@@ -16,7 +16,7 @@ from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.estimators.minmax import minmax
 from lq_plugin.ranges.grid_error import clipping_error, mean_squared_error
 from lq_plugin.ranges.magnitudes import fold
-from lq_plugin.ranges.registry import as_bounds, no_option, register_range
+from lq_plugin.ranges.registry import as_bounds, register_range
 from lq_plugin.ranges.sample import Sample
 
 #: Candidates of the sweep, and of each refinement around the best. The error of exact values has
@@ -50,7 +50,6 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
     level lies half a step above the data (that takes 1 % off the error of groups of 16 at 4 bits).
     With a zero point and data on both sides, both bounds are searched, within the data.
     """
-    no_option("mse", option)
     two_sided = (sample.minimum < 0) & (sample.maximum > 0)
     if not grid.affine or not bool(two_sided.any()):
         return as_bounds(*_one_scale(sample, grid))

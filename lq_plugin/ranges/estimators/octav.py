@@ -20,7 +20,7 @@ from torch import Tensor
 from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.magnitudes import Folded, bit_width, fold
 from lq_plugin.ranges.ordered import Ordered
-from lq_plugin.ranges.registry import as_bounds, no_option, register_range
+from lq_plugin.ranges.registry import as_bounds, register_range
 from lq_plugin.ranges.sample import Sample
 
 #: The paper needs at most 10; heavy tails need more.
@@ -36,7 +36,6 @@ def octav(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple
     [l, h], h <- (sum(x; x > h) + k l N) / (#(x > h) + k N), k = 4^-b / 12, N = #(l <= x <= h), and
     the mirror image for l. Equal sides give the formula above, l = 0 the unsigned one.
     """
-    no_option("octav", option)
     folded = fold(sample, grid)
     threshold = torch.zeros_like(folded.limit)
     for threshold in newton_iterates(folded):  # noqa: B007 - the last one is wanted

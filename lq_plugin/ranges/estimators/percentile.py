@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.errors import SpecError
 from lq_plugin.intent.spec import RANGES, IntegerGrid
 from lq_plugin.ranges.magnitudes import fold
 from lq_plugin.ranges.registry import as_bounds, register_range
@@ -21,21 +20,12 @@ DEFAULT_PERCENTILE = 99.99
 
 @register_range("percentile", RANGES["percentile"])
 def percentile(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """Bounds that keep `option` percent of the values (default 99.99), zeros among them.
+    """Returns bounds that keep `option` percent of the values (default 99.99), zeros among them.
 
     With a zero point and data on both sides, half of the rest is cut at each end. Without, it is the
     quantile of abs(x) (signed grid) or of max(x, 0) (unsigned grid), covered on both sides.
-
-    Raises:
-        SpecError: the option is no number in 50..100.
     """
-    try:
-        share = DEFAULT_PERCENTILE if option is None else float(option)
-    except ValueError:
-        share = -1.0
-    if not 50.0 <= share <= 100.0:
-        raise SpecError(f"range 'percentile:{option}': the option must be a number in 50..100")
-    share /= 100.0
+    share = (DEFAULT_PERCENTILE if option is None else float(option)) / 100.0
     folded = fold(sample, grid)
     threshold = quantile(folded.magnitude, sample.mass, share)
     low, high = folded.bounds(threshold, both_sides_covered=True)
