@@ -217,7 +217,13 @@ def format_spellings() -> list[str]:
 
 
 def rounding_fault(text: str, kind: Format, name: str) -> str | None:
-    """Returns the fault of the rounding of a format called `name`, or None."""
+    """Returns the fault of a rounding, or None.
+
+    Args:
+        text: the rounding, with its seed.
+        kind: the format that it is for.
+        name: of the format, for messages.
+    """
     rounding, _, seed = text.partition(":")
     if rounding not in ROUNDINGS:
         return name_fault("rounding", text, ROUNDINGS)
@@ -229,7 +235,13 @@ def rounding_fault(text: str, kind: Format, name: str) -> str | None:
 
 
 def gradient_fault(text: str, kind: Format, name: str) -> str | None:
-    """Returns the fault of the gradient of a format called `name`, or None."""
+    """Returns the fault of a gradient, or None.
+
+    Args:
+        text: the gradient.
+        kind: the format that it is for.
+        name: of the format, for messages.
+    """
     if text not in GRADIENTS:
         return name_fault("gradient", text, GRADIENTS)
     return None if text in kind.gradients else f"{name} has a gradient of its own, got {text!r}"

@@ -1,4 +1,4 @@
-"""What shares a scale: a whole tensor, a channel, or a group along the reduction dim."""
+"""Granularity of the scales: one for a whole tensor, for each channel, or for each group along the reduction dim."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class PerGroup:
     """One scale per `group_size` consecutive elements along the reduction dim.
 
     The reduction dim is the input-channel dim: a Linear weight `[O, I]` has `I / group_size`
-    scales a row; a convolution weight `[O, I, kh, kw]` has them for each `(kh, kw)` apart.
+    scales per row; a convolution weight `[O, I, kh, kw]` has them separately for each `(kh, kw)`.
     `ragged=True` allows a last group with fewer elements.
 
-    With `scale_bits` the scales of the groups are integers of so many bits under one float scale, per tensor or,
+    With `scale_bits` the scales of the groups are integers of that many bits under one float scale, per tensor or,
     with `coarse="channel"`, per output channel (VS-Quant's two levels): `group16:4`, `group16:4:channel`.
     """
 

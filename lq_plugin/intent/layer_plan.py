@@ -1,4 +1,4 @@
-"""What a plan comes to for one layer: the specs of its tensors, their stages, and whether the layer can take them."""
+"""The plan of one layer: the specs of its tensors and their stages, and a check that the layer can take them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What a plan must know of a layer to be checked against it.
+    """The properties of a layer that plans are checked against.
 
     Args:
         name: qualified name in the model.
         types: class names of the layer, most derived first.
         reduction: number of input channels of the weight, the dim that groups divide.
         slots: the tensors it has; an embedding has no float input.
-        plain: it is a plain linear operation, whose output can make up for a scale taken from its input.
+        plain: a plain linear operation, whose output can be multiplied by a scale taken from its input.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one tensor is from a moment of the training run on: a spec, or None for float."""
+    """The spec of one tensor from a moment of the training run on; None is float."""
 
     slot: str
     start: Moment | None
@@ -45,7 +45,7 @@ class LayerPlan:
 
     Args:
         weight, input, output: the specs it ends with.
-        stages: where a tensor gets there step by step, all of its stages in order.
+        stages: all stages, in order, of the tensors whose spec changes in training.
     """
 
     weight: QuantSpec | None = None
@@ -54,7 +54,7 @@ class LayerPlan:
     stages: tuple[Stage, ...] = ()
 
     def stages_of(self, slot: str) -> list[tuple[Moment | None, QuantSpec | None]]:
-        """When each spec of a tensor comes into force, in order."""
+        """Returns the specs of a tensor, each with the moment it comes into force, in order."""
         return [(stage.start, stage.spec) for stage in self.stages if stage.slot == slot] or [
             (None, getattr(self, slot))
         ]
@@ -64,7 +64,13 @@ class LayerPlan:
 
 
 def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) -> LayerPlan:
-    """The plan of the stages that a layer's rules lead to; what is impossible about them is added to `faults`."""
+    """Returns the plan of a layer.
+
+    Args:
+        name: of the layer, for messages.
+        chosen: the stages of each tensor that the plan's rules lead to.
+        faults: gets a message for each tensor whose last stage is float.
+    """
     for slot, stages in chosen.items():
         if len(stages) > 1 and stages[-1].spec is None:
             faults.append(f"{name}: its {slot} ends float at {stages[-1].start}; stages lead to a quantized tensor")
@@ -73,7 +79,7 @@ def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) 
 
 
 def layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
-    """All that the layer cannot take, of every stage."""
+    """Returns a message for everything in the plan, any stage of it, that the layer cannot take."""
     faults = [
         fault for slot in SLOTS for _, spec in plan.stages_of(slot) if spec for fault in _spec_faults(layer, slot, spec)
     ]

@@ -37,7 +37,7 @@ _CATEGORIES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c
 
 
 def name_pattern(text: str) -> Callable[[str], bool]:
-    """Compile a regular expression to a test of whole names, which takes polynomial time on any name.
+    """Compiles a regular expression to a test of whole names, which takes polynomial time on any name.
 
     Raises:
         PlanError: no regular expression, longer than `MAX_LENGTH`, deeper than `MAX_DEPTH`, or one that would need
@@ -72,7 +72,7 @@ def _refuse(tree: Any, text: str, depth: int = 0) -> None:
 
 
 def _parts(argument: Any) -> Iterable[Any]:
-    """The patterns inside of an operation."""
+    """Returns the patterns inside an operation."""
     if isinstance(argument, _parser.SubPattern):
         yield argument
     elif isinstance(argument, (tuple, list)):
@@ -81,8 +81,7 @@ def _parts(argument: Any) -> Iterable[Any]:
 
 
 class _Match:
-    """One name, and what is known of it: for a part of the pattern and a position, the positions where a match can
-    end."""
+    """One name, and for each part of the pattern and each start the positions where a match can end."""
 
     def __init__(self, name: str, ignore_case: bool) -> None:
         self.name, self.fold = name, str.lower if ignore_case else str
@@ -90,7 +89,7 @@ class _Match:
         self.steps = 0
 
     def ends(self, tree: Any, start: int) -> int:
-        """Where a match of a sequence that begins at `start` can end."""
+        """Returns the positions where a match of a sequence that begins at `start` can end."""
         reached = 1 << start
         for operation in tree:
             reached = self._each(reached, self._operation, operation)
@@ -104,7 +103,7 @@ class _Match:
         return self.known[key]
 
     def _each(self, positions: int, step: Callable[[Any, int], int], part: Any) -> int:
-        """All ends of `part` from any of the positions."""
+        """Returns all ends of `part` from any of the positions."""
         reached = 0
         while positions:
             lowest = positions & -positions

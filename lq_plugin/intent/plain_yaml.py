@@ -1,8 +1,7 @@
-"""Read YAML that strangers wrote: plain values come out, or one error; nothing is executed, and nothing grows without
-bound.
+"""Reads untrusted YAML: plain values or one error come out, nothing is executed, and memory is bounded.
 
-What this library writes says in its first line how it ends: the beginning of a longer plan is a plan as well, and a
-file that was cut off must not be taken for one. Files written by hand need no such line.
+A file that this library writes says in its first line how it ends, because the beginning of a long plan is also a valid
+plan: a truncated file must not pass for a whole one. Files written by hand need no such line.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lq_plugin.errors import PlanError
 
 #: A plan is a mapping of lists of mappings of mappings. C parsers crash on a hundred thousand brackets.
 MAX_DEPTH = 20
-#: Characters of all values once aliases are written out: "billion laughs" is a kilobyte that stands for a terabyte.
+#: Characters of all values once aliases are written out: "billion laughs" is a kilobyte that expands to a terabyte.
 MAX_SIZE = 50_000_000
 #: Announces `END` as the last line, YAML's own mark of the end of a document.
 ANNOUNCED = "# This file is whole if its last line is '...'"
@@ -26,7 +25,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def plain_yaml_text(content: Any) -> str:
-    """Plain values as YAML between the two lines that tell a whole file from the beginning of one.
+    """Returns plain values as YAML between the two lines that tell a whole file from a truncated one.
 
     >>> print(plain_yaml_text({"rules": []}))
     # This file is whole if its last line is '...'
@@ -38,7 +37,7 @@ def plain_yaml_text(content: Any) -> str:
 
 
 def read_plain_yaml(path: Path) -> Any:
-    """The content of a YAML file: mappings, lists and plain values.
+    """Returns the content of a YAML file: mappings, lists and plain values.
 
     Raises:
         PlanError: naming the file, when it cannot be opened, is cut off, is no plain YAML (tags that build objects, a

@@ -1,4 +1,4 @@
-"""What is wanted of a whole model: `QuantPlan`, ordered rules from layer patterns to specs.
+"""`QuantPlan`, the quantization of a whole model: ordered rules from layer patterns to specs.
 
 The same plan as a short string, as YAML, and in Python::
 
@@ -44,7 +44,7 @@ SpecOrFloat: TypeAlias = "QuantSpec | str | None"
 
 @dataclass(frozen=True)
 class Rule:
-    """`match` a set of layers and say how their tensors are quantized.
+    """A set of layers, and how their tensors are quantized.
 
     Args:
         match: name, glob, `re:regex` or `type:ClassName`.
@@ -84,7 +84,7 @@ class Rule:
         raise_all(PlanError, f"rule {self.match!r}", faults)
 
     def to_dict(self) -> dict[str, str]:
-        """Plain strings, ready for YAML."""
+        """Returns plain strings, ready for YAML."""
         return {key: str(value) for key in ("match", *SLOTS, "start") if (value := getattr(self, key)) is not None}
 
 
@@ -113,7 +113,7 @@ class QuantPlan:
 
     @classmethod
     def parse(cls, value: QuantPlan | str | Path | Mapping[str, Any]) -> QuantPlan:
-        """Read a plan from its short string, a path to a YAML file, a mapping, or a plan.
+        """Reads a plan from its short string, a path to a YAML file, a mapping, or a plan.
 
         Raises:
             PlanError: listing everything that is wrong in it.
@@ -149,7 +149,7 @@ class QuantPlan:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> QuantPlan:
-        """Build a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}}`."""
+        """Builds a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}}`."""
         faults = [
             f"unknown key {key!r}; valid: rules, schedule.{did_you_mean(str(key), ['rules', 'schedule'])}"
             for key in mapping
@@ -187,7 +187,7 @@ class QuantPlan:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> QuantPlan:
-        """Read a plan file. Only plain YAML is accepted: tags that build objects are refused."""
+        """Reads a plan file. Only plain YAML is accepted: tags that build objects are refused."""
         path = Path(path)
         content = read_plain_yaml(path)
         if not isinstance(content, dict):
@@ -198,21 +198,21 @@ class QuantPlan:
             raise PlanError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, mappings and strings; `QuantPlan.from_dict` reads it back equal."""
+        """Returns plain lists, mappings and strings, which `QuantPlan.from_dict` reads back equal."""
         content: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}
         if schedule := self.schedule.to_dict():
             content["schedule"] = schedule
         return content
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """The plan as YAML text, also written to `path` when one is given."""
+        """Returns the plan as YAML text, and writes it to `path` if one is given."""
         text = plain_yaml_text(self.to_dict())
         if path is not None:
             write_file(path, text, PlanError)
         return text
 
     def resolve(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None) -> dict[str, LayerPlan]:
-        """Apply the rules to a model's layers.
+        """Returns the plan of each of a model's layers.
 
         Args:
             layers: the layers that can hold quantizers.
@@ -251,7 +251,12 @@ class QuantPlan:
 
 
 def matches(pattern: str, name: str, types: Sequence[str]) -> bool:
-    """Whether a rule's pattern matches a layer.
+    """Returns True if a rule's pattern matches a layer.
+
+    Args:
+        pattern: as in `Rule.match`.
+        name: of the layer.
+        types: class names of the layer, for `type:` patterns.
 
     >>> matches("layer1.*", "layer1.0.conv1", ["Conv2d"]), matches("type:Linear", "fc", ["QuantLinear", "Linear"])
     (True, True)
@@ -260,7 +265,7 @@ def matches(pattern: str, name: str, types: Sequence[str]) -> bool:
 
 
 def _matcher(pattern: str) -> Callable[[str, Sequence[str]], bool]:
-    """`matches` for one pattern and many layers."""
+    """Returns `matches` for one pattern and many layers."""
     if pattern.startswith("type:"):
         return lambda _, types: pattern[5:] in types
     if not pattern.startswith("re:") and not set(pattern) & set("*?["):
@@ -298,7 +303,7 @@ def _spec_or_float(text: str) -> SpecOrFloat:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences of any kind (OmegaConf's, say) as dict and list."""
+    """Returns mappings and sequences of any kind (those of OmegaConf, for instance) as dict and list."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

@@ -111,6 +111,11 @@ def range_fault(text: str) -> str | None:
 def name_fault(what: str, got: str, valid: Iterable[str]) -> str:
     """Returns the message for an unknown name, with the valid ones.
 
+    Args:
+        what: the kind of name.
+        got: the unknown name.
+        valid: the known names.
+
     >>> name_fault("range", "mxe", ["mse", "kl"])
     "unknown range 'mxe'; valid: mse, kl. Did you mean 'mse'?"
     """

@@ -1,4 +1,4 @@
-"""When quantization switches on and observers freeze: a pure function of epoch and step.
+"""The schedule of switching on quantization and freezing observers: a pure function of epoch and step.
 
 A `Moment` is written `"epoch 2"`, `"step 500"`, or as a plain int (steps). Nothing is remembered
 between batches, so a resumed run is in the state the uninterrupted one would be in.
@@ -28,7 +28,7 @@ class Moment:
 
     @classmethod
     def parse(cls, value: Moment | str | int) -> Moment:
-        """Read `"epoch 2"`, `"step 500"` or an int (steps).
+        """Reads `"epoch 2"`, `"step 500"` or an int (steps).
 
         Raises:
             PlanError: when it is none of these.
@@ -42,7 +42,7 @@ class Moment:
         raise PlanError(f"a moment is 'epoch N', 'step N' or a number of steps, got {value!r}")
 
     def reached(self, epoch: int, step: int) -> bool:
-        """Whether a run at `epoch` (0-based) and optimizer step `step` has come to this moment."""
+        """Returns True if a run at `epoch` (0-based) and optimizer step `step` has reached this moment."""
         return (epoch if self.unit == "epoch" else step) >= self.count
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is switched on at one point of the run."""
+    """The switches at one point of the run."""
 
     weights: bool
     activations: bool
@@ -92,7 +92,7 @@ class Schedule:
         raise_all(PlanError, "impossible schedule", faults)
 
     def at(self, epoch: int, step: int) -> Phase:
-        """The switches at this epoch and optimizer step."""
+        """Returns the switches at this epoch and optimizer step."""
 
         def reached(moment: Moment | str | int | None) -> bool:
             return isinstance(moment, Moment) and moment.reached(epoch, step)
@@ -106,7 +106,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, value: Schedule | dict[str, Any] | None) -> Schedule:
-        """Read a schedule from a mapping; None is the default one."""
+        """Reads a schedule from a mapping; None is the default one."""
         if isinstance(value, Schedule):
             return value
         if value is None:
@@ -123,7 +123,7 @@ class Schedule:
         return cls(**value)
 
     def to_dict(self) -> dict[str, str]:
-        """Only what differs from the default, ready for YAML."""
+        """Returns the values that differ from the default, ready for YAML."""
         default = Schedule()
         return {
             f.name: str(getattr(self, f.name))

@@ -1,9 +1,9 @@
 """Plans in one line: `w4a8`, `w4 group16 mse a8 percentile:99.9`, `w4a16`.
 
-`w` and `a` (or `W` and `A`) are followed by a number of bits, and by the words of a spec. Words belong to the one in
-front of them. Behind both in one word, as in `w4a8 lsq`, they could belong to either: they are taken where that makes
-no difference or where only one of the two can have them, and refused otherwise. `a16`, or `a` alone, leaves inputs
-float: what the field calls weight-only.
+`w` and `a` (or `W` and `A`) are followed by a number of bits, and by the words of a spec, which belong to the one in
+front of them. Words after both in one, as in `w4a8 lsq`, could belong to either: they are accepted if that makes no
+difference or if only one of the two can have them, and refused otherwise. `a16`, or `a` alone, leaves inputs float:
+weight-only quantization.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _FLOAT = ("a", "a16")
 
 
 def is_short(text: str) -> bool:
-    """Whether a plan's text begins as a short one does, and not as a spec."""
+    """Returns True if a plan's text begins like a short plan and not like a spec."""
     return re.match(r"\s*[wa]\d", text, re.IGNORECASE) is not None
 
 
 def read_short(text: str) -> Specs:
-    """The specs that a short plan stands for.
+    """Returns the specs that a short plan stands for.
 
     Raises:
-        PlanError: a tensor named twice, words that can be read in two ways, or nothing quantized.
-        SpecError: words that are none of a spec.
+        PlanError: a tensor named twice, ambiguous words, or nothing quantized.
+        SpecError: unknown words.
 
     >>> read_short("W4A8")
     {'weight': QuantSpec('int4 per_channel'), 'input': QuantSpec('uint8 affine ema')}
@@ -60,21 +60,21 @@ def read_short(text: str) -> Specs:
 
 
 def _read(heads: Sequence[str], words: Sequence[str]) -> Specs:
-    """Each head with all of the words."""
+    """Returns the specs of heads that share all of the words."""
     found = ((_SLOTS[head[0].lower()], _spec(head, words)) for head in heads)
     return {slot: spec for slot, spec in found if spec is not None}
 
 
 def _read_together(heads: list[str], words: list[str]) -> Specs:
-    """Two heads in one word, and the words behind it."""
-    behind = " ".join(words)
+    """Returns the specs of two heads in one word, with the words after it."""
+    after = " ".join(words)
     first, last = heads
     ways: dict[str, Specs] = {}
     faults: list[QuantizationError] = []
     for written, for_first, for_last in (
-        (f"{first} {behind} {last} {behind}", words, words),
-        (f"{first} {last} {behind}", [], words),
-        (f"{first} {behind} {last}", words, []),
+        (f"{first} {after} {last} {after}", words, words),
+        (f"{first} {last} {after}", [], words),
+        (f"{first} {after} {last}", words, []),
     ):
         try:
             specs = _read([first], for_first) | _read([last], for_last)
@@ -83,20 +83,20 @@ def _read_together(heads: list[str], words: list[str]) -> Specs:
         except QuantizationError as error:
             faults.append(error)
             continue
-        # Words for the first alone are what is meant where the last cannot have them; people write those for both
-        # behind both, but for per_channel, which is said of weights.
+        # Words for the first alone are what is meant if the last cannot have them; people write words for both after
+        # both, except for per_channel, which belongs to weights.
         if not ways or (specs not in ways.values() and (for_last or "per_channel" in words)):
             ways[written] = specs
     if not ways:
         raise faults[0]
     if len(ways) > 1:
         readings = " or ".join(map(repr, ways))
-        raise PlanError(f"the words behind {first + last!r} can be read in two ways: write {readings}")
+        raise PlanError(f"the words after {first + last!r} can be read in two ways: write {readings}")
     return next(iter(ways.values()))
 
 
 def _spec(head: str, words: Sequence[str]) -> QuantSpec | None:
-    """The spec of `w4 mse` or `a8`; what is wrong with it is said of these words, not of those that they stand for."""
+    """Returns the spec of `w4 mse` or `a8`; error messages quote these words, not those that they stand for."""
     kind, bits = head[0].lower(), head[1:]
     written = " ".join([head, *words])
     if head.lower() in _FLOAT:

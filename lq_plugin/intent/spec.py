@@ -1,11 +1,11 @@
-"""What is wanted of one tensor: `QuantSpec`, a frozen and validated value.
+"""`QuantSpec`, the quantization of one tensor: a frozen and validated value.
 
-A spec is one line to write and reads back from it::
+A spec is written as one line and is read back from it::
 
     int4 per_channel mse          signed 4 bit, one scale per output channel, MSE clipping
     uint8 affine ema:0.99         unsigned 8 bit with a zero point, ranges by EMA while training
     int4 group16 octav            one scale per 16 elements along the reduction dim
-    int4 group16:4                the same with 4-bit integer scales under one float scale: 4.25 bits
+    int4 group16:4                4-bit integer scales per 16 elements under one float scale: 4.25 bits
     int3 per_channel lsq narrow   learned step size on the levels -3..3
     uint8 mse stochastic          rounded up or down at random in training
     mx6, mxfp4:rceil, nvfp4       shared exponents or scales found from the values, nothing to calibrate
@@ -48,7 +48,7 @@ _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantized. Immutable, hashable, checked on construction.
+    """The quantization of one tensor: immutable, hashable, checked on construction.
 
     Args:
         format: kind of levels, a name in `lq_plugin.intent.formats.FORMATS`, with options after colons where it takes
@@ -64,7 +64,7 @@ class QuantSpec:
         gradient: what passes back through the rounding, a name in `GRADIENTS`.
 
     Raises:
-        SpecError: listing everything that is impossible about it.
+        SpecError: listing everything that contradicts itself.
 
     >>> QuantSpec.parse("int4 per_channel mse")
     QuantSpec('int4 per_channel mse')
@@ -266,16 +266,19 @@ class QuantSpec:
         return IntegerGrid(-half + self.narrow_range, half - 1, self.affine)
 
     def replace(self, **changes: Any) -> QuantSpec:
-        """A copy with some fields changed, checked again."""
+        """Returns a copy with some fields changed, checked again."""
         return replace(self, **changes)
 
     @classmethod
     def parse(cls, value: QuantSpec | str | dict[str, Any], written: str | None = None) -> QuantSpec:
-        """Read a spec from its short string, a mapping of its fields, or a spec; errors quote what was `written` for
-        it.
+        """Reads a spec from its short string, a mapping of its fields, or a spec.
+
+        Args:
+            value: the string, mapping or spec.
+            written: the user's words for it, which errors quote; None: `value` itself.
 
         Raises:
-            SpecError: naming every word that is not understood.
+            SpecError: naming every unknown word.
 
         >>> QuantSpec.parse("uint8 affine ema:0.99").affine
         True

@@ -97,6 +97,9 @@ class QuantizedLayer(nn.Module):
             return self.weight_quantizer(weight)
         return type(self).from_canonical(self, self.weight_quantizer(type(self).canonical(self, weight)))
 
+    #: The name of `quantized_weight` in layer classes written for version 0.1.
+    quantize_weight = quantized_weight
+
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the forward pass uses it.
 

@@ -34,7 +34,7 @@ from lq_plugin.ranges.estimators.mse import best_multiples
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
 #: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
-_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams")
+_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams", "_from_bounds")
 
 
 class WeightQuantizer(Quantizer):

@@ -1,4 +1,4 @@
-"""Gauss and Laplace: which one fits, and the error a grid makes on it.
+"""Gauss and Laplace fitted to a sample, and the expected error of a grid on the better fit.
 
 Everything is in closed form. With levels l_0 < ... < l_L, spaced s, and t_j the midpoints between
 neighbours, rounding to the nearest level has the error
@@ -51,15 +51,20 @@ class Fit:
 
     @property
     def prefers_laplace(self) -> Tensor:
-        """Whether Laplace has the larger likelihood, bool `[rows]`."""
+        """True where Laplace has the larger likelihood, bool `[rows]`."""
         return self.laplace_spread < LAPLACE_BELOW * self.gauss_spread
 
     def names(self) -> list[str]:
-        """`"gauss"` or `"laplace"` for each row, by likelihood."""
+        """Returns `"gauss"` or `"laplace"` for each row, by likelihood."""
         return [DISTRIBUTIONS[int(flag)] for flag in self.prefers_laplace]
 
     def expected_mse(self, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-        """Mean squared error that the likelier distribution predicts, `[rows]`."""
+        """Returns the mean squared error that the likelier distribution predicts, `[rows]`.
+
+        Args:
+            scale, zero_point: of the grid, `[rows]`.
+            grid: the levels.
+        """
         scale, zero_point = scale.double(), zero_point.double()
         # The grid as the distribution sees it: from its centre, on its own side of zero.
         lowest, highest = (grid.quant_min - zero_point) * scale, (grid.quant_max - zero_point) * scale
@@ -76,7 +81,7 @@ class Fit:
 
 
 def fit_distributions(sample: Sample) -> Fit:
-    """Fit Gauss and Laplace to each row; one-sided rows by the values that are not zero."""
+    """Fits Gauss and Laplace to each row; one-sided rows by the values that are not zero."""
     x, mass = sample.values, sample.weights().double()
     one_sided = (sample.minimum >= 0) | (sample.maximum <= 0)
     # Zeros are an atom of their own (ReLU, pruning) unless the centre is a mean.
@@ -92,7 +97,7 @@ def fit_distributions(sample: Sample) -> Fit:
 
 
 def expected_error(name: str, scale: Tensor, top: Tensor, levels: int, one_sided: bool = False) -> Tensor:
-    """Mean squared error of a grid on a distribution of spread 1 around 0.
+    """Returns the mean squared error of a grid on a distribution of spread 1 around 0.
 
     Args:
         name: `"gauss"` (sigma = 1) or `"laplace"` (b = 1).

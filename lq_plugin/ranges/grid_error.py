@@ -15,7 +15,7 @@ _CHUNK = 2**17
 
 
 def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Mean of (x - x̂)^2 over each row: rounding to a level and clipping, as `fake_quantize` does it.
+    """Returns the mean of (x - x̂)^2 of each row, rounded and clipped as `fake_quantize` does it.
 
     Exact values are quantized one by one in float32. In a histogram bin the mass is spread evenly,
     and the error is integrated: with t = x / s, q the level of t and r = t - q, the antiderivative of
@@ -39,7 +39,7 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
     if sample.values.shape[1] > bins:
         points = sample.values[:, bins:]
         mass = None if sample.mass is None else sample.mass[:, bins:]
-        # Zero is always a level: beside a histogram stands an atom of zeros as a rule, which has no error.
+        # Zero is always a level, so the zeros that a histogram usually counts separately have no error.
         if sample.edges is None or bool((points != 0).any()):
             for part in _candidates(scale.shape[1], points.numel()):
                 total[:, part] += _point_error(points, mass, scale[:, part], low[:, part], high[:, part])
@@ -47,8 +47,7 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
 
 
 def clipping_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Mean squared distance of the values from the range of the levels, float64 `[rows]`: no error on this grid is
-    less.
+    """Returns a lower bound of the error: the mean squared distance to the range of the levels, float64 `[rows]`.
 
     In a histogram bin the distance is that of the middle; squared distances are convex, so their mean over the bin is
     no less.
@@ -62,7 +61,7 @@ def clipping_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: Inte
 
 
 def clipped_share(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Share of the elements that round to a level outside the grid, float64 `[rows]`.
+    """Returns the share of the elements that round to a level outside the grid, float64 `[rows]`.
 
     Args:
         scale, zero_point: `[rows]`.
@@ -72,8 +71,7 @@ def clipped_share(sample: Sample, scale: Tensor, zero_point: Tensor, grid: Integ
 
 
 def side_without_levels(sample: Sample, scale: Tensor, grid: IntegerGrid) -> float:
-    """Share of all elements on the side of zero where a grid without zero point has no level, beyond what rounds to
-    zero anyway.
+    """Returns the share of the elements on a side of zero without levels, except those that round to zero anyway.
 
     Args:
         scale: `[rows]`.
@@ -100,14 +98,14 @@ def _point_error(points: Tensor, mass: Tensor | None, scale: Tensor, low: Tensor
 
 
 def _clip(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`q [rows, candidates, n]` between `low` and `high [rows, candidates]`, in place."""
-    # `clamp_` between two tensors that broadcast is not vectorised: five times the time of these two.
+    """Clips `q [rows, candidates, n]` to `low` and `high [rows, candidates]`, in place."""
+    # `clamp_` between two tensors that broadcast is not vectorized: five times the time of these two.
     torch.maximum(q, low.unsqueeze(2), out=q)
     return torch.minimum(q, high.unsqueeze(2), out=q)
 
 
 def _knots(edges: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges and the change of the density at each, float64 `[rows, bins + 1]`.
+    """Returns the edges and the change of the density at each, float64 `[rows, bins + 1]`.
 
     Summation by parts: sum_j d_j (G(e_{j+1}) - G(e_j)) = sum_k (d_{k-1} - d_k) G(e_k).
     """

@@ -50,7 +50,7 @@ class Histogram:
     Args:
         rows: independent streams, 1 or the number of channels.
         bins: bins for each sign, a multiple of 128 (bins an octave); 2048 covers 16 octaves.
-        max_samples: at most about this many elements of one update are counted in bins, taken
+        max_samples: about this many elements of one update, at most, are counted in bins, taken
             with a stride that is coprime with the row length, so that no pixel or channel is
             preferred; at least 1024 a row. Bounds, zeros and total are always exact. None counts all, whatever the
             order of the data; in one row what is smaller than 2^-133 counts as zero then.
@@ -88,7 +88,7 @@ class Histogram:
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in one batch; the state follows it to its device.
+        """Adds one batch; the state follows it to its device.
 
         Args:
             x: floating point `[rows, n]`; with `rows=1` any shape, read in memory order without a copy.
@@ -140,11 +140,11 @@ class Histogram:
         return stride
 
     def _lowest_key(self) -> Tensor:
-        """Key (float32 bits without the sign, shifted) of the first bin, `[rows]`."""
+        """Returns the key (float32 bits without the sign, shifted) of the first bin, `[rows]`."""
         return ((self.octave + 1) * SUB_BINS - self.bins).clamp(min=0)
 
     def _add_keys(self, per_key: Tensor) -> None:
-        """Take in counts of all keys, negative and positive `[2, keys]`; key 0 holds the zeros."""
+        """Adds counts of all keys, negative and positive `[2, keys]`; key 0 holds the zeros."""
         self.zeros += per_key[:, 0].sum()
         per_key[:, 0] = 0
         position = torch.arange(per_key.shape[1], device=per_key.device) - self._lowest_key()
@@ -163,13 +163,13 @@ class Histogram:
         return counted
 
     def common_range(self) -> Tensor:
-        """What histograms must agree on before their counts are added: the maximum of it, `[rows]`."""
+        """Returns the window, `[rows]`: histograms take the maximum of theirs before their counts are added."""
         return self.octave.clone()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def rebin(self, octave: Tensor) -> None:
-        """Raise the window to `octave [rows]`, folding bins that fall out of it into the lowest one.
+        """Raises the window to `octave [rows]`, folding bins that fall out of it into the lowest one.
 
         Raises:
             CalibrationError: when it would lower a window, which would lose the largest values.
@@ -189,7 +189,7 @@ class Histogram:
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: Histogram) -> None:
-        """Add another stream's statistics; the result is that of one stream with all the data.
+        """Adds another stream's statistics; the result is that of one stream with all the data.
 
         Raises:
             CalibrationError: when rows or bins differ.
@@ -211,15 +211,15 @@ class Histogram:
         self.maximum = torch.maximum(self.maximum, theirs.maximum.to(self.maximum))
 
     def edges(self) -> Tensor:
-        """Bin edges, ascending through zero, float32 `[rows, 2 * bins + 1]`."""
+        """Returns the bin edges, ascending through zero, float32 `[rows, 2 * bins + 1]`."""
         key = self._lowest_key().unsqueeze(1) + torch.arange(self.bins + 1, device=self.octave.device)
-        # The edge behind the largest finite number would be Inf.
+        # The edge after the largest finite number would be Inf.
         positive = (key << _SHIFT).clamp_(max=0x7F7FFFFF).to(torch.int32).view(torch.float32)
         positive[:, 0] = 0.0
         return torch.cat([-positive.flip(1)[:, :-1], positive], dim=1)
 
     def sample(self) -> Sample:
-        """The stream so far as a `Sample`, zeros as one exact point.
+        """Returns the stream so far as a `Sample`, zeros as one exact point.
 
         Raises:
             CalibrationError: when nothing was seen.
@@ -239,13 +239,13 @@ class Histogram:
         return Sample.from_histogram(edges, mass, self.zeros, self.minimum, self.maximum, self.name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The statistics as tensors, copied."""
+        """Returns copies of the statistics as tensors."""
         return {key: getattr(self, key).clone() for key in ("counts", "zeros", "total", "minimum", "maximum", "octave")}
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the statistics of `state_dict()`.
+        """Loads the statistics of `state_dict()`.
 
         Raises:
             CalibrationError: naming the tensors that are missing or have another shape.
@@ -264,13 +264,15 @@ class Histogram:
 
 
 def _octave(magnitude: Tensor) -> Tensor:
-    """Biased exponent of float32 numbers, int64."""
+    """Returns the biased exponent of float32 numbers, int64."""
     return (magnitude.contiguous().view(torch.int32) >> 23).clamp_(min=0).long()
 
 
 def _count_keys(x: Tensor) -> Tensor:
-    """How many of `x [n]` have each sign and key, int64 `[2, 2^15]`: in pieces that stay in the cache, a sixth of the
-    time of `_count`."""
+    """Returns how many of `x [n]` have each sign and key, int64 `[2, 2^15]`.
+
+    It works in pieces that stay in the cache, which takes a sixth of the time of `_count`.
+    """
     # With 7 mantissa bits sign and key are the upper half of a float32; arithmetic shifts put the negative ones first.
     counted = torch.zeros(2**16, dtype=torch.int64, device=x.device)
     for piece in x.split(2 * _CHUNK):
@@ -280,7 +282,7 @@ def _count_keys(x: Tensor) -> Tensor:
 
 
 def _count_nonzero(x: Tensor, signed: bool) -> Tensor:
-    """Elements per row that are not 0, int64 `[rows]`; in cache-sized pieces, 4 times `count_nonzero`."""
+    """Returns the elements per row that are not 0, int64 `[rows]`; 4 times as fast as `count_nonzero`, by pieces."""
     rows, n = x.shape
     step = max(_CHUNK // rows, 1)
     counted = torch.zeros(rows, dtype=torch.float64, device=x.device)
@@ -293,7 +295,7 @@ def _count_nonzero(x: Tensor, signed: bool) -> Tensor:
 
 
 def _join_fine_bins(edges: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Join bins narrower than `FINEST_BIN` of the row's root mean square; drop empty outer bins."""
+    """Joins bins narrower than `FINEST_BIN` of the row's root mean square; drops empty outer bins."""
     centre = edges[:, :-1].double() * 0.5 + edges[:, 1:].double() * 0.5
     rms = ((centre.square() * mass).sum(1) / mass.sum(1).clamp(min=1e-300)).sqrt()
     finest = 2.0 ** torch.floor(torch.log2((rms * FINEST_BIN).clamp(min=1e-300)))

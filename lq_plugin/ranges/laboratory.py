@@ -1,7 +1,7 @@
 """The clipping laboratory: every estimator on one sample, predicted and measured.
 
-A row of the table says what an estimator chose, the error that the fitted distribution predicts for it,
-the error measured on the sample, and whether it is the best.
+A row of the table has the bounds that an estimator chose, the error that the fitted distribution predicts for them,
+the error measured on the sample, and whether that is the smallest.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RangeEntry:
 
 @dataclass(frozen=True, eq=False)
 class RangeTable:
-    """What every estimator made of one sample.
+    """The results of every estimator on one sample.
 
     Attributes:
         grid: the levels.
@@ -91,7 +91,7 @@ class RangeTable:
         return Counter(self.fit.names()).most_common(1)[0][0]
 
     def entries(self) -> list[RangeEntry]:
-        """One entry an estimator, over all rows."""
+        """Returns one entry per estimator, over all rows."""
         predicted, measured, clipped = (
             self._mean(v).tolist() for v in (self.predicted_mse, self.measured_mse, self.clipped)
         )
@@ -113,7 +113,7 @@ class RangeTable:
         ]
 
     def row_entries(self) -> list[RangeEntry]:
-        """One entry for each row and estimator, row by row."""
+        """Returns one entry for each row and estimator, row by row."""
         winners = self.measured_mse.argmin(dim=0).tolist()
         predicted, measured, clipped = (v.T.tolist() for v in (self.predicted_mse, self.measured_mse, self.clipped))
         power, distributions = self.power.tolist(), self.fit.names()
@@ -137,7 +137,7 @@ class RangeTable:
         ]
 
     def records(self, per_row: bool = False) -> list[dict[str, str | int | float | bool | None]]:
-        """The entries as plain dictionaries, for a table, a CSV file or a logger."""
+        """Returns the entries as plain dictionaries, for a table, a CSV file or a logger."""
         return [asdict(entry) for entry in (self.row_entries() if per_row else self.entries())]
 
     def _mean(self, of: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def compare_ranges(
     compared = [name for name in RANGES if range_kind(name).compared and name in registered_ranges()]
     names = compared if ranges is None else list(ranges)
     bounds = {name: estimate_range(name, sample, levels) for name in names}
-    # Errors on the normalised sample cannot overflow; they scale with its square.
+    # Errors on the normalized sample cannot overflow; they scale with its square.
     unit, factor = sample.normalized()
     fit = fit_distributions(unit)
     predicted, measured, clipped = [], [], []

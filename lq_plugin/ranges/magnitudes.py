@@ -51,7 +51,7 @@ class Folded:
     centre: Tensor
 
     def select(self, rows: Tensor) -> Folded:
-        """The rows of a bool mask; without a copy when these are all."""
+        """Returns the rows of a bool mask; without a copy if these are all rows."""
         if bool(rows.all()):
             return self
         mass = None if self.mass is None else self.mass[rows]
@@ -59,26 +59,26 @@ class Folded:
         return Folded(self.sample.select(rows), self.grid, self.magnitude[rows], mass, *of_rows)
 
     def total(self) -> Tensor:
-        """Elements that count, float64 `[rows]`."""
+        """Returns the number of elements that count, float64 `[rows]`."""
         if self.mass is None:
             return torch.full_like(self.limit, self.magnitude.shape[1], dtype=torch.float64)
         return self.mass.sum(dim=1, dtype=torch.float64)
 
     def mean(self) -> Tensor:
-        """Mean magnitude, float64 `[rows]`; 0 for a row where nothing counts."""
+        """Returns the mean magnitude, float64 `[rows]`; 0 for a row where nothing counts."""
         if self.mass is None:
             return self.magnitude.mean(dim=1, dtype=torch.float64)
         return (self.magnitude * self.mass).sum(dim=1, dtype=torch.float64) / self.total().clamp(min=1e-300)
 
     def root_mean_square(self) -> Tensor:
-        """The same of squares; float64 `[rows]`."""
+        """Returns the root mean square magnitude, float64 `[rows]`; 0 for a row where nothing counts."""
         if self.mass is None:
             return torch.linalg.vector_norm(self.magnitude, dim=1, dtype=torch.float64) / self.magnitude.shape[1] ** 0.5
         squares = self.magnitude.double().square_().mul_(self.mass)
         return (squares.sum(dim=1) / self.total().clamp(min=1e-300)).sqrt()
 
     def bounds(self, threshold: Tensor, both_sides_covered: bool = False) -> tuple[Tensor, Tensor]:
-        """Bounds whose scale clips at `threshold [rows]`, never above `limit`.
+        """Returns bounds whose scale clips at `threshold [rows]`, never above `limit`.
 
         A grid like -8..7 has no level at +t when its lowest is at -t; by default it is scaled
         for -t, as a formula for 2^b levels means it. `both_sides_covered` scales it for what the
@@ -105,7 +105,7 @@ class Folded:
 
 
 def fold(sample: Sample, grid: IntegerGrid) -> Folded:
-    """Magnitudes of `sample` for `grid`, by the table above."""
+    """Returns the magnitudes of `sample` for `grid`, by the table in the module's docstring."""
     x, mass = sample.values, sample.mass
     one_sided = (sample.minimum >= 0) | (sample.maximum <= 0)
     limit = torch.maximum(sample.maximum.abs(), sample.minimum.abs())
@@ -136,7 +136,7 @@ def fold(sample: Sample, grid: IntegerGrid) -> Folded:
 
 
 def bit_width(grid: IntegerGrid) -> int:
-    """Bits of a grid; a narrow range of 2^b - 1 levels has b.
+    """Returns the bits of a grid; a narrow range of 2^b - 1 levels has b.
 
     >>> bit_width(IntegerGrid(-7, 7)), bit_width(IntegerGrid(0, 15))
     (4, 4)
@@ -145,10 +145,10 @@ def bit_width(grid: IntegerGrid) -> int:
 
 
 def clips_negative(grid: IntegerGrid) -> bool:
-    """Whether no level stands for a negative value."""
+    """Returns True if no level stands for a negative value."""
     return not grid.affine and grid.quant_min >= 0
 
 
 def clips_positive(grid: IntegerGrid) -> bool:
-    """Whether no level stands for a positive value."""
+    """Returns True if no level stands for a positive value."""
     return not grid.affine and grid.quant_max <= 0

@@ -29,14 +29,14 @@ class Ordered:
             self._sum = _running(mass.mul_(self._values))
 
     def above(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass and sum of the values `> threshold`, which is float32 `[rows]`; both float64 `[rows]`."""
+        """Returns mass and sum, float64 `[rows]`, of the values `> threshold`, which is float32 `[rows]`."""
         mass, total = self._first(threshold, right=True)
         everything = float(self._values.shape[1]) if self._mass is None else self._mass[:, -1]
         # Past the last value the two are the same number: nothing above is exactly 0.
         return everything - mass, self._sum[:, -1] - total
 
     def below(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass and sum of the values `< threshold`, as of `above`."""
+        """Returns mass and sum, float64 `[rows]`, of the values `< threshold`, which is float32 `[rows]`."""
         return self._first(threshold, right=False)
 
     def _first(self, threshold: Tensor, right: bool) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class Ordered:
 
 
 def ascending(values: Tensor) -> Tensor:
-    """Each row of `values [rows, n]` sorted.
+    """Returns each row of `values [rows, n]` sorted.
 
     On a CPU numpy sorts: with vector instructions, several times as fast as torch, which returns positions as well.
 
@@ -62,5 +62,5 @@ def ascending(values: Tensor) -> Tensor:
 
 
 def _running(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, ..., n values, float64 `[rows, n + 1]`."""
+    """Returns the sums of the first 0, 1, ..., n values, float64 `[rows, n + 1]`."""
     return torch.nn.functional.pad(values.cumsum(dim=1, dtype=torch.float64), (1, 0))

@@ -59,35 +59,35 @@ class Sample:
         return self.values.shape[0]
 
     def weights(self) -> Tensor:
-        """`mass`, or ones where it is None, in float32 at least."""
+        """Returns `mass`, or ones where it is None, in float32 at least."""
         return torch.ones_like(self.values) if self.mass is None else self.mass
 
     def total(self) -> Tensor:
-        """Elements each row stands for, float64 `[rows]`."""
+        """Returns the number of elements each row stands for, float64 `[rows]`."""
         if self.mass is None:
             return torch.full_like(self.minimum, self.values.shape[1], dtype=torch.float64)
         return self.mass.sum(dim=1, dtype=torch.float64)
 
     def average(self, of: Tensor) -> Tensor:
-        """Weighted mean of `of [rows, n]`, float64 `[rows]`; 0 for a row without mass."""
+        """Returns the weighted mean of `of [rows, n]`, float64 `[rows]`; 0 for a row without mass."""
         if self.mass is None:
             return of.mean(dim=1, dtype=torch.float64)
         return (of * self.mass).sum(dim=1, dtype=torch.float64) / self.total().clamp(min=1e-300)
 
     def row(self, index: int) -> Sample:
-        """One row as a sample of its own."""
+        """Returns one row as a sample of its own."""
         return self.select(slice(index, index + 1))
 
     def select(self, index: Tensor | slice) -> Sample:
-        """The rows `index`: int64 positions, a bool mask or a slice."""
+        """Returns the rows at `index`: int64 positions, a bool mask or a slice."""
         mass = None if self.mass is None else self.mass[index]
         edges = None if self.edges is None else self.edges[index]
         return Sample(self.values[index], mass, self.minimum[index], self.maximum[index], edges)
 
     def normalized(self) -> tuple[Sample, Tensor]:
-        """Each row divided by a power of two so that its largest magnitude lies in [0.5, 1).
+        """Returns each row divided by a power of two so that its largest magnitude lies in [0.5, 1).
 
-        The division is exact, so an estimate on the normalised sample times the factor is the
+        The division is exact, so an estimate on the normalized sample times the factor is the
         estimate, whatever the magnitude of the data: squares neither overflow nor underflow.
 
         Returns:
@@ -104,7 +104,7 @@ class Sample:
 
     @classmethod
     def from_tensor(cls, x: Tensor, mask: Tensor | None = None, name: str = "tensor") -> Sample:
-        """Returns the elements of `x` themselves; `lq_plugin.ranges.summarize` keeps those of large tensors small.
+        """Returns the elements of `x` themselves; for large tensors there is `lq_plugin.ranges.summarize`.
 
         Args:
             x: floating point `[rows, n]`; a row is a channel or a group.
@@ -143,7 +143,7 @@ class Sample:
         maximum: Tensor | None = None,
         name: str = "tensor",
     ) -> Sample:
-        """Values known only by the bin they fell into.
+        """Returns the sample of values that are known only by the bin they fell into.
 
         Args:
             edges: `[rows, m + 1]` (or `[m + 1]`), ascending.
@@ -191,7 +191,12 @@ class Sample:
 
 
 def refuse_non_finite(minimum: Tensor, maximum: Tensor, name: str) -> None:
-    """Raise `CalibrationError` when bounds are NaN or Inf; NaN propagates into them from the data."""
+    """Raises `CalibrationError` if bounds are NaN or Inf; NaN propagates into them from the data.
+
+    Args:
+        minimum, maximum: the bounds, `[rows]`.
+        name: of the tensor, for messages.
+    """
     if bool(torch.isfinite(minimum).all()) and bool(torch.isfinite(maximum).all()):
         return
     kind = "NaN" if bool(minimum.isnan().any()) or bool(maximum.isnan().any()) else "Inf"
@@ -200,5 +205,5 @@ def refuse_non_finite(minimum: Tensor, maximum: Tensor, name: str) -> None:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent for whole numbers in -126..127, exact (built from the bits)."""
+    """Returns 2^exponent for integers in -126..127, exact (built from the bits)."""
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)

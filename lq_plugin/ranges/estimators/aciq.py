@@ -8,12 +8,12 @@
 
 minimal at alpha = b W(3 * 4^M) (Lambert W) and at a root. On one side of zero the bins are half as
 wide, so M + 1 takes the place of M. Those bins have no level at zero: a real grid has, and with 2 or 3
-bits the constants are off (34 % more error at 2 bits, Gauss, levels -1..1). `aciq_exact` minimises
+bits the constants are off (34 % more error at 2 bits, Gauss, levels -1..1). `aciq_exact` minimizes
 the true error of the grid that is used.
 
-Which of the two is not told by their own errors: at the same data Gauss predicts the smaller one even for values that
-are exactly Laplace (24 dB where 35 are possible at 8 bits), and that is what the authors' code takes. Here both
-thresholds are tried on the data, and the one with the smaller error there is taken.
+The predicted errors do not tell which distribution fits: Gauss predicts the smaller error even for values that are
+exactly Laplace (24 dB where 35 are possible at 8 bits), and the authors' code takes Gauss then. This one measures both
+thresholds on the data and takes the one with the smaller error.
 
 Reference: Banner, Nahshan, Soudry, "Post training 4-bit quantization of convolutional networks for
 rapid-deployment", NeurIPS 2019 (arXiv 1810.05723).
@@ -40,7 +40,12 @@ from lq_plugin.ranges.sample import Sample
 
 @register_range("aciq", RANGES["aciq"])
 def aciq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """The paper's threshold; Gauss or Laplace, whichever has the smaller error on the sample.
+    """Returns bounds at the paper's threshold, for Gauss or Laplace, whichever has the smaller error on the sample.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: `"gauss"` or `"laplace"` forces one.
 
     Spreads: mean absolute and root mean square deviation, from zero on a grid without zero point,
     from the mean otherwise; of a one-sided row, those of its values that are not zero. The
@@ -62,7 +67,12 @@ def aciq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[
 
 @register_range("aciq_exact", RANGES["aciq_exact"])
 def aciq_exact(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """The scale with the least error of the distribution on the real grid; Gauss or Laplace as for `aciq`.
+    """Returns bounds of the scale with the least expected error on the real grid, for Gauss or Laplace as in `aciq`.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: `"gauss"` or `"laplace"` forces one.
 
     Spreads as for `aciq`. A grid with a zero point around a mean is taken to have a level there.
     """
@@ -99,7 +109,7 @@ def aciq_exact(sample: Sample, grid: IntegerGrid, option: str | None = None) -> 
 
 @lru_cache(maxsize=256)
 def aciq_threshold(name: str, bits: int) -> float:
-    """alpha / b (Laplace) or alpha / sigma (Gauss) of 2^bits bins on [-alpha, alpha].
+    """Returns alpha / b (Laplace) or alpha / sigma (Gauss) for 2^bits bins on [-alpha, alpha].
 
     >>> round(aciq_threshold("laplace", 4), 4), round(aciq_threshold("gauss", 4), 4)
     (5.0286, 2.5591)
@@ -122,7 +132,7 @@ def aciq_threshold(name: str, bits: int) -> float:
 
 @lru_cache(maxsize=256)
 def exact_scale(name: str, quant_min: int, quant_max: int, one_sided: bool = False) -> float:
-    """Scale with the least error of levels `quant_min..quant_max` on spread 1, zero at level 0.
+    """Returns the scale with the least error of levels `quant_min..quant_max` on spread 1, with zero at level 0.
 
     >>> round(7 * exact_scale("laplace", -7, 7), 4), round(8 * exact_scale("gauss", -8, 7), 4)
     (4.8199, 2.7089)
@@ -156,7 +166,7 @@ def _names(option: str | None) -> tuple[str, ...]:
 def _least_error(
     sample: Sample, grid: IntegerGrid, names: tuple[str, ...], bounds: Callable[[str], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """The bounds, among those of the distributions, with the smallest squared error on each row."""
+    """Returns the bounds, among those of the distributions, with the smallest squared error on each row."""
     low, high = (torch.stack(of, dim=1) for of in zip(*(as_bounds(*bounds(name)) for name in names), strict=True))
     if len(names) == 1:
         return low[:, 0], high[:, 0]

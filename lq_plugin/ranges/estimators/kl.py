@@ -50,7 +50,13 @@ _CHUNK = 2**20
 
 @register_range("kl", RANGES["kl"])
 def kl(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """Bounds at the threshold of least KL divergence; around the mean where the grid has a zero point."""
+    """Returns bounds at the threshold of least KL divergence; around the mean where the grid has a zero point.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
+    """
     folded = fold(sample, grid)
     threshold = folded.limit.double()
     for levels in folded.levels.unique().tolist():
@@ -78,7 +84,7 @@ def _thresholds(folded: Folded, levels: int) -> Tensor:
 
 
 def best_bin(counts: Tensor, beyond: Tensor, levels: int) -> Tensor:
-    """Number of bins to keep, `levels..bins`, with the least divergence; the last on a tie.
+    """Returns the number of bins to keep, `levels..bins`, with the least divergence; the last on a tie.
 
     Args:
         counts: float64 `[rows, bins]`.
@@ -123,7 +129,7 @@ class Divergence:
         return (self.of_merging(kept) + self.of_clipping(kept)) / self.total
 
     def of_merging(self, kept: Tensor) -> Tensor:
-        """What is lost because each level is spread evenly over its bins, float64 `[rows, k]`."""
+        """Returns the part that comes of spreading each level evenly over its bins, float64 `[rows, k]`."""
         level = torch.arange(self.levels + 1, device=kept.device)
         parts = []
         for part in kept.split(max(_CHUNK // (self.levels * len(self.counts)), 1), dim=1):
@@ -132,8 +138,10 @@ class Divergence:
         return _at(self.entropy, kept) - torch.cat(parts, dim=1)
 
     def of_clipping(self, kept: Tensor) -> Tensor:
-        """What is lost because the outliers are in the last bin of P and not in Q; infinite where it is empty or most
-        are outliers."""
+        """Returns the part that comes of the outliers, which are in the last bin of P and not in Q, `[rows, k]`.
+
+        Infinite where that bin is empty or most values are outliers.
+        """
         inside, last = _at(self.cumulated, kept), _at(self.counts, kept - 1)
         outliers = self.total - inside
         merged, spread_over = self._merged(torch.stack([self._begin(kept, self.levels - 1), kept], dim=2))
@@ -148,8 +156,7 @@ class Divergence:
         return -(-kept * level).div(self.levels, rounding_mode="floor")
 
     def _merged(self, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass, and number of bins that are not empty (at least 1), between neighbours of `begins [rows or 1, k,
-        n]`."""
+        """Returns mass and number of non-empty bins (at least 1) between neighbours of `begins [rows or 1, k, n]`."""
         mass, bins = (
             _at(of, begins.flatten(1)).unflatten(1, begins.shape[1:]).diff(dim=2)
             for of in (self.cumulated, self.occupied)
@@ -171,7 +178,13 @@ def _between(values: Tensor, knots: Tensor, at: Tensor) -> Tensor:
 
 
 def kl_histogram(folded: Folded, end: Tensor, bins: int) -> Tensor:
-    """Mass of the magnitudes in `bins` equal bins on [0, end], float64 `[rows, bins]`."""
+    """Returns the mass of the magnitudes in equal bins, float64 `[rows, bins]`.
+
+    Args:
+        folded: the magnitudes.
+        end: the upper end of the last bin, `[rows]`.
+        bins: their number.
+    """
     sample = folded.sample
     if sample.edges is None:
         magnitude, rows = folded.magnitude.double(), sample.rows

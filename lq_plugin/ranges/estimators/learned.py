@@ -1,4 +1,4 @@
-"""`lsq` and `pact`: where learned ranges start.
+"""`lsq` and `pact`: the start of learned ranges.
 
 References: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153); Bhalgat et
 al., "LSQ+", CVPRW 2020 (arXiv 2004.09576); Choi et al., "PACT", 2018 (arXiv 1805.06085).
@@ -19,7 +19,12 @@ from lq_plugin.ranges.sample import Sample
 
 @register_range("lsq", RANGES["lsq"])
 def lsq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """First step size: 2 E|x| / sqrt(quant_max), as the bounds of the levels.
+    """Returns the first step size, 2 E|x| / sqrt(quant_max), as the bounds of the levels.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: `"rounded"`, which only the gradient depends on.
 
     With a zero point, as in LSQ+: the levels span -a..a with a = max(|mean - 3 std|, |mean + 3 std|),
     within the data, so 0..a for a row above zero.
@@ -41,5 +46,11 @@ def lsq(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
 
 @register_range("pact", RANGES["pact"])
 def pact(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """First clipping level: the largest value seen; the paper's fixed start (8 or 10) ignores the data."""
+    """Returns 0 and the largest value as the first bounds; the paper's fixed start (8 or 10) ignores the data.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
+    """
     return as_bounds(torch.zeros_like(sample.maximum), sample.maximum)

@@ -13,13 +13,25 @@ from lq_plugin.ranges.sample import Sample
 
 @register_range("minmax", RANGES["minmax"])
 def minmax(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """Exact bounds of the data; nothing is clipped, except the side an unsigned grid (or `int1`) has not."""
+    """Returns the exact bounds of the data; only the side that an unsigned grid (or `int1`) lacks is clipped.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
+    """
     return as_bounds(*_extremes(sample, grid))
 
 
 @register_range("ema", RANGES["ema"])
 def ema(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """The same: a `Sample` has no batches to average over; a quantizer that trains has."""
+    """Returns the bounds of `minmax`: a `Sample` has no batches to average over; a quantizer in training has.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: the momentum, which only training uses.
+    """
     return as_bounds(*_extremes(sample, grid))
 
 

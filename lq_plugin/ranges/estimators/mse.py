@@ -44,7 +44,12 @@ _BLOCK = 2**18
 
 @register_range("mse", RANGES["mse"])
 def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """Bounds of the levels with the least mean squared error.
+    """Returns the bounds of the levels with the least mean squared error.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
 
     One scale is searched, down to a quarter of the mean magnitude and up to where the highest
     level lies half a step above the data (that takes 1 % off the error of groups of 16 at 4 bits).
@@ -64,8 +69,9 @@ def mse(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
 def best_multiples(
     sample: Sample, minimum: Tensor, scale: Tensor, coarse: Tensor, most: int, grid: IntegerGrid
 ) -> Tensor:
-    """The multiple of a coarse scale with the least squared error for each row: the grid that two-level scales really
-    have.
+    """Returns the multiple of a coarse scale with the least squared error for each row, float32 `[rows]`.
+
+    These are the grids that two-level scales really have.
 
     Args:
         sample: the values.
@@ -125,8 +131,7 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
 
 
 def _descending_errors(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """`mean_squared_error` of scales that fall from the second column on, `[rows, candidates]`; infinite where it is
-    not the least.
+    """Returns `mean_squared_error` of scales that fall from the second column on, infinite where it is not the least.
 
     The smaller the scale, the more is clipped. Once clipping alone costs every row as much as the least error so far,
     nothing that follows is better: half of a sweep, as a rule.

@@ -30,7 +30,12 @@ TOLERANCE = 1e-6
 
 @register_range("octav", RANGES["octav"])
 def octav(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
-    """The fixed point of the iteration, started from the mean magnitude, never above the largest.
+    """Returns bounds at the fixed point of the iteration, started from the mean magnitude, never above the largest.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
 
     With a zero point and data on both sides, both bounds move: with the noise of 2^b levels on
     [l, h], h <- (sum(x; x > h) + k l N) / (#(x > h) + k N), k = 4^-b / 12, N = #(l <= x <= h), and
@@ -49,7 +54,7 @@ def octav(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple
 
 
 def newton_iterates(folded: Folded) -> Iterator[Tensor]:
-    """Thresholds `[rows]`, float64, from the start to the fixed point."""
+    """Yields thresholds `[rows]`, float64, from the start to the fixed point."""
     ordered = Ordered(folded.magnitude, folded.sample.mass)
     noise = 1.0 / (12.0 * folded.levels.double().square())
     count = folded.total()

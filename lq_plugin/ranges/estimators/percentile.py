@@ -22,6 +22,11 @@ DEFAULT_PERCENTILE = 99.99
 def percentile(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
     """Returns bounds that keep `option` percent of the values (default 99.99), zeros among them.
 
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: percent of the values, 50..100.
+
     With a zero point and data on both sides, half of the rest is cut at each end. Without, it is the
     quantile of abs(x) (signed grid) or of max(x, 0) (unsigned grid), covered on both sides.
     """
@@ -38,7 +43,12 @@ def percentile(sample: Sample, grid: IntegerGrid, option: str | None = None) -> 
 
 
 def quantile(values: Tensor, mass: Tensor | None, share: float) -> Tensor:
-    """Weighted quantile of each row, float32 `[rows]`.
+    """Returns the weighted quantile of each row, float32 `[rows]`.
+
+    Args:
+        values: `[rows, n]`.
+        mass: elements that each value stands for, `[rows, n]`; None: one each.
+        share: 0..1.
 
     >>> quantile(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 1.0, 1.0]]), 0.5)
     tensor([1.5000])
