@@ -156,7 +156,7 @@ class QAT(QuantizationCallback):
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.init_batches:
             return
-        missing = [q for q in quantizers(pl_module) if q.needs_calibration and not q.is_calibrated]
+        missing = [q for q in quantizers(pl_module) if q.lacks_range]
         if missing:
             rank_zero_warn(
                 f"QAT: the sanity check runs float, {len(missing)} tensors have no range yet (first: {missing[0].name})"
@@ -182,8 +182,7 @@ class QAT(QuantizationCallback):
                     for stage in layer.weight_quantizer.stages() if layer.weight_quantizer is not None else ():
                         if isinstance(stage, WeightQuantizer):
                             # Without first batches a learned range is still to be found.
-                            found = stage.is_calibrated or not stage.needs_calibration
-                            (stage.new_epoch if found else stage.calibrate)(
+                            (stage.calibrate if stage.lacks_range else stage.new_epoch)(
                                 type(layer).canonical(layer, weight_of(layer))
                             )
 

@@ -131,7 +131,7 @@ def load_statistics(model: nn.Module, statistics: Statistics, missing_only: bool
 def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:
     """Names of activations that no calibration batch reached, and which have no range for it."""
     # Formats that find their scales at run time miss nothing.
-    waiting = {q.name for q in quantizers(model) if q.needs_calibration and not q.is_calibrated}
+    waiting = {q.name for q in quantizers(model) if q.lacks_range}
     return [name for name, histogram in statistics.items() if name in waiting and not histogram.total.any()]
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lq_plugin.errors import CalibrationError
+
 
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
@@ -47,3 +49,18 @@ def gathered(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def require_batches(count: int) -> None:
+    """Refuse to go on where a process has read no batch.
+
+    Args:
+        count: batches that this process has read.
+
+    Raises:
+        CalibrationError: in every process, naming the one without.
+    """
+    counts = gathered(count)
+    if not all(counts):
+        where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
+        raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")

@@ -29,7 +29,7 @@ def quantizers_by_owner(model: nn.Module) -> dict[str, list[Quantizer]]:
 
 def waiting(group: list[Quantizer]) -> list[Quantizer]:
     """Those that need data for their range, and have had none."""
-    return [q for q in group if isinstance(q, ActivationQuantizer) and q.needs_calibration and not q.is_calibrated]
+    return [q for q in group if isinstance(q, ActivationQuantizer) and q.lacks_range]
 
 
 def reached_any(model: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def unreached(model: nn.Module) -> dict[str, list[Quantizer]]:
 def without_range(model: nn.Module) -> list[Quantizer]:
     """The quantizers that need a range and have none; those that no batch has reached need none."""
     silent = {id(quantizer) for group in unreached(model).values() for quantizer in group}
-    return [q for q in quantizers(model) if q.needs_calibration and not q.is_calibrated and id(q) not in silent]
+    return [q for q in quantizers(model) if q.lacks_range and id(q) not in silent]
 
 
 def suspend(model: nn.Module) -> Suspension:

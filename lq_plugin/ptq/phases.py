@@ -206,6 +206,6 @@ def _correct_batch_norm(context: PhaseContext) -> ReestimatedBatchNorms:
 @register_phase("reestimate_batch_norm", before={"fold_batch_norm": "a folded one has no statistics left"})
 def _reestimate_batch_norm(context: PhaseContext) -> ReestimatedBatchNorms:
     # Before ranges are found there is only the float model to follow.
-    waiting = any(q.needs_calibration and not q.is_calibrated for q in quantizers(context.model))
+    waiting = any(q.lacks_range for q in quantizers(context.model))
     with context.passes(), float_forward(context.model) if waiting else nullcontext():
         return reestimate_batch_norm(context.model, context.batches, context.run)

@@ -192,6 +192,11 @@ class Quantizer(nn.Module):
         return self._calibrated
 
     @property
+    def lacks_range(self) -> bool:
+        """Whether it must be calibrated before it can quantize, and is not."""
+        return self.needs_calibration and not self.is_calibrated
+
+    @property
     def is_suspended(self) -> bool:
         """Whether the model evaluates float because it waits for its first ranges."""
         return self.suspension is not None and self.suspension.active and not self.training

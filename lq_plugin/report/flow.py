@@ -69,7 +69,7 @@ def _quantizer(module: Any, slot: str, spec: QuantSpec, plan: LayerPlan, column:
     if isinstance(quantizer, Quantizer):
         if not quantizer.is_enabled:
             details.append("switched off now")
-        elif quantizer.needs_calibration and not quantizer.is_calibrated:
+        elif quantizer.lacks_range:
             details.append("no range yet")
     return Node(f"{slot}_quantizer", str(spec), "quantizer", "; ".join(details), column, row)
 

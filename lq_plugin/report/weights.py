@@ -30,7 +30,7 @@ _FRACTIONS = 10
 def in_force(layer: QuantizedLayer) -> Any:
     """The weight quantizer of the current stage, once it has its range; else None."""
     current = None if layer.weight_quantizer is None else layer.weight_quantizer.current
-    return None if current is None or (current.needs_calibration and not current.is_calibrated) else current
+    return None if current is None or current.lacks_range else current
 
 
 def original(layer: QuantizedLayer, before: Tensor | None = None) -> Tensor:

@@ -168,3 +168,29 @@ def test_refusals_change_nothing() -> None:
         assert torch.equal(changed[1].running_mean, model[1].running_mean)
         assert torch.equal(changed[7].running_var, model[7].running_var)
         assert not any(m._forward_pre_hooks for m in changed.modules())
+
+
+class Differs(nn.Module):
+    """Calls its batch norm once more in one of the two passes."""
+
+    def __init__(self, more_in_float):
+        super().__init__()
+        self.fc, self.bn = nn.Linear(4, 3), nn.BatchNorm1d(3)
+        self.more_in_float = more_in_float
+
+    def forward(self, x):
+        y = self.bn(self.fc(x))
+        return self.bn(y) if self.more_in_float != self.fc.weight_quantizer.is_enabled else y
+
+
+@pytest.mark.parametrize(
+    ("more_in_float", "message"), [(True, "called it 1 times less"), (False, "called it more often")]
+)
+def test_passes_that_differ_are_refused(more_in_float, message):
+    model, x = Differs(more_in_float).eval(), torch.randn(8, 4)
+    prepare(model, "w4a8")
+    calibrate(model, [x])
+    mean = model.bn.running_mean.clone()
+    with pytest.raises(CalibrationError, match=f"batch norm 'bn': the quantized pass {message}.*depends on its values"):
+        correct_batch_norm(model, [x])
+    assert torch.equal(model.bn.running_mean, mean)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lq_plugin import PTQ, CalibrationError, PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.functional.affine import quantize
+from lq_plugin.ptq.batch_norm.correct import correct_batch_norm
 from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 from tests.callbacks.conftest import Data, Module, trainer  # noqa: F401  (a fixture)
 from tests.models import randomize, resnet20
@@ -376,3 +377,18 @@ def test_processes_learn_the_same(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert len(list((tmp_path / "units").glob("unit_*"))) == 2
+
+
+def test_batch_norms_are_corrected_by_the_batches_alone():
+    """The first samples are tried out once more, to see whether they are independent: that must not count."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)).eval()
+    randomize(net)
+    batches = [torch.randn(16, 8) + shift for shift in range(3)]
+    prepare(net, "w2 a4")
+    calibrate(net, batches)
+    twin = copy.deepcopy(net)
+    reconstruct(net, batches, by="layer", iterations=0)
+    correct_batch_norm(twin, batches)
+    torch.testing.assert_close(net[1].running_mean, twin[1].running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net[1].running_var, twin[1].running_var, rtol=1e-5, atol=1e-6)

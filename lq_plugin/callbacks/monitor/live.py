@@ -46,11 +46,7 @@ class Flips:
         found: dict[str, float] = {}
         for name, layer in layers.items():
             quantizer = None if layer.weight_quantizer is None else layer.weight_quantizer.current
-            ready = (
-                quantizer is not None
-                and quantizer.is_enabled
-                and (quantizer.is_calibrated or not quantizer.needs_calibration)
-            )
+            ready = quantizer is not None and quantizer.is_enabled and not quantizer.lacks_range
             if not ready or quantizer.spec.bit_width > LOW_BITS:  # type: ignore[union-attr]
                 self._signs.pop(name, None)
                 continue

@@ -113,7 +113,7 @@ class MonitoredModel:
 
     def scalars(self) -> dict[str, float]:
         chosen = quantizers(self.model)
-        active = sum(q.is_enabled and (q.is_calibrated or not q.needs_calibration) for q in chosen)
+        active = sum(q.is_enabled and not q.lacks_range for q in chosen)
         values: dict[str, float | None] = {
             **{f"quant/{name}": value for name, value in self.callback.ledger.coverages().items()},
             "quant/active": active / len(chosen) if chosen else 0.0,

@@ -147,9 +147,7 @@ def _refusal(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> str | 
     if kernels_for(x) is None or kernels_for(weight) is None:
         return "its tensors are not plain dense ones, or compiled kernels are switched off"
     quantizers = cast(Any, (layer.weight_quantizer, layer.input_quantizer))
-    if not all(
-        q.is_enabled and q.collector is None and (q.is_calibrated or not q.needs_calibration) for q in quantizers
-    ):
+    if not all(q.is_enabled and q.collector is None and not q.lacks_range for q in quantizers):
         return "it is not quantized yet"
     return None
 

@@ -211,7 +211,7 @@ def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
 def _in_force(quantizer: Quantizer | None) -> Any:
     """The quantizer of the current stage, once it has its range."""
     current = None if quantizer is None else quantizer.current
-    return None if current is None or (current.needs_calibration and not current.is_calibrated) else current
+    return None if current is None or current.lacks_range else current
 
 
 @torch.no_grad()

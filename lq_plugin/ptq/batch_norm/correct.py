@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.model.calibrate import evaluating, float_forward
+from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.ptq.batch_norm.reestimate import (
     BatchNormShift,
@@ -37,6 +37,7 @@ from lq_plugin.ptq.batch_norm.reestimate import (
     batch_norms,
     merge_ranks,
 )
+from lq_plugin.ptq.layerwise.watch import CallWatch, run_both
 
 
 def correct_batch_norm(
@@ -81,7 +82,7 @@ def correct_batch_norm(
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
     chosen = batch_norms(model, None if layers is None else list(layers))
     watches = {
-        name: OutputWatch(bn)
+        name: OutputWatch(name, bn)
         for name, bn in chosen.items()
         if bn.running_mean is not None and bn.running_var is not None
     }
@@ -90,13 +91,7 @@ def correct_batch_norm(
         for watch in watches.values():
             hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
         for batch in batches:
-            with float_forward(model):
-                (run or model)(batch)
-            for watch in watches.values():
-                watch.correcting = True
-            (run or model)(batch)
-            for watch in watches.values():
-                watch.correcting = False
+            run_both(model, run or model, batch, watches.values())
             count += 1
     if not count:
         raise CalibrationError("no calibration data: the loader gave 0 batches")
@@ -105,34 +100,35 @@ def correct_batch_norm(
     return ReestimatedBatchNorms(count, shifts, tuple(name for name in watches if name not in shifts), without)
 
 
-class OutputWatch:
-    """Forward pre-hook of one batch norm: remembers the float input's statistics, then corrects the quantized input by
-    them."""
+class OutputWatch(CallWatch[tuple[Tensor, Tensor]]):
+    """Forward pre-hook of a batch norm that takes its quantized input back to the float input's mean and variance.
 
-    def __init__(self, bn: _BatchNorm) -> None:
+    Args:
+        name: of the batch norm.
+        bn: one with running statistics.
+    """
+
+    def __init__(self, name: str, bn: _BatchNorm) -> None:
+        super().__init__(f"batch norm {name!r}")
         self.bn = bn
-        self.correcting = False
         self.float_pool, self.quantized_pool = MomentPool(), MomentPool()
-        #: Mean and variance of each call in the float pass, for the same calls of the quantized one.
-        self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = args[0] if args else kwargs["input"]
-        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean, variance, count = self._statistics(values)
+        x = self.see(args[0] if args else kwargs["input"])
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance, count = self._statistics(x)
         pool = self.quantized_pool if self.correcting else self.float_pool
         pool.merge(count, mean, variance * count)
-        if not self.correcting:
-            self.calls.append((mean, variance))
-            return args, kwargs
-        float_mean, float_variance = self.calls.pop(0)
-        a = _gain(float_variance, variance, self.bn.eps)
+        return mean, variance
+
+    def corrected(self, x: Tensor, was: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> Tensor:
+        a = _gain(was[1], now[1], self.bn.eps)
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        shift, gain = ((float_mean - mean * a).to(values).view(shape), a.to(values).view(shape))
-        x = torch.addcmul(shift, values, gain).to(x.dtype)
-        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
+        return torch.addcmul((was[0] - now[0] * a).to(x).view(shape), x, a.to(x).view(shape))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance of each channel of `x [N, C, ...]`, float64 on the CPU, and the elements they are over.

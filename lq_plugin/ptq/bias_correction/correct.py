@@ -36,9 +36,10 @@ from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import Recording, record, without_compile
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.ranks import gathered
+from lq_plugin.model.ranks import gathered, require_batches
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
+from lq_plugin.ptq.layerwise.watch import CallWatch, run_both
 from lq_plugin.ptq.reconstruction.units import owner_name
 
 
@@ -117,77 +118,51 @@ def bias_correct(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], 
                 watches, skipped = _targets(model, layers, recording)
                 for watch in watches.values():
                     hooks.callback(watch.attach().remove)
-            with float_forward(model):
-                forward(batch)
-            for watch in watches.values():
-                watch.correcting = True
-            forward(batch)
-            for watch in watches.values():
-                watch.finish_batch()
+            run_both(model, forward, batch, watches.values())
             count += 1
-    counts = gathered(count)
-    if not all(counts):
-        where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
-        raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
+    require_batches(count)
     return BiasCorrection(count, _apply(watches, skipped), skipped)
 
 
-class _Watch:
-    """Hook on what a layer makes: remembers the mean of the float pass, then takes the quantized pass back to it.
+class _Watch(CallWatch[tuple[Tensor, int]]):
+    """Takes the mean of what a layer makes in the quantized pass back to that of the float pass.
 
     Args:
         name: of the layer.
-        layer: what is watched, in front of its output quantizer.
+        layer: what is watched, before its output quantizer.
         target_name: of the bias or running mean.
         target: the tensor itself.
         sign: that the error goes into the target with.
     """
 
     def __init__(self, name: str, layer: QuantizedLayer, target_name: str, target: Tensor, sign: float) -> None:
-        self.name, self.layer, self.target_name, self.target, self.sign = name, layer, target_name, target, sign
-        self.correcting = False
-        #: Means of the calls of the float pass, for the same calls of the quantized one.
-        self.calls: list[tuple[Tensor, int]] = []
+        super().__init__(f"the bias of {name!r}")
+        self.layer, self.target_name, self.target, self.sign = layer, target_name, target, sign
         self.error, self.elements = torch.zeros_like(target, dtype=torch.float64, device="cpu"), 0
 
     def attach(self) -> Any:
-        # Disabled quantizers are called, too: in both passes the hook sees the sum and the bias.
+        # Disabled quantizers are called also: in both passes the hook sees the sum and the bias.
         if self.layer.output_quantizer is not None:
             return self.layer.output_quantizer.register_forward_pre_hook(lambda _, args: (self.see(args[0]), *args[1:]))
         return self.layer.register_forward_hook(lambda _, __, y: self.see(y), prepend=True)
 
-    def see(self, y: Tensor) -> Tensor:
-        """`y`, with the float model's means in the quantized pass."""
-        axis = type(self.layer).input_axis % y.dim()
-        others = [dim for dim in range(y.dim()) if dim != axis]
-        values = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
-        mean = (values.mean(others) if others else values).cpu().double()
-        elements = y.numel() // y.shape[axis]
-        if not self.correcting:
-            self.calls.append((mean, elements))
-            return y
-        if not self.calls or self.calls[0][1] != elements:
-            expected = f"{self.calls[0][1]} values a channel" if self.calls else "no further call"
-            raise CalibrationError(
-                f"cannot correct the bias of {self.name!r}: the quantized pass made {elements} values a channel where "
-                "the float pass "
-                f"made {expected}; the way through the model depends on its values"
-            )
-        float_mean, _ = self.calls.pop(0)
-        error = mean - float_mean
+    def measure(self, x: Tensor) -> tuple[Tensor, int]:
+        axis = self._axis(x)
+        others = [dim for dim in range(x.dim()) if dim != axis]
+        return (x.mean(others) if others else x).cpu().double(), x.numel() // x.shape[axis]
+
+    def corrected(self, x: Tensor, was: tuple[Tensor, int], now: tuple[Tensor, int]) -> Tensor:
+        elements = now[1]
+        if was[1] != elements:
+            raise self.fault(f"made {elements} values a channel where the float pass made {was[1]}")
+        error = now[0] - was[0]
         self.error += error * elements
         self.elements += elements
-        return (values - error.to(values).reshape([-1 if dim == axis else 1 for dim in range(y.dim())])).to(y.dtype)
+        return x - error.to(x).reshape([-1 if dim == self._axis(x) else 1 for dim in range(x.dim())])
 
-    def finish_batch(self) -> None:
-        """Be ready for the next batch's float pass."""
-        if self.calls:
-            raise CalibrationError(
-                f"cannot correct the bias of {self.name!r}: the quantized pass called it {len(self.calls)} times less "
-                "than the float "
-                "pass; the way through the model depends on its values"
-            )
-        self.correcting = False
+    def _axis(self, x: Tensor) -> int:
+        """Returns the dim of the channels."""
+        return int(type(self.layer).input_axis) % x.dim()
 
 
 def _apply(watches: dict[str, _Watch], skipped: dict[str, str]) -> dict[str, CorrectedLayer]:

@@ -28,21 +28,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptq import gptq_quantize, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
+from lq_plugin.layers import CompoundWeight
 from lq_plugin.model.calibrate import evaluating, float_forward
-from lq_plugin.model.graph.record import Recording, record, without_compile
-from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.ranks import gathered
+from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.batch_norm.reestimate import MomentPool, ReestimatedBatchNorms
 from lq_plugin.ptq.gptq.hessian import InputHessian, why_no_hessian
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES, ActivationCache
 from lq_plugin.ptq.layerwise.replay import Replay
-from lq_plugin.ptq.reconstruction.options import ReconstructOptions
-from lq_plugin.ptq.reconstruction.soft_rounding import SoftRounding
-from lq_plugin.ptq.reconstruction.soft_unit import Snapshot, SoftUnit
-from lq_plugin.ptq.reconstruction.units import Unit, find_units, owner_name
+from lq_plugin.ptq.layerwise.walk import UnitWalk
+from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
+from lq_plugin.ptq.reconstruction.units import owner_name
+from lq_plugin.quantizers import WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def gptq(
     check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes)
     options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
     with torch.no_grad(), evaluating(model), without_compile(), ActivationCache(cache_bytes) as cache:
-        return _GPTQ(model, run or model, cache, options).round(batches, correct_batch_norm)
+        return _GPTQ(UnitWalk(model, batches, run or model, cache, "layer"), options).round(correct_batch_norm)
 
 
 def check_options(
@@ -151,37 +149,19 @@ def check_options(
 
 
 class _GPTQ:
-    def __init__(
-        self, model: nn.Module, run: Callable[[Any], Any], cache: ActivationCache, options: dict[str, Any]
-    ) -> None:
-        self.model, self.run, self.cache, self.options = model, run, cache, options
-        self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
-        self.count = 0
+    def __init__(self, walk: UnitWalk, options: dict[str, Any]) -> None:
+        self.walk, self.options = walk, options
+        self.model, self.layers = walk.model, walk.layers
         self.snapshots: list[Snapshot] = []
 
-    def batch(self, index: int) -> Any:
-        return self.cache.get(("batch", index))
-
-    def round(self, batches: Iterable[Any], correct_batch_norm: bool) -> GPTQResult:
-        if not self.layers:
-            raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
-        for batch in batches:
-            self.cache.put(("batch", self.count), batch)
-            self.count += 1
-        counts = gathered(self.count)
-        if not all(counts):
-            where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
-            raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
-        with float_forward(self.model):
-            recording = record(self.model, lambda: self.run(self.batch(0)))
-        units, uncalled = find_units(self.model, recording, "layer")
-        self._refuse_uncalibrated([name for unit in units for name in unit.layers])
+    def round(self, correct_batch_norm: bool) -> GPTQResult:
+        self._refuse_uncalibrated()
         norms = _BatchNorms(self.model if correct_batch_norm else nn.Identity())
-        result = GPTQResult(skipped=dict.fromkeys(uncalled, "no batch reached it"))
+        result = GPTQResult(skipped=dict(self.walk.skipped))
         try:
             with norms.attached():
                 self._see_float(norms)
-                self._round_units(units, recording, norms, result)
+                self._round_units(norms, result)
                 if correct_batch_norm:
                     result.batch_norms = self._correct(norms)
         except BaseException:
@@ -190,30 +170,23 @@ class _GPTQ:
             raise
         return result
 
-    def _refuse_uncalibrated(self, names: list[str]) -> None:
-        found = [
-            q
-            for name in names
-            for q in (self.layers[name].weight_quantizer, self.layers[name].input_quantizer)
-            if q is not None
-        ]
-        faults = [
-            f"{q.name} ({q.spec}) has no range yet"
-            for q in found
-            if q.is_enabled and q.needs_calibration and not q.is_calibrated
-        ]
+    def _refuse_uncalibrated(self) -> None:
+        layers = [self.layers[name] for unit in self.walk.units for name in unit.layers]
+        found = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+        faults = [f"{q.name} ({q.spec}) has no range yet" for q in found if q.is_enabled and q.lacks_range]
         raise_all(CalibrationError, "GPTQ: calibrate first", faults)
 
     def _see_float(self, norms: _BatchNorms) -> None:
-        for index in range(self.count if norms.watches else 0):
+        for index in range(self.walk.count if norms.watches else 0):
             with float_forward(self.model):
-                self.run(self.batch(index))
+                self.walk.run(index)
             norms.end_float_batch()
 
-    def _round_units(self, units: list[Unit], recording: Recording, norms: _BatchNorms, result: GPTQResult) -> None:
+    def _round_units(self, norms: _BatchNorms, result: GPTQResult) -> None:
+        recording = self.walk.recording
         readers = {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
-        replay = Replay(self.model, self.run, self.cache, "quantized", [name for unit in units for name in unit.layers])
-        for unit in units:
+        replay = self.walk.replay("quantized")
+        for unit in self.walk.units:
             reasons = {name: reason for name in unit.layers if (reason := self._why_not(name, readers)) is not None}
             result.skipped |= reasons
             if not reasons:
@@ -228,10 +201,8 @@ class _GPTQ:
         assert quantizer is not None
         if isinstance(layer, CompoundWeight):
             return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
-        if weight_is_computed(layer):
-            return COMPUTED
-        if not quantizer.spec.is_uniform:
-            return f"{quantizer.spec} has no integer levels to choose from"
+        if (fault := rounding_fault(layer)) is not None:
+            return fault
         if not quantizer.is_enabled:
             return "its weight quantizer is switched off"
         return why_no_hessian(layer) or sharing_fault(self.model, [f"{name}.weight" if name else "weight"], readers)
@@ -239,7 +210,7 @@ class _GPTQ:
     def _round_layer(self, name: str, replay: Replay, norms: _BatchNorms, calls: int) -> GPTQFit:
         layer = self.layers[name]
         inputs = InputHessian(layer)
-        for index in range(self.count):
+        for index in range(self.walk.count):
             norms.start_quantized_batch(index)
             for args, kwargs in replay.inputs_of(name, index, calls):
                 inputs.add(args[0] if args else next(iter(kwargs.values())))
@@ -247,12 +218,14 @@ class _GPTQ:
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         canonical = type(layer).canonical(layer, layer.weight)
-        rounding = _Rounding(quantizer, canonical)
+        qparams = _qparams(quantizer, canonical)
         weight, nearest = (
             inputs.to_matrix(canonical.to(hessian.device)),
             inputs.to_matrix(quantizer(canonical).to(hessian)),
         )
-        scale, zero_point = (inputs.to_matrix(t.to(hessian.device)) for t in rounding.elementwise_qparams())
+        scale, zero_point = (
+            inputs.to_matrix(t.to(hessian.device)) for t in _elementwise(qparams, quantizer, canonical)
+        )
         try:
             solved = gptq_quantize(weight, hessian, scale, zero_point, quantizer.spec.grid, **self.options)
         except CalibrationError as error:
@@ -262,7 +235,8 @@ class _GPTQ:
         )
         worse = before < after
         solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
-        self._write(name, rounding, solved.reshape(canonical.shape).to(canonical.device))
+        self.snapshots.append(Snapshot({name: layer}))
+        write_rounded(layer, solved.reshape(canonical.shape).to(canonical.device), *qparams)
         norm = max(float(whole.sum()), 1e-300)
         dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
         rows = float(worse.double().mean())
@@ -270,42 +244,29 @@ class _GPTQ:
             inputs.count, float(before.sum()) / norm, float(torch.minimum(before, after).sum()) / norm, rows, dead
         )
 
-    def _write(self, name: str, rounding: _Rounding, values: Tensor) -> None:
-        """Through the unit that `reconstruct` writes with, which checks that the quantizer returns the weight
-        unchanged."""
-        unit = SoftUnit({name: self.layers[name]}, [], ReconstructOptions(), torch.Generator())
-        rounding.values = values
-        unit.roundings[name] = rounding
-        unit.inputs.clear()
-        self.snapshots.append(unit._before)
-        unit.harden()
-
     def _correct(self, norms: _BatchNorms) -> ReestimatedBatchNorms:
         norms.forget_quantized()
-        for index in range(self.count if norms.watches else 0):
+        for index in range(self.walk.count if norms.watches else 0):
             norms.start_quantized_batch(index, complete=True)
-            self.run(self.batch(index))
+            self.walk.run(index)
         shifts = apply_watches(norms.watches)
         return ReestimatedBatchNorms(
-            self.count, shifts, tuple(name for name in norms.watches if name not in shifts), norms.without
+            self.walk.count, shifts, tuple(name for name in norms.watches if name not in shifts), norms.without
         )
 
 
-class _Rounding(SoftRounding):
-    """A rounding that is decided: the values come from the solver."""
+def _qparams(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point of a canonical weight, as its quantizer has them now."""
+    scale, zero_point = quantizer.qparams(blocks(weight.detach().float(), quantizer.spec.granularity))
+    return scale.detach().clone(), zero_point.detach().clone()
 
-    values: Tensor
 
-    def elementwise_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each element of the canonical weight."""
-        shape = blocks(torch.empty(self.shape, device="meta"), self.granularity).shape
-        scale, zero_point = (
-            unblocks(t.expand(shape), self.shape, self.granularity) for t in (self.scale, self.zero_point)
-        )
-        return scale, zero_point
-
-    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.values, self.scale.clone(), self.zero_point
+def _elementwise(qparams: tuple[Tensor, Tensor], quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point of each element, of the canonical weight's shape."""
+    granularity = quantizer.spec.granularity
+    shape = blocks(torch.empty(weight.shape, device="meta"), granularity).shape
+    scale, zero_point = (unblocks(t.expand(shape), weight.shape, granularity) for t in qparams)
+    return scale, zero_point
 
 
 class _BatchNorms:
@@ -315,7 +276,9 @@ class _BatchNorms:
     def __init__(self, model: nn.Module) -> None:
         norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
         self.watches = {
-            name: Watch(bn) for name, bn in norms.items() if bn.running_mean is not None and bn.running_var is not None
+            name: Watch(name, bn)
+            for name, bn in norms.items()
+            if bn.running_mean is not None and bn.running_var is not None
         }
         self.without = tuple(name for name in norms if name not in self.watches)
         #: Float mean and variance of each call, by batch and name.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,21 +26,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.layers import COMPUTED, CompoundWeight, QuantizedLayer, weight_is_computed
+from lq_plugin.layers import CompoundWeight
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.digest import digest
-from lq_plugin.model.graph.record import Recording, record
-from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.ranks import averaged, gathered
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 from lq_plugin.ptq.layerwise.replay import Arguments, Replay
+from lq_plugin.ptq.layerwise.walk import UnitWalk
+from lq_plugin.ptq.layerwise.write import rounding_fault, writable_weights
 from lq_plugin.ptq.reconstruction.learn import Fit, fit_rounding
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
-from lq_plugin.ptq.reconstruction.samples import Samples, copied, float_leaves, mixed, renewed
-from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit, writable_weights
+from lq_plugin.ptq.reconstruction.samples import Record, Samples, copied, float_leaves, mixed, renewed
+from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
 from lq_plugin.ptq.reconstruction.store import UnitStore
-from lq_plugin.ptq.reconstruction.units import Unit, find_units, owner_name
+from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 
 
 @dataclass
@@ -94,51 +95,25 @@ def reconstruct(
         _frozen(model),
         ActivationCache(chosen.cache_bytes) as cache,
     ):
-        worker = _Reconstructor(model, run or model, cache, chosen, on_step)
-        worker.load(batches)
-        return worker.reconstruct(by)
+        return _Reconstructor(UnitWalk(model, batches, run or model, cache, by), chosen, on_step).reconstruct()
 
 
 class _Reconstructor:
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Callable[[Any], Any],
-        cache: ActivationCache,
-        options: ReconstructOptions,
-        on_step: Callable[[str, int], None] | None,
-    ) -> None:
-        self.model, self.run, self.cache, self.options = model, run, cache, options
-        self.on_step = on_step
-        self.layers: dict[str, QuantizedLayer] = dict(quantized_layers(model))
-        self.count = 0
+    def __init__(self, walk: UnitWalk, options: ReconstructOptions, on_step: Callable[[str, int], None] | None) -> None:
+        self.walk, self.options, self.on_step = walk, options, on_step
+        self.model, self.layers, self.recording = walk.model, walk.layers, walk.recording
         #: Float values of the parameters and buffers that were changed.
         self.originals: dict[Tensor, Tensor] = {}
-        self.recording: Recording | None = None
 
-    def load(self, batches: Iterable[Any]) -> None:
-        if not self.layers:
-            raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
-        for batch in batches:
-            self.cache.put(("batch", self.count), batch)
-            self.count += 1
-        counts = gathered(self.count)
-        if not all(counts):
-            where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
-            raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
-
-    def reconstruct(self, by: str | Sequence[str]) -> Reconstruction:
-        with self.float_state():
-            self.recording = record(self.model, lambda: self.run(self.cache.get(("batch", 0))))
-        units, uncalled = find_units(self.model, self.recording, by)
-        result = Reconstruction(skipped=dict.fromkeys(uncalled, "no batch reached it"))
+    def reconstruct(self) -> Reconstruction:
+        units = self.walk.units
+        result = Reconstruction(skipped=dict(self.walk.skipped))
         store = self._store(units) if self.options.folder is not None else None
         calls = self._count_calls({unit.name for unit in units})
-        names = [name for unit in units for name in unit.layers]
-        replays = [Replay(self.model, self.run, self.cache, kind, names) for kind in ("float", "quantized")]
+        replays = [self.walk.replay(kind) for kind in ("float", "quantized")]
         for index, unit in enumerate(units):
             for name in unit.layers:
-                if (reason := self._why_not(name)) is not None:
+                if (reason := rounding_fault(self.layers[name])) is not None:
                     result.skipped[name] = reason
             result.units[str(unit)] = self._restored(unit, index, store) or self._learned(
                 unit, index, store, replays, calls[unit.name]
@@ -153,8 +128,8 @@ class _Reconstructor:
         specs = {quantizer.name: str(quantizer.spec) for quantizer in quantizers(self.model)}
         leaves = (
             (f"{index}/{i}", t)
-            for index in range(self.count)
-            for i, t in enumerate(tree_leaves(self.cache.get(("batch", index))))
+            for index in range(self.walk.count)
+            for i, t in enumerate(tree_leaves(self.walk.batch(index)))
             if isinstance(t, Tensor)
         )
         run = {
@@ -203,13 +178,6 @@ class _Reconstructor:
         attention."""
         return owner_name(self.model, self.layers[name]) or name
 
-    def _why_not(self, name: str) -> str | None:
-        quantizer = self.layers[name].weight_quantizer
-        assert quantizer is not None
-        if weight_is_computed(self.layers[name]):
-            return COMPUTED
-        return None if quantizer.spec.is_uniform else f"{quantizer.spec} has no integer levels to choose from"
-
     @contextmanager
     def float_state(self) -> Iterator[None]:
         """The float model, with the weights and biases it had."""
@@ -235,7 +203,7 @@ class _Reconstructor:
         hooks = [self.model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
         try:
             with self.float_state():
-                self.run(self.cache.get(("batch", 0)))
+                self.walk.run(0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -247,29 +215,15 @@ class _Reconstructor:
         def forward(arguments: Arguments) -> list[Tensor]:
             return float_leaves(unit.finish(self.model, module(*arguments[0], **arguments[1])))
 
-        samples = Samples(self.cache, forward)
+        samples = Samples(self.walk.cache, forward)
         norms = self._batch_norms(unit) if self.options.correct_batch_norm else {}
-        watches = {name: Watch(norm) for name, norm in norms.items()}
-        with ExitStack() as hooks:
-            for watch in watches.values():
-                hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
-            for batch in range(self.count):
-                inputs = replay.inputs_of(unit.name, batch, calls)
-                with self.float_state():
-                    for call, arguments in enumerate(float_replay.inputs_of(unit.name, batch, calls)):
-                        # Its own copy: the module may write into them.
-                        args, kwargs = tree_map(renewed, arguments)
-                        output = module(*args, **kwargs)
-                        float_replay.keep_output(unit.name, batch, call, output)
-                        floats = arguments if self.options.drop else None
-                        samples.add((inputs[call], floats, float_leaves(unit.finish(self.model, output))))
-                if watches:
-                    for watch in watches.values():
-                        watch.correcting = True
-                    for arguments in inputs:
-                        forward(tree_map(copied, arguments))
-                    for watch in watches.values():
-                        watch.correcting = False
+        watches = {name: Watch(name, norm) for name, norm in norms.items()}
+        for batch in range(self.walk.count):
+            records = self._records(unit, float_replay, replay, calls, batch, forward, watches)
+            with self.float_state():
+                # Not under the watches: the first record is tried out, which is no pass of the batch.
+                for record in records:
+                    samples.add(record)
         self._keep_originals([t for bn in norms.values() for t in (bn.running_mean, bn.running_var)])
         apply_watches(watches)
         samples.merge()
@@ -277,6 +231,42 @@ class _Reconstructor:
             return self._learn(unit, samples, forward, generator)
         finally:
             samples.clear()
+
+    def _records(
+        self,
+        unit: Unit,
+        float_replay: Replay,
+        replay: Replay,
+        calls: int,
+        batch: int,
+        forward: Callable[[Arguments], list[Tensor]],
+        watches: Mapping[str, Watch],
+    ) -> list[Record]:
+        """Returns inputs and targets of each call of a unit on one batch, seen by the watches float and quantized."""
+        module = self.model.get_submodule(unit.name)
+        inputs = replay.inputs_of(unit.name, batch, calls)
+        with self.float_state():
+            float_inputs = float_replay.inputs_of(unit.name, batch, calls)
+        records: list[Record] = []
+        with ExitStack() as hooks:
+            for watch in watches.values():
+                hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            with self.float_state():
+                for call, arguments in enumerate(float_inputs):
+                    # Its own copy: the module may write into them.
+                    args, kwargs = tree_map(renewed, arguments)
+                    output = module(*args, **kwargs)
+                    float_replay.keep_output(unit.name, batch, call, output)
+                    floats = arguments if self.options.drop else None
+                    records.append((inputs[call], floats, float_leaves(unit.finish(self.model, output))))
+            if watches:
+                for watch in watches.values():
+                    watch.correcting = True
+                for arguments in inputs:
+                    forward(tree_map(copied, arguments))
+                for watch in watches.values():
+                    watch.finish_batch()
+        return records
 
     def _learn(
         self, unit: Unit, samples: Samples, forward: Callable[[Arguments], list[Tensor]], generator: torch.Generator
@@ -336,7 +326,6 @@ class _Reconstructor:
 
     def _biases(self, unit: Unit) -> list[nn.Parameter]:
         """The bias behind each layer's sum: its own, or that of the batch norm which alone reads it."""
-        assert self.recording is not None
         found = []
         for name in unit.layers:
             if isinstance(self.layers[name], CompoundWeight):

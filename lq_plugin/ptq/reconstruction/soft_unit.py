@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lq_plugin.errors import QuantizationError
-from lq_plugin.layers import QuantizedLayer, weight_is_computed
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.soft_rounding import SoftInput, SoftRounding
 from lq_plugin.quantizers import ActivationQuantizer
@@ -40,12 +40,7 @@ class SoftUnit:
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
             quantizer = layer.weight_quantizer
-            if (
-                quantizer is not None
-                and quantizer.spec.is_uniform
-                and quantizer.is_enabled
-                and not weight_is_computed(layer)
-            ):
+            if quantizer is not None and quantizer.is_enabled and rounding_fault(layer) is None:
                 self.roundings[name] = SoftRounding(
                     quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
                 )
@@ -79,17 +74,7 @@ class SoftUnit:
             QuantizationError: the quantizer does not return these weights unchanged.
         """
         for name, rounding in self.roundings.items():
-            layer = self.layers[name]
-            quantizer = layer.weight_quantizer
-            assert quantizer is not None
-            weight, scale, zero_point = rounding.rounded()
-            with torch.no_grad():
-                layer.weight.copy_(type(layer).from_canonical(layer, weight))
-                quantizer.fix(scale, zero_point)
-                if not torch.equal(layer.quantized_weight(), layer.weight):
-                    raise QuantizationError(
-                        f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}"
-                    )
+            write_rounded(self.layers[name], *rounding.rounded())
         for soft in self.inputs.values():
             soft.write_back()
         return self._before
@@ -115,32 +100,3 @@ class SoftUnit:
         self._held.clear()
         for bias in self.biases:
             bias.requires_grad_(False)
-
-
-def writable_weights(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
-    """The weights of these layers, without those that are computed."""
-    return [layer.weight for layer in layers if not weight_is_computed(layer)]
-
-
-class Snapshot:
-    """Weights, biases and quantizers of some layers, as they are now."""
-
-    def __init__(self, layers: Mapping[str, QuantizedLayer], biases: list[nn.Parameter]) -> None:
-        self.layers = layers
-        self.tensors: list[tuple[Tensor, Tensor]] = [
-            (t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)
-        ]
-        self.states = [
-            (quantizer, {key: value.clone() for key, value in quantizer.state_dict().items()})
-            for layer in layers.values()
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer)
-            if quantizer is not None
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        with torch.no_grad():
-            for tensor, value in self.tensors:
-                tensor.copy_(value)
-            for quantizer, state in self.states:
-                quantizer.load_state_dict(state)

@@ -28,7 +28,7 @@ from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import Recording, without_compile
 from lq_plugin.model.prepare import quantizers
-from lq_plugin.model.ranks import gathered
+from lq_plugin.model.ranks import gathered, require_batches
 from lq_plugin.ptq.smooth_quant.groups import SmoothingGroup, Unsmoothed, find_smoothing_groups, input_dim, input_weight
 
 __all__ = ["Smoothing", "SmoothingGroup", "Unsmoothed", "find_smoothing_groups", "smooth_quant"]
@@ -129,10 +129,7 @@ def _largest_activations(
         for batch in batches:
             run(batch)
             count += 1
-    counts = gathered(count)
-    if not all(counts):
-        where = "" if len(counts) == 1 else f" in the process of rank {counts.index(0)}"
-        raise CalibrationError(f"no calibration data: the loader gave 0 batches{where}")
+    require_batches(count)
     ranks = gathered(largest)
     seen = {
         name: torch.stack([rank[name] for rank in ranks if name in rank]).amax(0)

@@ -1,0 +1,76 @@
+"""Rounded weights written into layers, so that the ordinary quantizer returns them unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.layers import COMPUTED, QuantizedLayer, weight_is_computed
+
+
+def rounding_fault(layer: QuantizedLayer) -> str | None:
+    """Returns why no rounding of a layer's weight can be chosen; None when one can."""
+    assert layer.weight_quantizer is not None
+    if weight_is_computed(layer):
+        return COMPUTED
+    spec = layer.weight_quantizer.spec
+    return None if spec.is_uniform else f"{spec} has no integer levels to choose from"
+
+
+def write_rounded(layer: QuantizedLayer, values: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    """Write values of the grid into a layer's weight and fix the scale of its quantizer.
+
+    Args:
+        layer: with a weight quantizer that is switched on.
+        values: canonical, `[C_out, C_in, *kernel]`, each a level times its scale.
+        scale, zero_point: as the quantizer's `qparams` have them.
+
+    Raises:
+        QuantizationError: the quantizer does not return the written weight unchanged.
+    """
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None
+    with torch.no_grad():
+        layer.weight.copy_(type(layer).from_canonical(layer, values))
+        quantizer.fix(scale, zero_point)
+        if not torch.equal(layer.quantized_weight(), layer.weight):
+            raise QuantizationError(
+                f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}"
+            )
+
+
+def writable_weights(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
+    """Returns the weights of layers, without those that are computed."""
+    return [layer.weight for layer in layers if not weight_is_computed(layer)]
+
+
+class Snapshot:
+    """A copy of the weights, biases and quantizers of some layers, to be put back.
+
+    Args:
+        layers: by name.
+        biases: further tensors.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer], biases: Sequence[Tensor] = ()) -> None:
+        self.layers = layers
+        self.tensors: list[tuple[Tensor, Tensor]] = [
+            (t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)
+        ]
+        self.states = [
+            (quantizer, {key: value.clone() for key, value in quantizer.state_dict().items()})
+            for layer in layers.values()
+            for quantizer in (layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer)
+            if quantizer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for tensor, value in self.tensors:
+                tensor.copy_(value)
+            for quantizer, state in self.states:
+                quantizer.load_state_dict(state)
