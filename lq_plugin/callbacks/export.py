@@ -1,4 +1,4 @@
-"""Write the quantized model as a file when a run has ended."""
+"""Callback that writes the quantized model to a file when a run ends."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Export(Callback):
-    """Writes the model at the end of a fit, or of an evaluation; beside `QAT` or `PTQ`.
+    """Callback next to `QAT` or `PTQ` that writes the model at the end of a fit or of an evaluation.
 
-    What is wrong with its arguments is said at once; what the file cannot hold of the module and its plan at the start
-    of the run, as far as it is known there; batches that do not begin with an input tensor at the first of them.
+    It refuses impossible arguments at once, what the file cannot hold of the module and its plan at the start of the
+    run, and batches that do not begin with an input tensor at the first of them.
 
     Args:
         path: of the file; its suffix chooses the target: `.safetensors` packed, `.onnx` ONNX.

@@ -1,1 +1,1 @@
-"""The commands `lq-train`, `lq-search`, `lq-sensitivity`, `lq-export`, `lq-report` and `lq-explain`."""
+"""Commands `lq-train`, `lq-search`, `lq-sensitivity`, `lq-export`, `lq-report` and `lq-explain`."""

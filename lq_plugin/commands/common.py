@@ -1,4 +1,4 @@
-"""What all commands share: checks of a request, quiet logs, errors told in words."""
+"""Shared parts of the commands: checks of a request, quiet logs, errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def check_request(cfg: Any) -> None:
-    """Refuse what is wrong with any config, before anything is imported for it.
+    """Refuses what is wrong with any config, before anything is imported for it.
 
     Raises:
         QuantizationError: a group that was not found, or no file of float weights.
@@ -51,9 +51,9 @@ def import_modules(cfg: Any) -> None:
 
 
 def require_lq_configs(cfg: Any) -> None:
-    """Refuse a config in which `+lq=qat` became the plain string `"qat"`.
+    """Refuses a config in which `+lq=qat` became the plain string `"qat"`.
 
-    Hydra makes it one where it does not find the group `lq`, and the run would be float without a word.
+    Hydra does so where it does not find the group `lq`; the run would be float without any message.
 
     Raises:
         QuantizationError: saying so.
@@ -66,9 +66,9 @@ def require_lq_configs(cfg: Any) -> None:
 
 
 def log_once() -> None:
-    """Take away Lightning's own console handlers, which would show each line a second time, beside Hydra's.
+    """Removes Lightning's own console handlers, which would show each line twice, next to Hydra's.
 
-    And a warning of torch that Lightning calls a deprecated class, which a search would show for each of its trials.
+    It also ignores torch's warning that Lightning uses a deprecated class, which a search would show for each trial.
     """
     from lq_plugin.utilities.lightning_packages import LOGGERS  # adds them, with the package
 
@@ -81,11 +81,10 @@ def log_once() -> None:
 
 @contextmanager
 def told(cfg: DictConfig) -> Iterator[None]:
-    """What is wrong with a request is told in words, with exit code 2; a sweeper gets the error, HYDRA_FULL_ERROR=1 the
-    traceback.
+    """Context that logs a bad request as its error message alone and exits with code 2.
 
-    The W&B run of this job ends: the next job of a multirun would go on writing into it. Passwords of storages are
-    taken out of what Hydra has written, and out of what is said.
+    A sweeper gets the exception, and HYDRA_FULL_ERROR=1 shows the traceback. The W&B run of the job ends, or the next
+    job of a multirun would write into it. Passwords of storages are removed from Hydra's files and from messages.
     """
     passwords = storage_passwords(cfg)
     hide_passwords(passwords)

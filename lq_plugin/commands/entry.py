@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="train")
 def train(cfg: DictConfig) -> float | None:
-    """`lq-train`: build what the config names, then fit, validate and test it.
+    """`lq-train`: builds what the config names, then fits, validates and tests it.
 
     Returns:
         The metric named by `optimized_metric`, for a sweep; None when none is named.
@@ -34,7 +34,7 @@ def train(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
 def search(cfg: DictConfig) -> None:
-    """`lq-search`: search the bits of one model; see `lq_plugin.search`."""
+    """`lq-search`: searches the bits of one model; see `lq_plugin.search`."""
     with told(cfg):
         check_request(cfg)
         log_once()
@@ -49,8 +49,7 @@ def search(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
 def sensitivity(cfg: DictConfig) -> None:
-    """`lq-sensitivity`: how much each tensor suffers from each choice of the search space; see
-    `lq_plugin.search.sensitivity.measure`."""
+    """`lq-sensitivity`: measures the damage of each choice to each tensor (`lq_plugin.search.sensitivity.measure`)."""
     with told(cfg):
         check_request(cfg)
         log_once()
@@ -61,9 +60,9 @@ def sensitivity(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
 def export(cfg: DictConfig) -> None:
-    """`lq-export`: write a checkpoint, or float weights and a plan, as a packed file or as ONNX."""
+    """`lq-export`: writes a checkpoint, or float weights and a plan, to a file of any target."""
     with told(cfg):
-        # Before Lightning is imported, which takes longer than anything that can be wrong with a request takes to say.
+        # Before Lightning is imported, which takes longer than all of these checks.
         check_export(cfg)
         log_once()
         run_export(cfg)

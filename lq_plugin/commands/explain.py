@@ -1,4 +1,4 @@
-"""`lq-explain`: what a plan would do to a model, before anything is trained."""
+"""`lq-explain`: dry run of a plan on a model, before anything is trained."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from lq_plugin.intent.plan import QuantPlan
 
 
 def explain(arguments: Sequence[str] | None = None) -> int:
-    """`lq-explain PLAN MODEL`: what each layer would get, before anything is trained; `--defaults`: what the words of a
-    plan stand for.
+    """`lq-explain PLAN MODEL`: prints each layer's specs; `--defaults`: the meaning of a plan's words.
 
     Returns:
         0, or 2 when the plan does not fit.
     """
-    parser = argparse.ArgumentParser("lq-explain", description="What a plan would do to a model: a dry run.")
-    parser.add_argument("--defaults", action=_Defaults, help="print what the words of a plan stand for, and exit")
+    parser = argparse.ArgumentParser("lq-explain", description="Dry run of a plan on a model.")
+    parser.add_argument("--defaults", action=_Defaults, help="print the meaning of the words of a plan, and exit")
     parser.add_argument("plan", help='a plan\'s file, or its short string: "w4a8"')
     parser.add_argument(
         "model", help="module:callable, or the name of a Hydra config in the group `model`; the code it names is run"
@@ -35,7 +34,7 @@ def explain(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(arguments)
     try:
-        # A plan that cannot be read is said before torch is there.
+        # A plan that cannot be read is refused before torch is imported.
         plan = QuantPlan.parse(args.plan)
         import torch
 
@@ -61,7 +60,7 @@ def explain(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Defaults(argparse.Action):
-    """Like `--version`: no other argument is needed."""
+    """Option like `--version`, with which no other argument is needed."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)

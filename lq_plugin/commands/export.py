@@ -1,5 +1,4 @@
-"""`lq-export`: what `cfg` (composed from `export.yaml`) names becomes a file. Lightning and torch are imported once it
-can be."""
+"""`lq-export`: what `cfg` (composed from `export.yaml`) names becomes a file."""
 
 from __future__ import annotations
 
@@ -31,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def run_export(cfg: DictConfig) -> Path:
-    """Build, load or calibrate the model; write and verify the file; returns its path.
+    """Builds, loads or calibrates the model, writes and verifies the file; returns its path.
 
-    What can be told to be impossible is told before the next thing that takes longer: of the request before anything is
-    imported, of the model and its plan before data is read, of a batch before the model is calibrated.
+    It refuses as early as possible: a request before anything is imported, the model and its plan before data is read,
+    a batch before the model is calibrated.
 
     Raises:
         QuantizationError: nothing to export, an unknown target, a plan that does not fit, or a model that the file
@@ -125,7 +124,12 @@ def options_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load(function: Callable[[LightningModule, str], Any], model: LightningModule, path: str) -> None:
-    """Load a checkpoint of one kind.
+    """Loads a checkpoint of one kind.
+
+    Args:
+        function: `load_checkpoint` or `load_float_weights`.
+        model: to be filled.
+        path: of the checkpoint.
 
     Raises:
         ExportError: it is of the other kind, or of another model.
@@ -141,7 +145,13 @@ def load(function: Callable[[LightningModule, str], Any], model: LightningModule
 
 
 def check_plan(cfg: DictConfig, target: Target, model: LightningModule, plan: QuantPlan) -> None:
-    """Refuse a plan that does not fit the float model, or what the file cannot hold of it.
+    """Refuses a plan that does not fit the float model, or that the file cannot hold.
+
+    Args:
+        cfg: of the command.
+        target: of the export.
+        model: float.
+        plan: for it.
 
     Raises:
         PlanError, ExportError: naming every fault.
@@ -150,8 +160,7 @@ def check_plan(cfg: DictConfig, target: Target, model: LightningModule, plan: Qu
     from lq_plugin.model.prepare import prepare
     from lq_plugin.utilities.lightning_packages import is_overridden
 
-    # Which layers such a module builds is known once a Trainer has it, and which operations a plan names from a batch
-    # only.
+    # Layers that hooks build are known once a Trainer has the module; operations that a plan names, after a batch.
     if not any(is_overridden(hook, model) for hook in ("setup", "configure_model")) and not needs_recording(
         model, plan
     ):
@@ -162,6 +171,11 @@ def check_plan(cfg: DictConfig, target: Target, model: LightningModule, plan: Qu
 
 def check_model(cfg: DictConfig, target: Target, model: LightningModule) -> None:
     """Refuses a prepared model that the file cannot hold, whatever its ranges will be.
+
+    Args:
+        cfg: of the command.
+        target: of the export.
+        model: prepared.
 
     Raises:
         ExportError: naming every fault.
@@ -175,6 +189,11 @@ def example_batches(
     cfg: DictConfig, target: Target, datamodule: LightningDataModule
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Returns inputs of validation batches, and of training batches where an option wants them; the random state stays.
+
+    Args:
+        cfg: of the command.
+        target: of the export.
+        datamodule: of the inputs.
 
     Raises:
         ExportError: there are none, or batches do not begin with a tensor.
@@ -195,10 +214,10 @@ def example_batches(
 
 
 def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
-    """Prepare and calibrate a model of which nothing but weights is quantized: no data is needed.
+    """Prepares and calibrates a model of which only weights are quantized, without data.
 
     Raises:
-        CalibrationError: it is.
+        CalibrationError: data is needed.
     """
     from lq_plugin.model import calibrate, prepare
     from lq_plugin.model.calibrate import needs_data
@@ -219,10 +238,17 @@ def calibrate_weights(model: LightningModule, ptq: PTQ) -> None:
 def calibrate_plan(
     cfg: DictConfig, target: Target, model: LightningModule, datamodule: LightningDataModule | None, ptq: PTQ
 ) -> None:
-    """Run PTQ on the float model; nothing is evaluated.
+    """Runs PTQ on the float model, without evaluation.
+
+    Args:
+        cfg: of the command.
+        target: of the export.
+        model: float.
+        datamodule: of the calibration batches; None: there is none.
+        ptq: the callback.
 
     Raises:
-        CalibrationError: there is no data, and what cannot do without is asked for.
+        CalibrationError: there is no data, and the plan or a phase needs it.
     """
     from lq_plugin.callbacks.trainer.traces import SilentLogger
     from lq_plugin.utilities.instantiate import instantiate_for
@@ -231,12 +257,12 @@ def calibrate_plan(
     if datamodule is None and not is_overridden("val_dataloader", model):
         calibrate_weights(model, ptq)
         return
-    # What `check_plan` could not tell is known then, and nothing is calibrated yet.
+    # Then all layers and operations are known, and nothing is calibrated yet.
     check = package_of(model).callbacks.LambdaCallback(
         on_validation_start=lambda trainer, module: check_model(cfg, target, module)
     )
-    # One batch: nobody sees a metric of it.
+    # One batch: its metrics are not shown.
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
     trainer: Any = instantiate_for(model, cfg.trainer, callbacks=[check, ptq], **quiet)
-    trainer.logger = SilentLogger()  # a step that calls its logger finds one
+    trainer.logger = SilentLogger()  # for steps that call their logger
     trainer.validate(model, datamodule=datamodule, verbose=False)

@@ -1,4 +1,4 @@
-"""The last words of a command that was asked for what cannot be."""
+"""Error message of a command whose request is refused."""
 
 from rich.console import Console
 from rich.text import Text

@@ -1,4 +1,4 @@
-"""`lq-report`: one static page of a run, of a search, or of two side by side."""
+"""`lq-report`: one static page of a run, of a search, or of two next to each other."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ if TYPE_CHECKING:
 
 
 def report(arguments: Sequence[str] | None = None) -> int:
-    """`lq-report RUN_OR_STUDY [OTHER]`: write `report.html`, then PNG and SVG files of its figures.
+    """`lq-report RUN_OR_STUDY [OTHER]`: writes `report.html`, then PNG and SVG files of its figures.
 
     Returns:
         0, or 2 when there is nothing to report on.
     """
-    parser = argparse.ArgumentParser("lq-report", description="One static page of a run, a study, or two side by side.")
+    parser = argparse.ArgumentParser(
+        "lq-report", description="One static page of a run, a study, or two next to each other."
+    )
     parser.add_argument(
         "source", nargs="+", metavar="RUN_OR_STUDY", help="report.json, a folder of a run or search, or a storage's URL"
     )
     parser.add_argument("-o", "--output", type=Path, help="the page; report.html in the (first) folder when left out")
     parser.add_argument("--study", help="which study, where a storage holds several")
     parser.add_argument(
-        "--pictures", type=Path, help="folder of the PNG and SVG files; figures beside the page when left out"
+        "--pictures", type=Path, help="folder of the PNG and SVG files; figures next to the page when left out"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write the page alone")
-    parser.add_argument("--layers", type=int, default=4, help="pictures of the largest so many layers (default 4)")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="number of layers, the largest first, that get pictures (default 4)"
+    )
     args = parser.parse_args(arguments)
     if len(args.source) > 2:
-        parser.error(f"one report, or two side by side; got {len(args.source)}")
+        parser.error(f"one report, or two next to each other; got {len(args.source)}")
     console, started = Console(), time.perf_counter()
     try:
         from lq_plugin.commands.report_sources import load_report
@@ -47,7 +51,7 @@ def report(arguments: Sequence[str] | None = None) -> int:
 
         reports = [load_report(source, args.study) for source in args.source]
         if len({found.title for found in reports}) < len(reports):
-            # Two runs of one model: what tells them apart is where they lie.
+            # Two runs of one model are told apart by their folders.
             reports = [
                 replace(r, title=f"{r.title}, {Path(source).name}")
                 for r, source in zip(reports, args.source, strict=True)
@@ -76,7 +80,7 @@ def _drawn(data: ReportData, folder: Path, layers: int) -> list[Path]:
     except QuantizationError:
         raise
     except Exception as error:
-        # In a report that was edited, any list may have any length.
+        # Lists of an edited report may have any length.
         raise QuantizationError(
             f"the figures of {data.title!r} cannot be drawn, was its report edited? {type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Find what a report can be made of: a saved report, the folder of a run or of a search, a study in a database."""
+"""Sources of reports: a saved report, the folder of a run or search, a study in a database."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MAX_POINTS = 400
 
 
 def load_report(source: str | Path, study: str | None = None) -> ReportData:
-    """The report that `source` stands for.
+    """Returns the report of a source.
 
     Args:
-        source: a JSON file, a folder (its newest `report.json`, and a `study.db` beside or below), a `.db` file, or the
-            URL of an Optuna storage.
-        study: which one, where a storage holds several.
+        source: a JSON file, a folder (its newest `report.json`, and a `study.db` next to it or below), a `.db` file, or
+            the URL of an Optuna storage.
+        study: name of the study, where a storage holds several.
 
     Raises:
         QuantizationError: there is nothing to report on, saying what would do.
@@ -58,7 +58,7 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
         place, found = models[-1]
         assert found.model is not None
         logged = _training(place, path)
-        # A log has every step, the report what it was asked to keep.
+        # A log has every step, the report those that it was asked to keep.
         training = logged + [
             series for series in found.model.training if series.name not in {known.name for known in logged}
         ]
@@ -85,7 +85,7 @@ def _others(what: str, found: Sequence[Any]) -> list[str]:
 
 
 def from_storage(url: str, name: str | None = None) -> ReportData:
-    """The report of a study in an Optuna storage, which is only read.
+    """Returns the report of a study in an Optuna storage, which is only read.
 
     Raises:
         QuantizationError: no such storage or study, several without a name, or one that is not of lq_plugin.
@@ -129,7 +129,7 @@ def from_storage(url: str, name: str | None = None) -> ReportData:
 
 
 def _read_only(url: str) -> RDBStorage:
-    """Optuna's storage on a connection that cannot write: it would make its tables in any database."""
+    """Returns Optuna's storage on a read-only connection: it would make its tables in any database."""
     from optuna.storages import RDBStorage
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.engine import make_url
@@ -140,7 +140,7 @@ def _read_only(url: str) -> RDBStorage:
     if (file := sqlite_file(url)) is not None:
         if not file.is_file():
             raise QuantizationError(f"there is no database {str(file)!r}: {_HOW}")
-        # A reader of a write-ahead log makes files next to it, unless it is told that nobody writes.
+        # A reader of a write-ahead log makes files next to it, unless it is told that there is no writer.
         with file.open("rb") as stream:
             write_ahead = stream.read(20)[18:] == b"\x02\x02"
         unused = write_ahead and not file.with_name(f"{file.name}-wal").exists()
@@ -159,7 +159,7 @@ def _read_only(url: str) -> RDBStorage:
 
 
 def _training(report: Path, root: Path) -> list[Series]:
-    """What a `CSVLogger` wrote beside the report, or between it and `root`."""
+    """Returns the curves that a `CSVLogger` wrote next to the report, or between it and `root`."""
     for folder in report.parents:
         if (log := folder / LOG).is_file():
             return read_log(log)
@@ -169,11 +169,10 @@ def _training(report: Path, root: Path) -> list[Series]:
 
 
 def read_log(path: str | Path) -> list[Series]:
-    """The columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS` points each; columns with one number are
-    left out.
+    """Returns the columns of a `CSVLogger`'s `metrics.csv`, thinned to `MAX_POINTS`, without those of one number.
 
     Raises:
-        QuantizationError: a file that cannot be read, or what stands in it is no number, naming the line.
+        QuantizationError: a file that cannot be read, or that has no number in a cell, naming the line.
     """
     found: dict[str, tuple[list[int], list[float]]] = {}
     line = 1
@@ -188,7 +187,7 @@ def read_log(path: str | Path) -> list[Series]:
                     if name in ("step", "epoch") or not text or name is None:
                         continue
                     steps, values = found.setdefault(name, ([], []))
-                    # The evaluation behind a fit logs at its last step again.
+                    # The evaluation after a fit logs at its last step again.
                     if isfinite(value := float(text)) and (not steps or steps[-1] != int(row["step"])):
                         steps.append(int(row["step"]))
                         values.append(digits(value))

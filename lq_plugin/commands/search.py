@@ -1,4 +1,4 @@
-"""`lq-search`: build what the config names, search, and show what was found. One call is one worker."""
+"""`lq-search`: builds what the config names, searches, and shows the result. One call is one worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.errors import InstantiationException
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> SearchResult:
-    """Search as `cfg` (composed from `search.yaml`) says.
+    """Searches as `cfg` (composed from `search.yaml`) says.
 
     Raises:
         QuantizationError: see `search`.
@@ -94,7 +94,7 @@ def read_config(cfg: DictConfig, model: LightningModule, **options: Any) -> Sear
 
 
 def make_storage(given: Any) -> BaseStorage | str | None:
-    """The storage that `search.storage` stands for: a URL, None, or a mapping with its `_target_`.
+    """Returns the storage of `search.storage`: a URL, None, or a mapping with its `_target_`.
 
     Raises:
         QuantizationError: it cannot be made.
@@ -102,7 +102,7 @@ def make_storage(given: Any) -> BaseStorage | str | None:
     if isinstance(given, str | None):
         return given
     try:
-        return instantiate(given)
+        return cast(BaseStorage, instantiate(given))
     except InstantiationException as error:
         raise QuantizationError(f"search.storage: {without(str(error), passwords_in(plain(given)))}") from None
 
@@ -116,22 +116,26 @@ _OPTIONS = (
 
 
 def read_space(cfg: DictConfig) -> Space:
-    """The search space of a config; with `_target_`: whatever that code makes."""
+    """Returns the search space of a config, or what its `_target_` makes."""
     given = cfg.search.space
     return instantiate(given) if "_target_" in given else Space.parse(plain(given))
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
-    """The model with its float weights: from `float_checkpoint`, or trained for `float_epochs` and kept for the next
-    run.
+    """Returns the model with float weights: from `float_checkpoint`, or trained for `float_epochs` and kept.
 
-    Workers that start together train once: the others wait and load what the first has trained.
+    Workers that start together train once: the others wait and load the weights of the first.
+
+    Args:
+        cfg: of the command.
+        datamodule: of the training.
+        output_dir: where trained weights are kept for the next run.
     """
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
     model: LightningModule = instantiate(cfg.model)
     path = Path(cfg.float_checkpoint) if cfg.float_checkpoint else None
     if path is None and cfg.float_epochs:
-        # Named after all it depends on: with another model or more epochs it is trained anew.
+        # Named after everything it depends on: another model or more epochs are trained anew.
         recipe = [plain(cfg[key]) for key in ("model", "data", "float_epochs", "seed")]
         path = output_dir / f"float_{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]}.ckpt"
         with alone(f"{path}.lock", f"the float model, {path}"):
@@ -143,7 +147,14 @@ def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Pat
 
 
 def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> None:
-    """Train `model` float and save its weights to `path`."""
+    """Trains the float model and saves its weights.
+
+    Args:
+        cfg: of the command.
+        model: float.
+        datamodule: of the training.
+        path: of the weights.
+    """
     log.info("training the float model for %d epochs", cfg.float_epochs)
     bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
     trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
@@ -153,9 +164,9 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
 
 
 def log_to(cfg: DictConfig, result: SearchResult) -> None:
-    """Give every trial to the config's loggers, one step a trial, then the front and its picture.
+    """Gives every trial to the config's loggers, one step each, then the front and its picture.
 
-    W&B gets a run for each trial, too, all in the study's group.
+    W&B also gets a run for each trial, all in the study's group.
     """
     for entry in (cfg.get("logger") or {}).values():
         wandb = str(entry.get("_target_", "")).endswith("WandbLogger")

@@ -1,4 +1,4 @@
-"""`lq-sensitivity`: how much each tensor of a model suffers from each of its choices."""
+"""`lq-sensitivity`: damage of each choice to each tensor of a model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> list[SensitivityTable]:
-    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write what was
-    measured.
+    """Measures as `cfg` (composed from `sensitivity.yaml`) says, prints a table and writes the results.
 
     Raises:
         QuantizationError: see `measure_sensitivity`.
     """
     output_dir = make_folder(cfg.paths.output_dir)
-    # What is wrong with the request is said before a float model is trained.
+    # A wrong request is refused before a float model is trained.
     space = read_space(cfg)
     measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
     check_measures(measures, cfg.others)
@@ -68,7 +67,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
 
 
 def as_table(measured: SensitivityTable) -> Table:
-    """Tensors down, the most sensitive first; bit-widths across, each with its best choice."""
+    """Returns a table with tensors down, the most sensitive first, and the best choice of each bit-width across."""
     rows = measured.by_bits()
     widths = sorted({bits for row in rows.values() for bits in row})
     table = Table(title=f"sensitivity ({measured.measure}, more is worse): the best choice of each bit-width")
@@ -81,7 +80,13 @@ def as_table(measured: SensitivityTable) -> Table:
 
 
 def write(tables: list[SensitivityTable], folder: Path, about: dict[str, Any]) -> None:
-    """Write `sensitivity.csv` and `sensitivity.json` with all measures, and `sensitivity.png` of the first one."""
+    """Writes `sensitivity.csv` and `sensitivity.json` with all measures, and `sensitivity.png` of the first one.
+
+    Args:
+        tables: one for each measure.
+        folder: for the files.
+        about: further entries of the JSON file.
+    """
     write_file(folder / "sensitivity.csv", to_csv(tables))
     content = {**about, "measures": {table.measure: table.values for table in tables}}
     write_file(folder / "sensitivity.json", json.dumps(content, indent=1) + "\n")

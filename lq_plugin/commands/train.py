@@ -1,4 +1,4 @@
-"""`lq-train`: build what a config names, then fit, validate and test it."""
+"""`lq-train`: builds what a config names, then fits, validates and tests it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Metrics = dict[str, float]
 
 
 def run(cfg: DictConfig) -> Metrics:
-    """The stages that `cfg` switches on, in order; returns every metric they logged."""
+    """Runs the stages that `cfg` switches on, in order; returns every metric they logged."""
     from lq_plugin.model.checkpoint import load_float_weights
     from lq_plugin.utilities.instantiate import instantiate_for
     from lq_plugin.utilities.lightning_packages import any_package
@@ -58,7 +58,14 @@ def run(cfg: DictConfig) -> Metrics:
 
 
 def run_stages(cfg: DictConfig, trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> Metrics:
-    """Fit, validate and test, as `cfg` says; after a fit the best checkpoint is evaluated, else `ckpt_path`."""
+    """Fits, validates and tests as `cfg` says; after a fit the best checkpoint is evaluated, else `ckpt_path`.
+
+    Args:
+        cfg: of the command.
+        trainer: of the run.
+        model: to be trained.
+        datamodule: of its data.
+    """
     metrics: Metrics = {}
     ckpt_path = cfg.ckpt_path
     if cfg.fit:
@@ -73,10 +80,16 @@ def run_stages(cfg: DictConfig, trainer: Trainer, model: LightningModule, datamo
 
 
 def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule, path: Path) -> Metrics:
-    """Train `model` without any callback of the config; its weights are saved to `path`.
+    """Trains the float model without any callback of the config, and saves its weights.
+
+    Args:
+        cfg: of the command.
+        model: float.
+        datamodule: of its data.
+        path: of the weights.
 
     Returns:
-        What validation and test logged, with `float/` before the names.
+        Metrics of validation and test, with `float/` before the names.
     """
     from lq_plugin.utilities.instantiate import instantiate_for
 
@@ -93,12 +106,12 @@ def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDa
 
 
 def logged(trainer: Trainer) -> Metrics:
-    """The metrics that the Trainer's last stage logged, as plain floats."""
+    """Returns the metrics that the Trainer's last stage logged, as plain floats."""
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def optimized_metric(metrics: Metrics, name: str | None) -> float | None:
-    """The value of metric `name`.
+    """Returns the value of a metric, or None without a name.
 
     Raises:
         QuantizationError: when it was not logged.

@@ -1,4 +1,4 @@
-"""Whole numbers of 1 to 16 bits packed without gaps: one plane of bits after the other.
+"""Integers of 1 to 16 bits packed without gaps: one plane of bits after the other.
 
 Plane p holds bit p of every number, eight numbers a byte, the first in the highest bit, padded with zeros at its
 end: b · ⌈n / 8⌉ bytes for n numbers of b bits.
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` numbers take.
+    """Returns the bytes that `count` integers take.
 
     >>> packed_size(9, 3)
     6
@@ -20,10 +20,10 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
-    """Bytes of whole numbers in 0..2^bits - 1.
+    """Returns the bytes of integers in 0..2^bits - 1.
 
     Args:
-        codes: of any shape, in C order.
+        codes: integers of any shape, in C order.
         bits: 1..16.
 
     Raises:
@@ -42,7 +42,12 @@ def pack(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int32]:
-    """Inverse of `pack`: the first `count` numbers.
+    """Returns the first `count` integers of what `pack` made.
+
+    Args:
+        packed: bytes of `pack`.
+        bits: of each integer, 1..16.
+        count: number of integers.
 
     Raises:
         ValueError: when there are too few or too many bytes.

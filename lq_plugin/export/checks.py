@@ -47,7 +47,13 @@ def shared_faults(request: Request) -> list[str]:
 
 
 def weight_faults(name: str, layer: QuantizedLayer, settled: str) -> list[str]:
-    """Returns why no file can hold a layer's weight: that of its last stage, or of the present one."""
+    """Returns why no file can hold a layer's weight: that of its last stage, or of the present one.
+
+    Args:
+        name: of the layer.
+        layer: quantized.
+        settled: see `Request`.
+    """
     quantizer = cast(Any, layer.weight_quantizer)
     if quantizer is not None and settled == "ranges":
         quantizer = quantizer.current

@@ -1,9 +1,9 @@
-"""What a quantized weight is made of: whole numbers of few bits, and a few float numbers.
+"""Parts of a quantized weight: integers of few bits, and a few float numbers.
 
 `encode` takes a weight apart, `decode` puts it together, bit for bit. Every format stores exactly what
 `lq_plugin.model.measure.cost` counts for it:
 
-| format | codes (bits an element) | beside them |
+| format | codes (bits an element) | stored with them |
 |---|---|---|
 | int | level - quant_min (b) | scale; zero point - quant_min (b), where affine |
 | int, integer scales | the same | scale - 1 (M), the float scale above |
@@ -39,7 +39,7 @@ from lq_plugin.quantizers.registry import (
 
 
 def encode(quantizer: Any, weight: Tensor) -> Parts:
-    """The parts of a weight as its quantizer maps it in evaluation mode.
+    """Returns the parts of a weight as its quantizer maps it in evaluation mode.
 
     Args:
         quantizer: calibrated.
@@ -52,7 +52,7 @@ def encode(quantizer: Any, weight: Tensor) -> Parts:
 
 
 def statistics(quantizer: Any, weight: Tensor) -> Statistics:
-    """What the parts of some rows take from the whole weight: small, but for the indices of a codebook.
+    """Returns what the parts of some rows need from the whole weight; small, except the indices of a codebook.
 
     Raises:
         ExportError: see `encode`.
@@ -71,13 +71,13 @@ def statistics(quantizer: Any, weight: Tensor) -> Statistics:
 
 
 def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice = slice(None)) -> Parts:
-    """The parts of some rows of a weight; what is one for the whole weight has size 1 along dim 0.
+    """Returns the parts of some rows of a weight; a part of the whole weight has size 1 along dim 0.
 
     Args:
         quantizer: calibrated.
         weight: the whole one.
         found: its `statistics`.
-        rows: output channels.
+        rows: slice of output channels.
     """
     some, granularity = weight.detach()[rows].float(), quantizer.spec.granularity
     mine = tuple(value[rows] if len(value) == len(weight) else value for value in found)
@@ -90,7 +90,7 @@ def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice =
 
 @functools.lru_cache(256)
 def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Shape and bits of each part of a weight `[C_out, ...]`, as `encode` makes them; None for bits: float32.
+    """Returns the shape and the bits of each part of a weight `[C_out, ...]`, as `encode` makes them; no bits: float32.
 
     >>> layout(QuantSpec.parse("int4 group16"), (8, 40))
     {'codes': ((8, 40), 4), 'scale': ((8, 3, 1), None)}
@@ -110,12 +110,12 @@ def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int
 
 
 def any_code_is_finite(spec: QuantSpec) -> bool:
-    """Whether every code decodes to a finite value where the scales are finite."""
+    """Returns True where every code decodes to a finite value, given finite scales."""
     return _storage(spec).finite_codes
 
 
 def nothing_stored(spec: QuantSpec) -> str | None:
-    """Why `encode` refuses such weights, whatever their values; None: it does not.
+    """Returns the reason why `encode` refuses such weights, whatever their values, or None.
 
     >>> nothing_stored(QuantSpec.parse("sign:float_eval stochastic")), nothing_stored(QuantSpec.parse("sign"))
     ('it is evaluated with float weights, there is nothing to store', None)
@@ -125,7 +125,13 @@ def nothing_stored(spec: QuantSpec) -> str | None:
 
 
 def decode(spec: QuantSpec, shape: tuple[int, ...], parts: Values) -> Tensor:
-    """The weight `[C_out, C_in / groups, *kernel]`, float32, of values by name (whole numbers int32)."""
+    """Returns the weight `[C_out, C_in / groups, *kernel]` in float32.
+
+    Args:
+        spec: of the weight.
+        shape: of the weight.
+        parts: values by name, as `encode` makes them; integers are int32.
+    """
     values = _storage(spec).decode(spec, {**parts, "codes": blocks(parts["codes"], spec.granularity)})
     return unblocks(values, shape, spec.granularity)
 

@@ -13,7 +13,7 @@ from lq_plugin.model.loaders import loaders_in
 
 
 def inputs_of(batches: Iterable[Any], count: int) -> list[Tensor]:
-    """The input tensor of up to `count` batches, on the CPU: the batch itself, or its first element.
+    """Returns the input tensor of up to `count` batches, on the CPU: the batch itself, or its first element.
 
     Args:
         batches: a loader, or several as a LightningDataModule may give them: one after the other.

@@ -1,12 +1,12 @@
-"""Milliseconds of each layer on the runtime that will run the model, spec by spec: what a search can minimize.
+"""Milliseconds of each layer on the runtime that will run the model, for each spec: a cost that a search can minimize.
 
 Every layer is exported alone with each pair of specs that leads to another kernel, and timed; equal layers are timed
-once, and a file remembers them. A model's latency is predicted as that of the float model with the float layers' time
-exchanged for the quantized ones':
+once, and a file keeps the times. The prediction for a model is the float model's time, with each float layer's time
+exchanged for that of the quantized layer:
 
     t(plan) = t(float) + Σ_layer [t(layer, specs) - t(layer, float)]
 
-What a runtime fuses across layers is not in it; `model_latency` measures the whole model, for comparison.
+It does not count what a runtime fuses across layers; `model_latency` measures the whole model, for comparison.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of one run of a model, layer by layer: of `options.batch` samples together.
+    """Milliseconds of one run of a model by layer, for `options.batch` samples together.
 
     Args:
         options: of the measurement.
         float_model: of the whole float model.
         layers: by layer and `pair` of its specs; `"float"` is the float layer.
-        left_out: layers that cannot be timed alone, and why: they count as float always.
+        left_out: layers that cannot be timed alone, with the reason; they always count as float.
     """
 
     options: LatencyOptions
@@ -62,7 +62,7 @@ class LatencyTable:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def predict(self, plans: Mapping[str, LayerPlan]) -> float:
-        """Milliseconds of the model for one sample under a plan, by layer name as `QuantPlan.resolve` gives it.
+        """Returns the milliseconds of the model for one sample under layer plans by name (`QuantPlan.resolve`).
 
         Raises:
             ExportError: a pair of specs that was not measured.
@@ -75,12 +75,12 @@ class LatencyTable:
             if (key := pair(plan)) not in row:
                 raise ExportError(f"the latency of {name} was not measured for '{key}'; measured: {', '.join(row)}")
             total += row[key] - row[_FLOAT]
-        # Layers alone are slower than in a model that a runtime has fused.
+        # Layers alone are slower than inside a model, where a runtime fuses them.
         return max(total, 0.0) / self.options.batch
 
 
 def pair(plan: LayerPlan) -> str:
-    """What of a layer's specs decides how fast it is: the containers of weight and input, not where ranges come from.
+    """Returns the part of a layer's specs that decides its speed: the containers of weight and input.
 
     >>> pair(LayerPlan(weight=QuantSpec.parse("int3 per_channel mse"), input=QuantSpec.parse("uint8 affine")))
     'int4 per_channel / 8 bit'
@@ -124,13 +124,16 @@ def latency_table(
     plans: Iterable[Mapping[str, LayerPlan]],
     options: LatencyOptions | None = None,
 ) -> LatencyTable:
-    """Measure the layers of a float model under all specs that plans may give them.
+    """Measures the layers of a float model under all specs that plans may give them.
 
     Args:
         model: float, or prepared: then its float copy is measured.
-        inputs: of its forward, one sample or more each; dim 0 becomes `options.batch`.
-        plans: specs by layer name.
-        options: where and how.
+        inputs: positional arguments of its forward, one sample or more each; dim 0 becomes `options.batch`.
+        plans: layer plans by name.
+        options: runtime, batch and rounds; None: the defaults.
+
+    Returns:
+        The measured times, in milliseconds.
 
     Raises:
         ExportError: specs that cannot be exported, all of them at once.
@@ -181,8 +184,11 @@ def latency_table(
 
 
 def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], onnx.ModelProto]:
-    """What makes the graph of the float model when it is first asked for it, and remembers it; for `model_latency`
-    under several plans."""
+    """Returns a function that makes the graph of the float model once, for `model_latency` under several plans.
+
+    Args:
+        model, inputs, options: see `latency_table`.
+    """
     batch = tuple(_resized(x, options.batch) for x in inputs)
     return functools.cache(functools.partial(float_graph, float_copy(model), batch))
 
@@ -193,11 +199,11 @@ def model_latency(
     options: LatencyOptions | None = None,
     graph: Callable[[], onnx.ModelProto] | None = None,
 ) -> float:
-    """Milliseconds of a whole model, prepared and calibrated, or float, for one sample of a batch; never from the
-    cache.
+    """Returns the milliseconds of a whole model for one sample of a batch; never from the cache.
 
     Args:
-        model, inputs, options: see `latency_table`.
+        model: float, or prepared and calibrated.
+        inputs, options: see `latency_table`.
         graph: `model_graph` of the same weights, where several plans are measured; None: it is made for this one.
 
     Raises:
@@ -211,7 +217,7 @@ def model_latency(
 
 
 class _Progress:
-    """Says in the log how far something is, every few seconds and at the end."""
+    """Log of progress, every few seconds and at the end."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
@@ -225,7 +231,7 @@ class _Progress:
 
 
 class _Timer:
-    """Models that are timed in turn, and what a cache knows of them already."""
+    """Models to be timed in turn, with the times that a cache knows already."""
 
     def __init__(self, options: LatencyOptions, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -241,10 +247,14 @@ class _Timer:
         plan: LayerPlan | None = None,
         graph: Callable[[], onnx.ModelProto] | None = None,
     ) -> bool:
-        """Have a model timed under a key, unless that is known; with a plan, its first layer is quantized before.
-        Whether it will be.
+        """Adds a model, its first layer quantized by a plan; returns False where the time under this key is known.
 
-        `graph` makes that of the float model, where several keys share it.
+        Args:
+            key: that identifies model, input and specs.
+            model: float, or quantized without a plan.
+            inputs: positional arguments.
+            plan: of the first layer; None: the model is timed as it is.
+            graph: makes the float model's graph, where several keys share it.
         """
         if key in self.known or key in self.runs:
             return False
@@ -264,7 +274,7 @@ class _Timer:
         return True
 
     def measure(self) -> dict[str, float]:
-        """Median milliseconds of every key, those of the cache included."""
+        """Returns the median milliseconds of every key, cached ones included."""
         times: dict[str, list[float]] = {key: [] for key in self.runs}
         rounds = _WARM_UP + self.options.rounds
         progress = _Progress(f"timed {len(self.runs)} models, rounds", rounds)
@@ -305,12 +315,12 @@ class _Timer:
 
 
 def _resized(x: Tensor, batch: int) -> Tensor:
-    """The first `batch` samples, over and over where there are fewer."""
+    """Returns the first `batch` samples, repeated where there are fewer."""
     return x.detach().cpu()[torch.arange(batch) % len(x)].contiguous()
 
 
 def _inputs_of_layers(model: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """What each of these modules reads first."""
+    """Returns the first input of each of these modules."""
     modules = dict(model.named_modules())
     seen: dict[str, Tensor] = {}
 

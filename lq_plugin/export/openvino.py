@@ -1,4 +1,4 @@
-"""Run an exported ONNX file with OpenVINO, on the CPU."""
+"""OpenVINO as a runtime of exported ONNX files, on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Input:
-    """An input of the graph."""
+    """Input of a graph."""
 
     name: str
 
@@ -29,15 +29,14 @@ class Input:
 class OpenVINOSession:
     """An ONNX file compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
 
-    It computes what the file says: left to itself OpenVINO rounds float layers to bfloat16 where the processor has it,
-    and the activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer
-    kernels saturate where weights take more than 7 bits; files with such weights are computed by float kernels there,
-    which a log says.
+    It computes what the file says. By default OpenVINO rounds float layers to bfloat16 where the processor has it, and
+    activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer kernels
+    saturate where weights have more than 7 bits; float kernels compute such files there, which a log says.
 
     Args:
         path: of the ONNX file.
         threads: within an operation; None: OpenVINO's choice.
-        batch: size of dim 0 of every input. A fixed one saves OpenVINO work at each call; None: as the file says.
+        batch: size of dim 0 of every input; a fixed one makes calls faster. None: as the file says.
 
     Raises:
         ExportError: no such file, or one that OpenVINO cannot read: it has no INT2 (export with `smallest=4`), and no
@@ -79,11 +78,11 @@ class OpenVINOSession:
         self.outputs = [value.any_name for value in model.outputs]
 
     def get_inputs(self) -> list[Input]:
-        """The graph's inputs, in their order."""
+        """Returns the graph's inputs in their order."""
         return [Input(name) for name in self.names]
 
     def run(self, output_names: Sequence[str] | None, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The named outputs of the graph, or all of them, for inputs by name.
+        """Returns the named outputs of the graph, or all of them.
 
         Raises:
             ExportError: names that the graph does not have, inputs that are missing, shapes that it does not take.
@@ -94,8 +93,7 @@ class OpenVINOSession:
         raise_all(
             ExportError, f"the graph has inputs {', '.join(self.names)} and outputs {', '.join(self.outputs)}", faults
         )
-        # The same as `infer(inputs)`, which takes 60 us longer: a seventh of what a small network takes. Tensors hold
-        # no reference.
+        # As `infer(inputs)`, which takes 60 us longer, a seventh of a small network's time. Tensors hold no reference.
         arrays = [
             np.require(inputs[name], dtype, ["C", "W"]) for name, dtype in zip(self.names, self._dtypes, strict=True)
         ]
@@ -112,7 +110,7 @@ class OpenVINOSession:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """What OpenVINO says, without the places in its own source, and what it is known not to read."""
+    """Returns OpenVINO's message without places in its source, after the reasons known for this file."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = "; ".join(
         line for line in lines if line and not line.startswith("Exception from") and not line.endswith(":")
@@ -121,7 +119,7 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def _unreadable(path: Path) -> list[str]:
-    """What of the file OpenVINO has no place for, where it can be told: openvino comes without onnx."""
+    """Returns the known reasons why OpenVINO cannot read a file; none without the package onnx."""
     try:
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -148,8 +146,8 @@ def _unreadable(path: Path) -> list[str]:
 
 
 def _has_wide_weights(model: Any) -> bool:
-    """Whether weights are whole numbers of which OpenVINO's integer kernels may make sums that leave 16 bits."""
-    # Unsigned ones are moved to signed ones before they are multiplied.
+    """Returns True where integer kernels may make sums with these weights that leave 16 bits."""
+    # Unsigned integers become signed before they are multiplied.
     shift = {"i8": 0, "u8": 128}
     for operation in model.get_ops():
         kind = operation.get_element_type().get_type_name() if operation.get_type_name() == "Constant" else ""
@@ -173,7 +171,7 @@ def _say_once() -> None:
 
 @functools.cache
 def saturates() -> bool:
-    """Whether OpenVINO's sums of products of 8 bits are wrong on this processor, found by one of them."""
+    """Returns True where OpenVINO's sums of products of 8 bits are wrong on this processor; tried once."""
     import openvino
     from openvino import opset13 as ops
 

@@ -13,7 +13,7 @@ from lq_plugin.export.target import TARGETS
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """Where and how latency is measured.
+    """Options of a latency measurement.
 
     Args:
         runtime: `"onnxruntime"` or `"openvino"`.
@@ -46,7 +46,7 @@ class LatencyOptions:
 
     @property
     def place(self) -> str:
-        """What numbers are comparable within: runtime, processor, threads, batch."""
+        """Runtime, processor, threads and batch, within which numbers are comparable."""
         processor = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
         names = (

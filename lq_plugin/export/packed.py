@@ -1,8 +1,7 @@
-"""A model in one file, each quantized weight at its own number of bits; the container: `lq_plugin.export.packed_file`.
+"""Packed files: a model in one file, each quantized weight at its own number of bits (`lq_plugin.export.packed_file`).
 
-A weight is written and read a chunk of rows at a time: neither takes much more memory than the model has, whatever its
-largest layer. Nothing in a file is executed, and everything in it is checked against the model before the model is
-touched.
+A weight is written and read a chunk of rows at a time, so that neither takes much more memory than the model itself.
+Nothing in a file is executed, and everything in it is checked against the model before the model is touched.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ log = logging.getLogger(__name__)
 
 
 def save_packed(model: nn.Module, path: str | Path) -> int:
-    """Write a prepared and calibrated model.
+    """Writes a prepared and calibrated model to a packed file.
 
     Args:
-        model: prepared; it is not changed. What is in evaluation the quantized weight is what is stored; where the
-            model's own code reads a weight past its layer (`F.linear(x, self.embedding.weight)`), its float values as
-            well, which a warning says.
+        model: prepared and calibrated; it is not changed. The file holds the quantized weights of evaluation. Where the
+            model's own code reads a weight past its layer (`F.linear(x, self.embedding.weight)`), the file holds its
+            float values as well, which a warning says.
         path: of the file, usually `.safetensors`.
 
     Returns:
         The size of the file, in bytes.
 
     Raises:
-        ExportError: no folder for it; or listing every tensor that is not calibrated or not on its levels. No file is
+        ExportError: listing every reason, such as tensors that are not calibrated or not on their levels. No file is
             written then.
 
     >>> import tempfile, lq_plugin
@@ -83,7 +82,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     plan, bits = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":")), cost(model).effective_bits
 
     state = model.state_dict()
-    # Dense size: sparse tensors, which the content refuses below, have no `nbytes`.
+    # Dense size: sparse tensors, refused below, have no `nbytes`.
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     limit = 2**16 * (len(state) + 1) + 2 * sum(value.numel() * value.element_size() for value in tensors)
 
@@ -102,7 +101,7 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
 
 
 def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
-    """Writes every tensor; the table of contents."""
+    """Writes every tensor; returns the table of contents."""
     weights: dict[str, Any] = {}
     digests: dict[bytes, str] = {}
     quantized: set[int] = set()
@@ -116,14 +115,14 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
             except ExportError as error:
                 faults.append(str(error))
     without = {id(quantizer) for group in silent.values() for quantizer in group}
-    # The file holds weights as they are used, and what no batch has reached as float.
+    # The file holds weights as they are used; layers that no batch has reached are float.
     ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, WeightQuantizer) or id(m) in without)
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
     keys = _weight_keys(model) - _read_as_float(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        # A quantized weight that a float module has, too (tied), or that the model reads itself, is kept as float for
-        # that.
+        # A quantized weight that a float module also has (tied), or that the model reads itself, is stored as float as
+        # well.
         if key.startswith(ours) or (id(tensor) in quantized and key in keys):
             continue
         if (fault := _raw_fault(tensor)) is not None:
@@ -136,8 +135,7 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
 
 
 def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests: dict[bytes, str]) -> dict[str, Any]:
-    """Writes a weight in chunks of rows, each compared with what the quantizer gives in evaluation; its entry in the
-    table."""
+    """Writes a weight in chunks of rows, each compared with the quantizer's values; returns its table entry."""
     quantizer = cast(Any, layer.weight_quantizer).current
     weight, spec = type(layer).canonical(layer, layer.weight), quantizer.spec
     shape, before = tuple(weight.shape), writer.size
@@ -168,7 +166,7 @@ def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests:
 
 
 def load_packed(model: nn.Module, path: str | Path) -> Ledger:
-    """Read a packed file into a float model of the same class; it computes what the saved one did, bit for bit.
+    """Reads a packed file into a float model of the same class; its outputs are bit-equal to the saved model's.
 
     Args:
         model: float, of the class that was saved, on any device. It is left in evaluation mode.
@@ -178,7 +176,7 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         The ledger.
 
     Raises:
-        ExportError: no such file, no packed file, a damaged one, or one of another model, which is as before then.
+        ExportError: no such file, no packed file, a damaged one, or one of another model. The model is unchanged then.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ExportError(
@@ -207,7 +205,7 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
 
 
 def _raw_fault(value: Any) -> str | None:
-    """Why an entry of a state dict cannot be stored as its bytes; None: it can."""
+    """Returns why an entry of a state dict cannot be stored as its bytes, or None."""
     if not isinstance(value, Tensor):
         return (
             f"is a {type(value).__name__} (get_extra_state), a packed file holds tensors: "
@@ -219,7 +217,7 @@ def _raw_fault(value: Any) -> str | None:
 
 
 def _read_as_float(model: nn.Module) -> set[str]:
-    """Keys of weights whose float values the model's own code reads, where those are not the quantized ones already."""
+    """Returns keys of weights that the model's own code reads as float and that are not on their levels."""
     silent, found = unreached(model), set()
     layers = {weight_key(name, layer): layer for name, layer in quantized_layers(model) if name not in silent}
     with torch.no_grad(), evaluating(model):
@@ -235,7 +233,7 @@ def _read_as_float(model: nn.Module) -> set[str]:
 
 
 def _weight_keys(model: nn.Module) -> set[str]:
-    """Keys in the state dict of what is read through a weight quantizer."""
+    """Returns the state dict's keys of weights that are read through a quantizer."""
     keys = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:

@@ -1,4 +1,4 @@
-"""What a packed file says, held against the model that is to be filled from it."""
+"""Entries of a packed file, compared with the model that is to be filled from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PER_NAME, _AT_LEAST = 2048, 2**16
 
 
 class PackedModel:
-    """The entries of a packed file, for one model: `check` before anything is changed, then `fill`.
+    """Entries of a packed file for one model: `check` before anything changes, then `fill`.
 
     Args:
         file: open.
@@ -48,7 +48,7 @@ class PackedModel:
         self.specs: dict[str, QuantSpec] = {}
 
     def check(self) -> None:
-        """Refuses whatever does not fit the prepared model; reads no more than a chunk at a time.
+        """Refuses whatever does not fit the prepared model; reads a chunk at a time.
 
         Raises:
             ExportError: listing every fault.
@@ -68,7 +68,7 @@ class PackedModel:
         raise_all(ExportError, f"{self.file.path} is damaged", faults + list(self._quantizer_faults()))
 
     def _source(self, name: str) -> str:
-        """The layer whose parts a layer has: its own, or those of one with the same weight."""
+        """Returns the layer that holds a layer's parts: itself, or one with the same weight."""
         return str(self.weights[name].get("tied", name))
 
     def _weight_faults(self, name: str, entry: dict[str, Any]) -> Iterator[str]:
@@ -98,12 +98,12 @@ class PackedModel:
             if (fault := self.file.fault(place)) is not None:
                 yield f"{name}.weight, {key}: {fault}"
             elif place[1] != list(size) or place[2] != kind:
-                wanted = f"{list(size)} of {kind} (bits) are wanted"
-                yield f"{name}.weight ({spec}), {key}: {wanted}, got {place[1]} of {place[2]}"
+                found = f"got {place[1]} of {place[2]}"
+                yield f"{name}.weight ({spec}), {key}: {list(size)} of {kind} (bits) are wanted, {found}"
         self.specs[name] = spec
 
     def _key_faults(self) -> Iterator[str]:
-        """How the file's names, shapes and dtypes differ from those of the model."""
+        """Yields differences between names, shapes and dtypes of the file and of the model."""
         here = self.model.state_dict()
         unpacked = {key for name in self.specs for key in self._keys_of(self.layers[name].weight)}
         found = {*self.state, *unpacked}
@@ -128,7 +128,7 @@ class PackedModel:
         return [key for key, tensor in self.model.named_parameters(remove_duplicate=False) if tensor is weight]
 
     def _value_faults(self, name: str) -> Iterator[str]:
-        """Scales that are none, and codes that stand for no number."""
+        """Yields scales that are invalid and codes that stand for no number."""
         spec, places = self.specs[name], self.weights[self._source(name)]["parts"]
         if "tied" in self.weights[name]:
             return
@@ -150,7 +150,7 @@ class PackedModel:
                 yield f"{name}.weight: codes that {spec} has no number for"
 
     def _quantizer_faults(self) -> Iterator[str]:
-        """Ranges of activations that are none."""
+        """Yields invalid ranges of activations."""
         owners = {name: module for name, module in self.model.named_modules() if isinstance(module, Quantizer)}
         for key, place in self.state.items():
             owner, _, attribute = key.rpartition(".")
@@ -173,8 +173,7 @@ class PackedModel:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write everything into the model: parameters in place, a chunk at a time; the rest as `load_state_dict`
-        does."""
+        """Writes everything into the model: parameters in place, the rest as `load_state_dict` does."""
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )

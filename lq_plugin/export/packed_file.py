@@ -1,4 +1,4 @@
-"""The container of a packed model: a safetensors file of two tensors, written and read piece by piece.
+"""Container of a packed model: a safetensors file of two tensors, written and read piece by piece.
 
     blob      uint8: bit planes of all integers (`lq_plugin.export.bit_planes`), and raw float numbers
     table     uint8: zlib-compressed JSON: what lies where in the blob
@@ -28,7 +28,7 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
 
 FORMAT, VERSION = "lq_plugin.packed", "1"
-#: Of tensors that are no quantized weights: those whose numbers are bytes in memory.
+#: Types of tensors that are stored as their bytes in memory.
 DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -36,13 +36,13 @@ DTYPES = {
         "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     )
 }  # fmt: skip
-#: Elements of a weight that are worked on at a time, and bytes that are read at a time.
+#: Elements of a weight that are processed at a time, and bytes that are read at a time.
 CHUNK = 2**18
 Place = list[Any]
 
 
 def size_of(place: Place) -> int:
-    """Bytes of a place.
+    """Returns the bytes of a place.
 
     >>> size_of([0, [3, 5], 2]), size_of([0, [3, 5], "float32"])
     (4, 60)
@@ -53,7 +53,7 @@ def size_of(place: Place) -> int:
 
 
 def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Rows along dim 0, a chunk of elements at a time; all but the last begin with a whole byte of each bit plane.
+    """Yields slices of rows, a chunk of elements each; all but the last begin with a whole byte of each bit plane.
 
     >>> list(row_chunks((20, 2**15)))
     [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
@@ -63,13 +63,13 @@ def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 class PackedWriter:
-    """Writes a file from its front to its end, the header's place first.
+    """Writer of a packed file from front to end, the header's place first.
 
     Args:
-        stream: that can be read and written at any place.
-        plan: as JSON.
+        stream: seekable, for reading and writing.
+        plan: rules as JSON.
         effective_bits: of the model.
-        limit: more bytes than the file will have.
+        limit: upper bound of the file's size in bytes.
     """
 
     def __init__(self, stream: BinaryIO, plan: str, effective_bits: float, limit: int) -> None:
@@ -83,20 +83,26 @@ class PackedWriter:
         stream.write(bytes(self.start))
 
     def reserve(self, shape: tuple[int, ...], kind: int | str) -> Place:
-        """A place at the end, to be filled by `write` and `write_rows`."""
+        """Returns a place at the end, to be filled by `write_rows`."""
         place = [self.size, list(shape), kind]
         self.size += size_of(place)
         return place
 
     def add(self, tensor: Tensor) -> Place:
-        """A tensor as its bytes."""
+        """Writes a tensor as its bytes; returns its place."""
         plain = tensor.detach().cpu().contiguous()
         place = self.reserve(tuple(plain.shape), str(plain.dtype).removeprefix("torch."))
         self._write(place[0], _bytes(plain))
         return place
 
     def write_rows(self, place: Place, values: Tensor, start: int) -> bytes:
-        """Rows of a place from row `start` on; what was written."""
+        """Writes rows of a place from row `start` on; returns the bytes written.
+
+        Args:
+            place: reserved.
+            values: integers or floats, `[rows, ...]`.
+            start: first row; the place of integers has a whole byte of each bit plane there.
+        """
         offset, shape, kind = place
         before = start * math.prod(shape[1:])
         if not isinstance(kind, int):
@@ -110,7 +116,7 @@ class PackedWriter:
         return packed.tobytes()
 
     def drop(self, size: int) -> None:
-        """Forgets what was reserved beyond so many bytes."""
+        """Forgets what was reserved after so many bytes."""
         self.size = size
 
     def _write(self, offset: int, content: Any) -> None:
@@ -118,7 +124,7 @@ class PackedWriter:
         self.stream.write(content)
 
     def finish(self, table: Any) -> int:
-        """Writes the table and the header; the size of the file."""
+        """Writes the table and the header; returns the size of the file."""
         content = zlib.compress(json.dumps(table, separators=(",", ":")).encode(), 9)
         self._write(self.size, content)
         total = self.start + self.size + len(content)
@@ -130,7 +136,7 @@ class PackedWriter:
         return total
 
     def _header(self, blob: int, table: int, room: int = 0) -> bytes:
-        """The header for these sizes, filled up with spaces."""
+        """Returns the header for these sizes, padded with spaces."""
         entries = {
             "__metadata__": self.metadata,
             "blob": {"dtype": "U8", "shape": [blob], "data_offsets": [0, blob]},
@@ -146,7 +152,7 @@ def _bytes(plain: Tensor) -> Any:
 
 
 def _checksum(plan: str, pieces: Iterable[bytes]) -> str:
-    """Of the plan and the bytes of blob and table."""
+    """Returns the checksum of the plan and of the bytes of blob and table."""
     digest = hashlib.blake2b(plan.encode(), digest_size=16)
     for piece in pieces:
         digest.update(piece)
@@ -154,7 +160,7 @@ def _checksum(plan: str, pieces: Iterable[bytes]) -> str:
 
 
 class PackedReader:
-    """An open packed file whose checksum fits its content.
+    """Open packed file with a valid checksum.
 
     Raises:
         ExportError: no such file, no packed file, or a damaged one.
@@ -207,7 +213,7 @@ class PackedReader:
         return ExportError(f"{self.path} is damaged: {why}")
 
     def content(self, limit: int) -> Any:
-        """The table, of at most `limit` bytes when it is unpacked."""
+        """Returns the table; refuses one of more than `limit` bytes unpacked."""
         start, end = self.table
         self.stream.seek(self.base + start)
         machine = zlib.decompressobj()
@@ -224,7 +230,7 @@ class PackedReader:
             raise self.damaged(f"its table of contents cannot be read: {error}") from error
 
     def fault(self, place: Any) -> str | None:
-        """What is wrong with a place; None: its bytes are there."""
+        """Returns what is wrong with a place, or None where its bytes are there."""
         if not isinstance(place, list) or len(place) != 3:
             return f"{str(place)[:100]} is no place"
         offset, shape, kind = place
@@ -236,7 +242,7 @@ class PackedReader:
         return f"{size} bytes at {offset} of a blob of {self.size}" if offset + size > self.size else None
 
     def read(self, place: Place) -> Tensor:
-        """A whole tensor: floats as they are, integers int32."""
+        """Returns a whole tensor: floats as stored, integers as int32."""
         return (
             self.read_rows(place, slice(0, place[1][0]))
             if isinstance(place[2], int)
@@ -244,7 +250,7 @@ class PackedReader:
         )
 
     def read_rows(self, place: Place, rows: slice) -> Tensor:
-        """Rows of a tensor; integers from a row on that begins with a whole byte, see `row_chunks`."""
+        """Returns rows of a tensor; rows of integers begin with a whole byte, see `row_chunks`."""
         offset, shape, kind = place
         each = math.prod(shape[1:])
         some = [rows.stop - rows.start, *shape[1:]]

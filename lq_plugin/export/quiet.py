@@ -1,4 +1,4 @@
-"""Libraries that tell the user of their own affairs, kept quiet while they are called."""
+"""Silence for libraries that log about themselves while they are called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """No warnings inside, and of these loggers errors only."""
+    """Context without warnings, in which these loggers show errors only."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

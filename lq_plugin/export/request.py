@@ -23,13 +23,13 @@ class Option:
     fault: Callable[[Any], str | None]
 
     def is_default(self, value: Any) -> bool:
-        """Whether a value asks for nothing else than the default: `[]` where that is `()`."""
+        """Returns True where a value asks for nothing else than the default: `[]` where that is `()`."""
         return value == self.default or not (value or self.default)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a target, as far as it is known: more is known at each step of a run.
+    """Request to a target, as far as it is known: each step of a run knows more.
 
     Args:
         options: values by name.

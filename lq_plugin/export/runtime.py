@@ -1,4 +1,4 @@
-"""Run an exported file with ONNX Runtime. Another runtime: `lq_plugin.export.openvino`."""
+"""ONNX Runtime as a runtime of exported files; `lq_plugin.export.openvino` is another."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from lq_plugin.layers.integer.kernels import LARGEST_EXACT
 
 
 def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU that computes what the file says.
+    """Returns an `onnxruntime.InferenceSession` on the CPU that computes what the file says.
 
-    ONNX Runtime turns a DequantizeLinear before a MatMul into one operation and, left to itself, rounds the float
-    activations of it to 8 bits, although the file does not ask for it. The accuracy level decides.
+    ONNX Runtime fuses a DequantizeLinear with the MatMul that reads it and, by default, rounds that operation's float
+    activations to 8 bits, although the file does not ask for it. The accuracy level decides.
 
-    It quantizes what a file leaves float next to quantized activations, biases (that may not fit into int32) and
-    weights. That pass, `WeightBiasQuantization`, is off here. Files of `export_onnx` need nothing of it: they compute
-    the same in any session.
+    Its pass `WeightBiasQuantization` quantizes biases (which may not fit into int32) and weights that a file leaves
+    float next to quantized activations. The pass is off here. Files of `export_onnx` compute the same in any session.
 
-    On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits:
-    large weights beside large inputs give nonsense. Where that is so, weights of more than 7 bits are handed to it as
-    uint8, whose kernels do not.
+    On x86 processors without VNNI instructions its kernels for int8 weights saturate sums of two products in 16 bits,
+    so that large weights times large inputs are wrong. There, weights of more than 7 bits are passed to it as uint8,
+    whose kernels are exact.
 
     Args:
         path: of the ONNX file, or its content.
@@ -37,7 +36,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
         ExportError: when there is no such file, or ONNX Runtime cannot read it.
         MissingPackageError: without onnxruntime and onnx (`pip install "lq_plugin[onnx]"`).
     """
-    # A processor that saturates has the file read and changed.
+    # Where the processor saturates, the file is read and changed.
     need_packages("onnx_session", "onnxruntime", "onnx")
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -73,7 +72,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a file; its exceptions have no class in common but Exception."""
+    """Returns the exceptions that ONNX Runtime raises for a file; their only common class is Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
 
     return (
@@ -88,7 +87,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 @functools.cache
 def saturates() -> bool:
-    """Whether ONNX Runtime's sums of products of uint8 and int8 are wrong on this processor, found by one of them."""
+    """Returns True where ONNX Runtime's sums of products of 8 bits are wrong on this processor; tried once."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -104,8 +103,7 @@ def saturates() -> bool:
 
 
 def _weights_as_unsigned(model: Any) -> bool:
-    """Move int8 weights whose products can saturate to uint8, in place, with their zero points: the same real
-    numbers."""
+    """Moves int8 weights whose products can saturate, and their zero points, to uint8 in place; returns True if any."""
     from onnx import TensorProto, numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -139,5 +137,5 @@ def _weights_as_unsigned(model: Any) -> bool:
 
 
 def exceeds_16_bits(weight: NDArray[np.integer[Any]]) -> bool:
-    """Whether the sum of two products of bytes and of such whole numbers can leave 16 bits."""
+    """Returns True where the sum of two products of a byte and such integers can leave 16 bits."""
     return int(np.abs(weight.astype(np.int16)).max(initial=0)) > LARGEST_EXACT

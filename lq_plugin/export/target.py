@@ -17,8 +17,11 @@ from lq_plugin.export.request import Option, Request, option_faults
 
 
 class Reader(NamedTuple):
-    """An opened file: `run` maps the model's positional inputs to its outputs; `inputs` is the number of tensors that
-    the file takes, None where any number may be given."""
+    """Opened file.
+
+    Args:
+        run: maps the model's positional inputs to its outputs.
+        inputs: number of tensors that the file takes; None: any number."""
 
     run: Callable[..., Any]
     inputs: int | None = None
@@ -84,7 +87,7 @@ class Target(ABC):
         raise ExportError(f"{path}: a file of {self.name} cannot be run")
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
-        """Whether calibration batches are wanted with these options."""
+        """Returns True where these options want calibration batches."""
         return False
 
     def settings(self, request: Request) -> dict[str, Any]:

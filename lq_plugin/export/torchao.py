@@ -2,9 +2,9 @@
 
     y = (q_x · q_Wᵀ - z · Σ q_W) · s_x · s_W + b          q_x = clip(round(x / s_x) + z, -128, 127)
 
-The integers and scales are those of the quantized layer, none is computed again. Weights of fewer bits are kept in a
-byte each; packed files (`lq_plugin.export.packed`) and ONNX keep them small. On CPU this pays with `torch.compile` and
-many rows; at few rows ONNX Runtime is faster (`python -m benchmarks.deploy`).
+Integers and scales are those of the quantized layer. Weights of fewer than 8 bits take a byte each; packed files
+(`lq_plugin.export.packed`) and ONNX keep them small. On CPU this pays with `torch.compile` and many rows; for few rows
+ONNX Runtime is faster (`python -m benchmarks.deploy`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ log = logging.getLogger(__name__)
 
 
 def use_torchao(model: nn.Module) -> dict[str, str]:
-    """Give, in place, every linear layer that torchao can compute an `Int8Tensor` for a weight; the others stay as they
-    are.
+    """Makes weights of linear layers torchao's `Int8Tensor`s, in place, where torchao can compute them.
 
-    Inputs quantized to 8 bits per tensor become torchao's static quantization (int8 products); without an input
-    quantizer the weight alone is int8. The state dict saves with `torch.save` and loads with `weights_only=True` where
-    torchao is imported.
+    The other layers stay as they are. Inputs quantized to 8 bits per tensor become torchao's static quantization (int8
+    products); without an input quantizer the weight alone is int8. The state dict saves with `torch.save` and loads
+    with `weights_only=True` where torchao is imported.
 
     Args:
-        model: prepared and calibrated. It is for inference only afterwards.
+        model: prepared and calibrated. Afterwards it is for inference only.
 
     Returns:
-        Why each of the remaining quantized layers stays, by name.
+        The reason for each quantized layer that stays, by its name.
 
     Raises:
         ExportError: no layer can be changed, with the reason for each.
@@ -66,8 +65,7 @@ def use_torchao(model: nn.Module) -> dict[str, str]:
         layer.input_quantizer is not None and layer.weight.device.type == "cpu" for layer in chosen
     ) and not sums_exactly(127):
         log.warning(
-            "torch's products of 8-bit integers take many times as long as those of floats on a processor without VNNI "
-            "instructions, "
+            "torch multiplies 8-bit integers many times slower than floats on a processor without VNNI instructions, "
             "as this one seems to be: ONNX Runtime (export_onnx) is fast there"
         )
     for layer in chosen:
@@ -90,7 +88,7 @@ class RowsLinear(nn.Linear):
 
 
 def why_not(layer: QuantizedLayer) -> str | None:
-    """Why a layer has no integer kernel in torchao; None when it has one."""
+    """Returns the reason why a layer has no integer kernel in torchao, or None."""
     if weight_is_computed(layer):
         return COMPUTED
     if not isinstance(layer, QuantizedLinear):
@@ -120,8 +118,8 @@ def why_not(layer: QuantizedLayer) -> str | None:
 
 
 def int8_weight(layer: QuantizedLinear) -> Tensor:
-    """The `Int8Tensor` of a layer that `why_not` has nothing against."""
-    # Importing torchao tells of compiled parts that do not fit this torch, and warns of torch's own deprecations.
+    """Returns the `Int8Tensor` of a layer that `why_not` accepts."""
+    # On import, torchao logs about compiled parts that do not fit this torch, and warns of torch's deprecations.
     with quiet("torchao", "torch.utils._pytree"):
         from torchao.quantization import PerTensor as WholeTensor
         from torchao.quantization.quant_primitives import MappingType
@@ -136,10 +134,10 @@ def int8_weight(layer: QuantizedLinear) -> Tensor:
         if inputs is not None:
             grid = inputs.spec.grid
             input_scale, input_zero_point = (value.detach().float().reshape(1, 1) for value in inputs.qparams())
-            # uint8 with its levels 128 lower is int8.
+            # uint8 minus 128 is int8.
             shifted = (input_zero_point - grid.quant_min - 128).to(torch.int8)
             options = {
-                # What a zero point adds has to be taken away again, at the cost of a sum over the weight.
+                # A zero point costs a sum over the weight.
                 "act_quant_kwargs": QuantizeTensorToInt8Kwargs(
                     WholeTensor(), MappingType.ASYMMETRIC if shifted.any() else MappingType.SYMMETRIC
                 ),
@@ -147,17 +145,11 @@ def int8_weight(layer: QuantizedLinear) -> Tensor:
                 "act_quant_zero_point": shifted,
             }
         scale = scale.reshape(-1, 1).expand(layer.out_features, 1).contiguous()
-        return Int8Tensor(
-            levels,
-            scale,
-            [1, layer.in_features],
-            layer.weight.dtype,
-            torch.zeros_like(scale, dtype=torch.int8),
-            **options,
-        )
+        zeros, block = torch.zeros_like(scale, dtype=torch.int8), [1, layer.in_features]
+        return cast(Tensor, Int8Tensor(levels, scale, block, layer.weight.dtype, zeros, **options))
 
 
 def _current(layer: QuantizedLinear, slot: str) -> Any:
-    """The quantizer that is on at this stage of its plan, or None."""
+    """Returns the quantizer in force at this stage of its plan, or None."""
     quantizer: WeightQuantizer | ActivationQuantizer | None = getattr(layer, f"{slot}_quantizer")
     return None if quantizer is None else quantizer.current

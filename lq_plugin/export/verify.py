@@ -1,4 +1,4 @@
-"""Run an exported file beside the model it was made from."""
+"""Comparison of an exported file with the model it was made from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lq_plugin.model.calibrate import evaluating
 
 @dataclass(frozen=True)
 class Verification:
-    """How a file's answers compare with the model's.
+    """Result of comparing a file's outputs with the model's.
 
     Args:
-        samples: compared: classifications, of which a sequence has one a token and a segmented image one a pixel.
+        samples: classifications compared; a sequence has one for each token, a segmented image one for each pixel.
         bit_equal: every number is the same.
-        agreement: share of samples whose largest logit is the same one, 0..1; one with NaN agrees with nothing.
+        agreement: share of samples with the same largest logit, 0..1; a sample with NaN agrees with nothing.
         largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is
             NaN.
     """
@@ -47,21 +47,21 @@ def verify(
     n_inputs: int | None = None,
     target: str | None = None,
 ) -> Verification:
-    """Compare an exported file with the fake-quantized model on some inputs.
+    """Compares an exported file with the fake-quantized model on some inputs.
 
     Args:
-        model: the one that was exported. It gives a tensor, or a tuple, list or dict of them: all are compared, and
+        model: the exported one. Its output is a tensor, or a tuple, list or dict of them: all are compared, and
             `agreement` is that of the first.
-        path: `.onnx` or packed.
+        path: of the file; its suffix says which target wrote it, any other suffix is that of a packed file.
         inputs: batches, each a tensor or a tuple or list that begins with the positional inputs, which may be nested
             (keys in the order of the example that the file was exported with).
-        fresh: makes a float model for a packed file to be read into.
-        runtime: of an ONNX file: "onnxruntime" or "openvino".
+        fresh: makes a float model, into which a packed file is read.
+        runtime: of an ONNX file: "onnxruntime" or "openvino"; None: the target's first.
         classes: dim of the logits in the first output. None: 1 where it has four dims or more (`[N, C, H, W]`), else
             the last one (`[N, C]`, `[N, L, C]`).
-        n_inputs: how many elements of a tuple or list are inputs; what follows them, such as the targets of a
-            DataLoader's `(x, y)`, is not looked at. None: those with as many tensors as an ONNX file has inputs; all of
-            them where the file is packed.
+        n_inputs: number of elements of a tuple or list that are inputs; the rest, such as the targets of a DataLoader's
+            `(x, y)`, is ignored. None: those with as many tensors as the file has inputs; all where the file is packed.
+        target: name of the target that wrote the file; None: by its suffix.
 
     Raises:
         ExportError: no inputs, an unknown runtime, no way to read the file, or batches or outputs that cannot be
@@ -83,10 +83,10 @@ def verify(
 
 
 def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
-    """The positional inputs that a batch begins with: `count` of them, those with so many `tensors`, or all.
+    """Returns the positional inputs that a batch begins with: `count` of them, those with so many `tensors`, or all.
 
     Raises:
-        ExportError: where they are no tensors, too few, or not what the model takes.
+        ExportError: they are no tensors, not enough, or not what the model takes.
     """
     args = (list(batch) if isinstance(batch, (tuple, list)) else [batch])[:count]
     if tensors is not None:
@@ -96,8 +96,7 @@ def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | N
     if wrong := [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]:
         raise ExportError(
             f"{where} is a tensor, or a tuple or list that begins with the positional inputs (a mapping that is one "
-            "stands in a tuple); "
-            f"got {', '.join(wrong)}"
+            f"stands in a tuple); got {', '.join(wrong)}"
         )
     if tensors is not None and len(leaves) != tensors:
         raise ExportError(f"{where} has {len(leaves)} inputs, the file has {tensors}")
@@ -116,7 +115,7 @@ def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | N
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor of an output in the order of the exported graph, which has no place for None either.
+    """Yields every tensor of an output in the order of the exported graph, which has no place for None.
 
     Raises:
         ExportError: for anything else.
@@ -134,7 +133,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass
 class _Comparison:
-    """What was found so far."""
+    """Running result of a comparison."""
 
     classes: int | None
     samples: int = 0
@@ -158,7 +157,7 @@ class _Comparison:
     def _measure(self, index: int, mine: Tensor, theirs: Tensor) -> None:
         finite = mine[mine.isfinite()]
         self.largest[index] = max(self.largest[index], float(finite.abs().max()) if finite.numel() else 0.0)
-        # The same infinity on both sides, of a mask, is no difference, and inf - inf would be NaN.
+        # Equal infinities, of a mask, are no difference; inf - inf would be NaN.
         difference = torch.where(mine == theirs, 0.0, (mine - theirs).abs())
         if difference.numel():
             found, before = float(difference.max()), self.difference[index]

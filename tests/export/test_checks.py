@@ -93,7 +93,7 @@ def test_sums_from(net, x, tmp_path, no_work, batches, message):
 def test_no_sums_is_said(net, x, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         export_onnx(net, (x,), tmp_path / "net.onnx", sums_from=iter([x, (x[:1],)]))
-    assert "sums_from has no effect, no sum in the graph reads a convolution of whole numbers" in caplog.text
+    assert "sums_from has no effect, no sum in the graph reads an integer convolution" in caplog.text
 
 
 def test_after_use_torchao(net, x, tmp_path):

@@ -1,16 +1,16 @@
 """Biases next to quantized inputs, in a form that ONNX Runtime computes as it stands.
 
-ONNX Runtime (1.32, `WeightBiasQuantization`) makes int32 of a float bias of a Conv, ConvTranspose or Gemm whose input
-is dequantized and whose result is quantized, in steps of input scale times weight scale. It does not look whether the
-bias fits: where a channel's weights are tiny the numbers wrap around. And it makes int8 of float weights there. So the
-file leaves nothing to be done:
+ONNX Runtime (1.32, `WeightBiasQuantization`) converts the float bias of a Conv, ConvTranspose or Gemm whose input is
+dequantized and whose result is quantized to int32, in steps of input scale times weight scale. It does not check that
+the bias fits: where a channel's weights are tiny, the integers wrap around. It also converts float weights to int8
+there. So the file leaves nothing to be done:
 
-    the bias fits       DequantizeLinear(int32) with that step, half of which is what its rounding may be off
-    it does not         it is added afterwards, in float, as is
-    float weights       the same; without a bias the result passes a Sum of one operand
+    the bias fits       DequantizeLinear(int32) with that step; its rounding error is at most half a step
+    it does not fit     it is added afterwards, in float
+    float weights       also added afterwards; without a bias the result passes a Sum of one operand
 
-The node that adds is one which no other pass of ONNX Runtime puts back: Sum after Conv, ConvTranspose and MatMul (it
-makes a Conv of Conv and Add, a Gemm of MatMul and Add), Add after Gemm (it makes a Gemm of Gemm and Sum).
+The bias is added by a node that no other pass of ONNX Runtime fuses back: Sum after Conv, ConvTranspose and MatMul
+(Conv and Add are fused to Conv, MatMul and Add to Gemm), Add after Gemm (Gemm and Sum are fused to Gemm).
 """
 
 from __future__ import annotations
@@ -24,21 +24,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lq_plugin.export.onnx_file.readers import CONV, names_read
 
-#: What may stand between a product and the QuantizeLinear that reads it: the runtime moves QuantizeLinear through most
-#: of them.
+#: Operations allowed between a product and the QuantizeLinear that reads it; the runtime moves it through most of them.
 _BETWEEN = (
-    "Relu",
-    "Clip",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "MaxPool",
-    "Slice",
-    "Pad",
-    "Identity",
-)
+    "Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Pad", "Identity",
+)  # fmt: skip
 #: Kernels sum products in int32.
 _LIMIT = 2**31 - 1
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
@@ -48,11 +37,10 @@ def settle_biases(model: onnx.ModelProto) -> list[str]:
     """Rewrites, in place, what ONNX Runtime would quantize on its own.
 
     Args:
-        model: as `export_onnx` has it, quantized.
+        model: quantized by `export_onnx`.
 
     Returns:
-        Names of the biases of integer weights that do not fit and are added in float: the runtime computes such layers
-        in float.
+        Names of biases next to integer weights that do not fit: the runtime computes such layers in float.
     """
     return _Biases(model).settle()
 
@@ -68,7 +56,7 @@ class _Biases:
                 self.readers.setdefault(name, []).append(node)
         self.before: dict[str, list[onnx.NodeProto]] = {}
         self.after: dict[str, onnx.NodeProto] = {}
-        #: What a bias was made to, by its name and the bytes of its step.
+        #: Dequantized biases by name and the bytes of the step.
         self.made: dict[tuple[str, bytes], str] = {}
 
     def settle(self) -> list[str]:
@@ -101,7 +89,7 @@ class _Biases:
         return moved
 
     def _input_scale(self, name: str) -> NDArray[Any] | None:
-        """The scale of a dequantized activation, where it is a single one."""
+        """Returns the scale of a dequantized activation where it is a single one, else None."""
         node = self.producer.get(name)
         while node is not None and node.op_type in _BETWEEN:
             node = self.producer.get(node.input[0])
@@ -120,14 +108,14 @@ class _Biases:
         )
 
     def _bias(self, node: onnx.NodeProto) -> str | None:
-        """The constant that is added to a product."""
+        """Returns the constant that is added to a product, or None."""
         if node.op_type != "MatMul":
             return node.input[2] if len(node.input) == 3 and node.input[2] in self.constants else None
         added = self._sum_of(node)
         return None if added is None else next(name for name in added.input if name != node.output[0])
 
     def _sum_of(self, matmul: onnx.NodeProto) -> onnx.NodeProto | None:
-        """The Add which alone reads a MatMul, and adds a constant vector."""
+        """Returns the Add that alone reads a MatMul and adds a constant vector, or None."""
         readers = self.readers.get(matmul.output[0], [])
         if len(readers) != 1 or readers[0].op_type != "Add":
             return None
@@ -135,12 +123,12 @@ class _Biases:
         return readers[0] if vectors else None
 
     def _is_constant(self, name: str) -> bool:
-        """Whether nothing but constants goes into a value."""
+        """Returns True where only constants go into a value."""
         node = self.producer.get(name)
         return name in self.constants if node is None else all(self._is_constant(read) for read in node.input if read)
 
     def _is_quantized_later(self, name: str) -> bool:
-        """Whether a QuantizeLinear reads a value, or what is made of it by operations that only move or clip."""
+        """Returns True where a QuantizeLinear reads a value, directly or after operations that only move or clip it."""
         for node in self.readers.get(name, []):
             if node.op_type == "QuantizeLinear" or (
                 node.op_type in _BETWEEN and self._is_quantized_later(node.output[0])
@@ -156,15 +144,14 @@ class _Biases:
         return False
 
     def _is_integer_gemm(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> bool:
-        """Whether a Gemm has a kernel of integers, which wants its bias as one of them also where its result stays
-        float."""
+        """Returns True for a Gemm with an integer kernel, which wants an integer bias even for a float result."""
         codes = self.constants.get(weight.input[0])
         return node.op_type == "Gemm" and codes is not None and codes.data_type in _BYTES
 
     def _in_steps(
         self, bias: str, weight: onnx.NodeProto, input_scale: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """The bias as int32, and the step; None where a sum of products and it might leave int32."""
+        """Returns the bias as int32 and its step, or None where a sum of products with it might leave int32."""
         values = self._value(bias).astype(np.float64)
         step = (self._value(weight.input[1]) * np.float32(input_scale.reshape(()))).astype(np.float32)
         if np.broadcast_shapes(values.shape, step.shape) != values.shape or not step.all():
@@ -173,7 +160,7 @@ class _Biases:
         return (integers, step) if (np.abs(integers) + self._largest_sum(weight) <= _LIMIT).all() else None
 
     def _largest_sum(self, weight: onnx.NodeProto) -> NDArray[Any]:
-        """What the products of integers of each output channel with bytes can add up to."""
+        """Returns the largest sum of products of bytes with the integers of each output channel."""
         codes = self._codes(weight.input[0]).astype(np.int64)
         axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
         if len(weight.input) == 3:
@@ -192,7 +179,8 @@ class _Biases:
         return self._value(name if node is None else node.input[0])
 
     def _value(self, name: str) -> NDArray[Any]:
-        return numpy_helper.to_array(self.constants[name])
+        value: NDArray[Any] = numpy_helper.to_array(self.constants[name])
+        return value
 
     def _read_integers(
         self, node: onnx.NodeProto, bias: str, weight: onnx.NodeProto, integers: NDArray[Any], step: NDArray[Any]
@@ -235,7 +223,7 @@ class _Biases:
         self.after[node.output[0]] = helper.make_node(kind, operands, [result], f"node_{result}_with_bias")
 
     def _spread(self, bias: str, dims: int) -> str:
-        """The bias of a convolution as `[C, 1, ...]`."""
+        """Returns the bias of a convolution as `[C, 1, ...]`."""
         name = f"{bias}_spread"
         if name not in self.constants:
             self._constant(name, self._value(bias).reshape(-1, *[1] * dims))
@@ -246,7 +234,7 @@ class _Biases:
         self.constants[name] = self.graph.initializer[-1]
 
     def _rebuild(self) -> None:
-        """Puts the new nodes in their places, and drops the constants that nothing reads any more."""
+        """Puts the new nodes in their places, and drops constants that nothing reads any more."""
         nodes = []
         for node in self.graph.node:
             nodes += [

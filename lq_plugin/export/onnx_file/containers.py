@@ -1,9 +1,9 @@
-"""How a quantized weight is said in ONNX: whole numbers in a standard integer type, a scale for each block of them.
+"""Containers of quantized weights in ONNX: integers of a standard type, and a scale for each block of them.
 
     w = (q - zero_point) · scale                          DequantizeLinear, with axis or block_size
     w = table[q]                                          Gather
 
-| format | whole numbers | block |
+| format | integers | block |
 |---|---|---|
 | int | the levels: INT2, INT4, INT8, INT16 or UINT2 to UINT16 | of the granularity; two-level scales multiplied out |
 | mx4, mx6, mx9 | the levels, INT4 or INT8 | 2 |
@@ -11,7 +11,7 @@
 | sign, bwn, twn | -1, 0, 1: INT2 | of the granularity |
 | ttq, kmeans | an index, and the table | per tensor |
 
-All of them are exact. MXFP8 has none: its values need 18 bits as whole numbers.
+All of them are exact. MXFP8 has none: its values need 18 bits as integers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an export starts from: a float copy of the model, and its ONNX graph as torch makes it."""
+"""Start of an export: a float copy of the model, and its ONNX graph as torch makes it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ def float_graph(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> Any:
-    """A float model as an ONNX graph whose initializers keep the names of the parameters.
+    """Returns a float model as an ONNX graph whose initializers keep the names of the parameters.
+
+    Args:
+        plain: float, on the CPU.
+        inputs: positional arguments, as an example.
+        shapes: dynamic dims, as `torch.onnx.export` takes them; None: all are fixed.
+        input_names, output_names: of the graph; None: torch's.
 
     Raises:
         ExportError: torch has no graph for it.
     """
-    # They tell of every step on the console, warn of packages that could be installed, and print the graph of what
-    # fails. Without gradients: with them attention over a learned bias is taken apart in a way that the exporter cannot
-    # follow.
+    # They log every step, warn of packages that could be installed, and print the graph of a failure. Without
+    # gradients: with them torch decomposes attention over a learned bias in a way that the exporter cannot follow.
     heard = io.StringIO()
     with (
         quiet("torch", "torch.onnx", "onnx_ir", "onnxscript"),
@@ -53,7 +58,7 @@ def float_graph(
 
 
 def _reason(error: BaseException) -> str:
-    """What is at the root of it, and the line of the model where it happened, if that is told."""
+    """Returns the root of an error, and the line of the model where it happened, if that is told."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
@@ -63,12 +68,12 @@ def _reason(error: BaseException) -> str:
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """`inference_copy`, without quantizers."""
+    """Returns `inference_copy` without quantizers."""
     plain = inference_copy(model)
     remove(plain)
     return plain
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
+    """Returns a copy on the CPU in evaluation mode, without the Trainer that a LightningModule may hold."""
     return copy_model(model).eval().cpu()

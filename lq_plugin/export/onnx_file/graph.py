@@ -1,4 +1,4 @@
-"""Changes to an ONNX graph: weights as whole numbers, activations through QuantizeLinear and back."""
+"""Changes to an ONNX graph: weights as integers, activations through QuantizeLinear and back."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _TYPES = {
     (16, True): TensorProto.INT16,
     (16, False): TensorProto.UINT16,
 }
-#: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for. It takes a hundred times as long for others.
+#: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
 _FAST_GROUPS = (128, 64, 32)
-#: Of an activation, and of a weight, that is 0 altogether, where any scale says so. In steps of their product biases up
-#: to 32 fit into int32, with 26 bits after the point.
+#: Scales of an activation and of a weight that are 0 everywhere, where any scale would do. In steps of their product,
+#: biases up to 32 fit into int32, with 26 fractional bits.
 _SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
-#: Types that the opset of a graph may lack: the first opset, and the first format version, that have them.
+#: First opset and first format version with the types of so many bits.
 _NEWER = {2: (25, 13)}
 
 
 class Graph:
-    """An exported model whose initializers have the names of the parameters.
+    """Exported model whose initializers have the names of the parameters.
 
     Args:
         model: changed in place.
@@ -53,12 +53,12 @@ class Graph:
         self.smallest = smallest
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
-        #: New nodes by the name of the node that they stand before, and by the value that they stand behind.
+        #: New nodes by the name of the node that follows them, and by the value that they read.
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        self.behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.after: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.shared: dict[tuple[Any, ...], str] = {}
         self.codes: dict[tuple[Any, ...], str] = {}
-        #: Layers that ONNX Runtime has no kernel for, and why.
+        #: Layers without a kernel in ONNX Runtime, with the reason.
         self.slow: dict[str, str] = {}
 
     def put_weight(
@@ -69,7 +69,15 @@ class Graph:
         content: tuple[Container, bool],
         through_transpose: bool,
     ) -> None:
-        """Let `nodes`, calls of one layer, read the weight from whole numbers."""
+        """Lets `nodes`, calls of one layer, read the weight from integers.
+
+        Args:
+            name: of the layer.
+            source: initializer of the float weight.
+            nodes: convolutions, matrix products or Gathers.
+            content: the container, and True where its dims 0 and 1 are exchanged in the layer.
+            through_transpose: the nodes read the weight through a Transpose.
+        """
         weight, exchanged = content
         transposed = {through_transpose or self._reads_transposed(node) for node in nodes}
         if len(transposed) != 1:
@@ -85,7 +93,14 @@ class Graph:
     def put_parameter(
         self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]
     ) -> None:
-        """Let nodes that do anything with a parameter read it from whole numbers."""
+        """Lets nodes that do anything with a parameter read it from integers.
+
+        Args:
+            name: of the layer.
+            source: initializer of the float parameter.
+            users: the nodes.
+            content: see `put_weight`.
+        """
         nodes, through_transpose = calls(self.graph, users)
         if len(nodes) == 1 and nodes[0].op_type in MATRIX:
             self.put_weight(name, source, nodes, content, through_transpose)
@@ -102,7 +117,7 @@ class Graph:
     def _dequantized(
         self, name: str, before: onnx.NodeProto, weight: Container, flipped: bool = False, factor: Tensor | None = None
     ) -> str:
-        """The real weight, made before a node: `[C_in, C_out]` if flipped, with its channels multiplied by factors."""
+        """Returns the name of the real weight, made before a node; flipped: `[C_in, C_out]`, channels times factors."""
         source = f"{name}.weight"
         q = weight.q.transpose(0, 1) if flipped else weight.q
         if weight.table is not None:
@@ -151,7 +166,7 @@ class Graph:
         return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
 
     def _weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
-        """The whole numbers of a weight, once for tied layers that have the same ones."""
+        """Returns the name of a weight's integers, one for tied layers."""
         content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
         if content not in self.codes:
             self.codes[content] = self._initializer(name, values, kind)
@@ -160,8 +175,7 @@ class Graph:
 
     @staticmethod
     def _reads_transposed(node: onnx.NodeProto) -> bool:
-        """Whether a Gemm had its weight as `[C_out, C_in]`; from now on it is `[C_in, C_out]`, which runtimes have
-        kernels for."""
+        """Makes a Gemm read `[C_in, C_out]`, for which runtimes have kernels; True where it read the transpose."""
         flags = [a for a in node.attribute if a.name == "transB" and a.i] if node.op_type == "Gemm" else []
         for flag in flags:
             flag.i = 0
@@ -189,8 +203,15 @@ class Graph:
         axis: int | None,
         operand: int = 0,
     ) -> None:
-        """Quantize what `node` reads as its input `operand`; readers of one tensor with the same qparams share the
-        nodes."""
+        """Quantizes input `operand` of a node; readers of one tensor with the same qparams share the nodes.
+
+        Args:
+            node: that reads the activation.
+            scale, zero_point: `[]`, or `[C]` with an axis.
+            grid: integer levels.
+            axis: of the channels; None: per tensor.
+            operand: which of the node's inputs.
+        """
         source = node.input[operand]
         # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each
         # channel.
@@ -205,9 +226,9 @@ class Graph:
         node.input[operand] = self.shared[key]
 
     def _round(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int) -> str:
-        """An activation on its levels, by float operations: what `fake_quantize` computes, bit for bit."""
+        """Returns an activation on its levels by float operations, bit-equal to `fake_quantize`."""
         shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]
-        added, stem = self.behind[source], f"{source}.quantized_{len(self.shared)}"
+        added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
         constants = {
             "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point,
             "scale": scale,
@@ -233,13 +254,13 @@ class Graph:
     def _quantize(
         self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None
     ) -> str:
-        # Next to where it is made: those who read it may stand in any order.
-        added = self.behind[source]
+        # Next to where it is made: its readers may be in any order.
+        added = self.after[source]
         bits = 8 if grid.levels <= 256 else 16
         stem = f"{source}.quantized_{len(self.shared)}"
         outermost = {"low": (grid.quant_min - zero_point) * scale, "high": (grid.quant_max - zero_point) * scale}
         if axis is None and scale <= MIN_SCALE:
-            # Nothing but 0 was seen, and nothing else passes.
+            # Only 0 was seen, and only 0 passes.
             scale, outermost = np.full_like(scale, _SCALE_OF_ZEROS), dict.fromkeys(outermost, np.zeros_like(scale))
         elif grid.levels in (256, 65536):
             outermost = {}
@@ -250,7 +271,7 @@ class Graph:
                 for key, end in outermost.items()
             ]
             source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
-        # Signed levels moved up to unsigned ones: the same numbers, which runtimes have the faster kernels for.
+        # Signed levels become unsigned ones: the same real numbers, for which runtimes have faster kernels.
         kind = self._type(bits, False, source)
         zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed else 0)
         parameters = [
@@ -262,8 +283,7 @@ class Graph:
         return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
 
     def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
-        """Factors that a following batch norm brings to the output channels; its shift goes to the bias. None: there is
-        none."""
+        """Moves the shift of a following batch norm into the bias; returns its factors for the channels, or None."""
         if node.op_type != "Conv":
             return None
         followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
@@ -286,7 +306,7 @@ class Graph:
         )
         del node.input[2:]
         node.input.append(moved)
-        # Under the norm's name, which other nodes read, and which may be an output of the graph, too.
+        # Under the norm's name, which other nodes read and which may be an output of the graph.
         node.output[0] = norm.output[0]
         self.graph.node.remove(norm)
         return torch.from_numpy(factor.astype(np.float32))
@@ -318,10 +338,10 @@ class Graph:
         return _make(self.before[before.name], op_type, inputs, output, **attributes)
 
     def finish(self) -> onnx.ModelProto:
-        """Put the new nodes where they belong, drop what nothing reads."""
-        nodes = [new for value in self.graph.input for new in self.behind[value.name]]
+        """Puts the new nodes where they belong and drops what nothing reads."""
+        nodes = [new for value in self.graph.input for new in self.after[value.name]]
         for node in self.graph.node:
-            nodes += [*self.before[node.name], node, *(new for value in node.output for new in self.behind[value])]
+            nodes += [*self.before[node.name], node, *(new for value in node.output for new in self.after[value])]
         used = {value.name for value in self.graph.output}
         alive: list[onnx.NodeProto] = []
         for node in reversed(nodes):
@@ -342,16 +362,16 @@ class Graph:
 
 
 def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-    """Append a node; its output's name."""
+    """Appends a node; returns its output's name."""
     nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
     return output
 
 
 def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers and scales of weights whose channels are multiplied with a factor each.
+    """Returns integers and scales of weights whose channels are multiplied with a factor each.
 
-    A negative factor changes the sign of the whole numbers where their type has all the negatives, else that of the
-    scale. A factor of 0 leaves no weight. All of it is exact.
+    A negative factor changes the sign of the integers where their type holds all the negatives, else that of the scale.
+    A factor of 0 leaves no weight. All of it is exact.
 
     Args:
         q: `[C_out, ...]`, no smaller than the type's `lowest`; 0: of a type without negatives.
@@ -367,9 +387,9 @@ def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tenso
 
 
 def _ordinary(scale: Tensor, q: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Scales of output channels, the median one for those whose weights are all 0, where any says the same.
+    """Returns scales of output channels, with the median one for channels whose weights are all 0.
 
-    Their own scale is the smallest that there is, and biases are rounded in steps of it.
+    There any scale gives the same weights; their own is the smallest possible, and biases are rounded in steps of it.
 
     >>> _ordinary(torch.tensor([0.5, 1e-30]), torch.tensor([[1, 2], [0, 0]]), None)
     tensor([0.5000, 0.5000])

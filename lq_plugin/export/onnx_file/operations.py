@@ -1,4 +1,4 @@
-"""Where an exported graph computes the operations that a recording names: `block.add_0`, `matmul_1`, `cat_0`."""
+"""Nodes of an exported graph for the operations that a recording names: `block.add_0`, `matmul_1`, `cat_0`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPERATORS = {
 
 
 def operation_nodes(model: onnx.ModelProto, operations: Iterable[Operation]) -> dict[str, onnx.NodeProto]:
-    """The node of each operation.
+    """Returns the node of each operation.
 
     Nodes carry the module and the operator they were exported from. Those of one module and kind whose operands depend
     on the model's inputs come in the order in which a recording counts them.
@@ -49,7 +49,7 @@ def operation_nodes(model: onnx.ModelProto, operations: Iterable[Operation]) -> 
 
 
 def _by_place(model: onnx.ModelProto) -> dict[tuple[str, str, str], list[onnx.NodeProto]]:
-    """Nodes in which activations meet, by the module, torch's operator and ONNX's."""
+    """Returns the nodes in which activations meet, by the module, torch's operator and ONNX's."""
     activations = {value.name for value in model.graph.input}
     places: dict[tuple[str, str, str], list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""Which nodes of an exported graph read a layer's weight, and what they compute with it."""
+"""Nodes of an exported graph that read a layer's weight, and what they compute with it."""
 
 from __future__ import annotations
 
@@ -11,46 +11,41 @@ import onnx
 CONV = ("Conv", "ConvTranspose")
 MATRIX = ("MatMul", "Gemm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
-#: What takes a parameter apart and puts it together in another order.
+#: Operations that take a parameter apart and put it together in another order.
 _PARTS = (
-    "Slice",
-    "Split",
-    "SplitToSequence",
-    "SequenceAt",
-    "Transpose",
-    "Concat",
-    "Unsqueeze",
-    "Squeeze",
-    "Identity",
-    "Reshape",
-    "Gather",
-)
-#: What asks of a parameter its shape or its type only.
+    "Slice", "Split", "SplitToSequence", "SequenceAt", "Transpose", "Concat", "Unsqueeze", "Squeeze", "Identity",
+    "Reshape", "Gather",
+)  # fmt: skip
+#: Operations that read only the shape or the type of a parameter.
 _LOOKS = ("Shape", "CastLike")
 
 
 def told(node: onnx.NodeProto, key: str) -> list[str]:
-    """A list of torch's exporter about a node; its last element is of the operator that the node was made from."""
+    """Returns a list that torch's exporter noted at a node; its last element is that of the operator itself."""
     found = next((entry.value for entry in node.metadata_props if entry.key.rpartition(".")[2] == key), "[]")
     return [str(item) for item in ast.literal_eval(found)]
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:
-    """Names of the modules in whose forward a node is computed, the model's own ("") first."""
+    """Returns names of the modules in whose forward a node is computed, the model's own ("") first."""
     return told(node, "name_scopes")[:-1]
 
 
 def readers(graph: onnx.GraphProto, source: str, modules: Collection[str]) -> list[onnx.NodeProto]:
-    """The nodes that read a parameter in the forward of a module, by any of its names.
+    """Returns the nodes that read a parameter in the forward of a module, by any of its names.
 
-    Others have it, too, where it is tied or read past its layer (`F.linear(x, self.embedding.weight)`).
+    Other nodes also read it where it is tied or read past its layer (`F.linear(x, self.embedding.weight)`).
+
+    Args:
+        graph: exported.
+        source: initializer of the parameter.
+        modules: names of the module.
     """
     return [node for node in graph.node if source in node.input and not set(modules).isdisjoint(modules_of(node))]
 
 
 def calls(graph: onnx.GraphProto, users: Sequence[onnx.NodeProto]) -> tuple[list[onnx.NodeProto], bool]:
-    """What computes with a parameter that some nodes read: these, or what reads it through a Transpose of theirs; and
-    whether so."""
+    """Returns the nodes that compute with a parameter, directly or through a Transpose, and True in the second case."""
     users = [node for node in users if node.op_type not in _LOOKS]
     turned = {node.output[0] for node in users if node.op_type == "Transpose"}
     if not users or len(turned) != len(users):
@@ -61,8 +56,13 @@ def calls(graph: onnx.GraphProto, users: Sequence[onnx.NodeProto]) -> tuple[list
 def layer_calls(
     graph: onnx.GraphProto, users: Sequence[onnx.NodeProto], layer: Any
 ) -> tuple[list[onnx.NodeProto], bool] | None:
-    """`calls` of a layer: one node for each time that it runs. None: its forward is one of its own, and does something
-    else."""
+    """Returns `calls` of a layer, one node for each run of it, or None where its own forward does something else.
+
+    Args:
+        graph: exported.
+        users: nodes that read the weight.
+        layer: quantized.
+    """
     found, transposed = calls(graph, users)
     kinds = {node.op_type for node in found}
     if len(kinds) != 1 or not kinds.issubset((*CONV, *MATRIX, "Gather")):
@@ -74,7 +74,13 @@ def layer_calls(
 
 
 def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Nodes that multiply their first input with a parameter that some nodes read, or with a part of it."""
+    """Returns nodes that multiply their first input with a parameter that some nodes read, or with a part of it.
+
+    Args:
+        graph: exported.
+        source: initializer of the parameter.
+        users: nodes that read it.
+    """
     parts: set[str] = set()
     found = []
     for node in graph.node:
@@ -87,8 +93,7 @@ def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto
 
 
 def names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values that a node reads, by its inputs or in its bodies (of If and Loop), which may read any value
-    outside."""
+    """Yields the values that a node reads, by its inputs or in its bodies (of If and Loop)."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:

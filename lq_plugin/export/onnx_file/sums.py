@@ -1,4 +1,4 @@
-"""Whole numbers through residual sums, so that no float operation stands between two integer convolutions.
+"""Integers through residual sums, so that no float operation stands between two integer convolutions.
 
 A plan quantizes what layers read. The sum of a residual block reads a convolution's output as it is, in float, and a
 runtime has an integer kernel only for a convolution whose output is quantized as well:
@@ -9,7 +9,7 @@ runtime has an integer kernel only for a convolution whose output is quantized a
 
 Here both operands and the result of such sums get a QuantizeLinear and a DequantizeLinear of 8 bits, their ranges found
 on calibration data, by running the file. A shortcut that leads from a tensor which is quantized to 8 bits already reads
-that one; slices and zero pads on its way then move whole numbers. Where only layers of other levels read the
+that one; slices and zero pads on its way then move integers. Where only layers of other levels read the
 sum (16 bits, a scale for each channel), theirs alone are in force. This is more rounding than the plan asks for:
 compare with `lq_plugin.export.verify`.
 """
@@ -35,22 +35,22 @@ from lq_plugin.ranges import Histogram, estimate_range
 Feed: TypeAlias = Mapping[str, NDArray[Any]]
 
 _GRID = QuantSpec.parse("uint8 affine").grid
-#: Operations that only move values: whole numbers go through them as they are.
+#: Operations that only move values, and so also integers.
 _MOVES = ("Slice", "Pad")
-#: What a runtime applies to a sum before it rounds it.
+#: Operations that a runtime applies to a sum before it rounds it.
 _AFTER = ("Relu", "Clip")
 
 
 def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str = "mse") -> int:
-    """Quantize the operands and results of sums behind integer convolutions, in place.
+    """Quantizes operands and results of sums after integer convolutions, in place.
 
     Args:
-        model: as `export_onnx` makes it.
+        model: made by `export_onnx`.
         feeds: calibration batches, arrays by input name.
         range_name: estimator of the ranges (`lq_plugin.ranges`).
 
     Returns:
-        How many sums there are now.
+        The number of quantized sums.
 
     Raises:
         ExportError: without batches.
@@ -77,7 +77,7 @@ class _Sums:
                 self.readers.setdefault(name, []).append(node)
 
     def find(self) -> list[onnx.NodeProto]:
-        """Sums of two computed tensors, one of them a convolution of whole numbers that nothing else reads."""
+        """Returns sums of two computed tensors, one of them an integer convolution that nothing else reads."""
         found = []
         for node in self.graph.node:
             if node.op_type != "Add" or any(name in self.constants for name in node.input):
@@ -117,7 +117,7 @@ class _Sums:
         return node is not None and node.op_type == "DequantizeLinear"
 
     def _origin(self, name: str) -> str:
-        """The tensor that an operand is a slice or a zero-padded copy of, where nothing but the sum reads the copy."""
+        """Returns the tensor that an operand is a slice or zero-padded copy of, where only the sum reads the copy."""
         while (node := self.producer.get(name)) is not None and node.op_type in _MOVES and self._is_plain_move(node):
             name = node.input[0]
         return name
@@ -135,10 +135,10 @@ class _Sums:
     def _result(self, node: onnx.NodeProto) -> str:
         name = node.output[0]
         readers = self.readers.get(name, [])
-        return readers[0].output[0] if len(readers) == 1 and readers[0].op_type in _AFTER else name
+        return str(readers[0].output[0]) if len(readers) == 1 and readers[0].op_type in _AFTER else name
 
     def _codes(self, name: str) -> onnx.NodeProto | None:
-        """The QuantizeLinear to 8 bits, of one scale, that reads a tensor already."""
+        """Returns the QuantizeLinear to 8 bits, with one scale, that reads a tensor already, or None."""
         for node in self.readers.get(name, []):
             if node.op_type == "QuantizeLinear" and node.input[0] == name:
                 zero_point = self.constants.get(node.input[2])
@@ -149,7 +149,7 @@ class _Sums:
     def _ranges(
         self, names: list[str], feeds: Iterable[Feed], range_name: str
     ) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-        """Scale and zero point of tensors, from running the graph with them as further outputs."""
+        """Returns scale and zero point of tensors, from running the graph with them as further outputs."""
         probe = onnx.ModelProto()
         probe.CopyFrom(self.model)
         known = {value.name for value in probe.graph.output}
@@ -174,7 +174,7 @@ class _Sums:
     def _through_codes(
         self, name: str, qparams: tuple[NDArray[Any], NDArray[Any]] | None
     ) -> tuple[onnx.NodeProto, str]:
-        """The QuantizeLinear of a tensor and what its DequantizeLinear gives; both are made where there are none."""
+        """Returns the QuantizeLinear of a tensor and the name of its dequantized value, made where there are none."""
         quantizer = self._codes(name)
         if quantizer is not None:
             return quantizer, next(
@@ -195,7 +195,7 @@ class _Sums:
         return quantizer, real.output[0]
 
     def _moved(self, name: str, real: Mapping[str, tuple[onnx.NodeProto, str]]) -> str:
-        """An operand read from whole numbers: the slices and pads between it and its origin move those."""
+        """Returns an operand read from integers: slices and pads between it and its origin move those."""
         origin = self._origin(name)
         quantizer, dequantized = real[origin]
         if origin == name:
@@ -218,14 +218,14 @@ class _Sums:
             "DequantizeLinear", [source, *quantizer.input[1:3]], [f"{name}.sum_real"], f"node_{name}.sum_real"
         )
         self.after.setdefault(source, []).append(result)
-        return result.output[0]
+        return str(result.output[0])
 
     def _constant(self, name: str, value: NDArray[Any]) -> None:
         self.graph.initializer.append(numpy_helper.from_array(value, name))
         self.constants[name] = self.graph.initializer[-1]
 
     def _rebuild(self) -> None:
-        """New nodes into the graph; nodes in an order in which everything is computed before it is read."""
+        """Puts new nodes into the graph and sorts it, so that everything is computed before it is read."""
         waiting = [*self.graph.node, *(node for nodes in self.after.values() for node in nodes)]
         made = {name for node in waiting for name in node.output}
         ready: set[str] = set()

@@ -1,9 +1,9 @@
-"""One ONNX file in the standard QDQ form, which ONNX Runtime, OpenVINO and TensorRT read.
+"""Writer of ONNX files in the standard QDQ form, which ONNX Runtime, OpenVINO and TensorRT read.
 
-The float model is exported by `torch.onnx.export`, and then gets its quantization back: each quantized weight becomes
-whole numbers and a DequantizeLinear (or a Gather from its table), each quantized activation a QuantizeLinear and a
+`torch.onnx.export` exports the float model, which then gets its quantization back: each quantized weight becomes
+integers and a DequantizeLinear (or a Gather from its table), each quantized activation a QuantizeLinear and a
 DequantizeLinear. Batch norms after a quantized convolution move into its scales and bias; a negative factor changes the
-sign of the channel's whole numbers, or of its scale where their type lacks the negative of one of them.
+sign of the channel's integers, or of its scale where their type lacks the negative of one of them.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ def export_onnx(
     dynamic_dims: Sequence[int] = (),
     exported: onnx.ModelProto | None = None,
 ) -> int:
-    """Write a prepared and calibrated model as ONNX.
+    """Writes a prepared and calibrated model as ONNX.
 
     Args:
         model: prepared; it is not changed.
-        inputs: positional arguments of its forward, as an example, nested ones too; at least two samples where the
-            batch is dynamic.
+        inputs: positional arguments of its forward, as an example, also nested; at least two samples where the batch is
+            dynamic.
         path: of the file.
         dynamic_batch: dim 0 of every input may have any size.
         input_names, output_names: of the graph; as many names as `inputs` has tensors.
         sums_from: calibration batches, each a tensor or a tuple like `inputs`, without targets. With them residual sums
-            between convolutions are rounded to 8 bits too, which keeps runtimes in whole numbers
-            (`lq_plugin.export.onnx_file.sums`). None: the file rounds nothing but what the plan says.
+            between convolutions are also rounded to 8 bits, which keeps runtimes in integers
+            (`lq_plugin.export.onnx_file.sums`). None: the file rounds only what the plan says.
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
         dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
         exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most
@@ -121,7 +121,7 @@ def export_onnx(
     nodes, faults = _put_weights(
         graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations
     )
-    # Behind all weights, which take batch norms out of the graph.
+    # After all weights, which take batch norms out of the graph.
     for name in (name for name in nodes if name in activations):
         for node in nodes[name]:
             graph.put_activation(node, *_activation(activations[name]))
@@ -135,7 +135,7 @@ def export_onnx(
         )
     file = graph.finish()
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
-        log.warning("%s: sums_from has no effect, no sum in the graph reads a convolution of whole numbers", path)
+        log.warning("%s: sums_from has no effect, no sum in the graph reads an integer convolution", path)
     for bias in settle_biases(file):
         log.warning(
             "%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there",
@@ -155,8 +155,7 @@ def _put_weights(
     weights: Mapping[str, Container],
     activations: Collection[str],
 ) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
-    """Let the nodes of each layer read its weight from whole numbers: those nodes by the layer's name, and what has
-    none."""
+    """Lets the nodes of each layer read its weight from integers; returns these nodes by layer, and faults."""
     faults: list[str] = []
     nodes: dict[str, list[onnx.NodeProto]] = {}
     names = _names(model)
@@ -187,8 +186,7 @@ def _put_weights(
 
 
 def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
-    """The inputs without the `{}` that torch.onnx.export wants behind a dictionary, where the model has no place for
-    it."""
+    """Returns the inputs without the `{}` that torch.onnx.export wants after a dictionary, if the model takes none."""
     if len(inputs) < 2 or inputs[-1] != {} or not isinstance(inputs[-1], dict):
         return inputs
     try:
@@ -199,7 +197,7 @@ def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence
 
 
 def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
-    """A batch as arrays by input name."""
+    """Returns a batch as arrays by input name."""
     return {value.name: x.detach().cpu().numpy() for value, x in zip(file.graph.input, tensors_of(batch), strict=True)}
 
 
@@ -227,7 +225,7 @@ def _collect(
 def _put_operations(
     graph: Graph, operations: Iterable[tuple[str, QuantizedOperation]], nodes: Mapping[str, onnx.NodeProto]
 ) -> Iterator[str]:
-    """Quantize the operands of operations; what cannot be said, as text."""
+    """Quantizes the operands of operations; yields faults."""
     for name, operation in operations:
         if name not in nodes:
             yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
@@ -237,10 +235,9 @@ def _put_operations(
 
 
 def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
-    """Names of the layers that run on the example inputs; weights of others may be read all the same, and are float
-    then.
+    """Returns names of the layers that run on the example inputs; others are float in the file.
 
-    What of the example does not fit, the model says itself here. The exporter says it at length.
+    An example that does not fit raises the model's own error here; the exporter's is long.
     """
     ran: set[str] = set()
     layers = quantized_layers(quantized)
@@ -253,12 +250,12 @@ def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
 
 
 def _module(layer: QuantizedLayer | CompoundWeight) -> nn.Module:
-    """The module whose forward reads a layer's weight."""
+    """Returns the module whose forward reads a layer's weight."""
     return layer.owner if isinstance(layer, CompoundWeight) else layer
 
 
 def _names(model: nn.Module) -> dict[int, set[str]]:
-    """All names of each module; one that is shared has several."""
+    """Returns all names of each module; a shared one has several."""
     names: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].add(name)
@@ -266,7 +263,7 @@ def _names(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
-    """What the graph calls a weight: of the keys of a tied one it knows the one that the exporter met first."""
+    """Returns the graph's name of a weight: of a tied one it knows the key that the exporter met first."""
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     return next(
         (other for other, parameter in parameters.items() if parameter is parameters.get(key) and other in graph.known),
@@ -275,7 +272,7 @@ def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
 
 
 def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
-    """The container, and whether the layer keeps its weight with dims 0 and 1 exchanged."""
+    """Returns the container, and True where the layer keeps its weight with dims 0 and 1 exchanged."""
     probe = torch.arange(content.q.numel()).reshape(content.q.shape)
     held = type(layer).from_canonical(layer, probe)
     if torch.equal(held, probe):
@@ -286,7 +283,7 @@ def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Con
 
 
 def _activation(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, Any, int | None]:
-    """Scale and zero point as ONNX has them, the grid, and the axis of per-channel ones."""
+    """Returns scale and zero point in ONNX's shape, the grid, and the axis of per-channel ones."""
     scale, zero_point = (value.detach().float() for value in quantizer.qparams())
     axis = quantizer.axis if isinstance(quantizer.spec.granularity, PerChannel) else None
     if axis is None:

@@ -1,3 +1,3 @@
-"""The library's own export targets, one file each; importing this registers them."""
+"""Built-in export targets, one file each, registered on import."""
 
 from lq_plugin.export.targets import onnx as onnx, packed as packed, torchao as torchao, xnor as xnor

@@ -12,7 +12,7 @@ from lq_plugin.export.target import Reader, Target, register_target
 
 
 class Runtime(NamedTuple):
-    """A runtime of ONNX files.
+    """Runtime of ONNX files.
 
     Args:
         session: opens `(path, fastest, threads)`; called like an `onnxruntime.InferenceSession`. The fastest one may

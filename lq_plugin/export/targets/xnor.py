@@ -8,7 +8,7 @@ from lq_plugin.export.target import Target, register_target
 
 @register_target
 class XNOR(Target):
-    """The compiled binary kernel; see `lq_plugin.export.xnor.layers`."""
+    """Compiled binary kernel; see `lq_plugin.export.xnor.layers`."""
 
     name, suffix = "xnor", None
     summary = "lq_plugin.export.use_xnor(model) computes sign x sign layers by exclusive or and bit count, on the CPU"

@@ -2,8 +2,8 @@
 
     dot(a, b) = K - 2 · popcount(a ⊕ b),       a bit is 1 for +1
 
-The variant (AVX-512 VPOPCNTDQ, AVX2, portable) is chosen at run time from what the processor has. Results are whole
-numbers below 2^24, so that they are the same on every way of computing them. Source: `lq_plugin/native/xnor.cpp`.
+The variant (AVX-512 VPOPCNTDQ, AVX2, portable) is chosen at run time from what the processor has. Results are integers
+below 2^24, so that every variant gives the same ones. Source: `lq_plugin/native/xnor.cpp`.
 
 Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), section 3.2.
 """
@@ -21,23 +21,23 @@ from lq_plugin.native.build import NativeError, library
 
 #: Variants of the kernel, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
-#: Bits of a word, and outputs that stand side by side.
+#: Bits of a word, and outputs that are interleaved.
 WORD, LANES = 64, 8
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """Signs along the last dim as int64 words: bit k % 64 of word k // 64 is 1 where x ≥ 0.
+    """Returns signs along the last dim as int64 words: bit k % 64 of word k // 64 is 1 where x ≥ 0.
 
     >>> pack_signs(torch.tensor([[1.0, -1.0, 0.0]]))
     tensor([[5]])
     """
     words = -(-x.shape[-1] // WORD)
     bits = torch.nn.functional.pad((x >= 0).long(), (0, words * WORD - x.shape[-1]))
-    return (bits.unflatten(-1, (words, WORD)) << torch.arange(WORD)).sum(-1)
+    return (bits.reshape(*x.shape[:-1], words, WORD) << torch.arange(WORD)).sum(-1)
 
 
 def unpack_signs(words: Tensor, elements: int) -> Tensor:
-    """Inverse of `pack_signs`: -1 and +1, float32.
+    """Returns -1 and +1, float32: the inverse of `pack_signs`.
 
     >>> unpack_signs(torch.tensor([[5]]), 3)
     tensor([[ 1., -1.,  1.]])
@@ -47,13 +47,13 @@ def unpack_signs(words: Tensor, elements: int) -> Tensor:
 
 
 def interleave(words: Tensor) -> Tensor:
-    """Rows of words `[outputs, words]` as the kernel reads weights: `[ceil(outputs / 8), words, 8]`."""
+    """Returns words `[outputs, words]` in the kernel's order of weights: `[ceil(outputs / 8), words, 8]`."""
     padded = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % LANES))
-    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    return padded.reshape(-1, LANES, words.shape[1]).transpose(1, 2).contiguous()
 
 
 class Kernel:
-    """The compiled library.
+    """Compiled library.
 
     Args:
         library: loaded.
@@ -79,7 +79,7 @@ class Kernel:
         self._matmul.argtypes, self._matmul.restype = [*[pointer] * 5, *[size] * 4, number, number], None
 
     def pack(self, x: Tensor) -> Tensor:
-        """`pack_signs` of a float32 tensor on the CPU."""
+        """Returns `pack_signs` of a float32 tensor on the CPU."""
         x = x.contiguous()
         elements = x.shape[-1]
         words = x.new_empty((*x.shape[:-1], -(-elements // WORD)), dtype=torch.int64)
@@ -95,7 +95,7 @@ class Kernel:
         scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """dot(x, w) · scale + bias, rounded after each of them, float32 `[rows, outputs]`.
+        """Returns dot(x, w) · scale + bias, rounded after each of them, float32 `[rows, outputs]`.
 
         Args:
             x: words `[rows, words]`.
@@ -114,7 +114,14 @@ class Kernel:
     def linear(
         self, x: Tensor, weights: Tensor, outputs: int, scale: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """`matmul` of the signs of float32 x `[..., elements]`, with the packing in the same call: `[..., outputs]`."""
+        """Returns `matmul` of the signs of float32 x `[..., elements]`, packed in the same call: `[..., outputs]`.
+
+        Args:
+            x: float32.
+            weights: from `interleave`.
+            outputs: rows of the weights.
+            scale, bias: float32 `[outputs]`.
+        """
         x = x.contiguous()
         elements = x.shape[-1]
         rows = x.numel() // elements
@@ -132,7 +139,7 @@ def _address(x: Tensor | None) -> int | None:
 
 @functools.cache
 def kernel(variant: str | None = None) -> Kernel:
-    """The kernel, compiled when it is first asked for; the result is kept (`lq_plugin.native.build`).
+    """Returns the kernel, compiled on first use and kept (`lq_plugin.native.build`).
 
     Raises:
         ExportError: without a C++ compiler, saying so.

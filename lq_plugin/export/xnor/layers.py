@@ -1,14 +1,13 @@
-"""Layers of binary weights and binary inputs for inference: 1 bit a weight in memory, XNOR and popcount instead of
-products.
+"""Layers of binary weights and inputs for inference: 1 bit a weight, XNOR and popcount instead of products.
 
     linear   y = (sign(x) · sign(W)ᵀ) · α · K + b
-    conv     the same on windows: the bits of the channels of each pixel are gathered, window by window
+    conv     the same on windows: the bits of each pixel's channels are gathered, window by window
 
 α is the weight's scale (BWN; 1 for `sign`), K the mean magnitude that XNOR-Net multiplies to the output (1 for `sign`
-inputs). The product of the signs is a whole number and exact; a quantized layer adds up float32 numbers ±α instead, so
-the two are equal bit for bit where α is 1 and there is no bias, and to float32 rounding elsewhere.
+inputs). The product of the signs is an exact integer; a quantized layer sums float32 numbers ±α instead, so the two are
+bit-equal where α is 1 and there is no bias, and equal to float32 rounding elsewhere.
 
-Padding of a convolution is 0, which is no sign: it is taken as -1, and what that added is taken away again.
+Padding of a convolution is 0, which is no sign: it counts as -1, and that contribution is subtracted again.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def use_xnor(model: nn.Module, native: bool | None = None) -> list[str]:
-    """Replace, in place, every layer of binary weights and binary inputs; the others stay.
+    """Replaces, in place, every layer of binary weights and binary inputs.
 
     Args:
-        model: prepared, on the CPU. It is for inference only afterwards.
+        model: prepared, on the CPU. Afterwards it is for inference only.
         native: True: the compiled kernel; False: torch alone, slower and with exactly the same results; None: the
             kernel where it can be compiled, else torch, with a warning.
 
@@ -67,7 +66,7 @@ def use_xnor(model: nn.Module, native: bool | None = None) -> list[str]:
 
 
 def xnor_layer(layer: QuantizedLayer, native: bool | None = None) -> XNORLinear | XNORConv:
-    """The inference layer of one quantized layer; see `use_xnor`.
+    """Returns the inference layer of one quantized layer; see `use_xnor`.
 
     Raises:
         ExportError: when it has none.
@@ -79,7 +78,7 @@ def xnor_layer(layer: QuantizedLayer, native: bool | None = None) -> XNORLinear 
 
 
 def why_not(layer: QuantizedLayer) -> str | None:
-    """Why a layer cannot count bits; None when it can."""
+    """Returns the reason why a layer cannot count bits, or None."""
     if not isinstance(layer, (QuantizedLinear, *_CONV)):
         return f"{type(layer).__name__} has no kernel, linear layers and convolutions do"
     specs = {}
@@ -127,7 +126,7 @@ def _made(layer: QuantizedLayer, counter: Kernel | None) -> XNORLinear | XNORCon
 
 
 class _XNORLayer(nn.Module):
-    """What both share: bits of the weight `[C_out, words]`, scale α and bias `[C_out]`.
+    """Base of both layers: bits of the weight `[C_out, words]`, scale α and bias `[C_out]`.
 
     Args:
         layer: quantized.
@@ -155,17 +154,23 @@ class _XNORLayer(nn.Module):
 
     @property
     def elements(self) -> int:
-        """-1s and +1s that an output is the sum of."""
+        """Number of -1s and +1s that an output is the sum of."""
         return math.prod(self.shape[1:])
 
     def signs(self) -> Tensor:
-        """sign(W) `[C_out, C_in, *kernel]`, unpacked."""
+        """Returns sign(W) `[C_out, C_in, *kernel]`, unpacked."""
         words = self.words if self.counter is None else self.words.transpose(1, 2).flatten(0, 1)[: self.shape[0]]
         c_out, c_in, *size = self.shape
         return unpack_signs(words.reshape(c_out, *size, -1), c_in).movedim(-1, 1).contiguous()
 
     def scaled(self, y: Tensor, factor: Tensor | None, channels_last: bool) -> Tensor:
-        """y · α · K + b, rounded after each."""
+        """Returns y · α · K + b, rounded after each.
+
+        Args:
+            y: sums of signs.
+            factor: K, broadcastable to `y`; None: 1.
+            channels_last: channels are the last dim, else dim 1.
+        """
         shape = (-1,) if channels_last else (-1, *[1] * (y.ndim - 2))
         if self.scale is not None:
             y = y * self.scale.view(shape)
@@ -175,11 +180,10 @@ class _XNORLayer(nn.Module):
 
 
 class XNORLinear(_XNORLayer):
-    """Input `[..., C_in]`, output `[..., C_out]`."""
+    """Binary linear layer: input `[..., C_in]`, output `[..., C_out]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # A row takes some tens of microseconds: Module.__getattr__ and conversions that change nothing were a sixth of
-        # them.
+        # A row takes tens of microseconds, a sixth of which were Module.__getattr__ and conversions without effect.
         buffers: dict[str, Any] = self._buffers
         floats = x if x.dtype == torch.float32 else x.float()
         factor = x.abs().mean(-1, keepdim=True) if self.scales_output else None
@@ -193,7 +197,7 @@ class XNORLinear(_XNORLayer):
 
 
 class XNORConv(_XNORLayer):
-    """Input `[N, C_in, *spatial]`, output `[N, C_out, *spatial]`."""
+    """Binary convolution: input `[N, C_in, *spatial]`, output `[N, C_out, *spatial]`."""
 
     def __init__(self, layer: QuantizedLayer, counter: Kernel | None) -> None:
         super().__init__(layer, counter)
@@ -205,7 +209,7 @@ class XNORConv(_XNORLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == len(self.shape) - 1:
-            return self(x.unsqueeze(0)).squeeze(0)
+            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         convolve = _CONVOLVE[x.ndim - 2]
         factor = None
         if self.scales_output:
@@ -228,7 +232,7 @@ class XNORConv(_XNORLayer):
         return y.add_(self._padding_share(tuple(x.shape[2:]))) if any(self.margins) else y
 
     def _windows(self, bits: Tensor) -> tuple[Tensor, list[int]]:
-        """`[N · outputs, kernel · words]` of bits `[N, *spatial, words]`, and the output's spatial size."""
+        """Returns `[N · outputs, kernel · words]` of bits `[N, *spatial, words]`, and the output's spatial size."""
         size = self.shape[2:]
         spatial = bits.shape[1:-1]
         out = [
@@ -241,8 +245,7 @@ class XNORConv(_XNORLayer):
         return view.reshape(len(bits) * math.prod(out), -1), out
 
     def _padding_share(self, spatial: tuple[int, ...]) -> Tensor:
-        """What padding that counts as -1 must be corrected by, `[1, C_out, *out]`: the signs of the weights that see
-        it."""
+        """Returns the correction `[1, C_out, *out]` for padding that counts as -1: signs of the weights on it."""
         if self._padded is None or self._padded[0] != spatial:
             outside = F.pad(torch.zeros(1, self.shape[1], *spatial), self.margins, value=1.0)
             share = _CONVOLVE[len(spatial)](outside, self.signs(), None, self.stride, 0, self.dilation)
