@@ -79,8 +79,9 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(x + self.bn2(self.conv2(y)))
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(x + self.bn2(self.conv2(y)))
+        return y
 
 
 class DigitsCNN(LightningModule):
@@ -108,13 +109,15 @@ class DigitsCNN(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, 1, 8, 8]` to logits `[B, 10]`."""
-        return self.head(self.mix(self.block(self.down(self.stem(x)))))
+        y: Tensor = self.head(self.mix(self.block(self.down(self.stem(x)))))
+        return y
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = self.loss(self(images), labels)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        y: Tensor = loss
+        return y
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_acc)
@@ -130,7 +133,8 @@ class DigitsCNN(LightningModule):
         self.log(f"{stage}/acc", accuracy, prog_bar=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0])
+        y: Tensor = self(batch[0])
+        return y
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

@@ -10,6 +10,8 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv 1712.05877); Krishnamoorthi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,14 +103,18 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
     tensor([-1.0000,  0.5000,  0.5000])
     """
     bounds = grid.quant_min, grid.quant_max
+    y: Tensor
     if torch.compiler.is_compiling():
         if ops.traceable(x, scale):
-            return _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None)
+            y = _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None)
+            return y
     elif (found := ops.kernels_for(x)) is not None and (layout := native_layout(x, scale, zero_point)) is not None:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False)[0]
-        return _NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found)
-    return _FakeQuantize.apply(x, scale, zero_point, *bounds)
+        y = _NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found)
+        return y
+    y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
+    return y
 
 
 def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
@@ -119,7 +125,8 @@ def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
     >>> x.grad
     tensor([1., 1., 1.])
     """
-    return _IdentityFakeQuantize.apply(x, scale, zero_point, grid)
+    y: Tensor = _IdentityFakeQuantize.apply(x, scale, zero_point, grid)
+    return y
 
 
 def fake_quantize_observed(
@@ -135,6 +142,7 @@ def fake_quantize_observed(
     (tensor([-1.]), tensor([3.]))
     """
     bounds = grid.quant_min, grid.quant_max
+    y: Tensor
     if torch.compiler.is_compiling():
         if ops.traceable(x, scale):
             y, x_low, x_high = _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, True)
@@ -144,9 +152,11 @@ def fake_quantize_observed(
     elif (found := ops.kernels_for(x)) is not None and scale.numel() == 1 and native_layout(x, scale, zero_point):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False)[0]
-        return _NativeFakeQuantize.apply(x, scale, zero_point, bounds, Layout(1, 1, x.numel(), 1), (low, high), found)
+        y = _NativeFakeQuantize.apply(x, scale, zero_point, bounds, Layout(1, 1, x.numel(), 1), (low, high), found)
+        return y
     observe(x, low, high)
-    return _FakeQuantize.apply(x, scale, zero_point, *bounds)
+    y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
+    return y
 
 
 @torch.no_grad()
@@ -200,25 +210,25 @@ def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: Int
         layout = layout_along(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             if torch.is_grad_enabled() and x.requires_grad:
-                return _NativeExtremes.apply(x, layout, grid, covered, found)
+                y: Tensor = _NativeExtremes.apply(x, layout, grid, covered, found)
+                return y
             return found.fake_quantize_rows(
                 x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False
             )[0]
     scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
-    return (_CoveredFakeQuantize if covered else _FakeQuantize).apply(
-        x, scale, zero_point, grid.quant_min, grid.quant_max
-    )
+    y = (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
+    return y
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.quant_min, ctx.quant_max = quant_min, quant_max
         return _rounded(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         # From the saved input: no mask tensor is kept between forward and backward.
         x, scale, zero_point = ctx.saved_tensors
         if _has_cheap_scalars(x, scale, zero_point):
@@ -232,11 +242,11 @@ class _FakeQuantize(torch.autograd.Function):
 
 class _IdentityFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, grid):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Any) -> Any:
         return fake_quantize(x, scale, zero_point, grid)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None, None
 
 
@@ -244,11 +254,11 @@ class _CoveredFakeQuantize(torch.autograd.Function):
     """Where no element is clipped: nothing is saved."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
         return _rounded(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None, None, None
 
 
@@ -256,7 +266,9 @@ class _NativeFakeQuantize(torch.autograd.Function):
     """The kernels: one pass, and a bit an element for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, bounds, layout, extremes, kernels):
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Any, layout: Any, extremes: Any, kernels: Any
+    ) -> Any:
         if extremes is None:
             y, mask = kernels.fake_quantize(x, scale, zero_point, bounds, layout, masked=True)
         else:
@@ -266,14 +278,14 @@ class _NativeFakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None, None, None, None
 
 
 class _NativeExtremes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout, grid, covered, kernels):
+    def forward(ctx: Any, x: Tensor, layout: Any, grid: Any, covered: Any, kernels: Any) -> Any:
         bounds, masked = (grid.quant_min, grid.quant_max), ctx.needs_input_grad[0] and not covered
         y, mask, _, _ = kernels.fake_quantize_rows(x, layout.outer, bounds, grid.affine, masked)
         ctx.layout, ctx.strides, ctx.kernels, ctx.covered = layout, x.stride(), kernels, covered
@@ -282,7 +294,7 @@ class _NativeExtremes(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         if not ctx.covered:
             (mask,) = ctx.saved_tensors
             grad = masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
@@ -308,7 +320,9 @@ class _TracedFakeQuantize(torch.autograd.Function):
     """The kernels in a graph of torch.compile."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, observed):
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, observed: Any
+    ) -> Any:
         # The input is kept, not bits of it: behind a ReLU its backward pass then needs no mask of bytes, which Inductor
         # writes slowly.
         ctx.save_for_backward(x, scale, zero_point)
@@ -320,7 +334,7 @@ class _TracedFakeQuantize(torch.autograd.Function):
         return y, *extremes
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         return torch.ops.lq_plugin.passed_gradient(grad, *ctx.saved_tensors, *ctx.bounds), None, None, None, None, None
 
 

@@ -14,6 +14,8 @@ Hubara et al., "Binarized Neural Networks", NIPS 2016 (arXiv 1602.02830), eqs. 1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,8 @@ def sign(x: Tensor, noise: Tensor | None = None, threshold: float = 0.0, clipped
     >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
     tensor([-1.,  1.,  1.])
     """
-    return _Sign.apply(x, noise, threshold, clipped)
+    y: Tensor = _Sign.apply(x, noise, threshold, clipped)
+    return y
 
 
 def plain_sign(x: Tensor, threshold: float = 0.0) -> Tensor:
@@ -66,17 +69,18 @@ def hard_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """
     # One vectorised kernel for grad · 1{-a < x < a}, with a the first number above 1.
     beyond = LATENT_BOUND * (1 + torch.finfo(x.dtype).eps)
-    return torch.ops.aten.hardtanh_backward(grad, x, -beyond, beyond)
+    y: Tensor = torch.ops.aten.hardtanh_backward(grad, x, -beyond, beyond)
+    return y
 
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, noise, threshold, clipped):
+    def forward(ctx: Any, x: Tensor, noise: Any, threshold: Any, clipped: Any) -> Any:
         ctx.clipped = clipped
         if clipped:
             ctx.save_for_backward(x)
         return plain_sign(x if noise is None else hard_sigmoid(x) - noise, threshold)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return hard_tanh_gradient(grad, *ctx.saved_tensors) if ctx.clipped else grad, None, None, None

@@ -8,6 +8,7 @@ padded or copied.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) ->
     if layout is None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FakeQuantizeBlocks.apply(x, layout, made, kernels)
+        found: Tensor | None = _FakeQuantizeBlocks.apply(x, layout, made, kernels)
+        return found
     return kernels.fake_quantize_blocks(x, layout, made, masked=False)[0]
 
 
@@ -100,13 +102,13 @@ class _FakeQuantizeBlocks(torch.autograd.Function):
     """A bit an element is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, layout, rule, kernels):
+    def forward(ctx: Any, x: Tensor, layout: Any, rule: Any, kernels: Any) -> Any:
         y, mask = kernels.fake_quantize_blocks(x, layout, rule, masked=True)
         ctx.save_for_backward(mask)
         ctx.layout, ctx.strides, ctx.kernels = layout.mask, x.stride(), kernels
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None

@@ -31,7 +31,7 @@ accuracy after fine-tuning. Arthur, Vassilvitskii, "k-means++", SODA 2007.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -228,7 +228,8 @@ def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> T
     tensor([[5.0000, 1.5000]])
     """
     _check_gradient(gradient)
-    return _Lookup.apply(centroids, indices, gradient)
+    y: Tensor = _Lookup.apply(centroids, indices, gradient)
+    return y
 
 
 def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
@@ -257,31 +258,32 @@ def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradie
     tensor([[1., 1.]])
     """
     _check_gradient(gradient)
-    return _FakeQuantizeCodebook.apply(x, centroids, indices, gradient)
+    y: Tensor = _FakeQuantizeCodebook.apply(x, centroids, indices, gradient)
+    return y
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, centroids, indices, gradient):
+    def forward(ctx: Any, centroids: Any, indices: Any, gradient: Tensor) -> Any:
         ctx.save_for_backward(indices)
         ctx.levels, ctx.gradient = centroids.shape[1], gradient
         return _values(centroids, indices)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
         return _to_centroids(grad, indices, ctx.levels, ctx.gradient).to(grad.dtype), None, None
 
 
 class _FakeQuantizeCodebook(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, centroids, indices, gradient):
+    def forward(ctx: Any, x: Tensor, centroids: Any, indices: Any, gradient: Tensor) -> Any:
         ctx.save_for_backward(indices)
         ctx.levels, ctx.gradient, ctx.dtype = centroids.shape[1], gradient, centroids.dtype
         return _values(centroids, indices).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (indices,), to_centroids = ctx.saved_tensors, None
         if ctx.needs_input_grad[1]:
             to_centroids = _to_centroids(grad, indices, ctx.levels, ctx.gradient).to(ctx.dtype)

@@ -101,7 +101,8 @@ def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
 
     def cost(i: Ints, j: Ints) -> Floats:
         mass = weight[j] - weight[i]
-        return second[j] - second[i] - (first[j] - first[i]) ** 2 / np.maximum(mass, 1)
+        spread: Floats = second[j] - second[i] - (first[j] - first[i]) ** 2 / np.maximum(mass, 1)
+        return spread
 
     ends = np.arange(n + 1)
     best = cost(np.zeros_like(ends), ends)
@@ -116,10 +117,11 @@ def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
     low, high = edges[:-1], edges[1:]
     means = (first[high] - first[low]) / (weight[high] - weight[low]) + shift
     # The difference of two long sums may miss its members by a rounding, and with it the order.
-    return np.clip(means, points[low], points[high - 1])
+    centroids: Floats = np.clip(means, points[low], points[high - 1])
+    return centroids
 
 
-def _next_row(previous: Floats, k: int, n: int, cost) -> tuple[Floats, Ints]:
+def _next_row(previous: Floats, k: int, n: int, cost: Any) -> tuple[Floats, Ints]:
     """D_k from D_{k-1}, and the minimising i of each j; j < k has no k clusters and is infinite.
 
     Divide and conquer a depth at a time: the j between two that are known look between those two's i only.

@@ -120,7 +120,8 @@ def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
             "bring more inputs"
         )
     identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
+    y: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
+    return y
 
 
 def _solve(

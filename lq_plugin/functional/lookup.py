@@ -7,7 +7,7 @@ Backward: ∂L/∂W is that of a lookup, of the gradient of y where W was not cl
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def fake_quantize_rows(
         if parts * granularity.group_size != table.shape[1]:
             return None
     if torch.is_grad_enabled() and table.requires_grad:
-        return _LookedUp.apply(table, index, qparams, grid, parts, reading, kernels)
+        found: Tensor | None = _LookedUp.apply(table, index, qparams, grid, parts, reading, kernels)
+        return found
     return kernels.fake_quantize_lookup(
         table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False
     )[0]
@@ -92,7 +93,9 @@ def fake_quantize_rows(
 
 class _LookedUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, index, qparams, grid, parts, reading, kernels):
+    def forward(
+        ctx: Any, table: Tensor, index: Tensor, qparams: Any, grid: Any, parts: Any, reading: Any, kernels: Any
+    ) -> Any:
         # With the range of its own extremes, on both sides of a fixed zero, nothing is clipped.
         clips = qparams is not None or grid.affine or not grid.quant_min < 0 < grid.quant_max
         bounds = grid.quant_min, grid.quant_max
@@ -103,7 +106,7 @@ class _LookedUp(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         index, mask = ctx.saved_tensors
         if mask is not None:
             grad = masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels)

@@ -18,7 +18,7 @@ the learned zero point follows LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ def gradient_scale(elements: int, grid: IntegerGrid) -> float:
     >>> gradient_scale(100, IntegerGrid(-2, 1))
     0.1
     """
-    return (max(elements, 1) * max(grid.quant_max, 1)) ** -0.5
+    value: float = (max(elements, 1) * max(grid.quant_max, 1)) ** -0.5
+    return value
 
 
 def fake_quantize_learned(
@@ -65,17 +66,29 @@ def fake_quantize_learned(
     constants = grid.quant_min, grid.quant_max, gradient_factor, band == "rounded"
     if torch.compiler.is_compiling():
         if ops.traceable(x, scale) and zero_point.numel() == 1:
-            return _TracedLearned.apply(x, scale, zero_point, *constants)
+            y: Tensor = _TracedLearned.apply(x, scale, zero_point, *constants)
+            return y
     elif (kernels := ops.kernels_for(x)) is not None:
         layout = native_layout(x, scale, zero_point)
         if layout is not None and layout.inner == 1:
-            return _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels)
-    return _LearnedFakeQuantize.apply(x, scale, zero_point, *constants)
+            y = _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels)
+            return y
+    y = _LearnedFakeQuantize.apply(x, scale, zero_point, *constants)
+    return y
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: Any,
+        quant_max: Any,
+        factor: Any,
+        rounded: Any,
+    ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
         step = scale.abs().clamp(min=MIN_SCALE)
@@ -84,7 +97,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         return torch.clamp_(y, quant_min - shift, quant_max - shift).mul_(step).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max, factor, by_rounded = ctx.constants
         step = scale.abs().clamp(min=MIN_SCALE)
@@ -112,7 +125,18 @@ class _NativeLearned(torch.autograd.Function):
     """The kernels: one pass forward, one backward for all three gradients."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded, layout, kernels):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: Any,
+        quant_max: Any,
+        factor: Any,
+        rounded: Any,
+        layout: Any,
+        kernels: Any,
+    ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
         ctx.layout, ctx.kernels = layout, kernels
@@ -121,7 +145,7 @@ class _NativeLearned(torch.autograd.Function):
         ]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         needs_x, needs_scale, needs_zero_point, *_ = ctx.needs_input_grad
         watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
@@ -146,13 +170,22 @@ class _TracedLearned(torch.autograd.Function):
     """The kernels in a graph of torch.compile."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, factor, rounded):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: Any,
+        quant_max: Any,
+        factor: Any,
+        rounded: Any,
+    ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
         return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, True)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max, factor, rounded = ctx.constants
         inside, slope, shift = torch.ops.lq_plugin.learned_backward(

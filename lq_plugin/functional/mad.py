@@ -11,6 +11,8 @@ Quantization-aware Training", ICML 2022 (arXiv 2206.06501), eq. 11.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.autograd import Function
 
@@ -27,18 +29,19 @@ def fake_quantize_mad(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Intege
     >>> x.grad
     tensor([1.0000, 0.2500, 0.2500])
     """
-    return _MADFakeQuantize.apply(x, scale, zero_point, grid)
+    y: Tensor = _MADFakeQuantize.apply(x, scale, zero_point, grid)
+    return y
 
 
 class _MADFakeQuantize(Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, grid):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Any) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.grid = grid
         return fake_quantize(x, scale, zero_point, grid)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         low, high = bounds_from_qparams(scale, zero_point, ctx.grid)
         # Both bounds have the sign of what they clip or are 0, so the factor lies in 0..1; 0 / 0 is inside.

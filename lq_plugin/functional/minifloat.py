@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ class Minifloat:
         exponent, mantissa = codes >> self.mantissa_bits, codes & (2**self.mantissa_bits - 1)
         significand = mantissa + 2**self.mantissa_bits * (exponent > 0)
         values = significand * torch.exp2((exponent.clamp(min=1) - self.bias - self.mantissa_bits).double())
-        return values[values <= self.max_value].float()
+        y: Tensor = values[values <= self.max_value].float()
+        return y
 
 
 E4M3 = Minifloat(4, 3, 7, 448.0)
@@ -152,17 +154,18 @@ def fake_quantize_minifloat(x: Tensor, scale: Tensor, inverse: Tensor, fmt: Mini
     >>> y.detach(), x.grad
     (tensor([  0., -12.]), tensor([1., 0.]))
     """
-    return _FakeQuantizeMinifloat.apply(x, scale, inverse, fmt)
+    y: Tensor = _FakeQuantizeMinifloat.apply(x, scale, inverse, fmt)
+    return y
 
 
 class _FakeQuantizeMinifloat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, inverse, fmt):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, inverse: Any, fmt: Any) -> Any:
         ctx.save_for_backward(x, inverse)
         ctx.fmt = fmt
         return round_to_minifloat(x.float() * inverse, fmt).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, inverse = ctx.saved_tensors
         return grad.masked_fill(saturates(x.float() * inverse, ctx.fmt), 0.0), None, None, None

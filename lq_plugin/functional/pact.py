@@ -12,6 +12,8 @@ Reference: Choi et al., "PACT: Parameterized Clipping Activation for Quantized N
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,18 +31,19 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int) -> Tensor:
     >>> fake_quantize_pact(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor([3.0]), 4)
     tensor([0., 0., 3.])
     """
-    return _Pact.apply(x, alpha, levels)
+    y: Tensor = _Pact.apply(x, alpha, levels)
+    return y
 
 
 class _Pact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, levels):
+    def forward(ctx: Any, x: Tensor, alpha: Any, levels: Any) -> Any:
         ctx.save_for_backward(x, alpha)
         scale = alpha.clamp(min=MIN_SCALE) / (levels - 1)
         return (x.float() * scale.reciprocal()).round_().clamp_(0, levels - 1).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, alpha = ctx.saved_tensors
         above = x >= alpha
         grad_x = grad.masked_fill((x < 0).logical_or_(above), 0.0) if ctx.needs_input_grad[0] else None

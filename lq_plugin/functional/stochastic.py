@@ -11,6 +11,8 @@ Reference: Gupta et al., "Deep Learning with Limited Numerical Precision", ICML 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.autograd import Function
 
@@ -32,19 +34,22 @@ def fake_quantize_stochastic(x: Tensor, scale: Tensor, zero_point: Tensor, grid:
     >>> fake_quantize_stochastic(x, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1), noise)
     tensor([0., 0., 1., 1.])
     """
-    return _StochasticFakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, noise)
+    y: Tensor = _StochasticFakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, noise)
+    return y
 
 
 class _StochasticFakeQuantize(Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, noise):
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, noise: Any
+    ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.quant_min, ctx.quant_max = quant_min, quant_max
         q = (x.float() * scale.reciprocal()).add_(noise).floor_()
         return q.clamp_(quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         r = x.float() * scale.reciprocal()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)

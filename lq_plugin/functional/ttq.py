@@ -14,6 +14,8 @@ Reference: Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017 (arXi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,19 +41,20 @@ def ternarize_learned(
     >>> ternarize_learned(x, torch.tensor([0.1]), torch.tensor([0.5]), torch.tensor([2.0])).detach()
     tensor([ 0.5000, -2.0000,  0.0000])
     """
-    return _LearnedTernary.apply(x, threshold, positive, negative, gradient_factor)
+    y: Tensor = _LearnedTernary.apply(x, threshold, positive, negative, gradient_factor)
+    return y
 
 
 class _LearnedTernary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, threshold, positive, negative, factor):
+    def forward(ctx: Any, x: Tensor, threshold: Any, positive: Any, negative: Any, factor: Any) -> Any:
         ctx.save_for_backward(x, threshold, positive, negative)
         ctx.factor = factor
         above, below = sides(x.float(), threshold)
         return above.mul_(positive).sub_(below.mul_(negative)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, threshold, positive, negative = ctx.saved_tensors
         g = grad.float()
         above, below = sides(x.float(), threshold)

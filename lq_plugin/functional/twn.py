@@ -14,6 +14,8 @@ Reference: Li, Zhang, Liu, "Ternary Weight Networks", 2016 (arXiv 1605.04711).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
         x: float tensor.
         threshold, scale: Δ and α, broadcastable to it.
     """
-    return _Ternarize.apply(x, threshold, scale)
+    y: Tensor = _Ternarize.apply(x, threshold, scale)
+    return y
 
 
 def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
@@ -98,9 +101,9 @@ def sides(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Ternarize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, threshold, scale):
+    def forward(ctx: Any, x: Tensor, threshold: Any, scale: Tensor) -> Any:
         return ternary_signs(x.float(), threshold).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None

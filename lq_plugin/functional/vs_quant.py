@@ -35,7 +35,8 @@ def coarse_scale(scale: Tensor, scale_bits: int, per_channel: bool = False) -> T
         γ, broadcastable to `scale`.
     """
     dims = list(range(1 if per_channel else 0, scale.ndim))
-    return (scale.amax(dims, keepdim=True) / (2**scale_bits - 1)).clamp(min=MIN_SCALE)
+    y: Tensor = (scale.amax(dims, keepdim=True) / (2**scale_bits - 1)).clamp(min=MIN_SCALE)
+    return y
 
 
 def integer_scale(scale: Tensor, coarse: Tensor, scale_bits: int) -> Tensor:

@@ -17,6 +17,8 @@ Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,18 +50,19 @@ def binary_weight(weight: Tensor, scale: Tensor, paper_gradient: bool = False) -
         scale: α, broadcastable to it.
         paper_gradient: the gradient of section 3.1 instead of the plain one.
     """
-    return _BinaryWeight.apply(weight, scale, paper_gradient)
+    y: Tensor = _BinaryWeight.apply(weight, scale, paper_gradient)
+    return y
 
 
 class _BinaryWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, scale, paper_gradient):
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, paper_gradient: Any) -> Any:
         ctx.save_for_backward(weight, scale)
         ctx.paper_gradient = paper_gradient
         return plain_sign(weight.float()).mul_(scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         weight, scale = ctx.saved_tensors
         if not ctx.paper_gradient:
             return hard_tanh_gradient(grad, weight), None, None

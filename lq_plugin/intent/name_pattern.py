@@ -15,10 +15,7 @@ from typing import Any
 from lq_plugin.errors import PlanError
 
 try:
-    from re import (
-        _constants as _code,  # type: ignore[attr-defined]
-        _parser,  # type: ignore[attr-defined]
-    )
+    from re import _constants as _code, _parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
     import sre_constants as _code
     import sre_parse as _parser

@@ -94,7 +94,8 @@ class QuantizedLayer(nn.Module):
         if self.weight_quantizer is None:
             return weight
         if type(self)._is_canonical:
-            return self.weight_quantizer(weight)
+            y: Tensor = self.weight_quantizer(weight)
+            return y
         return type(self).from_canonical(self, self.weight_quantizer(type(self).canonical(self, weight)))
 
     #: The name of `quantized_weight` in layer classes written for version 0.1.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,9 +48,9 @@ class _SparseGradient(torch.autograd.Function):
     """The table itself; what comes back of it, of which most rows are 0, becomes a sparse gradient."""
 
     @staticmethod
-    def forward(ctx, weight):
+    def forward(ctx: Any, weight: Tensor) -> Any:
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.to_sparse(1)

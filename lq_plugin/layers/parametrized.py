@@ -35,7 +35,8 @@ def weight_of(module: nn.Module) -> Tensor:
     modes = [(part, part.training) for part in computation.modules()]
     computation.eval()
     try:
-        return computation()
+        y: Tensor = computation()
+        return y
     finally:
         for part, training in modes:
             part.training = training
@@ -89,7 +90,8 @@ def shadowable(computed: property) -> property:
 
     def weight(self: nn.Module) -> Tensor:
         standing_in = self.__dict__.get("weight")
-        return cast(Any, computed.fget)(self) if standing_in is None else standing_in
+        y: Tensor = cast(Any, computed.fget)(self) if standing_in is None else standing_in
+        return y
 
     return property(weight, computed.fset)
 

@@ -15,7 +15,8 @@ def swapped_class(mixins: tuple[type, ...], kind: type, content: dict[str, Any])
     name, bases = f"Quantized{kind.__name__}", (*mixins, kind)
     if _dict_from(mixins[0]) is _dict_from(kind):
         return type(name, bases, content)
-    return _MixinsFirst.of(type(kind))(name, (kind, *mixins), content)
+    found: type[Any] = _MixinsFirst.of(type(kind))(name, (kind, *mixins), content)
+    return found
 
 
 def _dict_from(cls: type) -> type:

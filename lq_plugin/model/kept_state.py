@@ -312,7 +312,7 @@ _keep.register(dict, _keep_items)
 
 
 @_keep.register
-def _(value: list, state: KeptState) -> Iterable[Any]:
+def _(value: list[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
     if len(before) <= LARGE:
         before = list(state.watch_iterators(enumerate(before), value.__setitem__).values())
@@ -326,7 +326,7 @@ def _(value: list, state: KeptState) -> Iterable[Any]:
 
 
 @_keep.register
-def _(value: deque, state: KeptState) -> Iterable[Any]:
+def _(value: deque[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
 
     def restore() -> None:
@@ -339,7 +339,7 @@ def _(value: deque, state: KeptState) -> Iterable[Any]:
 
 
 @_keep.register
-def _(value: set, state: KeptState) -> Iterable[Any]:
+def _(value: set[Any], state: KeptState) -> Iterable[Any]:
     before = set(value)
 
     def restore() -> None:
@@ -457,7 +457,7 @@ def _(value: types.MethodType, state: KeptState) -> Iterable[Any]:
 
 
 @_keep.register
-def _(value: functools.partial, state: KeptState) -> Iterable[Any]:
+def _(value: functools.partial[Any], state: KeptState) -> Iterable[Any]:
     return value.func, *value.args, *value.keywords.values()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
         return None
     if (found := active(x.device.type)) is None or not accepts(x):
         return None
-    return None if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() else found
+    return None if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() else found
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _compiled_here() -> bool:
     return active() is not None
 
@@ -83,7 +84,7 @@ def fake_quantize(
 
 
 @fake_quantize.register_fake
-def _(x, scale, zero_point, quant_min, quant_max, learned):
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, learned: Any) -> Any:
     return torch.empty_like(x)
 
 
@@ -102,7 +103,7 @@ def fake_quantize_observed(
 
 
 @fake_quantize_observed.register_fake
-def _(x, scale, zero_point, quant_min, quant_max):
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
     return torch.empty_like(x), x.new_empty(1), x.new_empty(1)
 
 
@@ -114,11 +115,12 @@ def passed_gradient(
     x = _dense(x)
     low, high = pass_band(scale.item(), quant_min - zero_point.item(), quant_max - zero_point.item())
     # One vectorised kernel for grad · 1{low < x < high}.
-    return torch.ops.aten.hardtanh_backward(laid_out(gradient, x.stride()), x, low, high)
+    y: Tensor = torch.ops.aten.hardtanh_backward(laid_out(gradient, x.stride()), x, low, high)
+    return y
 
 
 @passed_gradient.register_fake
-def _(gradient, x, scale, zero_point, quant_min, quant_max):
+def _(gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
     return torch.empty_like(x)
 
 
@@ -140,7 +142,9 @@ def learned_backward(
 
 
 @learned_backward.register_fake
-def _(x, gradient, scale, zero_point, quant_min, quant_max, rounded):
+def _(
+    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, rounded: Any
+) -> Any:
     return torch.empty_like(x), x.new_empty(1, dtype=torch.float64), x.new_empty(1, dtype=torch.float64)
 
 

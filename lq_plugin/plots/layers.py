@@ -139,7 +139,7 @@ def _telling(names: Sequence[str]) -> list[str]:
     return cut if len(set(cut)) == len(set(bare)) else bare
 
 
-def _swatch(axes: Axes, color: str, label: str):
+def _swatch(axes: Axes, color: str, label: str) -> Any:
     return axes.fill_between([], [], color=color, label=label, linewidth=0)
 
 

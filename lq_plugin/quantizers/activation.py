@@ -176,7 +176,8 @@ class ActivationQuantizer(Quantizer):
             or self._forward_hooks
             or self._forward_pre_hooks
         ):
-            return self(x)
+            y: Tensor = self(x)
+            return y
         watches, grid = self._watches, self.spec.grid
 
         def make() -> tuple[Tensor, Tensor, Tensor]:

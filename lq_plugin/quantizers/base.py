@@ -341,11 +341,19 @@ class Quantizer(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.forget_switches()  # other tensors, with counts of their own
-        return super()._apply(keep_dtype, recurse)
+        found: Quantizer = super()._apply(keep_dtype, recurse)
+        return found
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Any,
+        prefix: Any,
+        local_metadata: Any,
+        strict: Any,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> Any:
         if not any(key.startswith(prefix) for key in state_dict):
             # A float checkpoint: its weights load, and the range has to be found anew.
             self.set_calibrated(False)

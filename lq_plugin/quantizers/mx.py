@@ -62,7 +62,8 @@ def _encode(quantizer: WeightQuantizer, w: Tensor) -> Parts:
 
 def _decode(spec: QuantSpec, parts: Values) -> Tensor:
     m = spec.bit_width - 1
-    return (parts["codes"] - 2**m + 1) * step_of(parts["exponent"] - 127, parts["shift"], m)
+    y: Tensor = (parts["codes"] - 2**m + 1) * step_of(parts["exponent"] - 127, parts["shift"], m)
+    return y
 
 
 def _container(spec: QuantSpec, values: Values) -> Container:

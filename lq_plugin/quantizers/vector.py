@@ -59,4 +59,5 @@ class VectorActivationQuantizer(ActivationQuantizer):
         shape = (*vectors.shape[:2], 1, *vectors.shape[3:])
         scale, _ = qparams_from_bounds(*extremes(vectors, shape), self.spec.grid)
         coarse = self.scale / (2**bits - 1)
-        return integer_scale(scale, coarse, bits) * coarse
+        y: Tensor = integer_scale(scale, coarse, bits) * coarse
+        return y

@@ -110,7 +110,7 @@ class WeightQuantizer(Quantizer):
         hidden = self._non_persistent_buffers_set
         self._non_persistent_buffers_set = hidden - keys if fixed else hidden | keys
 
-    def _load_from_state_dict(self, state_dict, prefix, *others):
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, *others: Any) -> Any:
         if any(key.startswith(prefix) for key in state_dict):
             self._set_fixed(prefix + "fixed" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *others)

@@ -122,7 +122,8 @@ def expected_error(name: str, scale: Tensor, top: Tensor, levels: int, one_sided
 
 
 def _gauss_hinge(t: Tensor) -> Tensor:
-    return t * torch.special.ndtr(t) + torch.exp(-0.5 * t * t) / sqrt(2.0 * pi)
+    y: Tensor = t * torch.special.ndtr(t) + torch.exp(-0.5 * t * t) / sqrt(2.0 * pi)
+    return y
 
 
 def _laplace_hinge(t: Tensor) -> Tensor:

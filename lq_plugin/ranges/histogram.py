@@ -141,7 +141,8 @@ class Histogram:
 
     def _lowest_key(self) -> Tensor:
         """Returns the key (float32 bits without the sign, shifted) of the first bin, `[rows]`."""
-        return ((self.octave + 1) * SUB_BINS - self.bins).clamp(min=0)
+        key: Tensor = ((self.octave + 1) * SUB_BINS - self.bins).clamp(min=0)
+        return key
 
     def _add_keys(self, per_key: Tensor) -> None:
         """Adds counts of all keys, negative and positive `[2, keys]`; key 0 holds the zeros."""

@@ -73,7 +73,10 @@ class Folded:
     def root_mean_square(self) -> Tensor:
         """Returns the root mean square magnitude, float64 `[rows]`; 0 for a row where nothing counts."""
         if self.mass is None:
-            return torch.linalg.vector_norm(self.magnitude, dim=1, dtype=torch.float64) / self.magnitude.shape[1] ** 0.5
+            y: Tensor = (
+                torch.linalg.vector_norm(self.magnitude, dim=1, dtype=torch.float64) / self.magnitude.shape[1] ** 0.5
+            )
+            return y
         squares = self.magnitude.double().square_().mul_(self.mass)
         return (squares.sum(dim=1) / self.total().clamp(min=1e-300)).sqrt()
 

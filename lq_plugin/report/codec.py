@@ -42,7 +42,8 @@ def decode(kind: type[T], content: Any, where: str = "report") -> T:
     Raises:
         QuantizationError: naming the place where the content does not fit.
     """
-    return _decode(kind, content, where)
+    found: T = _decode(kind, content, where)
+    return found
 
 
 def _decode(kind: Any, content: Any, where: str) -> Any:

@@ -42,7 +42,8 @@ def original(layer: QuantizedLayer, before: Tensor | None = None) -> Tensor:
 def quantized(layer: QuantizedLayer) -> Tensor:
     """The weight on its levels, of the same order; the quantizer has its range."""
     with torch.no_grad():
-        return in_force(layer).quantize_values(type(layer).canonical(layer, layer.weight).detach()).float().cpu()
+        y: Tensor = in_force(layer).quantize_values(type(layer).canonical(layer, layer.weight).detach()).float().cpu()
+        return y
 
 
 def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:

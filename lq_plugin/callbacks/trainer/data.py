@@ -195,11 +195,11 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
         # meant for sure.
         name = "dataloader" if given is not None else "train_dataloader"
         raise CalibrationError(
-            f"calibration takes the batches of one loader, {name} gives {len(loaders)}: say which, as PTQ(plan, "
-            "dataloader=...) or "
-            "QAT(plan, dataloader=...)"
+            f"calibration takes the batches of one loader, {name} gives {len(loaders)}: say which, as "
+            "PTQ(plan, dataloader=...) or QAT(plan, dataloader=...)"
         )
-    return loaders[0]
+    only: Iterable[Any] = loaders[0]
+    return only
 
 
 def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:

@@ -77,7 +77,8 @@ def _keys(module: nn.Module) -> list[str]:
 
 def _one_by_one(function: Callable[[Tensor, Tensor, Any], Tensor] | None) -> Callable[..., None]:
     if function is None:
-        return get_swa_multi_avg_fn()
+        found: Callable[..., None] = get_swa_multi_avg_fn()
+        return found
     return partial(_each, function)
 
 

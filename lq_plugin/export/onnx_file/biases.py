@@ -171,7 +171,7 @@ class _Biases:
                 else zero_point
             )
         kept = (axis,) if self._value(weight.input[1]).ndim else ()
-        sums = np.abs(codes).sum(tuple(dim for dim in range(codes.ndim) if dim not in kept))
+        sums: NDArray[Any] = np.abs(codes).sum(tuple(dim for dim in range(codes.ndim) if dim not in kept))
         return 255 * sums
 
     def _codes(self, name: str) -> NDArray[Any]:

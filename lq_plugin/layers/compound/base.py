@@ -158,7 +158,8 @@ class QuantizedCompound(nn.Module):
         return type(self).float_class.forward(self, *args, **kwargs)
 
     def _parts(self) -> dict[str, QuantizedLayer]:
-        return cast(Any, getattr(self, CONTAINER))._modules
+        found: dict[str, QuantizedLayer] = cast(Any, getattr(self, CONTAINER))._modules
+        return found
 
     def _quantized_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

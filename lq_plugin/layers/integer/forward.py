@@ -69,7 +69,8 @@ def _projects(layer: QuantizedLayer) -> bool:
 
 def _bias(layer: QuantizedLayer) -> Tensor | None:
     """Returns the bias that is added to the layer's products."""
-    return cast(Any, layer).owner.in_proj_bias if _projects(layer) else cast(Any, layer).bias
+    found: Tensor | None = cast(Any, layer).owner.in_proj_bias if _projects(layer) else cast(Any, layer).bias
+    return found
 
 
 def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str) -> str | None:

@@ -10,6 +10,7 @@ bit an element for what was not clipped, and q_w.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,9 @@ class IntegerProduct(torch.autograd.Function):
     """Apply to `(x, weight, bias, operands, convolution, arithmetic)`; `convolution` is None for a linear layer."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, operands, convolution, arithmetic):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, operands: Any, convolution: Any, arithmetic: Any
+    ) -> Any:
         q, mask, ctx.scale, ctx.zero_point = operands.levels
         ctx.save_for_backward(q, mask, operands.q_weight, operands.weight_scale, weight if operands.clip else None)
         ctx.clip = operands.clip
@@ -81,7 +84,7 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q, mask, q_weight, weight_scale, weight = ctx.saved_tensors
         arithmetic = ctx.arithmetic
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -89,7 +92,7 @@ class IntegerProduct(torch.autograd.Function):
         x = arithmetic.dequantize(q, ctx.scale, ctx.zero_point, grad.dtype) if needs_weight else None
         shape = [-1, *[1] * (q_weight.ndim - 1)]
         w = q_weight.float().mul_(weight_scale.view(shape)).to(grad.dtype) if needs_x else None
-        backward = _linear_backward if ctx.convolution is None else _convolution_backward
+        backward: Callable[..., Any] = _linear_backward if ctx.convolution is None else _convolution_backward
         x_grad, weight_grad, bias_grad = backward(
             grad, q, x, q_weight, w, ctx.convolution, (needs_x, needs_weight, needs_bias)
         )
@@ -110,12 +113,16 @@ def onednn_product(operands: Operands, bias: Tensor | None, convolution: Convolu
     bias = None if bias is None else bias.detach()
     if convolution is None:
         packed = torch.ops.onednn.qlinear_prepack(q_weight, list(q.shape))
-        return torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, packed, scales, none, bias, *after)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, packed, scales, none, bias, *after)
+        return y
     packed = torch.ops.onednn.qconv_prepack(q_weight, scales, scale, zero_point, *convolution, list(q.shape))
-    return torch.ops.onednn.qconv2d_pointwise(q, scale, zero_point, packed, scales, none, bias, *convolution, *after)
+    y = torch.ops.onednn.qconv2d_pointwise(q, scale, zero_point, packed, scales, none, bias, *convolution, *after)
+    return y
 
 
-def _convolution_backward(grad, q, x, q_weight, w, convolution, wanted):
+def _convolution_backward(
+    grad: Tensor, q: Any, x: Tensor, q_weight: Any, w: Tensor, convolution: Any, wanted: Any
+) -> Any:
     # What is not wanted is not read: only its shape is.
     x = torch.empty_strided(q.shape, q.stride(), dtype=grad.dtype, device=q.device) if x is None else x
     w = torch.empty_like(q_weight, dtype=grad.dtype) if w is None else w
@@ -126,7 +133,7 @@ def _convolution_backward(grad, q, x, q_weight, w, convolution, wanted):
     )
 
 
-def _linear_backward(grad, q, x, q_weight, w, convolution, wanted):
+def _linear_backward(grad: Tensor, q: Any, x: Tensor, q_weight: Any, w: Tensor, convolution: Any, wanted: Any) -> Any:
     rows = grad.reshape(-1, grad.shape[-1])
     x_grad = (rows @ w).view(q.shape) if wanted[0] else None
     weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None

@@ -52,7 +52,8 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
     if isinstance(module, _ConvNd):
         return outputs * (module.in_channels // module.groups) * prod(module.kernel_size)
     if operation_of(module) == "product":
-        return outputs * cast(Any, quantized_class(module)).channels(module)[0]
+        count: int = outputs * cast(Any, quantized_class(module)).channels(module)[0]
+        return count
     return 0
 
 
@@ -117,29 +118,35 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, *
 
 
 def _matmul(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * _argument(args, kwargs, 0, "input", "self").shape[-1]
+    count: int = output.numel() * _argument(args, kwargs, 0, "input", "self").shape[-1]
+    return count
 
 
 def _addmm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * _argument(args, kwargs, 1, "mat1", "mat", "batch1").shape[-1]
+    count: int = output.numel() * _argument(args, kwargs, 1, "mat1", "mat", "batch1").shape[-1]
+    return count
 
 
 def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * _argument(args, kwargs, 1, "weight").shape[-1]
+    count: int = output.numel() * _argument(args, kwargs, 1, "weight").shape[-1]
+    return count
 
 
 def _convolution(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * prod(_argument(args, kwargs, 1, "weight").shape[1:])
+    count: int = output.numel() * prod(_argument(args, kwargs, 1, "weight").shape[1:])
+    return count
 
 
 def _conv_transpose(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return _argument(args, kwargs, 0, "input").numel() * prod(_argument(args, kwargs, 1, "weight").shape[1:])
+    count: int = _argument(args, kwargs, 0, "input").numel() * prod(_argument(args, kwargs, 1, "weight").shape[1:])
+    return count
 
 
 def _dot_product_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
     query, key = _argument(args, kwargs, 0, "query"), _argument(args, kwargs, 1, "key")
     # Heads and batch are read off the output: with grouped queries the key has fewer heads.
-    return prod(output.shape[:-1]) * key.shape[-2] * (query.shape[-1] + output.shape[-1])
+    count: int = prod(output.shape[:-1]) * key.shape[-2] * (query.shape[-1] + output.shape[-1])
+    return count
 
 
 def _multi_head_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
@@ -156,12 +163,14 @@ def _grouped_mm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
         _argument(args, kwargs, 1, "mat_b", "mat2", "weight"),
     )
     rows = first.shape[0] * second.shape[1] if first.dim() == second.dim() == 2 else output.numel()
-    return rows * first.shape[-1]
+    count: int = rows * first.shape[-1]
+    return count
 
 
 def _addbmm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
     batch = _argument(args, kwargs, 1, "batch1")
-    return output.numel() * batch.shape[0] * batch.shape[-1]
+    count: int = output.numel() * batch.shape[0] * batch.shape[-1]
+    return count
 
 
 def _any_convolution(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
@@ -169,12 +178,14 @@ def _any_convolution(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: T
 
 
 def _conv_tbc(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    return output.numel() * prod(_argument(args, kwargs, 1, "weight").shape[:2])
+    count: int = output.numel() * prod(_argument(args, kwargs, 1, "weight").shape[:2])
+    return count
 
 
 def _bilinear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
     weight = _argument(args, kwargs, 2, "weight")
-    return output.numel() * (weight.shape[1] + 1) * weight.shape[2]
+    count: int = output.numel() * (weight.shape[1] + 1) * weight.shape[2]
+    return count
 
 
 def _tensordot(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
@@ -185,7 +196,8 @@ def _tensordot(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor)
 
 def _vecdot(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
     dim = kwargs.get("dim", -1)
-    return output.numel() * max(_argument(args, kwargs, i, name).shape[dim] for i, name in enumerate(("x", "y")))
+    count: int = output.numel() * max(_argument(args, kwargs, i, name).shape[dim] for i, name in enumerate(("x", "y")))
+    return count
 
 
 def _cdist(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:

@@ -243,7 +243,8 @@ def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], k
     # Quantizers keep what they were given for the backward pass, so it must not be what is written to.
     changed, kwargs = operation.quantized((args[0].clone(), *args[1:]), kwargs)
     first = changed[0].clone() if changed[0]._is_view() else changed[0]
-    return args[0].copy_(func(first, *changed[1:], **kwargs))
+    y: Tensor = args[0].copy_(func(first, *changed[1:], **kwargs))
+    return y
 
 
 def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, LayerPlan]]) -> None:

@@ -61,10 +61,12 @@ class InputHessian:
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(self.layer, _ConvNd):
             x = x.reshape(-1, x.shape[-1])
-            return x.split(max(1, _CHUNK // x.shape[1]))
+            chunks: tuple[Tensor, ...] = x.split(max(1, _CHUNK // x.shape[1]))
+            return chunks
         x = x if x.dim() == len(self.layer.kernel_size) + 2 else x.unsqueeze(0)
         # At most: with stride 1.
-        return x.split(max(1, _CHUNK // (x[0].numel() * self.layer.weight[0, 0].numel())))
+        chunks = x.split(max(1, _CHUNK // (x[0].numel() * self.layer.weight[0, 0].numel())))
+        return chunks
 
     def _columns(self, x: Tensor) -> Tensor:
         """X as `[groups, columns, samples]`."""

@@ -98,7 +98,7 @@ class ActivationCache:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held or key in self._files
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         yield from list(self._held)
         yield from list(self._files)
 
@@ -116,11 +116,11 @@ class ActivationCache:
             self._folder = None
 
 
-class _Plain(tuple):
+class _Plain(tuple[Any, ...]):
     """A leaf that is no tensor."""
 
 
-class _Kept(tuple):
+class _Kept(tuple[Any, ...]):
     """A tensor and the device it came from; a type of its own, so that it is a leaf."""
 
 

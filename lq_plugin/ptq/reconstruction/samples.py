@@ -105,9 +105,11 @@ class Samples:
         record = self._merged if self._merged is not None else self.cache.get(("sample", index))
         count = self.sizes[index]
         if not self.separable or size >= count:
-            return tree_map(copied if self._merged is not None else renewed, record)
+            found: Record = tree_map(copied if self._merged is not None else renewed, record)
+            return found
         chosen = torch.randperm(count, generator=generator)[:size]
-        return _take(record, chosen, count)
+        found = _take(record, chosen, count)
+        return found
 
     def records(self) -> list[Record]:
         """All records, one after the other."""

@@ -90,6 +90,7 @@ class SoftInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         quantizer = self.held[0]
+        y: Tensor
         if self.gain is None:
             y = quantizer(x)
         else:

@@ -62,7 +62,8 @@ class _Steps(nn.Module):
         self.bits = min(ranges)
 
     def step(self, bits: int) -> Tensor:
-        return self.ranges[bits].scale * self.logarithms[str(bits)].exp()
+        y: Tensor = self.ranges[bits].scale * self.logarithms[str(bits)].exp()
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         given = self.ranges[self.bits]

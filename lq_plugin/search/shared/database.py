@@ -115,7 +115,8 @@ class SharedStorage(RDBStorage):
 
         file = sqlite_file(self.url) if state in (TrialState.RUNNING, TrialState.FAIL) else None
         with contextlib.nullcontext() if file is None else FileLock(f"{file}.trial.lock"):
-            return change(self)
+            found: bool = change(self)
+            return found
 
     @_outlasting
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:

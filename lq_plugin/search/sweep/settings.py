@@ -202,7 +202,8 @@ class SweepSettings:
         base = config.pop("seed", None)
         seed = int(np.random.SeedSequence([self.seed if base is None else base, known]).generate_state(1)[0])
         seeded = "seed" in inspect.signature(part_class(config, BaseSampler, _SAMPLER)).parameters
-        return build(config | ({"seed": seed} if seeded else {}), BaseSampler, _SAMPLER)
+        found: BaseSampler = build(config | ({"seed": seed} if seeded else {}), BaseSampler, _SAMPLER)
+        return found
 
     def plan_keys(self, config: DictConfig) -> list[str]:
         """Config keys that take the path of the plan file.

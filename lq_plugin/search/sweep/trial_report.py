@@ -75,8 +75,10 @@ class TrialReport(Callback):
     @staticmethod
     def _require(trial: JobTrial, trainer: Trainer, pl_module: LightningModule) -> str:
         recordings = [
-            callback.recording for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)
-        ]  # type: ignore[attr-defined]
+            callback.recording
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, QuantizationCallback)
+        ]
         try:
             trial.require(cost_totals(cost(pl_module, next(iter(recordings), None))))
         except TrialPruned as pruned:
