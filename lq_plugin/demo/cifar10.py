@@ -109,7 +109,7 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     return padded[rows, :, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
+class _Images(Dataset[tuple[Tensor, Tensor]]):
     """Serves whole batches: augmenting and normalising them at once is ten times faster than image by image."""
 
     def __init__(self, images: Tensor, labels: Tensor, augment: bool) -> None:

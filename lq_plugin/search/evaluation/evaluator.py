@@ -94,7 +94,7 @@ class Evaluator:
         *,
         trainer: Callable[..., Trainer] | None = None,
         calibration_batches: int = 8,
-        phases: Sequence[str] = ("fold_batch_norm", "calibrate"),
+        phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate"),
         dataloader: Iterable[Any] | None = None,
         seed: int = 0,
     ) -> None:
