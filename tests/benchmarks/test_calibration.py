@@ -21,6 +21,7 @@ def small(name: str, data: Path, batches: int) -> tuple[nn.Module, list[Tensor]]
     return net.eval(), [torch.randn(4, 3, 8, 8) for _ in range(batches)]
 
 
+@pytest.mark.slow
 def test_json_has_the_promised_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptq_accuracy, "BATCH_SIZE", 16)
 
 
+@pytest.mark.slow
 def test_json_has_the_promised_form(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     arguments = [
@@ -94,6 +95,7 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
     assert ptq_accuracy.accuracy(torch.nn.Identity(), images, labels) == 75.0
 
 
+@pytest.mark.slow
 def test_learned_rounding_has_a_row_with_its_curve(data_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ["--data", str(data_folder), "--weights", "resnet8.safetensors", "--depth", "8", "--json", str(out)]

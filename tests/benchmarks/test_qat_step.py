@@ -87,6 +87,7 @@ def test_every_round_runs_every_step_once() -> None:
     assert times == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
 
 
+@pytest.mark.slow
 def test_a_peers_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "require", lambda names: None)
     monkeypatch.setattr(process, "python", lambda name: Path(sys.executable))

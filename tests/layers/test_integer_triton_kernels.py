@@ -269,6 +269,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiles_for_gpus(tmp_path):
     compile_all(tmp_path, [(64, 32, 64, 4)], ["fp32"])

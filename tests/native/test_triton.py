@@ -245,6 +245,7 @@ for dtype, (kernel, constants) in itertools.product(("fp32", "bf16", "fp16"), va
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(triton.backends.backends.get("nvidia"), "compiler"),
     reason="this Triton has no compiler for NVIDIA GPUs",
