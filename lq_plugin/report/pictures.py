@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ from lq_plugin.report.data import (
     Series,
     StudyReport,
     TensorView,
+)
+from lq_plugin.report.registry import (
+    register_layer_picture as register_layer_picture,
+    register_picture as register_picture,
+    registered_pictures,
 )
 from lq_plugin.utilities.files import file_name, make_folder, replacing
 
@@ -57,38 +62,52 @@ def write_pictures(
 
 
 def pictures(report: ReportData, max_layers: int = 8) -> Iterator[tuple[str, Figure]]:
-    """Names and figures of a report."""
-    if report.model is not None and report.model.layers:
-        layers = report.model.layers
-        yield "bits", plots.bits_per_layer(_cost(report))
-        rows = [
-            FidelityRow(x.name, slot, spec, x.sqnr_db.get(slot), x.clipped.get(slot))
-            for x in layers
-            for slot, spec in x.specs.items()
-        ]
-        if any(row.sqnr_db is not None and np.isfinite(row.sqnr_db) for row in rows):
-            yield "sqnr", plots.sqnr_per_layer(rows)
-        largest = sorted((x for x in layers if x.boxes), key=lambda x: -x.elements)[:max_layers]
-        for layer in (x for x in layers if x in largest):
-            yield f"layer_{layer.name}", layer_sheet(layer)
-    if report.model is not None and (curves := quantities(report.model)):
-        yield "training", training(report.model, curves)
-    if report.study is not None and report.study.trials:
+    """Yields the name and the figure of everything that a report has values for, see `lq_plugin.report.registry`.
+
+    Args:
+        report: to draw.
+        max_layers: the figures of layers are drawn for that many, the largest ones.
+    """
+    return registered_pictures(report, max_layers)
+
+
+@register_picture("bits")
+def _bits(report: ReportData) -> Figure | None:
+    return plots.bits_per_layer(_cost(report.model)) if report.model is not None and report.model.layers else None
+
+
+@register_picture("sqnr")
+def _sqnr(report: ReportData) -> Figure | None:
+    layers = [] if report.model is None else report.model.layers
+    rows = [
+        FidelityRow(x.name, slot, spec, x.sqnr_db.get(slot), x.clipped.get(slot))
+        for x in layers
+        for slot, spec in x.specs.items()
+    ]
+    known = any(row.sqnr_db is not None and np.isfinite(row.sqnr_db) for row in rows)
+    return plots.sqnr_per_layer(rows) if known else None
+
+
+@register_picture("training")
+def _training(report: ReportData) -> Figure | None:
+    curves = {} if report.model is None else quantities(report.model)
+    return training(report.model, curves) if report.model is not None and curves else None
+
+
+def _of_study(draw: Callable[[StudyReport], Figure], wanted: str = "trials") -> Callable[[ReportData], Figure | None]:
+    """Returns a function of a report that draws its study, where the study has values in the field `wanted`."""
+
+    def of_report(report: ReportData) -> Figure | None:
         study = report.study
-        yield "pareto", _pareto(study)
-        yield "hypervolume", hypervolume(study)
-        yield "parallel", parallel(study)
-        if study.best:
-            yield "best_bits", best_bits(study)
-        if study.importance:
-            yield "importance", importance(study)
+        return draw(study) if study is not None and study.trials and getattr(study, wanted) else None
+
+    return of_report
 
 
-def _cost(report: ReportData) -> Cost:
-    """The priced rows that the report was made of; what is outside of layers follows from the totals."""
-    assert report.model is not None
+def _cost(model: ModelReport) -> Cost:
+    """Returns the priced rows that a report was made of; the cost outside of layers follows from the totals."""
     rows = []
-    for x in report.model.layers:
+    for x in model.layers:
         storage = 0 if x.effective_bits is None else round(x.effective_bits * x.elements)
         rows.append(
             CostRow(
@@ -104,14 +123,15 @@ def _cost(report: ReportData) -> Cost:
                 x.tied_to,
             )
         )
-    other_bytes = int(report.model.totals.get("bytes") or 0) - sum(row.bytes for row in rows)
+    other_bytes = int(model.totals.get("bytes") or 0) - sum(row.bytes for row in rows)
     elements, bits = sum(row.owned for row in rows), sum(row.storage_bits for row in rows)
     # Parameters outside of the layers are float, so that many of them make up the mean.
-    mean = report.model.totals.get("effective_bits")
+    mean = model.totals.get("effective_bits")
     others = 0 if mean is None or mean >= FLOAT_BITS else max(0, round((elements * mean - bits) / (FLOAT_BITS - mean)))
     return Cost(tuple(rows), other_bytes, others, others * FLOAT_BITS)
 
 
+@register_layer_picture("layer")
 @styled
 def layer_sheet(layer: LayerReport) -> Figure:
     """Channels, histogram, criteria, roundings and error map of one layer on one sheet."""
@@ -326,3 +346,10 @@ def importance(study: StudyReport) -> Figure:
     axes.barh([short(name, 34) for name, _ in shown], [value for _, value in shown], color=BLUE)
     axes.set_title(f"What mattered for {study.metric} (PED-ANOVA)")
     return figure
+
+
+register_picture("pareto")(_of_study(_pareto))
+register_picture("hypervolume")(_of_study(hypervolume))
+register_picture("parallel")(_of_study(parallel))
+register_picture("best_bits")(_of_study(best_bits, "best"))
+register_picture("importance")(_of_study(importance, "importance"))

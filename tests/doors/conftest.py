@@ -7,6 +7,7 @@ from lq_plugin.intent.formats import FORMATS
 from lq_plugin.layers import registry as layers
 from lq_plugin.quantizers import registry as formats
 from lq_plugin.ranges import registry as ranges
+from lq_plugin.report import registry as pictures
 
 #: Each registers what it adds when it is run: pytest's search for doctests must not.
 collect_ignore = ["power_of_two.py"]
@@ -22,6 +23,8 @@ def registries_as_they_were(monkeypatch):
         ranges._ESTIMATORS,
         layers._REGISTRY,
         layers._SHADOWED,
+        pictures.PICTURES,
+        pictures.LAYER_PICTURES,
     ]
     kept = [dict(table) for table in tables]
     yield
