@@ -1,4 +1,4 @@
-"""AdaRound: learn for each weight whether it is rounded up or down.
+"""AdaRound: rounding up or down, learned for each weight.
 
 With b = ⌊w / s⌋ + z the level below a weight, and one variable V for each weight:
 
@@ -30,7 +30,7 @@ DECIDED = 0.01
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V) in 0..1; it reaches both ends, and has no gradient beyond them.
+    """Returns h(V) in 0..1; it reaches both ends, and has no gradient beyond them.
 
     >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -39,7 +39,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
-    """V with h(V) = h, for h in 0..1.
+    """Returns V with h(V) = h, for h in 0..1.
 
     >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.25])))
     tensor([0.2500])
@@ -48,7 +48,7 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
 
 
 def neighbours(w: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """The two levels a weight may be rounded to, and where between them it lies.
+    """Returns the two levels a weight may be rounded to, and its position between them.
 
     Args:
         w: weights, as blocks that `scale` broadcasts against.
@@ -71,12 +71,16 @@ def neighbours(w: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) 
 
 
 def regularizer(h: Tensor, beta: float) -> Tensor:
-    """1 - |2h - 1|^β for each weight: 1 at h = 0.5, 0 where it is decided."""
+    """Returns 1 - |2h - 1|^β for each weight: 1 at h = 0.5, 0 where it is decided."""
     return 1.0 - (2.0 * h - 1.0).abs().pow(beta)
 
 
 def beta_at(progress: float, start: float = 20.0, end: float = 2.0) -> float:
-    """β after this share (0..1) of the annealing.
+    """Returns β after a share of the annealing.
+
+    Args:
+        progress: the share, 0..1.
+        start, end: β at both ends.
 
     >>> beta_at(0.0), beta_at(0.5), beta_at(1.0)
     (20.0, 11.0, 2.0)
@@ -85,5 +89,5 @@ def beta_at(progress: float, start: float = 20.0, end: float = 2.0) -> float:
 
 
 def undecided(h: Tensor) -> Tensor:
-    """Which weights are neither rounded up nor down yet."""
+    """Returns True for the weights that are not yet rounded up or down."""
     return (h > DECIDED) & (h < 1.0 - DECIDED)

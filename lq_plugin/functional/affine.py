@@ -26,7 +26,7 @@ MIN_SCALE = 2.0**-100
 
 
 def qparams_from_bounds(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose levels cover `[minimum, maximum]`, always with an exact zero.
+    """Returns scale and zero point whose levels cover `[minimum, maximum]`, always with an exact zero.
 
     Affine: scale = (max - min) / (levels - 1), zero_point = quant_min - round(min / scale), with
     min ≤ 0 ≤ max. Otherwise the zero point is 0 and the scale is the smallest one that
@@ -37,7 +37,7 @@ def qparams_from_bounds(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> 
         grid: the integer levels.
 
     Returns:
-        `(scale, zero_point)`, float32 of the same shape; zero points are whole numbers.
+        `(scale, zero_point)`, float32 of the same shape; zero points are integers.
 
     >>> qparams_from_bounds(torch.tensor(-1.0), torch.tensor(0.5), IntegerGrid(-128, 127))
     (tensor(0.0078), tensor(0.))
@@ -60,30 +60,52 @@ def qparams_from_bounds(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> 
 
 
 def zero_point_from(minimum: Tensor, scale: Tensor, grid: IntegerGrid) -> Tensor:
-    """The level that stands for 0 where `minimum` (≤ 0) falls on the lowest one; 0 on a grid without zero point."""
+    """Returns the level of 0 if `minimum` is at the lowest level; 0 on a grid without zero point.
+
+    Args:
+        minimum: float32, ≤ 0.
+        scale: float32, of the same shape.
+        grid: the integer levels.
+    """
     if not grid.affine:
         return torch.zeros_like(scale)
     return (grid.quant_min - torch.round(minimum / scale)).clamp(grid.quant_min, grid.quant_max)
 
 
 def bounds_from_qparams(scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
-    """Smallest and largest real value the levels stand for."""
+    """Returns the smallest and the largest real value of the levels, shaped like the scale.
+
+    Args:
+        scale, zero_point: float32, of one shape.
+        grid: the integer levels.
+    """
     return (grid.quant_min - zero_point) * scale, (grid.quant_max - zero_point) * scale
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Integer levels of `x`, int32, in `quant_min..quant_max`. No gradient."""
+    """Returns the integer levels of `x`, int32, in `quant_min..quant_max`, without a gradient.
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: float32, broadcastable to `x`.
+        grid: the integer levels.
+    """
     q = (x.detach().float() * scale.reciprocal()).round_().add_(zero_point)
     return q.clamp_(grid.quant_min, grid.quant_max).to(torch.int32)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Real values of integer levels: (q - zero_point) · scale, float32."""
+    """Returns the real values of integer levels, (q - zero_point) · scale, float32.
+
+    Args:
+        q: integers of any shape.
+        scale, zero_point: float32, broadcastable to `q`.
+    """
     return (q - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Quantize and dequantize, with the straight-through gradient.
+    """Quantizes and dequantizes, with the straight-through gradient.
 
     Forward:  x̂ = (clip(round(x / s) + z, quant_min, quant_max) - z) · s
 
@@ -118,7 +140,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
 
 
 def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """`fake_quantize` with the straight-through gradient taken literally: ∂x̂/∂x = 1, also where x is clipped.
+    """Quantizes and dequantizes with the gradient ∂x̂/∂x = 1 everywhere, also where x is clipped.
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: float32, broadcastable to `x`.
+        grid: the integer levels.
 
     >>> x = torch.tensor([-2.0, 0.26, 0.9], requires_grad=True)
     >>> fake_quantize_identity(x, torch.tensor(0.5), torch.tensor(0.0), IntegerGrid(-2, 1)).sum().backward()
@@ -132,7 +159,13 @@ def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
 def fake_quantize_observed(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor
 ) -> Tensor:
-    """`fake_quantize` with one scale; `low` and `high`, float32 `[1]`, take in the extremes of `x`, in place.
+    """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: float32, one element.
+        grid: the integer levels.
+        low, high: float32 `[1]`.
 
     >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
     >>> x, scale, zero_point = torch.tensor([0.2, 3.0]), torch.tensor([0.5]), torch.tensor([0.0])
@@ -161,14 +194,19 @@ def fake_quantize_observed(
 
 @torch.no_grad()
 def observe(x: Tensor, low: Tensor, high: Tensor) -> None:
-    """Move `low` and `high`, float32 `[1]`, in place to take in the extremes of `x`; a NaN stays."""
+    """Widens `low..high` in place to the extremes of `x`; a NaN stays.
+
+    Args:
+        x: float tensor of any shape.
+        low, high: float32 `[1]`.
+    """
     # amin and amax, not aminmax: that one is ten times slower on CPU.
     torch.minimum(low, x.amin().float(), out=low)
     torch.maximum(high, x.amax().float(), out=high)
 
 
 def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of those that share a scale, no gradient.
+    """Returns the smallest and the largest of the values that share a scale, without a gradient.
 
     Args:
         x: float tensor.
@@ -192,7 +230,7 @@ def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid) -> Tensor:
-    """`fake_quantize` with the range of the smallest and largest value that share a scale.
+    """Quantizes and dequantizes with the range from the smallest to the largest value that share a scale.
 
     Where the grid has levels on both sides of a fixed zero nothing is clipped, and the gradient passes as it is.
 
@@ -251,7 +289,7 @@ class _IdentityFakeQuantize(torch.autograd.Function):
 
 
 class _CoveredFakeQuantize(torch.autograd.Function):
-    """Where no element is clipped: nothing is saved."""
+    """Fake quantization without clipping: nothing is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
@@ -263,7 +301,7 @@ class _CoveredFakeQuantize(torch.autograd.Function):
 
 
 class _NativeFakeQuantize(torch.autograd.Function):
-    """The kernels: one pass, and a bit an element for the backward pass."""
+    """Fake quantization by the kernels: one pass, and one bit per element for the backward pass."""
 
     @staticmethod
     def forward(
@@ -304,7 +342,15 @@ class _NativeExtremes(torch.autograd.Function):
 def masked_gradient(
     grad: Tensor, mask: Tensor, layout: Layout, strides: tuple[int, ...], kernels: FakeQuantizeKernels
 ) -> Tensor:
-    """The gradient where a bit of the kernels' `mask` is 1, 0 elsewhere, laid out in memory as what was masked."""
+    """Returns the gradient where a bit of the kernels' `mask` is 1, and 0 elsewhere.
+
+    Args:
+        grad: of the output.
+        mask: from the forward pass.
+        layout: of the mask.
+        strides: of the masked tensor, which the result has also.
+        kernels: those that made the mask.
+    """
     if (
         (torch.is_grad_enabled() and grad.requires_grad)
         or type(grad) is not Tensor
@@ -312,18 +358,18 @@ def masked_gradient(
     ):
         # A second derivative, or what cannot be taken by its address.
         return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)
-    # Never in place: the gradient may be someone else's, too.
+    # Never in place: the gradient may belong to someone else as well.
     return kernels.mask_gradient(ops.laid_out(grad, strides), mask, layout)
 
 
 class _TracedFakeQuantize(torch.autograd.Function):
-    """The kernels in a graph of torch.compile."""
+    """Fake quantization by the kernels in a graph of torch.compile."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, observed: Any
     ) -> Any:
-        # The input is kept, not bits of it: behind a ReLU its backward pass then needs no mask of bytes, which Inductor
+        # The input is kept, not bits of it: after a ReLU its backward pass then needs no mask of bytes, which Inductor
         # writes slowly.
         ctx.save_for_backward(x, scale, zero_point)
         ctx.bounds = quant_min, quant_max
@@ -339,7 +385,12 @@ class _TracedFakeQuantize(torch.autograd.Function):
 
 
 def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
-    """How the qparams lie along `x`, where the kernels can take them so."""
+    """Returns the layout of the qparams along `x`, or None if the kernels cannot take them.
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: broadcastable to `x`.
+    """
     if (
         scale.shape != zero_point.shape
         or scale.dtype != torch.float32
@@ -353,7 +404,7 @@ def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are whole numbers, exact in float32.
+    # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are integers, exact in float32.
     if scale.numel() == 1 and _has_cheap_scalars(x, scale, zero_point):
         low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
         return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
@@ -362,7 +413,7 @@ def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
 
 
 def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
-    """Whether Python numbers may stand for the qparams: kernels with scalars are several times faster on CPU.
+    """Returns True if Python numbers may replace the qparams: scalar kernels are several times faster on CPU.
 
     On other devices reading them would wait for the device, and under torch.compile it breaks the graph.
     """

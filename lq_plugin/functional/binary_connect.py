@@ -24,7 +24,7 @@ LATENT_BOUND = 1.0
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
-    """σ(x) = clip((x + 1) / 2, 0, 1): the probability of +1.
+    """Returns σ(x) = clip((x + 1) / 2, 0, 1), the probability of +1.
 
     >>> hard_sigmoid(torch.tensor([-2.0, 0.0, 0.5]))
     tensor([0.0000, 0.5000, 0.7500])
@@ -33,12 +33,12 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 def sign(x: Tensor, noise: Tensor | None = None, threshold: float = 0.0, clipped: bool = True) -> Tensor:
-    """-1 and +1, with the straight-through gradient.
+    """Returns -1 and +1, with the straight-through gradient.
 
     Args:
         x: float tensor of any shape.
         noise: uniform in [0, 1), shaped like `x`, for stochastic binarization; None: deterministic.
-        threshold: from where on the deterministic sign is +1.
+        threshold: the smallest value whose deterministic sign is +1.
         clipped: the gradient is 0 where |x| > 1; False passes it on everywhere.
 
     Returns:
@@ -52,7 +52,7 @@ def sign(x: Tensor, noise: Tensor | None = None, threshold: float = 0.0, clipped
 
 
 def plain_sign(x: Tensor, threshold: float = 0.0) -> Tensor:
-    """-1 and +1, the latter from the threshold on (sign(0) = +1), without a gradient.
+    """Returns -1 below the threshold and +1 from there on (sign(0) = +1), without a gradient.
 
     >>> plain_sign(torch.tensor([-0.0, 0.0]))
     tensor([1., 1.])
@@ -62,7 +62,7 @@ def plain_sign(x: Tensor, threshold: float = 0.0) -> Tensor:
 
 
 def hard_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient where |x| ≤ 1, 0 elsewhere.
+    """Returns the gradient where |x| ≤ 1, and 0 elsewhere.
 
     >>> hard_tanh_gradient(torch.ones(3), torch.tensor([-1.0, 0.5, 1.0001]))
     tensor([1., 1., 0.])

@@ -1,6 +1,6 @@
-"""Formats whose scales follow from the values, in one pass over memory by the compiled kernels (`lq_plugin.native`).
+"""Compiled kernels (`lq_plugin.native`) for formats whose scales follow from the values, in one pass over memory.
 
-A rule says what the torch operations of a format do: those of `lq_plugin.functional.mx`, `ocp_mx`, `nvfp4` and
+A rule describes the torch operations of a format: those of `lq_plugin.functional.mx`, `ocp_mx`, `nvfp4` and
 `vs_quant`, bit for bit. Blocks lie along the channels, in whatever order the dims have in memory: nothing is moved,
 padded or copied.
 """
@@ -22,7 +22,7 @@ from lq_plugin.native.kernels import BlockRule, Kernels, block_layout
 
 
 def mx_rule(mantissa_bits: int) -> BlockRule:
-    """MX4, MX6 and MX9: what `mx_step` and `fake_quantize` do."""
+    """Returns the rule of MX4, MX6 and MX9, for what `mx_step` and `fake_quantize` compute."""
     limit = 2**mantissa_bits - 1
     return BlockRule(
         family=BlockRule.MICROEXPONENTS,
@@ -35,17 +35,24 @@ def mx_rule(mantissa_bits: int) -> BlockRule:
 
 
 def ocp_rule(element: Minifloat, mode: ocp_mx.ScaleMode) -> BlockRule:
-    """OCP MX: what `fake_quantize_mx` does."""
+    """Returns the rule of OCP MX, for what `fake_quantize_mx` computes."""
     return _float_rule(BlockRule.OCP, ocp_mx.BLOCK, element, ocp_mx.MODES.index(mode), 1.0)
 
 
 def nvfp4_rule(tensor_scale: float) -> BlockRule:
-    """NVFP4: what `fake_quantize_nvfp4` does with this scale g of the tensor."""
+    """Returns the rule of NVFP4, for what `fake_quantize_nvfp4` computes with this scale g of the tensor."""
     return _float_rule(BlockRule.NVFP4, nvfp4.BLOCK, E2M1, 0, tensor_scale)
 
 
 def vector_rule(size: int, grid: IntegerGrid, scale_bits: int, coarse: float) -> BlockRule:
-    """VS-Quant of activations: integer scales of vectors of so many channels under the float scale γ."""
+    """Returns the rule of VS-Quant for activations: integer scales of vectors under one float scale.
+
+    Args:
+        size: channels of a vector.
+        grid: the integer levels.
+        scale_bits: bits of the integer scales.
+        coarse: γ, the float scale.
+    """
     return BlockRule(
         family=BlockRule.VECTORS,
         block=size,
@@ -70,12 +77,12 @@ def _float_rule(family: int, block: int, element: Minifloat, mode: int, coarse: 
 
 
 def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) -> Tensor | None:
-    """Fake-quantized `x`, with the straight-through gradient of its format.
+    """Returns `x` fake-quantized in blocks, with the straight-through gradient of its format.
 
     Args:
         x: float tensor of any shape.
         axis: of the channels; the last block may be shorter.
-        rule: makes the rule, where the kernels are used.
+        rule: makes the rule; called only if the kernels are used.
 
     Returns:
         Tensor like `x`, laid out in memory as it is; None where the kernels cannot be used, and torch operations are to
@@ -99,7 +106,7 @@ def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) ->
 
 
 class _FakeQuantizeBlocks(torch.autograd.Function):
-    """A bit an element is kept for the backward pass."""
+    """Fake quantization in blocks; one bit per element is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Any, rule: Any, kernels: Any) -> Any:

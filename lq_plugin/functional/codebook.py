@@ -59,7 +59,7 @@ def codebook_kmeans(
     iterations: int = ITERATIONS,
     max_points: int = MAX_POINTS,
 ) -> Tensor:
-    """Centroids of each row.
+    """Returns the centroids of each row.
 
     Args:
         rows: `[R, n]`, finite; what shares a codebook in a row (`lq_plugin.functional.grouping.to_rows`).
@@ -97,7 +97,7 @@ def codebook_kmeans(
 
 
 def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """Lloyd's iteration until nothing moves, or so many times.
+    """Runs Lloyd's iteration until nothing moves, or a number of times.
 
     Args:
         ordered: `[R, n]`, each row ascending.
@@ -135,13 +135,15 @@ def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> T
 
 
 def _sorted(rows: Tensor) -> Tensor:
-    """Each row ascending, without the order: torch's own takes two more copies of the size of the rows for that."""
+    """Returns each row sorted, without the order, for which torch's sort takes two more copies of the rows."""
     return torch.from_numpy(np.sort(rows.numpy(), 1)) if rows.device.type == "cpu" else rows.sort(1).values
 
 
 def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
-    """Sums, float64, of the values before each of some indices `[R, k]`; of one long row without a sum for each of its
-    values."""
+    """Returns a function from indices `[R, k]` to the float64 sums of the values before them.
+
+    For one long row it keeps no sum for each of its values.
+    """
     if ordered.numel() <= _AT_A_TIME:
         sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
         return lambda index: sums.gather(1, index)
@@ -161,8 +163,9 @@ def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def midpoints(centroids: Tensor) -> Tensor:
-    """The largest float32 not above the middle of two neighbours: w ≤ it exactly where w is not nearer to the upper
-    one.
+    """Returns the largest float32 not above the middle of each two neighbours, `[R, levels - 1]`.
+
+    A weight is not above it exactly if it is not nearer to the upper neighbour.
 
     >>> midpoints(torch.tensor([[0.0, 1.0, 4.0]]))
     tensor([[0.5000, 2.5000]])
@@ -174,7 +177,7 @@ def midpoints(centroids: Tensor) -> Tensor:
 
 
 def assign(rows: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid, ties to the lower.
+    """Returns the index of the nearest centroid, ties to the lower.
 
     Args:
         rows: `[R, n]`.
@@ -196,7 +199,7 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _columns(rows: Tensor) -> Iterator[slice]:
-    """All columns, so many at a time that an index of eight bytes for each element is not much."""
+    """Yields slices of all columns, small enough that an eight-byte index for each element takes little memory."""
     step = max(_AT_A_TIME // 4 // max(len(rows), 1), 1)
     yield from (slice(start, start + step) for start in range(0, rows.shape[1], step))
 
@@ -209,11 +212,11 @@ def _values(centroids: Tensor, indices: Tensor) -> Tensor:
 
 
 def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
-    """Values of indices; the gradient of a centroid is the mean, or the sum, of its members'.
+    """Returns the centroids at indices; a centroid's gradient is the mean, or the sum, of its members'.
 
     Args:
         centroids: `[R, levels]`.
-        indices: `[R, n]`, whole numbers.
+        indices: `[R, n]`, integers.
         gradient: `mean` or `sum`.
 
     Returns:
@@ -233,7 +236,7 @@ def lookup(centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> T
 
 
 def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradient: Gradient = "mean") -> Tensor:
-    """`lookup` that also passes the gradient straight through to the latent weights.
+    """Returns the centroids at indices; the gradient goes to them and straight through to the latent weights.
 
     Forward:  x̂_j = C_{i_j}
 
@@ -242,7 +245,7 @@ def fake_quantize_codebook(x: Tensor, centroids: Tensor, indices: Tensor, gradie
     Args:
         x: `[R, n]`, the weights that the indices stand for; only their gradient depends on them.
         centroids: `[R, levels]`.
-        indices: `[R, n]`, whole numbers.
+        indices: `[R, n]`, integers.
         gradient: `mean` or `sum`.
 
     Returns:
@@ -300,9 +303,9 @@ def _to_centroids(grad: Tensor, indices: Tensor, levels: int, gradient: str) -> 
 
 
 def _refill(ordered: Tensor, centroids: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Centroids without members moved to the weights farthest from their centroids.
+    """Moves centroids without members to the weights farthest from their centroids.
 
-    In a sorted cluster these are its ends, so that two candidates a cluster are all there is to look at.
+    In a sorted cluster these are its ends, so that each cluster has only two candidates.
     """
     members = last > first
     ends = torch.stack([first, last - 1], 2).clamp(0, ordered.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""How far a quantized tensor is from the original: signal to noise ratio, share of clipped elements."""
+"""The error of a quantized tensor: signal to quantization noise ratio, share of clipped elements."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def energy(x: Tensor) -> Tensor:
-    """Sum of squares, float64 `[]`: in float32, a billion squares lose the small ones."""
+    """Returns the sum of squares, float64 `[]`: in float32, a billion squares lose the small ones."""
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
     return x.detach().float().square().sum(dtype=torch.float64)
 
 
 def decibel(signal: Tensor, noise: Tensor) -> Tensor:
-    """10 log10(signal / noise) of two energies; no noise is inf, even on no signal."""
+    """Returns 10 log10(signal / noise) of two energies; inf without noise, even without a signal."""
     return torch.where(noise == 0, torch.inf, 10.0 * torch.log10(signal / noise))
 
 
 def sqnr_db(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Signal to quantization noise ratio over all elements: 10 log10(sum x² / sum (x - x̂)²) dB.
+    """Returns the signal to quantization noise ratio over all elements, 10 log10(sum x² / sum (x - x̂)²) dB.
 
     Args:
         x, x_hat: original and quantized tensor of one shape.
@@ -39,12 +39,17 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def clipped_count(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Number of elements of `x` outside `[lo, hi]`, int64 `[]`."""
+    """Returns the number of elements of `x` outside `[lo, hi]`, int64 `[]`.
+
+    Args:
+        x: any shape.
+        lo, hi: bounds that broadcast against `x`.
+    """
     return ((x < lo) | (x > hi)).sum()
 
 
 def clipping_share(x: Tensor, lo: Tensor, hi: Tensor) -> float:
-    """Share of the elements of `x` outside `[lo, hi]`, 0..1.
+    """Returns the share of the elements of `x` outside `[lo, hi]`, 0..1.
 
     Args:
         x: any shape.

@@ -1,5 +1,4 @@
-"""Optimal k-means in one dimension: optimal clusters are intervals of the sorted numbers, so dynamic programming finds
-them.
+"""Optimal k-means in one dimension, by dynamic programming: clusters are intervals of the sorted numbers.
 
 With cost(i, j) = Σ w·x² - (Σ w·x)² / Σ w over the points i..j-1, from prefix sums in O(1):
 
@@ -29,12 +28,12 @@ Ints = NDArray[np.int64]
 
 
 def exact_centroids(ordered: Tensor, levels: int, max_points: int = 4096) -> tuple[Tensor, bool]:
-    """Centroids of the smallest squared error, row by row.
+    """Returns the centroids with the smallest squared error, row by row.
 
     Args:
         ordered: `[R, n]`, each row ascending.
         levels: k.
-        max_points: rows with more distinct values are summarised into at most so many.
+        max_points: rows with more distinct values are summarized into at most that many.
 
     Returns:
         Float32 `[R, levels]`, ascending (the last repeats where a row has fewer distinct values), and whether no row
@@ -56,7 +55,7 @@ def exact_centroids(ordered: Tensor, levels: int, max_points: int = 4096) -> tup
 
 
 def summary(ordered: NDArray[np.floating[Any]], max_points: int) -> tuple[Floats, Ints]:
-    """At most `max_points` means of neighbours, ascending, and how many values each stands for.
+    """Returns at most `max_points` means of neighbours, ascending, and the number of values each stands for.
 
     >>> summary(np.array([0.0, 1.0, 2.0, 3.0, 100.0]), 4)
     (array([  0.5,   2.5, 100. ]), array([2, 2, 1]))
@@ -76,15 +75,17 @@ def summary(ordered: NDArray[np.floating[Any]], max_points: int) -> tuple[Floats
 
 
 def _first_from(ordered: NDArray[np.floating[Any]], bounds: Floats) -> Ints:
-    """Index of the first value that is no smaller than each bound; bounds in the values' own dtype, or all values would
-    be converted."""
+    """Returns the index of the first value not below each bound.
+
+    Bounds have the dtype of the values, or numpy would convert all values.
+    """
     rounded = bounds.astype(ordered.dtype)
     above = np.nextafter(rounded, np.array(np.inf, ordered.dtype))
     return np.searchsorted(ordered, np.where(rounded < bounds, above, rounded))
 
 
 def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
-    """Optimal centroids of weighted points.
+    """Returns the optimal centroids of weighted points.
 
     Args:
         points: ascending, distinct.
@@ -122,9 +123,9 @@ def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
 
 
 def _next_row(previous: Floats, k: int, n: int, cost: Any) -> tuple[Floats, Ints]:
-    """D_k from D_{k-1}, and the minimising i of each j; j < k has no k clusters and is infinite.
+    """Returns D_k from D_{k-1}, and the minimizing i of each j; D_k(j) is infinite for j < k.
 
-    Divide and conquer a depth at a time: the j between two that are known look between those two's i only.
+    Divide and conquer, one depth at a time: each j searches only between the i of its known neighbours.
     """
     best = np.full(n + 1, np.inf)
     cut = np.zeros(n + 1, dtype=np.int64)

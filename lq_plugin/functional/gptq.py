@@ -1,4 +1,4 @@
-"""GPTQ: round a weight column by column, each time moving the columns to come so that they make up for the error.
+"""GPTQ: rounds a weight column by column, and moves the remaining columns so that they compensate the error.
 
 With H = 2 X Xᵀ over the inputs X `[columns, samples]`, λ = dampening · mean(diag H) and the upper Cholesky factor U of
 the inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
@@ -39,10 +39,10 @@ def gptq_quantize(
     act_order: bool = True,
     block_columns: int = 128,
 ) -> Tensor:
-    """Quantized values of a weight with a fixed scale and zero point for each element. The arithmetic is float64.
+    """Returns the quantized values of a weight with fixed scales and zero points; the arithmetic is float64.
 
     Args:
-        weight: `[..., rows, columns]`; leading dims are problems of their own (the groups of a convolution).
+        weight: `[..., rows, columns]`; leading dims are separate problems (the groups of a convolution).
         hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
         scale, zero_point: float32, broadcastable to the weight.
         grid: the integer levels.
@@ -81,7 +81,7 @@ def gptq_quantize(
 
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
-    """2 ‖d X‖² for each row d of W - Ŵ, float64 `[..., rows]`.
+    """Returns 2 ‖d X‖² for each row d of W - Ŵ, float64 `[..., rows]`.
 
     Args:
         difference: `[..., rows, columns]`.
@@ -95,7 +95,7 @@ def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _damped(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor:
-    """H + λ I, with λ from the live columns; dead ones get their mean, for the order of columns and for the factor."""
+    """Returns H + λ I with λ from the live columns; the diagonal of dead columns is the mean of the live ones."""
     damped = hessian.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
@@ -105,8 +105,10 @@ def _damped(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor:
 
 
 def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
-    """Upper triangular U with H⁻¹ = Uᵀ U, without the inverse: with rows and columns reversed, H = L Lᵀ, and U is L⁻¹
-    reversed."""
+    """Returns the upper triangular U with H⁻¹ = Uᵀ U, without the inverse.
+
+    With rows and columns reversed, H = L Lᵀ, and U is L⁻¹ reversed.
+    """
     reversed_ = damped.flip(-1, -2)
     lower, info = torch.linalg.cholesky_ex(reversed_)
     diagonal, pivots = (t.diagonal(dim1=-2, dim2=-1) for t in (reversed_, lower))
@@ -127,7 +129,7 @@ def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
 def _solve(
     w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, block_columns: int
 ) -> Tensor:
-    """Quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
+    """Returns quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
     columns = w.shape[-2]
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     for start in range(0, columns, block_columns):

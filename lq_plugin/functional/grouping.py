@@ -1,4 +1,4 @@
-"""Which elements share a scale: the shapes behind per-tensor, per-channel and per-group.
+"""The shapes of per-tensor, per-channel and per-group scales: which elements share one.
 
 A weight is laid out as `[C_out, C_in, *kernel]` (each layer brings its own into that order).
 `blocks` views it so that one scale tensor broadcasts against it:
@@ -25,7 +25,12 @@ _LARGEST_BLOCK = 32
 
 
 def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: int = 0) -> tuple[int, ...]:
-    """Shape of the scales for a tensor of `shape`, broadcastable to `blocks(x, granularity)`.
+    """Returns the shape of the scales of a tensor, broadcastable to `blocks(x, granularity)`.
+
+    Args:
+        shape: of the tensor.
+        granularity: what shares a scale.
+        channel_axis: the axis of per-channel scales.
 
     >>> from lq_plugin.intent.spec import PerTensor
     >>> scale_shape((8, 20, 3, 3), PerGroup(16, ragged=True)), scale_shape((8, 20), PerTensor())
@@ -41,7 +46,7 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: 
 
 
 def blocks(x: Tensor, granularity: Granularity) -> Tensor:
-    """View of `x` that one scale tensor broadcasts against; a ragged last group is padded with zeros."""
+    """Returns a view of `x` that the scales broadcast against; a ragged last group is padded with zeros."""
     if not isinstance(granularity, PerGroup):
         return x
     rows, columns, *kernel = x.shape
@@ -52,13 +57,18 @@ def blocks(x: Tensor, granularity: Granularity) -> Tensor:
 
 
 def _block_size(granularity: PerGroup, columns: int) -> int:
-    """The group size; of a group of more channels than there are, no more than the largest block of any format pads
-    them to."""
+    """Returns the group size, limited for groups larger than the tensor to what the largest block of a format pads."""
     return min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
 
 
 def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
-    """Back from `blocks` to a tensor of `shape`; padding is dropped."""
+    """Returns blocks as a tensor of its original shape, without padding.
+
+    Args:
+        y: as `blocks` made it.
+        shape: of the tensor.
+        granularity: that `blocks` was given.
+    """
     if not isinstance(granularity, PerGroup):
         return y
     rows, columns, *kernel = shape
@@ -66,21 +76,21 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
 
 
 def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | None:
-    """Boolean blocks, False on padding; None when nothing is padded."""
+    """Returns boolean blocks, False on padding; None if nothing is padded."""
     if not isinstance(granularity, PerGroup) or shape[1] % _block_size(granularity, shape[1]) == 0:
         return None
     return blocks(torch.ones(shape), granularity) > 0
 
 
 def has_row_scales(granularity: Granularity) -> bool:
-    """Whether the scales of a row, dim 0, follow from that row, or there is one for all."""
+    """Returns True if each row (dim 0) has scales of its own, or all rows share one."""
     if isinstance(granularity, PerGroup):
         return granularity.scale_bits is None
     return not isinstance(granularity, PerChannel) or granularity.axis in (None, 0)
 
 
 def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:
-    """`[rows, n]`: the elements that share scale number `row` of a scale tensor of shape `scale`.
+    """Returns `[rows, n]`, in row r the elements that share scale number r of a scale tensor of shape `scale`.
 
     Rows are in the order of `scale.flatten()`.
 

@@ -20,7 +20,7 @@ from lq_plugin.native.kernels import Kernels, Layout
 
 
 class Reading(NamedTuple):
-    """How a table is read, in the words of `torch.nn.functional.embedding`."""
+    """Options of reading a table, named as in `torch.nn.functional.embedding`."""
 
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
@@ -28,12 +28,18 @@ class Reading(NamedTuple):
 
 
 def read_rows(table: Tensor, index: Tensor, reading: Reading) -> Tensor:
-    """`table[index]` with the gradient that `reading` asks for."""
+    """Returns `table[index]` with the gradient that `reading` asks for.
+
+    Args:
+        table: `[rows, columns]`.
+        index: integers of any shape.
+        reading: how gradients come back.
+    """
     return F.embedding(index, table, reading.padding_idx, None, 2.0, reading.scale_grad_by_freq, reading.sparse)
 
 
 def scales_of_rows(scale: Tensor, index: Tensor) -> Tensor:
-    """The scales of the rows `index`, flattened: one for each of them, or the one for all.
+    """Returns the scales of the rows at `index`, flattened: one for each row, or the one that all share.
 
     >>> scales_of_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 1, 0])).tolist()
     [[2.0], [2.0], [1.0]]
@@ -51,8 +57,7 @@ def fake_quantize_rows(
     granularity: Granularity,
     reading: Reading,
 ) -> Tensor | None:
-    """The rows `index` of a fake-quantized table in one pass over them; None where the kernels cannot take these
-    tensors.
+    """Returns the rows at `index` of a fake-quantized table, in one pass; None if the kernels cannot take the tensors.
 
     Args:
         table: `[rows, columns]`.

@@ -31,7 +31,7 @@ Band = Literal["paper", "rounded"]
 
 
 def gradient_scale(elements: int, grid: IntegerGrid) -> float:
-    """g = 1 / sqrt(N · Q_p): makes a step-size update as large, relatively, as a weight update.
+    """Returns g = 1 / sqrt(N · Q_p), which makes step-size updates relatively as large as weight updates.
 
     >>> gradient_scale(100, IntegerGrid(-2, 1))
     0.1
@@ -43,7 +43,7 @@ def gradient_scale(elements: int, grid: IntegerGrid) -> float:
 def fake_quantize_learned(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, gradient_factor: float = 1.0, band: Band = "paper"
 ) -> Tensor:
-    """Quantize and dequantize with gradients for `x`, `scale` and `zero_point`.
+    """Quantizes and dequantizes with gradients for `x`, `scale` and `zero_point`.
 
     Args:
         x: float tensor of any shape.
@@ -122,7 +122,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
 
 class _NativeLearned(torch.autograd.Function):
-    """The kernels: one pass forward, one backward for all three gradients."""
+    """LSQ by the kernels: one pass forward, one backward for all three gradients."""
 
     @staticmethod
     def forward(
@@ -167,7 +167,7 @@ class _NativeLearned(torch.autograd.Function):
 
 
 class _TracedLearned(torch.autograd.Function):
-    """The kernels in a graph of torch.compile."""
+    """Fake quantization by the kernels in a graph of torch.compile."""
 
     @staticmethod
     def forward(
@@ -199,8 +199,10 @@ def _of_scale(slope: Tensor, scale: Tensor, factor: float) -> Tensor:
 
 
 def _summed(terms: Tensor, like: Tensor) -> Tensor:
-    """Sums of float32 `terms` over what shares an element of `like`, taken in float64: their order changes nothing to
-    speak of."""
+    """Returns the sums of float32 `terms` that share an element of `like`.
+
+    They are summed in float64, so that their order makes no difference worth mentioning.
+    """
     if like.numel() == 1 and terms.is_contiguous() and terms.device.type == "cpu" and not torch.compiler.is_compiling():
         # In pieces: a float64 copy of all terms would be twice their size.
         total = torch.stack([piece.double().sum() for piece in terms.reshape(-1).split(2**17)]).sum()

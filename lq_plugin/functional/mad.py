@@ -21,7 +21,12 @@ from lq_plugin.intent.spec import IntegerGrid
 
 
 def fake_quantize_mad(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Quantize and dequantize with the magnitude-aware gradient; arguments as in `fake_quantize`.
+    """Quantizes and dequantizes with the magnitude-aware gradient.
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: float32, broadcastable to `x`.
+        grid: the integer levels.
 
     >>> import torch
     >>> x = torch.tensor([0.5, 4.0, -8.0], requires_grad=True)

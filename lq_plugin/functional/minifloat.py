@@ -53,7 +53,7 @@ class Minifloat:
 
     @property
     def bit_width(self) -> int:
-        """Bits an element takes."""
+        """Number of bits of an element."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -81,7 +81,7 @@ class Minifloat:
         return 2.0 ** (self.max_exponent - self.mantissa_bits)
 
     def values(self) -> Tensor:
-        """All values from zero up, ascending, float32.
+        """Returns all values from zero up, ascending, float32.
 
         >>> E2M1.values()
         tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
@@ -103,7 +103,7 @@ INT8 = Minifloat(1, 6, 1, 127 / 64)
 
 
 def round_to_minifloat(x: Tensor, fmt: Minifloat) -> Tensor:
-    """The value of `fmt` nearest to each element, half to even, saturating. No gradient.
+    """Returns the value of `fmt` nearest to each element, half to even, saturating, without a gradient.
 
     Args:
         x: float tensor of any shape.
@@ -123,7 +123,7 @@ def round_to_minifloat(x: Tensor, fmt: Minifloat) -> Tensor:
 
 
 def saturates(x: Tensor, fmt: Minifloat) -> Tensor:
-    """Where |x|, rounded by the step next to the largest value, is beyond it; boolean.
+    """Returns True where |x|, rounded by the step next to the largest value, is beyond that value.
 
     >>> saturates(torch.tensor([6.0, 6.9, 7.0]), E2M1)
     tensor([False, False,  True])
@@ -133,7 +133,7 @@ def saturates(x: Tensor, fmt: Minifloat) -> Tensor:
 
 
 def fake_quantize_minifloat(x: Tensor, scale: Tensor, inverse: Tensor, fmt: Minifloat) -> Tensor:
-    """Scaled cast with the straight-through gradient.
+    """Casts with a scale and the straight-through gradient.
 
     Forward:  x̂ = scale · cast(x · inverse)
 

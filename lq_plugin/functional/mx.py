@@ -30,7 +30,7 @@ EXPONENT_BITS, MICRO_BITS = 8, 1
 
 
 def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tensor:
-    """Δ of every element.
+    """Returns Δ of every element, float32.
 
     Args:
         x: `[O, G, 16, *k]`, one block along dim 2, padded with zeros where it is ragged.
@@ -47,7 +47,7 @@ def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tens
 
 
 def mx_exponents(x: Tensor, micro_bits: int = MICRO_BITS) -> tuple[Tensor, Tensor]:
-    """E of every block, `[O, G, 1, *k]`, and τ of every pair, `[O, G, 8, *k]`; int32."""
+    """Returns E of every block, `[O, G, 1, *k]`, and τ of every pair, `[O, G, 8, *k]`; int32."""
     magnitude = x.float().abs()
     # Of two strided halves, which torch compares faster than it reduces pairs.
     pairs = torch.maximum(magnitude[:, :, 0::PAIR], magnitude[:, :, 1::PAIR])
@@ -58,7 +58,13 @@ def mx_exponents(x: Tensor, micro_bits: int = MICRO_BITS) -> tuple[Tensor, Tenso
 
 
 def step_of(exponent: Tensor, shift: Tensor, mantissa_bits: int) -> Tensor:
-    """Δ of every element from E and τ."""
+    """Returns Δ of every element, from E and τ.
+
+    Args:
+        exponent: E, int32 `[O, G, 1, *k]`.
+        shift: τ, int32 `[O, G, 8, *k]`.
+        mantissa_bits: m.
+    """
     step = (exponent - shift - (mantissa_bits - 1)).clamp_(min=-126)
     # 2^step, a normal float32, from its bits.
     power = (step.to(torch.int32) + 127 << 23).view(torch.float32)
@@ -66,6 +72,6 @@ def step_of(exponent: Tensor, shift: Tensor, mantissa_bits: int) -> Tensor:
 
 
 def _floor_log2(x: Tensor) -> Tensor:
-    """Of floats that are not negative, from their bits, int32; -127 below 2^-126, 128 for infinity and NaN."""
+    """Returns floor(log2 x) of x ≥ 0 from its bits, int32; -127 below 2^-126, 128 for infinity and NaN."""
     # Without the sign: that of a NaN may be set.
     return (x.contiguous().view(torch.int32) >> 23 & 0xFF) - 127

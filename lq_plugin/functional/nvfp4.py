@@ -29,7 +29,7 @@ BLOCK, SCALE_BITS = 16, 8
 
 
 def nvfp4_tensor_scale(amax: Tensor) -> Tensor:
-    """g for the largest magnitude of a tensor: amax / (6 · 448), at least 2^-100.
+    """Returns g for the largest magnitude of a tensor: amax / (6 · 448), at least 2^-100.
 
     >>> import torch
     >>> nvfp4_tensor_scale(torch.tensor(5376.0))
@@ -39,7 +39,7 @@ def nvfp4_tensor_scale(amax: Tensor) -> Tensor:
 
 
 def nvfp4_scales(x: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """s of every block, and g.
+    """Returns s of every block, and g.
 
     Args:
         x: `[O, G, 16, *k]`, one block along dim 2, padded with zeros where it is ragged.
@@ -61,7 +61,7 @@ def nvfp4_scales(x: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor,
 
 
 def fake_quantize_nvfp4(x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize blocks, with the straight-through gradient.
+    """Quantizes and dequantizes blocks, with the straight-through gradient.
 
     Forward:  x̂ = s · g · cast(x · (1 / g / s))
 

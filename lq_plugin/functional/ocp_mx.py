@@ -58,7 +58,7 @@ ELEMENTS: dict[str, Minifloat] = {
 
 
 def mx_scale(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor:
-    """X of every block.
+    """Returns X of every block.
 
     Args:
         x: `[O, G, 32, *k]`, one block along dim 2, padded with zeros where it is ragged.
@@ -92,7 +92,7 @@ def mx_scale(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor
 
 
 def fake_quantize_mx(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor:
-    """Quantize and dequantize blocks, with the straight-through gradient.
+    """Quantizes and dequantizes blocks, with the straight-through gradient.
 
     Forward:  x̂ = X · cast(x / X)
 
@@ -116,5 +116,5 @@ def fake_quantize_mx(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent for int32 -127..127, from the bits: exp2 may flush 2^-127, a subnormal, to zero."""
+    """Returns 2^exponent for int32 -127..127, from the bits: exp2 may flush 2^-127, a subnormal, to zero."""
     return torch.where(exponent > -127, (exponent + 127) << 23, 1 << 22).to(torch.int32).view(torch.float32)

@@ -21,7 +21,7 @@ from lq_plugin.functional.affine import MIN_SCALE
 
 
 def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int) -> Tensor:
-    """Clip to `[0, α]` and quantize to `levels` values.
+    """Clips to `[0, α]` and quantizes to `levels` values.
 
     Args:
         x: float tensor of any shape.

@@ -20,7 +20,7 @@ from lq_plugin.intent.spec import IntegerGrid
 
 
 def fake_quantize_stochastic(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, noise: Tensor) -> Tensor:
-    """Quantize and dequantize, rounding up where the fraction exceeds 1 - u.
+    """Quantizes and dequantizes, rounding up where the fraction exceeds 1 - u.
 
     Args:
         x: float tensor of any shape.

@@ -29,7 +29,7 @@ THRESHOLD = 0.05
 def ternarize_learned(
     x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor, gradient_factor: float = 1.0
 ) -> Tensor:
-    """-Wn, 0, +Wp with gradients for `x` and both scales.
+    """Returns -Wn, 0 or +Wp, with gradients for `x` and both scales.
 
     Args:
         x: float tensor.

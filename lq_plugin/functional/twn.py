@@ -1,4 +1,4 @@
-"""TWN: ternary weights -α, 0, +α that minimise ‖W - α·T‖².
+"""TWN: ternary weights -α, 0, +α that minimize ‖W - α·T‖².
 
     T = +1 where W > Δ, -1 where W < -Δ, else 0;        α = mean of |W| over |W| > Δ
 
@@ -24,7 +24,7 @@ THRESHOLD = 0.7
 
 
 def approximate_threshold(rows: Tensor, factor: float = THRESHOLD, count: Tensor | None = None) -> Tensor:
-    """Δ = factor · E|W| of each row.
+    """Returns Δ = factor · E|W| of each row, `[R]`.
 
     Args:
         rows: `[R, n]`, what shares a scale in a row.
@@ -38,7 +38,7 @@ def approximate_threshold(rows: Tensor, factor: float = THRESHOLD, count: Tensor
 
 
 def exact_threshold(rows: Tensor) -> Tensor:
-    """The Δ of each row that minimises the squared error, half way between two magnitudes.
+    """Returns the Δ of each row that minimizes the squared error, half way between two magnitudes.
 
     Args:
         rows: `[R, n]`.
@@ -57,7 +57,7 @@ def exact_threshold(rows: Tensor) -> Tensor:
 
 
 def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
-    """α of each row: the mean magnitude above the threshold; 0 where nothing is.
+    """Returns α of each row: the mean magnitude above the threshold, 0 where nothing is above it.
 
     >>> ternary_scale(torch.tensor([[0.1, 1.0, -2.0]]), torch.tensor([0.5]))
     tensor([1.5000])
@@ -68,7 +68,7 @@ def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
 
 
 def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-    """-α, 0, +α with the straight-through gradient.
+    """Returns -α, 0 or +α, with the straight-through gradient.
 
     Args:
         x: float tensor.
@@ -79,7 +79,7 @@ def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
 
 
 def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
-    """-1, 0 and +1, float32.
+    """Returns -1, 0 or +1, float32.
 
     >>> ternary_signs(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
     tensor([-1.,  0.,  1.])
@@ -89,7 +89,7 @@ def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def sides(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where x > Δ, and 1 where x < -Δ; 0 elsewhere, in the dtype of `x`. No gradient.
+    """Returns 1 where x > Δ, and 1 where x < -Δ, else 0, in the dtype of `x` and without a gradient.
 
     >>> sides(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
     (tensor([0., 0., 1.]), tensor([1., 0., 0.]))

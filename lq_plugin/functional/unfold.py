@@ -10,7 +10,7 @@ from torch import Tensor
 def unfold_columns(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int = 1
 ) -> Tensor:
-    """What each output position of a convolution reads, in any number of spatial dims.
+    """Returns the inputs of each output position of a convolution, in any number of spatial dims.
 
     Args:
         x: `[N, C, *spatial]`, padded already.

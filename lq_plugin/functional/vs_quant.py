@@ -24,7 +24,7 @@ from lq_plugin.functional.affine import MIN_SCALE
 
 
 def coarse_scale(scale: Tensor, scale_bits: int, per_channel: bool = False) -> Tensor:
-    """γ: the float scale above the vectors' scales.
+    """Returns γ, the float scale above the vectors' scales.
 
     Args:
         scale: s_i, `[O, G, 1, *k]`.
@@ -40,7 +40,12 @@ def coarse_scale(scale: Tensor, scale_bits: int, per_channel: bool = False) -> T
 
 
 def integer_scale(scale: Tensor, coarse: Tensor, scale_bits: int) -> Tensor:
-    """ŝ_i: whole numbers in 1..2^M - 1, float32, shaped like `scale`.
+    """Returns ŝ_i, integers in 1..2^M - 1 as float32, shaped like `scale`.
+
+    Args:
+        scale: s_i.
+        coarse: γ, broadcastable to it.
+        scale_bits: M.
 
     >>> import torch
     >>> s = torch.tensor([0.3, 0.01, 0.17])

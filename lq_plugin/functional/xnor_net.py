@@ -1,6 +1,6 @@
 """XNOR-Net: binary weights with a scale for each filter (BWN), and binary inputs scaled at the output (XNOR).
 
-For a filter W of n elements, α = ‖W‖₁ / n minimises ‖W - α·B‖² with B = sign(W):
+For a filter W of n elements, α = ‖W‖₁ / n minimizes ‖W - α·B‖² with B = sign(W):
 
     W̃ = α · sign(W)
 
@@ -27,7 +27,7 @@ from lq_plugin.functional.grouping import reduced_dims
 
 
 def filter_scale(weight: Tensor, scale_shape: tuple[int, ...], count: Tensor | int | None = None) -> Tensor:
-    """α = mean |W| over what shares a scale.
+    """Returns α, the mean |W| of the elements that share a scale.
 
     Args:
         weight: blocks of a weight (`lq_plugin.functional.grouping`).
@@ -43,7 +43,7 @@ def filter_scale(weight: Tensor, scale_shape: tuple[int, ...], count: Tensor | i
 
 
 def binary_weight(weight: Tensor, scale: Tensor, paper_gradient: bool = False) -> Tensor:
-    """α · sign(W).
+    """Returns α · sign(W).
 
     Args:
         weight: float tensor.

@@ -30,12 +30,12 @@ FOLDER = Path(__file__).parent
 
 
 class NativeError(QuantizationError):
-    """Compiled kernels that cannot be had here, or that do not take what they were given."""
+    """Compiled kernels that are not available here, or that were given what they cannot take."""
 
 
 @functools.cache
 def library(name: str, folder: Path = FOLDER) -> ctypes.CDLL:
-    """The compiled and loaded `name.cpp`, which may include headers of its folder.
+    """Returns the compiled and loaded `name.cpp`, which may include headers of its folder.
 
     Raises:
         NativeError: without a C++ compiler, saying so; with what the compiler says.
@@ -49,13 +49,13 @@ def library(name: str, folder: Path = FOLDER) -> ctypes.CDLL:
 
 
 def cache() -> Path:
-    """Where compiled sources are kept."""
+    """Returns the folder of compiled sources."""
     chosen = os.environ.get("LQ_NATIVE_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lq_plugin"
 
 
 def compiled(source: Path, folder: Path) -> Path:
-    """The shared library made of `source`, in `folder`: what is there, or else compiled now.
+    """Returns the shared library made of `source`, in `folder`: an existing one, or else compiled now.
 
     Raises:
         NativeError: with what the compiler says.

@@ -1,5 +1,7 @@
-"""What kernels do, and `fake_quantize.cpp` for tensors. Callers see to it that `accepts` holds; addresses are taken
-without more checks."""
+"""The protocol of kernels, and `fake_quantize.cpp` for tensors.
+
+Callers check `accepts` first: addresses are taken without more checks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from lq_plugin.native.build import NativeError, library
 
 #: Variants of the kernels, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
-#: What the kernels of a device take.
+#: Dtypes that the kernels of a device take.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _WORD = 16
 #: `LINE` of fake_quantize.cpp.
@@ -22,8 +24,7 @@ _LINE = 256
 
 
 class Layout(NamedTuple):
-    """How a scale lies along a tensor in memory: `[repeats, outer, run, inner]`, with one scale for each `(outer,
-    inner)`."""
+    """The layout of scales along a tensor in memory, `[repeats, outer, run, inner]`: one for each `(outer, inner)`."""
 
     repeats: int
     outer: int
@@ -32,7 +33,7 @@ class Layout(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Words of a mask."""
+        """Number of words of a mask."""
         if self.inner == 1:
             return self.repeats * self.outer * -(-self.run // _WORD)
         return self.repeats * self.outer * self.run * -(-self.inner // _WORD)
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 
 
 def accepts(x: Tensor) -> bool:
-    """One of its device's `DTYPES`, its elements side by side in memory in whatever order of dims."""
+    """Returns True if `x` has one of its device's `DTYPES` and is dense in memory, in any order of dims."""
     return (
         x.dtype in DTYPES.get(x.device.type, ())
         and x.layout == torch.strided
@@ -58,12 +59,12 @@ def accepts(x: Tensor) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether no element lies twice in memory and nothing lies between them."""
+    """Returns True if elements neither overlap in memory nor have gaps between them."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
 def layout_of(x: Tensor, scale: Tensor) -> Layout | None:
-    """How `scale`, broadcastable to a dense `x`, lies along it; None: in no way that the kernels know.
+    """Returns the layout of `scale`, broadcastable to a dense `x`, along it; None if the kernels know no such layout.
 
     >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(1))
     Layout(repeats=1, outer=1, run=96, inner=1)
@@ -80,7 +81,7 @@ def layout_of(x: Tensor, scale: Tensor) -> Layout | None:
 
 
 def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
-    """The same by the sizes of the scale, as many as `x` has dims."""
+    """Returns `layout_of` a scale of these sizes, as many as `x` has dims."""
     if len(sizes) != x.ndim:
         return None
     order = range(x.ndim) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
@@ -116,7 +117,7 @@ def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
 
 
 class BlockRule(ctypes.Structure):
-    """How blocks whose scales follow from their values are quantized; see `fake_quantize_blocks.h`.
+    """The quantization of blocks whose scales follow from their values; see `fake_quantize_blocks.h`.
 
     >>> BlockRule(family=BlockRule.MICROEXPONENTS, block=16, quant_max=15, mantissa_bits=4, scale_bits=1).block
     16
@@ -142,7 +143,7 @@ class BlockRule(ctypes.Structure):
 
 
 class BlockLayout(NamedTuple):
-    """How the channels lie in memory: `[outer, channels, inner]`."""
+    """The layout of channels in memory, `[outer, channels, inner]`."""
 
     outer: int
     channels: int
@@ -150,7 +151,7 @@ class BlockLayout(NamedTuple):
 
     @property
     def mask(self) -> Layout:
-        """That of a mask: the elements that begin at a word each."""
+        """The layout of a mask: each run of elements begins at a word."""
         return (
             Layout(self.outer, 1, self.channels, 1)
             if self.inner == 1
@@ -159,8 +160,12 @@ class BlockLayout(NamedTuple):
 
 
 def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
-    """How the channels `axis` of a dense `x` lie in memory; None where the kernels cannot take blocks of so many of
-    them.
+    """Returns the layout of the channels of a dense `x`; None if the kernels cannot take blocks of that size.
+
+    Args:
+        x: dense.
+        axis: of the channels.
+        block: channels of a block.
 
     >>> block_layout(torch.zeros(2, 3, 4, 4), 1, 16), block_layout(torch.zeros(5, 2, 8), 2, 4)
     (BlockLayout(outer=2, channels=3, inner=16), None)
@@ -178,12 +183,11 @@ def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
 
 
 class FakeQuantizeKernels(Protocol):
-    """Fake quantization in as few passes over memory as it takes; results are those of the torch operations, bit for
-    bit."""
+    """Fake quantization in as few passes over memory as possible, bit for bit as the torch operations do it."""
 
     @property
     def variant(self) -> str:
-        """Which kernels these are."""
+        """The name of these kernels."""
 
     def fake_quantize(
         self,
@@ -195,7 +199,7 @@ class FakeQuantizeKernels(Protocol):
         masked: bool,
         learned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Quantized `x`, and the bits of what was not clipped where `masked`.
+        """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped.
 
         Args:
             x: that `accepts` holds for.
@@ -215,24 +219,32 @@ class FakeQuantizeKernels(Protocol):
         high: Tensor,
         masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with one scale; `low` and `high` of one element become the extremes of themselves and x, in
-        place."""
+        """Returns `fake_quantize` with one scale, and widens `low..high`, `[1]` each, in place to x's extremes."""
 
     def fake_quantize_rows(
         self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Contiguous `x`, whose `rows` equal parts each get the range of their own extremes; also scales and zero
-        points `[rows]`."""
+        """Returns quantized `x`, its mask, and scales and zero points `[rows]` from the extremes of each part.
+
+        Args:
+            x: contiguous, that `accepts` holds for.
+            rows: number of equal parts of `x`, each with a range of its own.
+            bounds: quant_min and quant_max.
+            affine: with a zero point.
+            masked: return the mask; else it is None.
+        """
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-        """The gradient where a bit of `mask` is 1, 0 elsewhere; it lies in memory as the masked tensor did."""
+        """Returns the gradient, laid out as the masked tensor, where a bit of `mask` is 1, and 0 elsewhere."""
 
     def learned_backward(
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
         layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor; `layout.inner` is 1.
+        """Returns gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor.
+
+        `layout.inner` is 1.
 
         `rounded`: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
         """
@@ -331,8 +343,14 @@ class Kernels:
     def fake_quantize_blocks(
         self, x: Tensor, layout: BlockLayout, rule: BlockRule, masked: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Quantized `x`, that `accepts` holds for, and the bits of what was not clipped where `masked`, laid out as
-        `layout.mask`."""
+        """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped, as `layout.mask`.
+
+        Args:
+            x: that `accepts` holds for.
+            layout: of its channels.
+            rule: of the format.
+            masked: return the mask; else it is None.
+        """
         y, mask = torch.empty_like(x), new_mask(x, layout.mask, masked)
         self._blocks(x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number, torch.get_num_threads())
         return y, mask
@@ -342,8 +360,7 @@ class Kernels:
         affine: bool, parts: int,
         masked: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The rows `index` of a quantized table, and the bits of what was not clipped where `masked`, laid out as `[n ·
-        parts]` runs.
+        """Returns rows of a quantized table and, if `masked`, the bits of what was not clipped, in `[n · parts]` runs.
 
         Args:
             table: `[rows, length]`, contiguous, that `accepts` holds for.
@@ -353,7 +370,7 @@ class Kernels:
             parts: into which each row is divided, of equal length.
 
         Raises:
-            IndexError: an index is none of the table's.
+            IndexError: an index is outside the table.
         """
         rows, length = table.shape
         y = torch.empty(*index.shape, length)
@@ -369,8 +386,7 @@ class Kernels:
         return y, mask
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest element of each of the `rows` equal parts of a contiguous `x`, `[rows]`; NaN where one
-        is there."""
+        """Returns the extremes `[rows]` of each of the `rows` equal parts of a contiguous `x`; a NaN stays."""
         low, high = x.new_empty(rows), x.new_empty(rows)
         self._row_extremes(
             x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number,
@@ -402,7 +418,13 @@ class Kernels:
 
 
 def new_mask(x: Tensor, layout: Layout, wanted: bool) -> Tensor | None:
-    """Room for the bits of `x`."""
+    """Returns an empty mask, one bit per element, or None if none is wanted.
+
+    Args:
+        x: the tensor, for its device.
+        layout: of the mask.
+        wanted: whether there is to be one.
+    """
     return torch.empty(layout.words, dtype=torch.int16, device=x.device) if wanted else None
 
 

@@ -1,5 +1,4 @@
-"""The kernels as operators of torch (`torch.ops.lq_plugin.*`), with fake kernels: torch.compile keeps them in one
-graph."""
+"""The kernels as operators of torch (`torch.ops.lq_plugin.*`), with fake kernels for graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from lq_plugin.native.switch import active
 
 
 def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
-    """The kernels, where they may stand in for torch operations on `x`; None: they may not.
+    """Returns the kernels that may replace torch operations on `x`; None if they may not.
 
     They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch
     modes), on an empty tensor, and where `accepts` says no.
@@ -34,7 +33,7 @@ def _compiled_here() -> bool:
 
 
 def traceable(x: Tensor, scale: Tensor) -> bool:
-    """Under torch.compile: whether the operators may stand in for torch operations on `x`."""
+    """Returns True if, under torch.compile, the operators may replace torch operations on `x`."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
         return False
     return (
@@ -43,14 +42,20 @@ def traceable(x: Tensor, scale: Tensor) -> bool:
 
 
 def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
-    """`gradient` with these strides: itself, or a copy."""
+    """Returns `gradient` with these strides: itself, or a copy."""
     if tuple(gradient.stride()) == tuple(strides):
         return gradient
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 def unpacked(mask: Tensor, layout: Layout, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """A mask as booleans, by torch operations."""
+    """Returns a mask as booleans, by torch operations.
+
+    Args:
+        mask: from the kernels.
+        layout: of the mask.
+        shape, strides: of the masked tensor.
+    """
     rows, length = layout.rows
     bits = (mask.view(rows, -1, 1) >> torch.arange(16, dtype=torch.int16, device=mask.device)) & 1
     flat = bits.reshape(rows, -1)[:, :length].reshape(-1).bool()
@@ -74,7 +79,7 @@ _operator = functools.partial(torch.library.custom_op, mutates_args=(), **_tags)
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, learned: bool
 ) -> Tensor:
-    """See `Kernels.fake_quantize`, with one scale."""
+    """Returns `Kernels.fake_quantize` of `x` with one scale."""
     x = _dense(x)
     layout = layout_of(x, scale)
     assert layout is not None
@@ -92,7 +97,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: A
 def fake_quantize_observed(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the smallest and largest value of x, `[1]` each."""
+    """Returns `fake_quantize` of `x` without a mask, and the smallest and the largest value of x, `[1]` each."""
     x = _dense(x)
     low, high = x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf)
     return (
@@ -111,7 +116,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: A
 def passed_gradient(
     gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """The gradient where x was not clipped, with one scale, else 0."""
+    """Returns the gradient where x was not clipped, with one scale, else 0."""
     x = _dense(x)
     low, high = pass_band(scale.item(), quant_min - zero_point.item(), quant_max - zero_point.item())
     # One vectorised kernel for grad · 1{low < x < high}.
@@ -128,7 +133,7 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min:
 def learned_backward(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels.learned_backward`, with one scale."""
+    """Returns `Kernels.learned_backward` with one scale."""
     x = _dense(x)
     layout = Layout(1, 1, x.numel(), 1)
     gradient = laid_out(gradient, x.stride())

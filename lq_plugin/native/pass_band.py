@@ -1,5 +1,7 @@
-"""Which numbers pass a clip behind a rounding, as an interval: a comparison with its ends is cheaper than the rounding
-itself."""
+"""The interval of the numbers that are within the bounds of a clip once they are rounded.
+
+A comparison with its ends is cheaper than the rounding itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,11 @@ import numpy as np
 
 
 def pass_band(scale: float, low: float, high: float) -> tuple[float, float]:
-    """The float32 numbers next to those that round to `low..high`: round(x / scale) is in it where a < x < b.
+    """Returns the float32 numbers a and b with round(x / scale) in `low..high` exactly for a < x < b.
+
+    Args:
+        scale: positive.
+        low, high: integers.
 
     >>> pass_band(1.0, -2, 2)  # 2.5 rounds to the even 2, so it is inside
     (-2.500000238418579, 2.500000238418579)

@@ -1,4 +1,4 @@
-"""Whether compiled kernels are used, and which."""
+"""The switch of compiled kernels: used or not, and which."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _chosen: list[bool | None] = []
 
 @contextmanager
 def use_native(on: bool | None) -> Iterator[None]:
-    """Say whether compiled kernels are used, in this block and in all threads.
+    """Switches compiled kernels on or off, in this block and in all threads.
 
     Args:
-        on: True: yes; False: torch operations alone; None: where they can be had.
+        on: True: yes; False: torch operations alone; None: if they are available.
 
     Raises:
         NativeError: True, and they cannot be compiled here.
@@ -46,7 +46,7 @@ def use_native(on: bool | None) -> Iterator[None]:
 
 
 def available() -> bool:
-    """Whether the kernels compile and run here; compiles them."""
+    """Returns True if the kernels compile and run here; compiles them."""
     try:
         _compiled()
     except NativeError:

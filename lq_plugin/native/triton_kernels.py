@@ -22,7 +22,7 @@ from lq_plugin.native.kernels import Layout, new_mask
 #: Elements of a program, and the most of them in one row.
 _TILE, _WIDEST = 2048, 2048
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# From here on every float32 is a whole number.
+# From here on every float32 is an integer.
 _WHOLE = tl.constexpr(2.0**23)
 _MIN_SCALE = tl.constexpr(2.0**-100)
 
@@ -213,8 +213,10 @@ def _learned_backward(
 
 
 class TritonKernels:
-    """See `FakeQuantizeKernels`. Also takes float16 and bfloat16: the arithmetic is float32, results are rounded to x's
-    dtype."""
+    """The kernels of GPUs, see `FakeQuantizeKernels`.
+
+    They also take float16 and bfloat16: the arithmetic is float32, results are rounded to x's dtype.
+    """
 
     variant = "triton"
 
@@ -311,7 +313,7 @@ class TritonKernels:
 
 
 def tile_sizes(layout: Layout) -> tuple[int, int, int, int]:
-    """Programs, how many of them share a row, and rows and columns of a tile."""
+    """Returns the number of programs, how many of them share a row, and rows and columns of a tile."""
     rows, length = layout.rows
     columns = min(_WIDEST, max(16, triton.next_power_of_2(length)))
     height = min(_TILE // columns, triton.next_power_of_2(rows))
@@ -320,5 +322,5 @@ def tile_sizes(layout: Layout) -> tuple[int, int, int, int]:
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of `x`."""
+    """Returns a context with the device of `x` as the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

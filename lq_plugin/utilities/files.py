@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, and temporary folders; what a killed process left of either is swept by the
-next one.
+"""Files that appear whole or not at all, and temporary folders; the next process sweeps what a killed one left.
 
 A temporary file or folder lies next to what it becomes, under a name of its own, and is locked while its process lives.
 The lock ends with the process, whatever ended it: what bears such a name and is not locked is nobody's. Process ids
@@ -85,7 +84,7 @@ def replacing(path: str | Path, error: type[QuantizationError] = QuantizationErr
 
 @contextlib.contextmanager
 def named_faults(path: str | Path, error: type[QuantizationError]) -> Iterator[list[str]]:
-    """Lets what the system says against writing `path` be an `error` that names it.
+    """Turns the system's errors of writing `path` into an `error` that names it.
 
     Yields:
         What else the error says; to append to.
@@ -108,7 +107,7 @@ def write_file(path: str | Path, content: str | bytes, error: type[QuantizationE
 
 
 def make_folder(path: str | Path, error: type[QuantizationError] = QuantizationError) -> Path:
-    """Makes a folder and those it is in, and returns it.
+    """Makes a folder and its parents, and returns it.
 
     Raises:
         QuantizationError: (as `error`) naming the path and what the system says.
@@ -133,7 +132,7 @@ def file_name(name: str) -> str:
 
 
 def temporary_folder(name: str, parent: str | Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """Makes a folder that goes with the object, and sweeps what killed processes left next to it.
+    """Makes a folder that is removed with the object, and sweeps what killed processes left next to it.
 
     Args:
         name: what it is for; a part of its own name.
@@ -172,7 +171,7 @@ def sweep(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[BinaryIO]:
-    """An empty file next to `target` that nobody sweeps while it is open."""
+    """Opens an empty file next to `target` that nobody sweeps while it is open."""
     while True:
         # Of a long name a part, since the system bounds names.
         path = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}{_SUFFIX}")
@@ -183,8 +182,7 @@ def _temporary(target: Path) -> Iterator[BinaryIO]:
 
 
 def _claim(descriptor: int, path: str | Path) -> bool:
-    """Locks an open file or folder; whether it is still there: another process may have swept it before it was
-    locked."""
+    """Locks an open file or folder; returns False if another process swept it before it was locked."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks, where nobody sweeps either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -195,7 +193,7 @@ def _claim(descriptor: int, path: str | Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Lets a rename last through a power failure, where folders can be synced."""
+    """Makes a rename survive a power failure, where folders can be synced."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

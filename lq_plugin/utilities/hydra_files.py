@@ -1,4 +1,4 @@
-"""What Hydra writes about a job, without the passwords of its storages."""
+"""The files that Hydra writes about a job, without the passwords of its storages."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def storage_passwords(cfg: DictConfig) -> set[str]:
 
 
 def hide_passwords(passwords: Collection[str]) -> None:
-    """Takes these passwords out of the files that Hydra has written for this job, and out of the arguments, which W&B
-    stores with a run."""
+    """Removes these passwords from the files that Hydra wrote for this job, and from arguments, which W&B stores."""
     if not passwords:
         return
     sys.argv[1:] = without(sys.argv[1:], passwords)

@@ -26,8 +26,7 @@ _SIBLINGS = {
 
 
 def instantiate_for(model: LightningModule, config: Any, **options: Any) -> Any:
-    """Hydra's `instantiate`, with each `_target_` of the other Lightning package replaced by its sibling in the model's
-    package.
+    """Instantiates a config; each `_target_` of the other Lightning package becomes its sibling in the model's package.
 
     A Trainer accepts modules, data modules and most callbacks of its own package only; ours are the same in both.
     """

@@ -50,7 +50,7 @@ def attributes(package: str, file: str) -> Lazy:
 
 
 def _imports_for_type_checkers(source: str) -> dict[str, str]:
-    """Modules by the names that are imported from them under `if TYPE_CHECKING:`."""
+    """Returns the modules by the names that are imported from them under `if TYPE_CHECKING:`."""
     found: dict[str, str] = {}
     for block in ast.parse(source).body:
         if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":

@@ -1,5 +1,4 @@
-"""Lightning is published twice, as `lightning` and as `pytorch_lightning`: the same names, and no class of one is a
-class of the other.
+"""Both packages of Lightning, `lightning` and `pytorch_lightning`: the same names, but no class of one is the other's.
 
 What is asked of Lightning is asked here, of the package that the run at hand belongs to. Only what the user has
 imported is used; where nothing is yet, `lightning` is imported.
@@ -19,12 +18,12 @@ LOGGERS = (*PACKAGES, "lightning.fabric", "lightning_fabric")
 
 
 def any_package() -> Any:
-    """A package that is imported already, `lightning.pytorch` where none is: for what is the same in both."""
+    """Returns a package that is imported already, else `lightning.pytorch`: for things that are the same in both."""
     return import_module(next((name for name in PACKAGES if name in sys.modules), PACKAGES[0]))
 
 
 def package_of(instance: object) -> Any:
-    """The package that the class of a Trainer, module or datamodule derives from.
+    """Returns the package that the class of a Trainer, module or datamodule derives from.
 
     Raises:
         TypeError: it is of neither.
@@ -37,8 +36,7 @@ def package_of(instance: object) -> Any:
 
 
 def either(path: str) -> tuple[Any, ...]:
-    """The class at a path, such as `callbacks.Timer`, of each package that is imported, for `isinstance`; older
-    versions may have none."""
+    """Returns the class at a path (`callbacks.Timer`) of each imported package, for `isinstance`; maybe none."""
     module, _, name = path.rpartition(".")
     packages = [".".join(filter(None, (package, module))) for package in PACKAGES if package in sys.modules]
     found = [getattr(import_module(package), name, None) for package in packages]
@@ -46,12 +44,12 @@ def either(path: str) -> tuple[Any, ...]:
 
 
 def is_overridden(name: str, instance: object) -> bool:
-    """Whether a module or datamodule has a method of its own under a name, instead of Lightning's."""
+    """Returns True if a module or datamodule overrides Lightning's method of a name."""
     return bool(package_of(instance).utilities.model_helpers.is_overridden(name, instance))
 
 
 def isolate_rng() -> AbstractContextManager[None]:
-    """Random states are the same after the block as before it."""
+    """Restores the random states after the block."""
     isolated: AbstractContextManager[None] = any_package().utilities.seed.isolate_rng()
     return isolated
 
@@ -75,7 +73,7 @@ class Callback(_Callback):
 
 
 def _join_packages() -> None:
-    """Make `Callback` a subclass of the classes of that name in all packages that are imported by now."""
+    """Makes `Callback` a subclass of the classes of that name in all packages that are imported by now."""
     Callback.__bases__ += tuple(base for base in either("Callback") if not issubclass(Callback, base))
 
 

@@ -1,4 +1,4 @@
-"""Import paths of earlier versions, which go on working with a `DeprecationWarning`.
+"""Import paths of earlier versions, which still work, with a `DeprecationWarning`.
 
 A module that moved is imported from its new place; both names are one module. CHANGELOG.md says until when.
 """
@@ -70,7 +70,7 @@ class _Alias(Loader):
 
 
 class _MovedModules(MetaPathFinder):
-    """Finds modules by their former names, after all other finders have found nothing."""
+    """Finds modules by their former names, after all other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Passwords of storages stay out of everything that is written, shown or sent.
+"""Masks for passwords of storages, in everything that is written, shown or sent.
 
 >>> masked({"url": "postgresql://me:s3cret@host/db", "connect_args": {"password": "s3cret"}, "note": "with s3cret"})
 {'url': 'postgresql://me:***@host/db', 'connect_args': {'password': '***'}, 'note': 'with ***'}
@@ -24,8 +24,7 @@ _UNMISTAKABLE = 6
 
 
 def passwords_in(value: Any) -> set[str]:
-    """Returns the passwords that nested mappings and lists hold, as they stand there and as they are meant (%40 is
-    @)."""
+    """Returns the passwords in nested mappings and lists, as they stand there and decoded (%40 is @)."""
     found: set[str] = set()
     if isinstance(value, str):
         found.update(_IN_AUTHORITY.findall(value), _AS_KEY.findall(value))
@@ -43,8 +42,7 @@ def passwords_in(value: Any) -> set[str]:
 
 
 def without(value: Any, passwords: Collection[str]) -> Any:
-    """Returns nested mappings and lists with `***` where one of these passwords stands; `value` itself stays as it
-    is."""
+    """Returns a copy of nested mappings and lists with `***` in place of these passwords."""
     if isinstance(value, Mapping):
         return {key: without(inner, passwords) for key, inner in value.items()}
     if isinstance(value, list | tuple):
