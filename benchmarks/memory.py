@@ -43,45 +43,48 @@ def peak_of(work: Callable[[], Any]) -> tuple[int, float]:
 def measure(kind: str, spec: str, size: int, cache_bytes: int = 0) -> dict[str, float]:
     """One measurement, in this process."""
     import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        # The modules and kernels that a first call loads do not grow with a layer.
+        work(kind, spec, 64, 0, Path(folder))()
+        peak, seconds = peak_of(work(kind, spec, size, cache_bytes, Path(folder)))
+    return {"bytes": peak, "layers": peak / (4 * size * size), "seconds": seconds}
+
+
+def work(kind: str, spec: str, size: int, cache_bytes: int, folder: Path) -> Callable[[], Any]:
+    """What is measured, with all that it needs made before."""
+    import torch
     from torch import nn
 
     from lq_plugin import QuantPlan, Rule, calibrate, prepare
     from lq_plugin.export import load_packed, save_packed
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
     def net() -> nn.Module:
+        torch.manual_seed(0)
         return nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)).eval()
 
-    model, x = net(), torch.randn(16, size)
+    model, other, path = net(), net(), folder / f"{size}.safetensors"
+    x = torch.randn(16, size)
     prepare(model, QuantPlan([Rule("*", weight=spec)]))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.safetensors"
-        if kind == "calibrate":
-            peak, seconds = peak_of(lambda: calibrate(model, [x]))
-        elif kind == "pack":
-            calibrate(model, [x])
-            peak, seconds = peak_of(lambda: save_packed(model, path))
-        elif kind == "load":
-            calibrate(model, [x])
-            save_packed(model, path)
-            model = net()
-            peak, seconds = peak_of(lambda: load_packed(model, path))
-        else:
-            peak, seconds = peak_of(_rounding(kind, model, size, cache_bytes))
-    return {"bytes": peak, "layers": peak / (4 * size * size), "seconds": seconds}
+    if kind == "calibrate":
+        return lambda: calibrate(model, [x])
+    calibrate(model, [x])
+    if kind == "pack":
+        return lambda: save_packed(model, path)
+    if kind == "load":
+        save_packed(model, path)
+        return lambda: load_packed(other, path)
+    return _rounding(kind, model, size, cache_bytes)
 
 
 def _rounding(kind: str, model: Any, size: int, cache_bytes: int) -> Callable[[], Any]:
     """Learned rounding or GPTQ on batches that are made as they are read, four times `cache_bytes` of them."""
     import torch
 
-    from lq_plugin import calibrate
     from lq_plugin.ptq.gptq.quantize import gptq
     from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 
-    calibrate(model, [torch.randn(16, size)])
     rows = 256
     count = max(4 * cache_bytes // (4 * rows * size), 1)
 

@@ -37,7 +37,7 @@ DTYPES = {
     )
 }  # fmt: skip
 #: Elements of a weight that are processed at a time, and bytes that are read at a time.
-CHUNK = 2**18
+CHUNK = 2**16
 Place = list[Any]
 
 

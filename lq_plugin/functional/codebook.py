@@ -33,11 +33,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lq_plugin.functional.exact_kmeans import exact_centroids
+from lq_plugin.functional.pieces import AT_A_TIME, sort_rows
 
 Method = Literal["exact", "linear", "quantile", "kmeans++"]
 Gradient = Literal["mean", "sum"]
@@ -46,9 +46,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 ITERATIONS = 100
 #: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
 MAX_POINTS = 4096
-#: Elements that are worked on at a time, where that takes several times their memory; and values of a long row with one
-#: sum.
-_AT_A_TIME, _BLOCK = 2**18, 4096
+#: Values of a long row that have one sum.
+_BLOCK = 4096
 
 
 def codebook_kmeans(
@@ -79,7 +78,7 @@ def codebook_kmeans(
     tensor([[0.0500, 1.1000, 5.0000]])
     """
     _check(rows, levels, method, generator)
-    ordered = _sorted(rows.detach().float())
+    ordered = sort_rows(rows.detach().to(torch.float32, copy=True))
     if method == "exact":
         centroids, optimal = exact_centroids(ordered, levels, max_points)
         iterations = 0 if optimal else iterations
@@ -110,8 +109,8 @@ def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> T
     tensor([[0.5000, 8.5000]])
     """
     count = ordered.shape[1]
-    if len(ordered) > 1 and ordered.numel() > _AT_A_TIME:
-        step = max(_AT_A_TIME // count, 1)
+    if len(ordered) > 1 and ordered.numel() > AT_A_TIME:
+        step = max(AT_A_TIME // count, 1)
         pairs = zip(ordered.split(step), centroids.split(step), strict=True)
         return torch.cat([lloyd(some, start, iterations) for some, start in pairs])
     sums_before = _prefix_sums(ordered)
@@ -134,22 +133,17 @@ def lloyd(ordered: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> T
     return centroids
 
 
-def _sorted(rows: Tensor) -> Tensor:
-    """Returns each row sorted, without the order, for which torch's sort takes two more copies of the rows."""
-    return torch.from_numpy(np.sort(rows.numpy(), 1)) if rows.device.type == "cpu" else rows.sort(1).values
-
-
 def _prefix_sums(ordered: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns a function from indices `[R, k]` to the float64 sums of the values before them.
 
     For one long row it keeps no sum for each of its values.
     """
-    if ordered.numel() <= _AT_A_TIME:
+    if ordered.numel() <= AT_A_TIME:
         sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
         return lambda index: sums.gather(1, index)
     row, block = ordered[0], _BLOCK
     blocks = row[: len(row) // block * block].view(-1, block)
-    whole = torch.cat([some.double().sum(1) for some in blocks.split(_AT_A_TIME // 4 // block)])
+    whole = torch.cat([some.double().sum(1) for some in blocks.split(AT_A_TIME // 4 // block)])
     before = torch.nn.functional.pad(whole.cumsum(0), (1, 0))
     inside = torch.arange(block, device=row.device)
 
@@ -200,7 +194,7 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
 
 def _columns(rows: Tensor) -> Iterator[slice]:
     """Yields slices of all columns, small enough that an eight-byte index for each element takes little memory."""
-    step = max(_AT_A_TIME // 4 // max(len(rows), 1), 1)
+    step = max(AT_A_TIME // 4 // max(len(rows), 1), 1)
     yield from (slice(start, start + step) for start in range(0, rows.shape[1], step))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
+from lq_plugin.functional.pieces import AT_A_TIME, elementwise
 from lq_plugin.functional.twn import sides
 
 #: t: Δ over the largest magnitude.
@@ -50,8 +51,7 @@ class _LearnedTernary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Any, positive: Any, negative: Any, factor: Any) -> Any:
         ctx.save_for_backward(x, threshold, positive, negative)
         ctx.factor = factor
-        above, below = sides(x.float(), threshold)
-        return above.mul_(positive).sub_(below.mul_(negative)).to(x.dtype)
+        return _forward(x, threshold, positive, negative)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -63,3 +63,10 @@ class _LearnedTernary(torch.autograd.Function):
         to_negative = -ctx.factor * (g * below).sum(dims, keepdim=True)
         to_x = ((1 - above - below + above * positive + below * negative) * g).to(grad.dtype)
         return to_x, None, to_positive, to_negative, None
+
+
+def _forward(x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    if x.numel() > AT_A_TIME:
+        return elementwise(_forward, x, threshold, positive, negative)
+    above, below = sides(x.float(), threshold)
+    return above.mul_(positive).sub_(below.mul_(negative)).to(x.dtype)

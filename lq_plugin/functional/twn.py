@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.pieces import AT_A_TIME, elementwise, pieces, sort_rows
+
 #: Δ over E|W|, in the paper; the authors' later code takes 0.75.
 THRESHOLD = 0.7
 
@@ -46,14 +48,22 @@ def exact_threshold(rows: Tensor) -> Tensor:
     >>> exact_threshold(torch.tensor([[0.1, 1.0, -1.0, 0.2]]))
     tensor([0.6000])
     """
-    magnitude = rows.float().abs().sort(1, descending=True).values
-    count = torch.arange(1, magnitude.shape[1] + 1, device=rows.device)
-    gain = magnitude.double().cumsum(1).square() / count
-    best = gain.argmax(1, keepdim=True)
-    kept = magnitude.gather(1, best)
+    at_a_time = AT_A_TIME // 8  # each takes several float64 numbers
+    if len(rows) > 1 and rows.numel() > at_a_time:
+        return torch.cat([exact_threshold(some) for some in rows.split(max(at_a_time // rows.shape[1], 1))])
+    descending = sort_rows(rows.float().abs().neg_()).neg_()
+    total = best = torch.zeros_like(descending[:, :1], dtype=torch.float64)
+    place = torch.zeros_like(total, dtype=torch.int64)
+    done, length = 0, descending.shape[1]
+    for index in pieces(descending.shape, at_a_time):
+        sums = torch.cat([total, descending[index].double()], 1).cumsum(1)[:, 1:]
+        count = torch.arange(done + 1, done + 1 + sums.shape[1], device=rows.device)
+        gain, here = (sums.square() / count).max(1, keepdim=True)
+        place = torch.where(gain > best, here + done, place)
+        best, total, done = torch.maximum(gain, best), sums[:, -1:], done + sums.shape[1]
     # 0 stands after the last one: then every weight is kept.
-    following = torch.cat([magnitude, torch.zeros_like(magnitude[:, :1])], 1).gather(1, best + 1)
-    return ((kept + following) / 2).squeeze(1)
+    following = descending.gather(1, (place + 1).clamp(max=length - 1)) * (place + 1 < length)
+    return ((descending.gather(1, place) + following) / 2).squeeze(1)
 
 
 def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
@@ -63,8 +73,22 @@ def ternary_scale(rows: Tensor, threshold: Tensor) -> Tensor:
     tensor([1.5000])
     """
     magnitude = rows.float().abs()
+    count = _keep_above(magnitude, threshold)
+    return magnitude.sum(1) / count.clamp(min=1)
+
+
+def _keep_above(magnitude: Tensor, threshold: Tensor) -> Tensor:
+    """Sets to 0 what is not above the threshold of its row; returns how many of each row are left."""
+    if magnitude.numel() > AT_A_TIME:
+        if len(magnitude) == 1:
+            return torch.stack([_keep_above(some, threshold) for some in magnitude.split(AT_A_TIME, 1)]).sum(0)
+        step = max(AT_A_TIME // magnitude.shape[1], 1)
+        return torch.cat(
+            [_keep_above(*some) for some in zip(magnitude.split(step), threshold.split(step), strict=True)]
+        )
     kept = torch.gt(magnitude, threshold.unsqueeze(1), out=torch.empty_like(magnitude))
-    return magnitude.mul_(kept).sum(1) / kept.sum(1).clamp(min=1)
+    magnitude.mul_(kept)
+    return kept.sum(1)
 
 
 def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
@@ -84,6 +108,8 @@ def ternary_signs(x: Tensor, threshold: Tensor) -> Tensor:
     >>> ternary_signs(torch.tensor([-2.0, 0.1, 0.6]), torch.tensor(0.5))
     tensor([-1.,  0.,  1.])
     """
+    if x.numel() > AT_A_TIME:
+        return elementwise(ternary_signs, x, threshold)
     above, below = sides(x, threshold)
     return above.sub_(below)
 

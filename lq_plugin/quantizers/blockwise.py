@@ -195,8 +195,8 @@ def _nvfp4_container(spec: QuantSpec, values: Values) -> Container:
 def _minifloat_codes(x: Tensor, fmt: Minifloat) -> Tensor:
     """Returns sign in the highest bit, index of the magnitude below: the bits of the format itself."""
     value = round_to_minifloat(x, fmt)
-    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous())
-    return (index + (value.signbit() << (fmt.bit_width - 1))).to(torch.int32)
+    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous(), out_int32=True)
+    return index.add_(value.signbit().to(torch.int32), alpha=1 << (fmt.bit_width - 1))
 
 
 def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:

@@ -312,7 +312,7 @@ def test_what_is_worked_on_at_a_time_changes_nothing(rows, monkeypatch):
     start = torch.linspace(-3, 6, 8).repeat(rows, 1)
     expected = lloyd(weights.sort(1).values, start)
     found, values = assign(weights, expected), lookup(expected, assign(weights, expected))
-    monkeypatch.setattr("lq_plugin.functional.codebook._AT_A_TIME", 5000)
+    monkeypatch.setattr("lq_plugin.functional.codebook.AT_A_TIME", 5000)
     monkeypatch.setattr("lq_plugin.functional.codebook._BLOCK", 64)
     torch.testing.assert_close(lloyd(weights.sort(1).values, start), expected, rtol=1e-6, atol=0)
     assert torch.equal(assign(weights, expected), found)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, prepare
 from lq_plugin.functional.ttq import ternarize_learned
-from lq_plugin.functional.twn import approximate_threshold, exact_threshold, ternarize, ternary_scale
+from lq_plugin.functional.twn import approximate_threshold, exact_threshold, ternarize, ternary_scale, ternary_signs
 
 
 def twn_error(row, threshold):
@@ -46,6 +46,25 @@ def test_thresholds_of_known_distributions(draw, exact_ratio, exact_error, appro
         assert twn_error(row, approximate_threshold(rows).item()) / len(row) == pytest.approx(
             approximate_error, rel=5e-3
         )
+
+
+@pytest.mark.parametrize("shape", [(1, 700_001), (2, 300_000), (700, 1000)])
+def test_large_weights_are_worked_on_in_pieces(shape):
+    rows = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    descending = -np.sort(-np.abs(rows).astype(np.float64), 1)
+    best = (descending.cumsum(1) ** 2 / np.arange(1, shape[1] + 1)).argmax(1)
+    want = [row[index : index + 2].mean() for row, index in zip(descending, best, strict=True)]
+    threshold = exact_threshold(torch.from_numpy(rows))
+    np.testing.assert_allclose(threshold, want, rtol=1e-6)
+    kept = np.abs(rows) > threshold.numpy()[:, None]
+    scale = (np.abs(rows).astype(np.float64) * kept).sum(1) / kept.sum(1)
+    np.testing.assert_allclose(ternary_scale(torch.from_numpy(rows), threshold), scale, rtol=1e-6)
+    signs = np.sign(rows) * kept
+    assert np.array_equal(ternary_signs(torch.from_numpy(rows), threshold[:, None]), signs)
+    learned = ternarize_learned(
+        torch.from_numpy(rows), threshold[:, None], torch.full((1, 1), 0.5), torch.full((1, 1), 2.0)
+    )
+    assert np.array_equal(learned, np.where(signs > 0, np.float32(0.5), np.float32(2.0) * signs))
 
 
 def test_ternarize_values_and_gradient():

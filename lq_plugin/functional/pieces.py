@@ -1,0 +1,53 @@
+"""Large tensors a piece at a time, for work that would otherwise take several times their memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Elements of a piece: a second one of this size stays in a processor's caches.
+AT_A_TIME = 2**18
+
+
+def pieces(shape: tuple[int, ...], at_a_time: int = AT_A_TIME) -> list[tuple[slice, ...]]:
+    """Returns indices that cover a tensor of `shape` once, each of at most so many elements.
+
+    >>> pieces((3, 5)), pieces((3, 2**17))
+    ([()], [(slice(0, 2, None),), (slice(2, 3, None),)])
+    >>> pieces((1, 2**18 + 4))
+    [(slice(0, 1, None), slice(0, 262144, None)), (slice(0, 1, None), slice(262144, 262148, None))]
+    """
+    if math.prod(shape) <= at_a_time:
+        return [()]
+    step = max(at_a_time // math.prod(shape[1:]), 1)
+    first = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    return [(some, *rest) for some in first for rest in (pieces(shape[1:], at_a_time) if step == 1 else [()])]
+
+
+def elementwise(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """Returns `function(x, *others)`, shaped and typed as `x`, computed a piece at a time.
+
+    Args:
+        function: of each element alone.
+        x: large.
+        others: broadcastable to it.
+    """
+    y = torch.empty_like(x)
+    others = tuple(other.expand(x.shape) for other in others)
+    for index in pieces(x.shape):
+        y[index] = function(x[index], *(other[index] for other in others))
+    return y
+
+
+def sort_rows(rows: Tensor) -> Tensor:
+    """Returns `[R, n]` with each row ascending; on a CPU it is sorted in place.
+
+    NumPy does that in a tenth of the time, and without the indices of eight bytes that torch makes with it.
+    """
+    if rows.device.type != "cpu":
+        return rows.sort(1).values
+    rows.numpy().sort(1)
+    return rows
