@@ -7,34 +7,39 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lq_plugin.errors import QuantizationError
+from lq_plugin.commands.options import Kind, kind_faults
+from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.utilities.hydra_files import hide_passwords, storage_passwords
 from lq_plugin.utilities.passwords import without
 
 log = logging.getLogger(__name__)
 
 
-def check_request(cfg: Any) -> None:
-    """Refuses what is wrong with any config, before anything is imported for it.
+def check_request(cfg: DictConfig, kinds: Mapping[str, Kind]) -> None:
+    """Refuses what is wrong with a config, before anything is imported for it.
+
+    Args:
+        cfg: composed.
+        kinds: of the command's options.
 
     Raises:
-        QuantizationError: a group that was not found, or no file of float weights.
+        QuantizationError: a group that was not found, options that are missing or of another kind, or no file of float
+            weights.
     """
-    import_modules(cfg)
     require_lq_configs(cfg)
-    path = cfg.get("float_checkpoint")
-    if path and not Path(path).is_file():
-        raise QuantizationError(f"float_checkpoint={path}: there is no such file")
+    raise_all(QuantizationError, "the config", kind_faults(cfg, kinds))
+    import_modules(cfg)
+    if cfg.float_checkpoint is not None and not os.path.isfile(cfg.float_checkpoint):
+        raise QuantizationError(f"float_checkpoint={cfg.float_checkpoint}: there is no such file")
 
 
 def import_modules(cfg: Any) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from lq_plugin.commands.common import check_request, log_once, told
 from lq_plugin.commands.export import check_export, run_export
+from lq_plugin.commands.options import SEARCH, SENSITIVITY, TRAIN
 from lq_plugin.commands.train import optimized_metric, run as run_train
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def train(cfg: DictConfig) -> float | None:
         The metric named by `optimized_metric`, for a sweep; None when none is named.
     """
     with told(cfg):
-        check_request(cfg)
+        check_request(cfg, TRAIN)
         return optimized_metric(run_train(cfg), cfg.optimized_metric)
 
 
@@ -36,7 +37,7 @@ def train(cfg: DictConfig) -> float | None:
 def search(cfg: DictConfig) -> None:
     """`lq-search`: searches the bits of one model; see `lq_plugin.search`."""
     with told(cfg):
-        check_request(cfg)
+        check_request(cfg, SEARCH)
         log_once()
         from lq_plugin.commands.search import run as run_search
 
@@ -51,7 +52,7 @@ def search(cfg: DictConfig) -> None:
 def sensitivity(cfg: DictConfig) -> None:
     """`lq-sensitivity`: measures the damage of each choice to each tensor (`lq_plugin.search.sensitivity.measure`)."""
     with told(cfg):
-        check_request(cfg)
+        check_request(cfg, SENSITIVITY)
         log_once()
         from lq_plugin.commands.sensitivity import run as run_sensitivity
 

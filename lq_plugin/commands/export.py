@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lq_plugin.commands.common import import_modules
+from lq_plugin.commands.options import EXPORT, kind_faults
 from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, raise_all
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import TARGETS, Target, target_of
@@ -85,6 +87,7 @@ def check_export(cfg: DictConfig) -> Target:
         ExportError: naming every fault.
         MissingPackageError: a package for the file, or for the runtime that shall verify it, is not installed.
     """
+    raise_all(ExportError, "cannot export", kind_faults(cfg, EXPORT))
     import_modules(cfg)
     target = target_of(name=cfg.to)
     runtime = target.runtime_of(cfg.runtime)
@@ -94,7 +97,7 @@ def check_export(cfg: DictConfig) -> Target:
         )
     faults = target.faults(Request(options_of(cfg), None if cfg.output is None else Path(cfg.output)))
     for name in ("ckpt_path", "float_checkpoint"):
-        if cfg[name] is not None and not Path(cfg[name]).is_file():
+        if cfg[name] is not None and not os.path.isfile(cfg[name]):
             faults.append(f"{name}={cfg[name]}: there is no such file")
     if cfg.ckpt_path is not None and cfg.float_checkpoint is not None:
         faults.append("float_checkpoint=... is for plan=...: the weights of ckpt_path=... are in the checkpoint")
@@ -106,11 +109,6 @@ def check_export(cfg: DictConfig) -> Target:
     if cfg.get("data") is None and (cfg.verify or target.needs_inputs):
         who = f"to={target.name}" if target.needs_inputs else "verify=true"
         faults.append(f"there is no data=...: {who} runs the model on a batch of it")
-    if not isinstance(cfg.verify, bool):
-        faults.append(f"verify is true or false, got {cfg.verify!r}")
-    for name in ("verify_batches", "calibration_batches"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            faults.append(f"{name} is a number of batches, 1 or more, got {cfg[name]!r}")
     raise_all(ExportError, "cannot export", faults)
     verified = " with verify=true" if cfg.verify else ""
     target.need_packages(f"to={target.name}{verified}", runtime if cfg.verify else None)

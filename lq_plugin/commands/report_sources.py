@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
@@ -42,9 +43,9 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
     if "://" in text:
         return from_storage(text, study)
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # False, and no error, also for what is too long for a path
         return from_storage(f"sqlite:///{path.resolve()}", study) if path.suffix == ".db" else ReportData.load(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise QuantizationError(f"there is no {text!r}: {_HOW}")
     reports = sorted(path.rglob(REPORT), key=lambda p: p.stat().st_mtime)
     databases = sorted(path.rglob(STUDY), key=lambda p: p.stat().st_mtime)

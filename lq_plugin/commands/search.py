@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lq_plugin import plots
 from lq_plugin.callbacks.monitor.loggers import Picture, Report, report_to
+from lq_plugin.commands.options import SEARCHED
 from lq_plugin.errors import QuantizationError
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.report import render
@@ -86,7 +87,7 @@ def read_config(cfg: DictConfig, model: LightningModule, **options: Any) -> Sear
     Raises:
         QuantizationError: listing everything that is wrong in it.
     """
-    given = {key: plain(cfg.search[key]) for key in _OPTIONS}
+    given = {key: plain(cfg.search[key]) for key in SEARCHED}
     trainer = partial(instantiate_for, model, cfg.trainer)
     return SearchConfig(
         model, None, read_space(cfg), trainer=trainer, seed=cfg.seed, worker=cfg.worker, **given, **options
@@ -105,14 +106,6 @@ def make_storage(given: Any) -> BaseStorage | str | None:
         return cast(BaseStorage, instantiate(given))
     except InstantiationException as error:
         raise QuantizationError(f"search.storage: {without(str(error), passwords_in(plain(given)))}") from None
-
-
-#: Keys of `cfg.search` that are fields of a `SearchConfig`.
-_OPTIONS = (
-    "metric", "mode", "cost", "constraints", "n_trials", "study_name",
-    "uniform", "seeds", "sensitivity", "sensitivity_batches", "latency", "heartbeat", "max_failures",
-    "fidelity", "promote_within", "promote_first", "pruner", "calibration_batches", "phases",
-)  # fmt: skip
 
 
 def read_space(cfg: DictConfig) -> Space:

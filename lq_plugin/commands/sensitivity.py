@@ -18,6 +18,7 @@ from lq_plugin import plots
 from lq_plugin.commands.search import load_model, read_space
 from lq_plugin.model.measure.cost import FLOAT_BITS
 from lq_plugin.plots.sensitivity import digits
+from lq_plugin.ptq.registry import check_phases, names_and_options
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.measure import SensitivityTable, check_measures, measure_all, to_csv
 from lq_plugin.utilities.files import make_folder, write_file
@@ -40,6 +41,8 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     output_dir = make_folder(cfg.paths.output_dir)
     # A wrong request is refused before a float model is trained.
     space = read_space(cfg)
+    phases = plain(cfg.search.phases)
+    check_phases(*names_and_options(phases))
     measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
     check_measures(measures, cfg.others)
     datamodule: LightningDataModule = instantiate(cfg.data)
@@ -50,7 +53,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
         datamodule,
         trainer=partial(instantiate_for, model, cfg.trainer),
         calibration_batches=cfg.search.calibration_batches,
-        phases=plain(cfg.search.phases),
+        phases=phases,
         seed=cfg.seed,
     )
     with evaluator:

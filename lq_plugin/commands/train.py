@@ -37,14 +37,15 @@ def run(cfg: DictConfig) -> Metrics:
 
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
+    # Made one by one: a list in the config would be merged away by an override. And before the float training, so that
+    # what is wrong with a plan is said first.
+    callbacks = [instantiate_for(model, entry) for entry in (cfg.get("callbacks") or {}).values()]
     metrics: Metrics = {}
     if cfg.float_checkpoint:
         load_float_weights(model, Path(cfg.float_checkpoint))
     if cfg.float_epochs:
         metrics |= train_float(cfg, model, datamodule, output_dir / "float.ckpt")
 
-    # Instantiated one by one: a list in the config would be merged away by an override.
-    callbacks = [instantiate_for(model, entry) for entry in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate_for(model, entry) for entry in (cfg.get("logger") or {}).values()]
     trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=callbacks, logger=loggers)
     for logger in loggers:

@@ -50,7 +50,9 @@ def _imported(name: str, arguments: Sequence[str]) -> Any:
                     f"{name}: there is no {part!r} in {module_name}.{did_you_mean(part, dir(found))}"
                 )
             found = getattr(found, part)
-    except ModuleNotFoundError as error:
+    except QuantizationError:
+        raise
+    except (ModuleNotFoundError, ValueError, TypeError) as error:  # the last two: no name, or a relative one
         raise QuantizationError(f"{name}: {error}; {_HOW}") from error
     finally:
         sys.path.remove("")
@@ -58,9 +60,10 @@ def _imported(name: str, arguments: Sequence[str]) -> Any:
         return found
     if not callable(found):
         raise QuantizationError(f"{name} is a {type(found).__name__}, neither a module nor a callable that makes one")
+    keywords = _keywords(arguments)
     try:
-        return found(**_keywords(arguments))
-    except TypeError as error:
+        return found(**keywords)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise QuantizationError(f"{name}: {error}; give its arguments as key=value") from error
 
 
@@ -89,7 +92,7 @@ def _composed(name: str, arguments: Sequence[str], config_dir: str | Path | None
             ours = [] if config_dir is None else ["hydra.searchpath=[pkg://lq_plugin.conf]"]
             cfg = compose(overrides=[*ours, f"+model={name}", *(f"model.{argument}" for argument in arguments)])
             return instantiate(cfg.model)
-    except HydraException as error:
+    except (HydraException, ValueError, TypeError) as error:  # the last two: Hydra's own of a number for a name
         raise QuantizationError(f"model {name!r}: {error}\n{_HOW}") from error
 
 

@@ -305,7 +305,7 @@ def test_wrong_requests_are_told_at_once_without_a_traceback(tmp_path: Path) -> 
         (["to=onnx", "smallest=3"], "smallest is 2, 4 or 8 bits, got 3"),
         (["to=onnx", "dynamic_dims=1"], "dynamic_dims are dims of the inputs after the batch, 1 or more, .*; got 1"),
         (["dynamic_dims=[1]"], "dynamic_dims is an option of onnx, not of packed"),
-        (["verify_batches=0"], "verify_batches is a number of batches, 1 or more, got 0"),
+        (["verify_batches=0"], "verify_batches is an integer, 1 or more, got 0"),
     ],
 )
 def test_wrong_requests_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class TooLong(BaseException):
 
 def targets() -> dict[str, type[Target]]:
     """Returns every target by its name. They import torch and Lightning, the table does not."""
-    from tests.fuzz import files, settings
+    from tests.fuzz import files, options, reports, settings
 
     kinds: tuple[Any, ...] = (
         files.Packed,
@@ -54,6 +54,12 @@ def targets() -> dict[str, type[Target]]:
         files.Plans,
         settings.SearchSettings,
         settings.SweepConfig,
+        reports.ReportFile,
+        reports.Metrics,
+        reports.StudyFile,
+        reports.ReportArguments,
+        reports.ExplainArguments,
+        *options.COMMANDS,
     )
     return {kind.name: kind for kind in kinds}
 
@@ -170,10 +176,9 @@ def table(rows: dict[str, Counter[str]], kinds: dict[str, type[Target]], seed: i
         lines.append(f"| {name} | {sum(row.values())} | {row[ERROR]} | {row[SAME]} | {row[OTHER]} | {row[FAILED]} |")
     lines += [
         "",
-        "*Own error*: an error of the `QuantizationError` family, what the function's documentation promises next to "
-        "it "
-        "(`load_checkpoint`: torch's own error of keys and shapes), or OmegaConf's of a value that its schema refuses; "
-        "a model is as before. "
+        "*Own error*: an error of the `QuantizationError` family; what the function's documentation promises next to "
+        "it (`load_checkpoint`: torch's own error of keys and shapes); Hydra's of an override that cannot be composed, "
+        "or around ours and Python's where a callback cannot be made. A model is as before. "
         "*Same result*: as of the input without the mutation. *Other valid result*:",
         "",
         *(f"- {name}: {kinds[name].legitimate}" for name in rows),

@@ -227,6 +227,8 @@ def some_trial_is_complete(folder: Path) -> bool:
         (["search.phases=[calibrat]"], "Did you mean 'calibrate'"),
         (["search.latency={runtime: onnx}"], "unknown runtime 'onnx'; valid: onnxruntime, openvino"),
         (["search.space.weight={bit_widths: [99]}"], "bit_width must be 1..16, got 99"),
+        (["search.space.rules=3000000000"], "search space: rules is a list of mappings, got 3000000000"),
+        (["search.space.tie=7"], "search space: tie is a list of patterns, got 7"),
         (
             ["search.fidelity=[{batchs: 4}]", "search.promote_within=-1"],
             r"(?s)2 faults.*unknown key 'batchs'.*promote_within is a number from 0",
@@ -257,10 +259,13 @@ def test_packages_that_latency_needs_are_said_before_a_model_is_trained(
         run(composed(tmp_path, f"search.latency={{runtime: {runtime}}}", "search.cost=latency"))
 
 
-@pytest.mark.parametrize("override", ["measures=[fischer]", "others=wide", "search.space.weight={bit_widths: [99]}"])
+@pytest.mark.parametrize(
+    "override",
+    ["measures=[fischer]", "others=wide", "search.space.weight={bit_widths: [99]}", "search.phases=[fold_batch_norm]"],
+)
 def test_wrong_measures_are_said_before_a_model_is_trained(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lq_plugin.commands.search.train", lambda *_: pytest.fail("a model was trained"))
-    with pytest.raises(QuantizationError, match="Did you mean 'fisher'|Did you mean 'widest'|got 99"):
+    with pytest.raises(QuantizationError, match="Did you mean '(fisher|widest)'|got 99|they lack 'calibrate'"):
         measure(composed(tmp_path, override, name="sensitivity"))

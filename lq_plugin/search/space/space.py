@@ -132,6 +132,10 @@ class Space:
 
     def __post_init__(self) -> None:
         _parse_slots(self, "search space")
+        for name, what in (("rules", "mappings"), ("tie", "patterns")):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence | None) or (name == "rules" and isinstance(value, str)):
+                raise PlanError(f"search space: {name} is a list of {what}, got {value!r}")
         rules = [rule if isinstance(rule, SpaceRule) else _from_mapping(SpaceRule, rule) for rule in self.rules or ()]
         object.__setattr__(self, "rules", tuple(rules))
         object.__setattr__(self, "tie", (self.tie,) if isinstance(self.tie, str) else tuple(self.tie or ()))

@@ -1,0 +1,96 @@
+"""The kind of each option of a command: checked before anything is imported, made or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lq_plugin.utilities.hydra_files import plain
+
+
+class Kind(NamedTuple):
+    """What an option may be: in words, whether a value is that, and whether it has to be in the config."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    needed: bool = True
+
+
+def integer(least: int, most: int | None = None) -> Kind:
+    """Returns the kind of integers within these limits."""
+
+    def fits(value: Any) -> bool:
+        return type(value) is int and value >= least and (most is None or value <= most)
+
+    return Kind(f"an integer, {least} or more" + ("" if most is None else f", {most} at most"), fits)
+
+
+def optional(kind: Kind) -> Kind:
+    """Returns the kind of what is null or of another kind."""
+    return Kind(f"{kind.words}, or null", lambda value: value is None or kind.fits(value))
+
+
+ANY = Kind("anything", lambda value: True)  # what reads it checks it
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a text", lambda value: isinstance(value, str) and value != "")
+NODE = Kind("a mapping", lambda value: isinstance(value, Mapping))
+GROUP = Kind("a mapping of names to mappings", lambda value: _is_group(value), needed=False)
+NAMES = Kind("a name or a list of names", lambda value: isinstance(value, str | Sequence))
+MODULES = Kind("a list of modules", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)), needed=False)
+SEED = integer(0, 2**32 - 1)
+
+_COMMON = {
+    "model": NODE, "trainer": NODE, "paths.output_dir": TEXT, "float_checkpoint": optional(TEXT), "imports": MODULES,
+}  # fmt: skip
+_TRAINED = _COMMON | {"data": NODE, "float_epochs": integer(0)}
+
+TRAIN = _TRAINED | {
+    "seed": optional(SEED), "fit": FLAG, "validate": FLAG, "test": FLAG, "ckpt_path": optional(TEXT),
+    "optimized_metric": optional(TEXT), "callbacks": GROUP, "logger": GROUP,
+}  # fmt: skip
+#: Options of `lq_plugin.search.search` that it checks itself.
+SEARCHED = (
+    "metric", "mode", "cost", "constraints", "n_trials", "study_name", "uniform", "seeds", "sensitivity",
+    "sensitivity_batches", "latency", "heartbeat", "max_failures", "fidelity", "promote_within", "promote_first",
+    "pruner", "calibration_batches", "phases",
+)  # fmt: skip
+SEARCH = _TRAINED | {
+    "seed": SEED, "worker": integer(0), "search.space": NODE, "search.sampler": NODE, "search.storage": ANY,
+    "search.progress": FLAG, "search.trial_runs": FLAG, **{f"search.{name}": ANY for name in SEARCHED},
+}  # fmt: skip
+SENSITIVITY = _TRAINED | {
+    "seed": SEED, "measures": NAMES, "batches": integer(1), "others": TEXT, "search.space": NODE,
+    "search.calibration_batches": integer(1), "search.phases": ANY,
+}  # fmt: skip
+EXPORT = _COMMON | {
+    "seed": optional(SEED), "to": TEXT, "output": optional(TEXT), "ckpt_path": optional(TEXT), "plan": ANY,
+    "calibration_batches": integer(1), "phases": ANY, "verify": FLAG, "runtime": optional(TEXT),
+    "verify_batches": integer(1),
+}  # fmt: skip
+
+
+def _is_group(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values()))
+
+
+def kind_faults(cfg: DictConfig, kinds: Mapping[str, Kind]) -> list[str]:
+    """Returns what is wrong with the options of a command: those that are missing, of another kind, or not resolved.
+
+    >>> kind_faults(OmegaConf.create({"seed": -1, "fit": True}), {"seed": SEED, "fit": FLAG, "test": FLAG})
+    ['seed is an integer, 0 or more, 4294967295 at most, got -1', 'test is missing: it is true or false']
+    """
+    faults = []
+    for key, kind in kinds.items():
+        parent, _, name = key.rpartition(".")
+        try:
+            node = OmegaConf.select(cfg, parent) if parent else cfg
+            if not OmegaConf.is_dict(node) or name not in node:
+                faults += [f"{key} is missing: it is {kind.words}"] * kind.needed
+            elif not kind.fits(value := plain(node[name])):
+                faults.append(f"{key} is {kind.words}, got {value!r}")
+        except OmegaConfBaseException as error:
+            faults.append(f"{key} cannot be read: {error}")
+    return faults
