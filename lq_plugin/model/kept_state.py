@@ -311,7 +311,7 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
 _keep.register(dict, _keep_items)
 
 
-@_keep.register
+@_keep.register(list)
 def _(value: list[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
     if len(before) <= LARGE:
@@ -325,7 +325,7 @@ def _(value: list[Any], state: KeptState) -> Iterable[Any]:
     return before if len(before) <= LARGE else ()
 
 
-@_keep.register
+@_keep.register(deque)
 def _(value: deque[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
 
@@ -338,7 +338,7 @@ def _(value: deque[Any], state: KeptState) -> Iterable[Any]:
     return before if len(before) <= LARGE else ()
 
 
-@_keep.register
+@_keep.register(set)
 def _(value: set[Any], state: KeptState) -> Iterable[Any]:
     before = set(value)
 
@@ -456,7 +456,7 @@ def _(value: types.MethodType, state: KeptState) -> Iterable[Any]:
     return value.__self__, value.__func__
 
 
-@_keep.register
+@_keep.register(functools.partial)
 def _(value: functools.partial[Any], state: KeptState) -> Iterable[Any]:
     return value.func, *value.args, *value.keywords.values()
 
