@@ -37,7 +37,8 @@ def shrink_biases(context):
 @pytest.fixture(params=[register_phase, register_in_callbacks])
 def phase(request):
     """The name of the phase; either door opens."""
-    request.param("shrink_biases", check_share, after={"calibrate": "it looks at the quantized model"})(shrink_biases)
+    register_phase = request.param
+    register_phase("shrink_biases", check_share, after={"calibrate": "it looks at the quantized model"})(shrink_biases)
     yield {"shrink_biases": {"share": 0.25}}
     del PHASES["shrink_biases"]
 
