@@ -134,7 +134,7 @@ class Format:
         return f"format '{name}:{text}' chooses the same thing twice" if len(set(chosen)) < len(chosen) else None
 
     def is_number(self, word: str) -> bool:
-        """True if `word` is the number that may follow a colon."""
+        """Returns True if `word` is a valid number after the colon."""
         try:
             return self.number is not None and self.number[1] <= float(word) <= self.number[2]
         except ValueError:

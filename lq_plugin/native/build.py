@@ -1,4 +1,4 @@
-"""C++ sources of this package, compiled when they are first asked for.
+"""C++ sources of this package, compiled on first use.
 
 The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin` in `XDG_CACHE_HOME` or `~/.cache`),
 under a name that holds a hash of the sources, the command and the platform, and one of the library itself: a changed

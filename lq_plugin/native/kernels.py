@@ -219,7 +219,15 @@ class FakeQuantizeKernels(Protocol):
         high: Tensor,
         masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns `fake_quantize` with one scale, and widens `low..high`, `[1]` each, in place to x's extremes."""
+        """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
+
+        Args:
+            x: that `accepts` holds for.
+            scale, zero_point: float32 on x's device, one element.
+            bounds: quant_min and quant_max.
+            low, high: one element each.
+            masked: return the mask; else it is None.
+        """
 
     def fake_quantize_rows(
         self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
@@ -235,7 +243,13 @@ class FakeQuantizeKernels(Protocol):
         """
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-        """Returns the gradient, laid out as the masked tensor, where a bit of `mask` is 1, and 0 elsewhere."""
+        """Returns the gradient where a bit of `mask` is 1, and 0 elsewhere.
+
+        Args:
+            gradient: laid out in memory as the masked tensor; so is the result.
+            mask: from the forward pass.
+            layout: of the mask.
+        """
 
     def learned_backward(
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,

@@ -29,7 +29,7 @@ _MIN_SCALE = tl.constexpr(2.0**-100)
 
 @triton.jit
 def round_half_even(x):
-    """Half to even, by adding what leaves no bits for a fraction; a zero keeps its sign, a NaN stays."""
+    """Rounds half to even, by adding a number that leaves no fraction bits; a zero keeps its sign, a NaN stays."""
     magnitude = tl.abs(x)
     whole = (magnitude + _WHOLE) - _WHOLE
     whole = tl.where(magnitude < _WHOLE, whole, magnitude)
@@ -40,14 +40,14 @@ def round_half_even(x):
 
 @triton.jit
 def clip_levels(x, low, high):
-    """A NaN stays."""
+    """Clips `x` to `low..high`; a NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
 @triton.jit
 def _place(rows, length, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column indices of this program's tile, and which of them there are."""
+    """Returns row and column indices of this program's tile, and which of them are within the tensor."""
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % parts) * COLUMNS + tl.arange(0, COLUMNS)
@@ -56,7 +56,7 @@ def _place(rows, length, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _qparams(row, column, valid, outer, run, inner, rows, IN_COLUMNS: tl.constexpr):
-    """Where the scales of a tile lie, and which of them there are: one a row, or one a column."""
+    """Returns the offsets of a tile's scales, one per row or one per column, and which of them exist."""
     if IN_COLUMNS:
         at = ((row // run) % outer)[:, None] * inner + column[None, :]
         there = valid
@@ -68,7 +68,7 @@ def _qparams(row, column, valid, outer, run, inner, rows, IN_COLUMNS: tl.constex
 
 @triton.jit
 def _acting(scale, zero_point, quant_min, quant_max):
-    """A learned scale acts by its magnitude, a learned zero point rounded."""
+    """Returns learned qparams as they act: the magnitude of the scale, the rounded zero point."""
     magnitude = tl.abs(scale)
     magnitude = tl.where(magnitude < _MIN_SCALE, _MIN_SCALE, magnitude)
     return magnitude, clip_levels(round_half_even(zero_point), quant_min, quant_max)
@@ -81,13 +81,13 @@ def inverse_of(scale):
 
 @triton.jit
 def _over(x, number):
-    """x / number, for a number that is the same for all."""
+    """Returns x / number, for a number that is the same for all elements."""
     return tl.div_rn(x, tl.zeros_like(x) + number)
 
 
 @triton.jit
 def range_qparams(low, high, quant_min, quant_max, AFFINE: tl.constexpr):
-    """`qparams_from_bounds` of lq_plugin/functional/affine.py."""
+    """Returns what `qparams_from_bounds` of lq_plugin/functional/affine.py does."""
     low, high = tl.where(low > 0.0, 0.0, low), tl.where(high < 0.0, 0.0, high)
     zero_point = tl.zeros_like(low)
     if AFFINE:
@@ -108,7 +108,7 @@ def range_qparams(low, high, quant_min, quant_max, AFFINE: tl.constexpr):
 
 @triton.jit
 def _store_bits(mask_at, inside, row, column, length, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One bit an element, in words of 16 that begin anew at each row."""
+    """Stores one bit per element, in words of 16 that begin anew at each row."""
     words = (length + 15) // 16
     bits = tl.reshape(inside.to(tl.int32), (ROWS, COLUMNS // 16, 16)) << tl.arange(0, 16)[None, None, :]
     word = tl.min(tl.reshape(column, (COLUMNS // 16, 16)), axis=1) // 16
@@ -155,7 +155,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["number"])
 def _take_in(low_at, high_at, lows_at, highs_at, number, BLOCK: tl.constexpr):
-    """Move `low` and `high` to take in all of `lows` and `highs`; a NaN stays."""
+    """Widens `low..high` to all of `lows` and `highs`; a NaN stays."""
     low, high = tl.load(low_at), tl.load(high_at)
     broken = (low != low) | (high != high)
     for start in range(0, number, BLOCK):

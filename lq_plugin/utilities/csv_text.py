@@ -12,7 +12,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], lineterminator: str = "\r\n") -> str:
-    """Returns rows as CSV text with a header; what a row has no value for is empty.
+    """Returns rows as CSV text with a header; cells without a value are empty.
 
     >>> print(to_csv([{"layer": "=1+1", "sqnr": -3.5}, {"layer": "conv"}], ["layer", "sqnr"], "\\n"), end="")
     layer,sqnr

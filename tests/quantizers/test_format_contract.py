@@ -11,6 +11,8 @@ from lq_plugin.intent.formats import FORMATS, RANGES
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.measure.fidelity import layer_fidelity
 from lq_plugin.model.training import commit_observers
+from lq_plugin.quantizers import make_weight_quantizer
+from lq_plugin.quantizers.registry import format_code
 
 WEIGHTS = [
     "int4 per_channel mse",
@@ -225,6 +227,19 @@ def test_words_of_a_format():
     assert QuantSpec(format="bwn").granularity == QuantSpec.parse("bwn per_channel").granularity
     assert str(QuantSpec.parse("bwn per_tensor")) == "bwn per_tensor"
     assert QuantSpec.parse("int4 stochastic:7").seed == 7
+
+
+@pytest.mark.parametrize("written", ["twn", "ttq", "kmeans2", "mxfp4", "mxint8"])
+def test_the_default_options_are_those_of_a_format_without_options(written):
+    options = format_code(QuantSpec.parse(written)).default_options
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+    results = []
+    for text in (written, f"{written}:{options}"):
+        quantizer = make_weight_quantizer(QuantSpec.parse(text), "weight", tuple(weight.shape))
+        quantizer.calibrate(weight)
+        results.append(quantizer.eval()(weight))
+    assert options
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("spec", ["bwn group8 ragged", "twn group8 ragged"])

@@ -125,7 +125,7 @@ class Divergence:
         self.total = self.cumulated[:, -1:] + beyond.unsqueeze(1)
 
     def at(self, kept: Tensor) -> Tensor:
-        """KL(P || Q) itself, float64 `[rows, k]`."""
+        """Returns KL(P || Q) itself, float64 `[rows, k]`."""
         return (self.of_merging(kept) + self.of_clipping(kept)) / self.total
 
     def of_merging(self, kept: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Divergence:
         return (added - lost).masked_fill(((outliers > 0) & (last == 0)) | (inside < outliers), torch.inf)
 
     def _begin(self, kept: Tensor, level: Tensor | int) -> Tensor:
-        """First bin of a level: bin j belongs to level floor(j * levels / kept)."""
+        """Returns the first bin of a level: bin j belongs to level floor(j * levels / kept)."""
         return -(-kept * level).div(self.levels, rounding_mode="floor")
 
     def _merged(self, begins: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,12 +165,12 @@ class Divergence:
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
-    """`values [rows, n]` at `index [rows or 1, k]`."""
+    """Returns `values [rows, n]` at `index [rows or 1, k]`."""
     return values[:, index[0]] if len(index) == 1 else values.gather(1, index)
 
 
 def _between(values: Tensor, knots: Tensor, at: Tensor) -> Tensor:
-    """`values [rows, n]`, known at the ascending `knots [n]`, along straight lines at `at [k]`."""
+    """Interpolates `values [rows, n]`, known at the ascending `knots [n]`, linearly at `at [k]`."""
     above = torch.searchsorted(knots, at).clamp(min=1)
     low, high = knots[above - 1], knots[above]
     share = (at - low).double() / (high - low)
