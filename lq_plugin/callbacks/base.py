@@ -1,4 +1,4 @@
-"""What QAT and PTQ share: injection at the one moment that is right for every strategy."""
+"""The base of QAT and PTQ: injection at the one moment that is right for every strategy."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class QuantizationCallback(Callback):
         self.end_suspension()
 
     def needs_whole_model(self) -> list[str]:
-        """What it does that is impossible where parameters are split over processes."""
+        """Returns what the callback does that is impossible where parameters are split over processes."""
         return []
 
     def _operations(self, trainer: Trainer, pl_module: LightningModule) -> Recording | None:
@@ -126,7 +126,7 @@ class QuantizationCallback(Callback):
         return self.ledger
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> Recording:
-        """What the float model does with one batch; run once, then remembered.
+        """Returns the recorded pass of the float model on one batch; run once, then remembered.
 
         Fills the ledger with functional calls and MACs.
 
@@ -161,7 +161,7 @@ class QuantizationCallback(Callback):
         self.context(trainer, pl_module, count).calibrate(missing_only)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A run that failed before configure_model must not leave the patch behind.
+        # A run that failed before configure_model must leave no patch in the module.
         pl_module.__dict__.pop("configure_model", None)
         self.end_suspension()
 

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much a quantized model learns from its float copy.
+    """The settings of learning from the float copy.
 
     Args:
         weight: share of the distillation loss, 0..1; the module's own loss has the rest.
-        temperature: T; larger ones compare the small probabilities, too.
+        temperature: T; larger ones compare the small probabilities also.
         output: name of the submodule whose output is the logits; None: the last one that the step calls directly.
         class_dim: dim of the classes in the logits.
     """
@@ -206,7 +206,7 @@ class Teacher:
 
 @contextmanager
 def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """What the submodule gives in the calls inside."""
+    """Collect the outputs of the submodule in the calls inside."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:

@@ -113,5 +113,5 @@ class PTQ(QuantizationCallback):
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        """How learned roundings went; None before `reconstruct` has run."""
+        """The result of `reconstruct`; None before it has run."""
         return self.results.get("reconstruct")

@@ -66,7 +66,7 @@ class QAT(QuantizationCallback):
         min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
         forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`,
             with 8-bit products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first
-            batch finds them worth it (a CPU's convolutions may take a quarter longer alone: the layers behind them gain
+            batch finds them worth it (a CPU's convolutions may take a quarter longer alone: the layers after them gain
             more by the layout they hand on); `"integer_always"`, wherever they can, so that a run can be repeated to
             the bit. The log names what each layer does.
 
@@ -318,8 +318,7 @@ class QAT(QuantizationCallback):
             quantizer.waiting = True
 
     def _settle_unreached(self, pl_module: LightningModule) -> None:
-        """After a batch: what it reached for the first time follows the phase, what misses its range is float until it
-        is reached."""
+        """Switch on what a batch has reached for the first time; make float what still misses its range."""
         assert self.phase is not None
         if not reached_any(pl_module):
             return  # an empty batch tells nothing about any layer

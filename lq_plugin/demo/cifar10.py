@@ -35,7 +35,9 @@ class DataError(QuantizationError, FileNotFoundError):
 
 
 def find_parquet(folder: str | Path, split: str) -> list[Path]:
-    """Parquet files of a split, below `folder/cifar10` or `folder`: `train.parquet`,
+    """Returns the Parquet files of a split.
+
+    They are searched for below `folder/cifar10` and `folder`, as `train.parquet` or
     `plain_text/train-00000-of-00001.parquet`.
 
     Raises:

@@ -24,8 +24,10 @@ the .th files are read as they are, and safetensors files with the same keys"""
 
 
 class BasicBlock(nn.Module):
-    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a stride-2 slice and zero pad (option
-    A)."""
+    """The basic block: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)).
+
+    The shortcut is a stride-2 slice and zero pad (option A).
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a PTQ phase is given: the model, its calibration data and a place for results."""
+"""The context of a PTQ phase: the model, its calibration data and a place for results."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class PhaseContext:
 
     @cached_property
     def recording(self) -> Recording:
-        """What the float model does with the first batch; recorded once.
+        """The recorded pass of the float model on the first batch; made once.
 
         Raises:
             CalibrationError: there is no batch.

@@ -1,12 +1,15 @@
 """A new PTQ phase from outside the package: in a Trainer, on a plain model, and in the config of a search."""
 
 import copy
+import re
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
+import lq_plugin.ptq
 from lq_plugin import PTQ
 from lq_plugin.callbacks import PHASES, register_phase as register_in_callbacks
 from lq_plugin.errors import PlanError
@@ -97,3 +100,23 @@ def test_options_and_order_are_checked_everywhere(phase):
         with pytest.raises(PlanError, match="phase 'shrink_biases': share lies between 0 and 1, got 2"):
             door(["calibrate", {"shrink_biases": {"share": 2}}])
     Evaluator(Module(), Data(), phases=["calibrate", phase])
+
+
+def test_map_names_every_phase_and_its_code_runs():
+    page = (Path(lq_plugin.ptq.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == [
+        "reestimate_batch_norm", "fold_batch_norm", "equalize", "smooth_quant", "calibrate", "correct_batch_norm",
+        "bias_correct", "gptq", "reconstruct",
+    ]  # fmt: skip
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(PHASES)
+    model, batches = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), [torch.randn(16, 4)]
+    model[0].bias.data.fill_(9.0)
+    names = {"model": copy.deepcopy(model), "batches": batches}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, names)
+        context = run_phases(model, "w4a8", batches, ["calibrate", {"clamp_biases": {"limit": 2.0}}])
+    finally:
+        PHASES.pop("clamp_biases", None)
+    assert torch.equal(model[0].bias, torch.full((8,), 2.0))
+    assert torch.equal(context.results["clamp_biases"][0], model(batches[0]))

@@ -37,7 +37,7 @@ def quantized(model: nn.Module, batches: list[Tensor], plan: Any = "w3 a4 per_te
 def means(model: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
     """Mean of each channel of each linear and convolution, over all batches, by numpy.
 
-    That of a layer without bias is taken behind its batch norm.
+    That of a layer without bias is taken after its batch norm.
     """
     seen: dict[str, list[np.ndarray]] = {}
     hooks = []
@@ -289,9 +289,9 @@ def test_what_is_skipped_says_why() -> None:
         "tied_too": "'tied_too.bias' is shared with 'tied.bias'",
         "own": "Clamped has a forward of its own",
         "idle": "no batch reached it",
-        "a": "'shared_bn' behind it reads other layers, too",
-        "b": "'shared_bn' behind it reads other layers, too",
-        "reshaped": "the channels of 'bn' behind it are not shown to be its own",
+        "a": "'shared_bn' after it reads other layers also",
+        "b": "'shared_bn' after it reads other layers also",
+        "reshaped": "the channels of 'bn' after it are not shown to be its own",
         "untracked": "normalizes each batch by its own mean",
         "computed": "its bias is computed|a forward of its own",
     }

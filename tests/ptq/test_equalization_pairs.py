@@ -79,12 +79,12 @@ def broken() -> nn.Sequential:
 
 IMAGES = (2, 3, 8, 8)
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
-    "relu6": (lambda: tail(nn.ReLU6()), IMAGES, "0", r"'1' \(ReLU6\) behind it is not known to pass channel scales on"),
-    "gelu": (lambda: tail(Function(lambda _, x: F.gelu(x))), IMAGES, "0", r"\(gelu\) behind it is not known"),
+    "relu6": (lambda: tail(nn.ReLU6()), IMAGES, "0", r"'1' \(ReLU6\) after it is not known to pass channel scales on"),
+    "gelu": (lambda: tail(Function(lambda _, x: F.gelu(x))), IMAGES, "0", r"\(gelu\) after it is not known"),
     "batch norm": (lambda: randomize(tail(nn.BatchNorm2d(6))), IMAGES, "0", "'1' .*not folded: fold_batch_norm first"),
     "own batch": (lambda: tail(nn.BatchNorm2d(6, affine=False)), IMAGES, "0", "without running statistics or affine"),
     "group norm": (lambda: tail(nn.GroupNorm(2, 6)), IMAGES, "0", "not known"),
-    "functional sum": (lambda: tail(Function(lambda _, x: x + x)), IMAGES, "0", "reads something else, too|not known"),
+    "functional sum": (lambda: tail(Function(lambda _, x: x + x)), IMAGES, "0", "reads something else also|not known"),
     "two readers": (lambda: TwoConsumers(3), IMAGES, "conv", "2 readers: 'bn', 'add_0'"),
     "called twice": (lambda: SharedConv(3), IMAGES, "conv", "called 2 times"),
     "not called": (lambda: nn.ModuleList([nn.Identity(), nn.Linear(2, 2)]), IMAGES, "1", "not called"),
@@ -134,7 +134,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] =
         lambda: nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 2)),
         (2, 3, 4),
         "0",
-        r"'1' \(LSTM\) behind it is not known",
+        r"'1' \(LSTM\) after it is not known",
     ),
     "nan": (broken, IMAGES, "0", "'2' .*NaN or Inf"),
 }

@@ -284,7 +284,7 @@ def test_real_architectures() -> None:
 
     mobile = MobileNet()
     pairs, refused = find_equalization_pairs(fold(randomize(mobile), x.float()), recorded(mobile, x.float()))
-    assert sum("(ReLU6) behind it is not known to pass channel scales on" in refusal.reason for refusal in refused) == 7
+    assert sum("(ReLU6) after it is not known to pass channel scales on" in refusal.reason for refusal in refused) == 7
     # Convolutions without an activation behind: two go into the next block, and one of them into a sum as well.
     assert len(pairs) + len(refused) == 11
 

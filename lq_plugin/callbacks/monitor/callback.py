@@ -25,7 +25,7 @@ FLOAT_LOSS_STEPS = 100
 
 
 class QuantMonitor(Callback):
-    """Logs bits, ranges, SQNR, clipping, coverage and cost, beside a `QAT` or `PTQ` callback.
+    """Logs bits, ranges, SQNR, clipping, coverage and cost, next to a `QAT` or `PTQ` callback.
 
     Scalars go to every logger, under `quant/` (`quant/effective_bits`, `quant/conv1/weight_sqnr_db`): when
     training starts, every `every_n_epochs` epochs and `every_n_steps` optimizer steps, and at the end; with

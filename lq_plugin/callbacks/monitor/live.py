@@ -1,5 +1,4 @@
-"""What only a run can show: learned scales, zeros and flips of low-bit weights, losses float and quantized, over its
-steps."""
+"""Values over the steps of a run: learned scales, zeros and flips of low-bit weights, float and quantized losses."""
 
 from __future__ import annotations
 
@@ -38,10 +37,11 @@ class Flips:
 
     @torch.no_grad()
     def measure(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, float]:
-        """`<layer>/weight_zeros`, the share that is 0; `<layer>/weight_flips`, the share whose sign is not that of the
-        last call.
+        """Returns the shares of weights that are 0 and whose sign has flipped since the last call.
 
-        A weight that goes from 0 to another level, or back, has flipped, too.
+        By `<layer>/weight_zeros` and `<layer>/weight_flips`.
+
+        A weight that goes from 0 to another level, or back, has flipped also.
         """
         found: dict[str, float] = {}
         for name, layer in layers.items():

@@ -50,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """What is to be shown.
+    """The report to be shown.
 
     Args:
         step: optimizer steps so far.

@@ -1,1 +1,1 @@
-"""Where the callbacks meet Lightning: data, steps, optimizers, strategies, other callbacks."""
+"""The callbacks' side of Lightning: data, steps, optimizers, strategies, other callbacks."""

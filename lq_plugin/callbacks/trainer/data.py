@@ -56,8 +56,7 @@ def calibration_batches(
 
 @contextmanager
 def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """The loader, which gives the same batches after the block as inside it: the training has all of them, as without
-    calibration.
+    """Read a loader in the block without taking batches from the training, which gets all of them after it.
 
     Generators of loaders, samplers and data sets, positions, and iterators that can be read once are put back, see
     `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied. Batches that are None
@@ -94,8 +93,9 @@ def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> An
 def one_batch(
     trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
 ) -> tuple[Callable[[], Any], int | None]:
-    """What runs the module on one batch, on its device and in the Trainer's precision; which batch: see
-    `one_float_batch`.
+    """Returns a function that runs the module on one batch, on its device and in the Trainer's precision.
+
+    The batch is that of `one_float_batch`.
 
     Returns:
         A function, and the samples of its batch: dim 0 of its first tensor; None without a tensor.
@@ -114,8 +114,9 @@ def one_batch(
 def one_float_batch(
     trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, step: CalibrationStep | None
 ) -> Callable[[], Any]:
-    """What runs the module on one batch before the strategy has moved or converted it: in float32, where its parameters
-    are.
+    """Returns a function that runs the module on one batch before the strategy has moved or converted it.
+
+    It runs in float32, where the parameters are.
 
     The batch is one that `calibration_batches` would give or, where there is no such loader, one of the evaluation at
     hand.
@@ -155,8 +156,10 @@ def _batch_and_step(
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Inside, every source of random numbers starts from `seed`; outside they go on as if nothing had been drawn. None:
-    nothing changes."""
+    """Start every source of random numbers from `seed` inside, and go on outside as if nothing had been drawn.
+
+    With None nothing changes.
+    """
     if seed is None:
         yield
         return
@@ -181,7 +184,7 @@ _NO_LOADER = (
 
 
 def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None) -> Iterable[Any] | None:
-    """Where calibration batches come from; None where there is no such loader.
+    """Returns the loader of calibration batches; None where there is none.
 
     Raises:
         CalibrationError: there are several.
@@ -203,7 +206,7 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
 
 
 def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
-    """What the train dataloader of the run, of its datamodule or of the module gives; None where there is no such hook.
+    """Returns the train dataloader of the run, of its datamodule or of the module; None where there is none.
 
     Raises:
         CalibrationError: the hook fails in a run that sets up another stage than a fit.
@@ -243,7 +246,7 @@ def all_reduce_max(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] |
 
 
 def statistics_merger(trainer: Trainer) -> Callable[[Statistics], None] | None:
-    """What joins the statistics of the Trainer's ranks, or None when it has one process."""
+    """Returns the function that joins the statistics of all ranks; None with one process."""
     return None if all_reduce_max(trainer) is None else _merge_statistics
 
 

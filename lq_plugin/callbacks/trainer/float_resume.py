@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def is_float(checkpoint: Mapping[str, Any], callback: str) -> bool:
-    """Whether a checkpoint is of a training run without quantizers, and without the callback of that key: a partial one
-    may hold none."""
+    """Returns whether a checkpoint is of a run without quantizers and without the callback of that key.
+
+    A partial checkpoint of a quantized run may hold no quantizers either, but it holds the callback.
+    """
     if callback in checkpoint.get("callbacks", {}):
         return False
     return "optimizer_states" in checkpoint and not any("_quantizer." in key for key in checkpoint["state_dict"])

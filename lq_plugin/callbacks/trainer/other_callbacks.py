@@ -1,5 +1,4 @@
-"""Lightning's own callbacks beside ours: those that copy the model copy the quantized one, and tuners try the quantized
-one."""
+"""Lightning's own callbacks next to ours: copies are made of the quantized model, tuners try the quantized model."""
 
 from __future__ import annotations
 
@@ -19,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def tuners() -> tuple[type, ...]:
-    """Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its
-    scales."""
+    """Returns the classes of Lightning's tuners.
+
+    Lightning puts them first; their trial runs need a model that has its ranges and an optimizer that has its scales.
+    """
     return (*either("callbacks.BatchSizeFinder"), *either("callbacks.LearningRateFinder"))
 
 
@@ -35,8 +36,10 @@ def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Averages that were copied before the quantizers came in are copied again; switches and counters are never
-    averaged."""
+    """Copy weight averages again that were made before the quantizers came in.
+
+    Switches and counters are never averaged.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)
         if average is None:
@@ -58,8 +61,10 @@ def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def start_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Averages of nothing yet begin with the ranges and switches that the fit begins with: a sanity check evaluates
-    them."""
+    """Give weight averages of nothing yet the ranges and switches that the fit begins with.
+
+    A sanity check evaluates them.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)
         if (

@@ -55,7 +55,7 @@ def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
     """Say that only copies are quantized, where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
 
     Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs
-    there. A module that held quantizers before takes the ranges, too.
+    there. A module that held quantizers before takes the ranges also.
     """
     if isinstance(
         trainer.strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")
@@ -71,8 +71,10 @@ def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
 
 @contextmanager
 def resharded(pl_module: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave whole parameters behind, which a checkpoint cannot be loaded into; they are split
-    again."""
+    """Split parameters again after forward passes inside, which leave them whole.
+
+    A checkpoint cannot be loaded into whole ones.
+    """
     try:
         yield
     finally:

@@ -98,8 +98,10 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
 
 
 def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int, ...]:
-    """What Lightning's loops would give after the first batch: its number, and that of its loader where there are
-    several."""
+    """Returns the arguments that Lightning's loops give after the first batch.
+
+    They are the batch's number, and its loader's number where there are several.
+    """
     indices = 1 if _takes(function, "batch_idx", min_args=2) else 0
     # Before the loop has asked a hook for its loaders, only the step says that there are several.
     required = [
@@ -111,20 +113,22 @@ def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int
 
 
 def _takes(function: Callable[..., Any], parameter: str, **options: Any) -> bool:
-    """Whether Lightning would give a hook an argument of that name."""
+    """Returns whether Lightning would give a hook an argument of that name."""
     return bool(any_package().utilities.signature_utils.is_param_in_hook_signature(function, parameter, **options))
 
 
 def loaders_of_run(value: Any) -> list[Any]:
-    """The loaders that a Trainer reads, in its order: all leaves of lists, tuples and dicts, of whatever class they
-    are."""
+    """Returns the loaders that a Trainer reads, in its order.
+
+    They are all leaves of lists, tuples and dicts, of whatever class.
+    """
     # A CombinedLoader keeps what it was made of; those of both packages take values apart alike.
     flattened: list[Any] = any_package().utilities.CombinedLoader(getattr(value, "iterables", value)).flattened
     return flattened
 
 
 def _several_loaders(loop: Any) -> bool:
-    """Whether an evaluation loop walks along several loaders: it names their number to the step then."""
+    """Returns whether an evaluation loop reads several loaders, so that it gives the step a loader's number."""
     source, combined = loop._data_source, loop._combined_loader
     if combined is None and not source.is_module():
         combined = source.instance
@@ -142,7 +146,7 @@ def _hooks_before(trainer: Trainer, module: LightningModule, name: str) -> list[
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether an error says all that is to be said, or is for Lightning's batch size finder."""
+    """Returns whether an error needs no explanation, or is for Lightning's batch size finder."""
     return isinstance(error, QuantizationError) or any_package().utilities.memory.is_oom_error(error)
 
 

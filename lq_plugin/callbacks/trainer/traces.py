@@ -1,4 +1,4 @@
-"""Running a LightningModule beside its run, without leaving traces: in the module, in the metrics, in the loggers."""
+"""Extra passes of a LightningModule that leave no trace in the module, its metrics and its loggers."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ class KeepState(Callback):
 
 @contextmanager
 def silenced(pl_module: LightningModule) -> Iterator[None]:
-    """Nothing is logged inside: neither with `log` and `log_dict`, nor with the Trainer's loggers and their
-    experiments."""
+    """Let nothing be logged inside.
+
+    Neither with `log` and `log_dict`, nor with the Trainer's loggers and their experiments.
+    """
     attributes, trainer = vars(pl_module), pl_module._trainer
     before: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
     attributes["log"] = attributes["log_dict"] = _nothing

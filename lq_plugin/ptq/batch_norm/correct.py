@@ -3,18 +3,19 @@
 Quantized weights shift the mean and change the variance of every channel they produce. Re-estimating
 the running statistics repairs that, but replaces statistics of a whole training by those of a few
 images: a model that hardly changed gets worse. Here only the difference between the float and the
-quantized model on the same images goes in. With mean m and variance v of a channel in front of the
+quantized model on the same images goes in. With mean m and variance v of a channel at the input of the
 batch norm, f float and q quantized, a² = (v_f + ε) / (v_q + ε)::
 
     BN'(x) = BN(a · (x - m_q) + m_f)   <=>   μ' = m_q - (m_f - μ) / a,   σ'² + ε = (σ² + ε) / a²
 
-so equal statistics change nothing, and folded batch norms (`fold_batch_norm`) are corrected like any
-other. While it runs, each batch is corrected in this way by its own statistics, so that a layer sees
-inputs whose producers are corrected already.
+so equal statistics change nothing, and folded batch norms (`fold_batch_norm`) are corrected like any other. Lifecycle:
+each batch runs twice, float and quantized. While the quantized pass runs, the batch is corrected in this way by its own
+statistics, so that a layer sees inputs whose producers are corrected already; the running statistics are moved once,
+after the last batch. It needs ranges, and changes nothing but running means and variances.
 
 References: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019
 (arXiv 1906.04721), section 4.2, and Finkelstein, Almog, Grobman, "Fighting Quantization Bias With Bias" (arXiv
-1906.03193) correct the mean in this way. Correcting the variance too, batch by batch, is this project's extension.
+1906.03193) correct the mean in this way. Correcting the variance as well, batch by batch, is this project's extension.
 """
 
 from __future__ import annotations

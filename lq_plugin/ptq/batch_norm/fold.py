@@ -259,7 +259,7 @@ def _folded_values(producer: nn.Module, bn: nn.Module) -> list[tuple[Tensor, Ten
 
 
 class FoldedBatchNorms:
-    """What `fold_batch_norm` did, with the way back.
+    """The result of `fold_batch_norm`, with the way back.
 
     Attributes:
         pairs: the folded pairs.
@@ -282,7 +282,7 @@ class FoldedBatchNorms:
         return freeze_batch_norm(self._model, [pair.batch_norm for pair in self.pairs])
 
     def relative_errors(self) -> dict[Pair, float]:
-        """How far each pair now is from the linear map it was: rounding, 0 if exact.
+        """Returns each pair's relative distance from the linear map it was: rounding alone, 0 if exact.
 
         The largest difference of the effective weight and bias in float64, relative to the
         largest effective weight and bias. About 1e-7 in float32, 1e-3 in float16.

@@ -111,7 +111,7 @@ def freeze_batch_norm(model: nn.Module, layers: Collection[str] | None = None) -
 
 @dataclass(frozen=True)
 class BatchNormShift:
-    """How far the statistics of one layer moved.
+    """The change in one layer's running statistics.
 
     Args:
         elements: values per channel that were pooled.
@@ -126,7 +126,7 @@ class BatchNormShift:
 
 @dataclass(frozen=True)
 class ReestimatedBatchNorms:
-    """What `reestimate_batch_norm` did.
+    """The result of `reestimate_batch_norm`.
 
     Args:
         batches: number of batches that ran (on this rank).
@@ -176,11 +176,10 @@ def reestimate_batch_norm(
 ) -> ReestimatedBatchNorms:
     """Set running mean and variance to the exact statistics of all values seen in `batches`.
 
-    mean = Σx / n and variance = Σ(x - mean)² / (n - 1) per channel over all elements of all
-    batches together, whatever the batch sizes. While it runs, the batch norms normalize by
-    their batch, as in training, and every other module is in eval mode, without gradients.
-    Training flags, momentum and `num_batches_tracked` are as before in the end; when anything
-    raises, the statistics are too. With several processes the pools of all ranks are merged.
+    mean = Σx / n and variance = Σ(x - mean)² / (n - 1) per channel over all elements of all batches together, whatever
+    the batch sizes. While it runs, the batch norms normalize by their batch, as in training, and every other module is
+    in eval mode, without gradients. Training flags, momentum and `num_batches_tracked` are as before in the end; so are
+    the statistics when anything raises. With several processes the pools of all ranks are merged.
 
     A folded batch norm (`fold_batch_norm`) is a pure shift: re-estimating it would normalize
     again. Re-estimate before folding, or leave those out by `layers`.

@@ -1,13 +1,13 @@
-"""Empirical bias correction: what quantization adds to the mean of a layer's output is taken off its bias.
+"""Empirical bias correction: the shift that quantization adds to a layer's mean output, taken off its bias.
 
 Rounded weights and inputs shift the mean of every output channel by E[W̃ x̂] - E[W x], with W̃, x̂ quantized and the
 expectation over the calibration data; the bias takes it back. Layers are corrected in the order in which they run:
 x̂ comes from quantized layers that are corrected already, x from the float model.
 
-Each batch runs twice, float and quantized, and nothing but means is kept. While the quantized pass runs, each layer is
-corrected by the batch's own means; the biases get the mean over all batches in the end. For one batch the mean output
-of every corrected layer then is that of the float model; for several it is so for the first layers, and behind
-nonlinear functions as far as the batches are alike.
+Lifecycle: each batch runs twice, float and quantized, and nothing but means is kept. While the quantized pass runs,
+each layer is corrected by the batch's own means; the biases get the mean over all batches in the end. For one batch the
+mean output of every corrected layer then is that of the float model; for several it is so for the first layers, and
+after nonlinear functions as far as the batches are alike.
 
 A layer without a bias cannot get one, as the checkpoint's keys would no longer be those of the float model. Where a
 batch norm alone reads it, the running mean is moved instead: BN(x - e) is the batch norm with μ + e.
@@ -45,10 +45,10 @@ from lq_plugin.ptq.reconstruction.units import owner_name
 
 @dataclass(frozen=True)
 class CorrectedLayer:
-    """How a layer's mean output was corrected.
+    """The correction of one layer's mean output.
 
     Args:
-        target: what was changed, by qualified name: its bias, or the running mean of the batch norm behind it.
+        target: what was changed, by qualified name: its bias, or the running mean of the batch norm after it.
         elements: values a channel that the means are over, of all processes.
         mean: mean |E[W̃ x̂] - E[W x]| of the channels, in units of the layer's output.
         largest: the largest of a channel.
@@ -62,7 +62,7 @@ class CorrectedLayer:
 
 @dataclass(frozen=True)
 class BiasCorrection:
-    """What `bias_correct` did.
+    """The result of `bias_correct`.
 
     Args:
         batches: number of batches that ran (on this rank).
@@ -225,10 +225,10 @@ def _target(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recor
         return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bias, -1.0)
     if getattr(layer, "bias", None) is not None:
         return "its bias is computed, not a plain parameter"
-    return _batch_norm_behind(model, name, layer, recording)
+    return _batch_norm_after(model, name, layer, recording)
 
 
-def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recording) -> _Watch | str:
+def _batch_norm_after(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recording) -> _Watch | str:
     without = "it has no bias, and a new one would change the checkpoint's keys"
     calls = recording.calls_of(name)
     if not calls:
@@ -247,7 +247,7 @@ def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recor
     if bn.running_mean is None:
         return f"it has no bias, and {bn_name!r} normalizes each batch by its own mean (track_running_stats=False)"
     if len(recording.calls_of(bn_name)) != len(calls):
-        return f"{without}; {bn_name!r} behind it reads other layers, too"
+        return f"{without}; {bn_name!r} after it reads other layers also"
     dims = {len(call.output_shapes[0]) for call in calls}
     direct = all(reader.inputs[0].direct for reader in readers)
     if (
@@ -255,11 +255,11 @@ def _batch_norm_behind(model: nn.Module, name: str, layer: QuantizedLayer, recor
         or any(type(layer).input_axis % dim != 1 for dim in dims)
         or bn.num_features != type(layer).channels(layer)[1]
     ):
-        return f"{without}; the channels of {bn_name!r} behind it are not shown to be its own"
+        return f"{without}; the channels of {bn_name!r} after it are not shown to be its own"
     key = f"{bn_name}.running_mean"
     return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bn.running_mean, 1.0)
 
 
 def _readers(recording: Recording) -> dict[str, str]:
-    """Who reads parameters and buffers outside the modules that have them."""
+    """Returns the calls that read parameters and buffers of other modules, by the tensor's name."""
     return {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}

@@ -1,16 +1,17 @@
-"""Cross-layer equalization: neighbouring layers share the spread of their channels, the float function stays.
+"""Cross-layer equalization: the spread of channels shared between neighbouring layers, the float function kept.
 
-Behind a positively homogeneous function, f(s · x) = s · f(x) for s > 0, channel i of the first layer can be divided by
+After a positively homogeneous function, f(s · x) = s · f(x) for s > 0, channel i of the first layer can be divided by
 s_i while the second layer's weights that read it are multiplied by s_i. With r1_i and r2_i, the largest |weight| that
 makes and that reads channel i (half the paper's ranges)::
 
     s_i = √(r1_i · r2_i) / r2_i    =>    r1_i / s_i = r2_i · s_i = √(r1_i · r2_i)
 
 Both layers then use one scale a tensor best. Layers of a chain are in two pairs, so the pairs are visited in turn
-until the factors settle. A folded batch norm in between (`fold_batch_norm`) is a shift, which is divided, too.
+until the factors settle. A folded batch norm in between (`fold_batch_norm`) is a shift, which is divided also.
 
-Equalize before ranges are found: they are those of the weights and activations before. Activations get other ranges
-a channel; where a layer is quantized per channel already, little is left to win.
+Lifecycle: one recorded pass shows the pairs; factors come from the weights alone, and go into weights, biases and
+folded batch norms at once. Equalize before ranges are found: they are those of the weights and activations before.
+Activations get other ranges a channel; where a layer is quantized per channel already, little is left to win.
 
 Reference: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019
 (arXiv 1906.04721), sections 4.1.1 and 4.1.2, equation 11. Absorbing high biases (4.1.3) is not done.
@@ -40,7 +41,7 @@ _SETTLED = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Equalization:
-    """What `equalize` did.
+    """The result of `equalize`.
 
     Args:
         factors: s `[C]`, float64, that the output channels of each producer were divided by.

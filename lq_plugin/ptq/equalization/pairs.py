@@ -1,4 +1,4 @@
-"""Between which layers each channel can be scaled without changing the function, by what a recorded pass shows."""
+"""Pairs of layers whose channels can be scaled without changing the function, found in a recorded pass."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class EqualizationPair:
         consumer: alone reads them.
         between: what stands in between, in order; names as in the recording.
         batch_norms: the folded batch norms among these.
-        repeat: inputs of the consumer a channel, more than 1 behind a flatten.
+        repeat: inputs of the consumer for each channel, more than 1 after a flatten.
     """
 
     producer: str
@@ -103,7 +103,7 @@ def find_equalization_pairs(
 
 @dataclass
 class _Position:
-    """Where a producer's channels are: the last call, the shape of its output, the channels' dim from the end."""
+    """The place of a producer's channels: the last call, the shape of its output, the channels' dim from the end."""
 
     call: Call
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class _Search:
         }
 
     def layer_fault(self, name: str, keys: Sequence[str]) -> str | None:
-        """Why the parameters `keys` of a layer cannot be scaled."""
+        """Returns why the parameters `keys` of a layer cannot be scaled."""
         module = self.modules[name]
         if float_class(module) not in (*_LAYERS, *_BATCH_NORMS) or "forward" in module.__dict__:
             kind = float_class(module).__name__
@@ -156,7 +156,7 @@ class _Search:
             (reader,) = readers
             if reader.kind == "output":
                 return "its output is what the model returns"
-            title = f"{reader.name!r} ({reader.op}) behind it"
+            title = f"{reader.name!r} ({reader.op}) after it"
             fault = self._arrive(reader, at, between)
             if fault is not None:
                 return f"{title} {fault}"
@@ -178,11 +178,11 @@ class _Search:
             at.call, at.shape = reader, reader.output_shapes[0]
 
     def _arrive(self, reader: Call, at: _Position, between: list[str]) -> str | None:
-        """Why what `reader` reads is not the channels as they were; `at` takes part in the flattening."""
+        """Returns why `reader` does not read the channels as they were made; moves `at` along a flatten."""
         sources = [source for source in reader.inputs if source.producer == at.call.position]
         others = [source for source in reader.inputs if source.producer != at.call.position and not source.parameters]
         if len(sources) != 1 or others or reader.inputs[0] is not sources[0] or sources[0].output != 0:
-            return "reads something else, too"
+            return "reads something else also"
         if sources[0].direct:
             return None
         flattens = self._flattens(reader, at.call)
@@ -260,7 +260,7 @@ def _axis(layer: nn.Module) -> int:
 
 
 def _homogeneity_fault(call: Call, module: nn.Module | None, at: _Position) -> str | None:
-    """Why an operation does not pass the scale of each channel on."""
+    """Returns why an operation does not pass the scale of each channel on."""
     if module is not None:
         elementwise, pooled = type(module) in _HOMOGENEOUS, _POOL_MODULES.get(type(module))
     else:

@@ -82,7 +82,7 @@ class InputHessian:
 
 
 def why_no_hessian(layer: QuantizedLayer) -> str | None:
-    """Why a layer is no product of its weight with columns made of its input; None when it is."""
+    """Returns why a layer is no product of its weight with columns of its input; None when it is."""
     kind = float_class(layer)
     operation = operation_of(layer)
     if operation == "transposed convolution":

@@ -1,10 +1,9 @@
-"""GPTQ over a model: layer after layer in the order in which they run, on inputs that the quantized layers in front
-make.
+"""GPTQ over a model, layer after layer, on inputs made by the quantized layers before.
 
-Each layer needs its inputs' Hessian and nothing else, which is summed over the batches; the solver is in
-`lq_plugin.functional.gptq`. The result is written like that of `reconstruct`: values on the grid into `layer.weight`,
-with the calibrated scale for good. GPTQ is greedy: a row of a weight that comes out worse than by rounding to
-nearest is rounded to nearest.
+Lifecycle: batches go into a cache; for each layer in the order in which they run, the Hessian of its inputs is summed
+over the batches, the weight is solved for (`lq_plugin.functional.gptq`), and its values on the grid are written into
+`layer.weight`, with the calibrated scale for good. An error puts every weight back. GPTQ is greedy: a row of a weight
+that comes out worse than by rounding to nearest is rounded to nearest.
 
 Batch norms are corrected for what quantization changed, as in `lq_plugin.ptq.batch_norm.correct`: the float model's
 statistics are taken first, as its weights are gone afterwards; while Hessians are summed each batch is corrected by its
@@ -45,7 +44,7 @@ from lq_plugin.quantizers import WeightQuantizer
 
 @dataclass(frozen=True)
 class GPTQFit:
-    """How one layer went.
+    """The error of one layer before and after.
 
     Args:
         samples: columns of X that its Hessian was summed over, in this process.
@@ -63,7 +62,7 @@ class GPTQFit:
 
 @dataclass
 class GPTQResult:
-    """What `gptq` did.
+    """The result of `gptq`.
 
     Args:
         layers: how each layer went, by name, in the order in which they run.
@@ -97,7 +96,7 @@ def gptq(
         run: runs the model on one batch; `model(batch)` when None.
         dampening: what is added to the Hessian's diagonal, as a share of its mean.
         act_order: columns with larger inputs are rounded first.
-        block_columns: columns that are done before the others are updated; it changes the speed alone.
+        block_columns: columns that are rounded before the others are updated; it changes the speed alone.
         correct_batch_norm: correct the statistics of batch norms. Do not do it again: it compares with the float model,
             whose weights are gone.
         cache_bytes: memory for batches and activations; what is more goes to disk.
@@ -270,8 +269,7 @@ def _elementwise(qparams: tuple[Tensor, Tensor], quantizer: WeightQuantizer, wei
 
 
 class _BatchNorms:
-    """Hooks on batch norms that take each quantized batch back to the statistics of the same batch in the float
-    model."""
+    """Hooks on batch norms that correct each quantized batch by the same batch of the float model."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -301,7 +299,7 @@ class _BatchNorms:
         return hook
 
     def end_float_batch(self) -> None:
-        """What was seen since the last one is a batch of the float model."""
+        """Keep what was measured since the last call as one batch of the float model."""
         self.floats.append({name: watch.calls for name, watch in self.watches.items()})
         for watch in self.watches.values():
             watch.calls = []

@@ -1,4 +1,4 @@
-"""Inputs of one part of a model, with everything in front of it computed once.
+"""Inputs of one part of a model, with everything before it computed once.
 
 The parts of a model that are done keep their outputs in a cache; when the model runs again, they hand these out
 instead of computing. What lies between them (additions, activation functions) is computed anew, so any forward of
@@ -55,8 +55,13 @@ class Replay:
         }
 
     def inputs_of(self, name: str, batch: int, calls: int) -> list[Arguments]:
-        """Arguments of the first `calls` calls of module `name` on batch number `batch`; fewer when it is called less
-        often."""
+        """Returns the arguments of a module's first calls on one batch.
+
+        Args:
+            name: of the module.
+            batch: number of the batch.
+            calls: how many calls; fewer come back when the module is called less often.
+        """
         captured: list[Arguments] = []
         with torch.no_grad(), self._skipping(name, batch, calls, captured), suppress(_ReachedError):
             self.run(self.cache.get(("batch", batch)))
@@ -110,7 +115,7 @@ class Replay:
                     module.__dict__["forward"] = before
 
     def _drop_inner(self, batch: int) -> None:
-        """What stands inside a module whose own output is cached is not needed any more."""
+        """Drop outputs of modules inside a module whose own output is cached."""
         mine = [key for key in self.cache if key[0] == self.kind and key[2] == batch]
         held = {key[1] for key in mine}
         for key in mine:
@@ -119,8 +124,7 @@ class Replay:
 
 
 class _ReachedError(BaseException):
-    """Ends a forward pass at the module that was asked for. No `Exception`: the model's own `except` must not stop
-    it."""
+    """Ends a forward pass at the wanted module; no `Exception`, which the model might catch."""
 
 
 def _is_within(name: str, outer: str) -> bool:

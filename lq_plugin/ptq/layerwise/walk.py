@@ -19,7 +19,7 @@ from lq_plugin.ptq.reconstruction.units import find_units
 
 
 class UnitWalk:
-    """What an algorithm needs that rounds a model unit by unit.
+    """The way through a model that is rounded unit by unit.
 
     Args:
         model: prepared; float and quantized ways through it are alike.

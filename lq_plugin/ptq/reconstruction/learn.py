@@ -17,7 +17,7 @@ from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
 
 @dataclass(frozen=True)
 class Fit:
-    """How one optimization went.
+    """The result of one unit's optimization.
 
     Args:
         iterations: steps taken.
@@ -41,7 +41,7 @@ def fit_rounding(
     where: str = "",
     on_step: Callable[[int], None] | None = None,
 ) -> int:
-    """Minimise the error, over the samples of all processes; how many iterations it took.
+    """Minimise the error over the samples of all processes; returns the iterations it took.
 
     Args:
         soft: what is trained.

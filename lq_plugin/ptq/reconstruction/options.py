@@ -1,4 +1,4 @@
-"""How roundings are learned."""
+"""Options of learned rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES
 
 @dataclass(frozen=True)
 class ReconstructOptions:
-    """How roundings are learned.
+    """The options of learned rounding.
 
     Args:
         iterations: optimizer steps of each unit.
@@ -18,7 +18,7 @@ class ReconstructOptions:
         learning_rate: of V, by Adam. The paper's 1e-3 takes thousands of steps.
         scale_learning_rate: of the factors on weight and input scales; 0 keeps the calibrated ones.
         input_learning_rate: of the factors on input scales; 0 keeps the calibrated ones.
-        bias_learning_rate: of biases (in the layer, or in the batch norm behind it), in standard deviations of the
+        bias_learning_rate: of biases (in the layer, or in the batch norm after it), in standard deviations of the
             channel; 0: fixed.
         regularization: λ: weight of the regulariser's mean over all weights against the error, which is 1 at the start.
         beta: β of the regulariser, from and to.

@@ -1,10 +1,10 @@
-"""Learn how weights are rounded, part by part, so that each part does what the float model's does.
+"""Learned rounding, part by part, so that each part does what the float model's does.
 
-For each unit in the order in which they run: its inputs come from the quantized model in front of it, which is done
-already; its targets are the outputs of the float unit on float inputs. Roundings (AdaRound), scales and biases of the
-unit are trained together, then every weight takes the level it was rounded to. That level is written into
-`layer.weight`, and the weight quantizer keeps the scale for good: the ordinary quantizer returns these weights
-unchanged.
+Lifecycle: batches go into a cache. For each unit in the order in which they run, its inputs come from the quantized
+model before it, which is done already; its targets are the outputs of the float unit on float inputs. Roundings
+(AdaRound), scales and biases of the unit are trained together, then every weight takes the level it was rounded to.
+That level is written into `layer.weight`, and the weight quantizer keeps the scale for good: the ordinary quantizer
+returns these weights unchanged.
 
 References: Nagel et al., "Up or Down?", ICML 2020 (arXiv 2004.10568) by layer; Li et al., "BRECQ", ICLR 2021
 (arXiv 2102.05426) by block; Wei et al., "QDrop", ICLR 2022 (arXiv 2203.05740) for `drop`; Hubara et al., "Accurate
@@ -46,10 +46,10 @@ from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 
 @dataclass
 class Reconstruction:
-    """What `reconstruct` did.
+    """The result of `reconstruct`.
 
     Args:
-        units: how each unit went, by its name.
+        units: the result of each unit, by its name.
         skipped: layers that kept nearest rounding, and why.
     """
 
@@ -142,7 +142,7 @@ class _Reconstructor:
         return UnitStore(self.options.folder or "", run)
 
     def _learned(self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int) -> Fit:
-        """Learn a unit, and keep it in the store."""
+        """Learn a unit and keep it in the store."""
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
         fit = self._unit(unit, replays[0], replays[1], calls, generator)
         if store is not None:
@@ -174,8 +174,7 @@ class _Reconstructor:
         )
 
     def _owner(self, name: str) -> str:
-        """The module that has the weight of a layer: the layer itself, but for the weights of an LSTM or of
-        attention."""
+        """Returns the module that holds a layer's weight: the layer, or the LSTM or attention it is part of."""
         return owner_name(self.model, self.layers[name]) or name
 
     @contextmanager
@@ -325,7 +324,7 @@ class _Reconstructor:
                 self.originals.setdefault(tensor, tensor.data.clone())
 
     def _biases(self, unit: Unit) -> list[nn.Parameter]:
-        """The bias behind each layer's sum: its own, or that of the batch norm which alone reads it."""
+        """Returns the bias after each layer's sum: its own, or that of the batch norm which alone reads it."""
         found = []
         for name in unit.layers:
             if isinstance(self.layers[name], CompoundWeight):
@@ -343,8 +342,7 @@ class _Reconstructor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model asks for gradients; and none is an inference tensor, which could not be trained
-    through."""
+    """Freeze all parameters inside; inference tensors, which cannot be trained through, are copied."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in asked:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What one unit is reconstructed from: its inputs and targets, drawn in small batches."""
+"""Inputs and targets of one unit, drawn in small batches."""
 
 from __future__ import annotations
 
@@ -99,8 +99,10 @@ class Samples:
         self._merged = None
 
     def draw(self, size: int, generator: torch.Generator) -> Record:
-        """`size` samples of one record, which is chosen at random by its number of samples; all of it if `size` is
-        larger."""
+        """Returns `size` samples of one record, chosen with a probability that follows its number of samples.
+
+        A record with fewer samples, or one that cannot be split, comes back as a whole.
+        """
         index = int(torch.multinomial(torch.tensor(self.sizes, dtype=torch.float64), 1, generator=generator))
         record = self._merged if self._merged is not None else self.cache.get(("sample", index))
         count = self.sizes[index]
@@ -143,10 +145,10 @@ def copied(leaf: Any) -> Any:
 
 
 def renewed(leaf: Any, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """A copy of an object that a model may write into, such as a cache of keys and values; `of` makes the tensors in
-    it.
+    """Returns a copy of an object that a model may write into, such as a cache of keys and values.
 
-    Tensors stay as they are, so do modules, and what cannot be copied (a lock, a generator).
+    `of` makes the tensors in the copy. A tensor itself stays as it is; so do modules, and what cannot be copied (a
+    lock, a generator).
     """
     if isinstance(leaf, (Tensor, nn.Module)):
         return leaf

@@ -1,4 +1,4 @@
-"""A unit whose layers have soft quantizers for the time being."""
+"""Layers of one unit with soft quantizers while their rounding is learned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SoftUnit:
 
     Args:
         layers: quantized layers, by name.
-        biases: parameters that are trained beside the roundings.
+        biases: parameters that are trained with the roundings.
         options: what is trained, and how fast.
         generator: of the random choice in QDrop.
         spread: standard deviation of the unit's output, the unit of the biases' learning rate.

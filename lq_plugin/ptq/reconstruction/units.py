@@ -1,4 +1,4 @@
-"""What is reconstructed together: a layer with what follows it, or a whole block.
+"""Units of reconstruction: a layer with what follows it, or a whole block.
 
 The weights of an LSTM or of an attention have no output of their own and are learned together. Blocks are found by what
 a recorded pass shows: the innermost modules that add two activations of their own (residual connections: ResNet blocks,
@@ -25,7 +25,7 @@ from lq_plugin.layers import CompoundWeight
 from lq_plugin.model.graph.recording import Call, Recording
 from lq_plugin.model.prepare import quantized_layers
 
-#: Activation functions that can stand behind a layer in its loss, by the name of the function.
+#: Activation functions that can follow a layer in its loss, by the name of the function.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu, "relu6": F.relu6, "gelu": F.gelu, "silu": F.silu, "mish": F.mish, "tanh": torch.tanh,
     "sigmoid": torch.sigmoid, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "elu": F.elu, "selu": F.selu,
@@ -34,7 +34,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """What is reconstructed together.
+    """One part of a model that is reconstructed as a whole.
+
 
     Args:
         name: of the module.

@@ -1,4 +1,4 @@
-"""Between which norms and linear layers each channel can be scaled, by what a recorded pass shows."""
+"""Norms and linear layers whose channels can be scaled, found in a recorded pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class SmoothingGroup:
-    """What makes some channels, and all that reads them, by qualified name.
+    """The layer that makes some channels, and all that read them, by qualified name.
 
     Args:
         producer: a norm, or a linear layer.
@@ -135,7 +135,7 @@ class _Search:
         return f"but {fault}" if fault else None
 
     def _layer_fault(self, name: str, keys: tuple[str, ...]) -> str | None:
-        """Why the parameters `keys` of a module cannot be scaled."""
+        """Returns why the parameters `keys` of a module cannot be scaled."""
         module = self.modules[name]
         kind = float_class(module)
         plain = kind in (*_NORMS, nn.MultiheadAttention) and "forward" not in module.__dict__
@@ -161,7 +161,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _channels_fault(module: nn.Module, call: Call) -> str | None:
-    """Why a norm's weight is not one number for each element of the last dim, which linear layers read."""
+    """Returns why a norm's weight is not one number for each element of the last dim, which linear layers read."""
     shape = call.output_shapes[0]
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return (

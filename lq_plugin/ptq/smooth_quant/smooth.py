@@ -1,14 +1,15 @@
-"""SmoothQuant: outliers of activations are moved into the weights that read them, the float function stays.
+"""SmoothQuant: outliers of activations moved into the weights that read them, the float function kept.
 
 A few channels of a norm's output are much larger than all others, and with one scale a tensor leave them no levels.
 With X_j the channel j and W_j the weights that read it, of all readers together::
 
     s_j = max|X_j|^α / max|W_j|^(1 - α),   (X / s) · (s · W)ᵀ = X · Wᵀ                (eqs. 3 and 4)
 
-1 / s goes into the norm's weight and bias, or into the rows of a linear layer in front; s into the readers' columns. α
+1 / s goes into the norm's weight and bias, or into the rows of a linear layer before; s into the readers' columns. α
 = 0.5 shares the difficulty alike; larger ones put more of it into the weights.
 
-Smooth before ranges are found: they are those of the weights and activations before.
+Lifecycle: one recorded pass shows the groups, the batches give max|X|, and all parameters are written at once. Smooth
+before ranges are found: they are those of the weights and activations before.
 
 Reference: Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization for
 Large Language Models", ICML 2023 (arXiv 2211.10438), section 4.
@@ -36,7 +37,7 @@ __all__ = ["Smoothing", "SmoothingGroup", "Unsmoothed", "find_smoothing_groups",
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """What `smooth_quant` did.
+    """The result of `smooth_quant`.
 
     Args:
         pairs: what was smoothed: a producer with its readers each.
@@ -143,7 +144,7 @@ def _largest_activations(
 
 
 class _Values:
-    """New values of parameters, float64, until all are known. A linear layer may be smoothed in front and behind."""
+    """New values of parameters, float64, until all are known. A linear layer may be in two groups."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
