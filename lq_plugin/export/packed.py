@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, PlanError, raise_all
-from lq_plugin.export.checks import shared_faults
 from lq_plugin.export.codes import decode, encode_rows, layout, statistics
-from lq_plugin.export.packed_checks import PackedModel
+from lq_plugin.export.faults import shared_faults
 from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter, row_chunks
+from lq_plugin.export.packed_model import PackedModel
 from lq_plugin.export.request import Request
 from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.layers import CONTAINER, QuantizedLayer, weight_key

@@ -65,7 +65,7 @@ class Target(ABC):
 
     def model_faults(self, request: Request) -> list[str]:
         """Returns what keeps `request.model` from being stored; a target adds what its files cannot hold."""
-        from lq_plugin.export.checks import shared_faults
+        from lq_plugin.export.faults import shared_faults
 
         return shared_faults(request)
 

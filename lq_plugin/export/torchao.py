@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.checks import layers_with_kernel
+from lq_plugin.export.faults import layers_with_kernel
 from lq_plugin.export.quiet import quiet
 from lq_plugin.extras import need_packages
 from lq_plugin.functional.affine import quantize

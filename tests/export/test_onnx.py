@@ -176,3 +176,21 @@ def test_what_onnx_cannot_say_is_refused_all_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ExportError, match="is not quantized"):
         export_onnx(nn.Linear(2, 2), (torch.randn(2, 2),), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("first", ["uint8 affine", "float"])
+def test_inputs_are_those_of_the_stage_in_force(first, tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(64, 8)
+    rules = [Rule("*", weight="int8 per_channel", input=first), Rule("*", input="uint2 affine", start="step 5")]
+    prepare(net, QuantPlan(rules))
+    calibrate(net, [x])
+    for layer in (net[0], net[2]):
+        layer.input_quantizer.set_stage(epoch=0, step=0)
+    if first == "float":
+        with pytest.raises(ExportError, match=r"0\.input is float at this stage of its plan"):
+            export_onnx(net.eval(), (x,), tmp_path / "net.onnx")
+        return
+    export_onnx(net.eval(), (x,), tmp_path / "net.onnx")
+    # Half a step of 8 bits is a hundredth of one of 2 bits.
+    torch.testing.assert_close(run(tmp_path / "net.onnx", x), net(x).detach(), rtol=0, atol=0.01)

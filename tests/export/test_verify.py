@@ -9,7 +9,7 @@ from torch import nn
 from lq_plugin import calibrate, prepare
 from lq_plugin.errors import ExportError
 from lq_plugin.export import save_packed, verify
-from lq_plugin.export.checks import one_input_faults
+from lq_plugin.export.faults import one_input_faults
 
 
 class Outputs(nn.Module):

@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from lq_plugin.export.onnx_file.readers import CONV, names_read
+from lq_plugin.export.onnx_file.queries import CONV, names_read
 
 #: Operations allowed between a product and the QuantizeLinear that reads it; the runtime moves it through most of them.
 _BETWEEN = (

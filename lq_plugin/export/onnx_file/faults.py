@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq_plugin.export.checks import shared_faults
+from lq_plugin.export.faults import shared_faults
 from lq_plugin.export.onnx_file.containers import refusal
 from lq_plugin.export.request import Request
 from lq_plugin.intent.spec import PerGroup
@@ -45,15 +45,10 @@ def onnx_faults(request: Request, input_names: Sequence[str] | None = None, dyna
                 "output float"
             )
         if layer.input_quantizer is not None:
-            faults += _scale_faults(layer.input_quantizer)
+            faults += _activation_faults(layer.input_quantizer, ready)
     for name, operation in quantized_operations(model):
         if name not in silent:
-            for quantizer in operation.quantizers():
-                current = quantizer.current if ready else quantizer
-                if current is None:
-                    faults.append(f"{quantizer.name} is float at this stage of its plan")
-                else:
-                    faults += _scale_faults(current)
+            faults += [fault for quantizer in operation.quantizers() for fault in _activation_faults(quantizer, ready)]
     if request.inputs is None:
         return faults
     return faults + _input_faults(request, request.inputs, input_names, dynamic_batch)
@@ -72,10 +67,14 @@ def precision_faults(model: nn.Module) -> list[str]:
     ]
 
 
-def _scale_faults(quantizer: ActivationQuantizer) -> list[str]:
-    if quantizer.spec.is_uniform and not isinstance(quantizer.spec.granularity, PerGroup):
+def _activation_faults(quantizer: ActivationQuantizer, ready: bool) -> list[str]:
+    """Returns what ONNX cannot hold of an activation: of its last stage, or of the present one once it is written."""
+    current = quantizer.current if ready else quantizer
+    if current is None:
+        return [f"{quantizer.name} is float at this stage of its plan"]
+    if current.spec.is_uniform and not isinstance(current.spec.granularity, PerGroup):
         return []
-    return [f"{quantizer.name} ({quantizer.spec}): its scales are found at run time, QuantizeLinear needs them fixed"]
+    return [f"{current.name} ({current.spec}): its scales are found at run time, QuantizeLinear needs them fixed"]
 
 
 def _input_faults(

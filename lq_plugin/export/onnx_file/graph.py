@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.onnx_file.containers import Container
-from lq_plugin.export.onnx_file.readers import CONV, MATRIX, calls, names_read
+from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
 

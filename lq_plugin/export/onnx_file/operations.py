@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import onnx
 
-from lq_plugin.export.onnx_file.readers import modules_of, told
+from lq_plugin.export.onnx_file.queries import modules_of, told
 from lq_plugin.model.operations.quantized import Operation
 
 #: Operator of torch's exporter and of ONNX, for each operation whose operands both have in one order.

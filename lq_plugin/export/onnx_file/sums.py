@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lq_plugin.errors import ExportError
-from lq_plugin.export.onnx_file.readers import names_read
+from lq_plugin.export.onnx_file.queries import names_read
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.intent.spec import QuantSpec

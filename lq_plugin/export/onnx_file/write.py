@@ -30,7 +30,7 @@ from lq_plugin.export.onnx_file.float_model import float_graph, inference_copy
 from lq_plugin.export.onnx_file.graph import Graph
 from lq_plugin.export.onnx_file.operations import operation_nodes
 from lq_plugin.export.onnx_file.options import OPTIONS
-from lq_plugin.export.onnx_file.readers import layer_calls, products, readers
+from lq_plugin.export.onnx_file.queries import layer_calls, products, readers
 from lq_plugin.export.onnx_file.sums import quantize_sums
 from lq_plugin.export.request import Request, option_faults
 from lq_plugin.intent.spec import PerChannel
@@ -217,7 +217,7 @@ def _collect(
             except ExportError as error:
                 faults.append(str(error))
         if (found := layer.input_quantizer) is not None:
-            activations[name] = found
+            activations[name] = found.current
     raise_all(ExportError, "cannot export the model", faults)
     return weights, activations
 

@@ -15,7 +15,7 @@ class TorchAO(Target):
     packages = ("torchao",)
 
     def model_faults(self, request: Request) -> list[str]:
-        from lq_plugin.export.checks import layers_with_kernel
+        from lq_plugin.export.faults import layers_with_kernel
         from lq_plugin.export.torchao import why_not
 
         return layers_with_kernel(request.model, why_not)[1]

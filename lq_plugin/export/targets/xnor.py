@@ -14,7 +14,7 @@ class XNOR(Target):
     summary = "lq_plugin.export.use_xnor(model) computes sign x sign layers by exclusive or and bit count, on the CPU"
 
     def model_faults(self, request: Request) -> list[str]:
-        from lq_plugin.export.checks import layers_with_kernel
+        from lq_plugin.export.faults import layers_with_kernel
         from lq_plugin.export.xnor.layers import why_not
 
         return layers_with_kernel(request.model, why_not)[1]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.checks import layers_with_kernel
 from lq_plugin.export.codes import encode
+from lq_plugin.export.faults import layers_with_kernel
 from lq_plugin.export.xnor.kernel import Kernel, interleave, kernel, pack_signs, unpack_signs
 from lq_plugin.intent.spec import PerGroup
 from lq_plugin.layers import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLayer, QuantizedLinear
