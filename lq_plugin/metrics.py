@@ -85,7 +85,7 @@ class SQNR(_Comparison):
 class OutputCosine(_Comparison):
     r"""Cosine similarity of quantized and float tensors: :math:`\frac{\sum x \hat x}{\|x\| \|\hat x\|}`, in -1..1.
 
-    A cosine is blind to a wrong scale: read it beside `SQNR`, never alone. Two zero vectors have the
+    A cosine is blind to a wrong scale: read it together with `SQNR`, never alone. Two zero vectors have the
     cosine 1, one zero vector 0.
 
     Args:

@@ -7,7 +7,7 @@ the inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
 
 This minimises ‖W X - Ŵ X‖² greedily, for each row apart. Row j of U holds what eliminating columns 0..j-1 from the
 inverse leaves of its row j, so nothing is updated in place of the inverse. Within a block of columns the updates are
-applied at once, to all columns behind it when the block is done.
+applied at once, to all later columns when the block is done.
 
 `act_order` takes the columns in the order of falling diag H: those with large inputs are rounded while many others
 can still make up for it. It is no part of the paper but of the authors' code, as is the handling of dead columns, whose

@@ -1,4 +1,4 @@
-"""What a model carries along and is no part of it: metrics that hold a network, frozen loss networks, frozen teachers.
+"""Modules that a model carries along and are no part of it: metrics with a network, frozen losses and teachers.
 
 A plan means the model. Nothing inside of these is quantized or counted, unless a rule has their name in its pattern:
 `lpips.*`, `re:lpips\\.net\\..*`, not `*` or `type:Conv2d`.
@@ -55,7 +55,7 @@ def set_aside(model: nn.Module, patterns: Iterable[str] = ()) -> dict[str, str]:
 
 
 def names(pattern: str, name: str) -> bool:
-    """Whether a rule's pattern has the name of a module in it.
+    """Returns whether a rule's pattern has the name of a module in it.
 
     >>> [names(pattern, "val.lpips") for pattern in ("val.lpips.*", r"re:.*val\\.lpips.*", "*", "val.*", "type:Conv2d")]
     [True, True, False, False, False]
@@ -64,7 +64,7 @@ def names(pattern: str, name: str) -> bool:
 
 
 def quantizes(rule: Rule) -> bool:
-    """Whether a rule has a spec, and not only `float`."""
+    """Returns whether a rule has a spec other than `float`."""
     return any(isinstance(getattr(rule, slot), QuantSpec) for slot in SLOTS)
 
 

@@ -107,7 +107,7 @@ def collect_statistics(
 
 
 def needs_data(model: nn.Module) -> bool:
-    """Whether ranges come from data: those of activations do, but for formats that find their scales at run time."""
+    """Returns whether ranges come from data: true of activations unless the format finds scales at run time."""
     return any(isinstance(q, ActivationQuantizer) and q.needs_calibration for q in quantizers(model))
 
 
@@ -136,8 +136,10 @@ def never_reached(model: nn.Module, statistics: Statistics) -> list[str]:
 
 
 def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
-    """What lies, by more than `MISSED_SHARE`, on the side of zero where its spec has no level: a sentence for each
-    tensor."""
+    """Returns a sentence for each tensor with values on the side of zero where its spec has no level.
+
+    From a share of `MISSED_SHARE` on.
+    """
     samples: list[tuple[Quantizer, Sample, torch.Tensor]] = []
     for _, layer in quantized_layers(model):
         for q in () if layer.weight_quantizer is None else layer.weight_quantizer.stages():

@@ -189,7 +189,7 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
 
 
 def is_quantized(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict is of a quantized model."""
+    """Returns whether a state dict is of a quantized model."""
     return any(key.endswith("_quantizer.calibrated") for key in state)
 
 
@@ -211,8 +211,10 @@ def _saved_plan(content: Mapping[str, Any], path: Path) -> QuantPlan:
 
 @contextmanager
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Weights, buffers and quantizers are as before when something raises inside: `load_state_dict` copies what fits
-    and then raises."""
+    """Restores weights, buffers and quantizers when something raises inside.
+
+    `load_state_dict` copies what fits, and raises only then.
+    """
     prepared = bool(quantized_layers(model))
     before = {
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""What one run really quantized: each layer and functional call, its spec, or why it stayed float."""
+"""The ledger of a run: each layer and functional call with its spec, or the reason why it stayed float."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ class Entry:
 
     @property
     def quantized(self) -> bool:
-        """Whether it computes with quantized weights or inputs wherever it is called; no recorded batch may have called
-        it."""
+        """True if it computes with quantized weights or inputs wherever it is called.
+
+        No recorded batch may have called it.
+        """
         return bool(self.plan) and self.reached and not self.read_past and not (self.functional and self.calls == 0)
 
 
@@ -59,7 +61,7 @@ class Ledger:
     """All entries, in the model's order."""
 
     entries: list[Entry] = field(default_factory=list)
-    #: Of entries that no batch has reached, the reasons beside that.
+    #: Of entries that no batch has reached, the other reasons.
     _other_reasons: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -86,7 +88,7 @@ class Ledger:
 
     @property
     def recorded(self) -> bool:
-        """Whether a batch has been recorded, so that functional calls and MACs are known."""
+        """True once a batch has been recorded, so that functional calls and MACs are known."""
         return any(entry.macs is not None for entry in self.entries)
 
     @property
@@ -99,8 +101,9 @@ class Ledger:
 
     @property
     def compute_coverage(self) -> float | None:
-        """Share of the MACs of the recorded batch whose operands are all quantized, 0..1; 1 without any, None before a
-        recording.
+        """Share of the recorded MACs whose operands are all quantized, 0..1.
+
+        1 where there are no MACs, None before a recording.
 
         A product of a quantized weight and a float input does not count; nor do functional products that no rule asks
         for.
@@ -116,13 +119,12 @@ class Ledger:
         return {"weight_coverage": self.weight_coverage, "compute_coverage": self.compute_coverage}
 
     def same_layers(self, other: Ledger) -> bool:
-        """Whether both name the same layers and quantized operations with the same specs, recorded or not."""
+        """Returns whether both name the same layers and quantized operations with the same specs, recorded or not."""
         mine, theirs = ([(e.name, e.plan) for e in ledger if e.plan or not e.functional] for ledger in (self, other))
         return mine == theirs
 
     def add_recording(self, recording: Recording) -> None:
-        """Take in what one batch did: calls, MACs, and the functional calls, which are float unless the plan names
-        them."""
+        """Takes in one batch: calls, MACs, and functional calls, which are float unless the plan names them."""
         plans = {entry.name: entry.plan for entry in self.entries if entry.functional and entry.plan}
         kinds = {entry.name: entry.kind for entry in self.entries if entry.functional}
         self.entries = [entry for entry in self.entries if not entry.functional]
@@ -150,8 +152,7 @@ class Ledger:
             self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
 
     def note_unreached(self, names: Collection[str], reason: str) -> None:
-        """Take in which layers and operations are float because no batch has reached them; others that were are so no
-        longer."""
+        """Marks the layers and operations that are float because no batch has reached them, and unmarks all others."""
         for entry in self.entries:
             if entry.name in names and entry.reached:
                 self._other_reasons[entry.name] = entry.reason

@@ -1,4 +1,4 @@
-"""What a hook of Lightning returns: one loader, or several in lists, tuples and dicts."""
+"""Data loaders in what a hook of Lightning returns: one, or several in lists, tuples and dicts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 
 
 def loaders_in(value: Any) -> list[Any]:
-    """The loaders of `value`, in Lightning's order. Anything else than `DataLoader`s, such as a list of batches, is one
-    loader.
+    """Returns the loaders of `value`, in Lightning's order.
+
+    Anything else than `DataLoader`s, such as a list of batches, is one loader.
 
     >>> a, b = DataLoader(range(2)), DataLoader(range(3))
     >>> [len(loader) for loader in loaders_in([a, {"second": b}])], loaders_in([[1, 2], [3, 4]])

@@ -1,5 +1,4 @@
-"""Which quantized weights the model's own code reads past their layers: `F.linear(x, self.embedding.weight)` reads the
-float one.
+"""Quantized weights that the model's own code reads past their layers: `F.linear(x, self.embedding.weight)`.
 
 Found in the code of the model without running it, so that a file can hold what the model computes with. What such code
 only asks of a weight, its dtype, device or shape, is no read of its values. Where the code does not say of which layer
@@ -116,8 +115,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _reads(function: CodeType, attributes: set[str]) -> Iterator[tuple[tuple[str, ...] | None, str]]:
-    """Reads of such attributes: the names from `self` to the one that has it, or None where it is another's; and the
-    attribute."""
+    """Yields reads of such attributes: names from `self` to the owner (None: another's), and the attribute."""
     this = function.co_varnames[0] if function.co_argcount else ""
     for code in _codes(function):
         steps = list(dis.get_instructions(code))
@@ -141,7 +139,7 @@ def _gets(step: dis.Instruction) -> bool:
 
 
 def _resolved(module: nn.Module, path: tuple[str, ...] | None) -> Any:
-    """What a path of attributes leads to; None where it is not there."""
+    """Returns the object that a path of attributes leads to; None where it is missing."""
     value: Any = module
     for name in path or ():
         value = getattr(value, name, None)

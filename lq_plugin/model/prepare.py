@@ -128,8 +128,7 @@ def prepare(
 
 
 def _to_onnx(*args: Any, **kwargs: Any) -> None:
-    """In the place of `LightningModule.to_onnx`, which ends in an error of torch's exporter about one of our
-    operators."""
+    """Stands in for `LightningModule.to_onnx`, which would end in an exporter's error about one of our operators."""
     raise ExportError(
         "a quantized model is written to ONNX by lq_plugin.export.export_onnx(model, (x,), path), not by to_onnx"
     )
@@ -224,7 +223,7 @@ def ledger_of(
 
 
 def _missing(plan: LayerPlan, slots: tuple[str, ...]) -> str | None:
-    """What of a layer the plan leaves float. Outputs are float unless asked for: the next layer quantizes its input."""
+    """Returns the slots that the plan leaves float; outputs are unless asked for: the next layer quantizes them."""
     missing = [slot for slot in slots if slot != "output" and getattr(plan, slot) is None]
     return f"the plan leaves its {' and '.join(missing)} float" if missing else None
 

@@ -10,7 +10,7 @@ from lq_plugin.quantizers import Quantizer
 
 
 def quantizer_states(model: nn.Module) -> dict[str, Tensor]:
-    """What `model.state_dict()` has of quantizers: ranges, learned scales, switches."""
+    """Returns the quantizers' part of `model.state_dict()`: ranges, learned scales, switches."""
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer))
     return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
 

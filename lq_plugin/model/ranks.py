@@ -1,4 +1,4 @@
-"""What the processes of a distributed run settle among themselves. In a single process nothing happens."""
+"""Agreements of the processes of a distributed run; in a single process nothing happens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files for all."""
+    """Returns whether this is the process that writes files for all."""
     return world_size() == 1 or dist.get_rank() == 0
 
 

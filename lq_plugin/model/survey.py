@@ -1,4 +1,4 @@
-"""What stands in a model: which layers can hold quantizers, and why others cannot."""
+"""Survey of a model: the layers that can hold quantizers, and why others cannot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Survey:
-    """What stands in a model.
+    """Layers of a model that can hold quantizers, and the reasons of others.
 
     Args:
         candidates: layers that can hold quantizers, by name; a module with several weights is one layer for each.
@@ -100,7 +100,7 @@ class Survey:
         return cls(candidates, reasons, kinds, aside)
 
     def infos(self) -> list[LayerInfo]:
-        """What a plan must know of the candidates."""
+        """Facts that a plan must know of the candidates."""
         return [_info(name, module) for name, module in self.candidates.items()]
 
     def others(self) -> dict[str, str]:
@@ -120,8 +120,7 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """The type the user gave a module, quantized or not, parametrized or not; of a weight, that of the module which has
-    it."""
+    """Returns the type the user gave a module, quantized or parametrized or not; for a weight that of its module."""
     if isinstance(module, CompoundWeight):
         module = module.owner
     kind = class_before(module)

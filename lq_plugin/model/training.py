@@ -1,5 +1,4 @@
-"""What happens to quantizers between two training batches: one bucketed all-reduce commits what they saw in the last
-one."""
+"""Quantizers between two training batches: one bucketed all-reduce commits what they observed in the last one."""
 
 from __future__ import annotations
 
@@ -82,8 +81,9 @@ def _commit_first(waiting: list[ActivationQuantizer], merge: Callable[[Statistic
 
 @torch.no_grad()
 def clip_latent_weights(layers: Iterable[QuantizedLayer]) -> None:
-    """Keep weights in the interval their format wants, where they would get no gradient outside (BinaryConnect, section
-    2.4).
+    """Clips weights to the interval of their format, outside of which they get no gradient.
+
+    Source: BinaryConnect, section 2.4.
 
     Weights that are computed are not there to be clipped; `prepare` refuses such a format for them.
     """

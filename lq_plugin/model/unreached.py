@@ -1,6 +1,4 @@
-"""Layers and operations that no batch has reached: a head of another mode, an expert without tokens, a weight that is
-read past
-its layer.
+"""Layers and operations that no batch has reached: a head of another mode, an expert without tokens.
 
 Their activations have no range, so they stay float as a whole, weights also: their quantizers are off, and not
 calibrated. That is in the state dict, and the ledger says it. In training the first batch that reaches one gives it a
@@ -33,7 +31,7 @@ def waiting(group: list[Quantizer]) -> list[Quantizer]:
 
 
 def reached_any(model: nn.Module) -> bool:
-    """Whether any of the quantizers that need data for their range has had some."""
+    """Returns whether any quantizer that needs data for its range has had some."""
     return any(
         isinstance(q, ActivationQuantizer) and q.needs_calibration and q.is_calibrated for q in quantizers(model)
     )

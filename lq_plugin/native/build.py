@@ -4,7 +4,7 @@ The result is kept in a folder of the user's (`LQ_NATIVE_CACHE`; else `lq_plugin
 under a name that holds a hash of the sources, the command and the platform, and one of the library itself: a changed
 source, or a library that is damaged, is compiled again. It takes a C++ compiler (`CXX`; else
 c++) and nothing else. Processes that compile the same source at once each do so aside and move their result into place,
-so that no lock can be left behind by one that was killed.
+so that a killed one leaves no lock.
 """
 
 from __future__ import annotations

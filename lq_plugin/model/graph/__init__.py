@@ -1,1 +1,1 @@
-"""What one forward pass did: modules and functional calls, shapes, MACs, who feeds whom."""
+"""Records of one forward pass: modules and functional calls, shapes, MACs, and who feeds whom."""

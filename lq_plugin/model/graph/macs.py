@@ -58,8 +58,9 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
 
 
 def weight_macs(module: nn.Module, input_shapes: Sequence[Shape]) -> dict[str, int]:
-    """The share of each weight in one call of a module that holds several, by the weight's key; empty for other
-    modules.
+    """Returns each weight's share in one call of a module that holds several, by the weight's key.
+
+    Empty for other modules.
 
     For recurrent modules the shares are all of `module_macs`; of attention, the products QKᵀ and with V are left.
     """
@@ -156,8 +157,10 @@ def _multi_head_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], outp
 
 
 def _grouped_mm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    """Each row meets the matrix of its group; of two matrices that are both cut along the inner dim, each slice counts
-    once."""
+    """Counts each row with the matrix of its group.
+
+    Of two matrices that are both cut along the inner dim, each slice counts once.
+    """
     first, second = (
         _argument(args, kwargs, 0, "mat_a", "self", "input"),
         _argument(args, kwargs, 1, "mat_b", "mat2", "weight"),

@@ -30,8 +30,10 @@ _OPERANDS = {
 
 
 def product_factors(op: str, count: int) -> range:
-    """Indices of the tensors that a product multiplies, of the `count` that it gets; what it adds or masks with is
-    none."""
+    """Returns the indices of the tensors that a product multiplies, of the `count` that it gets.
+
+    What it adds or masks with is no factor.
+    """
     return range(1 if op in _ADDED else 0, min(count, _OPERANDS.get(op, 2)))
 
 
@@ -45,12 +47,11 @@ class Numbering:
             self.constants = [buffer for buffer in module._buffers.values() if buffer is not None]
 
     def activations(self, inputs: Sequence[Tensor]) -> list[bool]:
-        """Which of these tensors are floating-point activations."""
+        """Returns those of the tensors that are floating-point activations."""
         return [tensor.is_floating_point() and not self._is_constant(tensor) for tensor in inputs]
 
     def label(self, op: str, inputs: Sequence[Tensor]) -> tuple[str, tuple[int, ...]] | None:
-        """Name of the operation that is about to run, and which of its tensors are operands; None where no activations
-        meet.
+        """Returns the name of the operation that is about to run, and its operands; None where no activations meet.
 
         Args:
             op: its bare name, see `op_names.normalize`.

@@ -51,8 +51,10 @@ OUTSIDE = "outside"
 
 
 def default_is_leaf(module: nn.Module) -> bool:
-    """Whether a module is opaque: a parametric or normalization type of torch or a subclass of one,
-    HF `Conv1D`, a ScriptModule, a quantizer, or a childless module that torch itself defines.
+    """Returns whether a module is opaque to the recorder.
+
+    Opaque are parametric and normalization types of torch and their subclasses, HF `Conv1D`, ScriptModules,
+    quantizers, and childless modules that torch itself defines.
 
     A childless module defined elsewhere stays transparent: arithmetic written in its forward must
     show up as functional calls instead of disappearing.
@@ -113,7 +115,7 @@ def without_compile() -> Iterator[None]:
 
 
 class _Value(NamedTuple):
-    """What a storage holds now. `holder` keeps the storage alive, so that its key stays its own."""
+    """The value that a storage holds now; `holder` keeps the storage alive, so that its key stays its own."""
 
     holder: Any
     producer: int | None
@@ -258,7 +260,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._busy or self._frames[-1].opaque or name in METADATA:
             return func(*args, **kwargs)
-        if name in ("", "fn"):  # torch hides some functions behind a dispatcher
+        if name in ("", "fn"):  # torch hides some functions in a dispatcher
             name = (resolve_name(func) or "call").rpartition(".")[2]
         written = list(tensors_of(kwargs.get("out")))
         inputs = list(tensors_of((args, {key: value for key, value in kwargs.items() if key != "out"})))
@@ -301,8 +303,7 @@ class _Recorder(TorchFunctionMode):
         outputs: list[Tensor],
         label: tuple[str, tuple[int, ...]] | None,
     ) -> None:
-        """`real` says which inputs are floating-point activations, `label` what the enclosing module calls the
-        operation."""
+        """Adds a functional call; `real` marks its activations, `label` is the operation's name in its module."""
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:

@@ -1,4 +1,4 @@
-"""What one forward pass did, as plain data: calls, their order, shapes and MACs, and who feeds whom."""
+"""One forward pass as plain data: calls, their order, shapes and MACs, and who feeds whom."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ACTIVATIONS = frozenset(
 
 @dataclass(frozen=True)
 class Source:
-    """Where one input of a call came from.
+    """Origin of one input of a call.
 
     Args:
         shape: of the input.
@@ -74,7 +74,7 @@ class Call:
 
     @property
     def fully_quantizable(self) -> bool:
-        """Whether quantizers of its operands leave no factor of its product float.
+        """True if quantizers of its operands leave no factor of its product float.
 
         A parameter among them has none; an operation on three tensors or more (attention) also multiplies its own
         results.
@@ -84,7 +84,7 @@ class Call:
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """What the plan calls the weights of a module that holds several."""
+        """Names that the plan gives the weights of a module with several."""
         return tuple(f"{self.name}.{key}" if self.name else key for key, _ in self.weight_macs)
 
     @property
@@ -93,13 +93,13 @@ class Call:
 
     @property
     def is_activation(self) -> bool:
-        """Whether this is a pointwise nonlinearity or a softmax, by its name."""
+        """True for a pointwise nonlinearity or a softmax, by its name."""
         return self.op.lower().replace("_", "") in _ACTIVATIONS
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one forward pass did. Plain data: picklable, holds no tensor.
+    """One forward pass as plain data: picklable, without tensors.
 
     Args:
         calls: every call, in order.
@@ -133,8 +133,10 @@ class Recording:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """MACs of the whole pass by name of module, weight or functional call, summed over its calls; a weight's are
-        its alone."""
+        """Returns the MACs of the pass by name of module, weight or functional call, summed over its calls.
+
+        Those of a weight are its alone.
+        """
         total: Counter[str] = Counter()
         for call in (*self.module_calls, *self.functional_calls):
             total[call.name] += call.macs - sum(macs for _, macs in call.weight_macs)
@@ -160,8 +162,7 @@ class Recording:
         return edges
 
     def calls_of(self, name: str) -> tuple[Call, ...]:
-        """All calls of a module or functional name, or of the module with a weight of that name; empty when it never
-        ran."""
+        """Returns all calls of a module, a functional name or the module with that weight; empty when it never ran."""
         return tuple(self._by_name.get(name, ()))
 
     @cached_property
@@ -170,8 +171,7 @@ class Recording:
         return {name: call.name for call in reversed(calls) for source in call.inputs for name in source.parameters}
 
     def reader_of(self, name: str) -> str | None:
-        """The call that reads the weight of a layer which never ran itself, and so reads it in float; None where there
-        is none."""
+        """Returns the call that reads in float the weight of a layer which never ran itself; None without one."""
         if self.calls_of(name):
             return None
         keys = (name, f"{name}.weight" if name else "weight")

@@ -25,13 +25,12 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def leading_size(value: Any, dim: int = 0) -> int | None:
-    """Size of the first tensor inside a value along `dim`, the samples of a batch; None without a tensor that has
-    it."""
+    """Returns the size along `dim` of the first tensor in a value, the samples of a batch; None without one."""
     return next((tensor.shape[dim] for tensor in tensors_of(value) if tensor.dim() > dim), None)
 
 
 def storage_of(tensor: Tensor) -> tuple[Any, Any]:
-    """A key for the memory behind a tensor, and the object that keeps that key from being reused."""
+    """Returns a key for the memory of a tensor, and the object that keeps that key from being reused."""
     try:
         storage = tensor.untyped_storage()
         return storage._cdata, storage
@@ -44,7 +43,7 @@ def storage_of(tensor: Tensor) -> tuple[Any, Any]:
 
 
 def geometry_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """How a tensor reads its memory; None where it has none."""
+    """Returns how a tensor reads its memory: offset, shape and strides; None where it has none."""
     try:
         return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
     except (NotImplementedError, RuntimeError):
@@ -52,5 +51,5 @@ def geometry_of(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often it was written to in place; None where torch does not count."""
+    """Returns the count of writes in place; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version

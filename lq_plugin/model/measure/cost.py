@@ -1,4 +1,4 @@
-"""What a plan costs: bits, bytes, multiply-accumulates and bit operations, layer by layer.
+"""The cost of a plan: bits, bytes, multiply-accumulates and bit operations, layer by layer.
 
 All counts follow from shapes and specs, so a plan is priced before anything is quantized.
 
@@ -109,7 +109,7 @@ class CostRow:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is quantized."""
+        """True if the weight is quantized."""
         return self.weight_bits != FLOAT_BITS
 
     @property
@@ -171,13 +171,12 @@ class Cost:
 
     @property
     def quantizable_effective_bits(self) -> float:
-        """Mean bits of a weight element over all rows: of the layers that can hold quantizers, float ones among
-        them."""
+        """Mean bits of a weight element over the layers that can hold quantizers, float ones included."""
         return _mean_bits(self.rows)
 
     @property
     def quantized_effective_bits(self) -> float:
-        """The same over the quantized weights only; 32 when there is none."""
+        """Mean bits of a weight element over the quantized weights; 32 when there is none."""
         owners = {row.tied_to or row.name for row in self.rows if row.quantized}
         return _mean_bits([row for row in self.rows if row.name in owners or row.tied_to in owners])
 
@@ -391,8 +390,7 @@ def _state_size(module: nn.Module) -> tuple[int, int]:
 
 @dataclass
 class _Rest:
-    """What is no part of a layer's weight and belongs to no quantizer of a layer: parameters and persistent buffers,
-    each once."""
+    """Parameters and persistent buffers outside the layers' weights and quantizers, each counted once."""
 
     bytes: int = 0
     parameters: int = 0
@@ -401,7 +399,7 @@ class _Rest:
 
     @classmethod
     def of(cls, model: nn.Module, weights: set[int], aside: tuple[str, ...]) -> _Rest:
-        """What is `aside` is saved with the model, and no part of it otherwise."""
+        """Counts a model's rest; what is `aside` is saved with the model, and is no part of it otherwise."""
         rest, seen = cls(), set(weights)
         for name, module in model.named_modules():
             if isinstance(module, Quantizer):

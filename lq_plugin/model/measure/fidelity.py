@@ -1,4 +1,4 @@
-"""How well each tensor survives its quantizer: SQNR, share clipped, range and scale, layer by layer.
+"""Fidelity of each quantized tensor: SQNR, share clipped, range and scale, layer by layer.
 
 Weights are measured as they are. Activations are measured on a batch (`layer_fidelity(model, run)`,
 or `watching(model)` around a forward pass that takes place anyway), or on the statistics of a calibration.
@@ -221,8 +221,7 @@ def _measure(quantizer: ActivationQuantizer, x: Tensor, errors: Errors) -> None:
 
 
 def _add(errors: Errors, x: Tensor, x_hat: Tensor, grouped: Tensor, levels: Levels | None) -> None:
-    """`grouped` is `x` in the view that the levels broadcast against, maybe padded with zeros, which are never
-    clipped."""
+    """Adds a batch; `grouped` is `x` as the levels broadcast against it, maybe padded with zeros, which never clip."""
     # Half a step beyond the outermost level still rounds to it.
     clipped = (
         x.new_zeros(())

@@ -1,4 +1,4 @@
-"""Quantizers for the operands of operations that no layer owns: `x + y`, `q @ k.T`, `torch.cat`, attention.
+"""Quantizers for operands of operations that no layer owns: `x + y`, `q @ k.T`, `torch.cat`, attention.
 
 A module whose forward has such operations gains one submodule, `quantized_operations`, with the quantizers of each. It
 stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
@@ -7,7 +7,7 @@ inside its submodules are not its own; hooks on them say when one begins and end
 and their submodules, are not touched.
 
 `torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew
-behind the break, and quantize other operands than the plan says.
+after the break, and quantize other operands than the plan says.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class _QuantizedOperands(TorchFunctionMode):
 
 
 def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`x += y` with quantized operands: the result stands in `x` itself, which others may hold, too."""
+    """Computes `x += y` with quantized operands; the result stands in `x` itself, which others may also hold."""
     # Quantizers keep what they were given for the backward pass, so it must not be what is written to.
     changed, kwargs = operation.quantized((args[0].clone(), *args[1:]), kwargs)
     first = changed[0].clone() if changed[0]._is_view() else changed[0]

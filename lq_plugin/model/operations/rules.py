@@ -1,4 +1,4 @@
-"""Which rules of a plan ask for operations that no layer owns, what each operation gets, and which rules ask in vain.
+"""Rules of a plan that name operations which no layer owns, and the specs that each operation gets.
 
 A rule is about operations when its pattern matches no layer and ends in an operation's name: `encoder.0.add_0`,
 `*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about
@@ -25,7 +25,7 @@ _NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(OPERATIONS, key=len, r
 
 
 def names_operation(pattern: str) -> bool:
-    """Whether a pattern could match operations, by the look of it.
+    """Returns whether a pattern could match operations, by its form.
 
     >>> patterns = ("block.add_0", "*.matmul_*", "type:cat", "*", "block.add", "re:.*(add|cat)_0")
     >>> [names_operation(pattern) for pattern in patterns]
@@ -67,7 +67,7 @@ def _matches_any(rule: Rule, layers: Iterable[LayerInfo]) -> bool:
 
 
 def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
-    """Whether `prepare` must be told the operations of `model`: the plan asks for some that have no quantizers yet."""
+    """Returns whether `prepare` must be told the operations of `model`: the plan names some without quantizers."""
     if not any(names_operation(rule.match) for rule in plan.rules):
         return False
     survey = Survey.of(model, quantizing(plan))
@@ -79,7 +79,7 @@ def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
 def resolve_operations(
     rules: Sequence[Rule], operations: Mapping[str, Operation], schedule: QuantPlan, known: bool
 ) -> dict[str, tuple[Operation, LayerPlan]]:
-    """What each operation gets; those that stay float are left out.
+    """Returns the specs of each operation; operations that stay float are left out.
 
     Args:
         rules: those about operations.
