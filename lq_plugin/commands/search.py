@@ -1,4 +1,4 @@
-"""`lq-search`: builds what the config names, searches, and shows the result. One call is one worker."""
+"""`lq-search`: builds the model and data of a config, searches, and shows the result. One call is one worker."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> SearchResult:
-    """Searches as `cfg` (composed from `search.yaml`) says.
+    """Search as `cfg` (composed from `search.yaml`) says.
 
     Raises:
         QuantizationError: see `search`.
@@ -77,7 +77,7 @@ def run(cfg: DictConfig) -> SearchResult:
 
 
 def read_config(cfg: DictConfig, model: LightningModule, **options: Any) -> SearchConfig:
-    """Returns what `cfg` asks for, without its data, storage, folder and sampler.
+    """Returns the request of `cfg`, without its data, storage, folder and sampler.
 
     Args:
         cfg: composed from `search.yaml`.
@@ -95,7 +95,7 @@ def read_config(cfg: DictConfig, model: LightningModule, **options: Any) -> Sear
 
 
 def make_storage(given: Any) -> BaseStorage | str | None:
-    """Returns the storage of `search.storage`: a URL, None, or a mapping with its `_target_`.
+    """Returns the storage of `search.storage`: a URL, None, or the object that a mapping with `_target_` describes.
 
     Raises:
         QuantizationError: it cannot be made.
@@ -109,13 +109,13 @@ def make_storage(given: Any) -> BaseStorage | str | None:
 
 
 def read_space(cfg: DictConfig) -> Space:
-    """Returns the search space of a config, or what its `_target_` makes."""
+    """Returns the search space of a config, or the object that it describes by `_target_`."""
     given = cfg.search.space
     return instantiate(given) if "_target_" in given else Space.parse(plain(given))
 
 
 def load_model(cfg: DictConfig, datamodule: LightningDataModule, output_dir: Path) -> LightningModule:
-    """Returns the model with float weights: from `float_checkpoint`, or trained for `float_epochs` and kept.
+    """Returns the model with its float weights, loaded from `float_checkpoint` or trained for `float_epochs`.
 
     Workers that start together train once: the others wait and load the weights of the first.
 
@@ -157,7 +157,7 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
 
 
 def log_to(cfg: DictConfig, result: SearchResult) -> None:
-    """Gives every trial to the config's loggers, one step each, then the front and its picture.
+    """Write every trial to the config's loggers, one step a trial, then the front and its picture.
 
     W&B also gets a run for each trial, all in the study's group.
     """

@@ -1,4 +1,4 @@
-"""`lq-sensitivity`: damage of each choice to each tensor of a model."""
+"""`lq-sensitivity`: measures the sensitivity of each tensor of a model to its choices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> list[SensitivityTable]:
-    """Measures as `cfg` (composed from `sensitivity.yaml`) says, prints a table and writes the results.
+    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write files.
 
     Raises:
         QuantizationError: see `measure_sensitivity`.
@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
 
 
 def as_table(measured: SensitivityTable) -> Table:
-    """Returns a table with tensors down, the most sensitive first, and the best choice of each bit-width across."""
+    """Returns tensors as rows, the most sensitive first, and bit-widths as columns, each with its best choice."""
     rows = measured.by_bits()
     widths = sorted({bits for row in rows.values() for bits in row})
     table = Table(title=f"sensitivity ({measured.measure}, more is worse): the best choice of each bit-width")

@@ -1,4 +1,4 @@
-"""Data in, `matplotlib.figure.Figure` out; `save` and `to_png` render one."""
+"""Functions from data to a `matplotlib.figure.Figure`; `save` and `to_png` render one."""
 
 from lq_plugin.plots.layers import bits_per_layer as bits_per_layer, sqnr_per_layer as sqnr_per_layer
 from lq_plugin.plots.ranges import activation_histogram as activation_histogram

@@ -14,13 +14,13 @@ from lq_plugin.model.measure.fidelity import FidelityRow
 from lq_plugin.plots.style import BLUE, FAINT, GREEN, INK, MUTED, VERMILION, new_figure, short, styled
 
 #: x in parts of the axes, y in data.
-_BESIDE: Any = ("axes fraction", "data")
+_NEXT_TO: Any = ("axes fraction", "data")
 _SLOTS = {"weight": (BLUE, "o"), "input": (VERMILION, "D"), "output": (GREEN, "s")}
 
 
 @styled
 def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
-    """Bits of each weight as bars, its scales and zero points included as a lighter end; bits of the input as marks.
+    """Returns bars of each weight's bits, with a lighter end for scales and zero points, and marks for input bits.
 
     Args:
         priced: of `lq_plugin.model.measure.cost`.
@@ -46,8 +46,8 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
     axes.set_xlim(0.8, 40)
     for i, (row, bits) in enumerate(zip(rows, effective, strict=True)):
         text = "tied" if row.tied_to and not row.storage_bits else "float" if not row.quantized else f"{bits:.2f}"
-        axes.annotate(text, (1.06, i), xycoords=_BESIDE, ha="right", va="center", fontsize=8.5)
-    axes.annotate("effective", (1.06, -0.75), xycoords=_BESIDE, ha="right", va="bottom", fontsize=8, color=MUTED)
+        axes.annotate(text, (1.06, i), xycoords=_NEXT_TO, ha="right", va="center", fontsize=8.5)
+    axes.annotate("effective", (1.06, -0.75), xycoords=_NEXT_TO, ha="right", va="bottom", fontsize=8, color=MUTED)
     axes.set_xlabel("bits an element (log₂)")
     axes.set_title(
         f"{title}: {priced.effective_bits:.2f} effective a parameter, {_size(priced.bytes)} (float "
@@ -66,8 +66,7 @@ def bits_per_layer(priced: Cost, title: str = "Bits per layer") -> Figure:
 
 @styled
 def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantization noise per layer") -> Figure:
-    """SQNR of each quantized tensor as a dot; beside it the share that is clipped, where it is more than one in a
-    thousand.
+    """Returns the SQNR of each quantized tensor as dots, and next to them clipped shares above one in a thousand.
 
     Args:
         rows: of `lq_plugin.model.measure.fidelity.layer_fidelity`; those without a number are left out.
@@ -105,7 +104,7 @@ def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantiza
         ]
         if clipped:
             text = "clipped " + ", ".join(f"{slot} {share:.1%}" for slot, share in clipped)
-            axes.annotate(text, (1.01, place[name]), xycoords=_BESIDE, va="center", fontsize=7.5, color=MUTED)
+            axes.annotate(text, (1.01, place[name]), xycoords=_NEXT_TO, va="center", fontsize=7.5, color=MUTED)
     axes.grid(axis="x")
     axes.margins(x=0.06)
     axes.set_xlabel("SQNR (dB), more is better")
@@ -115,7 +114,7 @@ def sqnr_per_layer(rows: Iterable[FidelityRow], title: str = "Signal to quantiza
 
 
 def _layer_axes(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A horizontal row for each name, the first at the top; the figure grows with them, the letters shrink."""
+    """Returns axes with a row for each name, the first at the top; with many rows the figure grows, letters shrink."""
     if not names:
         raise ValueError("no layer to draw")
     each = 0.26 if len(names) <= 60 else 0.16
@@ -129,7 +128,7 @@ def _layer_axes(names: Sequence[str]) -> tuple[Figure, Axes]:
 
 
 def _telling(names: Sequence[str]) -> list[str]:
-    """Names as short as they stay different: without the modules that all are in, long ones without their middle."""
+    """Returns names as short as they stay different: without shared outer modules, long ones without their middle."""
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):

@@ -1,4 +1,4 @@
-"""The histogram of an activation, and where every range estimator would clip it."""
+"""The histogram of an activation, with the clipping bounds of every range estimator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def activation_histogram(
     in_force: tuple[float, float] | None = None,
     row: int | None = None,
 ) -> Figure:
-    """Elements by value, on a logarithmic axis, with the clipping thresholds of all estimators.
+    """Returns a histogram on a logarithmic axis, with the clipping thresholds of all estimators.
 
     The estimator with the smallest measured error is marked. Exact zeros have a level on every grid;
     where they are more than one in ten, they are counted in a note and not in a bar.
@@ -70,7 +70,7 @@ def activation_histogram(
 
 
 def _draw_histogram(axes: Axes, sample: Sample) -> str:
-    """Bars of equal width; returns what the note says of zeros."""
+    """Draw bars of equal width; returns the note about zeros."""
     low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
     if low == high:
         low, high = -1.0, 1.0
@@ -111,7 +111,7 @@ class _Mark(NamedTuple):
 
 
 def _draw_thresholds(axes: Axes, marks: list[_Mark], smallest: float) -> list[Line2D]:
-    """A line for each bound; names above the axes, spread so that they do not overlap, and led to their lines.
+    """Draw a line for each bound, with names above the axes that are spread so that they do not overlap.
 
     Returns the legend's entries, with the numbers.
     """

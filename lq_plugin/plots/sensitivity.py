@@ -1,4 +1,4 @@
-"""How much each tensor suffers from each of its choices."""
+"""The map of each tensor's sensitivity to each of its choices."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _WRITTEN = 60
 def sensitivity_map(
     values: Mapping[str, Mapping[int, float]], measure: str = "kl", title: str = "Sensitivity to quantization"
 ) -> Figure:
-    """A map with a row for each tensor and a column for each bit-width, the darker the more harm.
+    """Returns a map with a row for each tensor and a column for each bit-width, darker for more harm.
 
     The scale of colours is logarithmic and spans at most six decades: what is less has the lightest colour. A bit-width
     that a tensor does not have is grey.
 
     Args:
         values: harm by tensor and bit-width, not below 0; rows are drawn in this order.
-        measure: what was measured, written beside the colours.
+        measure: what was measured, written next to the colours.
         title: of the picture.
 
     Raises:
@@ -68,7 +68,7 @@ def sensitivity_map(
 
 
 def digits(value: float) -> str:
-    """Two significant digits in at most five characters.
+    """Returns two significant digits in at most five characters.
 
     >>> [digits(x) for x in (0.0, 0.0123, 1.234, 123.4, 3.2e-7)]
     ['0', '.012', '1.2', '123', '3e-7']

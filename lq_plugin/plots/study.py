@@ -1,4 +1,4 @@
-"""What a search found: quality over size, and the plans that nothing beats."""
+"""The plans of a search by quality and size, with those that no other is better than."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 
 def pareto_front(points: Sequence[Point], maximize: bool = True) -> list[int]:
-    """Indices of the points `(size, quality)` that no other beats in both, by size; equal ones count once.
+    """Returns the indices of the points `(size, quality)` that no other is better than in both, by size.
 
     >>> pareto_front([(4.0, 0.8), (3.0, 0.9), (2.0, 0.5), (3.5, 0.95)])
     [2, 1, 3]
@@ -41,7 +41,7 @@ def pareto(
     title: str = "Search: quality over size",
     seeds: Sequence[Point] = (),
 ) -> Figure:
-    """All plans of a search, the front among them, and where named plans stand.
+    """Returns a figure of all plans of a search, with the front and named plans.
 
     The vertical axis shows the better part: from the best on, three times as far as half of the trials reach. The
     others are counted, and references among them named, in a note.
@@ -82,9 +82,9 @@ def pareto(
     )
     if float_metric is not None:
         axes.axhline(float_metric, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
-        beside: Any = ("axes fraction", "data")
+        at: Any = ("axes fraction", "data")
         axes.annotate(
-            f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), beside, textcoords="offset points", fontsize=8.5
+            f"float {float_metric:.4g}", (0.004, float_metric), (0, 4), at, textcoords="offset points", fontsize=8.5
         )
     if seeds:
         label = f"from sensitivity ({len(seeds)})"
@@ -115,14 +115,14 @@ def _limit_y(
     must = [sign * float(q) for q in good if q >= least] + ([] if float_metric is None else [float_metric])
     low, high = min(must), max(must)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    # Twice above: the labels of the best plans stand there.
+    # Twice above: the labels of the best plans are there.
     low, high = low - pad, high + 2 * pad
     axes.set_ylim(low, high)
     return sum(not low <= q <= high for q in quality)
 
 
 def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
-    """Named points; labels to their upper left, where no trial of a good front is, spread until none overlaps."""
+    """Draw named points, with labels to their upper left (a good front has no trials there), spread to not overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     gap = 0.048 * (high - low)
@@ -155,7 +155,7 @@ def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
 
 
 def _side_by_side(extents: Mapping[str, tuple[float, float]]) -> list[list[str]]:
-    """Names in groups whose horizontal extents `(left, right)` do not touch each other's.
+    """Returns names in groups whose horizontal extents `(left, right)` do not overlap.
 
     >>> _side_by_side({"a": (0, 2), "b": (5, 6), "c": (1, 3)})
     [['a', 'c'], ['b']]

@@ -1,4 +1,4 @@
-"""One look for every picture, and how pictures are made: a `Figure` of its own, never pyplot.
+"""One style for all pictures, which are drawn on a `Figure` of their own and never by pyplot.
 
 No backend is chosen, no global state is kept, and a figure is gone when nobody holds it.
 """
@@ -58,7 +58,7 @@ P = ParamSpec("P")
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorator: the function draws in `STYLE`; matplotlib's own settings stay as they are."""
+    """Decorator for functions that draw in `STYLE`; matplotlib's own settings are unchanged."""
 
     @wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -69,14 +69,14 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure, in inches, whose parts make room for each other."""
+    """Returns an empty figure, sized in inches, and its axes; its parts make room for each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
 def to_png(figure: Figure) -> bytes:
-    """The picture as a PNG file's bytes."""
+    """Returns the picture as the bytes of a PNG file."""
     stream = io.BytesIO()
     # Without the version of matplotlib in it, equal pictures are equal bytes.
     with rc_context(STYLE):
@@ -93,7 +93,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to the wanted ones that are `gap` apart and within `[low, high]`.
+    """Returns the positions nearest to the wanted ones that are `gap` apart and within `[low, high]`.
 
     Least squares in the order of the wanted positions: with the gaps taken off, an isotonic regression,
     by pooling adjacent violators. Where there is no room, the gaps shrink evenly.
@@ -122,7 +122,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def short(name: str, limit: int = 34) -> str:
-    """A layer's name with its middle left out when it is long.
+    """Returns a layer's name, without its middle when it is long.
 
     >>> short("model.backbone.stages.3.blocks.11.attention.projection", 24)
     'model.bac…ion.projection'

@@ -24,14 +24,14 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 def weight_box_plot(
     weight: Tensor, minimum: Tensor | None = None, maximum: Tensor | None = None, name: str = "weight", spec: str = ""
 ) -> Figure:
-    """How the values of each output channel lie, and what of them the levels reach.
+    """Returns a box plot of each output channel, with the range that the levels cover.
 
     Boxes span the quartiles, whiskers the 5th to 95th percentile, dots are the extremes. With many
     channels the same numbers are drawn as bands along the channels.
 
     Args:
         weight: `[C_out, ...]`, any rank above 0.
-        minimum, maximum: smallest and largest value the levels stand for, `[C_out]` or a scalar.
+        minimum, maximum: smallest and largest value that the levels represent, `[C_out]` or a scalar.
         name, spec: for the title.
 
     Raises:

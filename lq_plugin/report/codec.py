@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back, for `ReportData`.
+"""Converts dataclasses to JSON and back, for `ReportData`.
 
 JSON has no infinity and no NaN: `inf` is written as the text `"inf"`, NaN as null.
 """
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """Plain lists, mappings, numbers and text; fields that have their default are left out.
+    """Returns plain lists, mappings, numbers and text; fields with their default value are left out.
 
     >>> from lq_plugin.report.data import Mark
     >>> encode(Mark("mse", -1.0, float("inf")))
@@ -37,7 +37,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: type[T], content: Any, where: str = "report") -> T:
-    """The dataclass that `encode` made `content` of.
+    """Returns the dataclass that `encode` turned into `content`.
 
     Raises:
         QuantizationError: naming the place where the content does not fit.

@@ -1,4 +1,4 @@
-"""What a report shows, as plain values: made once, kept as JSON, drawn as a page or as pictures.
+"""The values of a report: made once, kept as JSON, drawn as a page or as pictures.
 
     report = model_report(model, plan, statistics=...)    after a run
     report = study_report(result)                         of a search
@@ -24,7 +24,7 @@ FORMAT, VERSION = "lq_plugin.report", 2
 
 
 def digits(value: Any, count: int = 4) -> float:
-    """A number with so many significant digits; inf and NaN as they are.
+    """Returns a number with so many significant digits; inf and NaN are unchanged.
 
     >>> digits(3.14159), digits(float("inf"))
     (3.142, inf)
@@ -35,7 +35,7 @@ def digits(value: Any, count: int = 4) -> float:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where one estimator clips a tensor.
+    """The clipping bounds of one estimator on a tensor.
 
     Args:
         label: the estimator, or `"in force"`.
@@ -62,7 +62,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class TensorView:
-    """How the values of one tensor, or of one channel of it, lie on its levels.
+    """The distribution of the values of a tensor, or of one channel of it, over its quantization levels.
 
     Args:
         slot: `weight`, `input` or `output`.
@@ -71,7 +71,7 @@ class TensorView:
         low, high: the histogram's outer edges.
         counts: elements in bins of equal width.
         zeros: share of exact zeros that are not in `counts`, 0 where they are.
-        levels: values that the levels stand for, ascending; empty where there are more than 256, or where they follow
+        levels: values of the quantization levels, ascending; empty where there are more than 256, or where they follow
             the data.
         marks: clipping bounds of each estimator.
         mse, kl: the criteria over the threshold.
@@ -94,12 +94,12 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Values of a weight by output channel; neighbours share a column where there are many.
+    """Values of a weight by output channel; adjacent channels share a column where there are many.
 
     Args:
         channels: how many there are.
         quantiles: 7 lists, one number a column: minimum, 5 %, 25 %, 50 %, 75 %, 95 %, maximum.
-        low, high: outermost values that the levels stand for, one a column; empty without a range.
+        low, high: outermost values of the levels, one a column; empty without a range.
         per_tensor: step between levels with one scale for the whole tensor, where the plan has more.
         sqnr_db: by granularity, of the same bit-width and range; as it is now for the plan's own.
     """
@@ -114,7 +114,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """Mean squared error of a weight over its mean square, in dB (the less the better), in cells of channels.
+    """Mean squared error of a weight over its mean square, in dB (less is better), in cells of channels.
 
     Args:
         rows, columns: output and input channels of the weight.
@@ -128,7 +128,7 @@ class ErrorMap:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Learned rounding against rounding to nearest.
+    """Learned rounding compared with rounding to nearest.
 
     Args:
         same, up, down: weights rounded as nearest would, to a higher level, to a lower one.
@@ -160,7 +160,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Flow:
-    """What happens to the tensors of one layer; edges are pairs of node ids."""
+    """The path of the tensors through one layer; edges are pairs of node ids."""
 
     nodes: list[Node]
     edges: list[list[str]]
@@ -168,7 +168,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer; the numbers are those of `CostRow` and `FidelityRow`, MACs and BOPs those of one input sample."""
+    """One layer; its numbers are those of `CostRow` and `FidelityRow`, MACs and BOPs for one input sample."""
 
     name: str
     kind: str
@@ -247,7 +247,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """A complete trial; `cost` and `metric` are what the front is made of."""
+    """A complete trial; the front is made of `cost` and `metric`."""
 
     number: int
     metric: float
@@ -300,7 +300,7 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a page shows: a model, a study, or both."""
+    """Everything a page shows: a model, a study, or both."""
 
     title: str
     model: ModelReport | None = None
@@ -308,13 +308,13 @@ class ReportData:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON."""
         content = {"format": FORMAT, "version": VERSION, **encode(self)}
         return json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "report") -> ReportData:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
             QuantizationError: another kind of JSON, or a version this library does not read.

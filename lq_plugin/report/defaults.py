@@ -1,4 +1,4 @@
-"""The table of defaults: the values of everything that a plan does not say, read off specs and quantizers."""
+"""The meaning of a plan's words without further options, read from the specs and quantizers themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORT = ("w4", "a8")
 
 
 def default_rows() -> list[tuple[str, ...]]:
-    """Returns one row for each word, in the order of `COLUMNS`.
+    """Returns one row for each word, in `COLUMNS`.
 
     >>> default_rows()[0]
     ('`w4`', '-8..7', 'output channel', 'no', 'minmax, at each step', 'nearest, clipped')
@@ -33,7 +33,7 @@ def _written() -> list[str]:
 
 
 def markdown() -> str:
-    """Returns the table and the default options as README has them."""
+    """Returns the table and the options, as README has them."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in default_rows()]
     options = ", ".join(f"`{word}` is `{full}`" for word, full in _options().items())

@@ -1,4 +1,4 @@
-"""A dry run: what each layer of a model would get from a plan, and what that costs, before anything is quantized."""
+"""A dry run: the specs that each layer of a model would get from a plan, and their cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WIDTH = 40
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a plan comes to on one model.
+    """The effect of a plan on one model.
 
     Args:
         plan: as it was read.
@@ -47,8 +47,7 @@ class Explanation:
     schedule: list[Phase]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a layer: specs, effective bits, bytes, MACs and BOPs of a sample where a batch was recorded, why a
-        part is float."""
+        """Returns one row a layer: specs, effective bits, bytes, MACs and BOPs of a sample, and why a part is float."""
         reasons = {entry.name: entry.reason for entry in self.ledger}
         found = []
         for row in self.cost:
@@ -63,7 +62,7 @@ class Explanation:
         return found
 
     def others(self) -> list[dict[str, Any]]:
-        """What is not a layer that can hold quantizers, and why it stays float."""
+        """The modules that cannot hold quantizers, and why they stay float."""
         inside = {row.name for row in self.cost}
         entries = [entry for entry in self.ledger if entry.name not in inside and not entry.plan]
         return [{"layer": e.name, "kind": e.kind, "parameters": e.parameters, "reason": e.reason} for e in entries]
@@ -77,7 +76,7 @@ class Explanation:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns plain values."""
         return {
             "plan": self.plan.to_dict(),
             "layers": self.rows(),
@@ -88,7 +87,7 @@ class Explanation:
         }
 
     def table(self) -> Table:
-        """The rows for a terminal, the totals below."""
+        """Returns the rows as a table for a terminal, with the totals below."""
         rows, totals = self.rows(), self.cost.totals()
         shown = [slot for slot in SLOTS if slot != "output" or any(row["output"] != "float" for row in rows)]
         # Text, not str: a layer may be named like rich's markup.
@@ -113,7 +112,7 @@ class Explanation:
         return table
 
     def summary(self) -> Text:
-        """The totals of the whole model, and what stays float with the reasons."""
+        """Returns the totals of the whole model, and the reasons of what stays float."""
         priced = self.cost
         size = f"model: {priced.effective_bits:.2f} effective bits a parameter, {priced.bytes:,} bytes, "
         size += f"{priced.compression:.2f} times smaller than {priced.float_bytes:,}"
@@ -130,7 +129,7 @@ class Explanation:
         return Text("\n".join(lines))
 
     def timeline(self) -> Text:
-        """The schedule, a line for each moment; epochs and optimizer steps on axes of their own."""
+        """Returns the schedule, a line for each moment; epochs and optimizer steps have axes of their own."""
         moments = [phase for phase in self.schedule if phase.count]
         at_once = [phase for phase in self.schedule if not phase.count]
         lines = [f"from the start: {', '.join(dict.fromkeys(phase.label for phase in at_once)) or 'float'}"]
@@ -146,7 +145,7 @@ class Explanation:
 def explain(
     plan: QuantPlan | str | Path | Mapping[str, Any], model: nn.Module, run: Callable[[], Any] | None = None
 ) -> Explanation:
-    """What `plan` would do to `model`, which is only looked at.
+    """Returns the effect of `plan` on `model`, without changing the model.
 
     Args:
         plan: anything `QuantPlan.parse` reads.
@@ -188,7 +187,7 @@ def _stages(plan: LayerPlan, slot: str) -> str:
 
 
 def short_spec(value: float | None) -> str:
-    """A number in three digits.
+    """Returns a number in three digits.
 
     >>> short_spec(1_474_560), short_spec(512)
     ('1.47 M', '512')

@@ -1,5 +1,4 @@
-"""The fake-quant flow of one layer as a graph: what is quantized, where the gradient passes straight through, what
-stays float."""
+"""The fake-quant flow of one layer as a graph, with what is quantized and what stays float."""
 
 from __future__ import annotations
 
@@ -18,17 +17,17 @@ from lq_plugin.report.data import Flow, Node
 def flow(
     name: str, module: Any, kind: str, plan: LayerPlan, recording: Recording | None = None, reason: str | None = None
 ) -> Flow:
-    """Columns from left to right: where the input comes from, quantizers, the operation, the output, who reads it.
+    """Returns columns from left to right: source of the input, quantizers, operation, output, reader.
 
     Args:
         name: of the layer.
         module: prepared or float.
         kind: its float class.
         plan: specs of its tensors.
-        recording: of one batch, for its neighbours.
+        recording: of one batch, for the operations before and after it.
         reason: why it, or a part of it, stays float.
     """
-    before, behind = _neighbours(name, recording)
+    before, after = _producer_and_readers(name, recording)
     nodes = [
         Node("source", "input", "float", before, 0, 0),
         Node("weight", "weight", "float", "trained as float" if plan.weight else "float32", 0, 1),
@@ -52,7 +51,7 @@ def flow(
         nodes.append(_quantizer(module, "output", plan.output, plan, 3, 0))
         edges.append(["operation", "output_quantizer"])
         last = "output_quantizer"
-    nodes.append(Node("output", "output", "float", behind, 4, 0))
+    nodes.append(Node("output", "output", "float", after, 4, 0))
     edges.append([last, "output"])
     if reason:
         nodes.append(Node("reason", "stays float", "note", reason, 2, 2))
@@ -74,7 +73,7 @@ def _quantizer(module: Any, slot: str, spec: QuantSpec, plan: LayerPlan, column:
     return Node(f"{slot}_quantizer", str(spec), "quantizer", "; ".join(details), column, row)
 
 
-def _neighbours(name: str, recording: Recording | None) -> tuple[str, str]:
+def _producer_and_readers(name: str, recording: Recording | None) -> tuple[str, str]:
     calls = () if recording is None else recording.calls_of(name)
     if not calls:
         return "", ""

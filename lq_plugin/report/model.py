@@ -1,4 +1,4 @@
-"""The report of a model as it is prepared: every number and picture that a page shows of it."""
+"""The report of a prepared model: every number and picture that a page shows of it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model_report(
     max_detailed: int = MAX_DETAILED,
     title: str | None = None,
 ) -> ReportData:
-    """Gather what a page shows of a quantized model. The model is only looked at.
+    """Gather the values that a page shows of a quantized model, without changing the model.
 
     Args:
         model: prepared, and calibrated where numbers are wanted.
@@ -136,7 +136,7 @@ def model_report(
 
 
 def plan_of(survey: Survey) -> QuantPlan:
-    """The plan that the quantized layers of a model were prepared with, one rule a layer and stage."""
+    """Returns the plan that the layers of a model were prepared with, one rule for each layer and stage."""
     rules = []
     for name, module in survey.candidates.items():
         if not isinstance(module, QuantizedLayer):
@@ -151,7 +151,7 @@ def plan_of(survey: Survey) -> QuantPlan:
 
 
 def moments(plan: QuantPlan) -> list[Phase]:
-    """When something changes in a run, the earliest first; epochs and steps are told apart."""
+    """Returns the moments of a run at which something changes, the earliest first; epochs and steps are kept apart."""
     labels = {
         "weights_start": "weights are quantized",
         "activations_start": "activations are quantized",
@@ -219,7 +219,7 @@ def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None)
 
 
 def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, Fit | None]:
-    """What a layer was reconstructed in: the unit that is the layer, or the innermost module around it."""
+    """Returns the unit that a layer was reconstructed in: the layer, or the innermost module around it."""
     units = (
         {}
         if reconstruction is None

@@ -1,4 +1,4 @@
-"""A model by a few words on the command line: `package.module:callable`, or the name of a Hydra model config."""
+"""Builds a model from its name on the command line: `package.module:callable`, or a Hydra model config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOW = "give module:callable (torchvision.models:resnet18), or the name of a con
 
 
 def build_model(name: str, arguments: Sequence[str] = (), config_dir: str | Path | None = None) -> nn.Module:
-    """Build a model. This runs the code that the name stands for, and none other: no file is unpickled.
+    """Build a model. This runs the code that the name refers to, and no other: no file is unpickled.
 
     Args:
         name: `module:callable`, imported from the working directory or the environment and called; or a config
@@ -97,7 +97,7 @@ def _composed(name: str, arguments: Sequence[str], config_dir: str | Path | None
 
 
 def zeros(shape: str) -> torch.Tensor:
-    """A batch of zeros of a shape like `1,3,32,32`.
+    """Returns a batch of zeros of a shape like `1,3,32,32`.
 
     Raises:
         QuantizationError: no shape.

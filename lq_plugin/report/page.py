@@ -1,4 +1,4 @@
-"""One static HTML page: the data as JSON, the drawing as script, nothing to load, nothing to serve."""
+"""One static HTML page: the data as JSON, the drawing as script, with nothing to load or serve."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _PAGE = """<!doctype html>
 
 
 def render(reports: ReportData | Sequence[ReportData]) -> str:
-    """The page of one report, or of two side by side.
+    """Returns the page of one report, or of two side by side.
 
     Raises:
         QuantizationError: none, or more than two.
@@ -82,5 +82,5 @@ def write_page(reports: ReportData | Sequence[ReportData], path: str | Path) -> 
 
 
 def asset(name: str) -> str:
-    """The text of a file that the page is made of."""
+    """Returns the text of a file that the page is made of."""
     return files("lq_plugin.report").joinpath("assets", name).read_text(encoding="utf-8")

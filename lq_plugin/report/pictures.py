@@ -42,7 +42,7 @@ MAX_CURVES = 12
 def write_pictures(
     report: ReportData, folder: str | Path, formats: Sequence[str] = FORMATS, max_layers: int = 8
 ) -> list[Path]:
-    """Write every figure of a report, those of layers for the largest `max_layers`.
+    """Write every figure of a report; figures of layers for the largest `max_layers`.
 
     Returns:
         The files, `<folder>/<figure>.<format>`.
@@ -134,7 +134,7 @@ def _cost(model: ModelReport) -> Cost:
 @register_layer_picture("layer")
 @styled
 def layer_sheet(layer: LayerReport) -> Figure:
-    """Channels, histogram, criteria, roundings and error map of one layer on one sheet."""
+    """Returns a sheet with channels, histogram, criteria, roundings and error map of one layer."""
     views = layer.views
     told = layer.rounding if layer.rounding is not None and layer.rounding.up_share else None
     rows = 1 + len(views) + (layer.error is not None or told is not None)
@@ -222,7 +222,7 @@ def _error_map(figure: Figure, axes: Axes, error: ErrorMap) -> None:
 
 
 def quantities(model: ModelReport) -> dict[str, list[Series]]:
-    """Logged curves by what they are of: losses, the run's own metrics, then what training moved in the layers."""
+    """Returns logged curves by quantity: losses, the run's own metrics, then what training moved in the layers."""
     groups: dict[str, list[Series]] = {}
     for series in model.training:
         groups.setdefault(series.name.rpartition("/")[2], []).append(series)
@@ -241,7 +241,7 @@ def quantities(model: ModelReport) -> dict[str, list[Series]]:
 
 @styled
 def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
-    """What was logged, over optimizer steps, with the moments of the schedule."""
+    """Returns a figure of the logged curves over optimizer steps, with the moments of the schedule."""
     rows = -(-len(curves) // 2)
     figure = Figure(figsize=(11.0, 2.8 * rows), layout="constrained")
     for index, (name, found) in enumerate(curves.items()):
@@ -276,7 +276,7 @@ def _pareto(study: StudyReport) -> Figure:
 
 @styled
 def hypervolume(study: StudyReport) -> Figure:
-    """Dominated share of the box between worst and best values, after each trial."""
+    """Returns a figure of the dominated share of the box between worst and best values, after each trial."""
     figure, axes = new_figure(8.0, 3.2)
     axes.step(np.arange(1, len(study.hypervolume) + 1), study.hypervolume, where="post", color=BLUE)
     axes.set_ylim(0, None)
@@ -288,7 +288,7 @@ def hypervolume(study: StudyReport) -> Figure:
 
 @styled
 def parallel(study: StudyReport) -> Figure:
-    """One line a trial across metric, cost and the most important parameters."""
+    """Returns a figure with a line for each trial across metric, cost and the most important parameters."""
     columns: dict[str, list[Any]] = {
         study.metric: [t.metric for t in study.trials],
         study.cost: [t.cost for t in study.trials],
@@ -326,7 +326,7 @@ def parallel(study: StudyReport) -> Figure:
 
 @styled
 def best_bits(study: StudyReport) -> Figure:
-    """Bits of the weights of the best plans; white is float."""
+    """Returns a figure of the weight bits of the best plans; white is float."""
     bits = np.array([[np.nan if v is None else v for v in plan.weight_bits] for plan in study.best], dtype=float)
     figure, axes = new_figure(min(3.0 + 0.14 * bits.shape[1], 16.0), min(1.8 + 0.16 * bits.shape[0], 9.0))
     image = axes.imshow(bits, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -340,7 +340,7 @@ def best_bits(study: StudyReport) -> Figure:
 
 @styled
 def importance(study: StudyReport) -> Figure:
-    """Share of the metric's variation by parameter."""
+    """Returns a figure of each parameter's share of the metric's variation."""
     shown = list(study.importance.items())[:20][::-1]
     figure, axes = new_figure(7.0, 0.9 + 0.24 * len(shown))
     axes.barh([short(name, 34) for name, _ in shown], [value for _, value in shown], color=BLUE)

@@ -1,4 +1,4 @@
-"""How the values of a tensor lie on its levels: histogram, clipping bounds of every estimator, and their criteria."""
+"""Views of a tensor's values on its levels: histogram, clipping bounds of every estimator, and their criteria."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KL_BINS = 1024
 
 
 def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: str) -> TensorView:
-    """One activation from the statistics of a calibration; of a per-channel one, the channel that reaches furthest."""
+    """Returns a view of an activation from its statistics; per channel: of the channel that reaches furthest."""
     sample = histogram.sample()
     row = _furthest(sample)
     what = "whole tensor" if sample.rows == 1 else f"channel {row} of {sample.rows}"
@@ -45,7 +45,7 @@ def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: 
 
 
 def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorView | None:
-    """The weight of a layer, or of the output channel that reaches furthest where channels have scales of their own."""
+    """Returns a view of a layer's weight, or of the output channel that reaches furthest where channels have scales."""
     quantizer = in_force(layer)
     if quantizer is None:
         return None
@@ -66,7 +66,7 @@ def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorVi
 def _grid_view(
     slot: str, spec: QuantSpec, what: str, sample: Sample, qparams: tuple[Tensor, Tensor] | None
 ) -> TensorView:
-    """A view with bounds, levels and curves; `sample` has one row."""
+    """Returns a view with bounds, levels and curves; `sample` has one row."""
     grid = spec.grid
     table = compare_ranges(sample, grid)
     marks = [
@@ -115,7 +115,7 @@ def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGr
 
 
 def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float], float]:
-    """`(low, high, counts, zeros)` of a sample with one row, zero inside.
+    """Returns `(low, high, counts, zeros)` of a sample with one row, zero inside.
 
     Exact zeros have a level on every grid; where they are more than one in ten, they are not in the counts but in
     `zeros`, their share.
@@ -142,8 +142,15 @@ def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float],
 
 
 def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
-    """Mean squared error over the upper clipping bound (the lower one where nothing is positive); the bounds shrink
-    together."""
+    """Returns the mean squared error over the upper clipping bound, or the lower one where nothing is positive.
+
+    Both bounds shrink together.
+
+    Args:
+        sample: with one row.
+        grid: of integers.
+        points: number of bounds.
+    """
     unit, factor = sample.normalized()
     share = torch.linspace(0.02, 1.26, points)
     low, high = unit.minimum.clamp(max=0.0) * share, unit.maximum.clamp(min=0.0) * share
@@ -158,9 +165,15 @@ def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
 
 
 def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve | None:
-    """Divergence of the quantized histogram over the same bound, as `lq_plugin.ranges.estimators.kl` measures it; None
-    where it
-    does not search."""
+    """Returns the KL divergence over the same bound; None where the estimator does not search.
+
+    It is the divergence of the quantized histogram that `lq_plugin.ranges.estimators.kl` measures.
+
+    Args:
+        sample: with one row.
+        grid: of integers.
+        points: number of bounds.
+    """
     unit, factor = sample.normalized()
     folded = fold(unit, grid)
     levels = int(folded.levels[0])

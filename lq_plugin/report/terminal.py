@@ -1,4 +1,4 @@
-"""A quantized model in a few lines of a terminal: what each layer gets, and at the end what it lost."""
+"""A quantized model in a few lines of a terminal: the specs of each layer, and what was lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def summary(
     metrics: Mapping[str, float] | None = None,
     width: int | None = None,
 ) -> str:
-    """Table and totals as plain text.
+    """Returns table and totals as plain text.
 
     Args:
         priced: cost of the model as it is.

@@ -1,4 +1,4 @@
-"""Reports that earlier versions of the library wrote, as the present one understands them.
+"""Converts reports of earlier versions of the library to the present format.
 
 Version 1 counted MACs and BOPs of a whole batch, effective bits of the layers that can hold quantizers alone, and one
 coverage for weights and compute. What has another meaning now is left out, or gets the name of what it is.
@@ -13,7 +13,7 @@ _RENAMED = {"effective_bits": "quantizable_effective_bits", "bops": "batch_bops"
 
 
 def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a report of version 1 as one of version 2.
+    """Returns the content of a report of version 1 as one of version 2.
 
     >>> totals = {"effective_bits": 4.2, "macs": 9}
     >>> from_version_1({"model": {"coverage": 1.0, "totals": totals, "layers": [], "ledger": [{"macs": 9}]}})

@@ -1,4 +1,4 @@
-"""What quantization does to one weight: channels, error by place, and roundings that were learned."""
+"""The effect of quantization on one weight: channels, error by place, and learned roundings."""
 
 from __future__ import annotations
 
@@ -28,26 +28,30 @@ _FRACTIONS = 10
 
 
 def in_force(layer: QuantizedLayer) -> Any:
-    """The weight quantizer of the current stage, once it has its range; else None."""
+    """Returns the weight quantizer of the current stage, once it has its range; else None."""
     current = None if layer.weight_quantizer is None else layer.weight_quantizer.current
     return None if current is None or current.lacks_range else current
 
 
 def original(layer: QuantizedLayer, before: Tensor | None = None) -> Tensor:
-    """The weight to measure against, `[C_out, ...]` float32 on the CPU: as it was `before`, where a reconstruction has
-    moved it."""
+    """Returns the weight to measure against, `[C_out, ...]` float32 on the CPU.
+
+    Args:
+        layer: whose weight it is.
+        before: the weight before a reconstruction moved it; None: the present one.
+    """
     return type(layer).canonical(layer, layer.weight if before is None else before).detach().float().cpu()
 
 
 def quantized(layer: QuantizedLayer) -> Tensor:
-    """The weight on its levels, of the same order; the quantizer has its range."""
+    """Returns the weight on its levels, shaped like `original`; the quantizer has its range."""
     with torch.no_grad():
         y: Tensor = in_force(layer).quantize_values(type(layer).canonical(layer, layer.weight).detach()).float().cpu()
         return y
 
 
 def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:
-    """Quantiles of each output channel, with the range that the levels cover."""
+    """Returns the quantiles of each output channel, with the range that the levels cover."""
     weight = original(layer, before)
     rows = weight.flatten(1) if weight.ndim > 1 else weight.unsqueeze(1)
     # torch.quantile takes 16 million numbers at most.
@@ -72,10 +76,10 @@ def _joined(values: np.ndarray, parts: list[np.ndarray], how: Any) -> list[float
 
 
 def _granularities(layer: QuantizedLayer, weight: Tensor, learned: bool) -> tuple[float | None, dict[str, float]]:
-    """Step of one scale for all, and the SQNR of the same levels with other granularities, all rounded to nearest.
+    """Returns the step of one scale for all, and the SQNR of the same levels with other granularities.
 
-    Learned roundings lose more of the weight to lose less of the output: beside them every other granularity would look
-    better.
+    All are rounded to nearest. Learned roundings lose more of the weight to lose less of the output, so every other
+    granularity would look better next to them.
     """
     quantizer = in_force(layer)
     if quantizer is None or not quantizer.spec.is_uniform or quantizer.spec.learned:
@@ -100,7 +104,7 @@ def _granularities(layer: QuantizedLayer, weight: Tensor, learned: bool) -> tupl
 
 
 def error_map(layer: QuantizedLayer, before: Tensor | None = None) -> ErrorMap | None:
-    """Where in the weight the error is; None without a range."""
+    """Returns the error by place in the weight; None without a range."""
     if in_force(layer) is None:
         return None
     weight = original(layer, before)
@@ -122,7 +126,7 @@ def error_map(layer: QuantizedLayer, before: Tensor | None = None) -> ErrorMap |
 
 
 def rounding(layer: QuantizedLayer, before: Tensor | None, unit: str = "", fit: Fit | None = None) -> Rounding | None:
-    """How often a learned rounding went another way than to the nearest level.
+    """Returns how often a learned rounding differs from rounding to nearest.
 
     Args:
         layer: reconstructed; its weights lie on their levels.

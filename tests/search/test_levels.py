@@ -58,13 +58,13 @@ def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(QuantizationError, match="fidelity: 6 faults") as raised:
         parse_levels(FAULTS)
     for part in (
-        "level 0: batches is a whole number from 1, got 0",
+        "level 0: batches is an integer from 1, got 0",
         "level 1: unknown key 'batchs'; valid: batches, reconstruct, qat, promote_within. Did you mean 'batches'?",
         "level 2: reconstruct and qat are two levels",
         "unknown option 'max_epoch' of qat. Did you mean 'max_epochs'",
         "qat needs max_epochs or max_steps",
         "level 4: promote_within is a number from 0, got -1",
-        "level 6: 'PTQ' stands there twice",
+        "level 6: 'PTQ' is there twice",
     ):
         assert part in str(raised.value)
     with pytest.raises(QuantizationError, match="fidelity is a list of levels"):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _QAT = ("schedule", "init_batches", "distill", "forward")
 #: Where a module keeps its learning rate, as Lightning's own tuner looks for it.
 _RATES = ("lr", "learning_rate")
-#: Options of the Trainer that are not a level's business.
+#: Options of the Trainer that a level may not set.
 _OURS = (
     "self",
     "callbacks",
@@ -61,8 +61,8 @@ class Level:
         qat: the plan is trained: options of `Trainer` (`max_epochs` or `max_steps` at least), of `QAT` (`schedule`,
             `init_batches`, `distill`, `forward`), and `lr`, which the module's attribute of that name (or
             `learning_rate`) gets.
-        promote_within: how far a trial may be behind here and still climb, in the metric's unit; None: as the search
-            says.
+        promote_within: by how much, in the metric's unit, a trial may be worse here and still climb; None: as the
+            search says.
 
     Raises:
         QuantizationError: listing everything that cannot be.
@@ -81,7 +81,7 @@ class Level:
         if self.batches is not None and (
             isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1
         ):
-            faults.append(f"batches is a whole number from 1, got {self.batches!r}")
+            faults.append(f"batches is an integer from 1, got {self.batches!r}")
         for name in ("reconstruct", "qat"):
             if not isinstance(getattr(self, name), Mapping | None):
                 faults.append(f"{name} is a mapping of options, got {getattr(self, name)!r}")
@@ -148,7 +148,7 @@ def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...
             faults.append(f"level {number}: {str(error).removeprefix('level: ')}")
             continue
         if level.measures() in [other.measures() for other in levels]:
-            faults.append(f"level {number}: '{level}' stands there twice")
+            faults.append(f"level {number}: '{level}' is there twice")
         levels.append(level)
     raise_all(QuantizationError, "fidelity", faults)
     return tuple(levels)

@@ -5,7 +5,7 @@ bit-width, then at the next, and so on, then once with bit-widths drawn at rando
 one update of all steps. Where a coarse step is not driven down by the loss, the tensor bears it badly. The sum over a
 plan's tensors is what an integer program makes small, weights counted `WEIGHTS` times.
 
-Other than in the paper, weights of the model stay as they are and batch norms use their running statistics: this is a
+Unlike in the paper, weights of the model stay as they are and batch norms use their running statistics: this is a
 measurement, not a training. Steps begin with the calibrated ranges, which are close to where they end, and are learned
 in their logarithm.
 
@@ -75,6 +75,8 @@ def by_learned_steps(
 ) -> dict[str, dict[str, float]]:
     """Returns the sum of the learned steps of each unit's tensors, by unit and choice.
 
+    Float has no step: its sum is 0. A tensor with one choice keeps it.
+
     Args:
         evaluator: calibrated.
         units: with choices on a grid of integers, or float.
@@ -134,7 +136,10 @@ def _learn(tensors: list[_Steps], data: Sequence[Any], loss: Callable[[Any], Ten
 
 
 def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _Steps]]:
-    """Returns steps for each layer of a unit; layers that share a weight share them."""
+    """Returns steps for each layer of a unit; layers that share a weight share them.
+
+    Steps begin with the calibrated ranges of the first choice of each bit-width.
+    """
     specs: dict[int, QuantSpec] = {}
     for choice in unit.choices:
         if isinstance(choice, QuantSpec):

@@ -25,7 +25,7 @@ class DominancePruner(BasePruner):
     all others are costs.
 
     Args:
-        margin: how far it may be behind and go on, in the metric's unit.
+        margin: by how much, in the metric's unit, a trial may be worse and still continue.
         n_dominating: complete trials that must be ahead of it.
         n_startup_trials: complete trials before anything is pruned.
         n_warmup_steps: steps of a trial before it can be pruned.
@@ -49,7 +49,7 @@ class DominancePruner(BasePruner):
         for name, value in {**counts, "interval_steps": interval_steps}.items():
             low = least.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                faults.append(f"{name} is a whole number from {low}, got {value!r}")
+                faults.append(f"{name} is an integer from {low}, got {value!r}")
         raise_all(QuantizationError, "DominancePruner", faults)
         self.margin, self.n_dominating, self.n_startup_trials = margin, n_dominating, n_startup_trials
         self.n_warmup_steps, self.interval_steps = n_warmup_steps, interval_steps

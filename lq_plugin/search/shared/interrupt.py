@@ -1,4 +1,4 @@
-"""Ctrl-C ends a search after the running trial, a second one at once; SIGTERM with the running batch."""
+"""Ctrl-C ends a search after the running trial, a second one at once; SIGTERM after the running batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """A context that handles SIGINT and SIGTERM, and restores the former handlers at its end.
 
-    Lightning notices SIGTERM as well, and leaves its loop after the running batch.
+    Lightning notices SIGTERM also, and leaves its loop after the running batch.
 
     Python delivers signals to the main thread only: elsewhere nothing is changed.
     """
@@ -54,6 +54,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
     """A context for runs of a Trainer that turns Lightning's exit after a signal into a KeyboardInterrupt.
+
+    Optuna would not notice that exit, and Lightning ignores the next Ctrl-C; here the former handler is restored.
 
     Raises:
         KeyboardInterrupt: instead of that exit.

@@ -25,7 +25,7 @@ class PatternSpace:
 
     Args:
         space: its `rules` name the patterns; its own choices are those of the pattern `*`.
-        base: stands before; its schedule is every plan's.
+        base: its rules come first; its schedule is that of every plan.
 
     Raises:
         PlanError: nothing to choose, or ties, which patterns make needless.

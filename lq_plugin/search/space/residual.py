@@ -9,14 +9,14 @@ from lq_plugin.model.graph.recording import Call, Recording
 
 #: The word in `Space.tie`.
 RESIDUAL = "residual"
-#: What hands values on, one by one or averaged, by the beginning of its name without underscores: `BatchNorm2d`,
-#: `batch_norm`.
+#: Operations that pass values on, one by one or averaged, by the beginning of their names without underscores:
+#: `BatchNorm2d`, `batch_norm`.
 _PASSING = (
     "batchnorm", "syncbatchnorm", "instancenorm", "layernorm", "groupnorm", "rmsnorm", "maxpool", "avgpool",
     "adaptivemaxpool",
     "adaptiveavgpool", "dropout", "alphadropout", "featuredropout", "identity", "flatten", "pad", "zeropad", "mean",
 )  # fmt: skip
-#: What hands values on where its other operand is a parameter or a number: position embeddings, layer scales.
+#: Operations that pass values on where the other operand is a parameter or a number: embeddings, layer scales.
 _AFFINE = ("add", "sub", "mul", "div", "truediv")
 #: Activations that mix their inputs.
 _MIXING = ("softmax", "logsoftmax", "softmin", "glu")
@@ -44,9 +44,8 @@ def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies
     """Returns the layers that feed each sum of two activations, and the layers that read it.
 
     Between a layer and a sum there may be norms, pointwise activations, pooling, dropout, padding, views, and products
-    and sums with parameters. A sum that is an
-    operand of another one brings its own layers along: the blocks of a stage, with shortcuts that are the identity, are
-    one group.
+    and sums with parameters. A sum that is an operand of another one brings its own layers along: the blocks of a
+    stage, with identity shortcuts, are one group.
 
     Args:
         recording: of one float forward pass.

@@ -1,4 +1,4 @@
-"""The complete trials of a study, the front that they make, and the best plan of a size."""
+"""The complete trials of a study, the front that they form, and the best plan of a size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def effective_bits(self) -> float:
-        """Mean bits of a parameter of the model, scales and zero points included."""
+        """Mean bits of a parameter of the model, including scales and zero points."""
         return self.metrics["effective_bits"]
 
     @property
@@ -55,7 +55,7 @@ class Candidate:
 
     @classmethod
     def of(cls, trial: FrozenTrial, cost: str) -> Candidate:
-        """Read a complete trial; `cost` names its size."""
+        """Read a complete trial; `cost` names what its size is measured by."""
         attrs, values = trial.user_attrs, tuple(trial.values)
         plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
         lower = tuple(reached_by(trial)[:-1])
@@ -65,7 +65,7 @@ class Candidate:
 
 
 class StudyCandidates:
-    """The complete trials of a study, of all workers and earlier runs, as they are now.
+    """The complete trials of a study so far, those of all workers and earlier runs.
 
     Args:
         study: the metric is its first objective, costs are the others.
@@ -103,7 +103,7 @@ class StudyCandidates:
 
     @cached_property
     def front(self) -> list[Candidate]:
-        """The candidates that no other beats in every objective, by cost; of equal ones the first."""
+        """The candidates that no other is better than in every objective, by cost; of equal ones the first."""
         if len(self.study.directions) < 3:
             found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
             return [self.candidates[index] for index in found]
@@ -119,7 +119,7 @@ class StudyCandidates:
         return sorted(distinct, key=lambda c: (c.cost, c.metric))
 
     def best(self, cost: float | None = None) -> Candidate:
-        """The candidate with the best metric whose cost is at most `cost`.
+        """Returns the candidate with the best metric whose cost is at most `cost`.
 
         Raises:
             QuantizationError: when there is none.
@@ -134,5 +134,5 @@ class StudyCandidates:
 
 
 def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:
-    """No worse anywhere, and better somewhere or equal and earlier."""
+    """Returns whether `mine` is nowhere worse, and better somewhere or equal and earlier."""
     return bool((mine <= other).all() and ((mine < other).any() or earlier))

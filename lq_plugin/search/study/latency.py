@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
-    """Read `{"runtime": "onnxruntime", "batch": 1, ...}`.
+    """Returns the options of a mapping such as `{"runtime": "onnxruntime", "batch": 1}`.
 
     Raises:
-        ExportError: options that do not exist, or cannot be.
+        ExportError: options that do not exist, or with impossible values.
         MissingPackageError: without onnx and the runtime (`pip install "lq_plugin[onnx]"`).
     """
     try:
@@ -45,7 +45,7 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
 
 
 def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:
-    """Let the evaluator's costs have `latency`: by the study's table, which is measured where it has none yet.
+    """Add `latency` to the evaluator's costs, from the study's table, which is measured if it has none yet.
 
     Raises:
         ExportError: a model or spec that cannot be exported.
@@ -67,7 +67,7 @@ def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -
 
 
 def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:
-    """Measure the whole model under each plan of the front, beside what the table predicts; the study keeps it."""
+    """Measure the whole model under each plan of the front, and keep the result in the study."""
     from lq_plugin.export.latency import model_graph, model_latency
 
     measured = dict(result.study.user_attrs.get(MEASURED, {}))
@@ -82,11 +82,11 @@ def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOp
 
 
 def example_inputs(evaluator: Evaluator) -> list[Tensor]:
-    """The first part of the first validation batch.
+    """Returns the first part of the first validation batch, the model's input, as a list of one tensor.
 
     Raises:
-        CalibrationError: there is none.
-        ExportError: it is no tensor.
+        CalibrationError: there is no batch.
+        ExportError: its first part is not a tensor.
     """
     if inputs := inputs_of(evaluator.trainer.val_dataloaders or (), 1):
         return inputs
@@ -94,7 +94,7 @@ def example_inputs(evaluator: Evaluator) -> list[Tensor]:
 
 
 def pairs(space: BoundSpace) -> Iterator[dict[str, LayerPlan]]:
-    """Every pair of a weight's and an input's specs, layer by layer."""
+    """Yields every pair of a weight's and an input's specs, layer by layer."""
     choices: dict[str, dict[str, list[QuantSpec | None]]] = {}
     for unit in space.units:
         for name in unit.layers:

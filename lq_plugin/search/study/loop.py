@@ -1,4 +1,4 @@
-"""The loop of one worker over the trials of a study that others may work on, too."""
+"""The loop of one worker over the trials of a study, which other workers may share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COMPLETE, _RUNNING, _WAITING = TrialState.COMPLETE, TrialState.RUNNING, TrialSt
 
 
 class Loop:
-    """One worker's share of the trials."""
+    """The trials of one worker."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Loop:
         self.others = OtherWorkers(study)
 
     def run(self, bar: AbstractContextManager[Any]) -> None:
+        """Evaluate trials until the study has enough, every plan is tried, too many fail, or a signal asks to stop."""
         with bar as self.shown, quiet():
             self._show(None)
             while (missing := self.n_trials - self._count(_COMPLETE) - self._held_back()) > 0:
@@ -75,8 +76,7 @@ class Loop:
             )
 
     def _taken_for_dead(self) -> bool:
-        """Whether another worker has failed the trial of this one, which stood still for too long, or could not reach
-        the storage."""
+        """Returns whether another worker has marked this one's trial as failed, because it gave no sign of life."""
         trial = self.objective.trial
         if trial is None or trial.number in {failed.number for failed in self.failed}:
             return False
@@ -86,7 +86,7 @@ class Loop:
         return True
 
     def _exhausted(self) -> bool:
-        """Whether every plan of the space has been tried."""
+        """Returns whether every plan of the space has been tried."""
         size = self.proposer.space.size
         if size > 10_000:
             return False
@@ -97,7 +97,7 @@ class Loop:
         return len(self.study.get_trials(deepcopy=False, states=(state,)))
 
     def _held_back(self) -> int:
-        """Trials that stopped below the top level; each has cost an evaluation, too."""
+        """Returns the number of trials that stopped below the top level; each of them has cost an evaluation."""
         if self.objective.ladder is None:
             return 0
         return len(held_back(self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))

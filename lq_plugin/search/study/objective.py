@@ -1,4 +1,4 @@
-"""What Optuna calls for one trial: suggest, evaluate, note what happened."""
+"""The function that Optuna calls for one trial: suggest a plan, evaluate it, note the results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _TAKEN = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
 
 
 class Objective:
-    """`(metric, *costs)` of the plan that a trial stands for.
+    """Returns `(metric, *costs)` of the plan of a trial.
 
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
     (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. Two kinds of trials are
     pruned before they are evaluated: one with the parameters of an earlier trial, which `repeats` names, and one whose
-    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned, too; its
+    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned also; its
     attribute `levels` has what it scored at each.
 
     Args:
@@ -115,7 +115,7 @@ class Objective:
         return values
 
     def _check(self, trial: Trial, values: Mapping[str, float]) -> list[str]:
-        """Note how far each constraint on `values` is kept; those that are broken."""
+        """Note by how much each constraint on `values` is kept; returns those that are broken."""
         known = trial.study.get_trials(deepcopy=False)[trial.number].constraints if self.constraints else {}
         excess = {str(c): c.violation(values) for c in self.constraints if c.name in values}
         for constraint in excess.keys() - known.keys():
@@ -124,7 +124,7 @@ class Objective:
 
 
 def held_back(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Those of these trials that stopped below the top level."""
+    """Returns those of these trials that stopped below the top level."""
     return [
         trial
         for trial in trials
@@ -133,6 +133,6 @@ def held_back(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _same(trials: Iterable[FrozenTrial], params: Mapping[str, Any], before: int) -> int | None:
-    """Number of the earliest of these trials whose plan, with the same parameters, is evaluated or will be."""
+    """Returns the number of the earliest trial with the same parameters that is evaluated or will be."""
     same = [trial for trial in trials if trial.number < before and trial.params == params]
     return next((trial.number for trial in same if trial.state in _TAKEN or held_back([trial])), None)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class SearchProgress:
-    """Trials of the study that are over (of all workers), failures, and what the latest trial scored.
+    """A bar with the finished trials of all workers, failures, and the scores of the latest trial.
 
     Args:
         n_trials: to reach.

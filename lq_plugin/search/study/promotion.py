@@ -1,4 +1,4 @@
-"""Which trials go on to the next level of fidelity: those near the front of what was tried at theirs."""
+"""Decides which trials continue at the next level of fidelity: those near the front of their own level."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LEVELS = "levels"
 #: User attribute of a trial that stopped below the top: why.
 HELD_BACK = "held_back"
-#: Share of the float model's metric that a trial may be behind, where no margin is given.
+#: Margin as a share of the float model's metric, where none is given.
 _SHARE = 0.05
 
 
@@ -67,13 +67,13 @@ class Ladder:
                 )
 
     def climb(self, trial: Trial, layer_plans: Mapping[str, LayerPlan], costs: Mapping[str, float]) -> dict[str, float]:
-        """What the plan scores at the top, and its costs.
+        """Returns the metrics of the plan at the top level, and its costs.
 
-        Levels that an interrupted trial has behind it are not evaluated again by the one that takes its place.
+        Levels that an interrupted trial has completed are not evaluated again by the trial that replaces it.
 
         Raises:
             TrialPruned: it stops below the top.
-            QuantizationError: the metric is not logged, or no finite number.
+            QuantizationError: the metric is not logged, or not a finite number.
         """
         reached: list[dict[str, float]] = list(trial.user_attrs.get(LEVELS, []))
         for number, level in enumerate(self.levels):
@@ -97,7 +97,7 @@ class Ladder:
         return reached[-1]
 
     def _better(self, trial: Trial, number: int, value: float, costs: Mapping[str, float]) -> str | None:
-        """Another trial that is so much better at this level that climbing is no use."""
+        """Returns a description of another trial that is so much better at this level that climbing is pointless."""
         others = [
             t
             for t in trial.study.get_trials(deepcopy=False)
@@ -119,13 +119,13 @@ class Ladder:
 
 
 def reached_by(trial: FrozenTrial) -> list[dict[str, float]]:
-    """What a trial scored at each level that it reached; nothing where there is one level."""
+    """Returns the metrics of a trial at each level that it reached; nothing where there is one level."""
     found: Any = trial.user_attrs.get(LEVELS, [])
     return list(found)
 
 
 def read(metrics: Mapping[str, float], name: str) -> float:
-    """A value that was logged.
+    """Returns a value that was logged.
 
     Raises:
         QuantizationError: it was not, or it is NaN or infinite.

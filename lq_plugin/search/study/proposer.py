@@ -1,4 +1,4 @@
-"""Plans are sampled in memory and published whole.
+"""Samples plans in memory and publishes each whole.
 
 Optuna writes one parameter after the other to a shared storage, a transaction each: with 60 layers that takes longer
 than the evaluation. A trial that waits in the queue with all its parameters takes two.
@@ -34,14 +34,14 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class Proposer(BaseSampler):
-    """Puts what a sampler proposes into the study's queue.
+    """Puts the proposals of a sampler into the study's queue.
 
     The sampler works on a copy of the study in memory, which takes up what all workers have found. A proposal that
-    breaks a constraint on the cost goes into the study as a pruned trial, for the sampler to learn from, and is never
+    breaks a constraint on the cost becomes a pruned trial of the study, which the sampler learns from, and is never
     evaluated.
 
-    It is the shared study's sampler itself, too: should another worker have taken what was published, the trial
-    that Optuna makes then gets the values of a further proposal.
+    It is also the shared study's own sampler: if another worker has taken what was published, the trial that Optuna
+    then makes gets the values of a further proposal.
 
     Args:
         study: shared.
@@ -87,7 +87,7 @@ class Proposer(BaseSampler):
         )
 
     def _propose(self) -> FrozenTrial:
-        """What the sampler proposes, unless some worker has it already."""
+        """Returns a proposal that no worker has yet, as far as the sampler finds one."""
         taken = set()
         for known in self.study.get_trials(deepcopy=False):
             taken.add(frozenset(known.params.items()))
@@ -116,7 +116,7 @@ class Proposer(BaseSampler):
         return waiting_trial(self.space, params, self.evaluator, self.constraints, system_attrs=attrs)
 
     def _points(self) -> list[Point]:
-        """Finished trials of two objectives."""
+        """Returns the complete trials of a study with two objectives."""
         sign = 1.0 if self.study.directions[0] == StudyDirection.MAXIMIZE else -1.0
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [
@@ -150,7 +150,7 @@ def waiting_trial(
     user_attrs: Mapping[str, Any] | None = None,
     system_attrs: Mapping[str, Any] | None = None,
 ) -> FrozenTrial:
-    """A trial for the queue, with its plan; or a pruned one, where the plan's cost breaks a constraint."""
+    """Returns a trial for the queue, with its plan; it is pruned already where the plan's cost breaks a constraint."""
     layer_plans = space.layer_plans(params)
     costs = evaluator.costs(layer_plans)
     excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}

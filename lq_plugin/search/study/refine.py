@@ -1,4 +1,4 @@
-"""Proposals that fill the gaps of a front: a step or a swap away from the plans at its two sides.
+"""Proposals that fill the gaps of a front: plans a step or a swap away from those at its two sides.
 
 Between two neighbours of the front, `(c_1, m_1)` and `(c_2, m_2)`, lies a box of `(c_2 - c_1) · (m_2 - m_1)` that a
 plan in between would cut into. What such a plan scores is predicted from the neighbour it comes from, by the additive
@@ -7,7 +7,7 @@ two. The gap is drawn by its area, the plan by the area it is expected to win, (
 corrects the model: a step that failed is in no front.
 
 A local search of the front with a model that sorts its candidates, as in pre-selection of surrogate-assisted evolution
-(Jin, "Surrogate- assisted evolutionary computation", 2011, section 3).
+(Jin, "Surrogate-assisted evolutionary computation", 2011, section 3).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lq_plugin.search.study.seeds import Table
 
 #: Swaps (one tensor gets less, another one more) that are looked at, of each neighbour.
 SWAPS = 2048
-#: The best of the candidates is taken with this chance, the next one with the same chance of the rest, and so on.
+#: Probability of taking the best candidate; else the next one is taken with the same probability, and so on.
 GREED = 0.5
 _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float64]
 
 
 class Point(NamedTuple):
-    """A finished trial of two objectives; `metric` is better where it is larger."""
+    """A finished trial of two objectives; a larger `metric` is better."""
 
     metric: float
     cost: float
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
 
 class Refiner:
-    """Proposes plans between the neighbours of a front.
+    """Proposes plans between adjacent points of a front.
 
     Args:
         space: what may be chosen.
@@ -64,7 +64,7 @@ class Refiner:
         return np.array([row.get(str(choice), 0.0) for choice in choices])
 
     def propose(self, points: Sequence[Point], taken: Collection[frozenset[tuple[str, object]]]) -> Params | None:
-        """A plan that is not `taken` (parameters and their values); None where the front has no gap that one fits in.
+        """Returns a plan that is not `taken`; None where the front has no gap that one fits in.
 
         Args:
             points: finished trials.
@@ -84,7 +84,7 @@ class Refiner:
         harms = [self._sum(self.harms, start) for start in starts]
         gained, spared = high.metric - low.metric, float(harms[0] - harms[1])
         if spared <= 0:
-            # The model has the two the wrong way round: only the order of the candidates is left of it.
+            # The model orders the two wrongly: only its order of the candidates is used.
             spared = max(float(np.ptp(row)) for row in self.harms) or 1.0
         plans, metrics = [], []
         for start, harm, point in zip(starts, harms, (low, high), strict=True):
@@ -126,7 +126,7 @@ class Refiner:
         }
 
     def _neighbours(self, start: _Ints) -> _Ints:
-        """All plans a step away, and some a swap away: two units change."""
+        """Returns all plans that are a step away, and some that are a swap of two units away."""
         steps = [
             (unit, choice) for unit, row in enumerate(self.harms) for choice in range(len(row)) if choice != start[unit]
         ]
@@ -142,7 +142,7 @@ class Refiner:
 
 
 def front_of(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats, from the cheapest to the best.
+    """Returns the points that no other is better than in both objectives, from the cheapest to the best.
 
     >>> points = [Point(0.9, 4.0, {}), Point(0.5, 2.0, {}), Point(0.4, 3.0, {}), Point(0.9, 5.0, {})]
     >>> [point.cost for point in front_of(points)]

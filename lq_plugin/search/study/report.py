@@ -1,4 +1,4 @@
-"""The report of a search: front, best plans, what mattered, and how far the search had come after each trial."""
+"""The report of a search: its front, best plans, important parameters, and progress after each trial."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 
 #: Plans whose bits are shown layer by layer.
 MAX_BEST = 40
-#: Parameters beside metric and costs that parallel coordinates show.
+#: Parameters, next to metric and costs, that parallel coordinates show.
 MAX_PARAMETERS = 8
 #: Shown importances.
 MAX_IMPORTANCE = 30
 
 
 def study_report(result: StudyCandidates, title: str | None = None) -> ReportData:
-    """Gather what a page shows of a search.
+    """Gather the values that a page shows of a search.
 
     Args:
         result: of `lq_plugin.search.search`, or of a study that was loaded.
@@ -68,7 +68,7 @@ def study_report(result: StudyCandidates, title: str | None = None) -> ReportDat
 
 
 def _costs(result: StudyCandidates) -> list[str]:
-    """What trials can be placed by beside the metric."""
+    """Returns the costs, next to the metric, that all trials have."""
     shared = set.intersection(*(set(c.metrics) for c in result.candidates)) if result.candidates else set()
     usual = [name for name in ("effective_bits", "quantizable_effective_bits", "bytes", "bops") if name in shared]
     return list(dict.fromkeys([result.cost, *usual, *sorted(name for name in shared if "latency" in name)]))
@@ -82,7 +82,7 @@ def _best(candidate: Candidate, layers: Sequence[str]) -> BestPlan:
 
 
 def bits_by_match(plan: QuantPlan) -> tuple[dict[str, int], dict[str, int]]:
-    """Bit-widths of weights and inputs by the pattern of their rule, which is a layer's name in a search's plans.
+    """Returns the bit-widths of weights and inputs by the pattern of their rule; in a search's plans a layer's name.
 
     >>> bits_by_match(QuantPlan.parse({"rules": [{"match": "conv", "weight": "int4", "input": "float"}]}))
     ({'conv': 4}, {})
@@ -99,8 +99,9 @@ def bits_by_match(plan: QuantPlan) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def parameter_importance(result: StudyCandidates) -> dict[str, float]:
-    """Share of the metric's variation that each parameter accounts for (PED-ANOVA), largest first; empty with fewer
-    than 8 trials.
+    """Returns the share of the metric's variation that each parameter accounts for (PED-ANOVA), largest first.
+
+    Empty with fewer than 8 trials, or where all score the same.
 
     Reference: Watanabe et al., "PED-ANOVA", IJCAI 2023 (arXiv 2304.10255).
     """
@@ -121,7 +122,7 @@ def parameter_importance(result: StudyCandidates) -> dict[str, float]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], maximize: bool) -> list[float]:
-    """Share of the box between worst and best values that the trials so far dominate, one number a trial.
+    """Returns the share of the box between worst and best values that the trials so far dominate, after each trial.
 
     Args:
         points: `(cost, metric)`, costs are the better the smaller.

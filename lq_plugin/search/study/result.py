@@ -1,4 +1,4 @@
-"""What a search found, as a picture, a table and files."""
+"""The result of a search as a picture, a table and files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MEASURED = "measured_latency"
 
 
 class SearchResult(StudyCandidates):
-    """What a search found: `front`, `best(cost)`, `figure()`, `table()`, and `write(folder)` for all of it as files."""
+    """The result of a search: `front`, `best(cost)`, `figure()`, `table()`; `write(folder)` writes it as files."""
 
     def figure(self) -> Any:
-        """Metric over cost of every trial, the front, the uniform plans and the float model."""
+        """Returns a figure of metric over cost with every trial, the front, the uniform plans and the float model."""
         size = LABELS[self.cost]
         return plots.pareto(
             [(c.cost, c.metric) for c in self.candidates],
@@ -41,7 +41,7 @@ class SearchResult(StudyCandidates):
         )
 
     def table(self) -> Table:
-        """The float model and the front, for a terminal."""
+        """Returns the float model and the front as a table for a terminal."""
         stopped = f", {self.held_back} more stopped below the top level" if self.held_back else ""
         # As Text: brackets in a name are no markup.
         table = Table(title=Text(f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}"))
@@ -64,8 +64,7 @@ class SearchResult(StudyCandidates):
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """The front as plain rows; `plan` is the name of its file, `level0/val/acc` what the lowest of several levels
-        logged."""
+        """Returns the front as plain rows; `plan` names its file, `level0/val/acc` a metric of the lowest level."""
         measured = self.study.user_attrs.get(MEASURED, {})
         found = []
         for c in self.front:
@@ -75,14 +74,13 @@ class SearchResult(StudyCandidates):
         return found
 
     def to_csv(self) -> str:
-        """The rows as CSV text with a header."""
+        """Returns the rows as CSV text with a header."""
         rows = self.rows()
         # Trials of one study log the same; should one not, its place is empty.
         return to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)) or ["trial"])
 
     def write(self, folder: str | Path) -> Path:
-        """Write `front.csv`, `plans/`, `pareto.png` and `report.html` with its data; nothing but `front.csv` when no
-        trial is complete.
+        """Write `front.csv`, `plans/`, `pareto.png` and the report; only `front.csv` when no trial is complete.
 
         Other workers may write the same files: each appears whole, and plans that left the front go.
         """

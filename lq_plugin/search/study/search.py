@@ -1,4 +1,4 @@
-"""Search the bits of one model: a worker loads and calibrates once, then Optuna proposes plan after plan.
+"""Searches the bits of one model: a worker loads and calibrates it once, then Optuna proposes plan after plan.
 
     result = search(model, datamodule, Space(weight={"bit_widths": [2, 3, 4, 8], "ranges": ["mse"]}), metric="val/acc")
     result.best(4.0).plan.to_yaml("plan.yaml")
@@ -40,7 +40,7 @@ def search(
         options: the other fields of `lq_plugin.search.SearchConfig`, such as `cost`, `constraints` and `output_dir`.
 
     Raises:
-        QuantizationError: a space or metric that does not fit, a study made for others, too many failed trials.
+        QuantizationError: a space or metric that does not fit, a study with another request, too many failed trials.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
     return StudyWorker(SearchConfig(model, datamodule, space, metric, n_trials, **options)).work()

@@ -1,4 +1,4 @@
-"""Plans that are good before anything is searched: each tensor's sensitivity and cost are known, the sum is minimized.
+"""Plans that are good before anything is searched, from the sensitivity and the cost of each tensor.
 
 The model is additive, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv 2011.10680, equation 8): quantizing several tensors
 harms as much as the sum of each alone. Then the best plan of a size is an integer program, min Σ s(u, c) x(u, c) with
@@ -27,8 +27,8 @@ class Seed:
     """A plan to start a search with.
 
     Args:
-        params: of it.
-        origin: `"ilp 3.5"` or `"greedy 3.5"`, with the budget.
+        params: its parameters.
+        origin: where it comes from: `"ilp 3.5"` or `"greedy 3.5"`, with the budget.
     """
 
     params: Params
@@ -36,11 +36,17 @@ class Seed:
 
 
 def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[str, float]]]:
-    """What the plan of first choices costs, and what each choice of each unit adds to it or takes from it.
+    """Returns the cost of the plan of first choices, and the difference that each choice of each unit makes to it.
 
     Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of
-    a
-    layer: exact where one of the two is fixed. So does `latency`, where kernels depend on both.
+    a layer, so they are exact where one of the two is fixed; so are those of `latency`.
+
+    Args:
+        evaluator: calibrated.
+        cost: one of `lq_plugin.search.evaluation.costs.COSTS`.
+
+    Returns:
+        The cost of the plan of first choices, and the differences by unit and choice (as text).
     """
     space = evaluator.space
     assert space is not None
@@ -60,7 +66,13 @@ def smallest_cost(base: float, costs: Table) -> float:
 
 
 def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
-    """The plan of least summed sensitivity with `base` + its costs at most `budget`.
+    """Returns the plan of least summed sensitivity whose cost is at most `budget`.
+
+    Args:
+        space: what may be chosen.
+        sensitivity: harm of each choice.
+        costs, base: see `unit_costs`.
+        budget: `base` and the costs of all choices together may be that much.
 
     Raises:
         QuantizationError: no plan is so small; it names the smallest.
@@ -85,7 +97,13 @@ def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base
 
 
 def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float = 0.0) -> list[tuple[float, Params]]:
-    """`(cost, plan)` from the least sensitive plan down to one of the smallest, one unit changed at a time."""
+    """Returns `(cost, plan)` from the least sensitive plan to one of the smallest, changing one unit at a time.
+
+    Args:
+        space: what may be chosen.
+        sensitivity: harm of each choice.
+        costs, base: see `unit_costs`.
+    """
 
     def harm(unit_name: str, choice: Choice) -> float:
         return sensitivity.get(unit_name, {}).get(str(choice), 0.0)
@@ -115,14 +133,15 @@ def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float
 def make_seeds(
     space: BoundSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
 ) -> list[Seed]:
-    """`count` budgets, the smaller the denser, with the best plan of each: by integer program, else from the greedy
-    path.
+    """Returns up to `count` plans: the best for each of as many budgets, which are denser where they are smaller.
+
+    Those of the integer program come first, then those of the greedy path.
 
     Args:
         space: what may be chosen.
         sensitivity: harm of each choice.
         costs, base: see `unit_costs`.
-        count: budgets between the smallest and the largest plan.
+        count: number of budgets between the smallest and the largest plan.
         most: no plan may cost more.
     """
     low = smallest_cost(base, costs)
@@ -140,5 +159,5 @@ def make_seeds(
 
 
 def distinct(seeds: Iterable[Seed]) -> list[Seed]:
-    """Each plan once, the first of equal ones."""
+    """Returns each plan once, the first of equal ones."""
     return list({frozenset(seed.params.items()): seed for seed in reversed(list(seeds))}.values())[::-1]

@@ -1,4 +1,4 @@
-"""A W&B run for each trial of a study, in one group."""
+"""Writes a W&B run for each trial of a study, in one group."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def log_trials(logger: WandbLogger, result: SearchResult) -> None:
-    """Write the trials of a finished search: plan, sensitivity's origin and metrics of each, about a third of a second
-    each.
+    """Write the trials of a finished search: plan, origin and metrics of each, in about a third of a second each.
 
     They share project and mode of the logger's run, and the study's name as their group. A trial has the same id
     whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity

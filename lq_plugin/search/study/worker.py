@@ -82,7 +82,7 @@ class StudyWorker:
         """Search until the study has its trials, and give the float model back.
 
         Raises:
-            QuantizationError: a space or metric that does not fit, a study made for others, too many failed trials.
+            QuantizationError: a space or metric that does not fit, a study with another request, too many failures.
             KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
         """
         with self.evaluator, stop_on_signal() as stop:
@@ -100,7 +100,7 @@ class StudyWorker:
         """Calibrate the model, check that the request can be met, and open the study.
 
         Raises:
-            QuantizationError: a space, metric or constraint that does not fit, or a study made for others.
+            QuantizationError: a space, metric or constraint that does not fit, or a study with another request.
         """
         config, evaluator = self.config, self.evaluator
         self.space = evaluator.calibrate(config.space)

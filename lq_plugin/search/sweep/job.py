@@ -1,4 +1,4 @@
-"""One trial of a sweep, inside its Hydra job, in whatever process a launcher runs it.
+"""One trial of a sweep, inside its Hydra job, in the process in which a launcher runs it.
 
 A training script needs nothing of this: what its task function returns is the trial's value. One that wants to be
 pruned, and has no `TrialReport` among its callbacks, says::
@@ -52,13 +52,12 @@ INTERRUPTED = "interrupted"
 
 
 class TrialFailure(RuntimeError):
-    """What a failed job raises: the traceback as text, so that it survives every launcher and holds no model in
-    memory."""
+    """The error of a failed job: its traceback as text, which survives every launcher and holds no model in memory."""
 
 
 @dataclass(frozen=True)
 class StudyAccess:
-    """How a job finds its trial.
+    """The settings by which a job finds its trial.
 
     Args:
         name: of the study.
@@ -79,7 +78,7 @@ class StudyAccess:
     constraints: tuple[Constraint, ...] = ()
 
     def open(self) -> Study:
-        """The study, with its pruner."""
+        """Returns the study, with its pruner."""
         with quiet():
             pruner = NopPruner() if self.pruner is None else build(self.pruner, BasePruner, "hydra.sweeper.pruner")
             storage = (
@@ -93,7 +92,7 @@ class StudyAccess:
 
 @functools.lru_cache(maxsize=1)
 def _connected(url: str, heartbeat: int, process: int) -> BaseStorage:
-    """The jobs of one process share a connection: opening a database takes longer than a trial's own transactions."""
+    """Returns a storage that the jobs of one process share: opening one takes longer than a trial's transactions."""
     return rdb_storage(url, heartbeat)
 
 
@@ -124,11 +123,11 @@ class JobTrial:
         return dict(self._trial.params)
 
     def note(self, metrics: Mapping[str, float]) -> None:
-        """Keep these values with the trial; later ones of the same name take their place."""
+        """Keep these values with the trial; later ones of the same name replace them."""
         self.metrics |= {name: float(value) for name, value in metrics.items()}
 
     def require(self, costs: Mapping[str, float]) -> None:
-        """Note what is known before anything is trained.
+        """Note costs that are known before anything is trained.
 
         Raises:
             TrialPruned: it breaks a constraint.
@@ -139,8 +138,7 @@ class JobTrial:
             raise TrialPruned(f"breaks {', '.join(broken)}")
 
     def report(self, value: float, step: int) -> None:
-        """Tell the pruner how it goes. Does nothing with NaN, and with several objectives while the costs are not
-        noted."""
+        """Give the pruner a value; NaN is ignored, and with several objectives all, until the costs are noted."""
         if not math.isfinite(value):
             return
         if self.access.objectives == 1:
@@ -153,7 +151,7 @@ class JobTrial:
             )
 
     def should_prune(self) -> bool:
-        """Whether the pruner finds it hopeless."""
+        """Returns whether the pruner wants the trial to end."""
         if self.access.objectives == 1:
             return self._trial.should_prune()
         # With no pruner there is nothing to ask the storage for.
@@ -162,7 +160,7 @@ class JobTrial:
         )
 
     def complete(self, returned: Any) -> None:
-        """Record the objectives: what the task returned, then the costs.
+        """Record the objectives: the values that the task returned, then the costs.
 
         Raises:
             QuantizationError: too many or too few, one that is no finite number, or a metric that was never noted.
@@ -182,13 +180,13 @@ class JobTrial:
         self.tell(TrialState.COMPLETE, values)
 
     def fail(self, error: str, interrupted: bool = False) -> None:
-        """Record that it failed, and why."""
+        """Record that the trial failed, and why."""
         self.tell(TrialState.FAIL, None, {ERROR: error} | ({INTERRUPTED: True} if interrupted else {}))
 
     def tell(
         self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None
     ) -> None:
-        """Record how the trial ended; nothing where another process has taken this one for dead."""
+        """Record how the trial ended, unless another process has marked it as failed."""
         try:
             for limit in self.access.constraints:
                 if limit.name in self.metrics and math.isfinite(self.metrics[limit.name]):
@@ -217,13 +215,13 @@ _current: JobTrial | None = None
 
 
 def current_trial() -> JobTrial | None:
-    """The trial that this process evaluates; None outside a sweep of `hydra/sweeper=lq`."""
+    """Returns the trial that this process evaluates; None outside a sweep of `hydra/sweeper=lq`."""
     return _current
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A task function that also records how its trial went. Pickled to wherever the launcher runs it.
+    """A task function that also records how its trial went; pickled to the process in which the launcher runs it.
 
     Args:
         task: the project's own.
@@ -235,7 +233,7 @@ class TrialJob:
 
     @classmethod
     def wrapping(cls, task: Callable[[Any], Any], access: StudyAccess) -> TrialJob:
-        """The same with the name and the module of `task`, for callbacks that look at them."""
+        """Returns a job with the name and the module of `task`, for callbacks that look at them."""
         job = cls(task, access)
         for name in functools.WRAPPER_ASSIGNMENTS:
             if hasattr(task, name):
@@ -281,7 +279,7 @@ class TrialJob:
 
 @contextlib.contextmanager
 def beating(storage: BaseStorage, trial_ids: Sequence[int]) -> Iterator[None]:
-    """Give signs of life for these trials, where the storage knows of any."""
+    """A context that gives signs of life for these trials, where the storage knows of any."""
     if not has_heartbeat(storage):
         yield
         return
@@ -319,7 +317,7 @@ def _numbers(returned: Any) -> list[float]:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Ctrl-C; Lightning makes `SystemExit` of it."""
+    """Returns whether the error is a Ctrl-C, which Lightning turns into a `SystemExit`."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -328,7 +326,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 def _is_termination(error: BaseException) -> bool:
-    """SIGTERM, as Lightning raises it. By name: not every job has Lightning."""
+    """Returns whether the error is Lightning's for SIGTERM, by name: not every job has Lightning."""
     return any(kind.__name__ == "SIGTERMException" for kind in type(error).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Hydra's sweep syntax as Optuna parameters, and their values as overrides again.
+"""Converts Hydra's sweep syntax to Optuna parameters, and their values to overrides.
 
 model.net.width: choice(8, 16, 32)                    categorical
 model.optimizer.lr: tag(log, interval(1e-4, 1e-1))    float, on a log scale
@@ -25,7 +25,7 @@ from lq_plugin.search.shared.database import quiet
 
 @dataclass(frozen=True)
 class Parameter:
-    """One thing that a sweep varies.
+    """A parameter that a sweep varies.
 
     Args:
         key: as the override has it, with its prefix: `"+model.width"`.
@@ -39,11 +39,11 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Of the Optuna parameter: the key without its prefix."""
+        """Name of the Optuna parameter: the key without its prefix."""
         return self.key.lstrip("+")
 
     def override(self, value: Any) -> str:
-        """The override that sets this value."""
+        """Returns the override that sets this value."""
         # By type too: 1 == True.
         texts = [text for choice, text in self.choices if type(choice) is type(value) and choice == value]
         return f"{self.key}={texts[0] if self.choices else repr(value)}"
@@ -51,7 +51,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class JobOverrides:
-    """What each job is given: the same for all, and one value of each parameter."""
+    """The overrides of each job: those that all jobs share, and one value of each parameter."""
 
     fixed: tuple[str, ...]
     parameters: tuple[Parameter, ...]
@@ -105,11 +105,11 @@ class JobOverrides:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Of every parameter, by name."""
+        """The distribution of every parameter, by name."""
         return {parameter.name: parameter.distribution for parameter in self.parameters}
 
     def overrides(self, params: Mapping[str, Any]) -> list[str]:
-        """Of one job."""
+        """Returns the overrides of one job."""
         return [*self.fixed, *(parameter.override(params[parameter.name]) for parameter in self.parameters)]
 
 
@@ -143,7 +143,7 @@ def _parameter(override: Override) -> Parameter:
 
 
 def _native(item: Any) -> Any:
-    """What Optuna stores: plain values as they are, lists and mappings as text."""
+    """Returns a value as Optuna stores it: plain values unchanged, lists and mappings as text."""
     if isinstance(item, QuotedString):
         return item.text
     return item if isinstance(item, str | int | float | bool | None) else Override._get_value_element_as_str(item)

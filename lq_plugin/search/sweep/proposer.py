@@ -1,4 +1,4 @@
-"""Which parameters a sweep tries next; trials go into the study's queue whole."""
+"""Chooses the parameters that a sweep tries next, and puts each trial whole into the study's queue."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _COUNTABLE = 10_000
 
 
 class SweepProposer:
-    """Samples on a copy of the study in memory. What is published has no gaps: the numbers of a batch follow each
-    other.
+    """Samples on a copy of the study in memory, and publishes trials whose numbers have no gaps.
 
     Args:
         study: shared.
@@ -53,16 +52,16 @@ class SweepProposer:
         )
         with quiet():
             self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
-        #: Trials of the study, and those in memory that stand for them.
+        #: Trials of the study, and the copies in memory of those that this process proposed.
         self._finished: set[int] = set()
         self._asked: dict[int, int] = {}
 
     def exhausted(self) -> bool:
-        """Whether every combination has been tried, or is in the queue."""
+        """Returns whether every combination has been tried or is in the queue."""
         return not self._untried(self.study.get_trials(deepcopy=False))
 
     def _untried(self, known: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-        """Combinations that no trial has; `[{}]` where there are too many to count."""
+        """Returns the combinations that no trial has; `[{}]` where there are too many to count."""
         if (
             math.prod(len(values) if (values := _values(d)) else math.inf for d in self.distributions.values())
             > _COUNTABLE
@@ -74,7 +73,7 @@ class SweepProposer:
         return [params for params in combinations if _key(params) not in taken]
 
     def publish(self) -> int:
-        """Put one more trial into the queue; returns its number. Not when `exhausted`."""
+        """Put one more trial into the queue and return its number; do not call it when `exhausted`."""
         with quiet():
             known = self._learn()
             seeds = [
@@ -105,7 +104,7 @@ class SweepProposer:
         return before
 
     def _learn(self) -> list[FrozenTrial]:
-        """Take up what has finished; what runs stays running in memory, where a sampler may keep away from it."""
+        """Add finished trials to the copy; running ones run there also, so that a sampler can avoid them."""
         known = self.study.get_trials(deepcopy=False)
         for trial in known:
             if not trial.state.is_finished() or trial.number in self._finished:
@@ -140,7 +139,7 @@ def _key(params: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
 
 
 def _values(distribution: BaseDistribution) -> list[Any]:
-    """All that a parameter may be; empty where that is no finite set."""
+    """Returns all values of a parameter; none where they are not a finite set."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):

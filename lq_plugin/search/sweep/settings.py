@@ -1,4 +1,4 @@
-"""What `hydra.sweeper` says, checked once before the first job."""
+"""The settings of `hydra.sweeper`, checked once before the first job."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PLAN_KEYS = ("callbacks.lq_qat.plan", "callbacks.lq_ptq.plan")
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Fields of `hydra.sweeper`.
+    """The fields of `hydra.sweeper`.
 
     Args:
-        study_name: a study of that name goes on.
+        study_name: name of the study; one that exists is continued.
         storage: an Optuna URL, or the config of a storage. None: `study.db` (SQLite) in `hydra.sweep.dir`.
         direction: `"minimize"` or `"maximize"`; a list for several objectives: those that the task returns, then
             `costs`.
@@ -47,7 +47,7 @@ class SweepSettings:
         pruner: the config of an Optuna pruner; None: nothing is pruned. With several objectives, a metric and costs:
             `lq_plugin.search.shared.dominance.DominancePruner`.
         params: by override key, in Hydra's sweep syntax, or a plain value; the command line wins.
-        layers: a space over layers by patterns: the fields of `Space`, and `plan`, whose rules stand before. Each
+        layers: a space over layers by patterns: the fields of `Space`, and `plan`, whose rules come first. Each
             trial's plan is written to `plans/<number>.yaml` in `hydra.sweep.dir`.
         plan_key: what is set to that file; None: `PLAN_KEYS`, as far as they are in the config.
         uniform: with `layers`, start with every bit-width for all weights alike.
@@ -112,7 +112,7 @@ class SweepSettings:
             build(self.pruner, BasePruner, _PRUNER)
 
     def _kind_faults(self) -> list[str]:
-        """What is wrong with the kinds of values that Hydra takes as they are."""
+        """Returns what is wrong with the kinds of values that Hydra does not check."""
         seeds = {"seed": self.seed}
         if isinstance(self.sampler, Mapping) and self.sampler.get("seed") is not None:
             seeds["sampler.seed"] = self.sampler["seed"]
@@ -133,7 +133,7 @@ class SweepSettings:
         return faults
 
     def _several_objectives(self) -> list[str]:
-        """What keeps a pruner from several objectives."""
+        """Returns why a pruner cannot serve several objectives."""
         try:
             ours = issubclass(part_class(self.pruner, BasePruner, _PRUNER), DominancePruner)
         except QuantizationError as error:
@@ -171,7 +171,7 @@ class SweepSettings:
 
     @property
     def directions(self) -> list[Any]:
-        """One for each objective."""
+        """Optuna's direction of each objective."""
         given = (
             list(self.direction)
             if isinstance(self.direction, Sequence) and not isinstance(self.direction, str)
@@ -182,7 +182,7 @@ class SweepSettings:
 
     @property
     def study_access(self) -> StudyAccess:
-        """What a job needs, in whatever process."""
+        """The settings by which a job, in any process, finds its trial."""
         return StudyAccess(
             self.study_name,
             self.storage,
@@ -194,8 +194,7 @@ class SweepSettings:
         )
 
     def make_sampler(self, known: int) -> BaseSampler:
-        """The sampler. With `known` trials it draws others than it did without: a study that goes on repeats
-        nothing."""
+        """Returns the sampler, which draws differently for each number of `known` trials."""
         config = dict(
             self.sampler or {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "constant_liar": True}
         )
@@ -206,7 +205,7 @@ class SweepSettings:
         return found
 
     def plan_keys(self, config: DictConfig) -> list[str]:
-        """Config keys that take the path of the plan file.
+        """Returns the config keys that take the path of the plan file.
 
         Raises:
             QuantizationError: one is not in the config, and the trials would ignore their plans.
@@ -238,7 +237,7 @@ def _has(config: DictConfig, key: str) -> bool:
 
 
 def _absolute(storage: Any) -> Any:
-    """A SQLite file's URL with its absolute path: a job may run in another folder."""
+    """Returns a SQLite file's URL with its absolute path, because a job may run in another folder."""
     if not isinstance(storage, str):
         return storage
     try:

@@ -1,4 +1,4 @@
-"""A sweep of Hydra jobs: ask Optuna, launch a batch, see how its trials went; the same command again goes on."""
+"""Runs a sweep of Hydra jobs: ask Optuna, launch a batch, read how its trials went. The same command continues it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sweep(
     """Run trials until the study has `settings.n_trials`.
 
     `optimization_results.yaml` in `hydra.sweep.dir` names the best trials, after each batch; with `layers`,
-    `best_plan.yaml` lies beside it.
+    `best_plan.yaml` is next to it.
 
     Args:
         settings: what the config says.
@@ -74,7 +74,7 @@ def sweep(
         validate: composes jobs without running them.
 
     Raises:
-        QuantizationError: settings that do not fit, a study made for something else, too many failures.
+        QuantizationError: settings that do not fit, a study with another request, too many failures.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the results so far are written.
     """
     jobs = JobOverrides.parse(settings.params, arguments, config_loader)
@@ -106,8 +106,7 @@ def sweep(
         "overrides": [masked(text) for text in jobs.fixed if not text.lstrip("+~").startswith(_HARMLESS)],
     }
     study = open_study(settings.study_name, storage, settings.directions, fingerprint, settings.heartbeat)
-    # What this process samples itself stands in the queue already; a trial that another one took from there is drawn at
-    # random.
+    # The proposals of this process are in the queue already; what another one takes from there is drawn at random.
     study.sampler = RandomSampler(seed=settings.seed)
     known = study.get_trials(deepcopy=False)
     first = [*settings.enqueue, *(layers.uniform() if layers is not None and settings.uniform else [])]
@@ -125,7 +124,7 @@ def sweep(
 
 
 class _Run:
-    """This process's share of the study."""
+    """The trials of this process."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class _Run:
         self.others = OtherWorkers(study)
 
     def all(self) -> None:
-        """Run batches until there is enough, or too much has failed."""
+        """Run batches until the study has enough trials, or too many have failed."""
         while not self.stop and (missing := self.settings.n_trials - self._done()) > 0:
             if self.failures > self.settings.max_failures:
                 limit = self.settings.max_failures
@@ -229,7 +228,7 @@ class _Run:
                     self._fail(trial, error)
 
     def _settle(self, numbers: Sequence[int]) -> None:
-        """Whatever a job did not say about its trial is said here."""
+        """Record how trials ended whose jobs did not record it themselves."""
         lost = 0
         for trial in self._of(numbers):
             if trial.state == TrialState.RUNNING:
@@ -255,7 +254,7 @@ class _Run:
             self.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _try_again(self) -> None:
-        """Queue failed trials that have attempts left; also those of an earlier run."""
+        """Queue failed trials that have attempts left, those of earlier runs included."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
         for trial in trials:
@@ -284,7 +283,7 @@ class _Run:
         return [trials[number] for number in numbers]
 
     def write_results(self) -> None:
-        """The best trials so far."""
+        """Write the best trials so far."""
         best = self.study.best_trials if self._trials(TrialState.COMPLETE) else []
         if not best:
             return
@@ -301,12 +300,12 @@ class _Run:
 
 
 def _was_trained(trial: FrozenTrial) -> bool:
-    """Whether a pruned trial was stopped on its way, not before it began."""
+    """Returns whether a pruned trial was stopped during its training, not before it."""
     return bool(trial.intermediate_values) or REPORTS in trial.user_attrs
 
 
 def _blocks(numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers that follow each other.
+    """Returns runs of consecutive numbers.
 
     >>> _blocks([3, 4, 7])
     [[3, 4], [7]]
@@ -327,8 +326,7 @@ def _warn_of_times(config: DictConfig) -> None:
     assert isinstance(storage, dict)
     if "${now:" in str(raw["dir"]) and not storage["storage"]:
         log.warning(
-            "hydra.sweep.dir=%s is another folder each time, and the study lies there: the same command would begin "
-            "anew. "
-            "Set hydra.sweep.dir, or hydra.sweeper.storage",
+            "hydra.sweep.dir=%s is another folder each time, and the study is in it: the same command would begin "
+            "anew. Set hydra.sweep.dir, or hydra.sweeper.storage",
             raw["dir"],
         )

@@ -1,5 +1,4 @@
-"""Between a Trainer and the trial of a sweep: costs before training, metrics after each validation, and the pruner's
-answer."""
+"""A callback between a Trainer and the trial of a sweep: costs, metrics, and the pruner's answer."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TrialReport(Callback):
-    """Reports to the trial of `hydra/sweeper=lq`; does nothing where there is none.
+    """Reports to the trial of `hydra/sweeper=lq`; does nothing outside of one.
 
     The costs of a quantized model are known when a fit starts: a trial that breaks a constraint on them ends there.
     After each validation the metrics are noted with the trial, and `monitor` goes to the pruner. With DDP rank 0
@@ -38,13 +37,16 @@ class TrialReport(Callback):
         self.monitor = monitor
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the costs that are known before training."""
         self._report_costs(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # BOPs are known once a batch has run.
+        """Note the costs again: BOPs are known once a batch has run."""
         self._report_costs(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics, and end the trial where the pruner wants that."""
         if trainer.sanity_checking:
             return
         trial = current_trial()
@@ -87,5 +89,5 @@ class TrialReport(Callback):
 
     @staticmethod
     def _any_rank(trainer: Trainer, decision: bool) -> bool:
-        """Rank 0 alone knows the trial, and decides for all."""
+        """Returns the decision of rank 0, which alone knows the trial, on all ranks."""
         return bool(trainer.strategy.broadcast(decision)) if trainer.world_size > 1 else decision
