@@ -1,4 +1,4 @@
-"""The kind of each option of a command: checked before anything is imported, made or trained."""
+"""Kinds of the options of each command, checked before anything is imported, made or trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lq_plugin.utilities.hydra_files import plain
 
 
 class Kind(NamedTuple):
-    """What an option may be: in words, whether a value is that, and whether it has to be in the config."""
+    """Kind of an option: in words, a test of a value, and True where the option has to be in the config."""
 
     words: str
     fits: Callable[[Any], bool]

@@ -47,7 +47,7 @@ from lq_plugin.quantizers.weight import WeightQuantizer as WeightQuantizer
 def in_stages(
     make: Callable[[QuantSpec, str], Quantizer], name: str, stages: list[tuple[Moment | None, QuantSpec | None]]
 ) -> Any:
-    """The quantizer of a tensor whose spec changes while it is trained.
+    """Returns the quantizer of a tensor whose spec changes during training.
 
     Args:
         make: makes a quantizer from a spec and a name.

@@ -28,7 +28,7 @@ _IN_KERNELS = ("qparams", "quantize_values")
 
 
 class ActivationQuantizer(Quantizer):
-    """Quantizes an activation with a range fixed before the forward pass.
+    """Quantizer of an activation whose range is fixed before the forward pass.
 
     The range comes from calibration (`collector`, `load_sample`). With range `ema` it keeps moving
     in training: `observe` gathers the extremes of one batch, however often it runs over the same
@@ -87,7 +87,7 @@ class ActivationQuantizer(Quantizer):
             self.register_buffer("batch_max", float32(-torch.inf, (self.channels,)), persistent=False)
 
     def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
-        """`[C]` shaped to broadcast against an activation of `ndim` dims."""
+        """Returns values `[C]` in the shape that broadcasts against an activation of `ndim` dims."""
         if not self.per_channel:
             return per_channel
         shape = [1] * ndim
@@ -115,7 +115,7 @@ class ActivationQuantizer(Quantizer):
         return f":{torch.distributed.get_rank() if ranked else 0}:{x.detach().sum(dtype=torch.float32).item()}"
 
     def new_collector(self) -> Histogram:
-        """Empty statistics for one calibration."""
+        """Returns empty statistics for one calibration."""
         at_most = None if range_kind(self.spec.range_name).count_all else MAX_SAMPLES
         return Histogram(rows=self.channels, max_samples=at_most, device=self.calibrated.device, name=self.name)
 
@@ -169,7 +169,7 @@ class ActivationQuantizer(Quantizer):
         return super().forward(x)
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
-        """The same, by what another quantizer with the same qparams made of the same tensor."""
+        """Returns `forward(x)`, or what another quantizer with the same qparams made of the same tensor."""
         self.follow_buffers()
         if (
             not (self._calibrated and self._enabled and x.numel() and self._is_plain())
@@ -192,23 +192,23 @@ class ActivationQuantizer(Quantizer):
         return y
 
     def take_in(self, low: Tensor, high: Tensor) -> None:
-        """Let the extremes `[C]` of the batch so far take in others."""
+        """Extends the extremes `[C]` of the batch so far by others."""
         with torch.no_grad():
             self.batch_min.copy_(torch.minimum(self.batch_min, low))
             self.batch_max.copy_(torch.maximum(self.batch_max, high))
 
     @property
     def _watches(self) -> bool:
-        """Whether the batch's extremes are wanted of this call."""
+        """True where this call notes the batch's extremes."""
         return self.moving and self.observing and self.training
 
     def _is_plain(self) -> bool:
-        """Whether a forward pass is `fake_quantize` with one scale and nothing else."""
+        """Returns True where a forward pass is `fake_quantize` with one scale and nothing else."""
         plain = self.takes_kernels and not self.per_channel
         return plain and self.rounds_to_nearest and self.collector is None and not self.starts and not self.is_suspended
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
-        """Fold one batch's extremes `[C]` (over all ranks) into the moving range and empty the batch buffers.
+        """Folds one batch's extremes `[C]` (over all ranks) into the moving range and empties the batch buffers.
 
         Raises:
             CalibrationError: naming the layer when they are NaN or Inf.

@@ -1,4 +1,4 @@
-"""The contract of every quantizer: a module that maps a tensor to its quantized values.
+"""Contract of every quantizer: a module that maps a tensor to its quantized values.
 
 A quantizer has one `spec`, belongs to one tensor of one layer (`name`, for messages), and is in one of
 these states, all of which live in its `state_dict`:
@@ -13,7 +13,7 @@ pass on), `observing` (training: keep a running range, committed once a batch), 
 range although disabled, for a layer that no batch has reached) and `suspension` (a run has not found the ranges yet).
 
 Where a plan lowers the precision step by step, the quantizer of the last stage holds those of the `earlier`
-ones. All of them watch the data, one quantizes; which one is in the `state_dict`, too.
+ones. All of them watch the data, one quantizes; its index is in the `state_dict`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WITH_GRADIENT = {"clipped": fake_quantize, "mad": fake_quantize_mad, "identity"
 
 
 class Levels(NamedTuple):
-    """The outermost values that the levels stand for, and the step between levels there."""
+    """Outermost values of the levels, and the step between levels there."""
 
     low: Tensor
     high: Tensor
@@ -54,7 +54,7 @@ class Levels(NamedTuple):
 
 
 class Suspension:
-    """Held by all quantizers of a model that a run will give its ranges: until then its evaluation is float.
+    """Switch shared by all quantizers of a model that waits for its ranges: until then it evaluates float.
 
     Copies of the model share it: they are quantized from the same moment.
     """
@@ -67,7 +67,7 @@ class Suspension:
 
 
 class Quantizer(nn.Module):
-    """Base class. A subclass gives `quantize_values`, `qparams` and `load_sample`.
+    """Base class of quantizers; a subclass defines `quantize_values`, `qparams` and `load_sample`.
 
     Args:
         spec: how to quantize.
@@ -108,35 +108,34 @@ class Quantizer(nn.Module):
         self._written: int | None = None
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        """Fake-quantized `x`: same shape and dtype."""
+        """Returns fake-quantized `x`, of the same shape and dtype."""
         raise NotImplementedError
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point now in force, of the shape that broadcasts against the blocks of the tensor."""
+        """Returns the scale and zero point in force, broadcastable against the blocks of the tensor."""
         raise NotImplementedError
 
     def bounds_to_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for clipping bounds, of their shape; a format with scales of its own overrides this."""
+        """Returns scale and zero point of clipping bounds; a format with scales of its own overrides this."""
         return qparams_from_bounds(minimum, maximum, self.spec.grid)
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
-        """Outermost levels and their step, broadcastable against the blocks `x` of the tensor; None where they follow
-        each vector."""
+        """Returns the outermost levels and their step, broadcastable to the blocks `x`; None where vectors differ."""
         scale, zero_point = self.qparams(x)
         return Levels(*bounds_from_qparams(scale, zero_point, self.spec.grid), scale)
 
     def load_sample(self, sample: Sample) -> None:
-        """Set the range from statistics, in place; the quantizer is calibrated afterwards."""
+        """Sets the range from statistics, in place; the quantizer is calibrated afterwards."""
         raise NotImplementedError
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switch quantization on or off."""
+        """Switches quantization on or off."""
         if enabled != self.is_enabled:
             self._enabled = enabled
             self._write("enabled", enabled)
 
     def set_calibrated(self, calibrated: bool = True) -> None:
-        """Mark the range as found (or as lost)."""
+        """Marks the range as found (or as lost)."""
         if calibrated != self.is_calibrated:
             self._calibrated = calibrated
             self._write("calibrated", calibrated)
@@ -146,7 +145,7 @@ class Quantizer(nn.Module):
         self._written = None if self._written is None else self._written + 1
 
     def follow_buffers(self) -> None:
-        """Read the switches anew if somebody has written to them in place: a weight average, whose copy this is.
+        """Reads the switches again if somebody has written to them in place, such as a weight average.
 
         Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code
         the switches are those of the last call outside of it.
@@ -167,7 +166,7 @@ class Quantizer(nn.Module):
         self._stage = int(self.stage) if self.starts else 0
 
     def forget_switches(self) -> None:
-        """Read them at the next call, whatever was written to."""
+        """Has the switches read again at the next call."""
         self._written = None
 
     def train(self, mode: bool = True) -> Any:
@@ -181,24 +180,24 @@ class Quantizer(nn.Module):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether it quantizes, once calibrated."""
+        """True where it quantizes, once calibrated."""
         self.follow_buffers()
         return self._enabled
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether it has a range."""
+        """True where it has a range."""
         self.follow_buffers()
         return self._calibrated
 
     @property
     def lacks_range(self) -> bool:
-        """Whether it must be calibrated before it can quantize, and is not."""
+        """True where it must be calibrated before it can quantize, and is not."""
         return self.needs_calibration and not self.is_calibrated
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the model evaluates float because it waits for its first ranges."""
+        """True where the model evaluates float because it waits for its first ranges."""
         return self.suspension is not None and self.suspension.active and not self.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class Quantizer(nn.Module):
         return x
 
     def watch(self, x: Tensor) -> None:
-        """Gather what ranges come from: always in a calibration, where told to in training."""
+        """Gathers statistics for ranges: always in a calibration, in training where that is switched on."""
         self.follow_buffers()
         if self.collector is not None:
             self.collect(x)
@@ -234,7 +233,7 @@ class Quantizer(nn.Module):
                 self.collect_first(x)
 
     def apply_to(self, x: Tensor) -> Tensor:
-        """`x` as this quantizer's state wants it: quantized, or as it is."""
+        """Returns `x` as this quantizer's state wants it: quantized or unchanged."""
         if self.collector is not None or self.is_suspended:
             return x
         if not self._enabled:
@@ -249,8 +248,7 @@ class Quantizer(nn.Module):
         return self.quantize_values(x)
 
     def pass_on(self, x: Tensor) -> Tensor:
-        """`x` as it is. While gradients flow, learned ranges are touched with weight 0: DDP refuses parameters without
-        gradient."""
+        """Returns `x` unchanged; with gradients, learned ranges take part with weight 0, as DDP demands."""
         if self.training and torch.is_grad_enabled():
             for parameter in self.parameters(recurse=False):
                 if parameter.requires_grad:
@@ -258,18 +256,23 @@ class Quantizer(nn.Module):
         return x
 
     def rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Fake-quantized `x` on the spec's integer grid, with the spec's rounding and gradient."""
+        """Returns `x` on the spec's integer grid, with the spec's rounding and gradient.
+
+        Args:
+            x: float.
+            scale, zero_point: broadcastable to `x`.
+        """
         if self.spec.stochastic and self.training:
             return fake_quantize_stochastic(x, scale, zero_point, self.spec.grid, self.noise(x))
         return _WITH_GRADIENT[self.spec.gradient](x, scale, zero_point, self.spec.grid)
 
     @property
     def rounds_to_nearest(self) -> bool:
-        """Whether `rounded` is `fake_quantize`, now."""
+        """True where `rounded` is `fake_quantize` now."""
         return self._rounds_to_nearest and not (self._rounds_at_random and self.training)
 
     def noise(self, x: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) shaped like `x`: a function of the seed, the tensor's name and the batches so far.
+        """Returns uniform numbers in [0, 1) shaped like `x`, from the seed, the tensor's name and the batches so far.
 
         Gradient checkpointing repeats them, a resumed run continues them, and all ranks draw the same for a weight.
         """
@@ -279,18 +282,18 @@ class Quantizer(nn.Module):
         return torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
 
     def draw_key(self, x: Tensor) -> str:
-        """What else its random numbers depend on."""
+        """Returns what else its random numbers depend on."""
         return ""
 
     def next_draw(self) -> None:
-        """A training batch is over: stochastic rounding draws new numbers."""
+        """Ends a training batch: stochastic rounding draws new numbers."""
         if self.spec.stochastic:
             self.follow_buffers()
             self._draws += 1
             self._write("draws", self._draws)
 
     def add_earlier(self, earlier: Sequence[Quantizer | Unquantized], starts: Sequence[Moment | None]) -> None:
-        """Make this the last of several stages.
+        """Makes this the last of several stages.
 
         Args:
             earlier: what comes before, in order.
@@ -302,12 +305,12 @@ class Quantizer(nn.Module):
         self.register_buffer("stage", torch.full((1,), self._stage, dtype=torch.int64))
 
     def stages(self) -> Iterator[Any]:
-        """The quantizers of all stages, this one last."""
+        """Yields the quantizers of all stages, this one last."""
         yield from self.earlier if self.starts else ()
         yield self
 
     def set_stage(self, epoch: int, step: int) -> bool:
-        """Go to the stage of this moment; whether that changed anything."""
+        """Goes to the stage of this moment; returns True if that is another one."""
         self.follow_buffers()
         reached = [index for index, start in enumerate(self.starts) if start is None or start.reached(epoch, step)]
         if not reached or reached[-1] == self._stage:
@@ -318,20 +321,20 @@ class Quantizer(nn.Module):
 
     @property
     def current(self) -> Any:
-        """The quantizer in force: itself unless an earlier stage is; None where that one is float."""
+        """Quantizer in force: itself unless an earlier stage is; None where that one is float."""
         self.follow_buffers()
         stage = self.earlier[self._stage] if self.starts and self._stage < len(self.earlier) else self
         return stage if isinstance(stage, Quantizer) else None
 
     def collect(self, x: Tensor) -> None:
-        """Add a batch to the collector (calibration)."""
+        """Adds a batch to the collector (calibration)."""
         raise NotImplementedError
 
     def collect_first(self, x: Tensor) -> None:
-        """Gather what the first range comes from, in training; no effect on quantizers that need no data."""
+        """Gathers statistics for the first range, in training; no effect on quantizers that need no data."""
 
     def observe(self, x: Tensor) -> None:
-        """Watch a training batch; no effect on quantizers without a moving range."""
+        """Notes a training batch; no effect on quantizers without a moving range."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         # `model.bfloat16()` and precision="bf16-true" must not round statistics and scales: an EMA of 2.0
@@ -372,20 +375,20 @@ class Quantizer(nn.Module):
 
 
 class Unquantized(nn.Module):
-    """A stage that leaves the tensor float."""
+    """Stage that leaves the tensor float."""
 
     scales_output = False
 
     def watch(self, x: Tensor) -> None:
-        """Nothing to see."""
+        """Does nothing."""
 
     def apply_to(self, x: Tensor) -> Tensor:
-        """`x` itself."""
+        """Returns `x` itself."""
         return x
 
     pass_on = apply_to
 
 
 def float32(value: float, shape: tuple[int, ...]) -> Tensor:
-    """A new tensor of statistics: float32 although the Trainer's precision may have set another default dtype."""
+    """Returns a new tensor of statistics: float32, whatever default dtype the Trainer's precision has set."""
     return torch.full(shape, value, dtype=torch.float32)

@@ -20,7 +20,7 @@ from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class SignWeightQuantizer(WeightQuantizer):
-    """-1 and +1 (see `lq_plugin.functional.binary_connect`).
+    """Weights of -1 and +1 (see `lq_plugin.functional.binary_connect`).
 
     Stochastic binarization draws in training. It is evaluated with the deterministic sign, or, as in the paper's
     stochastic experiments, with the real-valued weights (`sign:float_eval`).
@@ -44,8 +44,7 @@ class SignWeightQuantizer(WeightQuantizer):
 
 
 class BWNWeightQuantizer(WeightQuantizer):
-    """Sign times the mean magnitude, both found anew from the weight at each call (see
-    `lq_plugin.functional.xnor_net`)."""
+    """Weights of -α and +α, the mean magnitude at each call (see `lq_plugin.functional.xnor_net`)."""
 
     latent_bound = LATENT_BOUND
 
@@ -58,7 +57,7 @@ class BWNWeightQuantizer(WeightQuantizer):
         return Levels(-alpha, alpha, 2 * alpha)
 
     def scale_of(self, w: Tensor | None) -> Tensor:
-        """α of the weight's blocks."""
+        """Returns α of the weight's blocks."""
         if w is None:
             raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks")
         return filter_scale(w, self.scale_shape, self.counts(w.device))
@@ -70,7 +69,7 @@ class BWNWeightQuantizer(WeightQuantizer):
 
 
 class SignActivationQuantizer(ActivationQuantizer):
-    """-1 and +1 (BNN)."""
+    """Activations of -1 and +1 (BNN)."""
 
     needs_calibration = False
 
@@ -86,8 +85,7 @@ class SignActivationQuantizer(ActivationQuantizer):
 
 
 class XNORActivationQuantizer(SignActivationQuantizer):
-    """-1 and +1; the layer multiplies its output by K, the mean magnitude of each window (see
-    `QuantizedLayer.output_scale`)."""
+    """Activations of -1 and +1; the layer multiplies its output by K, the mean magnitude of each window."""
 
     scales_output = True
 

@@ -28,25 +28,25 @@ _FACTORS = {"mxint8": 64, "mxfp4": 2, "mxfp6_e2m3": 8, "mxfp6_e3m2": 16}
 
 
 def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
-    """Element format and scale mode of an OCP MX spec; the specification's `floor` unless it names another."""
+    """Returns element format and scale mode of an OCP MX spec, by default the specification's `floor`."""
     return ELEMENTS[spec.format_name], cast(ScaleMode, next(iter(spec.format_options), "floor"))
 
 
 class BlockWeightQuantizer(WeightQuantizer):
-    """A weight whose scales follow from its values at each call."""
+    """Weight quantizer whose scales follow from the weight at each call."""
 
     element: Minifloat
 
     def block_scale(self, w: Tensor) -> Tensor:
-        """The scale of each of the weight's blocks, broadcastable to them."""
+        """Returns the scale of each of the weight's blocks, broadcastable to them."""
         raise NotImplementedError
 
     def quantize_blocks(self, w: Tensor) -> Tensor:
-        """Fake-quantized blocks."""
+        """Returns fake-quantized blocks."""
         raise NotImplementedError
 
     def block_rule(self, w: Tensor) -> BlockRule:
-        """What the kernels are to do with a weight: the same."""
+        """Returns the same computation as a rule for the kernels."""
         raise NotImplementedError
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,7 @@ class OCPActivationQuantizer(VectorActivationQuantizer):
 
 
 class NVFP4ActivationQuantizer(VectorActivationQuantizer):
-    """Activations in NVFP4. The tensor's scale is calibrated, so that what a sample gets does not depend on its
-    batch."""
+    """Activations in NVFP4, with a calibrated scale of the tensor: a sample's result does not depend on its batch."""
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         return fake_quantize_nvfp4(vectors, self.scale)

@@ -21,7 +21,7 @@ from lq_plugin.ranges import Sample
 
 
 class CodebookWeightQuantizer(WeightQuantizer):
-    """A table of 2^b centroids and an index for each weight (see `lq_plugin.functional.codebook`).
+    """Table of 2^b centroids and an index for each weight (see `lq_plugin.functional.codebook`).
 
     `calibrate` finds both from the weight. The optimizer then trains the centroids; the indices stay (`fixed`, the
     paper's), or the weight under them is trained on and each epoch starts with the nearest centroid (`reassign`).
@@ -42,7 +42,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
         self.reassign = "reassign" in words
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The largest magnitude of each table; there is no zero point."""
+        """Returns the largest magnitude of each table; there is no zero point."""
         largest = self.centroids.detach().abs().amax(1).reshape(self.scale_shape)
         return largest, torch.zeros_like(largest)
 
@@ -63,7 +63,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
         return self._from_rows(values)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of `to_rows`: channels are dim 0, the one dim a codebook may be kept along."""
+        """Returns the inverse of `to_rows`: channels are dim 0, the only dim along which a codebook may be kept."""
         return rows.reshape(self.shape)
 
     def calibrate(self, weight: Tensor) -> None:

@@ -24,13 +24,26 @@ _LEARNED_ACTIVATIONS = {"lsq": LSQActivationQuantizer, "pact": PACTActivationQua
 
 
 def integer_weight(spec: QuantSpec, name: str, shape: tuple[int, ...]) -> WeightQuantizer:
-    """Returns the quantizer of an integer weight: with a learned step size, or with a range from statistics."""
+    """Returns the quantizer of an integer weight: with a learned step size, or with a range from statistics.
+
+    Args:
+        spec: of the weight.
+        name: for messages.
+        shape: of the weight.
+    """
     kind = LSQWeightQuantizer if spec.range_name == "lsq" else WeightQuantizer
     return kind(spec, name, shape)
 
 
 def integer_activation(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> ActivationQuantizer:
-    """Returns the quantizer of an integer activation, by its range and granularity."""
+    """Returns the quantizer of an integer activation, by its range and granularity.
+
+    Args:
+        spec: of the activation.
+        name: for messages.
+        channels: size of the channel axis.
+        channel_axis: axis of the channels.
+    """
     plain = VectorActivationQuantizer if isinstance(spec.granularity, PerGroup) else ActivationQuantizer
     return _LEARNED_ACTIVATIONS.get(spec.range_name, plain)(spec, name, channels, channel_axis)
 

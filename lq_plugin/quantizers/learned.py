@@ -97,7 +97,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
 
 
 def _zero_point(quantizer: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """A parameter where the grid may shift, a buffer of zeros elsewhere."""
+    """Returns a parameter where the grid may shift, a buffer of zeros elsewhere."""
     if cast(WeightQuantizer, quantizer).spec.affine:
         return nn.Parameter(float32(0.0, shape))
     quantizer.register_buffer("zero_point", zeros := float32(0.0, shape))
@@ -109,7 +109,7 @@ def _band(spec: QuantSpec) -> Band:
 
 
 def _effective(quantizer: WeightQuantizer | ActivationQuantizer) -> tuple[Tensor, Tensor]:
-    """What the learned values stand for: positive steps, whole zero points on the grid."""
+    """Returns the learned values as used: positive steps, integer zero points on the grid."""
     grid = quantizer.spec.grid
     scale = quantizer.scale.detach().abs().clamp(min=MIN_SCALE)
     return scale, quantizer.zero_point.detach().round().clamp(grid.quant_min, grid.quant_max)

@@ -21,7 +21,7 @@ class MXWeightQuantizer(WeightQuantizer):
     """Weights in MX4, MX6 or MX9 (see `lq_plugin.functional.mx`)."""
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The step of each element of the blocks `x`; there is no zero point."""
+        """Returns the step of each element of the blocks `x`; there is no zero point."""
         if x is None:
             raise ValueError(f"{self.name}: the steps of {self.spec} follow the weight; pass its blocks to qparams")
         step = mx_step(x.detach(), self.spec.bit_width - 1)

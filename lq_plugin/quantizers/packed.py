@@ -1,4 +1,4 @@
-"""The weight of a model that was read from a packed file."""
+"""Quantizer of weights that were read from a packed file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lq_plugin.quantizers.weight import WeightQuantizer
 
 
 class PackedWeightQuantizer(WeightQuantizer):
-    """Stands for the quantizer that made the weight: its values lie on the levels already and pass unchanged.
+    """Quantizer of a weight whose values lie on the levels already and pass unchanged.
 
     The file holds no latent weight, so that there is nothing to train.
     """
@@ -23,7 +23,7 @@ class PackedWeightQuantizer(WeightQuantizer):
         self.set_calibrated()
 
     def hold(self, weight: Tensor) -> None:
-        """Keep the values themselves: those of the parameter are another one's, which it is tied to."""
+        """Keeps the values themselves, where the parameter is tied and holds another layer's."""
         self.register_buffer("values", weight)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:

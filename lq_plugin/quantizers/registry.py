@@ -1,4 +1,4 @@
-"""The door for formats: `register_format` says in one call how a format is written, computed and stored.
+"""Registry of formats: one call of `register_format` says how a format is written, computed and stored.
 
 A new format whose values are integers times a scale is one file like this one, which a project imports before it parses
 its plans::
@@ -39,7 +39,7 @@ from lq_plugin.quantizers.weight import WeightQuantizer
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a stored weight.
+    """Tensor of a stored weight.
 
     Args:
         values: integers, or float32 numbers.
@@ -63,7 +63,7 @@ def no_statistics(quantizer: Any, w: Tensor) -> Statistics:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weights of a format are taken apart for a packed file, and put together again, bit for bit.
+    """Encoder and decoder of a format's weights for packed files; decoding is bit-exact.
 
     Args:
         encode: `(quantizer, blocks of some rows, *statistics of these rows)` to parts; one is called `codes`, has a
@@ -83,7 +83,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Container:
-    """A weight as ONNX holds it: integers, and what turns them into real numbers.
+    """Weight as ONNX holds it: integers, and what turns them into real numbers.
 
     `w = (q - zero_point) · scale` (DequantizeLinear with axis or block_size), or `w = table[q]` (Gather).
 
@@ -122,7 +122,7 @@ class Container:
 
 @dataclass(frozen=True)
 class FormatCode:
-    """The code of a format; arguments as in `register_format`."""
+    """Code of a format; arguments as in `register_format`."""
 
     weight: Callable[[QuantSpec, str, tuple[int, ...]], WeightQuantizer] | None = None
     activation: Callable[[QuantSpec, str, int, int], ActivationQuantizer] | None = None

@@ -1,4 +1,4 @@
-"""What several layers read is quantized once: the input of queries, keys and values, of a gate and what it gates."""
+"""Inputs that several layers read, quantized once: of queries, keys and values, of a gate and its partner."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Entry(NamedTuple):
 
 
 class SharedInput:
-    """The tensor that one layer of a module quantized last, for the others that may read it, too.
+    """Tensor that one layer of a module quantized last, for other layers that may read it.
 
     It is held while the module's forward runs, between the hooks `enter` and `leave`, and in neither of these cases:
     torch.compile traces; something watches or rewrites operations; the tensor's changes cannot be told (inference
@@ -37,19 +37,19 @@ class SharedInput:
         return SharedInput, ()
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Before the module's forward."""
+        """Begins a call of the module."""
         if not torch.compiler.is_compiling():
             self._depth += 1
             self._packing = _packing()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it, also where it raised."""
+        """Ends a call of the module, also after an exception."""
         if not torch.compiler.is_compiling():
             self._depth = max(self._depth - 1, 0)
             self._entry = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether this call may share."""
+        """Returns True where this call may share."""
         if (
             not self._depth
             or _top_hooks is None
@@ -65,11 +65,11 @@ class SharedInput:
         )
 
     def once(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What `make` gave for the same tensor and key before, or gives now.
+        """Returns what `make` gave for the same tensor and key before, or gives now.
 
         Args:
             x: that `takes` holds for.
-            key: all that the result depends on beside `x`.
+            key: everything else that the result depends on.
             make: the result.
         """
         key = (*key, torch.is_grad_enabled())
@@ -84,6 +84,6 @@ _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks"
 
 
 def _packing() -> Any:
-    """The function that packs what autograd saves now, None where there is none."""
+    """Returns the function that packs what autograd saves now, or None."""
     hooks = None if _top_hooks is None else _top_hooks(False)
     return None if hooks is None else hooks[0]

@@ -19,10 +19,10 @@ from lq_plugin.ranges import Sample
 
 
 class TWNWeightQuantizer(WeightQuantizer):
-    """-α, 0, +α, threshold and scale found anew from the weight at each call (see `lq_plugin.functional.twn`)."""
+    """Weights of -α, 0, +α; threshold and scale follow the weight (see `lq_plugin.functional.twn`)."""
 
     def threshold_and_scale(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Δ and α of the weight's blocks, broadcastable to them."""
+        """Returns Δ and α of the weight's blocks, broadcastable to them."""
         rows = to_rows(w.detach(), self.scale_shape)
         words = self.spec.format_options
         if "exact" in words:
@@ -49,7 +49,7 @@ class TWNWeightQuantizer(WeightQuantizer):
 
 
 class TTQWeightQuantizer(WeightQuantizer):
-    """-Wn, 0, +Wp with trained scales (see `lq_plugin.functional.ttq`).
+    """Weights of -Wn, 0, +Wp with trained scales (see `lq_plugin.functional.ttq`).
 
     They start as TWN's scale of the weights on their side: the paper's start, 1, is far from the size of a weight.
     Their gradients are divided by the square root of the number of weights they sum over, so that the learning rate
@@ -71,7 +71,7 @@ class TTQWeightQuantizer(WeightQuantizer):
         return torch.maximum(positive, negative), torch.zeros_like(positive)
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Wp and Wn."""
+        """Returns Wp and Wn."""
         return self.positive.detach(), self.negative.detach()
 
     def levels(self, x: Tensor | None = None) -> Levels:
@@ -79,7 +79,7 @@ class TTQWeightQuantizer(WeightQuantizer):
         return Levels(-negative, positive, torch.maximum(positive, negative))
 
     def threshold(self, w: Tensor) -> Tensor:
-        """Δ of the weight's blocks."""
+        """Returns Δ of the weight's blocks."""
         return self.factor * w.detach().float().abs().amax(reduced_dims(self.scale_shape), keepdim=True)
 
     def quantize_values(self, x: Tensor) -> Tensor:

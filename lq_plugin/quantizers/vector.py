@@ -17,7 +17,7 @@ from lq_plugin.quantizers.activation import ActivationQuantizer
 
 
 class VectorActivationQuantizer(ActivationQuantizer):
-    """VS-Quant for activations (see `lq_plugin.functional.vs_quant`): vectors of `group_size` channels.
+    """VS-Quant for activations, in vectors of `group_size` channels (see `lq_plugin.functional.vs_quant`).
 
     γ is fixed before the forward pass, by calibration or EMA, so that what a sample gets does not depend on the
     batch it is in; the integer scale of each vector is found from the vector itself. A range smaller than the data
@@ -44,17 +44,17 @@ class VectorActivationQuantizer(ActivationQuantizer):
         return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
 
     def block_rule(self) -> BlockRule:
-        """What the kernels are to do: the same as `rounded_vectors`."""
+        """Returns the computation of `rounded_vectors` as a rule for the kernels."""
         bits = cast(int, self.group.scale_bits)
         return vector_rule(self.group.group_size, self.spec.grid, bits, (self.scale / (2**bits - 1)).item())
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
-        """Fake-quantized `[N, G, V, *spatial]`."""
+        """Returns fake-quantized `[N, G, V, *spatial]`."""
         scale = self.vector_scale(vectors.detach())
         return self.rounded(vectors, scale, torch.zeros_like(scale))
 
     def vector_scale(self, vectors: Tensor) -> Tensor:
-        """Scales for `[N, G, V, *spatial]`, broadcastable to it."""
+        """Returns scales for `[N, G, V, *spatial]`, broadcastable to it."""
         bits = cast(int, self.group.scale_bits)
         shape = (*vectors.shape[:2], 1, *vectors.shape[3:])
         scale, _ = qparams_from_bounds(*extremes(vectors, shape), self.spec.grid)

@@ -38,7 +38,7 @@ _IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams", "_from_bounds"
 
 
 class WeightQuantizer(Quantizer):
-    """Quantizes a weight `[C_out, C_in, *kernel]`.
+    """Quantizer of a weight `[C_out, C_in, *kernel]`.
 
     A `minmax` range is taken from the weight at every call. Other ranges are estimated by
     `calibrate(weight)` and stay until the next call; `QAT` calls it at the start of each epoch.
@@ -82,12 +82,12 @@ class WeightQuantizer(Quantizer):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the qparams were set by `fix`."""
+        """True where `fix` has set the qparams."""
         self.follow_buffers()
         return self._fixed
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set the qparams for good; `calibrate` no longer changes them. Shapes as `self.scale`."""
+        """Sets the qparams, shaped like `self.scale`, for good: `calibrate` no longer changes them."""
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -116,7 +116,7 @@ class WeightQuantizer(Quantizer):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point; a live range needs `x`, the blocks of the weight."""
+        """Returns scale and zero point; a live range needs `x`, the blocks of the weight."""
         if self._fixed or not self.live:
             return self.scale, self.zero_point
         if x is None:
@@ -125,8 +125,7 @@ class WeightQuantizer(Quantizer):
         return self._from_bounds(*extremes(x, self.scale_shape))
 
     def _from_bounds(self, minimum: Tensor, maximum: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for bounds shaped like the scales; with the `sample` they come from, `mse` measures
-        integer scales."""
+        """Returns scale and zero point of bounds shaped like the scales; `mse` measures integer scales on `sample`."""
         scale, zero_point = self.bounds_to_qparams(minimum, maximum)
         group = self.spec.granularity
         if isinstance(group, PerGroup) and group.scale_bits is not None:
@@ -160,8 +159,7 @@ class WeightQuantizer(Quantizer):
         return unblocks(self.rounded(w, scale, zero_point), x.shape, group)
 
     def takes_rows(self, reading: Reading) -> bool:
-        """Whether `quantize_rows` may stand for a call, now: what a row becomes depends on it and on known qparams
-        alone."""
+        """Returns True where `quantize_rows` may replace a call: each row depends on itself and known qparams only."""
         if (
             self.starts
             or self.collector is not None
@@ -180,7 +178,7 @@ class WeightQuantizer(Quantizer):
         return self.takes_kernels and has_row_scales(self.spec.granularity) and not drawn
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
-        """`quantize_values(weight)[index]`, of the rows that are read alone; where `takes_rows` says so.
+        """Returns `quantize_values(weight)[index]` from the rows that are read alone, where `takes_rows` is True.
 
         Args:
             weight: `[rows, columns]`.
@@ -205,7 +203,7 @@ class WeightQuantizer(Quantizer):
         return unblocks(self.rounded(w, scale, zero_point), rows.shape, group).view(*index.shape, -1)
 
     def _qparams_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a live range; in evaluation of the weight as it was at the last call, while nothing wrote to it."""
+        """Returns the qparams of a live range; in evaluation, kept while nothing writes to the weight."""
         # In compiled code nothing can be remembered from call to call.
         if self.training or torch.compiler.is_compiling() or weight.is_inference():
             return self.qparams(weight)
@@ -220,12 +218,12 @@ class WeightQuantizer(Quantizer):
         return self
 
     def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
-        """Two-level scales, with γ of the weight as it is: the largest of all scales is that of the extremes."""
+        """Returns two-level scales as a rule for the kernels, with γ from the weight's extremes."""
         largest, _ = qparams_from_bounds(*extremes(x, (1,) * x.ndim), self.spec.grid)
         return vector_rule(size, self.spec.grid, scale_bits, coarse_scale(largest, scale_bits).item())
 
     def sample(self, weight: Tensor) -> Sample:
-        """The weight's values, one row for each scale; padding does not enter."""
+        """Returns the weight's values without padding, one row for each scale."""
         rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
         mask = block_mask(self.shape, self.spec.granularity)
         return summarize(
@@ -233,12 +231,12 @@ class WeightQuantizer(Quantizer):
         )
 
     def counts(self, device: torch.device) -> Tensor | None:
-        """How many elements share each scale, shaped like the scales; None where no ragged group makes them differ."""
+        """Returns the number of elements of each scale, shaped like the scales; None where all are equal."""
         mask = block_mask(self.shape, self.spec.granularity)
         return None if mask is None else mask.to(device).sum(reduced_dims(self.scale_shape), keepdim=True)
 
     def calibrate(self, weight: Tensor) -> None:
-        """Find the range from the weight.
+        """Finds the range from the weight.
 
         Raises:
             CalibrationError: naming the layer when the weight has NaN or Inf.
@@ -246,7 +244,7 @@ class WeightQuantizer(Quantizer):
         self.load_sample(self.sample(weight))
 
     def new_epoch(self, weight: Tensor) -> None:
-        """Follow the weight once an epoch: a range that is estimated and not learned is found anew."""
+        """Follows the weight once an epoch: finds an estimated range again, unless it is learned."""
         if self.needs_calibration and not self.spec.learned:
             self.calibrate(weight)
 
