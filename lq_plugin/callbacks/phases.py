@@ -38,7 +38,7 @@ class TrainerContext(PhaseContext):
         calibration_batches: how many batches each rank reads.
         calibration_step: runs the module on a batch; its own step when None.
         ledger: of the module.
-        title: in front of messages.
+        title: put before messages.
     """
 
     model: LightningModule

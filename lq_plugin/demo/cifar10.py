@@ -136,7 +136,15 @@ def _as_is(batch: Any) -> Any:
 def image_loader(
     images: Tensor, labels: Tensor, batch_size: int, augment: bool = False, shuffle: bool = False
 ) -> DataLoader[Any]:
-    """Batches of normalised images float32 `[N, 3, H, W]` and labels int64 `[N]`."""
+    """Returns a loader of batches: normalised images float32 `[N, 3, H, W]` and labels int64 `[N]`.
+
+    Args:
+        images: uint8 `[N, 3, H, W]`.
+        labels: int64 `[N]`.
+        batch_size: images of a batch.
+        augment: crop and flip at random.
+        shuffle: another order in each epoch.
+    """
     return DataLoader(_Images(images, labels, augment), batch_size=batch_size, shuffle=shuffle, collate_fn=_as_is)
 
 

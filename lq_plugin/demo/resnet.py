@@ -27,6 +27,10 @@ class BasicBlock(nn.Module):
     """The basic block: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)).
 
     The shortcut is a stride-2 slice and zero pad (option A).
+
+    Args:
+        in_channels, channels: of input and output.
+        stride: of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:

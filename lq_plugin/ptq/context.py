@@ -166,4 +166,9 @@ class PhaseContext:
         log.warning("%s", message)
 
     def show(self, title: str, done: int, total: int) -> None:
-        """Show how far a long part of the phase is, where progress is shown; inside `passes`."""
+        """Show how far a long part of the phase is, where progress is shown; inside `passes`.
+
+        Args:
+            title: of the part.
+            done, total: steps.
+        """

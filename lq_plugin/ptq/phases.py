@@ -62,7 +62,7 @@ def run_phases(
         The context, with the ledger, the recorded pass, and the result of each phase by its name.
 
     Raises:
-        PlanError: phases or a plan that cannot be. The model is unchanged then.
+        PlanError: impossible phases, or a plan that does not fit. The model is unchanged then.
         CalibrationError: no batches, or a model that is not prepared where `plan` is None.
 
     >>> import torch

@@ -112,7 +112,7 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
 
 
 def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse phases that do not exist, in an order that cannot be, or with options that they do not have.
+    """Refuse unknown phases, impossible orders and options that a phase does not have.
 
     Args:
         phases: names in their order.
@@ -127,7 +127,7 @@ def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]
             f"unknown phases {unknown}; valid: {', '.join(PHASES)}.{did_you_mean(str((unknown or [''])[0]), PHASES)}"
         )
     faults = [] if "calibrate" in phases else ["they lack 'calibrate': without it there are no ranges"]
-    faults += [f"{name} stands there twice" for name in dict.fromkeys(phases) if phases.count(name) > 1]
+    faults += [f"{name} is named twice" for name in dict.fromkeys(phases) if phases.count(name) > 1]
     for name in dict.fromkeys(phases):
         mine, phase = phases.index(name), PHASES[name]
         faults += [

@@ -137,7 +137,7 @@ def test_options_are_checked_at_once():
         (["equalize", "fold_batch_norm", "calibrate"], "put equalize after fold_batch_norm"),
         (["bias_correct", "calibrate"], "put bias_correct after calibrate"),
         (["calibrate", "bias_correct", "correct_batch_norm"], "use bias_correct or correct_batch_norm, not both"),
-        (["calibrate", "calibrate"], "calibrate stands there twice"),
+        (["calibrate", "calibrate"], "calibrate is named twice"),
         (["fold_batch_norm", "reestimate_batch_norm", "calibrate"], "put reestimate_batch_norm before fold_batch_norm"),
         (["calibrte"], "Did you mean 'calibrate'"),
     ],

@@ -158,7 +158,7 @@ def test_refusals_change_nothing() -> None:
     mine = quantized(model, batches)
     with pytest.raises(CalibrationError, match="0 batches"):
         correct_batch_norm(mine, [])
-    with pytest.raises(CalibrationError, match=r"NaN or Inf in front of '1'"):
+    with pytest.raises(CalibrationError, match=r"NaN or Inf at the input of '1'"):
         correct_batch_norm(mine, [batches[0], torch.full_like(batches[0], torch.nan)])
     prepared = copy.deepcopy(model)
     prepare(prepared, "w2a4")

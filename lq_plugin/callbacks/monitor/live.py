@@ -86,10 +86,14 @@ class History:
 
 
 def losses(trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
-    """Loss of one batch, quantized and float, by the module's own validation step in evaluation mode.
+    """Returns the loss of one batch, quantized and float, by the module's own validation step in evaluation mode.
 
     The loss is what the step returns, or what it logs under a name with `loss` in it. Without such a step, or such a
     name, there is none. Weights, running statistics, metrics and random states are as before afterwards.
+
+    Args:
+        trainer, pl_module: of the run.
+        batch: on the module's device.
     """
     if not is_overridden("validation_step", pl_module):
         return {}

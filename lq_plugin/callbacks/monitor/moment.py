@@ -94,7 +94,13 @@ class MonitoredModel:
         return summary(self.priced, self.rows, self.callback.ledger, title, {} if moment == "start" else metrics)
 
     def pages(self, metrics: dict[str, float], training: list[Series], epoch_steps: int | None) -> dict[str, bytes]:
-        """The report page, and what it is made of."""
+        """Returns the report page and its data, by file name.
+
+        Args:
+            metrics: of the run, by name.
+            training: curves over its steps.
+            epoch_steps: optimizer steps of an epoch; None outside of training.
+        """
         callback = self.callback
         data = model_report(
             self.model,

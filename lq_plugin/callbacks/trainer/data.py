@@ -97,6 +97,11 @@ def one_batch(
 
     The batch is that of `one_float_batch`.
 
+    Args:
+        trainer, pl_module: of the run.
+        given: the user's own calibration data, or None.
+        step: the user's own step, or None.
+
     Returns:
         A function, and the samples of its batch: dim 0 of its first tensor; None without a tensor.
 
@@ -116,10 +121,13 @@ def one_float_batch(
 ) -> Callable[[], Any]:
     """Returns a function that runs the module on one batch before the strategy has moved or converted it.
 
-    It runs in float32, where the parameters are.
+    It runs in float32, where the parameters are. The batch is one that `calibration_batches` would give or, where there
+    is no such loader, one of the evaluation at hand.
 
-    The batch is one that `calibration_batches` would give or, where there is no such loader, one of the evaluation at
-    hand.
+    Args:
+        trainer, pl_module: of the run.
+        given: the user's own calibration data, or None.
+        step: the user's own step, or None.
 
     Raises:
         CalibrationError: there is no batch, or no step that takes it.
@@ -171,12 +179,19 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def with_progress(trainer: Trainer, description: str, batches: Iterator[Any], total: int) -> Iterator[Any]:
-    """The same batches with a progress bar, where the Trainer shows one; fewer than `total` may come."""
+    """Returns the same batches with a progress bar, where the Trainer shows one.
+
+    Args:
+        trainer: of the run.
+        description: of the bar.
+        batches: read once.
+        total: how many there are at most.
+    """
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     return iter(rich.progress.track(batches, description, total=total, disable=not shown, transient=True))
 
 
-#: Where calibration data is looked for in vain.
+#: The error where there is no calibration data.
 _NO_LOADER = (
     "no calibration data: neither a datamodule nor the LightningModule has a train_dataloader; give one: "
     "PTQ(plan, dataloader=...)"

@@ -26,7 +26,13 @@ def tuners() -> tuple[type, ...]:
 
 
 def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -> None:
-    """Put a callback of the Trainer in front of all those of some kinds."""
+    """Put a callback of the Trainer before all those of some kinds.
+
+    Args:
+        trainer: that has it.
+        callback: to be moved.
+        kinds: classes of the callbacks that come after it.
+    """
     # A new list: the Trainer is walking along the old one.
     before: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     first = next((index for index, other in enumerate(before) if isinstance(other, kinds)), len(before))

@@ -21,7 +21,11 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def step_runner(trainer: Trainer, pl_module: LightningModule, step: CalibrationStep | None) -> Callable[[Any], Any]:
-    """A function that runs the module on one batch the way its author does, in the Trainer's precision.
+    """Returns a function that runs the module on one batch the way its author does, in the Trainer's precision.
+
+    Args:
+        trainer, pl_module: of the run.
+        step: the user's own step; that of the module when None.
 
     Raises:
         CalibrationError: when the module has no step that can run without training it.
@@ -63,10 +67,14 @@ def loop_of(trainer: Trainer, name: str) -> Any:
 
 
 def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> CalibrationStep:
-    """One of the module's own steps, as a function of the module and a batch.
+    """Returns one of the module's own steps, as a function of the module and a batch.
 
     Where the step fails, the module's hooks at the start of its loop may have been missing: they are called, and the
     step again.
+
+    Args:
+        trainer, pl_module: of the run.
+        name: of the step.
     """
     arguments = _arguments_after_batch(getattr(pl_module, name), loop_of(trainer, name))
     takes_iterator = _takes(getattr(pl_module, name), "dataloader_iter", explicit=True)

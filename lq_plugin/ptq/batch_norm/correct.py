@@ -63,7 +63,7 @@ def correct_batch_norm(
         How far the statistics of each layer moved, and the layers that have none or were not reached.
 
     Raises:
-        CalibrationError: no batches, NaN or Inf in front of a batch norm, or a model that is not prepared or
+        CalibrationError: no batches, NaN or Inf at the input of a batch norm, or a model that is not prepared or
             calibrated. Nothing is changed then.
         QuantizationError: names in `layers` that are no batch norm.
 
@@ -153,6 +153,17 @@ def _gain(float_variance: Tensor, quantized_variance: Tensor, eps: float) -> Ten
 
 
 def apply_correction(watches: dict[str, OutputWatch]) -> dict[str, BatchNormShift]:
+    """Move running means and variances by what all batches of all processes have shown.
+
+    Args:
+        watches: by name of the batch norm, after the last batch.
+
+    Returns:
+        The change of each batch norm that a batch has reached.
+
+    Raises:
+        CalibrationError: NaN or Inf at the input of a batch norm. Nothing is changed then.
+    """
     floats = {name: watch.float_pool for name, watch in watches.items()}
     quantized = {name: watch.quantized_pool for name, watch in watches.items()}
     merge_ranks(floats)
@@ -166,7 +177,7 @@ def apply_correction(watches: dict[str, OutputWatch]) -> dict[str, BatchNormShif
     ]
     if broken:
         raise CalibrationError(
-            f"cannot correct batch norm: NaN or Inf in front of {', '.join(map(repr, dict.fromkeys(broken)))}"
+            f"cannot correct batch norm: NaN or Inf at the input of {', '.join(map(repr, dict.fromkeys(broken)))}"
         )
     shifts = {}
     for name in reached:

@@ -1,6 +1,6 @@
 """Batch norm folding without a trace, by what a recorded pass shows to be safe.
 
-In eval mode y = γ · (W x + b - μ) / √(σ² + ε) + β. With s = γ / √(σ² + ε) the layer in front takes
+In eval mode y = γ · (W x + b - μ) / √(σ² + ε) + β. With s = γ / √(σ² + ε) the layer before takes
 W' = s · W and b' = s · b along its output channels, and the batch norm keeps the shift β - μ · s
 alone: weight 1, running mean 0, running variance 1 - ε. No key, module or parameter object
 changes, so the folded `state_dict` loads into the plain model and computes the same there.
@@ -57,7 +57,7 @@ class Refused:
 
 
 def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[Pair], list[Refused]]:
-    """Batch norms that can be folded into the layer in front, and all the others with the reason.
+    """Batch norms that can be folded into the layer before, and all the others with the reason.
 
     Safe means: a linear, convolution or transposed convolution called once; its output, as it is,
     read by the batch norm and by nothing else; the batch norm called once, with affine parameters
@@ -123,7 +123,7 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
     producer = modules.get(producer_call.name) if producer_call.kind == "module" else None
     if not isinstance(producer, (nn.Linear, _ConvNd)):
         return f"its input is made by {producer_call.name!r} ({producer_call.op}), not by a linear or convolution"
-    title = f"{producer_call.name!r} ({producer_call.op}) in front"
+    title = f"{producer_call.name!r} ({producer_call.op}) before it"
     if (times := len(recording.calls_of(producer_call.name))) != 1:
         return f"{title} was called {times} times"
     consumers = recording.consumers_of(producer_call)
@@ -151,6 +151,13 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
 
 
 def sharing_fault(model: nn.Module, names: list[str], readers: dict[str, str]) -> str | None:
+    """Returns why parameters cannot be changed for their own modules alone; None when they can.
+
+    Args:
+        model: that has them.
+        names: of parameters and buffers that are changed together.
+        readers: calls that read a parameter outside of its module, by the parameter's name.
+    """
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     own = {name: tensor for name, tensor in everything if name in names}
     for name, tensor in own.items():
@@ -260,6 +267,11 @@ def _folded_values(producer: nn.Module, bn: nn.Module) -> list[tuple[Tensor, Ten
 
 class FoldedBatchNorms:
     """The result of `fold_batch_norm`, with the way back.
+
+    Args:
+        model: whose batch norms are folded.
+        originals: each changed tensor with its value before.
+        exact: weight and bias of each pair after folding, in float64.
 
     Attributes:
         pairs: the folded pairs.

@@ -20,12 +20,12 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.model.graph.record import without_compile
+from lq_plugin.model.ranks import gathered, world_size
 
 Batch = TypeVar("Batch")
 
@@ -289,11 +289,10 @@ def _watched(layers: dict[str, _BatchNorm], pools: dict[str, MomentPool]) -> Ite
 
 
 def merge_ranks(pools: dict[str, MomentPool]) -> None:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    """Join the pools of all processes, in place; the names are the same in each."""
+    if world_size() == 1:
         return
-    mine = {name: (pool.count, pool.mean, pool.squares) for name, pool in pools.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gathered({name: (pool.count, pool.mean, pool.squares) for name, pool in pools.items()})
     # From empty, in rank order: every rank rounds alike.
     for name in pools:
         pools[name] = MomentPool()

@@ -109,7 +109,7 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
 
 
 def check_iterations(iterations: int = 20) -> None:
-    """Refuse a number of iterations that cannot be.
+    """Refuse an impossible number of iterations.
 
     Raises:
         QuantizationError: no integer, or one below 1.

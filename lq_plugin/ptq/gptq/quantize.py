@@ -104,7 +104,7 @@ def gptq(
     Raises:
         CalibrationError: no batches, a model without ranges, NaN or Inf in a layer's inputs, or a Hessian that is not
             positive definite, by the layer's name. Nothing is changed then.
-        QuantizationError: options that cannot be.
+        QuantizationError: impossible options.
 
     >>> import lq_plugin
     >>> _ = torch.manual_seed(0)
@@ -129,7 +129,10 @@ def check_options(
     correct_batch_norm: bool = True,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> None:
-    """Refuse options that cannot be.
+    """Refuse impossible options.
+
+    Args:
+        dampening, act_order, block_columns, correct_batch_norm, cache_bytes: see `gptq`.
 
     Raises:
         QuantizationError: naming each.

@@ -69,7 +69,13 @@ class Replay:
         return captured
 
     def keep_output(self, name: str, batch: int, call: int, output: Any) -> None:
-        """Note the output of a call that was computed outside; used once the module is done."""
+        """Keep an output that was computed outside; it is used once the module is done.
+
+        Args:
+            name: of the module.
+            batch, call: numbers of the batch and of the module's call on it.
+            output: of the call.
+        """
         self.cache.put((self.kind, name, batch, call), output)
 
     def forget(self) -> None:

@@ -37,7 +37,12 @@ class CallWatch(Generic[Measured]):
         raise NotImplementedError
 
     def corrected(self, x: Tensor, was: Measured, now: Measured) -> Tensor:
-        """Returns the quantized pass's tensor, corrected by what was measured of both."""
+        """Returns the quantized pass's tensor, corrected by what was measured in both passes.
+
+        Args:
+            x: in float32 or wider.
+            was, now: what `measure` returned in the float and in the quantized pass.
+        """
         raise NotImplementedError
 
     def see(self, y: Tensor) -> Tensor:

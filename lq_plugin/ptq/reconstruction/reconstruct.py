@@ -85,7 +85,7 @@ def reconstruct(
 
     Raises:
         CalibrationError: no batches, a model without ranges, NaN or Inf in a unit.
-        QuantizationError: options or patterns that cannot be.
+        QuantizationError: impossible options, or patterns that match nothing.
     """
     chosen = replace(options or ReconstructOptions(), **changes)
     with (

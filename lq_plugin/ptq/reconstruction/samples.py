@@ -170,7 +170,13 @@ def _held_tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def mixed(quantized: Any, floats: Any, share: float, generator: torch.Generator) -> Any:
-    """`quantized` with each element replaced by the one of `floats` with probability `share`."""
+    """Returns quantized values with some elements replaced by the float ones, at random (QDrop).
+
+    Args:
+        quantized, floats: nested values of the same structure and shapes.
+        share: probability that an element is the float one.
+        generator: of the choice.
+    """
 
     def mix(q: Any, f: Any) -> Any:
         if not isinstance(q, Tensor) or not q.is_floating_point():

@@ -51,7 +51,11 @@ class UnitStore:
             write_file(path, json.dumps(dict(run), indent=1), CalibrationError)
 
     def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> Fit | None:
-        """Give the modules what unit number `index` has learned; None when not every process finds it in the folder.
+        """Give modules what a unit has learned; None when not every process finds it in the folder.
+
+        Args:
+            index, unit: number and name of the unit.
+            modules: that learning the unit changes, by name.
 
         Raises:
             CalibrationError: a file that is damaged, or of another unit.
@@ -80,7 +84,13 @@ class UnitStore:
         return fit
 
     def save(self, index: int, unit: str, modules: Mapping[str, nn.Module], fit: Fit) -> None:
-        """Keep what the modules have learned; the file appears when it is whole."""
+        """Keep what modules have learned; the file appears when it is whole.
+
+        Args:
+            index, unit: number and name of the unit.
+            modules: that learning the unit has changed, by name.
+            fit: the result.
+        """
         if self.writes:
             state = {
                 f"{name}/{key}": value.detach().cpu().clone()

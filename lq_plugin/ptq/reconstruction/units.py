@@ -125,7 +125,7 @@ def _matching(model: nn.Module, layers: list[str], patterns: Sequence[str]) -> l
 
 
 def _tail(model: nn.Module, recording: Recording, name: str) -> tuple[Call, ...]:
-    """Batch norm and activation function, where each alone reads what is in front of it."""
+    """Returns the batch norm and activation function after a layer, where each alone reads what is before it."""
     if len(recording.calls_of(name)) != 1:
         return ()
     tail: list[Call] = []

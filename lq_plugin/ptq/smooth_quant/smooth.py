@@ -99,7 +99,7 @@ def smooth_quant(
 
 
 def check_alpha(alpha: float = 0.5) -> None:
-    """Refuse an alpha that cannot be.
+    """Refuse an impossible alpha.
 
     Raises:
         QuantizationError: no number, or one outside of 0..1.
