@@ -1,5 +1,4 @@
-"""Adds the config groups `lq`, `quantization` and `hparams_search` to every Hydra application, so that `+lq=qat` is
-found.
+"""Adds the config groups `lq`, `quantization` and `hparams_search` to every Hydra application.
 
 Hydra imports this file whenever an application starts: nothing heavy may be imported here.
 `hydra_plugins` is a namespace package shared with other projects and has no `__init__.py`.

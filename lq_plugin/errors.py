@@ -52,8 +52,10 @@ SHOWN_FAULTS, SHOWN_CHARACTERS = 50, 4000
 
 
 def raise_all(kind: type[QuantizationError], title: str, faults: list[str]) -> None:
-    """Raise one `kind` that lists every fault (of very many, the first ones and their number); do nothing when there is
-    none."""
+    """Raises one `kind` that lists every fault; does nothing when there is none.
+
+    Of very many faults it shows the first ones and their number.
+    """
     half = SHOWN_CHARACTERS // 2
     shown = [
         fault if len(fault) <= SHOWN_CHARACTERS else f"{fault[:half]} ... {fault[-half:]}"

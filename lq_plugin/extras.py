@@ -1,5 +1,7 @@
-"""Optional packages: which extra of lq_plugin brings them, and an error that says so before the work. Nothing here
-imports them."""
+"""Optional packages: the extra that brings each, and an error that names it before the work starts.
+
+Nothing here imports them.
+"""
 
 from __future__ import annotations
 

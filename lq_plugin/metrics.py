@@ -1,4 +1,4 @@
-"""How far a quantized tensor or model is from its float reference: torchmetrics `Metric`s.
+"""Distance of a quantized tensor or model from its float reference, as torchmetrics `Metric`s.
 
 All take `update(preds, target)`: `preds` from the quantized side, `target` from the float side, of one
 shape. States are sums, so that batches, and ranks under DDP, give what one call on all data would give.
@@ -18,7 +18,7 @@ from lq_plugin.errors import QuantizationError
 
 
 class _Comparison(Metric):
-    """What the metrics share: counting what was seen, and refusing what cannot be compared."""
+    """Base of the metrics: counts what was seen, and refuses what cannot be compared."""
 
     is_differentiable = False
     higher_is_better = True

@@ -23,4 +23,11 @@ def test_each_block_is_run_by_a_test(block: str) -> None:
 
 def test_every_door_is_shown() -> None:
     found = set(re.findall(r"register_(\w+)\(|@register_(\w+)", "".join(BLOCKS)))
-    assert {name for pair in found for name in pair if name} >= {"format", "layer", "range", "phase", "target"}
+    assert {name for pair in found for name in pair if name} >= {
+        "format",
+        "layer",
+        "range",
+        "phase",
+        "target",
+        "picture",
+    }
