@@ -52,6 +52,8 @@ class PhaseContext:
 
     #: What happens to tensors that no calibration batch reached.
     if_unreached = "their layers stay float, weights also: more calibration batches may reach them"
+    #: Joins the statistics of several processes, in place; None: there is one process.
+    merge: Callable[[Statistics], None] | None = None
 
     def __init__(
         self,
@@ -138,9 +140,6 @@ class PhaseContext:
         if clipped:
             self.warn("; ".join(clipped))
         return statistics
-
-    #: Joins the statistics of several processes, in place; None: there is one process.
-    merge: Callable[[Statistics], None] | None = None
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight is split over processes."""

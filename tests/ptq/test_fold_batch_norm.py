@@ -227,8 +227,8 @@ REFUSED = {
     "permuted": (lambda: Function(lambda m, x: m.bn(m.conv(x).transpose(1, 2)), **layers()),
     "reshaped, cast or sliced"),
     "cast": (lambda: Function(lambda m, x: m.bn(m.conv(x).double().float()), **layers()), "reshaped, cast or sliced"),
-    "spectral_norm": (spectral, "weight of '0' (ParametrizedConv2d) before it is computed"),
-    "pruned": (pruned, "weight of '0' (Conv2d) before it is computed"),
+    "spectral_norm": (spectral, "weight of '0' (ParametrizedConv2d) is computed"),
+    "pruned": (pruned, "weight of '0' (Conv2d) is computed"),
     "other_layer": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3)), "made by '0' (MaxPool2d)"),
 }  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_refused_shared_conv_preactivation_and_two_consumers():
     x = torch.randn(2, 8, 6, 6)
     pairs, refused = find(SharedConv(), x)
     assert pairs == []
-    assert [r.reason for r in refused] == ["'conv' (Conv2d) before it was called 2 times"] * 2
+    assert [r.reason for r in refused] == ["'conv' (Conv2d) was called 2 times"] * 2
     pairs, refused = find(PreActivation(), x)
     assert pairs == [Pair("conv1", "bn2")]
     assert (refused[0].batch_norm, refused[0].reason) == ("bn1", "its input is not made by a layer")

@@ -123,7 +123,7 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
     producer = modules.get(producer_call.name) if producer_call.kind == "module" else None
     if not isinstance(producer, (nn.Linear, _ConvNd)):
         return f"its input is made by {producer_call.name!r} ({producer_call.op}), not by a linear or convolution"
-    title = f"{producer_call.name!r} ({producer_call.op}) before it"
+    title = f"{producer_call.name!r} ({producer_call.op})"
     if (times := len(recording.calls_of(producer_call.name))) != 1:
         return f"{title} was called {times} times"
     consumers = recording.consumers_of(producer_call)

@@ -1,1 +1,1 @@
-"""Inputs of one part of a model after the other, kept in memory and on disk."""
+"""Tools of algorithms that go through a model unit by unit: cached inputs, rounded weights, corrected passes."""

@@ -22,7 +22,7 @@ class UnitWalk:
     """The way through a model that is rounded unit by unit.
 
     Args:
-        model: prepared; float and quantized ways through it are alike.
+        model: prepared and calibrated.
         batches: calibration data, read once.
         run: runs the model on one batch.
         cache: keeps the batches, then activations.
