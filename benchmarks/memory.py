@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,11 @@ def _rounding(kind: str, model: Any, size: int, cache_bytes: int) -> Callable[[]
     """Learned rounding or GPTQ on batches that are made as they are read, four times `cache_bytes` of them."""
     import torch
 
-    from lq_plugin.ptq.gptq.quantize import gptq
-    from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
+    # By the names that earlier builds know as well.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        gptq = import_module("lq_plugin.model.gptq").gptq
+        reconstruct = import_module("lq_plugin.model.reconstruct").reconstruct
 
     rows = 256
     count = max(4 * cache_bytes // (4 * rows * size), 1)

@@ -37,13 +37,13 @@ class CoverageError(QuantizationError):
     """Less of the model is quantized than `min_coverage` asks for."""
 
 
-def did_you_mean(got: str, valid: Iterable[str], limit: int = 3) -> str:
+def did_you_mean(got: object, valid: Iterable[str], limit: int = 3) -> str:
     """Return `" Did you mean 'x', 'y'?"`, or an empty string when nothing is near.
 
     >>> did_you_mean("minmx", ["minmax", "mse"])
     " Did you mean 'minmax'?"
     """
-    near = difflib.get_close_matches(got, list(valid), n=limit, cutoff=0.6)
+    near = difflib.get_close_matches(str(got), list(valid), n=limit, cutoff=0.6)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 

@@ -150,6 +150,8 @@ class QuantPlan:
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> QuantPlan:
         """Builds a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}}`."""
+        if not isinstance(mapping, Mapping):
+            raise PlanError(f"a plan is a mapping with 'rules', got {type(mapping).__name__}: {mapping!r}")
         faults = [
             f"unknown key {key!r}; valid: rules, schedule.{did_you_mean(str(key), ['rules', 'schedule'])}"
             for key in mapping

@@ -91,7 +91,8 @@ class QuantSpec:
             f"{name} must be true or false, got {value!r}" for name, value in switches if not isinstance(value, bool)
         ]
         faults += self._fill_in(kind)
-        if fault := kind.option_fault(self.format_name, self.format.partition(":")[2] or None):
+        _, colon, options = self.format.partition(":")
+        if fault := kind.option_fault(self.format_name, options if colon else None):
             faults.append(fault)
         if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
             faults.append(f"bit_width must be an int, got {self.bit_width!r}")

@@ -227,3 +227,8 @@ def test_files_written_by_hand_need_no_mark(tmp_path):
 
 def test_short_strings_in_any_order_and_with_the_words_they_have_by_themselves():
     assert QuantPlan.parse("a8w4") == QuantPlan.parse("w4a8") == QuantPlan.parse("w4 per_channel a8 affine")
+
+
+def test_what_is_no_mapping_is_no_plan():
+    with pytest.raises(PlanError, match="a plan is a mapping with 'rules', got list"):
+        QuantPlan.from_dict([])  # type: ignore[arg-type]

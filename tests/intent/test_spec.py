@@ -72,6 +72,7 @@ def test_grid(text, low, high):
         ("int4 percentile:101", "50..100"),
         ("int4 ema:x", "0..1"),
         ("int4 mse:3", "takes no option"),
+        ("kmeans2:", "'' is no option"),
         ("int4 pact", "non-negative"),
         ("int1 lsq", "positive level"),
         ("int4 aciq:cauchy", "gauss or laplace"),

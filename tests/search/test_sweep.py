@@ -456,6 +456,7 @@ def test_a_study_for_something_else_is_refused(sweeps):
             {"params": X, "costs": ["effective_bit"]},
             r"2 faults(.|\n)*unknown cost 'effective_bit'(.|\n)*'effective_bits'(.|\n)*one for each",
         ),
+        ({"params": X, "costs": [["effective_bits"]]}, r"unknown cost \['effective_bits'\]; valid: "),
         ({"params": X, "storage": "sqlite://"}, "cannot be shared"),
         ({"params": X, "storage": "nowhere"}, "is no URL"),
         ({"params": X, "enqueue": [{"x": 3}, {"z": 1}]}, r"x cannot be 3(.|\n)*no parameter 'z'"),

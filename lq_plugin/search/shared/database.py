@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna import Study
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages._rdb.models import TrialModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy import event, text
+from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from lq_plugin.errors import QuantizationError
@@ -38,6 +39,8 @@ _PATIENCE = 600.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
 #: Seconds that a process waits for another one before it says so.
 _SILENCE = 5.0
+#: Seconds between two attempts to get a lock of a server.
+_POLL = 0.1
 
 
 class StudyError(QuantizationError):
@@ -117,6 +120,34 @@ class SharedStorage(RDBStorage):
         with contextlib.nullcontext() if file is None else FileLock(f"{file}.trial.lock"):
             found: bool = change(self)
             return found
+
+    @contextlib.contextmanager
+    def alone(self, study_id: int) -> Iterator[None]:
+        """Lets one process at a time in: with SQLite by a file, with PostgreSQL by a lock of the server.
+
+        One that stands still inside is waited for no longer than until its trials count as killed.
+        """
+        patience = self.grace_period or 0
+        with contextlib.ExitStack() as stack:
+            if (file := sqlite_file(self.url)) is not None:
+                with contextlib.suppress(Timeout):
+                    stack.enter_context(FileLock(f"{file}.turn.lock").acquire(timeout=patience))
+            elif self.engine.dialect.name == "postgresql":
+                stack.callback(_close, self._server_lock(study_id, patience))
+            yield
+
+    @_outlasting
+    def _server_lock(self, study_id: int, patience: float) -> Connection:
+        """Returns a connection that holds a lock until it is closed."""
+        until = time.monotonic() + patience
+        asking = text("SELECT pg_try_advisory_xact_lock(hashtext('lq_plugin'), :study)")
+        try:
+            connection = self.engine.connect()
+            while not connection.execute(asking, {"study": study_id}).scalar() and time.monotonic() < until:
+                time.sleep(_POLL)
+        except DBAPIError as error:
+            raise StorageInternalError("no lock") from error
+        return connection
 
     @_outlasting
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
@@ -220,6 +251,18 @@ def alone(path: str | Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _close(connection: Connection) -> None:
+    with contextlib.suppress(DBAPIError):  # the server is away, and the lock has gone with it
+        connection.close()
+
+
+def alone_with(study: Study) -> contextlib.AbstractContextManager[None]:
+    """Lets one process at a time in, where the study's storage can do that."""
+    storage = study._storage
+    backend = getattr(storage, "_backend", storage)  # behind Optuna's cache
+    return backend.alone(study._study_id) if isinstance(backend, SharedStorage) else contextlib.nullcontext()
 
 
 def has_heartbeat(storage: BaseStorage | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from optuna import Study, Trial
@@ -12,7 +12,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.shared.database import StudyError, has_heartbeat, quiet
+from lq_plugin.search.shared.database import StudyError, alone_with, has_heartbeat, quiet
 from lq_plugin.search.shared.interrupt import StopRequest
 from lq_plugin.search.shared.others import TAKEN_FOR_DEAD, OtherWorkers
 from lq_plugin.search.study.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective, held_back
@@ -48,25 +48,18 @@ class Loop:
         """Evaluate trials until the study has enough, every plan is tried, too many fail, or a signal asks to stop."""
         with bar as self.shown, quiet():
             self._show(None)
-            while (missing := self.n_trials - self._count(_COMPLETE) - self._held_back()) > 0:
+            while self._missing() > 0:
                 if self.stop or len(self.failed) > self.max_failures or self._exhausted():
                     break
-                if self.heartbeat and self._count(_RUNNING) >= missing:
-                    # Others do the rest; should one of them have been killed, its trial comes back into the queue.
+                with ExitStack() as turn:
+                    # Nobody else takes a trial between this count and the moment when ours runs, and counts.
+                    turn.enter_context(alone_with(self.study))
+                    if wanted := not self.heartbeat or self._count(_RUNNING) < self._missing():
+                        self.objective.begun = turn.close
+                        self._one_trial()
+                if not wanted:
+                    # Others do the rest; should one of them have been killed, its trial fails, and is missing again.
                     self.others.wait()
-                    if not self._count(_WAITING):
-                        continue
-                self.others.go_on()
-                if not self._count(_WAITING):
-                    self.proposer.publish()
-                try:
-                    self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
-                except KeyboardInterrupt:
-                    _try_again(self.study, self.objective.interrupted)
-                    raise
-                except (UpdateFinishedTrialError, ValueError) as refused:
-                    if isinstance(refused, QuantizationError) or not self._taken_for_dead():
-                        raise
             self._reap()
         if len(self.failed) > self.max_failures:
             error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
@@ -74,6 +67,22 @@ class Loop:
                 f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last "
                 f"one:\n{error}"
             )
+
+    def _one_trial(self) -> None:
+        self.others.go_on()
+        if not self._count(_WAITING):
+            self.proposer.publish()
+        try:
+            self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
+        except KeyboardInterrupt:
+            _try_again(self.study, self.objective.interrupted)
+            raise
+        except (UpdateFinishedTrialError, ValueError) as refused:
+            if isinstance(refused, QuantizationError) or not self._taken_for_dead():
+                raise
+
+    def _missing(self) -> int:
+        return self.n_trials - self._count(_COMPLETE) - self._held_back()
 
     def _taken_for_dead(self) -> bool:
         """Returns whether another worker has marked this one's trial as failed, because it gave no sign of life."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna import Trial, TrialPruned
@@ -70,9 +70,12 @@ class Objective:
         #: What is evaluated, or was last; what a Ctrl-C ended.
         self.trial: Trial | None = None
         self.interrupted: Trial | None = None
+        #: Called once a trial runs.
+        self.begun: Callable[[], object] = lambda: None
         read(evaluator.float_metrics, metric)
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
+        self.begun()
         started = time.perf_counter()
         self.trial = trial
         noted: dict[str, Any] = {}
