@@ -10,9 +10,6 @@ from lq_plugin.ranges import registry as ranges
 from lq_plugin.report import registry as pictures
 
 #: Each registers what it adds when it is run: pytest's search for doctests must not.
-collect_ignore = ["power_of_two.py"]
-
-#: Projects of their own, which register something when they are imported; the tests say when.
 collect_ignore = ["codes_target.py", "power_of_two.py"]
 
 
