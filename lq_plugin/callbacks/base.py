@@ -94,7 +94,7 @@ class QuantizationCallback(Callback):
         pl_module.__dict__["configure_model"] = configure_model
 
     def end_suspension(self) -> None:
-        """From now on the model evaluates quantized."""
+        """Let the model evaluate quantized from now on."""
         if self.suspension is not None:
             self.suspension.active = False
 
@@ -106,7 +106,7 @@ class QuantizationCallback(Callback):
         return []
 
     def _operations(self, trainer: Trainer, pl_module: LightningModule) -> Recording | None:
-        """A recorded batch of the float module, where the plan names operations that are not known yet."""
+        """Returns a recorded batch of the float module where the plan names operations that are not known yet."""
         if not needs_recording(pl_module, self.plan):
             return None
         with resharded(pl_module), without_traces(pl_module), evaluating(pl_module), torch.no_grad(), isolate_rng():

@@ -56,7 +56,7 @@ class Distillation:
 
     @classmethod
     def parse(cls, value: Distillation | Mapping[str, Any] | float | None) -> Distillation | None:
-        """Read it from a mapping of its fields, or from its weight alone.
+        """Returns the settings from a mapping of their fields, or from the weight alone.
 
         >>> Distillation.parse(0.7)
         Distillation(weight=0.7, temperature=4.0, output=None, class_dim=-1)
@@ -151,7 +151,7 @@ class Teacher:
         pl_module.__dict__.pop("training_step", None)
 
     def answers(self, batch: Any) -> list[Tensor]:
-        """The float model's logits for a batch, one for each call."""
+        """Returns the float model's logits for a batch, one for each call."""
         if self.output is None:
             self.output = self._find_output(batch)
         with _outputs(self.module, self.output) as logits:
@@ -167,7 +167,7 @@ class Teacher:
             self.before.restore()
 
     def _find_output(self, batch: Any) -> str:
-        """The last module with parameters that the step calls itself, not from within another one."""
+        """Returns the last module with parameters that the step calls itself, not from within another one."""
         called: list[str] = []
         depth = 0
 
@@ -226,7 +226,7 @@ def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
 
 
 def _float_copy(pl_module: LightningModule) -> LightningModule:
-    """The module without quantizers, in evaluation mode, without gradients."""
+    """Returns a copy of the module without quantizers, in evaluation mode, without gradients."""
     teacher = copy_model(pl_module)
     remove(teacher)
     return teacher.eval().requires_grad_(False)

@@ -142,7 +142,7 @@ def register_phase(
     before: Mapping[str, str] | None = None,
     without: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`lq_plugin.ptq.register_phase`, which also takes the former kind of function.
+    """Returns the decorator of `lq_plugin.ptq.register_phase`, which also takes the former kind of function.
 
     That is one of `(ptq, trainer, pl_module)`: it works in a Trainer only, and is deprecated.
 

@@ -89,7 +89,7 @@ def load_images(folder: str | Path, split: str, start: int = 0, stop: int | None
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Images uint8 `[N, 3, H, W]` as float32 with zero mean and unit variance by `MEAN` and `STD`.
+    """Returns images uint8 `[N, 3, H, W]` as float32 with zero mean and unit variance by `MEAN` and `STD`.
 
     >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
     tensor([-2.1179, -2.0357, -1.8044])
@@ -100,7 +100,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Random crop after zero padding and random horizontal flip, each image apart; `[N, C, H, W]`."""
+    """Returns images `[N, C, H, W]`, each cropped at random after zero padding and flipped at random."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     top = torch.randint(0, 2 * padding + 1, (n, 1)) + torch.arange(height)

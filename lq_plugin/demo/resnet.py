@@ -91,7 +91,7 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 
 def load_resnet(weights: str | Path, depth: int = 20) -> CifarResNet:
-    """A `CifarResNet` in eval mode with weights from a `.safetensors` file, or from one of the public `.th` files.
+    """Returns a `CifarResNet` in eval mode with weights from a `.safetensors` or one of the public `.th` files.
 
     Raises:
         DataError: when the file is absent, saying where public weights are.

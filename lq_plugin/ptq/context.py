@@ -76,7 +76,7 @@ class PhaseContext:
 
     @property
     def batches(self) -> Iterable[Any]:
-        """Calibration data; may be iterated again and again."""
+        """Calibration data, read anew each time it is iterated."""
         return self._batches
 
     @property
@@ -165,7 +165,7 @@ class PhaseContext:
         log.warning("%s", message)
 
     def show(self, title: str, done: int, total: int) -> None:
-        """Show how far a long part of the phase is, where progress is shown; inside `passes`.
+        """Show the progress of a long part of the phase, inside `passes`.
 
         Args:
             title: of the part.

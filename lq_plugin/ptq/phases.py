@@ -1,4 +1,4 @@
-"""The built-in PTQ phases, and `run_phases`, which quantizes a plain model by them.
+"""The built-in PTQ phases, and `run_phases`, which runs them on a plain model.
 
 A phase is a function of a `PhaseContext`, added by `register_phase`. README.md in this folder is the map of them.
 """
@@ -135,7 +135,7 @@ def _calibrate(context: PhaseContext) -> Statistics:
 
 @dataclass(frozen=True)
 class _ReconstructPhase(ReconstructOptions):
-    """The options of the phase: those of reconstruction, and what is reconstructed together."""
+    """The options of the phase: those of reconstruction, and `by`, the kind of unit."""
 
     by: Any = "block"
 

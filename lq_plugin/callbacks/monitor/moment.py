@@ -1,4 +1,4 @@
-"""A model at one moment of a run, and all that `QuantMonitor` says of it."""
+"""A model at one moment of a run, and all that `QuantMonitor` shows of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOVING = ("_sqnr_db", "_min", "_max", "_zeros", "_flips")
 
 
 def quantization_of(trainer: Trainer) -> QuantizationCallback:
-    """The callback that quantizes; of several, the one that has done so."""
+    """Returns the callback that quantizes; of several, the one that has done so."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]  # type: ignore[attr-defined]
     if not found:
         raise QuantizationError(
@@ -50,7 +50,7 @@ def quantization_of(trainer: Trainer) -> QuantizationCallback:
 
 @dataclass(frozen=True)
 class MonitoredModel:
-    """A model at one moment, and what can be said of it."""
+    """A model at one moment, with its cost and its errors."""
 
     callback: QuantizationCallback
     model: LightningModule
@@ -75,11 +75,11 @@ class MonitoredModel:
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
-        """By name."""
+        """The quantized layers, by name."""
         return dict(quantized_layers(self.model))
 
     def curves(self, scalars: Mapping[str, float]) -> dict[str, float]:
-        """The scalars that the report page shows over steps: losses, and what training moves in the largest layers."""
+        """Returns the scalars that the report page shows over steps: losses, and values of the largest layers."""
         largest = {row.name for row in sorted(self.priced, key=lambda row: -row.elements)[:MAX_LAYERS]}
         found = {}
         for name, value in scalars.items():
@@ -89,7 +89,7 @@ class MonitoredModel:
         return found
 
     def text(self, moment: str, metrics: dict[str, float]) -> str:
-        """A table for a terminal."""
+        """Returns a table for a terminal."""
         title = "What is quantized" if moment == "start" else "The quantized model"
         return summary(self.priced, self.rows, self.callback.ledger, title, {} if moment == "start" else metrics)
 

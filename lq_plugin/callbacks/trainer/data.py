@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def calibration_batches(
     trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] | None, count: int, needed: bool = True
 ) -> Iterator[Any]:
-    """Up to `count` batches of this rank, on the module's device.
+    """Yields up to `count` batches of this rank, on the module's device.
 
     They come from `given`, or from the train dataloader of the fit, of the datamodule, or of the
     module. Random states, and those of the loader, are as before afterwards.
@@ -84,7 +84,7 @@ def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[A
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """A batch as Lightning hands it to a step."""
+    """Returns a batch as Lightning hands it to a step."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -249,7 +249,7 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
 
 
 def all_reduce_max(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Elementwise maximum over the Trainer's ranks, or None when it has one process."""
+    """Returns a function for the elementwise maximum over the Trainer's ranks; None with one process."""
     if trainer.world_size == 1 or not torch.distributed.is_initialized():
         return None
 

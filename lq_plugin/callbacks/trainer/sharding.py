@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequence[str] = ()) -> None:
-    """Say before any work what cannot be quantized under the Trainer's strategy.
+    """Refuse, before any work, what cannot be quantized under the Trainer's strategy.
 
     Args:
         trainer: the Trainer.
@@ -52,7 +52,7 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
 
 
 def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Say that only copies are quantized, where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
+    """Warn that only copies are quantized where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
 
     Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs
     there. A module that held quantizers before takes the ranges also.
@@ -84,7 +84,7 @@ def resharded(pl_module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(pl_module: nn.Module) -> Iterator[None]:
-    """All weights are whole inside, in every process, so that ranges can be found from them."""
+    """Make all weights whole inside, in every process, so that ranges can be found from them."""
     with resharded(pl_module):
         for module in _sharded(pl_module):
             module.unshard()

@@ -41,7 +41,7 @@ def step_runner(trainer: Trainer, pl_module: LightningModule, step: CalibrationS
 
 
 def own_step(trainer: Trainer, pl_module: LightningModule) -> CalibrationStep:
-    """The module's own step that can run without training it.
+    """Returns the module's own step that can run without training it.
 
     Raises:
         CalibrationError: there is none.
@@ -58,7 +58,7 @@ def own_step(trainer: Trainer, pl_module: LightningModule) -> CalibrationStep:
 
 
 def loop_of(trainer: Trainer, name: str) -> Any:
-    """The evaluation loop that runs a step in what the Trainer does now; None for the training step."""
+    """Returns the evaluation loop that runs a step in the Trainer's present task; None for the training step."""
     fitting = trainer.state.fn == "fit"
     validation = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     return {"validation_step": validation, "test_step": trainer.test_loop, "predict_step": trainer.predict_loop}.get(
@@ -147,7 +147,7 @@ def _several_loaders(loop: Any) -> bool:
 
 
 def _hooks_before(trainer: Trainer, module: LightningModule, name: str) -> list[str]:
-    """The module's own hooks that Lightning calls before the first batch of a step, in its order."""
+    """Returns the module's own hooks that Lightning calls before the first batch of a step, in its order."""
     stage = {"training_step": "train"}.get(name, name.removesuffix("_step"))
     first = ["on_fit_start"] if trainer.state.fn == "fit" else []
     return [hook for hook in (*first, f"on_{stage}_start", f"on_{stage}_epoch_start") if is_overridden(hook, module)]
@@ -176,7 +176,7 @@ def _explained(module: LightningModule, name: str, hooks: list[str], error: Exce
 
 
 def _makers_of(module: LightningModule, error: Exception, called: list[str]) -> list[str]:
-    """The module's hooks that were not called and whose code names the attribute that the module lacks."""
+    """Returns the module's hooks that were not called and whose code names the attribute that the module lacks."""
     if not isinstance(error, AttributeError) or error.obj is not module:
         return []
     hooks = [

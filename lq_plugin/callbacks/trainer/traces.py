@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_traces(pl_module: LightningModule) -> Iterator[None]:
-    """Nothing is logged or sent inside; the module's Python state, its metrics and buffers are as before afterwards.
+    """Let nothing be logged or sent inside, and put the module's Python state, metrics and buffers back.
 
     See `lq_plugin.model.kept_state` for what that is, and what it is not. A step that calls a tracker itself
     (`wandb.log`), or writes files, does so: only what goes through `self.log`, `self.logger` and `trainer.loggers` is
@@ -65,7 +65,7 @@ def silenced(pl_module: LightningModule) -> Iterator[None]:
 
 
 def _silent(logger: Any) -> Any:
-    """A logger of the same class, name and folder that sends and writes nothing."""
+    """Returns a logger of the same class, name and folder that sends and writes nothing."""
     kind: Any = type(logger)
     silent: Any = object.__new__(_silent_class(kind))
     vars(silent).update(vars(logger))
@@ -84,7 +84,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class Nothing:
-    """Whatever is called, asked or taken of it: nothing happens, and it is itself again."""
+    """An object that accepts every call, attribute and item, does nothing and returns itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
         return self

@@ -48,7 +48,7 @@ def correct_batch_norm(
     *,
     layers: Iterable[str] | None = None,
 ) -> ReestimatedBatchNorms:
-    """Change running mean and variance by what quantization changed, so that each channel's output keeps its own.
+    """Correct running means and variances so that each channel's output keeps the float model's mean and variance.
 
     Every batch runs twice, float and quantized, in evaluation mode and without gradients. With several
     processes the statistics of all ranks are merged.
@@ -132,7 +132,7 @@ class OutputWatch(CallWatch[tuple[Tensor, Tensor]]):
         return torch.addcmul((was[0] - now[0] * a).to(x).view(shape), x, a.to(x).view(shape))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean and variance of each channel of `x [N, C, ...]`, float64 on the CPU, and the elements they are over.
+        """Returns mean and variance of each channel of `x [N, C, ...]`, float64 on the CPU, and a channel's elements.
 
         E[x²] - E[x]² of each image, ten times faster than `torch.var_mean`: what is subtracted first, the
         running mean, is near the mean, so that little cancels; the images are joined in float64.

@@ -1,4 +1,4 @@
-"""Batch norm folding without a trace, by what a recorded pass shows to be safe.
+"""Batch norms folded into the layers before them, where a recorded pass shows that this is safe.
 
 In eval mode y = γ · (W x + b - μ) / √(σ² + ε) + β. With s = γ / √(σ² + ε) the layer before takes
 W' = s · W and b' = s · b along its output channels, and the batch norm keeps the shift β - μ · s
@@ -57,7 +57,7 @@ class Refused:
 
 
 def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[Pair], list[Refused]]:
-    """Batch norms that can be folded into the layer before, and all the others with the reason.
+    """Returns the batch norms that can be folded into the layer before, and all others with the reason.
 
     Safe means: a linear, convolution or transposed convolution called once; its output, as it is,
     read by the batch norm and by nothing else; the batch norm called once, with affine parameters
@@ -183,7 +183,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
-    """Bytes of its storage that a tensor spans."""
+    """Returns the first byte of its storage that a tensor spans, and the first after it."""
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
     start = int(t.storage_offset()) * t.element_size()
     return start, start + (last + 1) * t.element_size() if t.numel() else start
@@ -284,7 +284,7 @@ class FoldedBatchNorms:
         self._model, self._originals, self._exact = model, originals, exact
 
     def undo(self) -> None:
-        """Write back, bit for bit, every value from before folding (training since is lost)."""
+        """Write every value from before folding back, bit for bit; training since then is lost."""
         with torch.no_grad():
             for tensor, original in self._originals:
                 tensor.copy_(original)

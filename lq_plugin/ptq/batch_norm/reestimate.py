@@ -31,7 +31,7 @@ Batch = TypeVar("Batch")
 
 
 def batch_norms(model: nn.Module, layers: Collection[str] | None = None) -> dict[str, _BatchNorm]:
-    """Batch norms of `model` by qualified name, a shared one once; `layers` picks some by name.
+    """Returns the batch norms of a model by qualified name, a shared one once; `layers` picks some by name.
 
     Raises:
         QuantizationError: names in `layers` that are no batch norm.
@@ -67,7 +67,7 @@ class FrozenBatchNorms:
         return len(self._layers)
 
     def apply(self) -> None:
-        """Put the layers in eval mode. Any number of times."""
+        """Put the layers in eval mode; may be called any number of times."""
         for bn, _ in self._layers:
             bn.training = False
 
@@ -264,7 +264,7 @@ def _restored(layers: Iterable[_BatchNorm]) -> Iterator[dict[_BatchNorm, list[Te
 
 @contextmanager
 def _only_training(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Flags set one by one: `eval()` and `train()` have side effects in some modules."""
+    # Flags are set one by one: `eval()` and `train()` have side effects in some modules.
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:

@@ -194,7 +194,7 @@ def _apply(watches: dict[str, _Watch], skipped: dict[str, str]) -> dict[str, Cor
 def _targets(
     model: nn.Module, layers: dict[str, QuantizedLayer], recording: Recording
 ) -> tuple[dict[str, _Watch], dict[str, str]]:
-    """A watch of each layer that can be corrected, in the order of first calls, and why the others cannot."""
+    """Returns a watch of each layer that can be corrected, in the order of first calls, and why the others cannot."""
     watches: dict[str, _Watch] = {}
     skipped: dict[str, str] = {}
     for name, layer in layers.items():
@@ -218,7 +218,7 @@ def _layer_fault(model: nn.Module, layer: QuantizedLayer) -> str | None:
 
 
 def _target(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recording) -> _Watch | str:
-    """The layer's bias, or the running mean of the batch norm that alone reads it."""
+    """Returns a watch of the layer's bias, or of the running mean of the batch norm that alone reads it."""
     key = f"{name}.bias" if name else "bias"
     bias = layer._parameters.get("bias")
     if bias is not None and "bias" not in layer.__dict__:

@@ -74,7 +74,7 @@ class RefusedLayer:
 def find_equalization_pairs(
     model: nn.Module, recording: Recording
 ) -> tuple[list[EqualizationPair], list[RefusedLayer]]:
-    """Layers whose output channels can be scaled, and all others with the reason.
+    """Returns the layers whose output channels can be scaled, and all others with the reason.
 
     Safe means: both are a plain linear, convolution or transposed convolution (grouped, depthwise) called once; nothing
     but the second reads what the first makes; in between stand only folded batch norms, ReLU, leaky ReLU, PReLU,
@@ -142,7 +142,7 @@ class _Search:
         return sharing_fault(self.model, [f"{name}.{key}" if name else key for key in keys], self.readers)
 
     def follow(self, name: str) -> EqualizationPair | str:
-        """The pair that begins with a layer, or why there is none."""
+        """Returns the pair that begins with a layer, or why there is none."""
         call = self.recording.calls_of(name)[0]
         at = _Position(call, call.output_shapes[0], _axis(self.modules[name]))
         between: list[str] = []
@@ -205,7 +205,7 @@ class _Search:
         )
 
     def _flattens(self, reader: Call, producer: Call) -> list[str] | None:
-        """Modules between two calls, in order, where an `nn.Sequential` proves them to be all that is in between."""
+        """Returns the modules between two calls, in order, where an `nn.Sequential` proves them to be all."""
         parent_name, _, key = reader.name.rpartition(".")
         parent = self.modules[parent_name] if reader.kind == "module" else None
         if type(parent) is not nn.Sequential or "forward" in parent.__dict__:

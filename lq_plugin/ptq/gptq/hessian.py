@@ -1,4 +1,4 @@
-"""H = 2 X Xᵀ of a layer's inputs, summed batch by batch."""
+"""The Hessian H = 2 X Xᵀ of a layer's inputs, summed batch by batch."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class InputHessian:
             self.total.baddbmm_(columns, columns.mT, alpha=2.0)
 
     def mean_over_ranks(self) -> Tensor:
-        """The mean of all processes' sums."""
+        """Returns the mean of the sums of all processes, `[groups, columns, columns]`."""
         average([self.total])
         return self.total
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """The canonical weight (or something shaped like it) as `[groups, rows, columns]`."""
+        """Returns the canonical weight, or something of its shape, as `[groups, rows, columns]`."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:

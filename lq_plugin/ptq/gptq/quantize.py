@@ -308,7 +308,7 @@ class _BatchNorms:
             watch.calls = []
 
     def start_quantized_batch(self, index: int, complete: bool = False) -> None:
-        """A run on batch number `index` comes; one that is not `complete` skips what is done."""
+        """Be ready for a quantized run on batch number `index`; one that is not `complete` skips finished layers."""
         for name, watch in self.watches.items():
             watch.calls, watch.correcting = list(self.floats[index][name]), True
         # Which of several calls are skipped is not known.

@@ -19,7 +19,7 @@ DEFAULT_CACHE_BYTES = 2 * 2**30
 
 
 class ActivationCache:
-    """Nested tensors by key. What is put is copied to the CPU; what is got is a copy on the device it came from.
+    """Nested tensors by key, copied to the CPU when put, and to the device they came from when read.
 
     Copies both ways, because models write into their inputs (`ReLU(inplace=True)`).
 
@@ -44,11 +44,11 @@ class ActivationCache:
         self._count = 0
 
     def reserve(self, size: int) -> None:
-        """Counts so many bytes that someone else holds as held here; fewer than 0: they are free again."""
+        """Count bytes that are held elsewhere into the budget; a negative number frees them again."""
         self.in_memory += size
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep a copy of `value`, in place of what the key had."""
+        """Keep a copy of `value`, instead of the key's former one."""
         self.drop(key)
         size = tree_bytes(value)
         if self.in_memory + size <= self.budget:
@@ -68,7 +68,7 @@ class ActivationCache:
         self.on_disk += size
 
     def get(self, key: Hashable) -> Any:
-        """A copy of what was put.
+        """Returns a copy of what was put.
 
         Raises:
             KeyError: nothing was.

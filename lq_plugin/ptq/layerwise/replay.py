@@ -47,7 +47,7 @@ class Replay:
         self._outermost: set[str] = set()
 
     def finish(self, layers: Collection[str]) -> None:
-        """These layers will not change any more."""
+        """Mark layers that will not change any more."""
         self.done |= set(layers)
         self._finished = {name for name, found in self.inside.items() if found <= self.done}
         self._outermost = {

@@ -71,6 +71,6 @@ class UnitWalk:
         return self._run(self.batch(index))
 
     def replay(self, kind: str) -> Replay:
-        """Returns what runs the model up to one unit; `kind` is `"float"` or `"quantized"`."""
+        """Returns a `Replay` of the units' layers; `kind` is `"float"` or `"quantized"`."""
         names = [name for unit in self.units for name in unit.layers]
         return Replay(self.model, self._run, self.cache, kind, names)

@@ -33,7 +33,7 @@ class CallWatch(Generic[Measured]):
         self.calls: list[Measured] = []
 
     def measure(self, x: Tensor) -> Measured:
-        """Returns what is compared of a tensor, in float32 or wider."""
+        """Returns the measured values of a tensor in float32 or wider."""
         raise NotImplementedError
 
     def corrected(self, x: Tensor, was: Measured, now: Measured) -> Tensor:

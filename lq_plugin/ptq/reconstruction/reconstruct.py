@@ -1,4 +1,4 @@
-"""Learned rounding, part by part, so that each part does what the float model's does.
+"""Learned rounding, unit by unit, so that each unit computes what the float unit does.
 
 Lifecycle: batches go into a cache. For each unit in the order in which they run, its inputs come from the quantized
 model before it, which is done already; its targets are the outputs of the float unit on float inputs. Roundings
@@ -123,7 +123,7 @@ class _Reconstructor:
         return result
 
     def _store(self, units: list[Unit]) -> UnitStore:
-        """The folder, for all that the result depends on."""
+        """Returns the store of finished units, for this model, data and options."""
         options = {key: value for key, value in asdict(self.options).items() if key not in ("cache_bytes", "folder")}
         specs = {quantizer.name: str(quantizer.spec) for quantizer in quantizers(self.model)}
         leaves = (
@@ -160,7 +160,7 @@ class _Reconstructor:
         return store.load(index, str(unit), self._changing(unit))
 
     def _changing(self, unit: Unit) -> dict[str, nn.Module]:
-        """The modules that learning a unit may change."""
+        """Returns the modules that learning a unit may change."""
         biases = self._biases(unit)
         behind = {
             name: m
@@ -179,7 +179,7 @@ class _Reconstructor:
 
     @contextmanager
     def float_state(self) -> Iterator[None]:
-        """The float model, with the weights and biases it had."""
+        """Compute with the float model inside, with its original weights and biases."""
         now = {parameter: parameter.data for parameter in self.originals}
         for parameter, before in self.originals.items():
             parameter.data = before
@@ -241,7 +241,7 @@ class _Reconstructor:
         forward: Callable[[Arguments], list[Tensor]],
         watches: Mapping[str, Watch],
     ) -> list[Record]:
-        """Returns inputs and targets of each call of a unit on one batch, seen by the watches float and quantized."""
+        """Returns inputs and targets of each call of a unit on one batch; watches see it float and quantized."""
         module = self.model.get_submodule(unit.name)
         inputs = replay.inputs_of(unit.name, batch, calls)
         with self.float_state():

@@ -46,7 +46,7 @@ class Unsmoothed:
 
 
 def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[SmoothingGroup], list[Unsmoothed]]:
-    """Norms and linear layers whose output channels can be scaled, and all others with the reason.
+    """Returns the norms and linear layers whose output channels can be scaled, and all others with the reason.
 
     Safe means: called once, with a weight (and bias) of its own that nothing else reads; its output, as it is, is read
     by linear layers and by self-attentions (as query, key and value) alone, each called once with a weight of its own.
@@ -79,7 +79,7 @@ def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[
 
 
 def input_weight(module: nn.Module) -> str:
-    """Key of the weight that multiplies a reader's input."""
+    """Returns the key of the weight that multiplies a reader's input."""
     return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
 
 
@@ -100,7 +100,7 @@ class _Search:
         }
 
     def group(self, name: str) -> SmoothingGroup | str:
-        """The group that a norm or linear layer begins, or why there is none."""
+        """Returns the group that a norm or linear layer begins, or why there is none."""
         module = self.modules[name]
         if not _is_linear(module) and getattr(module, "weight", None) is None:
             return "it has no affine weight that could take the factors"

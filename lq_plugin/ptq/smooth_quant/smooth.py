@@ -111,7 +111,7 @@ def check_alpha(alpha: float = 0.5) -> None:
 def _largest_activations(
     model: nn.Module, producers: list[str], batches: Iterable[Any], run: Callable[[Any], Any]
 ) -> dict[str, Tensor]:
-    """max|X_j| `[C]`, float64, of each producer's output over all batches of all processes."""
+    """Returns max|X_j| `[C]`, float64, of each producer's output over all batches of all processes."""
     largest: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -151,7 +151,7 @@ class _Values:
         self.new: dict[str, tuple[Tensor, Tensor]] = {}
 
     def smooth(self, group: SmoothingGroup, largest: Tensor, alpha: float) -> Tensor:
-        """Scale the parameters of a group; the factors."""
+        """Scale the parameters of a group; returns the factors `[C]`."""
         readers = [self.model.get_submodule(name) for name in group.readers]
         keys = [f"{name}.{input_weight(module)}" for name, module in zip(group.readers, readers, strict=True)]
         dims = [input_dim(module) for module in readers]
