@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lq_plugin.intent.formats import MAX_BIT_WIDTH, Format, declare_format
 from lq_plugin.intent.granularity import PerChannel, PerGroup
 
@@ -20,6 +22,16 @@ OCP_ELEMENTS = {
     "mxfp4": (4, "E2M1"),
     "mxint8": (8, "8-bit integer"),
 }
+
+
+def _sign_faults(spec: Any) -> list[str]:
+    faults = []
+    if "float_eval" in spec.format_options and not spec.stochastic:
+        faults.append("sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'")
+    if spec.stochastic and any(map(spec.kind.is_number, spec.format_options)):
+        faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
+    return faults
+
 
 declare_format(
     "int",
@@ -44,6 +56,7 @@ declare_format(
         choices=(),
         options=(("float_eval",),),
         number=("threshold", -1.0, 1.0),
+        check=_sign_faults,
         roundings=("nearest", "stochastic"),
         gradients=("clipped", "identity"),
     ),
@@ -55,6 +68,7 @@ declare_format(
         (1,),
         choices=(),
         slots=("input",),
+        scales_output=True,
         defaults=(),
     ),
 )

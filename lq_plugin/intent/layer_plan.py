@@ -93,9 +93,9 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
     if slot == "weight":
         return _weight_faults(layer, spec)
     faults = []
-    if spec.format_name == "xnor" and not layer.plain:
+    if spec.kind.scales_output and not layer.plain:
         faults.append(
-            f"{layer.name}: input 'xnor' scales the output of plain Linear and Conv layers without groups, got "
+            f"{layer.name}: input '{spec}' scales the output of plain Linear and Conv layers without groups, got "
             f"{layer.types[0]}"
         )
     if isinstance(group := spec.granularity, PerGroup) and "granularity" in spec.kind.choices:

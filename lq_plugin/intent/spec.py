@@ -144,13 +144,7 @@ class QuantSpec:
             faults.append(f"stochastic rounding has the clipped gradient, got {self.gradient!r}")
         elif learned and (self.gradient != "clipped" or self.stochastic):
             faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
-        if self.format_name == "sign" and "float_eval" in self.format_options and not self.stochastic:
-            faults.append(
-                "sign:float_eval is how stochastic binarization is evaluated: write 'sign:float_eval stochastic'"
-            )
-        if self.format_name == "sign" and self.stochastic and any(map(self.kind.is_number, self.format_options)):
-            faults.append("a threshold is of deterministic binarization: the stochastic one has probabilities")
-        return faults
+        return faults + (kind.check(self) if kind.check is not None else [])
 
     def _scale_faults(self, group: PerGroup) -> list[str]:
         faults = []

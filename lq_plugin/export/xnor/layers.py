@@ -144,7 +144,7 @@ class _XNORLayer(nn.Module):
         parts = encode(cast(Any, layer.weight_quantizer).current, layer.weight)
         signs = parts["codes"].values * 2.0 - 1.0
         self.shape = tuple(signs.shape)
-        self.scales_output = cast(Any, layer.input_quantizer).current.spec.format_name == "xnor"
+        self.scales_output = cast(Any, layer.input_quantizer).current.spec.kind.scales_output
         words = pack_signs(signs.movedim(1, -1)).flatten(1)
         self.register_buffer("words", words if counter is None else interleave(words))
         scale = parts["scale"].values.reshape(-1).expand(self.shape[0]).contiguous() if "scale" in parts else None
