@@ -25,7 +25,6 @@ from lq_plugin.quantizers import (
     Quantizer,
     SharedInput,
     WeightQuantizer,
-    XNORActivationQuantizer,
     in_stages,
     make_activation_quantizer,
     make_weight_quantizer,
@@ -157,7 +156,8 @@ def scales_output(quantizer: ActivationQuantizer | None) -> bool:
     # Something else may stand in for a quantizer while roundings are learned.
     current = quantizer.current if isinstance(quantizer, Quantizer) else None
     return (
-        isinstance(current, XNORActivationQuantizer)
+        isinstance(current, ActivationQuantizer)
+        and current.scales_output
         and current.is_enabled
         and current.collector is None
         and not current.is_suspended

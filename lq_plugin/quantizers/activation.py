@@ -45,9 +45,6 @@ class ActivationQuantizer(Quantizer):
         channel_axis: the layer's channel axis of this activation.
     """
 
-    #: Whether the layer's output makes up for it, see `QuantizedLayer.output_scale`.
-    scales_output: ClassVar[bool] = False
-
     scale: Tensor
     zero_point: Tensor
     running_min: Tensor
@@ -85,6 +82,11 @@ class ActivationQuantizer(Quantizer):
             self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
             self.register_buffer("batch_min", float32(torch.inf, (self.channels,)), persistent=False)
             self.register_buffer("batch_max", float32(-torch.inf, (self.channels,)), persistent=False)
+
+    @property
+    def scales_output(self) -> bool:
+        """True if the layer's output is multiplied by a scale of its input, see `QuantizedLayer.output_scale`."""
+        return self.spec.kind.scales_output
 
     def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
         """Returns values `[C]` in the shape that broadcasts against an activation of `ndim` dims."""

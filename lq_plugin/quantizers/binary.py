@@ -87,8 +87,6 @@ class SignActivationQuantizer(ActivationQuantizer):
 class XNORActivationQuantizer(SignActivationQuantizer):
     """Activations of -1 and +1; the layer multiplies its output by K, the mean magnitude of each window."""
 
-    scales_output = True
-
 
 def _fault(spec: QuantSpec) -> str | None:
     floats = "float_eval" in spec.format_options
