@@ -194,6 +194,15 @@ def target_of(path: str | Path | None = None, name: str | None = None) -> Target
     return target
 
 
+def markdown() -> str:
+    """Returns the table of the targets, as README shows it."""
+    rows = [
+        f"| {f'`{target.suffix}`' if target.suffix else 'this process'} | `{target.name}` | {target.summary} |"
+        for target in TARGETS.values()
+    ]
+    return "\n".join(["| file | target | |", "|---|---|---|", *rows])
+
+
 def export_model(
     model: Any,
     path: str | Path,

@@ -15,7 +15,7 @@ from lq_plugin import PTQ, Export, calibrate, prepare
 from lq_plugin.commands.export import run_export
 from lq_plugin.errors import ExportError, MissingPackageError, QuantizationError
 from lq_plugin.export import export_model, verify
-from lq_plugin.export.target import TARGETS, target_of
+from lq_plugin.export.target import TARGETS, markdown, target_of
 from tests.callbacks.conftest import Data, Module
 from tests.export.test_cli import composed
 
@@ -80,6 +80,10 @@ def test_refusals_come_from_one_place(npz, tmp_path):
     with pytest.raises(ExportError, match="valid: onnx, packed, npz. Did you mean 'npz'"):
         target_of(name="nzp")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_lists_the_built_in_targets():
+    assert markdown() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_missing_packages_are_said_first(npz, tmp_path, monkeypatch):
