@@ -11,23 +11,27 @@ from torch.utils._pytree import tree_leaves
 
 from lq_plugin.export.faults import shared_faults
 from lq_plugin.export.onnx_file.containers import refusal
+from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.request import Request
-from lq_plugin.intent.spec import PerGroup
+from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
 from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import ActivationQuantizer
 
 
-def onnx_faults(request: Request, input_names: Sequence[str] | None = None, dynamic_batch: bool = True) -> list[str]:
+def onnx_faults(
+    request: Request, input_names: Sequence[str] | None = None, dynamic_batch: bool = True, form: Form | None = None
+) -> list[str]:
     """Returns what keeps a request from becoming an ONNX file, as far as it is known.
 
     Args:
         request: with a prepared model, and valid options.
         input_names: of the graph.
         dynamic_batch: dim 0 of every input may have any size.
+        form: choices made for a runtime; None: for ONNX Runtime.
     """
-    model = request.model
+    model, form = request.model, form or Form()
     ready = request.settled == "ranges"
     silent = unreached(model) if ready else {}
     faults = shared_faults(request) + precision_faults(model)
@@ -39,16 +43,19 @@ def onnx_faults(request: Request, input_names: Sequence[str] | None = None, dyna
         current = weight.current if weight is not None and ready else weight
         if current is not None and (reason := refusal(current.spec, weight.shape[0])) is not None:
             faults.append(f"{name}.weight ({current.spec}): {reason}")
+        elif current is not None and form.weight_fault is not None:
+            reason = form.weight_fault(current.spec, tuple(weight.shape), layer)
+            faults += [] if reason is None else [f"{name}.weight ({current.spec}): {reason}"]
         if layer.output_quantizer is not None:
             faults.append(
                 f"{name}.output: a file has one step between two layers, that of the next one's input: leave the "
                 "output float"
             )
         if layer.input_quantizer is not None:
-            faults += _activation_faults(layer.input_quantizer, ready)
+            faults += _activation_faults(layer.input_quantizer, ready, form)
     for name, operation in quantized_operations(model):
         if name not in silent:
-            faults += [fault for quantizer in operation.quantizers() for fault in _activation_faults(quantizer, ready)]
+            faults += [f for quantizer in operation.quantizers() for f in _activation_faults(quantizer, ready, form)]
     if request.inputs is None:
         return faults
     return faults + _input_faults(request, request.inputs, input_names, dynamic_batch)
@@ -67,14 +74,36 @@ def precision_faults(model: nn.Module) -> list[str]:
     ]
 
 
-def _activation_faults(quantizer: ActivationQuantizer, ready: bool) -> list[str]:
+def _activation_faults(quantizer: ActivationQuantizer, ready: bool, form: Form) -> list[str]:
     """Returns what ONNX cannot hold of an activation: of its last stage, or of the present one once it is written."""
     current = quantizer.current if ready else quantizer
     if current is None:
         return [f"{quantizer.name} is float at this stage of its plan"]
-    if current.spec.is_uniform and not isinstance(current.spec.granularity, PerGroup):
-        return []
-    return [f"{current.name} ({current.spec}): its scales are found at run time, QuantizeLinear needs them fixed"]
+    if not current.spec.is_uniform or isinstance(current.spec.granularity, PerGroup):
+        return [f"{current.name} ({current.spec}): its scales are found at run time, QuantizeLinear needs them fixed"]
+    reason = _form_fault(current.spec, form)
+    return [] if reason is None else [f"{current.name} ({current.spec}): {reason}"]
+
+
+def _form_fault(spec: QuantSpec, form: Form) -> str | None:
+    """Returns why a file of that form cannot hold an activation, with the nearest spec that it can; else None."""
+    grid, reasons, changes = spec.grid, [], {}
+    if spec.bit_width > form.activation_bits:
+        reasons.append(f"activations have at most {form.activation_bits} bits")
+        changes["bit_width"] = form.activation_bits
+    if not (form.channel_activations or isinstance(spec.granularity, PerTensor)):
+        reasons.append("activations have one scale")
+        changes["granularity"] = PerTensor()
+    bits = 8 if grid.levels <= 256 else 16
+    if form.signed and (grid.affine or grid.quant_max >= 2 ** (bits - 1)):
+        reasons.append("activations are signed integers with zero point 0")
+        changes |= {"signed": True, "affine": False}
+    if not reasons:
+        return None
+    if spec.range_name == "pact" and "signed" in changes:
+        # It clips at 0: half of the signed levels.
+        changes |= {"signed": False, "bit_width": min(spec.bit_width, form.activation_bits) - 1}
+    return f"{' and '.join(reasons)}; the nearest that fits is '{spec.replace(**changes)}'"
 
 
 def _input_faults(

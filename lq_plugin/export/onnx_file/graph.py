@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.onnx_file.containers import Container
+from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
@@ -45,12 +46,12 @@ class Graph:
 
     Args:
         model: changed in place.
-        smallest: bits of the smallest integer type that weights may have, 2, 4 or 8.
+        form: choices made for a runtime.
     """
 
-    def __init__(self, model: onnx.ModelProto, smallest: int = 2) -> None:
+    def __init__(self, model: onnx.ModelProto, form: Form) -> None:
         self.model = model
-        self.smallest = smallest
+        self.form = form
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
         #: New nodes by the name of the node that follows them, and by the value that they read.
@@ -85,7 +86,7 @@ class Graph:
         first, alone = nodes[0], len(nodes) == 1
         factor = None
         if weight.table is None and alone:
-            factor = self._absorb_batch_norm(name, first, weight.zero_point is not None)
+            factor = self._absorb_batch_norm(name, first, weight)
         value = self._dequantized(name, first, weight, exchanged != transposed.pop(), factor)
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
@@ -125,7 +126,7 @@ class Graph:
             table = self._initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
             wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
-        bits = max(weight.bits, self.smallest)
+        bits = max(weight.bits, self.form.smallest, 0 if weight.block else self.form.smallest_whole)
         if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
@@ -271,9 +272,9 @@ class Graph:
                 for key, end in outermost.items()
             ]
             source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
-        # Signed levels become unsigned ones: the same real numbers, for which runtimes have faster kernels.
-        kind = self._type(bits, False, source)
-        zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed else 0)
+        # Signed levels become unsigned ones unless asked: the same numbers, for which runtimes have faster kernels.
+        kind = self._type(bits, self.form.signed, source)
+        zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed and not self.form.signed else 0)
         parameters = [
             self._initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
             self._initializer(f"{stem}_zero_point", zero_point, kind),
@@ -282,7 +283,7 @@ class Graph:
         codes = _make(added, "QuantizeLinear", [source, *parameters], stem, **place)
         return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
 
-    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, affine: bool) -> Any:
+    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, content: Container) -> Any:
         """Moves the shift of a following batch norm into the bias; returns its factors for the channels, or None."""
         if node.op_type != "Conv":
             return None
@@ -298,7 +299,11 @@ class Graph:
         )
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = weight / np.sqrt(variance + epsilon)
-        if affine and not factor.all():
+        if content.zero_point is not None and not factor.all():
+            return None
+        # The only integers without a negative.
+        lowest = (content.q.flatten(1).amin(1) == -(1 << (content.bits - 1))).numpy()
+        if not self.form.negative_scales and content.bits == 8 and (lowest & (factor < 0)).any():
             return None
         bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
         moved = self._initializer(

@@ -29,4 +29,5 @@ OPTIONS = (
     Option("smallest", 2, _smallest_fault),
     Option("dynamic_dims", (), _dims_fault),
     Option("round_sums", False, flag_fault("round_sums")),
+    Option("signed", False, flag_fault("signed")),
 )

@@ -34,20 +34,22 @@ from lq_plugin.ranges import Histogram, estimate_range
 
 Feed: TypeAlias = Mapping[str, NDArray[Any]]
 
-_GRID = QuantSpec.parse("uint8 affine").grid
+_UNSIGNED, _SIGNED = QuantSpec.parse("uint8 affine").grid, QuantSpec.parse("int8").grid
+_BYTES = (TensorProto.UINT8, TensorProto.INT8)
 #: Operations that only move values, and so also integers.
 _MOVES = ("Slice", "Pad")
 #: Operations that a runtime applies to a sum before it rounds it.
 _AFTER = ("Relu", "Clip")
 
 
-def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str = "mse") -> int:
+def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str = "mse", signed: bool = False) -> int:
     """Quantizes operands and results of sums after integer convolutions, in place.
 
     Args:
         model: made by `export_onnx`.
         feeds: calibration batches, arrays by input name.
         range_name: estimator of the ranges (`lq_plugin.ranges`).
+        signed: in signed integers with zero point 0, as the file's other activations; False: unsigned ones.
 
     Returns:
         The number of quantized sums.
@@ -55,7 +57,7 @@ def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str
     Raises:
         ExportError: without batches.
     """
-    graph = _Sums(model)
+    graph = _Sums(model, signed)
     sums = graph.find()
     if sums:
         graph.quantize(sums, feeds, range_name)
@@ -63,8 +65,9 @@ def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str
 
 
 class _Sums:
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, signed: bool) -> None:
         self.model, self.graph = model, model.graph
+        self.grid, self.kind = (_SIGNED, np.int8) if signed else (_UNSIGNED, np.uint8)
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.after: dict[str, list[onnx.NodeProto]] = {}
         self._index()
@@ -142,7 +145,7 @@ class _Sums:
         for node in self.readers.get(name, []):
             if node.op_type == "QuantizeLinear" and node.input[0] == name:
                 zero_point = self.constants.get(node.input[2])
-                if zero_point is not None and zero_point.data_type == TensorProto.UINT8 and not zero_point.dims:
+                if zero_point is not None and zero_point.data_type in _BYTES and not zero_point.dims:
                     return node
         return None
 
@@ -167,7 +170,8 @@ class _Sums:
             raise ExportError("the ranges of residual sums need calibration data, there were no batches")
         found = {}
         for name, histogram in histograms.items():
-            scale, zero_point = qparams_from_bounds(*estimate_range(range_name, histogram.sample(), _GRID), _GRID)
+            bounds = estimate_range(range_name, histogram.sample(), self.grid)
+            scale, zero_point = qparams_from_bounds(*bounds, self.grid)
             found[name] = (scale.reshape(()).numpy(), zero_point.reshape(()).numpy())
         return found
 
@@ -184,7 +188,7 @@ class _Sums:
         scale, zero_point = qparams
         parameters = [f"{name}.sum_scale", f"{name}.sum_zero_point"]
         self._constant(parameters[0], scale.astype(np.float32))
-        self._constant(parameters[1], zero_point.astype(np.uint8))
+        self._constant(parameters[1], zero_point.astype(self.kind))
         quantizer = helper.make_node(
             "QuantizeLinear", [name, *parameters], [f"{name}.sum_codes"], f"node_{name}.sum_codes"
         )

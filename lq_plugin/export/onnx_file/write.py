@@ -27,6 +27,7 @@ from lq_plugin.export.onnx_file.biases import settle_biases
 from lq_plugin.export.onnx_file.containers import Container, container
 from lq_plugin.export.onnx_file.faults import onnx_faults, tensors_of
 from lq_plugin.export.onnx_file.float_model import float_graph, inference_copy
+from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.graph import Graph
 from lq_plugin.export.onnx_file.operations import operation_nodes
 from lq_plugin.export.onnx_file.options import OPTIONS
@@ -56,6 +57,8 @@ def export_onnx(
     smallest: int = 2,
     dynamic_dims: Sequence[int] = (),
     exported: onnx.ModelProto | None = None,
+    signed: bool = False,
+    form: Form | None = None,
 ) -> int:
     """Writes a prepared and calibrated model as ONNX.
 
@@ -73,6 +76,9 @@ def export_onnx(
         dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
         exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most
             of the time.
+        signed: quantized activations are signed integers with zero point 0, as their plan has to say (`int8`); False:
+            unsigned ones of the same values, for which ONNX Runtime has faster kernels.
+        form: choices made for another runtime; None: those of `smallest` and `signed`.
 
     Returns:
         The size of the file, in bytes.
@@ -83,9 +89,10 @@ def export_onnx(
         MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     batches = None if sums_from is None else list(sums_from)
-    options = {"smallest": smallest, "dynamic_dims": dynamic_dims}
+    options = {"smallest": smallest, "dynamic_dims": dynamic_dims, "signed": signed}
     request = Request(options, Path(path), model, "ranges", inputs, batches)
-    faults = option_faults(OPTIONS, options) or onnx_faults(request, input_names, dynamic_batch)
+    form = form or Form(smallest=smallest, signed=signed)
+    faults = option_faults(OPTIONS, options) or onnx_faults(request, input_names, dynamic_batch, form)
     raise_all(ExportError, "cannot export the model", faults)
     free = {
         **({0: torch.export.Dim("batch")} if dynamic_batch else {}),
@@ -111,7 +118,7 @@ def export_onnx(
         if exported is None
         else copy.deepcopy(exported)
     )
-    graph = Graph(made, smallest)
+    graph = Graph(made, form)
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
     recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
@@ -134,14 +141,18 @@ def export_onnx(
             what,
         )
     file = graph.finish()
-    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches)):
+    if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches), signed=form.signed):
         log.warning("%s: sums_from has no effect, no sum in the graph reads an integer convolution", path)
-    for bias in settle_biases(file):
+    for bias in settle_biases(file) if form.integer_biases else ():
         log.warning(
             "%s does not fit into int32 next to weights that small and is added in float: ONNX Runtime is slower there",
             bias,
         )
     onnx.checker.check_model(file, full_check=True)
+    if form.lint is not None:
+        raise_all(
+            ExportError, f"{path} is not written, its graph breaks rules", [str(found) for found in form.lint(file)]
+        )
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
     return Path(path).stat().st_size

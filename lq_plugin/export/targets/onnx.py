@@ -52,8 +52,9 @@ class ONNX(Target):
 
     def model_faults(self, request: Request) -> list[str]:
         from lq_plugin.export.onnx_file.faults import onnx_faults
+        from lq_plugin.export.onnx_file.form import Form
 
-        return onnx_faults(request)
+        return onnx_faults(request, form=Form(signed=self.settings(request)["signed"]))
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("round_sums"))
@@ -66,7 +67,7 @@ class ONNX(Target):
         assert request.inputs is not None
         return export_onnx(
             request.model, request.inputs, request.path, sums_from=request.batches if settings["round_sums"] else None,
-            smallest=settings["smallest"], dynamic_dims=list(settings["dynamic_dims"]),
+            smallest=settings["smallest"], dynamic_dims=list(settings["dynamic_dims"]), signed=settings["signed"],
         )  # fmt: skip
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:

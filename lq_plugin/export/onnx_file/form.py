@@ -1,0 +1,35 @@
+"""Choices that the QDQ form leaves open, made for a runtime. Nothing here imports torch or onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a file may hold, and how; the defaults suit ONNX Runtime.
+
+    Args:
+        smallest: bits of the smallest integer type of weights: 2, 4 or 8.
+        smallest_whole: the same of weights without blocks of scales.
+        signed: activations are signed integers with zero point 0. False: unsigned ones, with any zero point.
+        activation_bits: of the largest integer type of activations: 8 or 16.
+        channel_activations: activations may have a scale for each channel.
+        integer_biases: biases next to quantized inputs are int32 (`lq_plugin.export.onnx_file.biases`). False: they
+            stay float.
+        negative_scales: weights may have them, where a batch norm's negative factor moves in.
+        weight_fault: says why a layer's weight cannot be stored; called with its spec, its shape and the layer.
+        lint: returns the rules that a finished file breaks; such a file is not written.
+    """
+
+    smallest: int = 2
+    smallest_whole: int = 2
+    signed: bool = False
+    activation_bits: int = 16
+    channel_activations: bool = True
+    integer_biases: bool = True
+    negative_scales: bool = True
+    weight_fault: Callable[[Any, Sequence[int], Any], str | None] | None = None
+    lint: Callable[[Any], Sequence[Any]] | None = None
