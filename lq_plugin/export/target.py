@@ -38,6 +38,8 @@ class Target(ABC):
     name: ClassVar[str]
     #: The end of its files' names; None: it changes a model in this process and writes no file.
     suffix: ClassVar[str | None]
+    #: Whether a path that ends in the suffix chooses it; False: only its name does.
+    by_suffix: ClassVar[bool] = True
     #: One line for listings.
     summary: ClassVar[str]
     #: Packages that are needed to write a file.
@@ -51,7 +53,9 @@ class Target(ABC):
     def faults(self, request: Request) -> list[str]:
         """Returns everything known to keep a request from being carried out."""
         faults = option_faults(self.options, request.options)
-        known = {option.name: (target, option) for target in (*TARGETS.values(), self) for option in target.options}
+        # Of targets that share an option, the first one is named.
+        targets = [self, *reversed(TARGETS.values())]
+        known = {option.name: (target, option) for target in targets for option in target.options}
         valid = [option.name for option in self.options]
         for name, value in request.options.items():
             if name not in known:
@@ -173,16 +177,17 @@ def target_of(path: str | Path | None = None, name: str | None = None) -> Target
     Raises:
         ExportError: there is none, or it writes no file.
 
-    >>> target_of("model.onnx").name, target_of("model.bin", "packd")
+    >>> target_of("model.onnx").name, target_of("model.bin", "onix")
     Traceback (most recent call last):
-    lq_plugin.errors.ExportError: there is no export target 'packd'; valid: onnx, packed. Did you mean 'packed'?
+    lq_plugin.errors.ExportError: there is no export target 'onix'; valid: onnx, packed, tensorrt. Did you mean 'onnx'?
     """
     suffixes = {target.name: target.suffix for target in TARGETS.values() if target.suffix is not None}
     if name is None:
-        found = [known for known, suffix in suffixes.items() if str(path).endswith(suffix)]
+        chosen = {known: suffix for known, suffix in suffixes.items() if TARGETS[known].by_suffix}
+        found = [known for known, suffix in chosen.items() if str(path).endswith(suffix)]
         if len(found) != 1:
             among = f"; name one of {', '.join(found)}" if found else ""
-            listed = " or ".join(f"{suffix} ({known})" for known, suffix in suffixes.items())
+            listed = " or ".join(f"{suffix} ({known})" for known, suffix in chosen.items())
             raise ExportError(f"a model is exported to a file that ends in {listed}, got {str(path)!r}{among}")
         return TARGETS[found[0]]
     if name not in TARGETS:

@@ -87,7 +87,8 @@ def _activation_faults(quantizer: ActivationQuantizer, ready: bool, form: Form) 
 
 def _form_fault(spec: QuantSpec, form: Form) -> str | None:
     """Returns why a file of that form cannot hold an activation, with the nearest spec that it can; else None."""
-    grid, reasons, changes = spec.grid, [], {}
+    grid, reasons = spec.grid, []
+    changes: dict[str, Any] = {}
     if spec.bit_width > form.activation_bits:
         reasons.append(f"activations have at most {form.activation_bits} bits")
         changes["bit_width"] = form.activation_bits

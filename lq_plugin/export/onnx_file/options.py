@@ -25,7 +25,7 @@ def _dims_fault(dims: Any) -> str | None:
     return f"dynamic_dims are dims of the inputs after the batch, 1 or more, as [1] for tokens [N, L]; got {dims!r}"
 
 
-OPTIONS = (
+OPTIONS: tuple[Option, ...] = (
     Option("smallest", 2, _smallest_fault),
     Option("dynamic_dims", (), _dims_fault),
     Option("round_sums", False, flag_fault("round_sums")),

@@ -67,7 +67,7 @@ def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str
 class _Sums:
     def __init__(self, model: onnx.ModelProto, signed: bool) -> None:
         self.model, self.graph = model, model.graph
-        self.grid, self.kind = (_SIGNED, np.int8) if signed else (_UNSIGNED, np.uint8)
+        self.grid = _SIGNED if signed else _UNSIGNED
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.after: dict[str, list[onnx.NodeProto]] = {}
         self._index()
@@ -188,7 +188,7 @@ class _Sums:
         scale, zero_point = qparams
         parameters = [f"{name}.sum_scale", f"{name}.sum_zero_point"]
         self._constant(parameters[0], scale.astype(np.float32))
-        self._constant(parameters[1], zero_point.astype(self.kind))
+        self._constant(parameters[1], zero_point.astype(np.int8 if self.grid.signed else np.uint8))
         quantizer = helper.make_node(
             "QuantizeLinear", [name, *parameters], [f"{name}.sum_codes"], f"node_{name}.sum_codes"
         )

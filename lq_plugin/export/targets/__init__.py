@@ -1,3 +1,9 @@
 """Built-in export targets, one file each, registered on import."""
 
-from lq_plugin.export.targets import onnx as onnx, packed as packed, torchao as torchao, xnor as xnor
+from lq_plugin.export.targets import (
+    onnx as onnx,
+    packed as packed,
+    tensorrt as tensorrt,
+    torchao as torchao,
+    xnor as xnor,
+)

@@ -1,0 +1,42 @@
+"""Target `tensorrt`: an ONNX file under TensorRT's rules for explicit quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lq_plugin.export.request import Request
+from lq_plugin.export.target import register_target
+from lq_plugin.export.targets.onnx import ONNX
+
+
+@register_target
+class TensorRT(ONNX):
+    """Files for TensorRT's parser; see `lq_plugin.export.tensorrt`.
+
+    Every file is checked against NVIDIA's documented rules by `lq_plugin.export.tensorrt.lint` before it is written.
+    `verify` runs it in ONNX Runtime: nobody has run TensorRT on these files yet.
+    """
+
+    name, by_suffix = "tensorrt", False
+    summary = "the graph under TensorRT's rules for explicit quantization: signed INT8 and INT4, no zero points; linted"
+    runtimes = ("onnxruntime",)
+    options = tuple(option for option in ONNX.options if option.name == "dynamic_dims")
+
+    def model_faults(self, request: Request) -> list[str]:
+        from lq_plugin.export.onnx_file.faults import onnx_faults
+        from lq_plugin.export.tensorrt.form import TENSORRT
+
+        return onnx_faults(request, form=TENSORRT)
+
+    def needs_batches(self, options: Mapping[str, Any]) -> bool:
+        return False
+
+    def write(self, request: Request) -> int:
+        from lq_plugin.export.onnx_file.write import export_onnx
+        from lq_plugin.export.tensorrt.form import TENSORRT
+
+        assert request.path is not None
+        assert request.inputs is not None
+        dims = list(self.settings(request)["dynamic_dims"])
+        return export_onnx(request.model, request.inputs, request.path, dynamic_dims=dims, form=TENSORRT)
