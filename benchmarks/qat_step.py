@@ -1,6 +1,8 @@
 """What a quantized training step costs: time and memory over the float step, beside other libraries.
 
     python -m benchmarks.qat_step --json out.json
+    python -m benchmarks.qat_step --beside REV        and lq as it was at a commit: `ratio_over_REV`, both in processes
+                                                      of their own that take turns
 
 A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is
 quantized, weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving
@@ -30,10 +32,12 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import common
+from benchmarks.earlier import StepOf, tree_of
 from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import CLOCKS, MODELS, Step, float_step
 from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, Unavailable
@@ -45,11 +49,15 @@ OTHERS = ("W7A8", *FORMATS)
 
 def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each implementation that has this setting, and one for float."""
-    steps: dict[str, Step | PeerStep] = {"float": float_step(model, options.device)}
+    steps: dict[str, Step | PeerStep | StepOf] = {"float": float_step(model, options.device)}
     skipped: list[dict[str, Any]] = []
     for name in options.implementations:
         try:
             steps[name] = IMPLEMENTATIONS[name](model, setting, options.device)
+            if name.startswith("lq ") and options.beside:
+                threads = torch.get_num_threads()
+                steps[f"{name} here"] = StepOf(None, name, model, setting, threads)
+                steps[f"{name} at {options.beside}"] = StepOf(options.tree, name, model, setting, threads)
         except Unavailable as reason:
             skipped.append(
                 {
@@ -65,16 +73,21 @@ def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[
     rows = []
     for name, step in steps.items():
         row = {"model": model, "implementation": name, "setting": setting, **common.ratio(times, name, "float")}
+        if name.endswith(" here"):
+            earlier = common.ratio(times, name, f"{name.removesuffix('here')}at {options.beside}")
+            row |= {f"{key}_over_{options.beside}": value for key, value in earlier.items()}
         saved, added = (size / 1e6 for size in step.saved())
         rows.append(
             {**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added}
         )
-        if isinstance(step, PeerStep):
+        if isinstance(step, PeerStep | StepOf):
             step.close()
     return rows + skipped
 
 
-def interleaved(steps: Mapping[str, Step | PeerStep], rounds: int, warm_up: int, clock: str) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Step | PeerStep | StepOf], rounds: int, warm_up: int, clock: str
+) -> dict[str, list[float]]:
     """Seconds of each step, round by round; every second round runs in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warm_up + rounds):
@@ -106,6 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=message)
     parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
+    parser.add_argument("--beside", metavar="REV", help="measure lq at a commit of this repository as well")
     return parser.parse_args(arguments)
 
 
@@ -114,12 +128,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     common.start(options)
     results: dict[str, Any] = {"results": []}
     console = Console()
-    for model in options.models:
-        for setting in options.settings:
-            rows = measure(model, setting, options)
-            results["results"] += rows
-            common.write_json(options.json, results, ("torchao",))
-            console.print(table(rows))
+    with tree_of(options.beside) as options.tree:
+        for model in options.models:
+            for setting in options.settings:
+                rows = measure(model, setting, options)
+                results["results"] += rows
+                common.write_json(options.json, results, ("torchao",))
+                console.print(table(rows))
+                for row in rows:
+                    if (ratio := row.get(f"ratio_over_{options.beside}")) is not None:
+                        console.print(f"{row['implementation']}: {ratio:.3f} of the step at {options.beside}")
     return results
 
 

@@ -7,33 +7,31 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.environments import PeerError, python, require
 from benchmarks.peers.start import ROOT, environment
 
 
-class PeerProcess:
-    """Started, and waited for until it has said that it is ready.
+class AnsweringProcess:
+    """A process that calls `serve`, waited for until it has said that it is ready.
 
     Args:
-        peer: a key of `PEERS`.
-        module: of this repository, whose `__main__` calls `serve`.
-        arguments: of its command line.
-        threads: of torch.
+        command: its command line.
+        cwd: folder that it runs in.
+        env: its environment.
 
     Raises:
-        PeerError: when it is not installed or fails, with the end of what it wrote.
+        PeerError: when it fails, with the end of what it wrote.
     """
 
-    def __init__(self, peer: str, module: str, arguments: tuple[str, ...], threads: int) -> None:
-        require([peer])
-        command = [str(python(peer)), "-m", module, *arguments, str(threads)]
+    def __init__(self, command: list[str], cwd: Path, env: Mapping[str, str]) -> None:
         # A file, not a pipe: nobody reads along.
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=environment(threads), **pipes)
+        self.process = subprocess.Popen(command, text=True, cwd=cwd, env=env, **pipes)
         self.names: list[str] = self.ask("")
 
     def ask(self, question: str) -> Any:
@@ -58,6 +56,24 @@ class PeerProcess:
         """End the process."""
         self.process.communicate()
         self.errors.close()
+
+
+class PeerProcess(AnsweringProcess):
+    """A process in a peer's environment.
+
+    Args:
+        peer: a key of `PEERS`.
+        module: of this repository, whose `__main__` calls `serve`.
+        arguments: of its command line.
+        threads: of torch.
+
+    Raises:
+        PeerError: when it is not installed or fails, with the end of what it wrote.
+    """
+
+    def __init__(self, peer: str, module: str, arguments: tuple[str, ...], threads: int) -> None:
+        require([peer])
+        super().__init__([str(python(peer)), "-m", module, *arguments, str(threads)], ROOT, environment(threads))
 
 
 def serve(make: Callable[[], dict[str, Callable[[], Any]]]) -> None:
