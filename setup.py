@@ -15,5 +15,8 @@ setup(
         "lq_plugin.conf.shared",
     ],
     package_dir={"lq_plugin.conf": "conf", "lq_plugin.conf.shared": "conf/shared"},
-    package_data={"lq_plugin": ["py.typed", "**/*.cpp", "**/*.h", "report/assets/*"], "lq_plugin.conf": ["**/*.yaml"]},
+    package_data={
+        "lq_plugin": ["py.typed", "**/*.cpp", "**/*.h", "report/assets/*", "ptq/README.md"],
+        "lq_plugin.conf": ["**/*.yaml"],
+    },
 )
