@@ -98,6 +98,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     Least squares in the order of the wanted positions: with the gaps taken off, an isotonic regression,
     by pooling adjacent violators. Where there is no room, the gaps shrink evenly.
 
+    Args:
+        wanted: positions, in any order.
+        gap: least distance of two positions.
+        low, high: bounds of all positions.
+
     >>> spread([0.5, 0.5, 0.9], 0.2, 0.0, 1.0)
     [0.4, 0.6, 0.9]
     """

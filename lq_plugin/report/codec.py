@@ -39,6 +39,11 @@ def encode(value: Any) -> Any:
 def decode(kind: type[T], content: Any, where: str = "report") -> T:
     """Returns the dataclass that `encode` turned into `content`.
 
+    Args:
+        kind: the dataclass.
+        content: plain values, as JSON gives them.
+        where: name of the content, for messages.
+
     Raises:
         QuantizationError: naming the place where the content does not fit.
     """

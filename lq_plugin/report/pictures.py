@@ -44,6 +44,12 @@ def write_pictures(
 ) -> list[Path]:
     """Write every figure of a report; figures of layers for the largest `max_layers`.
 
+    Args:
+        report: to draw.
+        folder: is made where it does not exist.
+        formats: `png`, `svg`, or another one that matplotlib writes.
+        max_layers: figures of layers are drawn for that many, the largest ones.
+
     Returns:
         The files, `<folder>/<figure>.<format>`.
     """

@@ -29,7 +29,13 @@ _KL_BINS = 1024
 
 
 def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: str) -> TensorView:
-    """Returns a view of an activation from its statistics; per channel: of the channel that reaches furthest."""
+    """Returns a view of an activation from its statistics; per channel: of the channel that reaches furthest.
+
+    Args:
+        quantizer: with its range.
+        histogram: the statistics of its tensor.
+        slot: `input` or `output`.
+    """
     sample = histogram.sample()
     row = _furthest(sample)
     what = "whole tensor" if sample.rows == 1 else f"channel {row} of {sample.rows}"

@@ -157,7 +157,14 @@ def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...
 def level_faults(
     levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
 ) -> list[str]:
-    """Returns what in the levels does not fit a project: its PTQ phases, its Trainer or its module."""
+    """Returns what in the levels does not fit a project: its PTQ phases, its Trainer or its module.
+
+    Args:
+        levels: of the search.
+        model: of the project; nothing but its class and attributes are read.
+        phases: of the calibration.
+        trainer: makes the Trainer; None: that of the model's package.
+    """
     faults = []
     for number, level in enumerate(levels):
         try:
@@ -195,6 +202,11 @@ def evaluate_at(
 ) -> dict[str, float]:
     """Returns everything that a plan logs at one level. The evaluator's module is unchanged afterwards, bit for bit.
 
+    Args:
+        evaluator: calibrated.
+        plan: anything `QuantPlan.parse` reads.
+        level: how it is scored.
+
     Raises:
         QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
     """
@@ -202,7 +214,13 @@ def evaluate_at(
 
 
 def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
-    """Returns everything that specs, given by layer name, log at one level."""
+    """Returns everything that specs, given by layer name, log at one level.
+
+    Args:
+        evaluator: calibrated.
+        layer_plans: specs by layer name; layers that are left out stay float.
+        level: how they are scored.
+    """
     if level.qat is not None:
         return _trained(evaluator, layer_plans, level)
     with evaluator.limited(level.batches):

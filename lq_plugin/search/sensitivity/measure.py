@@ -1,23 +1,22 @@
 """Sensitivity of each tensor to each of its choices, with everything else float.
 
-Measured by what comes out of the last layer (`kl`, `sqnr`), out of the layer itself (`layer_sqnr`) or by the loss
+Measured on the output of the last layer (`kl`, `sqnr`), the output of the layer itself (`layer_sqnr`) or the loss
 (`loss`); computed from gradients of the loss, for weights alone (`fisher`, `first_order`, `hessian`); or learned, all
 tensors at once (`learned_step`)::
 
     kl           KL(softmax z || softmax ẑ), mean over samples: nats
     sqnr         Σ(z - ẑ)² / Σ z², the inverse of the signal to quantization noise ratio of the logits
-    layer_sqnr   the same of the layer's own output
+    layer_sqnr   sqnr of the layer's own output
     loss         loss(ŵ) - loss(w), not below 0
     fisher       ½ Σ E[g²] ΔW², the diagonal of the empirical Fisher matrix: FIT, Zandonati et al., 2022
                  (arXiv 2210.08502)
     first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers
-                 as far
-                 as their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
+                 where their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
     hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852)
     learned_step the step size that a quantizer learns: LIMPQ, Tang et al., ECCV 2022 (arXiv 2203.08368)
 
 z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken
-for the sum.
+to be their sum.
 """
 
 from __future__ import annotations
@@ -124,9 +123,8 @@ def measure_sensitivity(
         measure: one of `MEASURES`; or `"auto"`: kl, sqnr where the last layer has one output, loss where no layer is
             called as a module.
         batches: of calibration data.
-        others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and what is measured is what
-            comes on top of that. Gradients are always those of the float model, steps learned with all tensors
-            quantized.
+        others: `"float"`, or `"widest"`: every other tensor has its choice of most bits, and the harm added to that is
+            measured. Gradients are always those of the float model; steps are learned with all tensors quantized.
 
     Raises:
         QuantizationError: an unknown measure, one that does not fit the space or the module, or one that is not finite.
@@ -138,7 +136,14 @@ def measure_sensitivity(
 def measure_all(
     evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
 ) -> list[SensitivityTable]:
-    """Measure every choice of every unit by several measures, which share forward passes and gradients."""
+    """Measure every choice of every unit by several measures, which share forward passes and gradients.
+
+    Args:
+        evaluator: calibrated.
+        measures: names, or `"auto"`; each is measured once.
+        batches: of calibration data that are used.
+        others: `"float"` or `"widest"`, see `measure_sensitivity`.
+    """
     check_measures(measures, others)
     measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
     worker = _Measurement(evaluator, measures, batches, others)

@@ -21,8 +21,7 @@ class PrefixCache:
 
     Every call before that one is bit-identical, so nothing is approximated. What lies between the layers (activations,
     normalization, sums) is computed again. Layers that are not called as modules, such as the weights of an LSTM, have
-    no
-    prefix: a pass with one of them changed is computed whole.
+    no prefix: a pass with one of them changed is computed whole.
 
     Args:
         layers: by name; evaluation mode.

@@ -24,6 +24,11 @@ _PARTS: tuple[type, ...] = (BaseSampler, BasePruner, BaseStorage, BaseJournalBac
 def part_class(config: Any, kind: type, where: str) -> type:
     """Returns the class that `config` names.
 
+    Args:
+        config: a mapping with `_target_`.
+        kind: the base class that is wanted.
+        where: the setting's name, for messages.
+
     Raises:
         QuantizationError: it names none, or no subclass of `kind`.
     """

@@ -77,7 +77,14 @@ class DominancePruner(BasePruner):
 
 
 def with_report(known: Mapping[str, Any] | None, costs: list[float], value: float, step: int) -> dict[str, Any]:
-    """Returns the attribute `REPORTS` after one more step."""
+    """Returns the attribute `REPORTS` after one more step.
+
+    Args:
+        known: the attribute so far, or None.
+        costs: of the trial.
+        value: of the metric.
+        step: that it was reported at.
+    """
     return {_COSTS: costs, _STEPS: {**(known or {}).get(_STEPS, {}), str(step): value}}
 
 

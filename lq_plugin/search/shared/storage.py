@@ -75,6 +75,11 @@ def open_study(
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
     """Returns the differences between two nested mappings, one line each.
 
+    Args:
+        known: of the study.
+        wanted: of this run.
+        where: put before each name.
+
     >>> stored = {"metric": "val/acc", "space": {"a": ["int4"]}}
     >>> differences(stored, {"metric": "val/acc", "space": {"a": ["int4", "int8"]}})
     ['space a: only now int8']

@@ -47,6 +47,11 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
 def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:
     """Add `latency` to the evaluator's costs, from the study's table, which is measured if it has none yet.
 
+    Args:
+        evaluator: calibrated.
+        study: that keeps the table.
+        options: where latency is measured.
+
     Raises:
         ExportError: a model or spec that cannot be exported.
         CalibrationError: no validation batch.
@@ -67,7 +72,13 @@ def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -
 
 
 def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:
-    """Measure the whole model under each plan of the front, and keep the result in the study."""
+    """Measure the whole model under each plan of the front, and keep the result in the study.
+
+    Args:
+        evaluator: calibrated.
+        result: whose front is measured.
+        options: where latency is measured.
+    """
     from lq_plugin.export.latency import model_graph, model_latency
 
     measured = dict(result.study.user_attrs.get(MEASURED, {}))

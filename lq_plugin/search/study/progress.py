@@ -32,7 +32,14 @@ class SearchProgress:
         self._progress.stop()
 
     def update(self, complete: int, last: FrozenTrial | None = None, failed: int = 0, stopped: int = 0) -> None:
-        """Show the state after a trial; `stopped` of the trials ended below the top level."""
+        """Show the state after a trial; `stopped` of the trials ended below the top level.
+
+        Args:
+            complete: trials of the study that are over.
+            last: the trial that has just ended.
+            failed: failed trials of this run.
+            stopped: trials that ended below the top level; they are among the complete ones.
+        """
         text = f"{self.metric} {last.values[0]:.4g} at {last.values[1]:.4g}" if last is not None and last.values else ""
         parts = [text] * bool(text) + [f"{stopped} stopped early"] * bool(stopped) + [f"{failed} failed"] * bool(failed)
         self._progress.update(self._task, completed=complete, description=", ".join(parts))

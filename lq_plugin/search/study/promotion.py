@@ -71,6 +71,11 @@ class Ladder:
 
         Levels that an interrupted trial has completed are not evaluated again by the trial that replaces it.
 
+        Args:
+            trial: running.
+            layer_plans: its specs by layer name.
+            costs: its costs by name.
+
         Raises:
             TrialPruned: it stops below the top.
             QuantizationError: the metric is not logged, or not a finite number.

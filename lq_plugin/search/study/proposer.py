@@ -150,7 +150,15 @@ def waiting_trial(
     user_attrs: Mapping[str, Any] | None = None,
     system_attrs: Mapping[str, Any] | None = None,
 ) -> FrozenTrial:
-    """Returns a trial for the queue, with its plan; it is pruned already where the plan's cost breaks a constraint."""
+    """Returns a trial for the queue, with its plan; it is pruned already where the plan's cost breaks a constraint.
+
+    Args:
+        space: of the study.
+        params: values of its parameters.
+        evaluator: calibrated; it knows the costs.
+        constraints: of the search; those on costs count.
+        user_attrs, system_attrs: further attributes of the trial.
+    """
     layer_plans = space.layer_plans(params)
     costs = evaluator.costs(layer_plans)
     excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}

@@ -186,7 +186,13 @@ class JobTrial:
     def tell(
         self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None
     ) -> None:
-        """Record how the trial ended, unless another process has marked it as failed."""
+        """Record how the trial ended, unless another process has marked it as failed.
+
+        Args:
+            state: complete, pruned or failed.
+            values: of the objectives, of a complete trial.
+            attrs: further user attributes.
+        """
         try:
             for limit in self.access.constraints:
                 if limit.name in self.metrics and math.isfinite(self.metrics[limit.name]):
