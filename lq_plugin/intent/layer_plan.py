@@ -21,6 +21,7 @@ class LayerInfo:
         reduction: number of input channels of the weight, the dim that groups divide.
         slots: the tensors it has; an embedding has no float input.
         plain: a plain linear operation, whose output can be multiplied by a scale taken from its input.
+        channel_axis: of its input and output, counted from the end; None if not known.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerInfo:
     reduction: int = 0
     slots: tuple[str, ...] = SLOTS
     plain: bool = True
+    channel_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
             f"{layer.name}: input '{spec}' scales the output of plain Linear and Conv layers without groups, got "
             f"{layer.types[0]}"
         )
+    if isinstance(channel := spec.granularity, PerChannel) and not _may_be_channel_axis(
+        channel.axis, layer.channel_axis
+    ):
+        faults.append(
+            f"{where}: the channels are on axis {layer.channel_axis}, got axis {channel.axis}; per_channel without a "
+            "number means that one"
+        )
     if isinstance(group := spec.granularity, PerGroup) and "granularity" in spec.kind.choices:
         if group.scale_bits is None or group.coarse != "tensor":
             faults.append(
@@ -106,6 +115,18 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
         if spec.affine:
             faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
     return faults
+
+
+def _may_be_channel_axis(axis: int | None, channels: int | None) -> bool:
+    """Whether an axis can be the one `channels` of a tensor that is not seen yet, with or without a batch.
+
+    >>> [_may_be_channel_axis(axis, -3) for axis in (1, 0, -3, 7, -1)], _may_be_channel_axis(7, -1)
+    ([True, True, True, False, False], True)
+    """
+    if axis is None or channels is None or axis == channels:
+        return True
+    # What has its channels last takes any number of dims in front.
+    return axis >= 0 and (channels == -1 or axis <= 1)
 
 
 def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:

@@ -116,7 +116,8 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     # Called on the float module: `canonical` uses nothing but attributes of the float class.
     plain = quantized.has_output_scale and getattr(module, "groups", 1) == 1
     plain = plain and not issubclass(quantized, ShadowedForward)
-    return LayerInfo(name, types, quantized.canonical(module, weight_of(module)).shape[1], quantized.slots, plain)
+    reduction = quantized.canonical(module, weight_of(module)).shape[1]
+    return LayerInfo(name, types, reduction, quantized.slots, plain, quantized.input_axis)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:

@@ -17,14 +17,19 @@ from lq_plugin.native.switch import active
 def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
     """Returns the kernels that may replace torch operations on `x`; None if they may not.
 
-    They may not where something watches or rewrites operations (tensor subclasses, fake tensors, tracing, dispatch
-    modes), on an empty tensor, and where `accepts` says no.
+    They may not where operations on it are watched, on an empty tensor, and where `accepts` says no.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+    if is_watched(x) or not x.numel() or (found := active(x.device.type)) is None:
         return None
-    if (found := active(x.device.type)) is None or not accepts(x):
-        return None
-    return None if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() else found
+    return found if accepts(x) else None
+
+
+def is_watched(x: Tensor) -> bool:
+    """Returns whether something watches or rewrites operations on `x`: a tensor subclass, a fake tensor, tracing or a
+    dispatch mode."""
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return True
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lq_plugin.errors import CalibrationError
+from lq_plugin.errors import CalibrationError, QuantizationError
 from lq_plugin.functional.affine import (
     fake_quantize,
     fake_quantize_observed,
@@ -88,27 +88,40 @@ class ActivationQuantizer(Quantizer):
         """True if the layer's output is multiplied by a scale of its input, see `QuantizedLayer.output_scale`."""
         return self.spec.kind.scales_output
 
-    def _view(self, per_channel: Tensor, ndim: int) -> Tensor:
-        """Returns values `[C]` in the shape that broadcasts against an activation of `ndim` dims."""
+    def _view(self, per_channel: Tensor, x: Tensor) -> Tensor:
+        """Returns values `[C]` in the shape that broadcasts against an activation."""
         if not self.per_channel:
             return per_channel
-        shape = [1] * ndim
-        shape[self.axis] = -1
+        shape = [1] * x.ndim
+        shape[self._axis_of(x)] = -1
         return per_channel.view(shape)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.transpose(0, self.axis).reshape(self.channels, -1) if self.per_channel else x.reshape(1, -1)
+        return x.transpose(0, self._axis_of(x)).reshape(self.channels, -1) if self.per_channel else x.reshape(1, -1)
+
+    def _axis_of(self, x: Tensor) -> int:
+        """The axis that carries the channels.
+
+        Raises:
+            QuantizationError: `x` has no such axis, or another number of channels on it.
+        """
+        if -x.ndim <= self.axis < x.ndim and x.shape[self.axis] == self.channels:
+            return self.axis
+        raise QuantizationError(
+            f"{self.name}: '{self.spec}' has a scale for each of {self.channels} channels on axis {self.axis}, got a "
+            f"tensor of shape {list(x.shape)}; per_channel without a number means the layer's own channel axis"
+        )
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
     def quantize_values(self, x: Tensor) -> Tensor:
         scale, zero_point = self.qparams()
-        return self.rounded(x, self._view(scale, x.ndim), self._view(zero_point, x.ndim))
+        return self.rounded(x, self._view(scale, x), self._view(zero_point, x))
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         found = super().levels()
-        return found if x is None or found is None else Levels(*(self._view(value, x.ndim) for value in found))
+        return found if x is None or found is None else Levels(*(self._view(value, x) for value in found))
 
     def draw_key(self, x: Tensor) -> str:
         # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing

@@ -71,7 +71,7 @@ class LSQActivationQuantizer(ActivationQuantizer):
         # N counts the features of one sample that share the scale: the batch size must not change the step.
         features = x.numel() // max(x.shape[0], 1) // self.channels
         factor = gradient_scale(features, self.spec.grid)
-        scale, zero_point = self._view(self.scale, x.ndim), self._view(self.zero_point, x.ndim)
+        scale, zero_point = self._view(self.scale, x), self._view(self.zero_point, x)
         return fake_quantize_learned(x, scale, zero_point, self.spec.grid, factor, _band(self.spec))
 
 
@@ -89,7 +89,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
         return alpha / self.spec.grid.quant_max, torch.zeros_like(alpha)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        return fake_quantize_pact(x, self._view(self.alpha, x.ndim), self.spec.grid.levels)
+        return fake_quantize_pact(x, self._view(self.alpha, x), self.spec.grid.levels)
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
+from lq_plugin.functional.affine import extremes
+from lq_plugin.native.statistics import statistics_kernels
 from lq_plugin.ranges.sample import Sample, refuse_non_finite
 
 #: Mantissa bits that tell bins apart, and bins per octave.
@@ -99,7 +101,7 @@ class Histogram:
         x = self._as_rows(x.detach())
         if x.numel() == 0:
             return
-        minimum, maximum = x.amin(dim=1).float(), x.amax(dim=1).float()
+        minimum, maximum = (bound.flatten().float() for bound in extremes(x, (self.rows, 1)))
         refuse_non_finite(minimum, maximum, self.name)
         if x.device != self.counts.device:
             for key, value in self.state_dict().items():
@@ -109,7 +111,10 @@ class Histogram:
         self.total += x.shape[1]
         self.rebin(torch.maximum(self.octave, _octave(torch.maximum(maximum, -minimum))))
         if self.rows == 1 and self.max_samples is None:
-            self._add_keys(_count_keys(x[0]))
+            if (native := statistics_kernels(x)) is not None and x.dtype == torch.float32:
+                self.zeros += native.count_bins(x, self.counts.view(2, self.bins), int(self._lowest_key()))
+            else:
+                self._add_keys(_count_keys(x[0]))
             return
         self.zeros += x.shape[1] - _count_nonzero(x, signed=bool((minimum < 0).any()))
         stride = self._stride(x.shape[1])

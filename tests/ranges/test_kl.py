@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
+from lq_plugin.native import available, use_native
 from lq_plugin.quantizers import make_activation_quantizer
 from lq_plugin.ranges import Histogram, Sample, estimate_range
 from lq_plugin.ranges.estimators.kl import best_bin, kl_histogram
@@ -35,7 +36,17 @@ def reference_bin(counts, beyond, levels):
     return best, best_divergence
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(params=["torch", "compiled"])
+def search(request):
+    """Each way of searching, with and without the compiled kernels."""
+    if request.param == "compiled" and not available():
+        pytest.skip("no C++ compiler")
+    with use_native(request.param == "compiled"):
+        yield
+
+
+@pytest.mark.usefixtures("search")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(0, 30), min_size=8, max_size=40),
     beyond=st.sampled_from([0, 1, 7]),
@@ -43,18 +54,15 @@ def reference_bin(counts, beyond, levels):
 )
 def test_same_divergence_as_the_reference(counts, beyond, levels):
     counts[0] += 1  # something to keep
-    expected, divergence = reference_bin(counts, beyond, levels)
+    expected = reference_bin(counts, beyond, levels)[0]
     got = int(best_bin(torch.tensor([counts]).double(), torch.tensor([float(beyond)]).double(), levels))
     if expected is None:  # every divergence is infinite
         assert got == len(counts)
         return
-    # Ties within rounding may fall to a neighbour: compare what was minimised.
-    p = np.array(counts[:got], dtype=float)
-    kept_only = reference_bin(counts[:got], beyond + sum(counts[got:]), levels)
-    assert p.sum() > 0
-    assert kept_only[1] == pytest.approx(divergence, abs=1e-9) or got == expected
+    assert got == expected
 
 
+@pytest.mark.usefixtures("search")
 def test_rows_are_independent():
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 50, (5, 64), generator=generator).double()
@@ -103,9 +111,7 @@ def test_no_number_of_bins_diverges_less(kind, levels):
         counts, beyond = np.histogram(x, 2048, (0.0, end))[0], (x > end).sum()
         expected = divergences(counts, beyond, levels)
         got = int(best_bin(torch.tensor(counts).double()[None], torch.tensor([float(beyond)]).double(), levels))
-        best = len(counts) - int(expected[::-1].argmin())
-        assert got == pytest.approx(best, rel=0.02)
-        assert expected[got - levels] <= expected.min() * 1.001
+        assert got == len(counts) - int(expected[::-1].argmin())
 
 
 def test_values_far_from_zero_are_not_all_clipped():

@@ -5,10 +5,9 @@ bin, Q the same bins without the outliers, merged into as many levels as the gri
 spread evenly over its bins that are not empty. The i with the least KL(P || Q) wins, the largest on a
 tie; the threshold is (i + 1/2) bin widths.
 
-The divergence jumps from one i to the next where the tail has few values to a bin, so its minimum has to be looked
-for among all i. Only what clipping adds to it jumps, and that costs the same for any number of levels; what merging
-adds is smooth in i and costs as much as there are levels. The second is computed at every 30th i or so and read off
-straight lines between these; the `EXACT` best sums are then computed exactly.
+The divergence jumps from one i to the next where the tail has few values to a bin, so its minimum is looked for among
+all i. It has two parts: what clipping adds, which costs the same for any number of levels, and what merging adds, which
+no level makes smaller. The compiled search drops an i as soon as its sum is above the least one found.
 
 What departs from the slides, and why:
 * exact zeros are left out (they are exact on every grid; kept, they make a ReLU output collapse);
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.intent.spec import RANGES, IntegerGrid
+from lq_plugin.native.statistics import statistics_kernels
 from lq_plugin.ranges.estimators.percentile import quantile
 from lq_plugin.ranges.magnitudes import Folded, clips_negative, clips_positive, fold
 from lq_plugin.ranges.registry import register_range
@@ -43,9 +43,9 @@ MOST_LEVELS = 512
 TAIL_QUANTILE, TAIL_FACTOR = 0.999, 2.0
 #: Values for each bin and for each level, at least, when there are few.
 VALUES_EACH = 8
-#: Numbers of kept bins at which all of the divergence is computed: spread evenly, and the most promising ones.
-_KNOTS, EXACT = 64, 64
-_CHUNK = 2**20
+#: Divergences that differ by less are the same.
+TIE = 1e-12
+_CHUNK = 2**16
 
 
 @register_range("kl", RANGES["kl"])
@@ -94,25 +94,12 @@ def best_bin(counts: Tensor, beyond: Tensor, levels: int) -> Tensor:
     Returns:
         int64 `[rows]`.
     """
-    divergence = Divergence(counts, beyond, levels)
-    kept = torch.arange(levels, counts.shape[1] + 1, device=counts.device)
-    stride = max(len(kept) // _KNOTS, 1)
-    if stride == 1:
-        candidates = kept.unsqueeze(0)
-        merging = divergence.of_merging(candidates)
-    else:
-        knots = torch.cat([kept[:1], kept.flip(0)[: len(kept) - 1 : stride].flip(0)])
-        merging = _between(divergence.of_merging(knots.unsqueeze(0)), knots, kept)
-        estimate = merging.add_(divergence.of_clipping(kept.unsqueeze(0)))
-        # With few levels what merging adds is less smooth, and cheap.
-        candidates = (
-            estimate.topk(min(max(EXACT, BINS // levels), len(kept)), largest=False, dim=1).indices.sort(dim=1).values
-            + levels
-        )
-        merging = divergence.of_merging(candidates)
-    total = merging + divergence.of_clipping(candidates)
-    last = total.shape[1] - 1 - total.flip(1).argmin(dim=1, keepdim=True)
-    return candidates.expand(len(counts), -1).gather(1, last).squeeze(1)
+    if (native := statistics_kernels(counts)) is not None:
+        return native.least_divergence(counts, beyond, levels)
+    kept = torch.arange(levels, counts.shape[1] + 1, device=counts.device).unsqueeze(0)
+    divergence = Divergence(counts, beyond, levels).at(kept)
+    least = divergence.amin(dim=1, keepdim=True)
+    return kept.where(divergence <= least + TIE, 0).amax(dim=1)
 
 
 class Divergence:
@@ -167,14 +154,6 @@ class Divergence:
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """Returns `values [rows, n]` at `index [rows or 1, k]`."""
     return values[:, index[0]] if len(index) == 1 else values.gather(1, index)
-
-
-def _between(values: Tensor, knots: Tensor, at: Tensor) -> Tensor:
-    """Interpolates `values [rows, n]`, known at the ascending `knots [n]`, linearly at `at [k]`."""
-    above = torch.searchsorted(knots, at).clamp(min=1)
-    low, high = knots[above - 1], knots[above]
-    share = (at - low).double() / (high - low)
-    return torch.lerp(values[:, above - 1], values[:, above], share)
 
 
 def kl_histogram(folded: Folded, end: Tensor, bins: int) -> Tensor:
