@@ -56,6 +56,7 @@ def fake_quantize_rows(
     grid: IntegerGrid,
     granularity: Granularity,
     reading: Reading,
+    learned: bool = False,
 ) -> Tensor | None:
     """Returns the rows at `index` of a fake-quantized table, in one pass; None if the kernels cannot take the tensors.
 
@@ -66,6 +67,7 @@ def fake_quantize_rows(
         grid: the integer levels.
         granularity: of the scales.
         reading: how gradients come back.
+        learned: the qparams are those of LSQ, which have no gradients here.
 
     Returns:
         `[*index.shape, columns]`.
@@ -92,7 +94,7 @@ def fake_quantize_rows(
         found: Tensor | None = _LookedUp.apply(table, index, qparams, grid, parts, reading, kernels)
         return found
     return kernels.fake_quantize_lookup(
-        table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False
+        table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False, learned=learned
     )[0]
 
 

@@ -52,6 +52,17 @@ struct Spread {
 
 // Where the scales of a table's rows come from: one for all, one for each part of a row, or the part's own extremes.
 enum Ranges { ONE = 0, GIVEN = 1, OWN = 2 };
+// So many rows before its turn a row is asked of memory.
+constexpr int64_t AHEAD = 8;
+// The rows `index` [count] of table: [rows][parts][n].
+struct Rows {
+    const float* table;
+    const int64_t* index;
+    const float *scale, *zero_point;
+    int64_t count, parts, n;
+    Ranges ranges;
+    bool learned;
+};
 
 // How the blocks of fake_quantize_blocks.h are quantized. The same numbers stand in kernels.py.
 enum Family { MICROEXPONENTS = 0, OCP = 1, NVFP4 = 2, VECTORS = 3 };
@@ -104,23 +115,24 @@ inline float scale_of(float minimum, float maximum, int quant_min, int quant_max
     return at_least(scale, MIN_SCALE);
 }
 
-inline Levels levels_of(float scale, float zero_point, int quant_min, int quant_max) {
-    return {1.0f / scale, static_cast<float>(quant_min) - zero_point, static_cast<float>(quant_max) - zero_point, scale};
+// A learned scale acts by its magnitude, a learned zero point rounded.
+inline Levels levels_of(float scale, float zero_point, int quant_min, int quant_max, bool learned = false) {
+    const float least = static_cast<float>(quant_min), most = static_cast<float>(quant_max);
+    if (learned) {
+        scale = at_least(std::fabs(scale), MIN_SCALE);
+        zero_point = at_most(at_least(std::nearbyintf(zero_point), least), most);
+    }
+    return {1.0f / scale, least - zero_point, most - zero_point, scale};
 }
 
-// Inverse, low and high of each scale. A learned scale acts by its magnitude, a learned zero point rounded.
+// Inverse, low and high of each scale.
 struct Store {
     std::vector<float> values;
     int64_t count;
     Store(const float* scale, const float* zero_point, int64_t count, int quant_min, int quant_max, bool learned)
         : values(static_cast<size_t>(4 * count)), count(count) {
         for (int64_t k = 0; k < count; ++k) {
-            float s = scale[k], z = zero_point[k];
-            if (learned) {
-                s = at_least(std::fabs(s), MIN_SCALE);
-                z = at_most(at_least(std::nearbyintf(z), static_cast<float>(quant_min)), static_cast<float>(quant_max));
-            }
-            const Levels levels = levels_of(s, z, quant_min, quant_max);
+            const Levels levels = levels_of(scale[k], zero_point[k], quant_min, quant_max, learned);
             values[k] = levels.inverse;
             values[count + k] = levels.low;
             values[2 * count + k] = levels.high;
@@ -223,11 +235,11 @@ void lq_fake_quantize_rows(const float* x, float* y, uint16_t* mask, float* scal
 // Returns whether each index is one of the table's; y is of no use otherwise.
 int lq_fake_quantize_lookup(const float* table, const int64_t* index, float* y, uint16_t* mask, const float* scale, const float* zero_point,
                             int64_t rows, int64_t count, int64_t parts, int64_t n, int ranges, int quant_min, int quant_max, int affine,
-                            int variant, int threads) {
+                            int learned, int variant, int threads) {
     for (int64_t i = 0; i < count; ++i)
         if (index[i] < 0 || index[i] >= rows) return 0;
-    const Ranges kind = static_cast<Ranges>(ranges);
-    LQ_DISPATCH(lookup(table, index, y, mask, scale, zero_point, count, parts, n, kind, quant_min, quant_max, affine != 0, threads));
+    const Rows read{table, index, scale, zero_point, count, parts, n, static_cast<Ranges>(ranges), learned != 0};
+    LQ_DISPATCH(lookup(read, y, mask, quant_min, quant_max, affine != 0, threads));
     return 1;
 }
 

@@ -40,21 +40,27 @@ inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* sc
     }
 }
 
-inline void lookup(const float* table, const int64_t* index, float* y, uint16_t* mask, const float* scale, const float* zero_point,
-                   int64_t count, int64_t parts, int64_t n, Ranges ranges, int quant_min, int quant_max, bool affine, int threads) {
-    const int64_t words = pieces(n, 16);
-    LQ_PARALLEL(count * parts * n)
-    for (int64_t unit = 0; unit < count * parts; ++unit) {
-        const int64_t place = index[unit / parts] * parts + unit % parts, k = ranges == ONE ? 0 : place;
-        const float* x = table + place * n;
-        float s, z;
-        if (ranges == OWN) {
-            const Spread found = extremes(x, n);
-            s = scale_of(found.nan ? NAN : found.low, found.nan ? NAN : found.high, quant_min, quant_max, affine, z);
-        } else {
-            s = scale[k], z = zero_point[k];
+inline void lookup(const Rows& r, float* y, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
+    const int64_t words = pieces(r.n, 16), length = r.parts * r.n;
+    LQ_PARALLEL(r.count * length)
+    for (int64_t i = 0; i < r.count; ++i) {
+        if (i + AHEAD < r.count) {
+            const int64_t next = r.index[i + AHEAD];
+            for (int64_t at = 0; at < length; at += 16) __builtin_prefetch(r.table + next * length + at);
+            if (r.ranges == GIVEN) __builtin_prefetch(r.scale + next * r.parts), __builtin_prefetch(r.zero_point + next * r.parts);
         }
-        span(x, y + unit * n, mask ? mask + unit * words : nullptr, n, levels_of(s, z, quant_min, quant_max));
+        for (int64_t part = 0; part < r.parts; ++part) {
+            const int64_t place = r.index[i] * r.parts + part, unit = i * r.parts + part, k = r.ranges == ONE ? 0 : place;
+            const float* x = r.table + place * r.n;
+            float s, z;
+            if (r.ranges == OWN) {
+                const Spread found = extremes(x, r.n);
+                s = scale_of(found.nan ? NAN : found.low, found.nan ? NAN : found.high, quant_min, quant_max, affine, z);
+            } else {
+                s = r.scale[k], z = r.zero_point[k];
+            }
+            span(x, y + unit * r.n, mask ? mask + unit * words : nullptr, r.n, levels_of(s, z, quant_min, quant_max, r.learned));
+        }
     }
 }
 

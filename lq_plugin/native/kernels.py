@@ -288,7 +288,7 @@ class Kernels:
             "lq_fake_quantize_observed": [*[pointer] * 5, size, number, number, pointer, pointer, number, number],
             "lq_fake_quantize_rows": [*[pointer] * 5, size, size, *[number] * 5],
             "lq_fake_quantize_blocks": [*[pointer] * 3, *[size] * 3, ctypes.POINTER(BlockRule), number, number],
-            "lq_fake_quantize_lookup": [*[pointer] * 6, *[size] * 4, *[number] * 6],
+            "lq_fake_quantize_lookup": [*[pointer] * 6, *[size] * 4, *[number] * 7],
             "lq_row_extremes": [*[pointer] * 3, size, size, number, number],
             "lq_mask_gradient": [*[pointer] * 3, size, size, number, number],
             "lq_learned_backward": [*[pointer] * 7, *[size] * 3, *[number] * 5],
@@ -371,8 +371,7 @@ class Kernels:
 
     def fake_quantize_lookup(
         self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
-        affine: bool, parts: int,
-        masked: bool,
+        affine: bool, parts: int, masked: bool, learned: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Returns rows of a quantized table and, if `masked`, the bits of what was not clipped, in `[n · parts]` runs.
 
@@ -382,6 +381,7 @@ class Kernels:
             qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each
                 part.
             parts: into which each row is divided, of equal length.
+            learned: as in `fake_quantize`.
 
         Raises:
             IndexError: an index is outside the table.
@@ -393,7 +393,8 @@ class Kernels:
         ranges = 2 if scale is None else int(scale.numel() > 1)
         found = self._lookup(
             table.data_ptr(), index.data_ptr(), y.data_ptr(), _address(mask), _address(scale), _address(zero_point),
-            rows, index.numel(), parts, length // parts, ranges, *bounds, affine, self._number, torch.get_num_threads(),
+            rows, index.numel(), parts, length // parts, ranges, *bounds, affine, learned, self._number,
+            torch.get_num_threads(),
         )  # fmt: skip
         if not found:
             raise IndexError(f"index out of range: the table has {rows} rows, got {index.min()}..{index.max()}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, has_row_scales, unblocks
-from lq_plugin.functional.lookup import Reading, read_rows, scales_of_rows
+from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
 from lq_plugin.functional.lsq import Band, fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
 from lq_plugin.intent.spec import QuantSpec
@@ -46,6 +46,11 @@ class LSQWeightQuantizer(WeightQuantizer):
         return has_row_scales(self.spec.granularity)
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        if not torch.is_grad_enabled():
+            qparams, group = (self.scale, self.zero_point), self.spec.granularity
+            done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading, learned=True)
+            if done is not None:
+                return done
         rows = read_rows(weight, index.reshape(-1), reading)
         scale, zero_point = (scales_of_rows(value, index) for value in (self.scale, self.zero_point))
         y = self._rounded(rows, scale, zero_point).view(*index.shape, -1)

@@ -113,6 +113,7 @@ class WeightQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, *others: Any) -> Any:
         if any(key.startswith(prefix) for key in state_dict):
             self._set_fixed(prefix + "fixed" in state_dict)
+        self._last = None
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,15 +161,10 @@ class WeightQuantizer(Quantizer):
 
     def takes_rows(self, reading: Reading) -> bool:
         """Returns True where `quantize_rows` may replace a call: each row depends on itself and known qparams only."""
-        if (
-            self.starts
-            or self.collector is not None
-            or not self._enabled
-            or self._forward_hooks
-            or self._forward_pre_hooks
-        ):
+        self.follow_buffers()
+        if self.starts or self.collector is not None or not self._enabled or self.is_suspended:
             return False
-        if self.needs_calibration and not self._calibrated:
+        if self._forward_hooks or self._forward_pre_hooks or (self.needs_calibration and not self._calibrated):
             return False
         # What trains a scale is what trains its rows, before it is divided by how often they are read.
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
@@ -209,8 +205,13 @@ class WeightQuantizer(Quantizer):
             return self.qparams(weight)
         state = weight.data_ptr(), weight._version
         if self._last is None or self._last[0] != state:
-            self._last = state, self.qparams(weight)
+            with torch.inference_mode(False):  # of use outside of it also
+                self._last = state, self.qparams(weight)
         return self._last[1]
+
+    def forget_switches(self) -> None:
+        super().forget_switches()
+        self._last = None
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         self._last = None

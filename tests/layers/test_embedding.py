@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lq_plugin import CalibrationError, calibrate, prepare
 from lq_plugin.functional.lookup import Reading
 from lq_plugin.native import use_native
+from lq_plugin.quantizers.base import Suspension
 
 BY_ROWS = [
     "int8 per_channel", "int8", "int4 per_channel affine", "int4 affine mse", "int4 per_channel mse",
@@ -108,8 +109,10 @@ def test_only_the_rows_that_are_read_are_quantized(spec, monkeypatch):
     assert net(INDEX).shape == (2, 4, 12)
 
 
-def test_the_scale_of_a_table_follows_every_change_of_it():
-    net = table("int8").eval()
+@pytest.mark.parametrize("spec", ["int8", "int4 per_channel mse", "int4 per_channel lsq"])
+def test_evaluation_follows_every_change_of_the_table_and_its_ranges(spec):
+    net = table(spec).eval()
+    quantizer = net[0].weight_quantizer
 
     def right():
         return torch.equal(net(INDEX), net[0].quantized_weight()[INDEX])
@@ -122,11 +125,28 @@ def test_the_scale_of_a_table_follows_every_change_of_it():
         assert right()
         net.load_state_dict({**net.state_dict(), "0.weight": torch.randn(20, 12) * 9})
         assert right()
+        if spec != "int8":
+            quantizer.scale.mul_(0.5)
+            assert right()
+            quantizer.set_calibrated(False)
+            with pytest.raises(CalibrationError):
+                net(INDEX)
+            quantizer.set_calibrated()
+        quantizer.set_enabled(False)
+        assert torch.equal(net(INDEX), net[0].weight[INDEX])
+        quantizer.enabled.fill_(True)  # as an average of weights writes to its copy
+        assert right()
     net.train()(INDEX).sum().backward()
     net.eval()
     net[0].weight.data.mul_(3)  # autograd does not count what is written past it; a change of mode is noticed
     net.eval()
     assert right()
+
+
+def test_a_table_waits_with_its_model_for_the_first_ranges():
+    net = table("int8 per_channel").eval()
+    net[0].weight_quantizer.suspension = Suspension()
+    assert torch.equal(net(INDEX), net[0].weight[INDEX])
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
