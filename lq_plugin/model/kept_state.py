@@ -19,11 +19,8 @@ through `.data` go unseen.
 
 from __future__ import annotations
 
-import copy
 import functools
-import io
-import itertools
-import random
+import operator
 import sys
 import types
 from collections import OrderedDict, deque
@@ -37,9 +34,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.model.graph.tensor_identity import storage_of, version_of
+from lq_plugin.model.rewind import Recorded, Restore, is_read_once, rewinder
 from lq_plugin.quantizers import Quantizer
-
-Restore = Callable[[], object]
 
 #: Elements of containers with more are data.
 LARGE = 10_000
@@ -75,7 +71,7 @@ class KeptState:
 
     def __init__(self, *roots: Any, values: bool = True) -> None:
         self.values = values
-        self.iterators: dict[int, _Recorded] = {}
+        self.iterators: dict[int, Recorded] = {}
         modules = [root for root in roots if isinstance(root, nn.Module)]
         # A view of a weight is the weight.
         self.weights = {storage_of(parameter)[0] for module in modules for parameter in module.parameters()}
@@ -88,7 +84,7 @@ class KeptState:
             waiting += _attributes(root, self) if _is_opaque(root) and not isinstance(root, nn.Module) else [root]
         while waiting:
             value = waiting.pop()
-            if type(value) in _LEAVES or id(value) in seen:
+            if type(value) in _LEAVES or id(value) in seen or _is_plain_row(value):
                 continue
             seen[id(value)] = value
             waiting += _keep(value, self)
@@ -103,8 +99,8 @@ class KeptState:
         """The items, with recorded iterators in the place of others; `put` writes an item where it came from."""
         kept = {}
         for key, item in items:
-            if type(item) not in _LEAVES and _is_read_once(item):
-                item = self.iterators.setdefault(id(item), _Recorded(item))
+            if type(item) not in _LEAVES and type(item) not in _CONTAINERS and is_read_once(item):
+                item = self.iterators.setdefault(id(item), Recorded(item))
                 put(key, item)
                 self._unwraps.append(functools.partial(_unwrap, put, key, item))
             kept[key] = item
@@ -139,49 +135,23 @@ def state_kept(*roots: Any, values: bool = True) -> Iterator[None]:
         state.close()
 
 
-class _Recorded:
-    """Stands in for an iterator and gives what it gave once more after `rewind`."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-        self._given: list[Any] = []
-        self._position = 0
-
-    def __iter__(self) -> _Recorded:
-        return self
-
-    def __next__(self) -> Any:
-        if self._position == len(self._given):
-            self._given.append(next(self._iterator))
-        self._position += 1
-        # A copy: what is given once more must not have been written to.
-        return copy.deepcopy(self._given[self._position - 1])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._iterator, name)
-
-    def rewind(self) -> None:
-        self._position = 0
-
-    @functools.cached_property
-    def unwrapped(self) -> Iterator[Any]:
-        return itertools.chain(self._given, self._iterator) if self._given else self._iterator
-
-
-def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: _Recorded) -> None:
+def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: Recorded) -> None:
     put(key, recorded.unwrapped)
 
 
-def _is_read_once(value: Any) -> bool:
-    """Whether it is an iterator and nothing else (a generator, `map`): a database's cursor has methods that a stand-in
-    would lack."""
-    return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not _has_methods(type(value))
+def _holds_leaves(items: Iterable[Any]) -> bool:
+    """Whether nothing in `items` has a state of its own: looked at all at once, for data comes by the million."""
+    return _LEAVES.issuperset(map(type, items))
 
 
-@functools.lru_cache(maxsize=4096)
-def _has_methods(kind: type) -> bool:
-    known = {*dir(types.GeneratorType), "from_iterable"}  # the second makes an `itertools.chain`
-    return any(callable(getattr(kind, name)) for name in dir(kind) if not name.startswith("_") and name not in known)
+def _is_plain_row(value: Any) -> bool:
+    """Whether nobody can change it or what is in it."""
+    return type(value) in (tuple, frozenset) and _holds_leaves(value)
+
+
+def _is_same(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    """Whether the elements are the same objects, in the same order."""
+    return all(map(operator.is_, now, before))
 
 
 def _is_opaque(value: Any) -> bool:
@@ -202,6 +172,9 @@ def _is_opaque_class(kind: type) -> bool:
 @functools.singledispatch
 def _keep(value: Any, state: KeptState) -> Iterable[Any]:
     """Remember how to put `value` back in place; what else to look at."""
+    if (rewind := rewinder(value)) is not None:
+        state.on_restore(rewind)
+        return ()
     return () if _is_opaque(value) else _attributes(value, state)
 
 
@@ -287,7 +260,8 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
     """
     hidden = _STRUCTURE if taken else frozenset()
     items = {key: item for key, item in value.items() if key not in hidden} if hidden else value
-    before = dict(items) if len(items) > LARGE else state.watch_iterators(list(items.items()), value.__setitem__)
+    plain = len(items) > LARGE or _holds_leaves(items.values())
+    before = dict(items) if plain else state.watch_iterators(list(items.items()), value.__setitem__)
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
 
     def restore() -> None:
@@ -297,15 +271,12 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
             for key, item in before.items():
                 if value.get(key, _NOTHING) is not item and not any(key in others for others in taken):
                     value[key] = item
-        elif len(value) != len(before) or any(
-            new is not old or now is not item
-            for (new, now), (old, item) in zip(value.items(), before.items(), strict=True)
-        ):
+        elif len(value) != len(before) or not (_is_same(value, before) and _is_same(value.values(), before.values())):
             base.clear(value)
             base.update(value, before)
 
     state.on_restore(restore)
-    return () if len(before) > LARGE else before.values()
+    return () if plain else before.values()
 
 
 _keep.register(dict, _keep_items)
@@ -314,15 +285,16 @@ _keep.register(dict, _keep_items)
 @_keep.register(list)
 def _(value: list[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
-    if len(before) <= LARGE:
+    plain = len(before) > LARGE or _holds_leaves(before)
+    if not plain:
         before = list(state.watch_iterators(enumerate(before), value.__setitem__).values())
 
     def restore() -> None:
-        if len(value) != len(before) or any(new is not old for new, old in zip(value, before, strict=True)):
+        if len(value) != len(before) or not _is_same(value, before):
             list.__setitem__(value, slice(None), before)
 
     state.on_restore(restore)
-    return before if len(before) <= LARGE else ()
+    return () if plain else before
 
 
 @_keep.register(deque)
@@ -330,7 +302,7 @@ def _(value: deque[Any], state: KeptState) -> Iterable[Any]:
     before = list(value)
 
     def restore() -> None:
-        if len(value) != len(before) or any(new is not old for new, old in zip(value, before, strict=True)):
+        if len(value) != len(before) or not _is_same(value, before):
             deque.clear(value)
             deque.extend(value, before)
 
@@ -368,6 +340,8 @@ def _(value: bytearray, state: KeptState) -> Iterable[Any]:
 def _(value: Tensor, state: KeptState) -> Iterable[Any]:
     if not state.values or value.is_meta or storage_of(value)[0] in state.weights:
         return ()
+    if value.is_nested:  # what it is made of can be written to, it cannot
+        return (value.values(),)
     # On the CPU: a GPU may have no room for a second one.
     before, version = value.detach().to("cpu", copy=True), version_of(value)
 
@@ -392,49 +366,6 @@ def _(value: np.ndarray, state: KeptState) -> Iterable[Any]:
     if state.values and value.flags.writeable and not isinstance(value, np.memmap):
         before = value.copy()
         state.on_restore(lambda: value.__setitem__(..., before))
-    return ()
-
-
-@_keep.register
-def _(value: torch.Generator, state: KeptState) -> Iterable[Any]:
-    before = value.get_state()
-    state.on_restore(lambda: value.set_state(before))
-    return ()
-
-
-@_keep.register
-def _(value: np.random.Generator, state: KeptState) -> Iterable[Any]:
-    return (value.bit_generator,)
-
-
-@_keep.register
-def _(value: np.random.BitGenerator, state: KeptState) -> Iterable[Any]:
-    before = value.state
-    state.on_restore(lambda: setattr(value, "state", before))
-    return ()
-
-
-@_keep.register
-def _(value: np.random.RandomState, state: KeptState) -> Iterable[Any]:
-    before = value.get_state()
-    state.on_restore(lambda: value.set_state(before))
-    return ()
-
-
-@_keep.register
-def _(value: random.Random, state: KeptState) -> Iterable[Any]:
-    if not isinstance(value, random.SystemRandom):
-        before = value.getstate()
-        state.on_restore(lambda: value.setstate(before))
-    return ()
-
-
-@_keep.register
-def _(value: io.IOBase, state: KeptState) -> Iterable[Any]:
-    # A file that is written to would lose its end.
-    if not value.closed and value.seekable() and not value.writable():
-        before = value.tell()
-        state.on_restore(lambda: value.closed or value.seek(before))
     return ()
 
 

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lq_plugin import prepare
+from lq_plugin.model import kept_state
 from lq_plugin.model.kept_state import LARGE, KeptState, state_kept
 from lq_plugin.model.prepare import quantizers
 
@@ -71,6 +72,13 @@ STATES = {
     "deque": (lambda: deque([1, 2], maxlen=2), lambda m: m.x.append(3), lambda x: (list(x), x.maxlen)),
     "tensor in place": (lambda: torch.zeros(2), lambda m: m.x.add_(1), torch.Tensor.tolist),
     "tensor in a tuple": (lambda: (torch.zeros(2), 1), lambda m: m.x[0].add_(1), lambda x: x[0].tolist()),
+    "list of rows": (lambda: [(1, "a"), (2, "b")], lambda m: m.x.__setitem__(1, (2, "b", 3)), list),
+    "list in a list of rows": (lambda: [(1, "a"), (2, [3])], lambda m: m.x[1][1].append(4), lambda x: str(x)),
+    "jagged tensor": (
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+        lambda m: m.x.values().add_(1),
+        lambda x: x.values().tolist(),
+    ),
     "tensor of an expression": (lambda: torch.zeros(1), lambda m: setattr(m, "x", m.x + 1), torch.Tensor.tolist),
     "array": (lambda: np.zeros(2), lambda m: m.x.__setitem__(0, 1), np.ndarray.tolist),
     "bytearray": (lambda: bytearray(b"ab"), lambda m: m.x.extend(b"c"), bytes),
@@ -244,6 +252,20 @@ def test_kept_once_and_restored_after_each_step():
     assert module.outputs == []
     assert module.bank.tolist() == [0.0] * 4
     assert len(set(drawn)) == 1
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda x: dict(enumerate(x))], ids=["list", "tuple", "dict"])
+def test_containers_of_plain_values_are_looked_at_as_one(make, monkeypatch):
+    """A data set's samples: 3,000 of them, with 30,000 numbers."""
+    rows = [make(range(row, row + 10)) for row in range(3000)]
+    module = Module()
+    module.data = rows
+    asked = []
+    monkeypatch.setattr(kept_state, "is_read_once", lambda item: asked.append(item) or False)
+    with state_kept(module):
+        rows.reverse()
+    assert rows[0][0] == 0
+    assert len(asked) < 100
 
 
 def test_a_large_list_is_not_entered():
