@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq_plugin.callbacks.phases import TrainerContext
-from lq_plugin.callbacks.trainer.data import one_float_batch
+from lq_plugin.callbacks.trainer.data import new_run, one_float_batch
 from lq_plugin.callbacks.trainer.load_guard import guard_load_from_checkpoint
 from lq_plugin.callbacks.trainer.other_callbacks import move_before, renew_averages, tuners
 from lq_plugin.callbacks.trainer.sharding import refuse_unsupported, resharded, warn_of_copies
@@ -76,6 +76,7 @@ class QuantizationCallback(Callback):
         self.suspension: Suspension | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        new_run(trainer)
         move_before(trainer, self, tuners())
         original = pl_module.configure_model
 

@@ -107,7 +107,9 @@ class QuantizedLayer(nn.Module):
             QuantizationError: a sparse input is to be quantized.
         """
         quantizer = self.input_quantizer
-        if quantizer is not None and x.layout in _SPARSE:
+        if quantizer is None or not isinstance(x, Tensor):  # of what is no tensor, the float layer says what is wrong
+            return x
+        if x.layout in _SPARSE:
             raise QuantizationError(
                 f"{quantizer.name}: the input is sparse ({x.layout}), which no format quantizes; pass x.to_dense(), "
                 "or leave the input of this layer float and quantize its weight alone"
@@ -118,7 +120,7 @@ class QuantizedLayer(nn.Module):
             and self._shared_input.takes(x)
         ):
             return quantizer.forward_shared(x, self._shared_input)
-        return x if quantizer is None else quantizer(x)
+        return quantizer(x)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         """Returns XNOR-Net's K for the output of input `x`, broadcastable to it; None while another format is in force.

@@ -120,6 +120,41 @@ def test_where_the_optimizer_takes_matrices_or_one_group_alone(optimizers, train
     assert all(torch.equal(again.state_dict()[key], value) for key, value in module.state_dict().items())
 
 
+class WarmUp:
+    """A scheduler as timm's: it keeps a value for each group, and writes to as many groups as there are values."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.base_values = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self.warmup_steps = [value / 10 for value in self.base_values]
+
+    def step(self, epoch):
+        for group, slope in zip(self.optimizer.param_groups, self.warmup_steps, strict=False):
+            group["lr"] = (epoch + 1) * slope
+
+    def state_dict(self):
+        return {"base_values": self.base_values, "warmup_steps": self.warmup_steps}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def test_schedulers_of_timm_reach_the_groups_of_learned_ranges(trainer, data):
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = named(self)
+            return [optimizer], [WarmUp(optimizer)]
+
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.current_epoch)
+
+    fit = trainer(QAT("w4 lsq a4 lsq"), max_epochs=2)
+    fit.fit(Scheduled(), datamodule=data)
+    rates = {group["name"]: group["lr"] for group in fit.optimizers[0].param_groups}
+    assert rates == pytest.approx(dict.fromkeys(rates, 2e-4))
+    assert len(rates) > 2
+
+
 def test_beside_muon_another_optimizer_takes_them(trainer, data):
     class Two(Module):
         def __init__(self):

@@ -70,6 +70,22 @@ def test_phases_do_what_their_functions_do(trainer, last):
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
+def test_the_datamodule_is_set_up_for_a_fit_once_a_run(trainer):
+    class Staged(Data):
+        def __init__(self):
+            super().__init__()
+            self.stages = []
+
+        def setup(self, stage):
+            self.stages.append(stage)
+
+    data, phases = Staged(), ["reestimate_batch_norm", "equalize", "calibrate", "correct_batch_norm"]
+    runner = trainer(PTQ("w8a8", calibration_batches=1, phases=phases, recalibrate=True))
+    for _ in range(2):
+        runner.validate(Module(), datamodule=data, verbose=False)
+    assert data.stages == 2 * ["validate", "fit"]
+
+
 def test_smooth_quant_does_what_its_function_does(trainer):
     module, data = Module(), Data()
     module.net = nn.Sequential(nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 4))

@@ -287,6 +287,16 @@ def test_complex_weights_stay_float_with_the_reason():
         prepare(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "w8a8")
 
 
+def test_what_is_no_tensor_fails_as_in_the_float_layer():
+    net = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError) as of_float:
+        net("text")
+    prepare(net, "w8a8")
+    with pytest.raises(TypeError) as of_ours:
+        net("text")
+    assert str(of_ours.value) == str(of_float.value)
+
+
 def test_sparse_inputs_are_refused_with_the_remedies():
     x = torch.eye(4)
     net = nn.Sequential(nn.Linear(4, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -220,6 +221,15 @@ def _loader(trainer: Trainer, pl_module: LightningModule, given: Iterable[Any] |
     return only
 
 
+#: By Trainer: the datamodule that calibration has set up for a fit, in this run of an evaluation.
+_SET_UP: weakref.WeakKeyDictionary[Trainer, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+
+def new_run(trainer: Trainer) -> None:
+    """A run begins, for which no datamodule has been set up yet."""
+    _SET_UP.pop(trainer, None)
+
+
 def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Returns the train dataloader of the run, of its datamodule or of the module; None where there is none.
 
@@ -236,9 +246,10 @@ def _train_loader(trainer: Trainer, pl_module: LightningModule) -> Any:
     if owner is None:
         return None
     try:
-        if owner is datamodule:
+        if owner is datamodule and _SET_UP.get(trainer, lambda: None)() is not datamodule:
             # An evaluation has only set up its own stage. A module is not set up again: it may build its layers there.
             package_of(trainer).trainer.call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+            _SET_UP[trainer] = weakref.ref(datamodule)
         return owner.train_dataloader()
     except Exception as error:
         raise CalibrationError(

@@ -24,8 +24,11 @@ from lq_plugin.quantizers import Quantizer
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Lists that schedulers of torch keep with one element for each parameter group.
-PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
+#: Lists that schedulers keep with one element for each parameter group: those of torch, and of timm.
+PER_GROUP = (
+    "base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums",
+    "base_values", "warmup_steps",
+)  # fmt: skip
 #: The `name` of groups of learned ranges, behind that of the group they are cloned from.
 GROUP_NAME = "learned_ranges"
 #: Optimizers, by name, that cannot train a range: Muon turns a matrix orthogonal, SparseAdam takes sparse gradients
