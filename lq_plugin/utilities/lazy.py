@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from lq_plugin.utilities.moved import moved_name
+
 Lazy = tuple[Callable[[str], object], Callable[[], list[str]], list[str]]
 
 
@@ -41,6 +43,8 @@ def attributes(package: str, file: str) -> Lazy:
 
     def get(name: str) -> object:
         if name not in home:
+            if (found := moved_name(package, name)) is not None:
+                return found
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(home[name]), name)
         setattr(sys.modules[package], name, value)

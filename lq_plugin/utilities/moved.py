@@ -52,6 +52,19 @@ MOVED = {
     }.items()
 }
 
+#: Documented names that are in another module since 0.2, while the one that had them stayed.
+MOVED_NAMES = {"lq_plugin.report.study_report": "lq_plugin.search.study.report"}
+
+
+def moved_name(package: str, name: str) -> object | None:
+    """Returns what a package had under this name before it moved, with a `DeprecationWarning`; None: nothing did."""
+    home = MOVED_NAMES.get(f"{package}.{name}")
+    if home is None:
+        return None
+    warnings.warn(f"{package}.{name} is {home}.{name} now", DeprecationWarning, stacklevel=3)
+    found: object = getattr(import_module(home), name)
+    return found
+
 
 class _Alias(Loader):
     """Loads a module under its former name: the module itself, not a copy."""

@@ -1,0 +1,34 @@
+"""Import paths of earlier versions are those of the present one, and say so."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from lq_plugin.utilities.moved import MOVED, MOVED_NAMES
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_a_module_that_moved_is_the_module_and_warns(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    module = import_module(new)
+    spec = module.__spec__
+    with pytest.warns(DeprecationWarning, match=f"^{old} is {new} now$"):
+        assert import_module(old) is module
+    assert (module.__name__, module.__spec__) == (new, spec)
+    monkeypatch.delitem(sys.modules, old)
+
+
+@pytest.mark.parametrize(("old", "home"), MOVED_NAMES.items())
+def test_a_name_that_moved_is_the_name_and_warns(old: str, home: str) -> None:
+    package, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"^{old} is {home}.{name} now$"):
+        assert getattr(import_module(package), name) is getattr(import_module(home), name)
+
+
+def test_the_warning_points_at_the_line_of_the_user() -> None:
+    code = "from lq_plugin.spec import QuantSpec\nfrom lq_plugin.report import study_report\n"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
+    said = {line.partition(" DeprecationWarning")[0] for line in done.stderr.splitlines() if " now" in line}
+    assert said == {"<string>:1:", "<string>:2:"}
