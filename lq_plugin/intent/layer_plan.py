@@ -118,7 +118,7 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
 
 
 def _may_be_channel_axis(axis: int | None, channels: int | None) -> bool:
-    """Whether an axis can be the one `channels` of a tensor that is not seen yet, with or without a batch.
+    """Returns whether an axis can be the `channels` of a tensor not yet seen, with or without a batch.
 
     >>> [_may_be_channel_axis(axis, -3) for axis in (1, 0, -3, 7, -1)], _may_be_channel_axis(7, -1)
     ([True, True, True, False, False], True)

@@ -1,5 +1,4 @@
-"""Python state that is as it was before, after other people's code has run: lists, counters, caches, metrics,
-generators.
+"""Snapshots of Python state, restored after other people's code has run: lists, counters, caches, metrics.
 
 `state_kept(module)` looks at what can be reached from the module before the code runs, and puts it back afterwards:
 
@@ -107,7 +106,7 @@ class KeptState:
         return kept
 
     def stand_in(self, value: Any) -> Any:
-        """What stands in for an iterator until `close`; other values are themselves."""
+        """Returns the stand-in for an iterator until `close`; other values stand for themselves."""
         return self.iterators.get(id(value), value)
 
     def restore(self) -> None:
@@ -119,7 +118,7 @@ class KeptState:
             iterator.rewind()
 
     def close(self) -> None:
-        """`restore`, and leave no stand-in for an iterator behind."""
+        """Restores, and takes all stand-ins of iterators away."""
         self.restore()
         for unwrap in self._unwraps:
             unwrap()
@@ -140,22 +139,22 @@ def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: Recorded) -> 
 
 
 def _holds_leaves(items: Iterable[Any]) -> bool:
-    """Whether nothing in `items` has a state of its own: looked at all at once, for data comes by the million."""
+    """Returns whether nothing in `items` has a state of its own; all at once, for data comes by the million."""
     return _LEAVES.issuperset(map(type, items))
 
 
 def _is_plain_row(value: Any) -> bool:
-    """Whether nobody can change it or what is in it."""
+    """Returns whether a value and everything in it are immutable."""
     return type(value) in (tuple, frozenset) and _holds_leaves(value)
 
 
 def _is_same(now: Iterable[Any], before: Iterable[Any]) -> bool:
-    """Whether the elements are the same objects, in the same order."""
+    """Returns whether the elements are the same objects, in the same order."""
     return all(map(operator.is_, now, before))
 
 
 def _is_opaque(value: Any) -> bool:
-    """Whether it holds more than values: handles, processes, connections."""
+    """Returns whether a value holds more than values: handles, processes, connections."""
     kind: Any = type(value)
     return _is_opaque_class(kind)
 

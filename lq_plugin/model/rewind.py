@@ -47,8 +47,10 @@ class Recorded:
 
 
 def is_read_once(value: Any) -> bool:
-    """Whether it is an iterator and nothing else (a generator, `map`): a database's cursor has methods that a stand-in
-    would lack."""
+    """Returns whether a value is an iterator and nothing else, such as a generator.
+
+    A database's cursor has methods that a stand-in would lack.
+    """
     return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not _has_methods(type(value))
 
 
@@ -60,7 +62,7 @@ def _has_methods(kind: type) -> bool:
 
 @functools.singledispatch
 def rewinder(value: Any) -> Restore | None:
-    """What puts a source of numbers or data back to where it is now; None for a value that has no such place."""
+    """Returns what puts a source of numbers or data back to where it is now; None where it has no such place."""
     return None
 
 

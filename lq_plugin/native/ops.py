@@ -25,8 +25,7 @@ def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
 
 
 def is_watched(x: Tensor) -> bool:
-    """Returns whether something watches or rewrites operations on `x`: a tensor subclass, a fake tensor, tracing or a
-    dispatch mode."""
+    """Returns whether something watches or rewrites operations on `x`: a subclass, tracing, a dispatch mode."""
     if type(x) not in (Tensor, torch.nn.Parameter):
         return True
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())

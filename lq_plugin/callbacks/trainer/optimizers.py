@@ -43,8 +43,7 @@ Clones = dict[int, list[int]]
 
 
 class Adopted(NamedTuple):
-    """What `adopt_learned_ranges` did: names of ranges that were in no optimizer, the groups it added, optimizers of
-    its own."""
+    """Result of `adopt_learned_ranges`: ranges no optimizer had, groups added, optimizers of their own."""
 
     names: list[str]
     clones: Clones

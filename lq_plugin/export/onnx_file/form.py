@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Form:
-    """What a file may hold, and how; the defaults suit ONNX Runtime.
+    """Types and shapes that a file may hold; the defaults suit ONNX Runtime.
 
     Args:
         smallest: bits of the smallest integer type of weights: 2, 4 or 8.

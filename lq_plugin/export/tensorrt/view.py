@@ -1,4 +1,4 @@
-"""What the linter asks a graph: types, shapes and constants of tensors, and what reads them."""
+"""View of a graph for the linter: types, shapes and constants of tensors, and their readers."""
 
 from __future__ import annotations
 

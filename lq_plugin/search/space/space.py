@@ -147,7 +147,7 @@ class Space:
 
     @property
     def ties_residuals(self) -> bool:
-        """Whether `bind` needs a recording."""
+        """True if `bind` needs a recording."""
         return RESIDUAL in self.tie
 
     def bind(

@@ -184,7 +184,7 @@ class SearchConfig:
 
     @property
     def maximize(self) -> bool:
-        """Whether more of the metric is better."""
+        """True if more of the metric is better."""
         return self.mode == "max"
 
     @property
