@@ -120,7 +120,8 @@ class QuantizedLayer(nn.Module):
             and self._shared_input.takes(x)
         ):
             return quantizer.forward_shared(x, self._shared_input)
-        return quantizer(x)
+        y: Tensor = quantizer(x)
+        return y
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         """Returns XNOR-Net's K for the output of input `x`, broadcastable to it; None while another format is in force.

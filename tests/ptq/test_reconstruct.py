@@ -252,6 +252,18 @@ def test_weights_inside_a_kernel_are_learned_together(make, by, tmp_path):
     assert sum(shares) / len(shares) < 0.85
 
 
+@pytest.mark.parametrize("inputs", ["int4 per_channel mse", "uint4 affine per_channel mse", "uint4 affine mse"])
+def test_each_scale_of_the_inputs_is_learned(inputs):
+    x = correlated(256, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0] * 2)
+    net = prepared(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [x], inputs=inputs)
+    before = net[0].input_quantizer.scale.clone()
+    result = reconstruct(net, [x], by="layer", **FAST, scale_learning_rate=0.01)
+    factor = net[0].input_quantizer.scale / before
+    assert (factor != 1).all()
+    assert ((factor - 1).abs() < 0.3).all()
+    assert all(fit.after <= fit.before for fit in result.units.values())
+
+
 def test_bad_input_is_refused():
     x = correlated(32, 8)
     net = prepared(nn.Sequential(nn.Linear(8, 8)), [x])

@@ -94,7 +94,7 @@ class SoftInput(nn.Module):
         if self.gain is None:
             y = quantizer(x)
         else:
-            scale, zero_point = quantizer._view(self._scale(), x.ndim), quantizer._view(quantizer.zero_point, x.ndim)
+            scale, zero_point = quantizer._view(self._scale(), x), quantizer._view(quantizer.zero_point, x)
             y = fake_quantize_learned(x, scale, zero_point, quantizer.spec.grid)
         if self.drop and torch.is_grad_enabled():
             kept = torch.rand(x.shape, generator=self.generator, device=self.generator.device).to(x.device) < self.drop
