@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lq_plugin.commands.failed import failed
+from lq_plugin.commands.console import failed
 from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.plan import QuantPlan
 
@@ -43,8 +43,16 @@ def explain(arguments: Sequence[str] | None = None) -> int:
 
         model = build_model(args.model, args.arguments, args.config_dir).eval()
         batch = None if args.shape is None else zeros(args.shape)
+
+        def forward() -> None:
+            try:
+                model(batch)
+            except Exception as error:
+                name = f"{type(model).__name__} on zeros of shape {args.shape}"
+                raise QuantizationError(f"{name} raised {type(error).__name__}: {error}") from error
+
         with torch.no_grad():
-            found = dry_run(plan, model, None if batch is None else lambda: model(batch))
+            found = dry_run(plan, model, None if batch is None else forward)
     except QuantizationError as error:
         return failed("lq-explain", error)
     if args.json:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
-from lq_plugin.commands.failed import failed
+from lq_plugin.commands.console import failed, say
 from lq_plugin.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -60,13 +59,13 @@ def report(arguments: Sequence[str] | None = None) -> int:
         folder = first if first.is_dir() else first.parent if first.exists() else Path()
         page = write_page(reports, args.output or folder / "report.html")
         size = page.stat().st_size / 1e6
-        console.print(Text(f"{page.resolve()}  ({size:.2f} MB, {time.perf_counter() - started:.1f} s)"), soft_wrap=True)
+        say(console, f"{page.resolve()}  ({size:.2f} MB, {time.perf_counter() - started:.1f} s)")
         if not args.no_pictures:
             pictures: Path = args.pictures or page.parent / "figures"
             for data, name in zip(reports, "AB", strict=False):
                 target = pictures if len(reports) == 1 else pictures / name
                 written = _drawn(data, target, args.layers)
-                console.print(Text(f"{target.resolve()}  ({len(written)} files)"), soft_wrap=True)
+                say(console, f"{target.resolve()}  ({len(written)} files)")
     except QuantizationError as error:
         return failed("lq-report", error)
     return 0

@@ -72,7 +72,14 @@ def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
     wrong = [key for key, equals, _ in pairs if not equals or not key.isidentifier()]
     if wrong:
         raise QuantizationError(f"arguments are written key=value, got {', '.join(map(repr, wrong))}")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: _value(key, text) for key, _, text in pairs}
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise QuantizationError(f"{key}={text}: the value is no YAML: {error}") from error
 
 
 def _composed(name: str, arguments: Sequence[str], config_dir: str | Path | None) -> Any:
@@ -92,7 +99,8 @@ def _composed(name: str, arguments: Sequence[str], config_dir: str | Path | None
             ours = [] if config_dir is None else ["hydra.searchpath=[pkg://lq_plugin.conf]"]
             cfg = compose(overrides=[*ours, f"+model={name}", *(f"model.{argument}" for argument in arguments)])
             return instantiate(cfg.model)
-    except (HydraException, ValueError, TypeError) as error:  # the last two: Hydra's own of a number for a name
+    # Hydra's own of a number for a name, and of one that is too long for a file.
+    except (HydraException, ValueError, TypeError, OSError) as error:
         raise QuantizationError(f"model {name!r}: {error}\n{_HOW}") from error
 
 

@@ -110,7 +110,9 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("torch.nn:Linear", ["4"], "arguments are written key=value, got '4'"),
         ("math:pi", [], "math:pi is a float, neither a module nor a callable"),
         ("builtins:dict", [], "made a dict, not a torch.nn.Module"),
+        ("torch.nn:Linear", ["in_features=[4"], r"in_features=\[4: the value is no YAML"),
         ("digits_cn", [], "Could not find 'model/digits_cn'(.|\n)*digits_cnn"),
+        ("digits" * 60, [], "File name too long"),
     ],
 )
 def test_models_that_are_none(name: str, arguments: list[str], message: str) -> None:
@@ -141,6 +143,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     plan.write_text("rules: [{match: 'convv', weight: int4}]")
     assert lq_explain([str(plan), "digits_cnn"]) == 2
     assert "matches no layer" in capsys.readouterr().err
+    assert lq_explain(["w4a8", "digits_cnn", "--shape", "1,3,8,8"]) == 2
+    assert "DigitsCNN on zeros of shape 1,3,8,8 raised RuntimeError: " in capsys.readouterr().err
 
 
 def test_readme_has_the_defaults_that_the_code_has(capsys: pytest.CaptureFixture[str]) -> None:
