@@ -14,10 +14,10 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError, ProgrammingError
 
 from lq_plugin.demo.digits import DigitsCNN
-from lq_plugin.search import Evaluator, StudyError
+from lq_plugin.search import Evaluator, Objective, StudyError
 from lq_plugin.search.shared import database as database_module, others as others_module
 from lq_plugin.search.shared.database import alone, quiet, rdb_storage
 from lq_plugin.search.shared.others import OtherWorkers
@@ -175,6 +175,24 @@ def test_a_worker_that_stood_still_goes_on_with_other_trials(
     assert "trial 2 was taken from it: it is tried again" in caplog.text
 
 
+def test_a_trial_taken_away_before_its_value_is_told_does_not_end_the_worker(
+    model: DigitsCNN, url: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    original = Objective.__call__
+
+    def evaluated_late(self: Objective, trial: Any) -> Any:
+        values = original(self, trial)
+        if trial.number == 2:
+            take_away(url, "s", 2)
+        return values
+
+    monkeypatch.setattr(Objective, "__call__", evaluated_late)
+    result = run(model, 5, storage=url, study_name="s", max_failures=0)
+    assert len(result.candidates) == 5
+    assert [trial.number for trial in result.study.get_trials(states=(FAIL,))] == [2]
+    assert "trial 2 was taken from it: it is tried again" in caplog.text
+
+
 def test_a_job_of_a_sweep_that_stood_still_is_no_failure(sweeps: Sweeps, caplog: Any) -> None:
     ran = []
 
@@ -252,3 +270,47 @@ def test_a_server_that_stays_away_is_an_error_with_its_url(server: Server, clock
         assert clock.now == gave_up, "not ten minutes for each call"
     finally:
         server.start()
+
+
+class _Driver(Exception):
+    """What a database driver raises."""
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["direct", "after a second query"])
+def test_a_lost_connection_is_asked_again(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = OperationalError("SELECT 1", {}, _Driver("server closed the connection"))
+    answers: list[Any] = []
+
+    def ask(storage: Any) -> int:
+        answers.append(storage)
+        if len(answers) > 1:
+            return 7
+        try:
+            raise lost
+        except OperationalError as error:
+            if not wrapped:
+                raise StorageInternalError("no commit") from error
+            try:
+                raise PendingRollbackError("Can't reconnect until invalid transaction is rolled back")
+            except PendingRollbackError as again:
+                raise StorageInternalError("no commit") from again
+
+    class Storage:
+        url = "postgresql://host/name"
+        _away_since = None
+
+    monkeypatch.setattr(database_module, "_FIRST_PAUSE", 0.0)
+    assert database_module._outlasting(ask)(Storage()) == 7
+    assert len(answers) == 2
+
+
+def test_an_error_of_another_kind_is_told_at_once() -> None:
+    def ask(storage: Any) -> None:
+        raise StorageInternalError("no commit") from ProgrammingError("SELECT 1", {}, _Driver("no such column"))
+
+    class Storage:
+        url = "postgresql://host/name"
+        _away_since = None
+
+    with pytest.raises(StudyError, match="failed: no such column"):
+        database_module._outlasting(ask)(Storage())

@@ -47,6 +47,17 @@ class StudyError(QuantizationError):
     """A study that cannot continue: it has another request, too many trials failed, or its storage does not answer."""
 
 
+def _lost_connection(error: BaseException | None) -> DBAPIError | None:
+    """Returns the driver's error in the chain that led to `error`; None where another one is its cause.
+
+    Not its direct cause alone: Optuna takes one in `_get_trials` for too many SQL variables and asks again on a session
+    that SQLAlchemy then refuses with a `PendingRollbackError`.
+    """
+    while error is not None and not isinstance(error, OperationalError | InterfaceError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a storage's method that is repeated while its server is away."""
 
@@ -59,11 +70,11 @@ def _outlasting(method: Callable[..., Any]) -> Callable[..., Any]:
                 self._away_since = None
                 return result
             except StorageInternalError as error:
+                lost = _lost_connection(error)
+                first = lost or error.__cause__ or error
                 # What the driver says, without the statement that SQLAlchemy adds.
-                cause = without(
-                    str(getattr(error.__cause__, "orig", None) or error.__cause__ or error), passwords_in(self.url)
-                )
-                away = sqlite_file(self.url) is None and isinstance(error.__cause__, OperationalError | InterfaceError)
+                cause = without(str(getattr(first, "orig", None) or first), passwords_in(self.url))
+                away = sqlite_file(self.url) is None and lost is not None
                 # Counted over all calls: a worker that gives up makes several more, which shall not wait again.
                 self._away_since = self._away_since or time.monotonic()
                 if not away or time.monotonic() - self._away_since > _PATIENCE:

@@ -77,7 +77,8 @@ class Loop:
         except KeyboardInterrupt:
             _try_again(self.study, self.objective.interrupted)
             raise
-        except (UpdateFinishedTrialError, ValueError) as refused:
+        except (UpdateFinishedTrialError, ValueError, AssertionError) as refused:
+            # The last of a trial that is FAIL when its value is told: Optuna's own ends with "Should not reach."
             if isinstance(refused, QuantizationError) or not self._taken_for_dead():
                 raise
 
