@@ -96,17 +96,24 @@ def student(case: Case, quantized: bool = False, seed: int = 0) -> tuple[Student
     return module.eval(), prepare(module, case.plan) if quantized else Ledger()
 
 
+def table_of(layer: nn.Module) -> object:
+    """The parameter that a layer reads: modules that share it are one table to a plan."""
+    return layer._parameters.get("weight", layer)
+
+
 def idle(module: nn.Module, ledger: Ledger, inputs: Inputs, training: bool) -> list[str]:
     """Names of the quantizers that do not run in one forward pass although the ledger says that their layers are
-    quantized."""
+    quantized. A shared table counts as read where one of its modules reads it."""
     chosen = [
-        q
+        (q, table_of(cast(nn.Module, layer)))
         for name, layer in quantized_layers(module)
         if ledger[name].quantized
         for q in quantizers(cast(nn.Module, layer))
     ]
-    calls: Counter[str] = Counter()
-    handles = [q.register_forward_hook(lambda q, _args, _y: calls.update([q.name])) for q in chosen]
+    ran: set[int] = set()
+    handles = [
+        q.register_forward_hook(lambda q, _args, _y, table=table: ran.update([id(q), id(table)])) for q, table in chosen
+    ]
     try:
         with evaluating(module), torch.no_grad():
             module.train(training)
@@ -114,7 +121,8 @@ def idle(module: nn.Module, ledger: Ledger, inputs: Inputs, training: bool) -> l
     finally:
         for handle in handles:
             handle.remove()
-    return [q.name for q in chosen if not calls[q.name]]
+    shared = Counter(id(layer._parameters.get("weight")) for _, layer in quantized_layers(module))
+    return [q.name for q, table in chosen if id(q) not in ran and not (shared[id(table)] > 1 and id(table) in ran)]
 
 
 def fit(case: Case, folder: Path) -> tuple[Student, Path]:

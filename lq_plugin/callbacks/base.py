@@ -176,8 +176,10 @@ class QuantizationCallback(Callback):
             checkpoint["callbacks"][self.state_key][_QUANTIZERS] = quantizer_states(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint["callbacks"].get(self.state_key, {}).get(_QUANTIZERS, {})
-        load_missing_states(pl_module, kept, checkpoint["state_dict"])
+        kept = checkpoint["callbacks"].get(self.state_key, {}).get(_QUANTIZERS)
+        if kept is not None:
+            # A sharded checkpoint holds the weights apart: there is no "state_dict" to look into.
+            load_missing_states(pl_module, kept, checkpoint.get("state_dict", {}))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = QuantPlan.from_dict(state_dict["plan"])

@@ -10,7 +10,10 @@ from torch import nn
 
 from lq_plugin.export.codes import nothing_stored
 from lq_plugin.export.request import Request
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer, computed_faults
+from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.unreached import unreached, without_range
 
@@ -61,6 +64,42 @@ def weight_faults(name: str, layer: QuantizedLayer, settled: str) -> list[str]:
             return [f"{name}.weight is float at this stage of its plan"]
     reason = None if quantizer is None else nothing_stored(quantizer.spec)
     return [] if reason is None else [f"{name}.weight ({quantizer.spec}): {reason}"]
+
+
+def spec_faults(
+    request: Request,
+    spec_fault: Callable[[str, QuantSpec, Any], str | None],
+    nearest: Callable[[str, QuantSpec, Any], QuantSpec | None],
+) -> list[str]:
+    """Returns which tensors of a prepared model a file cannot hold, and the nearest spec that it can.
+
+    Args:
+        request: with a prepared model.
+        spec_fault, nearest: those of a target.
+    """
+    ready = request.settled == "ranges"
+    silent = unreached(request.model) if ready else {}
+    tensors = [
+        (slot, getattr(layer, f"{slot}_quantizer"), layer)
+        for name, layer in quantized_layers(request.model)
+        if name not in silent
+        for slot in SLOTS
+    ]
+    tensors += [
+        ("input", quantizer, operation)
+        for name, operation in quantized_operations(request.model)
+        if name not in silent
+        for quantizer in operation.quantizers()
+    ]
+    faults = []
+    for slot, quantizer, layer in tensors:
+        current = quantizer if quantizer is None or not ready else quantizer.current
+        if current is None or (reason := spec_fault(slot, current.spec, layer)) is None:
+            continue
+        near = nearest(slot, current.spec, layer)
+        advice = "" if near is None else f"; the nearest that fits is '{near}'"
+        faults.append(f"{quantizer.name} ({current.spec}): {reason}{advice}")
+    return faults
 
 
 def folder_faults(request: Request) -> list[str]:

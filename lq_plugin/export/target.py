@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from lq_plugin import extras
 from lq_plugin.errors import ExportError, did_you_mean, raise_all
 from lq_plugin.export.request import Option, Request, option_faults
+from lq_plugin.intent.spec import QuantSpec
 
 
 class Reader(NamedTuple):
@@ -49,6 +50,8 @@ class Target(ABC):
     options: ClassVar[tuple[Option, ...]] = ()
     #: Whether the model runs on an example input to be written.
     needs_inputs: ClassVar[bool] = False
+    #: Specs that its files hold for each tensor of a layer, the usual one first; messages name the nearest.
+    takes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def faults(self, request: Request) -> list[str]:
         """Returns everything known to keep a request from being carried out."""
@@ -69,9 +72,27 @@ class Target(ABC):
 
     def model_faults(self, request: Request) -> list[str]:
         """Returns what keeps `request.model` from being stored; a target adds what its files cannot hold."""
-        from lq_plugin.export.faults import shared_faults
+        from lq_plugin.export.faults import shared_faults, spec_faults
 
-        return shared_faults(request)
+        return shared_faults(request) + spec_faults(request, self.spec_fault, self.nearest)
+
+    def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        """Returns why its files cannot hold a tensor under a spec; None: they can.
+
+        It is asked before training, for each tensor of each layer, and by the table of what targets support.
+
+        Args:
+            slot: `"weight"`, `"input"` or `"output"`; operands of operations are inputs.
+            spec: of that tensor.
+            layer: a layer, float or quantized, or a quantized operation: for its kind and shapes, not its values.
+        """
+        return None
+
+    def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
+        """Returns the spec among those in `takes` that the layer's tensor can have, with the nearest number of bits."""
+        known = [QuantSpec.parse(text) for text in self.takes.get(slot, ())]
+        fit = [other for other in known if self.spec_fault(slot, other, layer) is None]
+        return min(fit, key=lambda other: abs(other.bit_width - spec.bit_width), default=None)
 
     @abstractmethod
     def write(self, request: Request) -> int:
@@ -141,10 +162,10 @@ def register_target(kind: _Kind) -> _Kind:
     ... class NPZ(Target):
     ...     name, suffix, summary = "npz", ".npz", "integer codes of the weights, for numpy"
     ...
-    ...     def model_faults(self, request):
-    ...         specs = {name: layer.layer_plan.weight for name, layer in quantized_layers(request.model)}
-    ...         others = [f"{name}.weight is '{spec}'" for name, spec in specs.items() if spec.format_name != "int"]
-    ...         return super().model_faults(request) + others
+    ...     takes = {"weight": ("int8 per_channel", "int4 per_channel")}
+    ...
+    ...     def spec_fault(self, slot, spec, layer):
+    ...         return None if spec.format_name == "int" else "only integers are codes"
     ...
     ...     def write(self, request):
     ...         layers = quantized_layers(request.model)

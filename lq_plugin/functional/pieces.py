@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 #: Elements of a piece: a second one of this size stays in a processor's caches.
-AT_A_TIME = 2**18
+AT_A_TIME = 2**16
 
 
 def pieces(shape: tuple[int, ...], at_a_time: int = AT_A_TIME) -> list[tuple[slice, ...]]:
     """Returns indices that cover a tensor of `shape` once, each of at most so many elements.
 
-    >>> pieces((3, 5)), pieces((3, 2**17))
+    >>> pieces((3, 5)), pieces((3, 2**15))
     ([()], [(slice(0, 2, None),), (slice(2, 3, None),)])
-    >>> pieces((1, 2**18 + 4))
-    [(slice(0, 1, None), slice(0, 262144, None)), (slice(0, 1, None), slice(262144, 262148, None))]
+    >>> pieces((1, 2**16 + 4))
+    [(slice(0, 1, None), slice(0, 65536, None)), (slice(0, 1, None), slice(65536, 65540, None))]
     """
     if math.prod(shape) <= at_a_time:
         return [()]

@@ -1,5 +1,7 @@
 """An export target as a project of its own adds it: integer codes and scales of linear layers, for numpy."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -22,13 +24,13 @@ class NPZ(Target):
     packages = ("numpy",)
     options = (Option("scale_dtype", "float32", dtype_fault),)
 
-    def model_faults(self, request):
-        faults = super().model_faults(request)
-        for name, layer in quantized_layers(request.model):
-            spec = layer.layer_plan.weight
-            if spec is None or spec.format_name != "int" or spec.grid.affine or layer.weight.ndim != 2:
-                faults.append(f"{name}.weight ({spec}): an archive holds symmetric integers of linear layers")
-        return faults
+    takes: ClassVar = {"weight": ("int8 per_channel", "int4 per_channel")}
+
+    def spec_fault(self, slot, spec, layer):
+        if slot != "weight":
+            return "an archive holds weights alone"
+        fits = spec.format_name == "int" and not spec.grid.affine and layer.weight.ndim == 2
+        return None if fits else "an archive holds symmetric integers of linear layers"
 
     def write(self, request):
         layers = quantized_layers(request.model)
