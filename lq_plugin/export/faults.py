@@ -79,7 +79,7 @@ def spec_faults(
     """
     ready = request.settled == "ranges"
     silent = unreached(request.model) if ready else {}
-    tensors = [
+    tensors: list[tuple[str, Any, Any]] = [
         (slot, getattr(layer, f"{slot}_quantizer"), layer)
         for name, layer in quantized_layers(request.model)
         if name not in silent
