@@ -17,12 +17,13 @@ from lq_plugin.callbacks.trainer.sharding import refuse_unsupported, resharded, 
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import PlanError
+from lq_plugin.export.planned import plan_for, refuse_for_target
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger, least_coverage
 from lq_plugin.model.operations.rules import needs_recording
-from lq_plugin.model.prepare import prepare
+from lq_plugin.model.prepare import prepare, quantizers, remove
 from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
 from lq_plugin.model.unreached import suspend
 from lq_plugin.quantizers import Suspension
@@ -52,6 +53,8 @@ class QuantizationCallback(Callback):
         dataloader: calibration data; the datamodule's train dataloader when None.
         calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step)
             when None.
+        target: name of the export target that the model is for; the plan's own when None. Tensors are quantized on that
+            target's grid, and what its files cannot hold is refused before any work.
     """
 
     #: What happens to tensors that no calibration batch reached.
@@ -63,9 +66,10 @@ class QuantizationCallback(Callback):
         min_coverage: float | Mapping[str, float] | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
+        target: str | None = None,
     ) -> None:
         guard_load_from_checkpoint()  # of a package that was imported after us, also
-        self.plan = QuantPlan.parse(plan)
+        self.plan = plan_for(QuantPlan.parse(plan), target)
         least_coverage(min_coverage)
         self.min_coverage = min_coverage
         self.dataloader = dataloader
@@ -120,7 +124,14 @@ class QuantizationCallback(Callback):
             pl_module: the module.
             recording: of one batch, where the plan names operations that hold no quantizers yet.
         """
+        before = bool(quantizers(pl_module))
         ledger = prepare(pl_module, self.plan, recording)
+        try:
+            refuse_for_target(pl_module, self.plan)
+        except PlanError:
+            if not before:
+                remove(pl_module)
+            raise
         if not self.ledger.same_layers(ledger):
             self.ledger, self.recording = ledger, None
         rank_zero_info(f"{type(self).__name__}: {self.ledger.summary()}")

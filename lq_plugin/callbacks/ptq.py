@@ -38,7 +38,7 @@ class PTQ(QuantizationCallback):
             norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). One
             with options is a mapping: `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
-        min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+        min_coverage, dataloader, calibration_step, target: see `QuantizationCallback`.
         seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search
             scores exactly what its trial did with the search's seed and number of batches.
     """
@@ -53,8 +53,9 @@ class PTQ(QuantizationCallback):
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
         seed: int | None = None,
+        target: str | None = None,
     ) -> None:
-        super().__init__(plan, min_coverage, dataloader, calibration_step)
+        super().__init__(plan, min_coverage, dataloader, calibration_step, target)
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):

@@ -63,7 +63,7 @@ class QAT(QuantizationCallback):
         init_batches: batches for the first ranges; 0 leaves layers float until the first training batch is over.
         distill: share of the loss that comes from the float copy's answers, or a `Distillation` (or a mapping of its
             fields); None: the module's own loss alone.
-        min_coverage, dataloader, calibration_step: see `QuantizationCallback`.
+        min_coverage, dataloader, calibration_step, target: see `QuantizationCallback`.
         forward: how layers compute in training: `"fake_quantize"`, with floats that stand for integers; `"integer"`,
             with 8-bit products on a CPU or an NVIDIA GPU (see `lq_plugin.layers.integer`) where a trial on the first
             batch finds them worth it (a CPU's convolutions may take a quarter longer alone: the layers after them gain
@@ -87,10 +87,11 @@ class QAT(QuantizationCallback):
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
         forward: str = "fake_quantize",
+        target: str | None = None,
     ) -> None:
-        super().__init__(plan, min_coverage, dataloader, calibration_step)
+        super().__init__(plan, min_coverage, dataloader, calibration_step, target)
         if schedule is not None:
-            self.plan = QuantPlan(self.plan.rules, schedule)
+            self.plan = QuantPlan(self.plan.rules, schedule, self.plan.target)
         if not isinstance(init_batches, int) or init_batches < 0:
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
         if forward not in FORWARDS:

@@ -55,7 +55,7 @@ TRAIN = _TRAINED | {
 SEARCHED = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name", "uniform", "seeds", "sensitivity",
     "sensitivity_batches", "latency", "heartbeat", "max_failures", "fidelity", "promote_within", "promote_first",
-    "pruner", "calibration_batches", "phases",
+    "pruner", "calibration_batches", "phases", "target",
 )  # fmt: skip
 SEARCH = _TRAINED | {
     "seed": SEED, "worker": integer(0), "search.space": NODE, "search.sampler": NODE, "search.storage": ANY,
@@ -63,7 +63,7 @@ SEARCH = _TRAINED | {
 }  # fmt: skip
 SENSITIVITY = _TRAINED | {
     "seed": SEED, "measures": NAMES, "batches": integer(1), "others": TEXT, "search.space": NODE,
-    "search.calibration_batches": integer(1), "search.phases": ANY,
+    "search.calibration_batches": integer(1), "search.phases": ANY, "search.target": optional(TEXT),
 }  # fmt: skip
 EXPORT = _COMMON | {
     "seed": optional(SEED), "to": TEXT, "output": optional(TEXT), "ckpt_path": optional(TEXT), "plan": ANY,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lq_plugin import plots
 from lq_plugin.commands.search import load_model, read_space
+from lq_plugin.export.planned import known_target
 from lq_plugin.model.measure.cost import FLOAT_BITS
 from lq_plugin.plots.sensitivity import digits
 from lq_plugin.ptq.registry import check_phases, names_and_options
@@ -45,6 +46,8 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     check_phases(*names_and_options(phases))
     measures = [cfg.measures] if isinstance(cfg.measures, str) else list(cfg.measures)
     check_measures(measures, cfg.others)
+    if cfg.search.target is not None:
+        known_target(cfg.search.target)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
@@ -55,6 +58,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
         calibration_batches=cfg.search.calibration_batches,
         phases=phases,
         seed=cfg.seed,
+        target=cfg.search.target,
     )
     with evaluator:
         evaluator.calibrate(space)

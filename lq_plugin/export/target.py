@@ -88,6 +88,15 @@ class Target(ABC):
         """
         return None
 
+    def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
+        """Returns a spec on the target's own grid, for plans that name the target; another format is for `nearest`.
+
+        Args:
+            slot: `"weight"`, `"input"` or `"output"`.
+            spec: of that tensor, as a plan has it.
+        """
+        return spec
+
     def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
         """Returns the spec among those in `takes` that the layer's tensor can have, with the nearest number of bits."""
         known = [QuantSpec.parse(text) for text in self.takes.get(slot, ())]

@@ -40,6 +40,8 @@ __all__ = ["FLOAT", "LayerInfo", "LayerPlan", "QuantPlan", "Rule", "Stage", "mat
 #: In a rule: leave this tensor float, whatever earlier rules said.
 FLOAT = "float"
 SpecOrFloat: TypeAlias = "QuantSpec | str | None"
+#: Of a plan as a mapping.
+_KEYS = ("rules", "schedule", "target")
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,28 @@ class Rule:
 class QuantPlan:
     """Ordered rules and a schedule: all that search proposes, callbacks apply and exports read.
 
+    Args:
+        rules: in order; later ones win.
+        schedule: moments of a training run.
+        target: name of the export target that the plan is for (`lq_plugin.export.target`). Callbacks, commands and
+            searches refuse what its files cannot hold before they begin, and quantize on its own grid. None: none yet.
+
     >>> QuantPlan.parse("w4a8").rules[0]
     Rule(match='*', weight=QuantSpec('int4 per_channel'), input=QuantSpec('uint8 affine ema'), output=None, start=None)
     """
 
     rules: tuple[Rule, ...]
     schedule: Schedule = field(default_factory=Schedule)
+    target: str | None = None
 
-    def __init__(self, rules: Iterable[Rule], schedule: Schedule | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        rules: Iterable[Rule],
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        target: str | None = None,
+    ) -> None:
         object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "target", target)
         object.__setattr__(
             self, "schedule", Schedule.parse(schedule if not isinstance(schedule, Mapping) else dict(schedule))
         )
@@ -110,6 +125,8 @@ class QuantPlan:
             )
         wrong = [repr(rule) for rule in self.rules if not isinstance(rule, Rule)]
         raise_all(PlanError, "a plan is made of Rules", [f"got {text}" for text in wrong])
+        if target is not None and not (isinstance(target, str) and target):
+            raise PlanError(f"target is the name of an export target, such as 'onnx', got {target!r}")
 
     @classmethod
     def parse(cls, value: QuantPlan | str | Path | Mapping[str, Any]) -> QuantPlan:
@@ -149,13 +166,13 @@ class QuantPlan:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> QuantPlan:
-        """Builds a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}}`."""
+        """Builds a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}, "target": ...}`."""
         if not isinstance(mapping, Mapping):
             raise PlanError(f"a plan is a mapping with 'rules', got {type(mapping).__name__}: {mapping!r}")
         faults = [
-            f"unknown key {key!r}; valid: rules, schedule.{did_you_mean(str(key), ['rules', 'schedule'])}"
+            f"unknown key {key!r}; valid: {', '.join(_KEYS)}.{did_you_mean(str(key), _KEYS)}"
             for key in mapping
-            if key not in ("rules", "schedule")
+            if key not in _KEYS
         ]
         raw = mapping.get("rules")
         rules: list[Rule] = []
@@ -185,7 +202,7 @@ class QuantPlan:
         except QuantizationError as error:
             faults.append(str(error))
         raise_all(PlanError, "cannot read the plan", faults)
-        return cls(rules, schedule)
+        return cls(rules, schedule, mapping.get("target"))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> QuantPlan:
@@ -204,6 +221,8 @@ class QuantPlan:
         content: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}
         if schedule := self.schedule.to_dict():
             content["schedule"] = schedule
+        if self.target is not None:
+            content["target"] = self.target
         return content
 
     def to_yaml(self, path: str | Path | None = None) -> str:

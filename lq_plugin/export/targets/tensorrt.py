@@ -8,6 +8,7 @@ from typing import Any
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import register_target
 from lq_plugin.export.targets.onnx import ONNX
+from lq_plugin.intent.spec import QuantSpec
 
 
 @register_target
@@ -28,6 +29,11 @@ class TensorRT(ONNX):
         from lq_plugin.export.tensorrt.form import TENSORRT
 
         return onnx_faults(request, form=TENSORRT)
+
+    def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
+        # Signed integers with zero point 0. PACT clips at 0, where half of the signed levels would be of no use.
+        symmetric = slot != "weight" and spec.is_uniform and spec.range_name != "pact"
+        return spec.replace(signed=True, affine=False) if symmetric else spec
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
         return False

@@ -48,7 +48,7 @@ def split(
         if not found and not quantizes(rule) and any(names(rule.match, name) for name in aside):
             continue
         (chosen if names_operation(rule.match) and not found else others).append(rule)
-    return (QuantPlan(others, plan.schedule) if others else None), chosen
+    return (QuantPlan(others, plan.schedule, plan.target) if others else None), chosen
 
 
 def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dict[str, str]:

@@ -85,6 +85,7 @@ class Evaluator:
             package. One device.
         calibration_batches, phases, dataloader: of the calibration, see `PTQ`.
         seed: of the calibration data's order: every process that asks for the same gets the same statistics.
+        target: name of the export target that plans are for; spaces have the choices that its files can hold.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class Evaluator:
         phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate"),
         dataloader: Iterable[Any] | None = None,
         seed: int = 0,
+        target: str | None = None,
     ) -> None:
         self.model = model
+        self.target = target
         self.datamodule = datamodule
         self.calibration_batches = calibration_batches
         check_phases(*names_and_options(phases))
@@ -187,7 +190,9 @@ class Evaluator:
         # After a validation: only now has `configure_model` built every layer.
         survey = Survey.of(self.model)
         space = Space.parse(space)
-        self.space = space.bind(survey.infos(), survey.others(), self._recorded() if space.ties_residuals else None)
+        recording = self._recorded() if space.ties_residuals else None
+        modules = dict(self.model.named_modules())
+        self.space = space.bind(survey.infos(), survey.others(), recording, self.target, modules)
         for plan in _statistics_plans(self.space):
             remove(self.model)
             first = self.recording is None

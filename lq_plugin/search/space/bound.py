@@ -111,12 +111,14 @@ class BoundSpace:
         layers: the layers that can hold quantizers.
         others: names and types of all other modules.
         excluded: choices that a tensor cannot take, with the reason, by `"layer.slot"`.
+        target: name of the export target that its plans are for, if any.
     """
 
     units: tuple[Unit, ...]
     layers: tuple[LayerInfo, ...]
     others: dict[str, str] = field(default_factory=dict)
     excluded: dict[str, list[str]] = field(default_factory=dict)
+    target: str | None = None
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -152,7 +154,7 @@ class BoundSpace:
 
     def plan(self, params: Mapping[str, Any]) -> QuantPlan:
         """Returns the plan for values of the parameters, with one rule for each layer."""
-        return as_plan(self.layer_plans(params))
+        return as_plan(self.layer_plans(params), self.target)
 
     def params(self, plan: QuantPlan) -> Params:
         """Returns the values of the parameters for a plan.
@@ -193,14 +195,15 @@ class BoundSpace:
         }
 
 
-def as_plan(layer_plans: Mapping[str, LayerPlan]) -> QuantPlan:
-    """Returns a plan with one rule for each layer that is not all float.
+def as_plan(layer_plans: Mapping[str, LayerPlan], target: str | None = None) -> QuantPlan:
+    """Returns a plan with one rule for each layer that is not all float, for an export target if one is named.
 
     Raises:
         PlanError: when all are.
     """
     return QuantPlan(
-        [Rule(_exactly(name), plan.weight, plan.input, plan.output) for name, plan in layer_plans.items() if plan]
+        [Rule(_exactly(name), plan.weight, plan.input, plan.output) for name, plan in layer_plans.items() if plan],
+        target=target,
     )
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
+from lq_plugin.export.planned import known_target
+from lq_plugin.export.target import Target
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import FLOAT, LayerInfo, QuantPlan, Rule, matches
 from lq_plugin.intent.spec import QuantSpec
@@ -151,17 +153,24 @@ class Space:
         return RESIDUAL in self.tie
 
     def bind(
-        self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None, recording: Recording | None = None
+        self,
+        layers: Sequence[LayerInfo],
+        others: Mapping[str, str] | None = None,
+        recording: Recording | None = None,
+        target: str | None = None,
+        modules: Mapping[str, Any] | None = None,
     ) -> BoundSpace:
         """Returns the space of one model.
 
-        A choice that a layer cannot take (its input channels are no multiple of the group size, say)
-        is left out for that layer, and named in `BoundSpace.excluded`.
+        A choice that a layer cannot take (its input channels are no multiple of the group size, say), or that files of
+        the target cannot hold, is left out for that layer, and named in `BoundSpace.excluded`.
 
         Args:
             layers: the layers that can hold quantizers.
             others: names and types of all other modules, for error messages.
             recording: of one float forward pass, where residual sums are tied.
+            target: name of an export target; choices are those on its own grid.
+            modules: the layers themselves by name, where there is a target.
 
         Raises:
             PlanError: patterns that match nothing, tensors left without a choice, or a space with nothing to choose.
@@ -178,6 +187,9 @@ class Space:
         for layer in layers:
             for slot in layer.slots:
                 choices = _possible(layer, slot, self._choices(layer, slot), excluded)
+                if target is not None:
+                    module = (modules or {})[layer.name]
+                    choices = _held(known_target(target), layer, slot, choices, module, excluded)
                 if not choices:
                     faults.append(
                         f"{layer.name}.{slot} has no possible choice: {'; '.join(excluded[f'{layer.name}.{slot}'])}"
@@ -198,7 +210,7 @@ class Space:
         if not faults and not any(len(unit.choices) > 1 for unit in units):
             faults.append("there is nothing to choose: every tensor has at most one choice")
         raise_all(PlanError, "search space", faults)
-        return BoundSpace(tuple(units), tuple(layers), dict(others or {}), excluded)
+        return BoundSpace(tuple(units), tuple(layers), dict(others or {}), excluded, target)
 
     @property
     def _patterns(self) -> list[str]:
@@ -256,6 +268,26 @@ def _possible(
             if (reason := str(error).removeprefix(_PLAN_TITLE)) not in reasons:
                 reasons.append(reason)
     return tuple(possible)
+
+
+def _held(
+    target: Target,
+    layer: LayerInfo,
+    slot: str,
+    choices: Sequence[Choice],
+    module: Any,
+    excluded: dict[str, list[str]],
+) -> tuple[Choice, ...]:
+    """Returns the choices that files of a target can hold, on its own grid."""
+    held: list[Choice] = []
+    for choice in choices:
+        own = target.own_spec(slot, choice) if isinstance(choice, QuantSpec) else choice
+        reason = target.spec_fault(slot, own, module) if isinstance(own, QuantSpec) else None
+        if reason is None:
+            held.append(own)
+        else:
+            excluded.setdefault(f"{layer.name}.{slot}", []).append(f"'{own}' for {target.name}: {reason}")
+    return tuple(dict.fromkeys(held))
 
 
 def _parse_slots(target: Space | SpaceRule, title: str) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError
 
 from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.export.options import LatencyOptions
+from lq_plugin.export.planned import known_target
 from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import LATENCY, unknown_costs
 from lq_plugin.search.evaluation.levels import Level, level_faults, margin_faults, parse_levels
@@ -88,6 +89,8 @@ class SearchConfig:
         pruner: with one objective, also decides which trials climb: an Optuna pruner, or a mapping with its `_target_`.
             Steps are levels, from 0.
         progress: show a progress bar.
+        target: name of the export target that plans are for (`lq_plugin.export.target`): what its files cannot hold is
+            no choice, and the others are on its own grid. None: any plan.
         trainer, calibration_batches, phases, dataloader: see `lq_plugin.search.Evaluator`.
 
     Attributes:
@@ -129,6 +132,7 @@ class SearchConfig:
     promote_first: int = 4
     pruner: BasePruner | Mapping[str, Any] | None = None
     progress: bool = True
+    target: str | None = None
     trainer: Callable[..., Trainer] | None = None
     calibration_batches: int = 8
     phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate")
@@ -163,6 +167,8 @@ class SearchConfig:
             valid = ", ".join((AUTO, *MEASURES))
             faults.append(f"unknown sensitivity measure {self.sensitivity!r}; valid: {valid}.{near}")
         read(lambda: check_phases(*names_and_options(self.phases)))
+        if self.target is not None:
+            read(lambda: known_target(self.target))
         levels: tuple[Level, ...] = ()
         if (fidelity := self.fidelity) is not None:
             levels = read(lambda: parse_levels(fidelity), ())

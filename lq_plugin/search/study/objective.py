@@ -85,7 +85,7 @@ class Objective:
             params = space.suggest(trial)
             layer_plans = space.layer_plans(params)
             if PLAN not in trial.user_attrs:
-                trial.set_user_attr(PLAN, as_plan(layer_plans).to_dict())
+                trial.set_user_attr(PLAN, as_plan(layer_plans, space.target).to_dict())
             costs = self.evaluator.costs(layer_plans)
             if (earlier := _same(trial.study.get_trials(deepcopy=False), params, trial.number)) is not None:
                 noted[REPEATS] = earlier

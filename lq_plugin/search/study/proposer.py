@@ -163,7 +163,7 @@ def waiting_trial(
     costs = evaluator.costs(layer_plans)
     excess = {str(constraint): constraint.violation(costs) for constraint in constraints if constraint.name in costs}
     kept = all(value <= 0 for value in excess.values())
-    attrs = {PLAN: as_plan(layer_plans).to_dict(), **(user_attrs or {})}
+    attrs = {PLAN: as_plan(layer_plans, space.target).to_dict(), **(user_attrs or {})}
     return create_trial(
         state=TrialState.WAITING if kept else TrialState.PRUNED,
         params=dict(params),

@@ -76,6 +76,7 @@ class StudyWorker:
             phases=config.phases,
             dataloader=config.dataloader,
             seed=config.seed,
+            target=config.target,
         )
 
     def work(self) -> SearchResult:
