@@ -13,6 +13,8 @@
 | sign, bwn | 1 for +1 (1) | bwn: scale |
 | twn, ttq | 0, 1, 2 for -, 0, + (2) | one or two scales |
 | kmeans | index (b) | the centroids |
+| q4_0, q8_0, tq2_0 | level - quant_min (b) | the bits of the float16 d (16) a block |
+| tq1_0 | nothing (0) | five levels a byte, 52 bytes a block; the bits of d |
 """
 
 from __future__ import annotations

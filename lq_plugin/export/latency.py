@@ -106,7 +106,7 @@ def _weight_kind(spec: QuantSpec | None) -> str:
         if isinstance(group, PerChannel)
         else "per_tensor"
     )
-    return f"int{bits} {scales}{' affine' * spec.affine}"
+    return f"int{bits} {scales}{' affine' * spec.grid.affine}"
 
 
 def _input_kind(spec: QuantSpec | None) -> str:

@@ -109,7 +109,7 @@ class PackedWriter:
             content = _bytes(values.detach().cpu().contiguous().to(DTYPES[kind]))
             self._write(offset + before * DTYPES[kind].itemsize, content)
             return bytes(content)
-        packed = pack(values.cpu().numpy(), kind).reshape(kind, -1)
+        packed = pack(values.cpu().numpy(), kind).reshape(kind, packed_size(values.numel(), 1))
         plane = packed_size(math.prod(shape), 1)
         for index, row in enumerate(packed):
             self._write(offset + index * plane + before // 8, row.data)
@@ -236,8 +236,8 @@ class PackedReader:
         offset, shape, kind = place
         if not isinstance(shape, list) or not all(_is_count(size) for size in (offset, *shape)):
             return f"{str(place)[:100]} is no place"
-        if not (isinstance(kind, str) and kind in DTYPES) and not (_is_count(kind) and 1 <= kind <= 16):
-            return f"{kind!r} is neither a number of bits, 1 to 16, nor a dtype"
+        if not (isinstance(kind, str) and kind in DTYPES) and not (_is_count(kind) and kind <= 16):
+            return f"{kind!r} is neither a number of bits, 0 to 16, nor a dtype"
         size = size_of(place)
         return f"{size} bytes at {offset} of a blob of {self.size}" if offset + size > self.size else None
 

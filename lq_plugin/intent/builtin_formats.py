@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lq_plugin.intent.formats import MAX_BIT_WIDTH, Format, declare_format
+from lq_plugin.intent.formats import MAX_BIT_WIDTH, Format, IntegerGrid, declare_format
 from lq_plugin.intent.granularity import PerChannel, PerGroup
 
 #: Ways to find the exponent of an OCP MX block (`lq_plugin.functional.ocp_mx`).
 MX_SCALE_MODES = ("floor", "rceil", "ceil", "even")
 #: Ways to find the codebook of a tensor (`lq_plugin.functional.codebook`).
 CODEBOOK_METHODS = ("exact", "linear", "quantile", "kmeans++")
+#: Ways to find the scale of a ternary block (`lq_plugin.quantizers.half_scale`).
+TERNARY_SCALES = ("mean", "exact", "max")
 #: MX formats (integer mantissas under shared exponents) by name, with the bits of an element.
 MX_ELEMENTS = {"mx9": 8, "mx6": 5, "mx4": 3}
 #: OCP MX formats by name, with the bits of an element and what it is.
@@ -157,3 +159,48 @@ declare_format(
         tensor_bits=32,
     ),
 )
+#: Of a block under one float16 scale (`lq_plugin.quantizers.half_scale`).
+_HALF_SCALE: dict[str, Any] = {
+    "choices": (),
+    "uniform": True,
+    "scale_bits": 16,
+    "slots": ("weight",),
+    "gradients": ("clipped", "identity"),
+    "defaults": (),
+}
+declare_format(
+    "q4_0",
+    Format(
+        "GGUF's Q4_0: a float16 scale for 32 elements, by which the largest of them is -8 of -8..7, whatever its sign",
+        (4,),
+        PerGroup(32, ragged=True),
+        # The levels are -8..7 or, where the largest element is positive, -7..8.
+        grid=lambda spec: IntegerGrid(-8, 7, affine=True),
+        **_HALF_SCALE,
+    ),
+)
+declare_format(
+    "q8_0",
+    Format(
+        "GGUF's Q8_0: -127..127 times a float16 scale for 32 elements",
+        (8,),
+        PerGroup(32, ragged=True),
+        sign_magnitude=True,
+        **_HALF_SCALE,
+    ),
+)
+# The same values, in a file of 2.0625 and of 1.6875 bits an element: five to a byte, 52 bytes a block, are unpacked
+# more slowly.
+for name, packed in {"tq2_0": {}, "tq1_0": {"code_bits": 0, "scale_bits": 52 * 8 + 16}}.items():
+    declare_format(
+        name,
+        Format(
+            f"GGUF's {name.upper()}: -d, 0, +d with a float16 d for 256 elements, their mean magnitude (BitNet b1.58); "
+            f"{name}:exact has the least squared error, {name}:max the largest magnitude",
+            (2,),
+            PerGroup(256, ragged=True),
+            sign_magnitude=True,
+            options=(TERNARY_SCALES,),
+            **(_HALF_SCALE | packed),
+        ),
+    )

@@ -68,6 +68,8 @@ class Format:
         grid: the integer levels of a spec; None: those of two's complement.
         scale_bits: bits stored for each unit of the granularity. None: any float scale, 32 bits, and the zero point;
             then groups may have integer scales, and the optimizer may train them.
+        code_bits: bits stored for each element, where they are not those of its levels: 0 where whole units of the
+            granularity are stored, and `scale_bits` counts them.
         codebook: a table of float numbers, one for each level, is stored for each unit.
         groups: group-wise granularity is possible.
         tensor_bits: bits stored once a tensor.
@@ -90,6 +92,7 @@ class Format:
     sign_magnitude: bool = False
     grid: Callable[[Any], IntegerGrid] | None = None
     scale_bits: int | None = 0
+    code_bits: int | None = None
     codebook: bool = False
     groups: bool = True
     tensor_bits: int = 0

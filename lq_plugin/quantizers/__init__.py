@@ -8,7 +8,7 @@ from typing import Any
 from lq_plugin.intent.formats import Format as Format
 from lq_plugin.intent.schedule import Moment
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.quantizers import blockwise, codebook, mx  # noqa: F401 - importing registers their formats
+from lq_plugin.quantizers import blockwise, codebook, half_scale, mx  # noqa: F401 - importing registers their formats
 from lq_plugin.quantizers.activation import ActivationQuantizer as ActivationQuantizer
 from lq_plugin.quantizers.base import Quantizer as Quantizer, Suspension as Suspension, Unquantized
 from lq_plugin.quantizers.binary import (

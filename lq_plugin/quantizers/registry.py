@@ -43,7 +43,7 @@ class Part:
 
     Args:
         values: integers, or float32 numbers.
-        bits: bits of each integer; None: float.
+        bits: bits of each integer; 0: all are 0, and only the shape is kept; None: float.
     """
 
     values: Tensor
@@ -67,7 +67,8 @@ class Storage:
 
     Args:
         encode: `(quantizer, blocks of some rows, *statistics of these rows)` to parts; one is called `codes`, has a
-            code for each element and the shape of the blocks.
+            code for each element and the shape of the blocks. Where another one holds several elements together, the
+            codes have 0 bits.
         decode: `(spec, values by the names of the parts)` to blocks, float32; integers come as int32.
         statistics: `(quantizer, blocks of the whole weight)` to what the rows share.
         fault: `(spec)` to the reason why such weights cannot be stored, or None.

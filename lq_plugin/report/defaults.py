@@ -54,7 +54,8 @@ def _row(text: str) -> tuple[str, ...]:
     elif spec is rule.weight and spec.range == "minmax":
         found += ", at each step"
     gradient = spec.gradient if spec.is_uniform else "its own"
-    return f"`{text}`", levels, _shared(spec), "yes" if spec.affine else "no", found, f"{spec.rounding}, {gradient}"
+    zero_point = "yes" if spec.has_grid and spec.grid.affine else "no"
+    return f"`{text}`", levels, _shared(spec), zero_point, found, f"{spec.rounding}, {gradient}"
 
 
 def _shared(spec: QuantSpec) -> str:

@@ -70,7 +70,20 @@ def test_inputs_of_every_format(spec, tmp_path):
 
 @pytest.mark.parametrize(
     "spec",
-    ["int4 per_channel mse", "int4 group16:4 ragged", "mx6", "mxfp4", "nvfp4", "bwn", "twn", "ttq", "kmeans2", "int3"],
+    [
+        "int4 per_channel mse",
+        "int4 group16:4 ragged",
+        "mx6",
+        "mxfp4",
+        "nvfp4",
+        "bwn",
+        "twn",
+        "ttq",
+        "kmeans2",
+        "int3",
+        "q4_0",
+        "tq1_0",
+    ],
 )
 def test_files_are_as_small_as_the_bits_say(spec, tmp_path):
     """Within 2 % of the cost model at 10 million parameters, within 5 % for ResNet-20."""

@@ -41,6 +41,11 @@ WEIGHTS = [
     "twn group8 ragged",
     "ttq",
     "ttq:0.1 per_channel",
+    "q4_0",
+    "q8_0",
+    "tq1_0",
+    "tq2_0:exact identity",
+    "tq2_0:max",
     "kmeans2",
     "kmeans3:linear:mean",
     "kmeans2:quantile:sum:reassign per_channel",
@@ -81,8 +86,8 @@ def test_every_format_is_covered():
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("spec", WEIGHTS)
 def test_weights(spec, kind):
-    if kind == "depthwise" and "group8" in spec:
-        pytest.skip("its filters have one input channel: a float scale for each weight")
+    if kind == "depthwise" and ("group8" in spec or spec == "tq1_0"):
+        pytest.skip("its filters have one input channel: a float scale, or a block of 52 bytes, for each weight")
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     layer, x = make(), torch.randn(shape)
@@ -229,7 +234,7 @@ def test_words_of_a_format():
     assert QuantSpec.parse("int4 stochastic:7").seed == 7
 
 
-@pytest.mark.parametrize("written", ["twn", "ttq", "kmeans2", "mxfp4", "mxint8"])
+@pytest.mark.parametrize("written", ["twn", "ttq", "kmeans2", "mxfp4", "mxint8", "tq1_0", "tq2_0"])
 def test_the_default_options_are_those_of_a_format_without_options(written):
     options = format_code(QuantSpec.parse(written)).default_options
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))

@@ -36,7 +36,8 @@ def weight_fault(spec: QuantSpec, shape: Sequence[int], layer: Any) -> str | Non
     """
     reasons: list[str] = []
     changes: dict[str, Any] = {}
-    if not spec.is_uniform and spec.format_name not in _SMALL:
+    fixed = spec.is_uniform and "granularity" not in spec.kind.choices  # blocks of 32 or 256 and no others
+    if fixed or (not spec.is_uniform and spec.format_name not in _SMALL):
         return f"no format of this file but int, {', '.join(_SMALL)}; the nearest that fits is 'int8 per_channel'"
     if not spec.signed or spec.affine:
         reasons.append("weights are signed integers with zero point 0")

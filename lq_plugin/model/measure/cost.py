@@ -63,10 +63,12 @@ def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
     >>> names = ("mxfp4", "nvfp4", "sign", "bwn", "twn", "kmeans2")
     >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in names]
     [4.25, 4.5078125, 1.0, 1.5, 2.0078125, 2.03125]
+    >>> [spec_bits(QuantSpec.parse(name), (64, 512)) / 64 / 512 for name in ("q4_0", "q8_0", "tq2_0", "tq1_0")]
+    [4.5, 8.5, 2.0625, 1.6875]
     """
-    return prod(weight_shape) * spec.bit_width + _qparams_bits(
-        spec, prod(scale_shape(weight_shape, spec.granularity)), weight_shape[0]
-    )
+    stored = spec.bit_width if spec.kind.code_bits is None else spec.kind.code_bits
+    scales = prod(scale_shape(weight_shape, spec.granularity))
+    return prod(weight_shape) * stored + _qparams_bits(spec, scales, weight_shape[0])
 
 
 def _qparams_bits(spec: QuantSpec, scales: int, channels: int = 1) -> int:
