@@ -93,8 +93,14 @@ def spec_faults(
     ]
     faults = []
     for slot, quantizer, layer in tensors:
-        current = quantizer if quantizer is None or not ready else quantizer.current
-        if current is None or (reason := spec_fault(slot, current.spec, layer)) is None:
+        if quantizer is None:
+            continue
+        current = quantizer.current if ready else quantizer
+        if current is None:
+            # Of weights, `shared_faults` says so.
+            faults += [f"{quantizer.name} is float at this stage of its plan"] if slot != "weight" else []
+            continue
+        if (reason := spec_fault(slot, current.spec, layer)) is None:
             continue
         near = nearest(slot, current.spec, layer)
         advice = "" if near is None else f"; the nearest that fits is '{near}'"

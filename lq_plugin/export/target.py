@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from lq_plugin import extras
-from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.errors import ExportError, SpecError, did_you_mean, raise_all
 from lq_plugin.export.request import Option, Request, option_faults
 from lq_plugin.intent.spec import QuantSpec
 
@@ -98,10 +98,8 @@ class Target(ABC):
         return spec
 
     def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
-        """Returns the spec among those in `takes` that the layer's tensor can have, with the nearest number of bits."""
-        known = [QuantSpec.parse(text) for text in self.takes.get(slot, ())]
-        fit = [other for other in known if self.spec_fault(slot, other, layer) is None]
-        return min(fit, key=lambda other: abs(other.bit_width - spec.bit_width), default=None)
+        """Returns the spec among those in `takes` that the layer's tensor can have and that is nearest to `spec`."""
+        return nearest_spec(self.takes.get(slot, ()), spec, lambda other: self.spec_fault(slot, other, layer))
 
     @abstractmethod
     def write(self, request: Request) -> int:
@@ -147,6 +145,35 @@ class Target(ABC):
             valid = self.runtimes or known
             raise ExportError(f"runtime is {' or '.join(valid)}, got {given!r}.{did_you_mean(str(given), valid)}")
         return (given or self.runtimes[0]) if self.runtimes else None
+
+
+def nearest_spec(known: Sequence[str], spec: QuantSpec, fault: Callable[[QuantSpec], str | None]) -> QuantSpec | None:
+    """Returns the first spec without a fault whose bits, then whose granularity are the nearest; None: all have one.
+
+    It finds its range and rounds as `spec` does, where it can; such specs come before others.
+
+    Args:
+        known: specs to choose from.
+        spec: that is to be replaced.
+        fault: says why a spec will not do.
+
+    >>> str(nearest_spec(("int8 per_channel", "int4 group64"), QuantSpec.parse("int3 group32 mse"), lambda other: None))
+    'int4 group64 mse'
+    """
+    fit = []
+    for other in map(QuantSpec.parse, known):
+        try:
+            alike = other.replace(range=spec.range, rounding=spec.rounding, gradient=spec.gradient)
+        except SpecError:  # its format has no such choice
+            alike = other
+        if fault(alike) is None:
+            fit.append(alike)
+
+    def distance(other: QuantSpec) -> tuple[bool, int, bool]:
+        bits = abs(other.bit_width - spec.bit_width)
+        return other.range != spec.range, bits, type(other.granularity) is not type(spec.granularity)
+
+    return min(fit, key=distance, default=None)
 
 
 #: By name; `register_target` adds to it.

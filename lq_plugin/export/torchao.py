@@ -21,8 +21,9 @@ from lq_plugin.export.faults import layers_with_kernel
 from lq_plugin.export.quiet import quiet
 from lq_plugin.extras import need_packages
 from lq_plugin.functional.affine import quantize
-from lq_plugin.intent.spec import PerChannel, PerTensor
-from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, weight_is_computed
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
+from lq_plugin.layers import COMPUTED, QuantizedLayer, QuantizedLinear, quantized_class, weight_is_computed
 from lq_plugin.layers.base import detach_quantizers
 from lq_plugin.layers.integer.kernels import sums_exactly
 from lq_plugin.model.prepare import quantized_layers
@@ -91,29 +92,34 @@ def why_not(layer: QuantizedLayer) -> str | None:
     """Returns the reason why a layer has no integer kernel in torchao, or None."""
     if weight_is_computed(layer):
         return COMPUTED
-    if not isinstance(layer, QuantizedLinear):
-        return f"{type(layer).__name__} has none, linear layers do"
-    if layer.output_quantizer is not None:
-        return "its output is quantized"
-    weight, inputs = _current(layer, "weight"), _current(layer, "input")
-    if weight is None:
+    current = {slot: _current(layer, slot) for slot in SLOTS}
+    for slot, quantizer in current.items():
+        if quantizer is not None and (reason := spec_fault(slot, quantizer.spec, layer)) is not None:
+            return reason
+    if current["weight"] is None:
         return "its weight is float"
-    if not weight.is_calibrated or (inputs is not None and not inputs.is_calibrated):
+    if not all(quantizer.is_calibrated for quantizer in current.values() if quantizer is not None):
         return "it has no range yet: calibrate it"
-    spec = weight.spec
-    if (
-        not spec.is_uniform
-        or spec.bit_width > 8
-        or spec.grid.affine
-        or not isinstance(spec.granularity, (PerChannel, PerTensor))
-    ):
-        return f"its weight is '{spec}', not a symmetric integer of at most 8 bits per channel or per tensor"
-    if inputs is not None:
-        spec = inputs.spec
-        if not spec.is_uniform or spec.bit_width != 8 or not isinstance(spec.granularity, PerTensor):
+    return None
+
+
+def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
+    """Returns why torchao has no integers for a tensor under a spec; see `Target.spec_fault`."""
+    kind = quantized_class(layer)
+    if kind is None or not issubclass(kind, QuantizedLinear):
+        return f"{type(layer).__name__} has none, linear layers do"
+    if slot == "output":
+        return "its output is quantized"
+    integers, whole = spec.is_uniform, isinstance(spec.granularity, PerTensor)
+    if slot == "input":
+        if not integers or spec.bit_width != 8 or not whole:
             return f"its input is '{spec}', not an integer of 8 bits per tensor"
         if spec.grid.quant_max == 127 and spec.grid.quant_min != -128:
             return f"its input is '{spec}' and stops at {spec.grid.quant_min}, torchao's at -128"
+        return None
+    rows = whole or isinstance(spec.granularity, PerChannel)
+    if not integers or spec.bit_width > 8 or spec.grid.affine or not rows:
+        return f"its weight is '{spec}', not a symmetric integer of at most 8 bits per channel or per tensor"
     return None
 
 
@@ -149,7 +155,7 @@ def int8_weight(layer: QuantizedLinear) -> Tensor:
         return cast(Tensor, Int8Tensor(levels, scale, block, layer.weight.dtype, zeros, **options))
 
 
-def _current(layer: QuantizedLinear, slot: str) -> Any:
+def _current(layer: QuantizedLayer, slot: str) -> Any:
     """Returns the quantizer in force at this stage of its plan, or None."""
     quantizer: WeightQuantizer | ActivationQuantizer | None = getattr(layer, f"{slot}_quantizer")
     return None if quantizer is None else quantizer.current

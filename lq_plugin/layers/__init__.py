@@ -42,6 +42,7 @@ from lq_plugin.layers.registry import (
     names_taken as names_taken,
     quantized_class as quantized_class,
     register_layer as register_layer,
+    weight_shape as weight_shape,
     why_unsupported as why_unsupported,
 )
 from lq_plugin.layers.shared_inputs import share_inputs as share_inputs, unshare_inputs as unshare_inputs

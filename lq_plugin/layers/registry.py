@@ -19,6 +19,7 @@ from lq_plugin.layers.parametrized import (
     parametrized_class,
     parametrized_names,
     shadowable,
+    weight_of,
     weight_sources,
 )
 from lq_plugin.layers.swapped_class import swapped_class
@@ -89,6 +90,15 @@ def quantized_class(module: nn.Module) -> type[nn.Module] | None:
         base = _class_for(class_before(module))
         return None if base is None else _parametrized(base, module)
     return _class_for(kind)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Returns the shape `[C_out, C_in / groups, *kernel]` of the weight of a layer, float or quantized."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    if quantizer is not None:  # a strategy may hold the weight in shards
+        return tuple(quantizer.shape)
+    kind: Any = quantized_class(layer)
+    return tuple(kind.canonical(layer, weight_of(layer)).shape)
 
 
 def operation_of(module: nn.Module) -> Operation | None:

@@ -217,7 +217,8 @@ def test_what_a_format_has_no_code_for_is_refused_before_any_work(tmp_path):
         save_packed(model, tmp_path / "net.safetensors")
     assert not (tmp_path / "net.safetensors").exists()
     reason = "format 'half_steps' has no container in ONNX; use the packed file, or another format"
-    assert f"3.weight (half_steps): {reason}" in onnx_faults(Request(model=model))
+    near = "the nearest that fits is 'int4 per_channel'"
+    assert f"3.weight (half_steps): {reason}; {near}" in onnx_faults(Request(model=model))
     with pytest.raises(ExportError, match="has no"):
         export_onnx(model, (images(),), tmp_path / "net.onnx")
 

@@ -11,6 +11,7 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export import export_model, verify
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import TARGETS, target_of
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model import record
 from tests.models import randomize
 
@@ -114,12 +115,13 @@ def test_a_negative_factor_next_to_the_lowest_integer_stays_a_batch_norm(graph, 
     [
         ("stem", "uint8 affine", None, "signed integers with zero point 0; the nearest that fits is 'int8'"),
         ("stem", "int12 per_channel", None, "at most 8 bits; the nearest that fits is 'int8 per_channel'"),
-        ("stem", "kmeans3", None, "no format of this file but int, sign, bwn, twn; .* 'int8 per_channel'"),
+        ("stem", "kmeans3", None, "no format of this file but int, sign, bwn, twn; .* 'int4 per_channel'"),
         ("wide", "mxfp4", None, "no format of this file but int"),
-        ("wide", "int4 group32", None, "at most 4 bits, of 64 or 128 elements; .* 'int4 per_channel'"),
+        ("wide", "int4 group32", None, "at most 4 bits, of 64 or 128 elements; .* 'int4 group64'"),
         ("wide", "int8 group64", None, "groups are those of at most 4 bits"),
         ("head", "int4 group100 ragged", None, "of 64 or 128 elements"),
         ("stem", "int4 group64 ragged", None, "groups are those of linear layers; .* 'int4 per_channel'"),
+        ("wide", "int3 group32 mse", None, "of 64 or 128 elements; the nearest that fits is 'int4 group64 mse'"),
         ("wide", "int4 group64", "int8", "groups are next to float inputs; .* 'int4 per_channel'"),
         ("stem", "int8", "uint8 affine", r"stem.input .*zero point 0; the nearest that fits is 'int8'"),
         ("stem", "int8", "int16 per_channel mse", "at most 8 bits and activations have one scale; .* 'int8 mse'"),
@@ -297,3 +299,18 @@ def test_a_default_file_breaks_the_rules(graph, tmp_path):
     """Without the target: unsigned activations, and int32 biases."""
     export_onnx(quantized(), (X,), tmp_path / "net.onnx", exported=graph)
     assert {"quantized-type", "zero-point"} <= {finding.rule for finding in lint(tmp_path / "net.onnx")}
+
+
+@pytest.mark.parametrize("name", ["onnx", "tensorrt", "torchao", "xnor"])
+def test_float_layers_are_asked_before_they_are_prepared(name):
+    """Each target says of a float layer what it says of the prepared one, and holds what it calls the nearest."""
+    target, layer = TARGETS[name], nn.Linear(128, 4)
+    prepared = nn.Sequential(nn.Linear(128, 4))
+    prepare(prepared, "int8 per_channel")
+    for slot in target.takes:
+        near = target.nearest(slot, QuantSpec("nvfp4"), layer)
+        assert target.spec_fault(slot, near, prepared[0]) is None
+    for slot, texts in {"weight": ("int8", "int12", "mxfp4", "bwn", "int4 group64"), "input": ("int8", "mx9")}.items():
+        for spec in map(QuantSpec.parse, texts):
+            reasons = {target.spec_fault(slot, spec, layer), target.spec_fault(slot, spec, prepared[0])}
+            assert len(reasons) == 1

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lq_plugin.export.faults import shared_faults
+from lq_plugin.export.faults import shared_faults, spec_faults
 from lq_plugin.export.onnx_file.containers import refusal
 from lq_plugin.export.onnx_file.form import Form
+from lq_plugin.export.onnx_file.options import TAKES
 from lq_plugin.export.request import Request
+from lq_plugin.export.target import nearest_spec
 from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
-from lq_plugin.model.operations.quantized import quantized_operations
-from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.model.unreached import unreached
-from lq_plugin.quantizers import ActivationQuantizer
+from lq_plugin.layers import weight_shape
 
 
 def onnx_faults(
@@ -31,34 +30,36 @@ def onnx_faults(
         dynamic_batch: dim 0 of every input may have any size.
         form: choices made for a runtime; None: for ONNX Runtime.
     """
-    model, form = request.model, form or Form()
-    ready = request.settled == "ranges"
-    silent = unreached(model) if ready else {}
-    faults = shared_faults(request) + precision_faults(model)
-    for name, layer in quantized_layers(model):
-        if name in silent:
-            continue
-        weight = cast(Any, layer.weight_quantizer)
-        # The shape is the quantizer's: a strategy may hold the weight in shards.
-        current = weight.current if weight is not None and ready else weight
-        if current is not None and (reason := refusal(current.spec, weight.shape[0])) is not None:
-            faults.append(f"{name}.weight ({current.spec}): {reason}")
-        elif current is not None and form.weight_fault is not None:
-            reason = form.weight_fault(current.spec, tuple(weight.shape), layer)
-            faults += [] if reason is None else [f"{name}.weight ({current.spec}): {reason}"]
-        if layer.output_quantizer is not None:
-            faults.append(
-                f"{name}.output: a file has one step between two layers, that of the next one's input: leave the "
-                "output float"
-            )
-        if layer.input_quantizer is not None:
-            faults += _activation_faults(layer.input_quantizer, ready, form)
-    for name, operation in quantized_operations(model):
-        if name not in silent:
-            faults += [f for quantizer in operation.quantizers() for f in _activation_faults(quantizer, ready, form)]
+
+    def fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        return spec_fault(form or Form(), slot, spec, layer)
+
+    def nearest(slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
+        return nearest_spec(TAKES.get(slot, ()), spec, lambda other: fault(slot, other, layer))
+
+    faults = shared_faults(request) + precision_faults(request.model) + spec_faults(request, fault, nearest)
     if request.inputs is None:
         return faults
     return faults + _input_faults(request, request.inputs, input_names, dynamic_batch)
+
+
+def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+    """Returns why a file of that form cannot hold a tensor under a spec; see `Target.spec_fault`."""
+    if slot == "output":
+        return "a file has one step between two layers, that of the next one's input: leave the output float"
+    if slot == "weight":
+        return refusal(spec, weight_shape(layer)[0]) or (form.weight_fault and form.weight_fault(spec, layer))
+    if not spec.is_uniform or isinstance(spec.granularity, PerGroup):
+        return "its scales are found at run time, QuantizeLinear needs them fixed"
+    reasons = []
+    if spec.bit_width > form.activation_bits:
+        reasons.append(f"activations have at most {form.activation_bits} bits")
+    if not (form.channel_activations or isinstance(spec.granularity, PerTensor)):
+        reasons.append("activations have one scale")
+    bits = 8 if spec.grid.levels <= 256 else 16
+    if form.signed and (spec.grid.affine or spec.grid.quant_max >= 2 ** (bits - 1)):
+        reasons.append("activations are signed integers with zero point 0")
+    return " and ".join(reasons) or None
 
 
 def precision_faults(model: nn.Module) -> list[str]:
@@ -72,39 +73,6 @@ def precision_faults(model: nn.Module) -> list[str]:
         f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an ONNX "
         "file is made of a float32 one: call model.float(), and verify the file"
     ]
-
-
-def _activation_faults(quantizer: ActivationQuantizer, ready: bool, form: Form) -> list[str]:
-    """Returns what ONNX cannot hold of an activation: of its last stage, or of the present one once it is written."""
-    current = quantizer.current if ready else quantizer
-    if current is None:
-        return [f"{quantizer.name} is float at this stage of its plan"]
-    if not current.spec.is_uniform or isinstance(current.spec.granularity, PerGroup):
-        return [f"{current.name} ({current.spec}): its scales are found at run time, QuantizeLinear needs them fixed"]
-    reason = _form_fault(current.spec, form)
-    return [] if reason is None else [f"{current.name} ({current.spec}): {reason}"]
-
-
-def _form_fault(spec: QuantSpec, form: Form) -> str | None:
-    """Returns why a file of that form cannot hold an activation, with the nearest spec that it can; else None."""
-    grid, reasons = spec.grid, []
-    changes: dict[str, Any] = {}
-    if spec.bit_width > form.activation_bits:
-        reasons.append(f"activations have at most {form.activation_bits} bits")
-        changes["bit_width"] = form.activation_bits
-    if not (form.channel_activations or isinstance(spec.granularity, PerTensor)):
-        reasons.append("activations have one scale")
-        changes["granularity"] = PerTensor()
-    bits = 8 if grid.levels <= 256 else 16
-    if form.signed and (grid.affine or grid.quant_max >= 2 ** (bits - 1)):
-        reasons.append("activations are signed integers with zero point 0")
-        changes |= {"signed": True, "affine": False}
-    if not reasons:
-        return None
-    if spec.range_name == "pact" and "signed" in changes:
-        # It clips at 0: half of the signed levels.
-        changes |= {"signed": False, "bit_width": min(spec.bit_width, form.activation_bits) - 1}
-    return f"{' and '.join(reasons)}; the nearest that fits is '{spec.replace(**changes)}'"
 
 
 def _input_faults(

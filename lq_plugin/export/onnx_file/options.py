@@ -11,6 +11,11 @@ from lq_plugin.export.request import Option, flag_fault
 PACKAGES = ("onnx", "onnxscript")
 #: Bits that the smallest integer type of a file may have.
 SMALLEST = (2, 4, 8)
+#: Specs that files hold, the usual ones first. TensorRT's hold a part of them.
+TAKES: dict[str, tuple[str, ...]] = {
+    "weight": ("int8 per_channel", "int4 per_channel", "int4 group64", "int4 group128", "int2 per_channel", "int8"),
+    "input": ("uint8 affine", "int8", "uint8", "uint7", "uint16 affine", "int16"),
+}
 
 
 def _smallest_fault(smallest: Any) -> str | None:

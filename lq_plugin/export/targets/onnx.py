@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lq_plugin.export.onnx_file.options import OPTIONS, PACKAGES
+from lq_plugin.export.onnx_file.form import Form
+from lq_plugin.export.onnx_file.options import OPTIONS, PACKAGES, TAKES
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Reader, Target, register_target
+from lq_plugin.intent.spec import QuantSpec
 
 
 class Runtime(NamedTuple):
@@ -47,14 +49,22 @@ class ONNX(Target):
     name, suffix = "onnx", ".onnx"
     summary = "standard QDQ graph with INT2, INT4, INT8 and INT16, for ONNX Runtime and OpenVINO"
     packages, runtimes = PACKAGES, tuple(RUNTIMES)
-    options = OPTIONS
+    options, takes = OPTIONS, TAKES
     needs_inputs = True
+
+    def form(self, settings: Mapping[str, Any]) -> Form:
+        """Returns the choices that these values of the options make."""
+        return Form(smallest=settings["smallest"], signed=settings["signed"])
 
     def model_faults(self, request: Request) -> list[str]:
         from lq_plugin.export.onnx_file.faults import onnx_faults
-        from lq_plugin.export.onnx_file.form import Form
 
-        return onnx_faults(request, form=Form(signed=self.settings(request)["signed"]))
+        return onnx_faults(request, form=self.form(self.settings(request)))
+
+    def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        from lq_plugin.export.onnx_file.faults import spec_fault
+
+        return spec_fault(self.form(self.settings(Request())), slot, spec, layer)
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("round_sums"))
@@ -66,8 +76,9 @@ class ONNX(Target):
         assert request.path is not None
         assert request.inputs is not None
         return export_onnx(
-            request.model, request.inputs, request.path, sums_from=request.batches if settings["round_sums"] else None,
-            smallest=settings["smallest"], dynamic_dims=list(settings["dynamic_dims"]), signed=settings["signed"],
+            request.model, request.inputs, request.path,
+            sums_from=request.batches if self.needs_batches(settings) else None,
+            dynamic_dims=list(settings["dynamic_dims"]), form=self.form(settings),
         )  # fmt: skip
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lq_plugin.export.request import Request
+from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.target import register_target
 from lq_plugin.export.targets.onnx import ONNX
 from lq_plugin.intent.spec import QuantSpec
@@ -24,25 +24,12 @@ class TensorRT(ONNX):
     runtimes = ("onnxruntime",)
     options = tuple(option for option in ONNX.options if option.name == "dynamic_dims")
 
-    def model_faults(self, request: Request) -> list[str]:
-        from lq_plugin.export.onnx_file.faults import onnx_faults
+    def form(self, settings: Mapping[str, Any]) -> Form:
         from lq_plugin.export.tensorrt.form import TENSORRT
 
-        return onnx_faults(request, form=TENSORRT)
+        return TENSORRT
 
     def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
         # Signed integers with zero point 0. PACT clips at 0, where half of the signed levels would be of no use.
         symmetric = slot != "weight" and spec.is_uniform and spec.range_name != "pact"
         return spec.replace(signed=True, affine=False) if symmetric else spec
-
-    def needs_batches(self, options: Mapping[str, Any]) -> bool:
-        return False
-
-    def write(self, request: Request) -> int:
-        from lq_plugin.export.onnx_file.write import export_onnx
-        from lq_plugin.export.tensorrt.form import TENSORRT
-
-        assert request.path is not None
-        assert request.inputs is not None
-        dims = list(self.settings(request)["dynamic_dims"])
-        return export_onnx(request.model, request.inputs, request.path, dynamic_dims=dims, form=TENSORRT)

@@ -24,8 +24,16 @@ from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.codes import encode
 from lq_plugin.export.faults import layers_with_kernel
 from lq_plugin.export.xnor.kernel import Kernel, interleave, kernel, pack_signs, unpack_signs
-from lq_plugin.intent.spec import PerGroup
-from lq_plugin.layers import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLayer, QuantizedLinear
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.spec import PerGroup, QuantSpec
+from lq_plugin.layers import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedLayer,
+    QuantizedLinear,
+    quantized_class,
+)
 
 _CONV = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -79,32 +87,36 @@ def xnor_layer(layer: QuantizedLayer, native: bool | None = None) -> XNORLinear 
 
 def why_not(layer: QuantizedLayer) -> str | None:
     """Returns the reason why a layer cannot count bits, or None."""
-    if not isinstance(layer, (QuantizedLinear, *_CONV)):
-        return f"{type(layer).__name__} has no kernel, linear layers and convolutions do"
     specs = {}
-    for slot in ("weight", "input"):
+    for slot in SLOTS:
         quantizer = getattr(layer, f"{slot}_quantizer")
         current = None if quantizer is None else quantizer.current
-        if current is None:
-            return f"its {slot} is float"
-        specs[slot] = current.spec
-    wrong = [
-        f"its {slot} is '{spec}'" for slot, spec in specs.items() if spec.format_name not in ("sign", "bwn", "xnor")
-    ]
-    if wrong:
-        return " and ".join(wrong) + ", not one bit"
-    if any("float_eval" in spec.format_options for spec in specs.values()):
-        return "it is evaluated with float numbers"
-    if any(spec.threshold for spec in specs.values()):
-        return "its signs have a threshold other than 0"
-    if isinstance(specs["weight"].granularity, PerGroup):
-        return f"its weight is '{specs['weight']}': bits are counted over whole rows"
-    if layer.output_quantizer is not None:
-        return "its output is quantized"
-    if isinstance(layer, _CONV) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        return f"groups={layer.groups}, padding_mode={layer.padding_mode!r}: only 1 and 'zeros'"
-    if layer.weight.is_cuda:
+        if current is not None:
+            specs[slot] = current.spec
+    reasons = list(filter(None, (spec_fault(slot, spec, layer) for slot, spec in specs.items())))
+    reasons += [f"its {slot} is float" for slot in ("weight", "input") if slot not in specs]
+    if not reasons and layer.weight.is_cuda:
         return "it is on a GPU"
+    return reasons[0] if reasons else None
+
+
+def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
+    """Returns why bits of a tensor under a spec cannot be counted; see `Target.spec_fault`."""
+    kind = quantized_class(layer)
+    if kind is None or not issubclass(kind, (QuantizedLinear, *_CONV)):
+        return f"{type(layer).__name__} has no kernel, linear layers and convolutions do"
+    if slot == "output":
+        return "its output is quantized"
+    if spec.format_name not in ("sign", "bwn", "xnor"):
+        return f"its {slot} is '{spec}', not one bit"
+    if "float_eval" in spec.format_options:
+        return "it is evaluated with float numbers"
+    if spec.threshold:
+        return "its signs have a threshold other than 0"
+    if isinstance(spec.granularity, PerGroup):
+        return f"its weight is '{spec}': bits are counted over whole rows"
+    if issubclass(kind, _CONV) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        return f"groups={layer.groups}, padding_mode={layer.padding_mode!r}: only 1 and 'zeros'"
     return None
 
 
