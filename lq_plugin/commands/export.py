@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 
 from lq_plugin.commands.common import import_modules
 from lq_plugin.commands.options import EXPORT, kind_faults
+from lq_plugin.commands.verification import Verify, verify_file
 from lq_plugin.errors import CalibrationError, ExportError, PlanError, QuantizationError, raise_all
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import TARGETS, Target, target_of
@@ -43,7 +43,7 @@ def run_export(cfg: DictConfig) -> Path:
     """
     target = check_export(cfg)
     from lq_plugin.callbacks import PTQ
-    from lq_plugin.export import export_model, verify
+    from lq_plugin.export import export_model
     from lq_plugin.model.checkpoint import load_checkpoint, load_float_weights
     from lq_plugin.utilities.lightning_packages import any_package
 
@@ -62,21 +62,15 @@ def run_export(cfg: DictConfig) -> Path:
     datamodule: LightningDataModule | None = instantiate(cfg.get("data"))
     inputs: list[Tensor] = []
     batches: list[Tensor] | None = None
-    if datamodule is not None and (cfg.verify or target.needs_inputs or target.needs_batches(options_of(cfg))):
+    if datamodule is not None and (Verify.of(cfg).run or target.needs_inputs or target.needs_batches(options_of(cfg))):
         inputs, batches = example_batches(cfg, target, datamodule)
     if ptq is not None:
         calibrate_plan(cfg, target, model, datamodule, ptq)
     model.eval().cpu()
     size = export_model(model, path, inputs[:1] or None, batches, target.name, **options_of(cfg))
     log.info("written to %s: %s bytes", path, f"{size:,}")
-    if cfg.verify:
-        result = verify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime, target=target.name)
-        nan = " (there is NaN in the outputs)" if math.isnan(result.largest_difference) else ""
-        log.info(
-            "%d samples: %s, agreement %.4f, largest difference %.2g of the largest output%s",
-            result.samples, "bit-equal" if result.bit_equal else "not bit-equal", result.agreement,
-            result.largest_difference, nan,
-        )  # fmt: skip
+    if Verify.of(cfg).run:
+        verify_file(cfg, target, model, path, inputs, datamodule)
     return path
 
 
@@ -88,6 +82,7 @@ def check_export(cfg: DictConfig) -> Target:
         MissingPackageError: a package for the file, or for the runtime that shall verify it, is not installed.
     """
     raise_all(ExportError, "cannot export", kind_faults(cfg, EXPORT))
+    verify = Verify.of(cfg).run
     import_modules(cfg)
     target = target_of(name=cfg.to)
     runtime = target.runtime_of(cfg.runtime)
@@ -106,12 +101,12 @@ def check_export(cfg: DictConfig) -> Target:
             QuantPlan.parse(cfg.plan)
         except QuantizationError as error:
             faults.append(str(error))
-    if cfg.get("data") is None and (cfg.verify or target.needs_inputs):
+    if cfg.get("data") is None and (verify or target.needs_inputs):
         who = f"to={target.name}" if target.needs_inputs else "verify=true"
         faults.append(f"there is no data=...: {who} runs the model on a batch of it")
     raise_all(ExportError, "cannot export", faults)
-    verified = " with verify=true" if cfg.verify else ""
-    target.need_packages(f"to={target.name}{verified}", runtime if cfg.verify else None)
+    verified = " with verify=true" if verify else ""
+    target.need_packages(f"to={target.name}{verified}", runtime if verify else None)
     return target
 
 
@@ -178,7 +173,7 @@ def check_model(cfg: DictConfig, target: Target, model: LightningModule) -> None
     Raises:
         ExportError: naming every fault.
     """
-    from_loader = cfg.verify or target.needs_inputs
+    from_loader = Verify.of(cfg).run or target.needs_inputs
     request = Request(options_of(cfg), model=model, settled="weights", from_loader=from_loader)
     raise_all(ExportError, f"to={cfg.to} cannot hold {type(model).__name__} under its plan", target.faults(request))
 
@@ -203,7 +198,7 @@ def example_batches(
     with isolate_rng():
         datamodule.prepare_data()
         datamodule.setup("fit" if wanted else "validate")
-        inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches if cfg.verify else 1)
+        inputs = inputs_of(datamodule.val_dataloader(), cfg.verify_batches if Verify.of(cfg).run else 1)
         batches = inputs_of(datamodule.train_dataloader(), cfg.calibration_batches) if wanted else None
     if not inputs or batches == []:
         name = "train_dataloader" if inputs else "val_dataloader"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lq_plugin.commands.verification import is_verify
 from lq_plugin.utilities.hydra_files import plain
 
 
@@ -42,6 +43,8 @@ NAMES = Kind("a name or a list of names", lambda value: isinstance(value, str | 
 MODULES = Kind("a list of modules", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)), needed=False)
 SEED = integer(0, 2**32 - 1)
 
+VERIFY = Kind("true or false, or a mapping of run (true or false) and min_agreement (0..1, or null)", is_verify)
+
 _COMMON = {
     "model": NODE, "trainer": NODE, "paths.output_dir": TEXT, "float_checkpoint": optional(TEXT), "imports": MODULES,
 }  # fmt: skip
@@ -67,7 +70,7 @@ SENSITIVITY = _TRAINED | {
 }  # fmt: skip
 EXPORT = _COMMON | {
     "seed": optional(SEED), "to": TEXT, "output": optional(TEXT), "ckpt_path": optional(TEXT), "plan": ANY,
-    "calibration_batches": integer(1), "phases": ANY, "verify": FLAG, "runtime": optional(TEXT),
+    "calibration_batches": integer(1), "phases": ANY, "verify": VERIFY, "runtime": optional(TEXT),
     "verify_batches": integer(1),
 }  # fmt: skip
 

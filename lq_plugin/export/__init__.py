@@ -6,6 +6,7 @@ from lq_plugin.export import targets as targets  # registers them
 from lq_plugin.utilities.lazy import attributes
 
 if TYPE_CHECKING:
+    from lq_plugin.export.certificate import Certificate as Certificate, certify as certify
     from lq_plugin.export.onnx_file import export_onnx as export_onnx
     from lq_plugin.export.openvino import OpenVINOSession as OpenVINOSession
     from lq_plugin.export.packed import load_packed as load_packed, save_packed as save_packed

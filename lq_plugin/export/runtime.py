@@ -14,7 +14,9 @@ from lq_plugin.extras import need_packages
 from lq_plugin.layers.integer.kernels import LARGEST_EXACT
 
 
-def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int | None = None) -> Any:
+def onnx_session(
+    path: str | Path | bytes, accuracy_level: int = 1, threads: int | None = None, optimized: Path | None = None
+) -> Any:
     """Returns an `onnxruntime.InferenceSession` on the CPU that computes what the file says.
 
     ONNX Runtime fuses a DequantizeLinear with the MatMul that reads it and, by default, rounds that operation's float
@@ -31,6 +33,7 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
         path: of the ONNX file, or its content.
         accuracy_level: 1 float32, 2 float16, 3 bfloat16, 4 int8 activations (ONNX Runtime's own choice, the fastest).
         threads: within an operation; None: all.
+        optimized: where ONNX Runtime writes the graph that it runs; None: nowhere.
 
     Raises:
         ExportError: when there is no such file, or ONNX Runtime cannot read it.
@@ -51,6 +54,8 @@ def onnx_session(path: str | Path | bytes, accuracy_level: int = 1, threads: int
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     if threads is not None:
         options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     content = path if isinstance(path, bytes) else str(path)
     where = "the model" if isinstance(path, bytes) else str(path)
     import onnx

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -26,6 +27,23 @@ class Reader(NamedTuple):
 
     run: Callable[..., Any]
     inputs: int | None = None
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a runtime computes a file's matrix products and convolutions: number of each of its operations.
+
+    Args:
+        integer: sums of products of integers.
+        floating: in floating point, also where integer weights are converted on the way."""
+
+    integer: Mapping[str, int]
+    floating: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Number of all products."""
+        return sum(self.integer.values()) + sum(self.floating.values())
 
 
 class Target(ABC):
@@ -117,6 +135,26 @@ class Target(ABC):
             ExportError: it cannot be opened.
         """
         raise ExportError(f"{path}: a file of {self.name} cannot be run")
+
+    def layer_inputs(self, path: Path, runtime: str | None) -> Callable[..., Mapping[str, Any]] | None:
+        """Returns a function of the positional inputs that gives what each layer reads, dequantized, as a tensor.
+
+        It is asked by `certify`. None: the runtime shows its results alone.
+
+        Args:
+            path: of the file.
+            runtime: one of `runtimes`; None where there are none.
+        """
+        return None
+
+    def products(self, path: Path, runtime: str | None) -> Products | None:
+        """Returns how the runtime computes the products of a file; None: it does not say.
+
+        Args:
+            path: of the file.
+            runtime: one of `runtimes`; None where there are none.
+        """
+        return None
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
         """Returns True where these options want calibration batches."""

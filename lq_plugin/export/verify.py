@@ -29,12 +29,17 @@ class Verification:
         agreement: share of samples with the same largest logit, 0..1; a sample with NaN agrees with nothing.
         largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is
             NaN.
+        largest_steps: largest difference of the first output in steps of 8 bits over its range in a batch,
+            (max - min) / 255; NaN where one of the two is NaN.
+        within_one_step: share of elements of the first output that differ by at most one such step, 0..1.
     """
 
     samples: int
     bit_equal: bool
     agreement: float
     largest_difference: float
+    largest_steps: float = 0.0
+    within_one_step: float = 1.0
 
 
 def verify(
@@ -77,12 +82,12 @@ def verify(
     found = _Comparison(classes)
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(inputs):
-            args = _arguments(model, batch, n_inputs, taken, f"batch {index}")
-            found.add(list(_tensors(model(*args))), list(_tensors(run(*args))))
+            args = arguments(model, batch, n_inputs, taken, f"batch {index}")
+            found.add(list(tensors(model(*args))), list(tensors(run(*args))))
     return found.result()
 
 
-def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
+def arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
     """Returns the positional inputs that a batch begins with: `count` of them, those with so many `tensors`, or all.
 
     Raises:
@@ -114,7 +119,7 @@ def _arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | N
     return args
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """Yields every tensor of an output in the order of the exported graph, which has no place for None.
 
     Raises:
@@ -124,7 +129,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield value.detach().cpu()
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif value is not None:
         raise ExportError(
             f"the model's output is a tensor, or a tuple, list or dict of them, got {type(value).__name__}"
@@ -142,6 +147,10 @@ class _Comparison:
     #: Of each output.
     difference: list[float] = field(default_factory=list)
     largest: list[float] = field(default_factory=list)
+    #: Of the first output.
+    steps: float = 0.0
+    elements: int = 0
+    near: int = 0
 
     def add(self, mine: list[Tensor], theirs: list[Tensor]) -> None:
         shapes, others = ([list(x.shape) for x in outputs] for outputs in (mine, theirs))
@@ -152,6 +161,7 @@ class _Comparison:
         self.largest = self.largest or [0.0] * len(mine)
         for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             self._measure(index, a.double(), b.double())
+        self._count_steps(mine[0].double(), theirs[0].double())
         self._classify(mine[0], theirs[0])
 
     def _measure(self, index: int, mine: Tensor, theirs: Tensor) -> None:
@@ -160,9 +170,17 @@ class _Comparison:
         # Equal infinities, of a mask, are no difference; inf - inf would be NaN.
         difference = torch.where(mine == theirs, 0.0, (mine - theirs).abs())
         if difference.numel():
-            found, before = float(difference.max()), self.difference[index]
-            # Python's max forgets a NaN.
-            self.difference[index] = found if math.isnan(found) or found > before else before
+            self.difference[index] = _largest(self.difference[index], float(difference.max()))
+
+    def _count_steps(self, mine: Tensor, theirs: Tensor) -> None:
+        finite = mine[mine.isfinite()]
+        step = float(finite.max() - finite.min()) / 255 if finite.numel() else 0.0
+        # Where the model gives one number, any difference is more than a step.
+        steps = torch.where(mine == theirs, 0.0, (mine - theirs).abs() / step)
+        self.elements += steps.numel()
+        self.near += int((steps <= 1).sum())
+        if steps.numel():
+            self.steps = _largest(self.steps, float(steps.max()))
 
     def _classify(self, mine: Tensor, theirs: Tensor) -> None:
         dim = self.classes if self.classes is not None else 1 if mine.ndim >= 4 else -1
@@ -177,4 +195,10 @@ class _Comparison:
             raise ExportError("nothing to verify with: there were no inputs")
         relative = [d / largest if largest else d for d, largest in zip(self.difference, self.largest, strict=True)]
         largest = math.nan if any(map(math.isnan, relative)) else max(relative)
-        return Verification(self.samples, self.equal, self.agreed / self.samples, largest)
+        near = self.near / max(self.elements, 1)
+        return Verification(self.samples, self.equal, self.agreed / self.samples, largest, self.steps, near)
+
+
+def _largest(before: float, found: float) -> float:
+    """Returns the larger number, NaN if one is: Python's max forgets it."""
+    return found if math.isnan(found) or found > before else before

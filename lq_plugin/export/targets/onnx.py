@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.options import OPTIONS, PACKAGES, TAKES
 from lq_plugin.export.request import Request
-from lq_plugin.export.target import Reader, Target, register_target
+from lq_plugin.export.target import Products, Reader, Target, register_target
 from lq_plugin.intent.spec import QuantSpec
 
 
@@ -80,6 +80,36 @@ class ONNX(Target):
             sums_from=request.batches if self.needs_batches(settings) else None,
             dynamic_dims=list(settings["dynamic_dims"]), form=self.form(settings),
         )  # fmt: skip
+
+    def layer_inputs(self, path: Path, runtime: str | None) -> Callable[..., Mapping[str, Any]] | None:
+        if runtime == "openvino":
+            return None
+        import onnx
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        from lq_plugin.export.onnx_file.probe import layer_activations, with_activations
+        from lq_plugin.export.runtime import onnx_session
+
+        model = onnx.load(path)
+        activations = layer_activations(model)
+        session = onnx_session(with_activations(activations, model))
+        names = [value.name for value in session.get_inputs()]
+        wanted = list(dict.fromkeys(activation.codes for activation in activations.values()))
+
+        def run(*args: Any) -> dict[str, torch.Tensor]:
+            feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
+            codes = dict(zip(wanted, session.run(wanted, feed), strict=True))
+            return {name: torch.from_numpy(some.dequantize(codes[some.codes])) for name, some in activations.items()}
+
+        return run if wanted else None
+
+    def products(self, path: Path, runtime: str | None) -> Products | None:
+        from lq_plugin.export.onnx_file.probe import onnxruntime_products, openvino_products
+
+        if runtime == "openvino":
+            return openvino_products(RUNTIMES[runtime].session(path, False, None).compiled)
+        return onnxruntime_products(path)
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         import torch
