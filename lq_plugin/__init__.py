@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from lq_plugin.intent.plan import QuantPlan as QuantPlan, Rule as Rule
     from lq_plugin.intent.schedule import Schedule as Schedule
     from lq_plugin.intent.spec import (
+        PerBlock as PerBlock,
         PerChannel as PerChannel,
         PerGroup as PerGroup,
         PerTensor as PerTensor,
+        PerToken as PerToken,
         QuantSpec as QuantSpec,
     )
     from lq_plugin.model import (

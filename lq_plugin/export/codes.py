@@ -9,6 +9,7 @@
 | int, integer scales | the same | scale - 1 (M), the float scale above |
 | mx4, mx6, mx9 | level + 2^m - 1 (m + 1) | E + 127 (8) a block, τ (1) a pair |
 | mxfp*, mxint8 | sign, index of the magnitude | E + 127 (8) a block |
+| fp8 | the bits of the float (8) | scale |
 | nvfp4 | the same | index of the E4M3 scale (8) a block, the tensor's scale |
 | sign, bwn | 1 for +1 (1) | bwn: scale |
 | twn, ttq | 0, 1, 2 for -, 0, + (2) | one or two scales |
@@ -20,14 +21,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.packed_file import row_chunks
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.intent.spec import Granularity, PerBlock, QuantSpec
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.quantizers.registry import (
     Part as Part,
@@ -82,12 +85,37 @@ def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice =
         rows: slice of output channels.
     """
     some, granularity = weight.detach()[rows].float(), quantizer.spec.granularity
-    mine = tuple(value[rows] if len(value) == len(weight) else value for value in found)
+    span = slice(*rows.indices(len(weight))[:2])
+    mine = tuple(value[part_rows(granularity, len(value), len(weight), span)] for value in found)
     with torch.no_grad():
         parts = _storage(quantizer.spec).encode(quantizer, blocks(some, granularity), *mine)
         # Without what pads a ragged group.
         codes = unblocks(parts["codes"].values, tuple(some.shape), granularity)
     return parts | {"codes": Part(codes.reshape(some.shape), parts["codes"].bits)}
+
+
+def chunks(spec: QuantSpec, shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yields slices of a weight's rows that are written and read at a time: whole squares, where these have scales."""
+    return row_chunks(shape, spec.granularity.size if isinstance(spec.granularity, PerBlock) else 1)
+
+
+def part_rows(granularity: Granularity, length: int, total: int, rows: slice) -> slice:
+    """Returns the rows of a part that some rows of the weight need.
+
+    Args:
+        granularity: of the weight.
+        length: rows of the part: as many as the weight has, one for each row of squares, or its own.
+        total: rows of the weight.
+        rows: of the weight; those of squares begin with a whole one.
+
+    >>> part_rows(PerBlock(128), 3, 300, slice(128, 300)), part_rows(PerBlock(128), 300, 300, slice(128, 300))
+    (slice(1, 3, None), slice(128, 300, None))
+    """
+    if length == total:
+        return rows
+    if isinstance(granularity, PerBlock) and length == -(-total // granularity.size):
+        return slice(rows.start // granularity.size, -(-rows.stop // granularity.size))
+    return slice(0, length)
 
 
 @functools.lru_cache(256)
@@ -105,10 +133,14 @@ def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int
     rows = 1 if shape[0] == 1 else 2
     probe = torch.zeros(rows, *shape[1:])
     parts = encode(make_weight_quantizer(spec, "weight", tuple(probe.shape)), probe)
-    return {
-        key: ((shape[0] if part.values.shape[0] == rows else part.values.shape[0], *part.values.shape[1:]), part.bits)
-        for key, part in parts.items()
-    }
+
+    def count(part: Part) -> int:
+        found = part.values.shape[0]
+        if isinstance(spec.granularity, PerBlock) and found == 1:
+            return -(-shape[0] // spec.granularity.size)
+        return shape[0] if found == rows else found
+
+    return {key: ((count(part), *part.values.shape[1:]), part.bits) for key, part in parts.items()}
 
 
 def any_code_is_finite(spec: QuantSpec) -> bool:

@@ -68,14 +68,14 @@ def weight_faults(name: str, layer: QuantizedLayer, settled: str) -> list[str]:
 
 def spec_faults(
     request: Request,
-    spec_fault: Callable[[str, QuantSpec, Any], str | None],
+    refusal: Callable[[str, QuantSpec, Any], str | None],
     nearest: Callable[[str, QuantSpec, Any], QuantSpec | None],
 ) -> list[str]:
     """Returns which tensors of a prepared model a file cannot hold, and the nearest spec that it can.
 
     Args:
         request: with a prepared model.
-        spec_fault, nearest: those of a target.
+        refusal, nearest: those of a target.
     """
     ready = request.settled == "ranges"
     silent = unreached(request.model) if ready else {}
@@ -100,7 +100,7 @@ def spec_faults(
             # Of weights, `shared_faults` says so.
             faults += [f"{quantizer.name} is float at this stage of its plan"] if slot != "weight" else []
             continue
-        if (reason := spec_fault(slot, current.spec, layer)) is None:
+        if (reason := refusal(slot, current.spec, layer)) is None:
             continue
         near = nearest(slot, current.spec, layer)
         advice = "" if near is None else f"; the nearest that fits is '{near}'"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, PlanError, raise_all
-from lq_plugin.export.codes import decode, encode_rows, layout, statistics
+from lq_plugin.export.codes import chunks, decode, encode_rows, layout, part_rows, statistics
 from lq_plugin.export.faults import shared_faults
-from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter, row_chunks
+from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter
 from lq_plugin.export.packed_model import PackedModel
 from lq_plugin.export.request import Request
 from lq_plugin.intent.plan import QuantPlan, Rule
@@ -150,14 +150,15 @@ def _add_weight(name: str, layer: QuantizedLayer, writer: PackedWriter, digests:
         for key, (size, bits) in layout(spec, shape).items()
     }
     digest = hashlib.blake2b(f"{spec} {shape}".encode())
-    for rows in row_chunks(shape):
+    for rows in chunks(spec, shape):
         parts = encode_rows(quantizer, weight, found, rows)
         decoded = decode(spec, tuple(parts["codes"].values.shape), {key: part.values for key, part in parts.items()})
         if not torch.equal(decoded.to(wanted.dtype), wanted[rows]):
             raise ExportError(f"{name}.weight ({spec}): its codes do not give its values back")
         for key, part in parts.items():
-            if places[key][1][0] == shape[0] or rows.start == 0:  # else one for the whole weight
-                digest.update(writer.write_rows(places[key], part.values, rows.start))
+            first = part_rows(spec.granularity, places[key][1][0], shape[0], rows).start
+            if first or rows.start == 0:  # else one for the whole weight, which is there
+                digest.update(writer.write_rows(places[key], part.values, first))
     same = digests.setdefault(digest.digest(), name)
     if same != name:
         writer.drop(before)

@@ -52,13 +52,18 @@ def size_of(place: Place) -> int:
     return packed_size(count, kind) if isinstance(kind, int) else count * DTYPES[kind].itemsize
 
 
-def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+def row_chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
     """Yields slices of rows, a chunk of elements each; all but the last begin with a whole byte of each bit plane.
+
+    Args:
+        shape: of the tensor.
+        multiple: of the number of rows of a chunk.
 
     >>> list(row_chunks((20, 2**15)))
     [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
-    step = max(CHUNK // max(math.prod(shape[1:]), 1) // 8, 1) * 8
+    whole = math.lcm(8, multiple)
+    step = max(CHUNK // max(math.prod(shape[1:]), 1) // whole, 1) * whole
     yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, SpecError, raise_all
-from lq_plugin.export.codes import any_code_is_finite, decode, layout
-from lq_plugin.export.packed_file import DTYPES, PackedReader, row_chunks
+from lq_plugin.export.codes import any_code_is_finite, chunks, decode, layout, part_rows
+from lq_plugin.export.packed_file import DTYPES, PackedReader
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.prepare import quantized_layers
@@ -137,13 +137,12 @@ class PackedModel:
                 values = self.file.read(place)
                 if not values.isfinite().all():
                     yield f"{name}.weight, {key}: NaN or Inf"
-                elif spec.is_uniform and not (values > 0).all():
+                elif "range" in spec.kind.choices and not (values > 0).all():
                     yield f"{name}.weight, {key}: scales of 0 or less"
         if not any_code_is_finite(spec):
             try:
-                finite = all(
-                    self._decoded(name, rows).isfinite().all() for rows in row_chunks(tuple(places["codes"][1]))
-                )
+                shape = tuple(places["codes"][1])
+                finite = all(self._decoded(name, rows).isfinite().all() for rows in chunks(spec, shape))
             except IndexError:
                 finite = False
             if not finite:
@@ -165,8 +164,9 @@ class PackedModel:
     def _decoded(self, name: str, rows: slice) -> Tensor:
         places = self.weights[self._source(name)]["parts"]
         length = places["codes"][1][0]
+        granularity = self.specs[name].granularity
         parts = {
-            key: self.file.read_rows(place, rows if place[1][0] == length else slice(0, place[1][0]))
+            key: self.file.read_rows(place, part_rows(granularity, place[1][0], length, rows))
             for key, place in places.items()
         }
         return decode(self.specs[name], tuple(parts["codes"].shape), parts)
@@ -191,13 +191,13 @@ class PackedModel:
             weight = type(layer).canonical(layer, layer.weight)
             quantizer = PackedWeightQuantizer(spec, f"{name}.weight", tuple(weight.shape))
             if id(layer.weight) not in filled:
-                for rows in row_chunks(tuple(weight.shape)):
+                for rows in chunks(spec, tuple(weight.shape)):
                     weight[rows] = self._decoded(name, rows).to(weight.device)
                 filled.add(id(layer.weight))
             elif not all(
-                torch.equal(weight[rows].cpu(), self._decoded(name, rows)) for rows in row_chunks(tuple(weight.shape))
+                torch.equal(weight[rows].cpu(), self._decoded(name, rows)) for rows in chunks(spec, tuple(weight.shape))
             ):
                 # The values of the parameter are another one's, which it is tied to.
-                quantizer.hold(torch.cat([self._decoded(name, rows) for rows in row_chunks(tuple(weight.shape))]))
+                quantizer.hold(torch.cat([self._decoded(name, rows) for rows in chunks(spec, tuple(weight.shape))]))
             layer.weight_quantizer = quantizer.to(layer.weight.device)
         self.model.load_state_dict(small, strict=False)

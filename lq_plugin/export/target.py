@@ -70,6 +70,9 @@ class Target(ABC):
     needs_inputs: ClassVar[bool] = False
     #: Specs that its files hold for each tensor of a layer, the usual one first; messages name the nearest.
     takes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: Whether its files may hold activations whose range is found at run time (`int8 dynamic`); otherwise `spec_fault`
+    #: is not asked about them.
+    takes_dynamic: ClassVar[bool] = False
 
     def faults(self, request: Request) -> list[str]:
         """Returns everything known to keep a request from being carried out."""
@@ -92,7 +95,17 @@ class Target(ABC):
         """Returns what keeps `request.model` from being stored; a target adds what its files cannot hold."""
         from lq_plugin.export.faults import shared_faults, spec_faults
 
-        return shared_faults(request) + spec_faults(request, self.spec_fault, self.nearest)
+        return shared_faults(request) + spec_faults(request, self.refusal, self.nearest)
+
+    def refusal(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        """Returns `spec_fault`, or why a range that is found at run time is refused.
+
+        Args:
+            slot, spec, layer: as `spec_fault` has them.
+        """
+        if spec.dynamic and not self.takes_dynamic:
+            return f"its range is found at run time, {self.name} holds fixed ones"
+        return self.spec_fault(slot, spec, layer)
 
     def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
         """Returns why its files cannot hold a tensor under a spec; None: they can.
@@ -117,7 +130,7 @@ class Target(ABC):
 
     def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
         """Returns the spec among those in `takes` that the layer's tensor can have and that is nearest to `spec`."""
-        return nearest_spec(self.takes.get(slot, ()), spec, lambda other: self.spec_fault(slot, other, layer))
+        return nearest_spec(self.takes.get(slot, ()), spec, lambda other: self.refusal(slot, other, layer))
 
     @abstractmethod
     def write(self, request: Request) -> int:
@@ -204,8 +217,7 @@ def nearest_spec(known: Sequence[str], spec: QuantSpec, fault: Callable[[QuantSp
             alike = other.replace(range=spec.range, rounding=spec.rounding, gradient=spec.gradient)
         except SpecError:  # its format has no such choice
             alike = other
-        if fault(alike) is None:
-            fit.append(alike)
+        fit += [candidate for candidate in dict.fromkeys((alike, other)) if fault(candidate) is None][:1]
 
     def distance(other: QuantSpec) -> tuple[bool, int, bool]:
         bits = abs(other.bit_width - spec.bit_width)

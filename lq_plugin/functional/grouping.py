@@ -8,6 +8,8 @@ A weight is laid out as `[C_out, C_in, *kernel]` (each layer brings its own into
 | PerTensor | `[O, I, *k]` | `[1, 1, 1...]` |
 | PerChannel, axis 0 | `[O, I, *k]` | `[O, 1, 1...]` |
 | PerGroup of g | `[O, ceil(I/g), g, *k]` | `[O, ceil(I/g), 1, *k]` |
+| PerBlock of b | `[ceil(O/b), b, ceil(I/b), b, *k]` | `[ceil(O/b), 1, ceil(I/b), 1, 1...]` |
+| PerToken (activations) | `[..., I]` | `[..., 1]` |
 
 Groups run along the input channels, for each kernel position apart, as vectors do in VS-Quant
 (Dai et al., MLSys 2021) and blocks in ONNX's blocked quantization.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.intent.spec import Granularity, PerChannel, PerGroup
+from lq_plugin.intent.spec import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
 #: Of MX: what is a block by its format is padded to a whole one.
 _LARGEST_BLOCK = 32
@@ -39,6 +41,11 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: 
     if isinstance(granularity, PerGroup):
         rows, columns, *kernel = shape
         return (rows, -(-columns // granularity.group_size), 1, *kernel)
+    if isinstance(granularity, PerBlock):
+        rows, columns, *kernel = shape
+        return (-(-rows // granularity.size), 1, -(-columns // granularity.size), 1, *[1 for _ in kernel])
+    if isinstance(granularity, PerToken):
+        return (*shape[:-1], 1)
     if isinstance(granularity, PerChannel):
         axis = channel_axis if granularity.axis is None else granularity.axis
         return tuple(size if d == axis % len(shape) else 1 for d, size in enumerate(shape))
@@ -47,6 +54,8 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: 
 
 def blocks(x: Tensor, granularity: Granularity) -> Tensor:
     """Returns a view of `x` that the scales broadcast against; a ragged last group is padded with zeros."""
+    if isinstance(granularity, PerBlock):
+        return _squares(x, granularity)
     if not isinstance(granularity, PerGroup):
         return x
     rows, columns, *kernel = x.shape
@@ -61,6 +70,21 @@ def _block_size(granularity: PerGroup, columns: int) -> int:
     return min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
 
 
+def _squares(x: Tensor, granularity: PerBlock) -> Tensor:
+    rows, columns, *kernel = x.shape
+    high, wide = _square(granularity, x.shape)
+    if short := -columns % wide:
+        x = torch.cat([x, x.new_zeros(rows, short, *kernel)], dim=1)
+    if short := -rows % high:
+        x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
+    return x.reshape(x.shape[0] // high, high, x.shape[1] // wide, wide, *kernel)
+
+
+def _square(granularity: PerBlock, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns of a square: no more than the weight has, so that nothing is padded for nothing."""
+    return min(granularity.size, max(shape[0], 1)), min(granularity.size, max(shape[1], 1))
+
+
 def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
     """Returns blocks as a tensor of its original shape, without padding.
 
@@ -69,6 +93,9 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
         shape: of the tensor.
         granularity: that `blocks` was given.
     """
+    if isinstance(granularity, PerBlock):
+        rows, columns, *kernel = shape
+        return y.reshape(y.shape[0] * y.shape[1], -1, *kernel)[:rows, :columns]
     if not isinstance(granularity, PerGroup):
         return y
     rows, columns, *kernel = shape
@@ -77,7 +104,11 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
 
 def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | None:
     """Returns boolean blocks, False on padding; None if nothing is padded."""
-    if not isinstance(granularity, PerGroup) or shape[1] % _block_size(granularity, shape[1]) == 0:
+    if isinstance(granularity, PerBlock):
+        high, wide = _square(granularity, shape)
+        if shape[0] % high == shape[1] % wide == 0:
+            return None
+    elif not isinstance(granularity, PerGroup) or shape[1] % _block_size(granularity, shape[1]) == 0:
         return None
     return blocks(torch.ones(shape), granularity) > 0
 
@@ -86,7 +117,9 @@ def has_row_scales(granularity: Granularity) -> bool:
     """Returns True if each row (dim 0) has scales of its own, or all rows share one."""
     if isinstance(granularity, PerGroup):
         return granularity.scale_bits is None
-    return not isinstance(granularity, PerChannel) or granularity.axis in (None, 0)
+    if isinstance(granularity, PerChannel):
+        return granularity.axis in (None, 0)
+    return not isinstance(granularity, PerBlock)
 
 
 def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:

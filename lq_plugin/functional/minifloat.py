@@ -122,6 +122,28 @@ def round_to_minifloat(x: Tensor, fmt: Minifloat) -> Tensor:
     return x.div_(step).round_().mul_(step)
 
 
+def minifloat_codes(x: Tensor, fmt: Minifloat) -> Tensor:
+    """Returns the bits of each element rounded to `fmt`, int32: the sign, and the index of the magnitude below it.
+
+    >>> minifloat_codes(torch.tensor([1.5, -6.0]), E2M1)
+    tensor([ 3, 15], dtype=torch.int32)
+    """
+    value = round_to_minifloat(x, fmt)
+    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous(), out_int32=True)
+    return index.add_(value.signbit().to(torch.int32), alpha=1 << (fmt.bit_width - 1))
+
+
+def minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
+    """Returns the values of codes, float32.
+
+    Raises:
+        IndexError: a code is none of a finite value.
+    """
+    half = 1 << (fmt.bit_width - 1)
+    magnitude = fmt.values().to(codes.device)[codes.long() % half]
+    return torch.where(codes >= half, -magnitude, magnitude)
+
+
 def saturates(x: Tensor, fmt: Minifloat) -> Tensor:
     """Returns True where |x|, rounded by the step next to the largest value, is beyond that value.
 

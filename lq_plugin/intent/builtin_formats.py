@@ -13,6 +13,10 @@ MX_SCALE_MODES = ("floor", "rceil", "ceil", "even")
 CODEBOOK_METHODS = ("exact", "linear", "quantile", "kmeans++")
 #: Ways to find the scale of a ternary block (`lq_plugin.quantizers.half_scale`).
 TERNARY_SCALES = ("mean", "exact", "max")
+#: Elements of `fp8` by their word, the first without one.
+FP8_ELEMENTS = ("e4m3", "e5m2")
+#: Ranges that search among integer levels.
+_INTEGER_RANGES = ("mse", "kl", "aciq", "aciq_exact", "octav")
 #: MX formats (integer mantissas under shared exponents) by name, with the bits of an element.
 MX_ELEMENTS = {"mx9": 8, "mx6": 5, "mx4": 3}
 #: OCP MX formats by name, with the bits of an element and what it is.
@@ -35,6 +39,12 @@ def _sign_faults(spec: Any) -> list[str]:
     return faults
 
 
+def _float_range_faults(spec: Any) -> list[str]:
+    if spec.range_name not in _INTEGER_RANGES:
+        return []
+    return [f"range {spec.range!r} is of integers; {spec.format} takes minmax, percentile, ema and dynamic"]
+
+
 declare_format(
     "int",
     Format(
@@ -45,6 +55,7 @@ declare_format(
         scale_bits=None,
         roundings=("nearest", "stochastic"),
         gradients=("clipped", "mad", "identity"),
+        dynamic=True,
         examples=("int8", "uint8"),
         defaults=("int4", "/ uint8"),
     ),
@@ -204,3 +215,17 @@ for name, packed in {"tq2_0": {}, "tq1_0": {"code_bits": 0, "scale_bits": 52 * 8
             **(_HALF_SCALE | packed),
         ),
     )
+declare_format(
+    "fp8",
+    Format(
+        "8-bit floats under a float scale: E4M3, or fp8:e5m2",
+        (8,),
+        choices=("granularity", "range"),
+        scale_bits=32,
+        blocks=True,
+        dynamic=True,
+        options=(FP8_ELEMENTS,),
+        check=_float_range_faults,
+        examples=("fp8",),
+    ),
+)

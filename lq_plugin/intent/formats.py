@@ -72,6 +72,8 @@ class Format:
             granularity are stored, and `scale_bits` counts them.
         codebook: a table of float numbers, one for each level, is stored for each unit.
         groups: group-wise granularity is possible.
+        blocks: a scale for each square of a weight is possible (`block128`).
+        dynamic: ranges of activations may be found at run time (`dynamic`).
         tensor_bits: bits stored once a tensor.
         slots: the tensors it is for.
         options: words that may follow a colon, in groups of alternatives.
@@ -95,6 +97,8 @@ class Format:
     code_bits: int | None = None
     codebook: bool = False
     groups: bool = True
+    blocks: bool = False
+    dynamic: bool = False
     tensor_bits: int = 0
     slots: tuple[str, ...] = SLOTS
     options: tuple[tuple[str, ...], ...] = ()
@@ -195,8 +199,9 @@ def has_meaning(word: str) -> bool:
     >>> has_meaning("mse"), has_meaning("uint4"), has_meaning("group16"), has_meaning("log2")
     (True, True, True, False)
     """
-    words = {*FORMATS, *ALIASES, *RANGES, *ROUNDINGS, *GRADIENTS, *FLAGS, "per_tensor", "per_channel", "float"}
-    return word in words or spelled_format(word) is not None or re.match(r"group|[wa]\d", word) is not None
+    kinds = ("per_tensor", "per_channel", "per_token", "float")
+    words = {*FORMATS, *ALIASES, *RANGES, *ROUNDINGS, *GRADIENTS, *FLAGS, *kinds}
+    return word in words or spelled_format(word) is not None or re.match(r"group|block\d|[wa]\d", word) is not None
 
 
 def spelled_format(head: str) -> tuple[str, dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""Granularity of the scales: one for a whole tensor, for each channel, or for each group along the reduction dim."""
+"""Granularity of the scales: what shares one, from a whole tensor down to short groups along the reduction dim."""
 
 from __future__ import annotations
 
@@ -51,4 +51,28 @@ class PerGroup:
         return f"group{self.group_size}{scales}{coarse}" + (" ragged" if self.ragged else "")
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row along the last dim: each token of `[batch, tokens, channels]`.
+
+    The rows are known at run time only, so that it belongs to the range `dynamic`.
+    """
+
+    def __str__(self) -> str:
+        return "per_token"
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each square of `size` output and `size` input channels of a weight.
+
+    All kernel positions of a convolution share it. The last square along either dim may be smaller.
+    """
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"block{self.size}"
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | PerBlock

@@ -8,7 +8,7 @@ from typing import Any
 
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.schedule import Moment
-from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
+from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerToken, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,21 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
             f"{where}: the channels are on axis {layer.channel_axis}, got axis {channel.axis}; per_channel without a "
             "number means that one"
         )
-    if isinstance(group := spec.granularity, PerGroup) and "granularity" in spec.kind.choices:
+    if isinstance(spec.granularity, PerBlock):
+        faults.append(
+            f"{where}: squares of a weight have scales; activations take group{spec.granularity.size} dynamic"
+        )
+    if isinstance(spec.granularity, PerToken) and layer.channel_axis not in (None, -1):
+        faults.append(
+            f"{where}: per_token is of layers with their channels last, these are on axis {layer.channel_axis}; write "
+            "per_tensor"
+        )
+    group = spec.granularity
+    if isinstance(group, PerGroup) and "granularity" in spec.kind.choices and not spec.dynamic:
         if group.scale_bits is None or group.coarse != "tensor":
             faults.append(
-                f"{where}: groups of activations get integer scales at run time under one float scale: write group16:4"
+                f"{where}: groups of activations get their scales at run time: write group16:4, for integer ones under "
+                "a fixed float scale, or 'group16 dynamic'"
             )
         if spec.affine:
             faults.append(f"{where}: groups of activations have no zero point; use int or uint without affine")
@@ -136,7 +147,7 @@ def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
             f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels; "
             f"'{group} ragged' allows a shorter last group"
         )
-    if spec.range_name in ("ema", "pact"):
+    if spec.range_name in ("ema", "pact", "dynamic"):
         faults.append(
             f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ..."
         )

@@ -135,6 +135,11 @@ declare_range(
     RangeKind(_momentum, compared=False),  # equal to minmax on one sample
 )
 declare_range(
+    "dynamic",
+    "smallest and largest value of the present tensor, found at run time",
+    RangeKind(compared=False),  # equal to minmax on one sample
+)
+declare_range(
     "percentile",
     "quantiles of the values; percentile:99.9 keeps the middle 99.9 %",
     RangeKind(number_in(50.0, 100.0)),

@@ -8,6 +8,8 @@ A spec is written as one line and is read back from it::
     int4 group16:4                4-bit integer scales per 16 elements under one float scale: 4.25 bits
     int3 per_channel lsq narrow   learned step size on the levels -3..3
     uint8 mse stochastic          rounded up or down at random in training
+    int8 per_token dynamic        one scale for each row of the present input, found at run time
+    fp8 block128, fp8:e5m2        8-bit floats, one scale for 128 x 128 weights, or for the tensor
     mx6, mxfp4:rceil, nvfp4       shared exponents or scales found from the values, nothing to calibrate
     bwn, twn, ttq, kmeans2        binary, ternary and codebook weights
 
@@ -35,15 +37,30 @@ from lq_plugin.intent.formats import (
     rounding_fault,
     spelled_format,
 )
-from lq_plugin.intent.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from lq_plugin.intent.ranges import LEARNED_RANGES, RANGES, name_fault, range_fault
 
-__all__ = ["MX_FORMATS", "RANGES", "Granularity", "IntegerGrid", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
+__all__ = [
+    "MX_FORMATS",
+    "RANGES",
+    "Granularity",
+    "IntegerGrid",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantSpec",
+]
 
 #: MX formats: integer mantissas under shared exponents.
 MX_FORMATS = tuple(MX_ELEMENTS)
 _GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
+_BLOCK_TOKEN = re.compile(r"block(?P<size>-?\d{1,9})$")
 _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
+#: Examples of them, as messages list the valid words.
+_GRANULARITIES = ("per_tensor", "per_channel", "per_token", "group16", "block128")
+_PLAIN_GRANULARITIES: dict[str, Granularity] = {"per_tensor": PerTensor(), "per_token": PerToken()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,8 @@ class QuantSpec:
         signed: levels on both sides of zero (`int4`) or from zero up (`uint4`).
         affine: a zero point is allowed (asymmetric quantization).
         narrow_range: drop the most negative level, so that the levels are symmetric.
-        granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`; None is the format's own.
+        granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`, `PerToken()`,
+            `PerBlock(size)`; None is the format's own.
         range: how the clipping range is found, a name in `RANGES`, with an option after a colon
             where it takes one (`"percentile:99.9"`).
         rounding: a name in `ROUNDINGS`, with a seed after a colon where it takes one.
@@ -108,8 +126,11 @@ class QuantSpec:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 faults.append(f"group_size must be a positive int, got {size!r}")
             faults += self._scale_faults(self.granularity)
-        elif not isinstance(self.granularity, (PerTensor, PerChannel)):
-            faults.append(f"granularity must be PerTensor, PerChannel or PerGroup, got {self.granularity!r}")
+        elif isinstance(self.granularity, PerBlock):
+            faults += self._block_faults(self.granularity, kind)
+        elif not isinstance(self.granularity, (PerTensor, PerChannel, PerToken)):
+            names = "PerTensor, PerChannel, PerGroup, PerToken or PerBlock"
+            faults.append(f"granularity must be {names}, got {self.granularity!r}")
         raise_all(SpecError, "impossible QuantSpec", faults)
 
     def _fill_in(self, kind: Format) -> list[str]:
@@ -129,6 +150,8 @@ class QuantSpec:
         if isinstance(group, PerGroup) and "granularity" in kind.choices:
             if not kind.groups:
                 faults.append(f"{self.format} is per_tensor or per_channel, got {group}")
+            elif group.scale_bits is not None and self.dynamic:
+                faults.append(f"range 'dynamic' has float scales, got integer ones: {group}")
             elif group.scale_bits is not None and not self.has_free_scales:
                 faults.append(f"{self.format} has scales of its own, got integer ones: {group}")
         return faults
@@ -145,6 +168,14 @@ class QuantSpec:
         elif learned and (self.gradient != "clipped" or self.stochastic):
             faults.append(f"range {self.range!r} learns its step with the nearest rounding and the clipped gradient")
         return faults + (kind.check(self) if kind.check is not None else [])
+
+    def _block_faults(self, block: PerBlock, kind: Format) -> list[str]:
+        if isinstance(block.size, bool) or not isinstance(block.size, int) or block.size < 2:
+            return [f"the size of a block must be an int of at least 2, got {block.size!r}"]
+        if kind.blocks or "granularity" not in kind.choices:
+            return []
+        with_blocks = " and ".join(name for name, other in FORMATS.items() if other.blocks)
+        return [f"{self.format} has no scales for squares of a weight, {with_blocks} has, got {block}"]
 
     def _scale_faults(self, group: PerGroup) -> list[str]:
         faults = []
@@ -168,6 +199,17 @@ class QuantSpec:
         name = self.range_name
         if name in LEARNED_RANGES and "range" in self.kind.choices and not self.has_free_scales:
             faults.append(f"range {self.range!r} learns float scales, {self.format} has scales of its own")
+        if self.dynamic and "range" in self.kind.choices:
+            if not self.kind.dynamic:
+                with_it = " and ".join(name for name, kind in FORMATS.items() if kind.dynamic)
+                faults.append(f"range 'dynamic' is of {with_it}, {self.format} has ranges that are fixed")
+            if self.gradient != "clipped":
+                faults.append(f"range 'dynamic' covers all values and has the clipped gradient, got {self.gradient!r}")
+        elif isinstance(self.granularity, PerToken):
+            faults.append(
+                f"per_token has a scale for each row of a tensor, found at run time: write 'per_token dynamic', got "
+                f"{self.range!r}"
+            )
         if name == "pact" and (self.signed or self.affine):
             faults.append(
                 "range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine"
@@ -198,8 +240,13 @@ class QuantSpec:
 
     @property
     def has_free_scales(self) -> bool:
-        """True if any float number may be a scale, so that the optimizer may train it."""
-        return self.kind.uniform and self.kind.scale_bits is None
+        """True if any float number may be a scale, and it is kept, so that the optimizer may train it."""
+        return self.kind.uniform and self.kind.scale_bits is None and not self.dynamic
+
+    @property
+    def dynamic(self) -> bool:
+        """True if the range is found anew from each tensor, at run time."""
+        return str(self.range).partition(":")[0] == "dynamic"
 
     @property
     def has_grid(self) -> bool:
@@ -314,8 +361,10 @@ class QuantSpec:
                 )
             elif match := _CHANNEL_TOKEN.match(word):
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
-            elif word == "per_tensor":
-                choose("granularity", PerTensor(), word)
+            elif match := _BLOCK_TOKEN.match(word):
+                choose("granularity", PerBlock(int(match["size"])), word)
+            elif word in _PLAIN_GRANULARITIES:
+                choose("granularity", _PLAIN_GRANULARITIES[word], word)
             elif word == "affine":
                 choose("affine", True, word)
             elif word == "narrow":
@@ -330,7 +379,7 @@ class QuantSpec:
                 choose("gradient", word, word)
             else:
                 known = [
-                    *format_spellings(), "per_tensor", "per_channel", "group16", *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS
+                    *format_spellings(), *_GRANULARITIES, *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS
                 ]  # fmt: skip
                 faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
         if "format" not in chosen and not faults:

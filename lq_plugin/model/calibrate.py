@@ -154,7 +154,9 @@ def without_levels(model: nn.Module, statistics: Statistics) -> list[str]:
             and histogram is not None
             and histogram.total.any()
         ):
-            samples.append((q, histogram.sample(), q.qparams()[0]))
+            sample = histogram.sample()
+            known = q.qparams() if q.needs_calibration else q.bounds_to_qparams(sample.minimum, sample.maximum)
+            samples.append((q, sample, known[0]))
     found = []
     for q, sample, scale in samples:
         share = side_without_levels(sample, scale.reshape(-1), q.spec.grid)

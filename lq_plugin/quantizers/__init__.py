@@ -8,7 +8,13 @@ from typing import Any
 from lq_plugin.intent.formats import Format as Format
 from lq_plugin.intent.schedule import Moment
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.quantizers import blockwise, codebook, half_scale, mx  # noqa: F401 - importing registers their formats
+from lq_plugin.quantizers import (  # noqa: F401 - importing registers their formats
+    blockwise,
+    codebook,
+    fp8,
+    half_scale,
+    mx,
+)
 from lq_plugin.quantizers.activation import ActivationQuantizer as ActivationQuantizer
 from lq_plugin.quantizers.base import Quantizer as Quantizer, Suspension as Suspension, Unquantized
 from lq_plugin.quantizers.binary import (
@@ -17,6 +23,7 @@ from lq_plugin.quantizers.binary import (
     SignWeightQuantizer as SignWeightQuantizer,
     XNORActivationQuantizer as XNORActivationQuantizer,
 )
+from lq_plugin.quantizers.dynamic import DynamicActivationQuantizer as DynamicActivationQuantizer
 from lq_plugin.quantizers.integer import INTEGER_STORAGE as INTEGER_STORAGE, integer_container as integer_container
 from lq_plugin.quantizers.learned import (
     LSQActivationQuantizer as LSQActivationQuantizer,

@@ -14,7 +14,7 @@ from lq_plugin.functional.affine import (
     observe,
 )
 from lq_plugin.intent.ranges import range_kind
-from lq_plugin.intent.spec import IntegerGrid, PerChannel, QuantSpec
+from lq_plugin.intent.spec import PerChannel, QuantSpec
 from lq_plugin.quantizers.base import Levels, Quantizer, float32
 from lq_plugin.quantizers.shared_input import SharedInput
 from lq_plugin.ranges import Histogram, Sample, estimate_range
@@ -24,7 +24,7 @@ DEFAULT_MOMENTUM = 0.99
 #: Batches that a calibration stands for in the ramp of an average: the next one then has a weight of 0.09.
 CALIBRATED = 90
 #: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
-_IN_KERNELS = ("qparams", "quantize_values")
+_IN_KERNELS = ("qparams", "quantize_values", "rounded")
 
 
 class ActivationQuantizer(Quantizer):
@@ -147,9 +147,7 @@ class ActivationQuantizer(Quantizer):
         if not self.needs_calibration:
             self.set_calibrated()
             return
-        # Formats without a grid have the range minmax, which does not look at it.
-        grid = self.spec.grid if self.spec.has_grid else IntegerGrid(-1, 1)
-        minimum, maximum = estimate_range(self.spec.range, sample, grid)
+        minimum, maximum = estimate_range(self.spec.range, sample, self.range_grid())
         if self.moving:
             with torch.no_grad():
                 self.running_min.copy_(minimum)

@@ -36,7 +36,7 @@ from lq_plugin.functional.affine import (
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
 from lq_plugin.intent.schedule import Moment
-from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.ranges import Histogram, Sample
 
 #: Buffers that say what a quantizer does, of which it keeps Python copies.
@@ -118,6 +118,10 @@ class Quantizer(nn.Module):
     def bounds_to_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of clipping bounds; a format with scales of its own overrides this."""
         return qparams_from_bounds(minimum, maximum, self.spec.grid)
+
+    def range_grid(self) -> IntegerGrid:
+        """Returns the levels that range estimators look at; of formats without a grid they see both signs alone."""
+        return self.spec.grid if self.spec.has_grid else IntegerGrid(-1, 1)
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         """Returns the outermost levels and their step, broadcastable to the blocks `x`; None where vectors differ."""

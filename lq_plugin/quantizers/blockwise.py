@@ -11,7 +11,7 @@ from lq_plugin.functional.affine import extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows
-from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, round_to_minifloat
+from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, minifloat_codes, minifloat_values
 from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale, power_of_two
 from lq_plugin.intent.formats import FORMATS
@@ -147,12 +147,12 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
 def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
     element, mode = element_and_mode(quantizer.spec)
     scale = mx_scale(w, element, mode)
-    codes = _minifloat_codes(w * scale.reciprocal(), element)
+    codes = minifloat_codes(w * scale.reciprocal(), element)
     return {"codes": Part(codes, element.bit_width), "exponent": Part(torch.frexp(scale).exponent + 126, 8)}
 
 
 def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
-    return _minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
+    return minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
 
 
 def _ocp_container(spec: QuantSpec, values: Values) -> Container:
@@ -174,34 +174,21 @@ def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
 
 def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
     block, _ = nvfp4_scales(w, tensor_scale)
-    codes = _minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
+    codes = minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
     return {
         "codes": Part(codes, 4),
-        "scale": Part(_minifloat_codes(block, E4M3), 8),
+        "scale": Part(minifloat_codes(block, E4M3), 8),
         "tensor_scale": Part(tensor_scale),
     }
 
 
 def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
-    return _minifloat_values(parts["codes"], E2M1) * (_minifloat_values(parts["scale"], E4M3) * parts["tensor_scale"])
+    return minifloat_values(parts["codes"], E2M1) * (minifloat_values(parts["scale"], E4M3) * parts["tensor_scale"])
 
 
 def _nvfp4_container(spec: QuantSpec, values: Values) -> Container:
     scale = E4M3.values()[values["scale"].long()].squeeze(2) * values["tensor_scale"] / 2
     return Container(_as_integers(values["codes"], E2M1.values(), 2), 8, True, scale, block=16)
-
-
-def _minifloat_codes(x: Tensor, fmt: Minifloat) -> Tensor:
-    """Returns sign in the highest bit, index of the magnitude below: the bits of the format itself."""
-    value = round_to_minifloat(x, fmt)
-    index = torch.searchsorted(fmt.values().to(x.device), value.abs().contiguous(), out_int32=True)
-    return index.add_(value.signbit().to(torch.int32), alpha=1 << (fmt.bit_width - 1))
-
-
-def _minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
-    half = 1 << (fmt.bit_width - 1)
-    magnitude = fmt.values().to(codes.device)[codes.long() % half]
-    return torch.where(codes >= half, -magnitude, magnitude)
 
 
 def _as_integers(codes: Tensor, magnitudes: Tensor, factor: int) -> Tensor:

@@ -15,6 +15,7 @@ from lq_plugin.functional.affine import quantize
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
+from lq_plugin.quantizers.dynamic import DynamicActivationQuantizer
 from lq_plugin.quantizers.learned import LSQActivationQuantizer, LSQWeightQuantizer, PACTActivationQuantizer
 from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
@@ -44,6 +45,8 @@ def integer_activation(spec: QuantSpec, name: str, channels: int, channel_axis: 
         channels: size of the channel axis.
         channel_axis: axis of the channels.
     """
+    if spec.dynamic:
+        return DynamicActivationQuantizer(spec, name, channels, channel_axis)
     plain = VectorActivationQuantizer if isinstance(spec.granularity, PerGroup) else ActivationQuantizer
     return _LEARNED_ACTIVATIONS.get(spec.range_name, plain)(spec, name, channels, channel_axis)
 

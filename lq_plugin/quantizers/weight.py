@@ -34,7 +34,7 @@ from lq_plugin.ranges.estimators.mse import best_multiples
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
 #: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
-_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams", "_from_bounds")
+_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams", "_from_bounds", "rounded")
 
 
 class WeightQuantizer(Quantizer):
@@ -186,7 +186,7 @@ class WeightQuantizer(Quantizer):
             qparams = self.scale, self.zero_point
         elif isinstance(group, PerTensor):
             qparams = self._qparams_of(weight)
-        if self.rounds_to_nearest:
+        if self.takes_kernels and self.rounds_to_nearest:
             done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading)
             if done is not None:
                 return done
@@ -251,7 +251,7 @@ class WeightQuantizer(Quantizer):
 
     def load_sample(self, sample: Sample) -> None:
         if not self.live and not self._fixed:
-            minimum, maximum = estimate_range(self.spec.range, sample, self.spec.grid)
+            minimum, maximum = estimate_range(self.spec.range, sample, self.range_grid())
             self._store(minimum, maximum, sample)
         self.set_calibrated()
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.plan import FLOAT, QuantPlan
-from lq_plugin.intent.spec import PerChannel, PerGroup, PerTensor, QuantSpec
+from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from lq_plugin.quantizers import make_activation_quantizer
 from lq_plugin.quantizers.registry import format_code
 from lq_plugin.ranges.estimators.percentile import DEFAULT_PERCENTILE
 
 COLUMNS = ("write", "levels", "one scale for", "zero point", "range", "rounding, gradient")
 #: The short plans; the formats follow.
-_SHORT = ("w4", "a8")
+_SHORT = ("w4", "a8", "a8 dynamic", "a8 per_token dynamic")
 
 
 def default_rows() -> list[tuple[str, ...]]:
@@ -49,7 +49,7 @@ def _row(text: str) -> tuple[str, ...]:
     else:
         levels = f"{spec.bit_width} bit{'s' * (spec.bit_width > 1)}"
     found = spec.range
-    if not spec.is_uniform:
+    if "range" not in spec.kind.choices:
         found = "learned" if spec.learned else "of the values"
     elif spec is rule.weight and spec.range == "minmax":
         found += ", at each step"
@@ -66,6 +66,10 @@ def _shared(spec: QuantSpec) -> str:
             return "output channel"
         case PerGroup(group_size=size):
             return f"{size} elements"
+        case PerToken():
+            return "row"
+        case PerBlock(size=size):
+            return f"{size} x {size} elements"
 
 
 def _options() -> dict[str, str]:

@@ -60,7 +60,8 @@ def flow(
 
 def _quantizer(module: Any, slot: str, spec: QuantSpec, plan: LayerPlan, column: int, row: int) -> Node:
     own = "the gradient of its format" if not spec.is_uniform else GRADIENTS[spec.gradient]
-    details = [f"STE: {own}" + ("; its range is trained" if spec.learned else "")]
+    found = "; its range is trained" if spec.learned else "; its range is found at run time" if spec.dynamic else ""
+    details = [f"STE: {own}{found}"]
     stages = plan.stages_of(slot)
     if len(stages) > 1:
         details += [f"from {start or 'the start'}: {stage or 'float'}" for start, stage in stages]

@@ -43,6 +43,8 @@ def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: 
     spec = quantizer.spec
     if not spec.has_grid:
         return _view(slot, spec, what, one, [], [])
+    if spec.dynamic:
+        return _grid_view(slot, spec, what, one, None)
     ready = quantizer.is_calibrated and not isinstance(spec.granularity, PerGroup)
     qparams = tuple(
         value.detach().float().cpu().reshape(-1)[row if len(value) > 1 else 0] for value in quantizer.qparams()

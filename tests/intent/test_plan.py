@@ -111,7 +111,7 @@ def test_everything_wrong_is_listed_with_near_names():
         "types in the model: Conv2d",
         "conv1: group size 16 does not divide its 3 input channels",
         "weight range 'ema' is for activations",
-        "groups of activations get integer scales at run time",
+        "groups of activations get their scales at run time",
         "keeps its output-channel axis (0), got axis 1",
         "7 faults",
     ):

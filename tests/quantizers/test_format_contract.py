@@ -30,6 +30,10 @@ WEIGHTS = [
     "mxfp4:ceil",
     "mxint8",
     "nvfp4",
+    "fp8",
+    "fp8:e5m2 per_channel percentile:99",
+    "fp8 group16 ragged",
+    "fp8 block8",
     "sign",
     "sign stochastic:3",
     "sign:0.1 identity",
@@ -58,6 +62,14 @@ INPUTS = [
     "mxfp4:rceil",
     "mxint8",
     "nvfp4",
+    "fp8 ema",
+    "fp8:e5m2 per_channel percentile:99",
+    "fp8 dynamic",
+    "fp8 group8 dynamic",
+    "int8 dynamic",
+    "uint8 affine dynamic",
+    "int4 per_channel dynamic",
+    "int8 group16 dynamic stochastic",
     "sign",
     "sign stochastic",
     "sign:-0.2",
@@ -86,7 +98,7 @@ def test_every_format_is_covered():
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("spec", WEIGHTS)
 def test_weights(spec, kind):
-    if kind == "depthwise" and ("group8" in spec or spec == "tq1_0"):
+    if kind == "depthwise" and ("group8" in spec or "fp8 group" in spec or spec == "tq1_0"):
         pytest.skip("its filters have one input channel: a float scale, or a block of 52 bytes, for each weight")
     torch.manual_seed(0)
     make, shape = LAYERS[kind]

@@ -49,7 +49,7 @@ def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None
         return "a file has one step between two layers, that of the next one's input: leave the output float"
     if slot == "weight":
         return refusal(spec, weight_shape(layer)[0]) or (form.weight_fault and form.weight_fault(spec, layer))
-    if not spec.is_uniform or isinstance(spec.granularity, PerGroup):
+    if spec.dynamic or not spec.is_uniform or isinstance(spec.granularity, PerGroup):
         return "its scales are found at run time, QuantizeLinear needs them fixed"
     reasons = []
     if spec.bit_width > form.activation_bits:

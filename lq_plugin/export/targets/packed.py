@@ -17,6 +17,7 @@ class Packed(Target):
 
     name, suffix = "packed", ".safetensors"
     summary = "every format at its own bits, bit-equal in PyTorch (load_packed)"
+    takes_dynamic = True
 
     def write(self, request: Request) -> int:
         from lq_plugin.export.packed import save_packed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.error import clipped_count, decibel, energy
-from lq_plugin.functional.grouping import blocks
+from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import Statistics, evaluating
@@ -201,11 +201,14 @@ def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
     if quantizer is None:
         return None
     weight = type(layer).canonical(layer, weight_of(layer)).detach()
-    minimum, maximum, _ = quantizer.levels(blocks(weight, quantizer.spec.granularity))
-    rows = len(weight)
-    return minimum.reshape(minimum.shape[0], -1).amin(1).expand(rows), maximum.reshape(maximum.shape[0], -1).amax(
-        1
-    ).expand(rows)
+    granularity = quantizer.spec.granularity
+    grouped = blocks(weight, granularity)
+    levels = quantizer.levels(grouped)
+    low, high = (
+        unblocks(bound.expand(grouped.shape), tuple(weight.shape), granularity).flatten(1)
+        for bound in (levels.low, levels.high)
+    )
+    return low.amin(1), high.amax(1)
 
 
 def _in_force(quantizer: Quantizer | None) -> Any:

@@ -1,4 +1,4 @@
-"""`minmax` and `ema`: the smallest and largest value."""
+"""`minmax`, `ema` and `dynamic`: the smallest and largest value."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ def ema(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[T
         sample: the normalized values of each row.
         grid: the levels they are rounded to.
         option: the momentum, which only training uses.
+    """
+    return as_bounds(*_extremes(sample, grid))
+
+
+@register_range("dynamic", RANGES["dynamic"])
+def dynamic(sample: Sample, grid: IntegerGrid, option: str | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the bounds of `minmax`: those of the tensor that the sample was taken from.
+
+    Args:
+        sample: the normalized values of each row.
+        grid: the levels they are rounded to.
+        option: none is taken.
     """
     return as_bounds(*_extremes(sample, grid))
 

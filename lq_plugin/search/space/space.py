@@ -282,7 +282,7 @@ def _held(
     held: list[Choice] = []
     for choice in choices:
         own = target.own_spec(slot, choice) if isinstance(choice, QuantSpec) else choice
-        reason = target.spec_fault(slot, own, module) if isinstance(own, QuantSpec) else None
+        reason = target.refusal(slot, own, module) if isinstance(own, QuantSpec) else None
         if reason is None:
             held.append(own)
         else:
