@@ -3,31 +3,34 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from lq_plugin import PerChannel, PerGroup, PerTensor, QuantSpec, SpecError
+from lq_plugin import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, SpecError
 from lq_plugin.intent.spec import RANGES
 
 granularities = st.one_of(
     st.just(PerTensor()),
     st.builds(PerChannel, st.one_of(st.none(), st.integers(-3, 3))),
+    st.just(PerToken()),
     st.builds(PerGroup, st.integers(1, 512), st.booleans()),
     st.builds(PerGroup, st.integers(1, 512), st.booleans(), st.integers(1, 16), st.sampled_from(["tensor", "channel"])),
 )
-ranges = st.sampled_from(
-    [name for name in RANGES if name not in ("lsq", "pact")] + ["ema:0.9", "percentile:99.99", "aciq:gauss"]
-)
+FIXED = [name for name in RANGES if name not in ("lsq", "pact", "dynamic")]
+fixed = st.sampled_from([*FIXED, "ema:0.9", "percentile:99.99", "aciq:gauss"])
+ranges = st.one_of(fixed, st.just("dynamic"))
 
 
 @st.composite
 def specs(draw):
     bits = draw(st.integers(2, 16))
     signed = draw(st.booleans())
+    granularity = draw(granularities)
+    integer_scales = isinstance(granularity, PerGroup) and granularity.scale_bits is not None
     return QuantSpec(
         bit_width=bits,
         signed=signed,
         affine=draw(st.booleans()),
         narrow_range=signed and draw(st.booleans()),
-        granularity=draw(granularities),
-        range=draw(ranges),
+        granularity=granularity,
+        range="dynamic" if isinstance(granularity, PerToken) else draw(fixed if integer_scales else ranges),
     )
 
 
