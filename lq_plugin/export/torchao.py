@@ -112,8 +112,10 @@ def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
         return "its output is quantized"
     integers, whole = spec.is_uniform, isinstance(spec.granularity, PerTensor)
     if slot == "input":
-        if spec.dynamic or not integers or spec.bit_width != 8 or not whole:
-            return f"its input is '{spec}', not an integer of 8 bits per tensor with a fixed range"
+        if not integers or spec.bit_width != 8 or not whole:
+            return f"its input is '{spec}', not an integer of 8 bits per tensor"
+        if spec.dynamic:
+            return f"its input is '{spec}', and torchao gets fixed ranges here"
         if spec.grid.quant_max == 127 and spec.grid.quant_min != -128:
             return f"its input is '{spec}' and stops at {spec.grid.quant_min}, torchao's at -128"
         return None
