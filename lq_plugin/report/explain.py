@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan, QuantPlan
 from lq_plugin.model.aside import quantizing
-from lq_plugin.model.graph.record import record
+from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import Cost, plan_cost
 from lq_plugin.model.operations.quantized import operations_of
@@ -38,6 +38,7 @@ class Explanation:
         cost: of the model under it.
         ledger: what would be quantized, and why the rest stays float.
         schedule: moments at which something changes, see `Phase`.
+        recording: of the model on one batch; None: it was not run.
     """
 
     plan: QuantPlan
@@ -45,6 +46,7 @@ class Explanation:
     cost: Cost
     ledger: Ledger
     schedule: list[Phase]
+    recording: Recording | None = field(default=None, repr=False)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row a layer: specs, effective bits, bytes, MACs and BOPs of a sample, and why a part is float."""
@@ -176,7 +178,8 @@ def explain(
     ledger = ledger_of(model, survey, layers, resolved)
     if recording is not None:
         ledger.add_recording(recording)
-    return Explanation(chosen, layers, plan_cost(model, layers | operations, recording), ledger, moments(chosen))
+    priced = plan_cost(model, layers | operations, recording)
+    return Explanation(chosen, layers, priced, ledger, moments(chosen), recording)
 
 
 def _stages(plan: LayerPlan, slot: str) -> str:
