@@ -11,7 +11,12 @@ from importlib.util import find_spec
 from lq_plugin.errors import MissingPackageError
 
 #: What `pip install "lq_plugin[<name>]"` brings for exports and runtimes.
-EXTRAS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("openvino",), "torchao": ("torchao",)}
+EXTRAS = {
+    "gguf": ("gguf",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "torchao": ("torchao",),
+}
 
 
 def need_packages(what: str, *packages: str) -> None:

@@ -76,14 +76,14 @@ def verify(
     # A packed file may have any name.
     known = target is not None or path.suffix in [each.suffix for each in TARGETS.values()]
     chosen = target_of(path, target) if known else TARGETS["packed"]
-    run, taken = chosen.open(path, chosen.runtime_of(runtime), fresh)
+    run, taken, outputs = chosen.open(path, chosen.runtime_of(runtime), fresh)
     if n_inputs is not None and taken is not None and n_inputs > taken:
         raise ExportError(f"n_inputs={n_inputs}, but {path} has {taken} inputs")
     found = _Comparison(classes)
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(inputs):
             args = arguments(model, batch, n_inputs, taken, f"batch {index}")
-            found.add(list(tensors(model(*args))), list(tensors(run(*args))))
+            found.add(list(tensors(outputs(model(*args)))), list(tensors(run(*args))))
     return found.result()
 
 

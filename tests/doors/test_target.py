@@ -75,9 +75,12 @@ def test_refusals_come_from_one_place(npz, tmp_path):
         export_model(classifier(), tmp_path / "model.npz", smallest=4)
     with pytest.raises(ExportError, match="scale_dtype is an option of npz, not of packed"):
         export_model(classifier(), tmp_path / "model.safetensors", scale_dtype="float64")
-    with pytest.raises(ExportError, match=r"ends in \.onnx \(onnx\) or \.safetensors \(packed\) or \.npz \(npz\), got"):
+    with pytest.raises(
+        ExportError,
+        match=r"ends in \.gguf \(gguf\) or \.onnx \(onnx\) or \.safetensors \(packed\) or \.npz \(npz\), got",
+    ):
         export_model(classifier(), tmp_path / "model.bin")
-    with pytest.raises(ExportError, match="valid: onnx, packed, tensorrt, npz. Did you mean 'npz'"):
+    with pytest.raises(ExportError, match="valid: gguf, onnx, packed, tensorrt, npz. Did you mean 'npz'"):
         target_of(name="nzp")
     assert not list(tmp_path.iterdir())
 
