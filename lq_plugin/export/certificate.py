@@ -208,7 +208,7 @@ def computed_by(
         runtime: that runs it; None: the target's first.
         fresh: makes a float model, into which a packed file is read.
     """
-    run, taken = target.open(path, target.runtime_of(runtime), fresh)
+    run, taken, _ = target.open(path, target.runtime_of(runtime), fresh)
     forward = module.forward
     calls: list[int] = []
 
