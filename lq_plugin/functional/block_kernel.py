@@ -39,9 +39,9 @@ def ocp_rule(element: Minifloat, mode: ocp_mx.ScaleMode) -> BlockRule:
     return _float_rule(BlockRule.OCP, ocp_mx.BLOCK, element, ocp_mx.MODES.index(mode), 1.0)
 
 
-def nvfp4_rule(tensor_scale: float) -> BlockRule:
+def nvfp4_rule(tensor_scale: float, target: nvfp4.Target = "max") -> BlockRule:
     """Returns the rule of NVFP4, for what `fake_quantize_nvfp4` computes with this scale g of the tensor."""
-    return _float_rule(BlockRule.NVFP4, nvfp4.BLOCK, E2M1, 0, tensor_scale)
+    return _float_rule(BlockRule.NVFP4, nvfp4.BLOCK, E2M1, nvfp4.TARGETS.index(target), tensor_scale)
 
 
 def vector_rule(size: int, grid: IntegerGrid, scale_bits: int, coarse: float) -> BlockRule:

@@ -10,6 +10,7 @@ For a block V of 32 elements along the reduction dim, with elements of the large
 | `ceil` | ceil(log2 a) - emax |
 | `rceil` (torchao's and NVIDIA's) | ceil(log2(a / max)), the smallest E that clips nothing |
 | `even` | floor(log2(a rounded half up to the element's mantissa bits)) - emax |
+| `mse` | that of `floor`, one less or one more: the one with the least squared error on the block |
 
 E is clipped to -127..127 (E8M0); it is -127 for a block of zeros. `floor` saturates where a's own mantissa exceeds μ.
 A NaN makes its block NaN; infinities count as the largest float32 in a. Values next to the largest float32 may
@@ -36,6 +37,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.block_choice import least_error
 from lq_plugin.functional.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, INT8, Minifloat, fake_quantize_minifloat
 
 #: Elements that share a scale.
@@ -43,7 +45,7 @@ BLOCK = 32
 #: Bits of a scale.
 SCALE_BITS = 8
 
-ScaleMode = Literal["floor", "rceil", "ceil", "even"]
+ScaleMode = Literal["floor", "rceil", "ceil", "even", "mse"]
 MODES: tuple[str, ...] = get_args(ScaleMode)
 
 #: Elements by the name of the format.
@@ -73,7 +75,7 @@ def mx_scale(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor
 
     >>> block = torch.tensor([7.0] + 31 * [0.0]).reshape(1, 1, 32)
     >>> [mx_scale(block, E2M1, mode).item() for mode in MODES]
-    [1.0, 2.0, 2.0, 2.0]
+    [1.0, 2.0, 2.0, 2.0, 1.0]
     """
     if mode not in MODES:
         raise ValueError(f"no scale mode {mode!r}; it is one of {', '.join(MODES)}")
@@ -87,7 +89,11 @@ def mx_scale(x: Tensor, element: Minifloat, mode: ScaleMode = "floor") -> Tensor
         exponent += m > 0.5
     elif mode == "even":
         exponent += m >= 1.0 - 2.0 ** -(element.mantissa_bits + 2)
-    scale = power_of_two(torch.where(amax > 0, exponent, -127).clamp(-127, 127))
+    exponent = torch.where(amax > 0, exponent, -127)
+    scale = power_of_two(exponent.clamp(-127, 127))
+    if mode == "mse":
+        near = [power_of_two((exponent + shift).clamp(-127, 127)) for shift in (-1, 1)]
+        scale = least_error(x, [scale, *near], lambda scale: (scale, scale.reciprocal()), element)
     return torch.where(amax.isnan(), amax, scale)
 
 

@@ -8,7 +8,9 @@ from lq_plugin.intent.formats import MAX_BIT_WIDTH, Format, IntegerGrid, declare
 from lq_plugin.intent.granularity import PerChannel, PerGroup
 
 #: Ways to find the exponent of an OCP MX block (`lq_plugin.functional.ocp_mx`).
-MX_SCALE_MODES = ("floor", "rceil", "ceil", "even")
+MX_SCALE_MODES = ("floor", "rceil", "ceil", "even", "mse")
+#: What the largest magnitude of an NVFP4 block is mapped to (`lq_plugin.functional.nvfp4`).
+NVFP4_TARGETS = ("max", "four_six")
 #: Ways to find the codebook of a tensor (`lq_plugin.functional.codebook`).
 CODEBOOK_METHODS = ("exact", "linear", "quantile", "kmeans++")
 #: Ways to find the scale of a ternary block (`lq_plugin.quantizers.half_scale`).
@@ -150,7 +152,7 @@ for name, (bits, element) in OCP_ELEMENTS.items():
         name,
         Format(
             f"OCP MX: {element} elements, a power-of-two scale for 32 of them; mxfp4:rceil sets how the scale is "
-            "rounded",
+            "rounded, mxfp4:mse takes the best of three",
             (bits,),
             PerGroup(32, ragged=True),
             choices=(),
@@ -162,12 +164,14 @@ for name, (bits, element) in OCP_ELEMENTS.items():
 declare_format(
     "nvfp4",
     Format(
-        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above",
+        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above; nvfp4:four_six maps the largest of a block "
+        "to 4 where that errs less than 6",
         (4,),
         PerGroup(16, True),
         choices=(),
         scale_bits=8,
         tensor_bits=32,
+        options=(NVFP4_TARGETS,),
     ),
 )
 #: Of a block under one float16 scale (`lq_plugin.quantizers.half_scale`).

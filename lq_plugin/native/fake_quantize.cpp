@@ -66,7 +66,8 @@ struct Rows {
 
 // How the blocks of fake_quantize_blocks.h are quantized. The same numbers stand in kernels.py.
 enum Family { MICROEXPONENTS = 0, OCP = 1, NVFP4 = 2, VECTORS = 3 };
-enum Mode { FLOOR = 0, RCEIL = 1, CEIL = 2, EVEN = 3 };
+enum Mode { FLOOR = 0, RCEIL = 1, CEIL = 2, EVEN = 3, LEAST_ERROR = 4 };
+enum Target { SIX = 0, FOUR_OR_SIX = 1 };
 struct BlockRule {
     int family, block;
     // Elements that are whole numbers.

@@ -48,30 +48,38 @@ inline void float_row(const float* __restrict x, float* __restrict y, uint8_t* _
     }
 }
 
-// mx_scale of lq_plugin/functional/ocp_mx.py from the bits of the largest magnitude.
-inline float ocp_scale(int32_t largest, const BlockRule& rule) {
+// mx_scale of lq_plugin/functional/ocp_mx.py from the bits of the largest magnitude, `shift` exponents above it.
+inline float ocp_scale(int32_t largest, int shift, const BlockRule& rule) {
     float amax = from_bits(largest);
     if (std::isnan(amax)) return amax;
     if (amax == 0.0f) return 0x1p-127f;
     int exponent, unused;
     const float m = std::frexp(at_most(amax, std::numeric_limits<float>::max()), &exponent);
-    exponent -= 1 + rule.max_exponent;
+    exponent += shift - 1 - rule.max_exponent;
     if (rule.mode == RCEIL) exponent += m > std::frexp(rule.max_value, &unused);
     if (rule.mode == CEIL) exponent += m > 0.5f;
     if (rule.mode == EVEN) exponent += m >= 1.0f - std::ldexp(1.0f, -(rule.mantissa_bits + 2));
     return std::ldexp(1.0f, std::min(std::max(exponent, -127), 127));
 }
 
+// How many scales a block chooses from; the first one is preferred.
+template <int FAMILY>
+inline int candidates(const BlockRule& rule) {
+    if (FAMILY == OCP) return rule.mode == LEAST_ERROR ? 3 : 1;
+    return FAMILY == NVFP4 && rule.mode == FOUR_OR_SIX ? 2 : 1;
+}
+
 // Scale of a block of floats and what its elements are multiplied with, from the bits of the largest magnitude.
 template <int FAMILY>
-inline float block_scale(int32_t largest, const BlockRule& rule, float& inverse) {
+inline float block_scale(int32_t largest, int candidate, const BlockRule& rule, float& inverse) {
     if (FAMILY == OCP) {
-        const float scale = ocp_scale(largest, rule);
+        const float scale = ocp_scale(largest, candidate == 0 ? 0 : candidate == 1 ? -1 : 1, rule);
         inverse = 1.0f / scale;
         return scale;
     }
     // nvfp4_scales of lq_plugin/functional/nvfp4.py: an E4M3 number under one float.
-    const float block = at_least(cast(from_bits(largest) / rule.max_value / rule.coarse, 3, (127 - 6) << 23, 448.0f), 0x1p-9f);
+    const float element = candidate == 0 ? rule.max_value : 4.0f;
+    const float block = at_least(cast(from_bits(largest) / element / rule.coarse, 3, (127 - 6) << 23, 448.0f), 0x1p-9f);
     inverse = 1.0f / rule.coarse / block;
     return block * rule.coarse;
 }
@@ -107,6 +115,44 @@ inline void row(const float* x, float* y, uint8_t* pass, const float* inverse, c
     const float step = std::ldexp(1.0f, rule.max_exponent - rule.mantissa_bits);
     float_row(x, y, pass, inverse, scale, lanes, rule.mantissa_bits, (127 + rule.min_exponent) << 23, rule.max_value, 1.0f / step,
               rule.max_value / step);
+}
+
+// Elements of the largest block that chooses among scales.
+constexpr int CHOOSING = 32;
+
+// One element of least_error in lq_plugin/functional/block_choice.py.
+inline float squared_error(float x, float inverse, float scale, float unit, int mantissa_bits, int32_t min_power, float max_value) {
+    const float ratio = x * inverse;
+    const float error = (std::copysign(cast(std::fabs(ratio), mantissa_bits, min_power, max_value), ratio) * scale - x) * unit;
+    return error * error;
+}
+
+// Errors of each lane's block into `total`, summed halves on halves.
+inline void lane_errors(const float* x, int64_t x_row, int64_t rows, int lanes, const float* inverse, const float* scale, const float* unit,
+                        const BlockRule& rule, float* total) {
+    float errors[CHOOSING * LANES];
+    const int32_t min_power = (127 + rule.min_exponent) << 23;
+    for (int64_t k = 0; k < rows; ++k)
+        for (int i = 0; i < lanes; ++i)
+            errors[k * LANES + i] =
+                squared_error(x[k * x_row + i], inverse[i], scale[i], unit[i], rule.mantissa_bits, min_power, rule.max_value);
+    std::fill(errors + rows * LANES, errors + rule.block * LANES, 0.0f);
+    for (int half = rule.block / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k)
+            for (int i = 0; i < lanes; ++i) errors[k * LANES + i] += errors[(k + half) * LANES + i];
+    std::copy(errors, errors + lanes, total);
+}
+
+// The same of one block of neighbours.
+inline float neighbours_error(const float* x, int length, float inverse, float scale, float unit, const BlockRule& rule) {
+    float errors[CHOOSING];
+    const int32_t min_power = (127 + rule.min_exponent) << 23;
+    for (int i = 0; i < length; ++i)
+        errors[i] = squared_error(x[i], inverse, scale, unit, rule.mantissa_bits, min_power, rule.max_value);
+    std::fill(errors + length, errors + rule.block, 0.0f);
+    for (int half = rule.block / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) errors[i] += errors[i + half];
+    return errors[0];
 }
 
 // Blocks side by side, channels one below the other.
@@ -145,7 +191,22 @@ inline void tile(const float* x, int64_t x_row, float* y, int64_t y_row, uint8_t
         }
         return;
     }
-    for (int i = 0; i < lanes; ++i) scale[i] = block_scale<FAMILY>(largest[i], rule, inverse[i]);
+    for (int i = 0; i < lanes; ++i) scale[i] = block_scale<FAMILY>(largest[i], 0, rule, inverse[i]);
+    if (candidates<FAMILY>(rule) > 1) {
+        float unit[LANES], least[LANES], error[LANES], other_inverse[LANES], other_scale[LANES];
+        std::copy(inverse, inverse + lanes, unit);
+        lane_errors(x, x_row, rows, lanes, inverse, scale, unit, rule, least);
+        for (int candidate = 1; candidate < candidates<FAMILY>(rule); ++candidate) {
+            for (int i = 0; i < lanes; ++i) other_scale[i] = block_scale<FAMILY>(largest[i], candidate, rule, other_inverse[i]);
+            lane_errors(x, x_row, rows, lanes, other_inverse, other_scale, unit, rule, error);
+            for (int i = 0; i < lanes; ++i) {
+                const bool better = error[i] < least[i];
+                scale[i] = better ? other_scale[i] : scale[i];
+                inverse[i] = better ? other_inverse[i] : inverse[i];
+                least[i] = better ? error[i] : least[i];
+            }
+        }
+    }
     for (int64_t k = 0; k < rows; ++k) quantize(k);
 }
 
@@ -185,7 +246,17 @@ inline void line(const float* x, float* y, uint8_t* pass, int lanes, const Block
         } else {
             int32_t largest = 0;
             for (int i = first; i < last; ++i) largest = larger(largest, magnitude(x[i]));
-            its_scale = block_scale<FAMILY>(largest, rule, factor);
+            its_scale = block_scale<FAMILY>(largest, 0, rule, factor);
+            if (candidates<FAMILY>(rule) > 1) {
+                const float unit = factor;
+                float least = neighbours_error(x + first, last - first, factor, its_scale, unit, rule);
+                for (int candidate = 1; candidate < candidates<FAMILY>(rule); ++candidate) {
+                    float other_factor;
+                    const float other_scale = block_scale<FAMILY>(largest, candidate, rule, other_factor);
+                    const float error = neighbours_error(x + first, last - first, other_factor, other_scale, unit, rule);
+                    if (error < least) least = error, its_scale = other_scale, factor = other_factor;
+                }
+            }
         }
         std::fill(scale + first, scale + last, its_scale);
         std::fill(inverse + first, inverse + last, factor);

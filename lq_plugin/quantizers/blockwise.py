@@ -12,7 +12,7 @@ from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, 
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, minifloat_codes, minifloat_values
-from lq_plugin.functional.nvfp4 import fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
+from lq_plugin.functional.nvfp4 import Target, fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale, power_of_two
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
@@ -30,6 +30,11 @@ _FACTORS = {"mxint8": 64, "mxfp4": 2, "mxfp6_e2m3": 8, "mxfp6_e3m2": 16}
 def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
     """Returns element format and scale mode of an OCP MX spec, by default the specification's `floor`."""
     return ELEMENTS[spec.format_name], cast(ScaleMode, next(iter(spec.format_options), "floor"))
+
+
+def nvfp4_target(spec: QuantSpec) -> Target:
+    """Returns what the largest magnitude of a block is mapped to, by default `max`: to 6."""
+    return cast(Target, next(iter(spec.format_options), "max"))
 
 
 class BlockWeightQuantizer(WeightQuantizer):
@@ -97,15 +102,16 @@ class NVFP4WeightQuantizer(BlockWeightQuantizer):
     element = E2M1
 
     def block_scale(self, w: Tensor) -> Tensor:
-        scale, tensor_scale = nvfp4_scales(w)
+        scale, tensor_scale = nvfp4_scales(w, target=nvfp4_target(self.spec))
         return scale * tensor_scale
 
     def quantize_blocks(self, w: Tensor) -> Tensor:
-        return fake_quantize_nvfp4(w)
+        return fake_quantize_nvfp4(w, target=nvfp4_target(self.spec))
 
     def block_rule(self, w: Tensor) -> BlockRule:
         low, high = extremes(w, (1,) * w.ndim)
-        return nvfp4_rule(nvfp4_tensor_scale(torch.maximum(-low, high)).item())
+        target = nvfp4_target(self.spec)
+        return nvfp4_rule(nvfp4_tensor_scale(torch.maximum(-low, high), target).item(), target)
 
 
 class OCPActivationQuantizer(VectorActivationQuantizer):
@@ -131,17 +137,17 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
     """Activations in NVFP4, with a calibrated scale of the tensor: a sample's result does not depend on its batch."""
 
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
-        return fake_quantize_nvfp4(vectors, self.scale)
+        return fake_quantize_nvfp4(vectors, self.scale, nvfp4_target(self.spec))
 
     def block_rule(self) -> BlockRule:
-        return nvfp4_rule(self.scale.item())
+        return nvfp4_rule(self.scale.item(), nvfp4_target(self.spec))
 
     def levels(self, x: Tensor | None = None) -> None:
         return None
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():
-            self.scale.copy_(nvfp4_tensor_scale(torch.maximum(-minimum, maximum)))
+            self.scale.copy_(nvfp4_tensor_scale(torch.maximum(-minimum, maximum), nvfp4_target(self.spec)))
 
 
 def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
@@ -169,11 +175,11 @@ def _no_ocp_container(spec: QuantSpec, channels: int) -> str | None:
 
 
 def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
-    return (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin())).reshape(1),)
+    return (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin()), nvfp4_target(quantizer.spec)).reshape(1),)
 
 
 def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
-    block, _ = nvfp4_scales(w, tensor_scale)
+    block, _ = nvfp4_scales(w, tensor_scale, nvfp4_target(quantizer.spec))
     codes = minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
     return {
         "codes": Part(codes, 4),
@@ -219,4 +225,5 @@ register_format(
     activation=NVFP4ActivationQuantizer,
     storage=Storage(_encode_nvfp4, _decode_nvfp4, _nvfp4_statistics),
     onnx=_nvfp4_container,
+    default_options="max",
 )

@@ -112,3 +112,54 @@ def test_known_signal_to_noise_ratios():
     double_exponential = torch.empty_like(normal).exponential_(generator=generator) * normal.sign()
     assert sqnr_db(normal, fake_quantize_nvfp4(normal)).item() == pytest.approx(20.4, abs=0.1)
     assert sqnr_db(double_exponential, fake_quantize_nvfp4(double_exponential)).item() == pytest.approx(20.7, abs=0.1)
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 6.0])
+def test_four_over_six_equals_the_formula_in_numpy(spread):
+    x = data(300, spread)
+    x[0, 1] = 0.0
+    array = x.numpy()
+    g = np.abs(array).max() / np.float32(6 * 256)
+    found, errors = [], []
+    for largest in (6, 4):
+        s = nearest(np.abs(array).max(2, keepdims=True) / np.float32(largest) / g, E4M3.values().numpy())
+        s = np.maximum(s, np.float32(2.0**-9))
+        y = nearest(array * (np.float32(1) / g / s), E2M1.values().numpy()) * (s * g)
+        found.append((s, y))
+        errors.append(((y.astype(np.float64) - array) ** 2).sum(2, keepdims=True))
+    # What float64 cannot tell apart may go either way in float32.
+    clear = np.abs(errors[0] - errors[1]) > 1e-5 * errors[0]
+    four = errors[1] < errors[0]
+    assert 0.1 < four.mean() < 0.8
+    block, tensor = nvfp4_scales(x, target="four_six")
+    assert tensor.item() == g
+    np.testing.assert_array_equal(block.numpy()[clear], np.where(four, found[1][0], found[0][0])[clear])
+    got = fake_quantize_nvfp4(x, target="four_six").numpy()
+    rows = np.broadcast_to(clear, got.shape)
+    np.testing.assert_array_equal(got[rows], np.where(four, found[1][1], found[0][1])[rows])
+    assert (got[0, 1] == 0).all()
+    assert block.max() <= 384
+
+
+def test_four_over_six_has_the_known_signal_to_noise_ratios():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(16384, 4, 16, generator=generator)
+    double_exponential = torch.empty_like(normal).exponential_(generator=generator) * normal.sign()
+    assert sqnr_db(normal, fake_quantize_nvfp4(normal, target="four_six")).item() > 21.1
+    assert sqnr_db(double_exponential, fake_quantize_nvfp4(double_exponential, target="four_six")).item() > 21.1
+
+
+def test_four_over_six_of_zeros_and_of_the_ends_of_float32():
+    for size in (0.0, 1e-25, 1e30, 3.4e38):
+        x = torch.full((1, 1, 16), size)
+        torch.testing.assert_close(fake_quantize_nvfp4(x, target="four_six"), x, rtol=1e-5, atol=0.0)
+    x = torch.ones(1, 2, 16)
+    x[0, 0, 3] = torch.nan
+    assert fake_quantize_nvfp4(x, torch.tensor(1.0), "four_six")[0, 0].isnan().all()
+
+
+def test_four_over_six_passes_gradients_where_nothing_saturates():
+    x = data(20).requires_grad_()
+    upstream = torch.randn_like(x)
+    fake_quantize_nvfp4(x, target="four_six").backward(upstream)
+    assert torch.equal(x.grad, upstream)

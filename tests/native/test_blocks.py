@@ -22,9 +22,9 @@ from tests.native.test_kernels import arranged, both, check, hows, same, values,
 OCP = [
     f"{name}{mode}"
     for name in ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8")
-    for mode in ("", ":rceil")
+    for mode in ("", ":rceil", ":mse")
 ]
-FORMATS = ["mx4", "mx6", "mx9", *OCP, "mxfp4:ceil", "mxint8:even", "mxfp8:even", "nvfp4"]
+FORMATS = ["mx4", "mx6", "mx9", *OCP, "mxfp4:ceil", "mxint8:even", "mxfp8:even", "nvfp4", "nvfp4:four_six"]
 VECTORS = ["int4 group16:4 ragged", "uint4 group16:6 ragged", "int8 narrow group32:8 ragged", "int3 group5:4 ragged"]
 arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=20), elements=values)
 
@@ -58,7 +58,10 @@ def test_weights(array, how, spec):
 SHAPES = [(2, 40, 5, 5), (3, 33, 8, 8), (4, 70, 3, 3), (2, 16, 1, 15), (1, 20, 200), (60, 300), (7, 5), (2, 3, 70, 70)]
 
 
-@pytest.mark.parametrize("spec", ["mx4", "mx9", "mxfp4", "mxfp8:rceil", "nvfp4", "int4 group16:4 ragged"])
+@pytest.mark.parametrize(
+    "spec",
+    ["mx4", "mx9", "mxfp4", "mxfp4:mse", "mxfp8:rceil", "nvfp4", "nvfp4:four_six", "int4 group16:4 ragged"],
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_variants_and_threads(variant, spec, threads):  # noqa: F811
     """Tiles and lines that are full, and that are not; magnitudes from subnormal to infinite, halves of steps."""

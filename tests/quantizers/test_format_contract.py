@@ -28,8 +28,10 @@ WEIGHTS = [
     "mxfp6_e3m2:even",
     "mxfp6_e2m3",
     "mxfp4:ceil",
+    "mxfp4:mse",
     "mxint8",
     "nvfp4",
+    "nvfp4:four_six",
     "fp8",
     "fp8:e5m2 per_channel percentile:99",
     "fp8 group16 ragged",
@@ -62,6 +64,7 @@ INPUTS = [
     "mxfp4:rceil",
     "mxint8",
     "nvfp4",
+    "nvfp4:four_six",
     "fp8 ema",
     "fp8:e5m2 per_channel percentile:99",
     "fp8 dynamic",
@@ -246,7 +249,7 @@ def test_words_of_a_format():
     assert QuantSpec.parse("int4 stochastic:7").seed == 7
 
 
-@pytest.mark.parametrize("written", ["twn", "ttq", "kmeans2", "mxfp4", "mxint8", "tq1_0", "tq2_0"])
+@pytest.mark.parametrize("written", ["twn", "ttq", "kmeans2", "mxfp4", "mxint8", "nvfp4", "fp8", "tq1_0", "tq2_0"])
 def test_the_default_options_are_those_of_a_format_without_options(written):
     options = format_code(QuantSpec.parse(written)).default_options
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
