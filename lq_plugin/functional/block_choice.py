@@ -2,8 +2,9 @@
 
     e_c = Σ ((s_c · cast(x / s_c) - x) / s_0)²               over the block, c the candidates, s_0 the first of them
 
-The earliest of equal ones is kept, the first one also where errors are NaN or infinite. The sum has one order, halves on
-halves (element i and i + n/2, and so on), so that the kernels find the same bits. Divided by s_0 no square overflows.
+The earliest of equal ones is kept, the first one also where errors are NaN or infinite. The sum has one order, halves
+on halves (element i and i + n/2, and so on), so that the kernels find the same bits. Divided by s_0, no square
+overflows.
 """
 
 from __future__ import annotations

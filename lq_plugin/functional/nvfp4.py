@@ -19,8 +19,8 @@ it, as 1.5 · 256 is a value of E4M3.
 the tensor's largest keeps what it can instead of being erased, which is never worse. g is at least 2^-100, so that
 a tensor of zeros has a finite inverse. A g smaller than max|x| asks for (found on other data) clips.
 
-Reference: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix C; Cook et al., "Four Over
-Six: More Accurate NVFP4 Quantization with Adaptive Block Scaling" (arXiv 2512.02010), section 3.
+Reference: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix C; Cook et al., "Four
+Over Six: More Accurate NVFP4 Quantization with Adaptive Block Scaling" (arXiv 2512.02010), section 3.
 """
 
 from __future__ import annotations

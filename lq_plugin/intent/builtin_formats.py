@@ -164,8 +164,8 @@ for name, (bits, element) in OCP_ELEMENTS.items():
 declare_format(
     "nvfp4",
     Format(
-        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above; nvfp4:four_six maps the largest of a block "
-        "to 4 where that errs less than 6",
+        "E2M1 elements, an E4M3 scale for 16 of them, one float scale above; nvfp4:four_six maps the largest of a "
+        "block to 4 where that errs less than 6",
         (4,),
         PerGroup(16, True),
         choices=(),

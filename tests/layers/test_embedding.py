@@ -18,7 +18,8 @@ BY_ROWS = [
     "uint4 per_channel affine",
     "int4 group4", "int4 group3 ragged", "int4 group4 mse", "int4 per_channel lsq", "int4 lsq", "int4 per_channel "
     "affine lsq",
-    "int4 group4 lsq", "int4 per_channel octav mad", "int4 per_channel mad", "mx6", "mxfp4:rceil", "mxfp4:mse", "fp8", "fp8 per_channel",
+    "int4 group4 lsq", "int4 per_channel octav mad", "int4 per_channel mad", "mx6", "mxfp4:rceil",
+    "mxfp4:mse", "fp8", "fp8 per_channel",
 ]  # fmt: skip
 BY_TABLE = [
     "int4 group4:4",
