@@ -54,7 +54,8 @@ def run(cfg: DictConfig) -> SearchResult:
     # Only the first worker shows anything: the others share its terminal.
     first = cfg.worker == 0
     # Read before a float model is trained, which takes long.
-    config = read_config(cfg, instantiate(cfg.model), progress=first and cfg.search.progress)
+    progress = first and cfg.search.progress
+    config = read_config(cfg, instantiate(cfg.model), progress=progress, output_dir=output_dir)
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)

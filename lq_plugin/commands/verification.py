@@ -124,7 +124,7 @@ def metrics_of(
     found = {"model": validate()}
     with computed_by(model, target, path, cfg.runtime, lambda: instantiate(cfg.model)) as calls:
         metrics = validate()
-    if calls:
+    if calls.number:
         found["file"] = metrics
     else:
         log.warning(

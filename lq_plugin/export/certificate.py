@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -195,11 +196,18 @@ def _compare_layers(
             yield LayerParity(name, largest[name], different / max(total, 1))
 
 
+@dataclass(eq=False)
+class Calls:
+    """Number of calls so far."""
+
+    number: int = 0
+
+
 @contextmanager
 def computed_by(
     module: nn.Module, target: Target, path: Path, runtime: str | None, fresh: Callable[[], nn.Module] | None = None
-) -> Iterator[list[int]]:
-    """A context in which a module's `forward` is computed by an exported file; yields a list that grows by each call.
+) -> Iterator[Calls]:
+    """A context in which a module's `forward` is computed by an exported file; yields the number of its calls so far.
 
     Args:
         module: the exported one.
@@ -210,10 +218,13 @@ def computed_by(
     """
     run, taken, _ = target.open(path, target.runtime_of(runtime), fresh)
     forward = module.forward
-    calls: list[int] = []
+    calls = Calls()
+    # A run that puts the module's Python state back would put back the count also.
+    counted = weakref.ref(calls)
 
     def by_the_file(*args: Any) -> Any:
-        calls.append(len(args))
+        if (count := counted()) is not None:
+            count.number += 1
         outputs = list(tensors(run(*arguments(module, list(args), None, taken, "forward"))))
         # The file has no structure of its own: it is the model's, on the same batch.
         leaves, structure = tree_flatten(forward(*args))

@@ -134,7 +134,7 @@ def test_a_module_computed_by_its_file(tmp_path):
         want = model(X)
         with computed_by(model, TARGETS["onnx"], path, None) as calls:
             got = model(X)
-            assert len(calls) == 1
+            assert calls.number == 1
     assert (got["nothing"], list(got)) == (None, list(want))
     torch.testing.assert_close(got["twice"][0], want["twice"][0], rtol=1e-3, atol=1e-3)
     assert not torch.equal(got["logits"], want["logits"])

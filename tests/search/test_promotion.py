@@ -38,7 +38,7 @@ def storage() -> InMemoryStorage:
 def validated(monkeypatch: Any) -> list[int]:
     """The number of batches of each validation, calibrations left out."""
     seen: list[int] = []
-    original, step = Evaluator._validate, DigitsCNN.validation_step
+    original, step = Evaluator.validate, DigitsCNN.validation_step
 
     def validate(self: Evaluator) -> dict[str, float]:
         seen.append(0)
@@ -49,7 +49,7 @@ def validated(monkeypatch: Any) -> list[int]:
         seen[-1] += "log" not in self.__dict__
         step(self, batch, batch_idx)
 
-    monkeypatch.setattr(Evaluator, "_validate", validate)
+    monkeypatch.setattr(Evaluator, "validate", validate)
     monkeypatch.setattr(DigitsCNN, "validation_step", count)
     return seen
 
@@ -208,13 +208,13 @@ def test_constraints_go_with_levels(model: DigitsCNN) -> None:
 
 
 def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monkeypatch: Any) -> None:
-    original, calls = Evaluator._validate, []
+    original, calls = Evaluator.validate, []
 
     def nan(self: Evaluator) -> dict[str, float]:
         calls.append(0)
         return original(self) | ({"val/acc": float("nan")} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(Evaluator, "_validate", nan)
+    monkeypatch.setattr(Evaluator, "validate", nan)
     result = run(model, 2, fidelity=LEVELS[:2])
     (failed,) = by_state(result, TrialState.FAIL)
     assert "metric 'val/acc' is nan" in failed.user_attrs["error"]
@@ -224,14 +224,14 @@ def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monke
 def test_an_interrupted_trial_goes_on_at_its_level(tmp_path: Path, monkeypatch: Any) -> None:
     # Float validation, calibration, three levels of the first trial; the second one is stopped at its second level.
     interrupted(
-        "Evaluator._validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={LEVELS!r}, promote_first=9"
+        "Evaluator.validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={LEVELS!r}, promote_first=9"
     )
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
     (lost,) = study.get_trials(states=(TrialState.FAIL,))
     assert len(lost.user_attrs["levels"]) == 1
 
-    original, calls = Evaluator._validate, []
-    monkeypatch.setattr(Evaluator, "_validate", lambda self: calls.append(0) or original(self))
+    original, calls = Evaluator.validate, []
+    monkeypatch.setattr(Evaluator, "validate", lambda self: calls.append(0) or original(self))
     torch.manual_seed(0)
     result = run(DigitsCNN(width=4), 3, output_dir=tmp_path, fidelity=LEVELS, promote_first=9)
     (retried,) = [t for t in result.study.trials if t.user_attrs.get("retries") == lost.number]

@@ -151,14 +151,14 @@ def test_too_many_failures_end_it_with_the_last_traceback(model: DigitsCNN, tmp_
 
 
 def test_a_metric_that_is_nan_fails_the_trial(model: DigitsCNN, monkeypatch: Any) -> None:
-    original = Evaluator._validate
+    original = Evaluator.validate
     calls = []
 
     def nan(self: Evaluator) -> dict[str, float]:
         calls.append(0)
         return original(self) | ({"val/acc": float("nan")} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(Evaluator, "_validate", nan)
+    monkeypatch.setattr(Evaluator, "validate", nan)
     (failed,) = [t for t in run(model, 3).study.trials if t.state == TrialState.FAIL]
     assert "metric 'val/acc' is nan" in failed.user_attrs["error"]
 

@@ -180,7 +180,7 @@ class Evaluator:
         Raises:
             QuantizationError: a space that does not fit the model, or no calibration data.
         """
-        self.float_metrics = self._validate()
+        self.float_metrics = self.validate()
         loop: Any = self.trainer.validate_loop
         self.batches = max(loop.max_batches, default=0)
         self._float_state = {
@@ -223,7 +223,7 @@ class Evaluator:
         callbacks: list[Any] = vars(self.trainer)["callbacks"]
         callbacks.append(callback)
         try:
-            return self._validate()
+            return self.validate()
         finally:
             callbacks.remove(callback)
 
@@ -284,7 +284,7 @@ class Evaluator:
         """Validate the model under specs that are given by layer name."""
         started = time.perf_counter()
         self.apply(layer_plans)
-        metrics = self._validate()
+        metrics = self.validate()
         now = dict(quantized_layers(self.model))
         rebuilt = [name for name, layer in self._layers.items() if now.get(name) is not layer]
         if rebuilt:
@@ -336,7 +336,8 @@ class Evaluator:
             raise CalibrationError("the evaluator is not calibrated: call calibrate(space) first")
         return self.space
 
-    def _validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
+        """Validates the model as it is, and returns what was logged; the module's own state is as before."""
         # One trial finds the module as the other did, with all that its steps have counted, kept and cached.
         callbacks, keeper = vars(self.trainer)["callbacks"], KeepState()
         callbacks.insert(0, keeper)

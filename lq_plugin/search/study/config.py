@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.export.options import LatencyOptions
 from lq_plugin.export.planned import known_target
+from lq_plugin.export.target import TARGETS
 from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import LATENCY, unknown_costs
 from lq_plugin.search.evaluation.levels import Level, level_faults, margin_faults, parse_levels
@@ -91,6 +92,9 @@ class SearchConfig:
         progress: show a progress bar.
         target: name of the export target that plans are for (`lq_plugin.export.target`): what its files cannot hold is
             no choice, and the others are on its own grid. None: any plan.
+        score: `"file"` writes each plan of the front for `target` at the end, into `output_dir`, and evaluates the
+            model computed by the file: its metrics, bytes and milliseconds stand beside those of the trial. `"model"`:
+            no files.
         trainer, calibration_batches, phases, dataloader: see `lq_plugin.search.Evaluator`.
 
     Attributes:
@@ -133,6 +137,7 @@ class SearchConfig:
     pruner: BasePruner | Mapping[str, Any] | None = None
     progress: bool = True
     target: str | None = None
+    score: str = "model"
     trainer: Callable[..., Trainer] | None = None
     calibration_batches: int = 8
     phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate")
@@ -169,6 +174,7 @@ class SearchConfig:
         read(lambda: check_phases(*names_and_options(self.phases)))
         if self.target is not None:
             read(lambda: known_target(self.target))
+        faults += self._score_faults()
         levels: tuple[Level, ...] = ()
         if (fidelity := self.fidelity) is not None:
             levels = read(lambda: parse_levels(fidelity), ())
@@ -222,6 +228,20 @@ class SearchConfig:
             except (ArgumentError, ValueError) as error:
                 faults["storage"] = f"storage {masked(url)!r} is no URL: {without(str(error), passwords_in(url))}"
         return faults
+
+    def _score_faults(self) -> Iterable[str]:
+        """Returns why files cannot be scored."""
+        if self.score not in ("model", "file"):
+            yield f"score is 'model' or 'file', got {self.score!r}"
+        if self.score == "file":
+            chosen = TARGETS.get(self.target or "")
+            if self.target is None or (chosen is not None and chosen.suffix is None):
+                files = ", ".join(name for name, target in TARGETS.items() if target.suffix is not None)
+                yield f"score='file' needs a target that writes files: {files}; got target={self.target!r}"
+            if self.output_dir is None:
+                yield "score='file' needs output_dir, a folder for the files"
+            if self.fidelity is not None:
+                yield "score='file' writes models that are calibrated, not trained: it is for fidelity=None"
 
     def _pruner_faults(self, costs: int) -> Iterable[str]:
         """Returns why a pruner, which is given, has nothing to decide."""

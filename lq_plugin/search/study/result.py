@@ -21,6 +21,8 @@ from lq_plugin.utilities.files import make_folder, write_file
 TABLE = "latency_table"
 #: User attribute of a study: milliseconds of whole models, by the number of the trial.
 MEASURED = "measured_latency"
+#: User attribute of a study: scores of exported files by name, by the number of the trial.
+FILES = "scored_files"
 
 
 class SearchResult(StudyCandidates):
@@ -48,29 +50,37 @@ class SearchResult(StudyCandidates):
         timed = any(LATENCY in c.metrics for c in self.front)
         # Predicted from the table of layers, and measured with the whole model.
         latencies = ("latency ms/sample", "measured ms/sample") if timed else ()
-        for column in ("trial", self.metric, "effective bits", "bytes", *latencies, "plan from"):
+        files = self.study.user_attrs.get(FILES, {})
+        of_files = (f"file {self.metric}", "file bytes", "file ms/sample") if files else ()
+        for column in ("trial", self.metric, "effective bits", "bytes", *latencies, *of_files, "plan from"):
             table.add_column(Text(column), justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
         timing = self.study.user_attrs.get(TABLE)
         float_ms = None if timing is None else timing["float_model"] / timing["options"]["batch"]
         row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes]
         # The float model's time is a measured one.
-        table.add_row(*map(Text, [*row, *(["", _milliseconds(float_ms)] if timed else []), ""]), end_section=True)
+        table.add_row(
+            *map(Text, [*row, *(["", _milliseconds(float_ms)] if timed else []), *[""] * len(of_files), ""]),
+            end_section=True,
+        )
         measured = self.study.user_attrs.get(MEASURED, {})
         for c in reversed(self.front):
             row = [str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
             times = [c.metrics.get(LATENCY), measured.get(str(c.number))] if timed else []
-            table.add_row(*map(Text, [*row, *map(_milliseconds, times), c.origin]))
+            scores = _file_cells(files.get(str(c.number)), self.metric) if files else []
+            table.add_row(*map(Text, [*row, *map(_milliseconds, times), *scores, c.origin]))
         return table
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the front as plain rows; `plan` names its file, `level0/val/acc` a metric of the lowest level."""
-        measured = self.study.user_attrs.get(MEASURED, {})
+        measured, files = (self.study.user_attrs.get(key, {}) for key in (MEASURED, FILES))
         found = []
         for c in self.front:
             latency = {"measured_latency": measured[str(c.number)]} if str(c.number) in measured else {}
             rest = {"origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name}
-            found.append({"trial": c.number, **c.metrics, **latency, **_levels(c), **rest})
+            found.append(
+                {"trial": c.number, **c.metrics, **latency, **files.get(str(c.number), {}), **_levels(c), **rest}
+            )
         return found
 
     def to_csv(self) -> str:
@@ -105,6 +115,18 @@ class SearchResult(StudyCandidates):
 
 def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def _file_cells(scores: dict[str, float] | None, metric: str) -> list[str]:
+    """Returns the cells of an exported file; empty ones where it has no scores yet."""
+    if scores is None:
+        return ["", "", ""]
+    score = scores.get(f"file/{metric}")
+    return [
+        "" if score is None else f"{score:.4f}",
+        f"{int(scores['file_bytes']):,}",
+        _milliseconds(scores["file_ms"]),
+    ]
 
 
 def _levels(candidate: Candidate) -> dict[str, float]:

@@ -23,6 +23,7 @@ from lq_plugin.search.shared.storage import open_study
 from lq_plugin.search.space.bound import BoundSpace
 from lq_plugin.search.space.constraint import Constraint, largest
 from lq_plugin.search.study.config import SearchConfig
+from lq_plugin.search.study.file_scores import score_files
 from lq_plugin.search.study.latency import measure_front, share_latency
 from lq_plugin.search.study.loop import Loop
 from lq_plugin.search.study.objective import ORIGIN, Objective
@@ -169,6 +170,10 @@ class StudyWorker:
         if config.timing is not None and stop.received is None:
             with locked(self.storage):
                 measure_front(self.evaluator, self.result(), config.timing)
+        if config.score == "file" and stop.received is None:
+            assert config.output_dir is not None
+            with locked(self.storage):
+                score_files(self.evaluator, self.result(), Path(config.output_dir) / "files")
 
     def finish(self) -> None:
         """Write the files of the results so far, and leave the study with the sampler that was asked for."""
