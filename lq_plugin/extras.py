@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 from lq_plugin.errors import MissingPackageError
 
-#: What `pip install "lq_plugin[<name>]"` brings for exports and runtimes.
+#: What `pip install "lq_plugin[<name>]"` brings for exports and runtimes, by the names that Python imports.
 EXTRAS = {
+    "compressed-tensors": ("compressed_tensors", "transformers"),
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),

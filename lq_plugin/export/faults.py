@@ -16,10 +16,16 @@ from lq_plugin.layers import QuantizedLayer, computed_faults
 from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.unreached import unreached, without_range
+from lq_plugin.utilities.files import replaceable
 
 
-def shared_faults(request: Request) -> list[str]:
-    """Returns what keeps a prepared model from being stored in any file, as far as it is settled."""
+def shared_faults(request: Request, writes_folder: bool = False) -> list[str]:
+    """Returns what keeps a prepared model from being stored in any file, as far as it is settled.
+
+    Args:
+        request: with a prepared model.
+        writes_folder: the target writes a folder of files.
+    """
     model = request.model
     kind = type(model).__name__
     kernels = [
@@ -39,7 +45,7 @@ def shared_faults(request: Request) -> list[str]:
             f"{kind} is not quantized, nothing would be in the file: give the Trainer a QAT or PTQ callback, or "
             "prepare and calibrate it, or load its checkpoint"
         ]
-    faults = folder_faults(request) + (one_input_faults(model) if request.from_loader else [])
+    faults = path_faults(request, writes_folder) + (one_input_faults(model) if request.from_loader else [])
     # Before that, what computes a weight may still be taken away.
     faults += computed_faults(layers) if request.settled != "plan" else []
     if request.settled != "ranges":
@@ -108,14 +114,24 @@ def spec_faults(
     return faults
 
 
-def folder_faults(request: Request) -> list[str]:
-    """Returns why a file cannot be written for want of its folder, once it is to be written."""
+def path_faults(request: Request, writes_folder: bool) -> list[str]:
+    """Returns why nothing can be written to a path, once it is to be written: for want of its folder, or what it is.
+
+    Args:
+        request: whose path it is.
+        writes_folder: a folder of files is to be written there, and no file.
+    """
     path = request.path
     if path is None or request.settled != "ranges":
         return []
     if not path.parent.is_dir():
         return [f"cannot write {path}: there is no folder {path.parent}"]
-    return [f"cannot write {path}: it is a folder, give the name of a file"] if path.is_dir() else []
+    if writes_folder and not replaceable(path):
+        what = "a folder with files that no export wrote" if path.is_dir() else "a file"
+        return [f"cannot write {path}: it is {what}, give the name of a new folder, or remove it"]
+    if path.is_dir() and not writes_folder:
+        return [f"cannot write {path}: it is a folder, give the name of a file"]
+    return []
 
 
 def one_input_faults(model: nn.Module) -> list[str]:

@@ -59,6 +59,8 @@ class Target(ABC):
     name: ClassVar[str]
     #: The end of its files' names; None: it changes a model in this process and writes no file.
     suffix: ClassVar[str | None]
+    #: Whether it writes a folder of files, with the suffix "", and not one file.
+    writes_folder: ClassVar[bool] = False
     #: Whether a path that ends in the suffix chooses it; False: only its name does.
     by_suffix: ClassVar[bool] = True
     #: One line for listings.
@@ -91,13 +93,15 @@ class Target(ABC):
                 faults.append(f"{name} is an option of {known[name][0].name}, not of {self.name}")
         if request.path is not None and self.suffix is not None and not str(request.path).endswith(self.suffix):
             faults.append(f"{request.path}: a file of {self.name} ends in {self.suffix}")
+        if request.path is not None and self.writes_folder and request.path.suffix in _suffixes().values():
+            faults.append(f"{request.path}: {self.name} writes a folder, give it a name without {request.path.suffix}")
         return faults if faults or request.model is None else self.model_faults(request)
 
     def model_faults(self, request: Request) -> list[str]:
         """Returns what keeps `request.model` from being stored; a target adds what its files cannot hold."""
         from lq_plugin.export.faults import shared_faults, spec_faults
 
-        return shared_faults(request) + spec_faults(request, self.refusal, self.nearest)
+        return shared_faults(request, self.writes_folder) + spec_faults(request, self.refusal, self.nearest)
 
     def refusal(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
         """Returns `spec_fault`, or why a range that is found at run time is refused.
@@ -136,7 +140,7 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, request: Request) -> int:
-        """Writes `request.path`, or changes `request.model` in place; returns the size of the file in bytes."""
+        """Writes `request.path`, or changes `request.model` in place; returns the size of what it wrote, in bytes."""
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         """Opens a file for `verify`.
@@ -290,9 +294,8 @@ def target_of(path: str | Path | None = None, name: str | None = None) -> Target
     Traceback (most recent call last):
     lq_plugin.errors.ExportError: there is no export target 'onix'; valid: ..., packed, .... Did you mean 'onnx'?
     """
-    suffixes = {target.name: target.suffix for target in TARGETS.values() if target.suffix is not None}
     if name is None:
-        chosen = {known: suffix for known, suffix in suffixes.items() if TARGETS[known].by_suffix}
+        chosen = _suffixes()
         found = [known for known, suffix in chosen.items() if str(path).endswith(suffix)]
         if len(found) != 1:
             among = f"; name one of {', '.join(found)}" if found else ""
@@ -300,18 +303,25 @@ def target_of(path: str | Path | None = None, name: str | None = None) -> Target
             raise ExportError(f"a model is exported to a file that ends in {listed}, got {str(path)!r}{among}")
         return TARGETS[found[0]]
     if name not in TARGETS:
-        near = did_you_mean(str(name).lower(), suffixes)
-        raise ExportError(f"there is no export target {name!r}; valid: {', '.join(suffixes)}.{near}")
+        written = [target.name for target in TARGETS.values() if target.suffix is not None]
+        near = did_you_mean(str(name).lower(), written)
+        raise ExportError(f"there is no export target {name!r}; valid: {', '.join(written)}.{near}")
     target = TARGETS[name]
     if target.suffix is None:
         raise ExportError(f"{name} writes no file, it changes a model in this process: {target.summary}")
     return target
 
 
+def _suffixes() -> dict[str, str]:
+    """Returns the suffixes that choose a target, by its name."""
+    return {target.name: target.suffix for target in TARGETS.values() if target.by_suffix and target.suffix}
+
+
 def markdown() -> str:
     """Returns the table of the targets, as README shows it."""
+    kinds = {"": "a folder", None: "this process"}
     rows = [
-        f"| {f'`{target.suffix}`' if target.suffix else 'this process'} | `{target.name}` | {target.summary} |"
+        f"| {kinds.get(target.suffix, f'`{target.suffix}`')} | `{target.name}` | {target.summary} |"
         for target in TARGETS.values()
     ]
     return "\n".join(["| file | target | |", "|---|---|---|", *rows])

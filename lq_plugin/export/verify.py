@@ -74,7 +74,7 @@ def verify(
     """
     path = Path(path)
     # A packed file may have any name.
-    known = target is not None or path.suffix in [each.suffix for each in TARGETS.values()]
+    known = target is not None or path.suffix in [each.suffix for each in TARGETS.values() if each.suffix]
     chosen = target_of(path, target) if known else TARGETS["packed"]
     run, taken, outputs = chosen.open(path, chosen.runtime_of(runtime), fresh)
     if n_inputs is not None and taken is not None and n_inputs > taken:
@@ -130,7 +130,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors(item)
-    elif value is not None:
+    elif value is not None and not type(value).__module__.startswith("transformers.cache"):  # a text generation's
         raise ExportError(
             f"the model's output is a tensor, or a tuple, list or dict of them, got {type(value).__name__}"
         )

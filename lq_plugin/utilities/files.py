@@ -28,6 +28,8 @@ except ImportError:  # Windows: nothing is locked, so nothing is swept.
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".lq_part"
+#: File in each folder that was written as a whole: such a folder may be replaced by another one.
+_FOLDER_MARK = ".lq_plugin_export"
 #: Second, what earlier versions named after a process id.
 _TEMPORARY = re.compile(
     r"\..+\.[a-z0-9_]{8,16}\.lq_part|\.(front\.csv|pareto\.png|report\.json|report\.html|plan_.+\.yaml|unit_\d+\.safetensors)\.\d+"
@@ -104,6 +106,58 @@ def write_file(path: str | Path, content: str | bytes, error: type[QuantizationE
     """Writes a whole file, text as UTF-8, see `replacing`."""
     with replacing(path, error) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path, error: type[QuantizationError] = QuantizationError) -> Iterator[Path]:
+    """Makes an empty folder that takes the place of `path` at the end of the block, synced to the disk.
+
+    When the block raises, `path` stays as it was. An earlier folder of this kind is moved aside for the moment in which
+    the new one gets its name.
+
+    Args:
+        path: in a folder that exists; `replaceable`.
+        error: what a folder that cannot be written raises.
+
+    Raises:
+        QuantizationError: (as `error`) naming the path and what the system says.
+
+    >>> path = Path(tempfile.mkdtemp(), "model")
+    >>> for text in ("first", "second"):
+    ...     with replacing_folder(path) as folder:
+    ...         _ = (folder / "config.json").write_text(text)
+    >>> (path / "config.json").read_text(), [found.name for found in path.parent.iterdir()]
+    ('second', ['model'])
+    """
+    with named_faults(path, error), contextlib.ExitStack() as stack:
+        target = Path(os.path.realpath(path))
+        if not replaceable(target):
+            raise FileExistsError(errno.EEXIST, "there is something that no export wrote")
+        aside = Path(stack.enter_context(temporary_folder(target.name[:40], target.parent)))
+        made, earlier = aside / "made", aside / "earlier"
+        made.mkdir()
+        yield made
+        (made / _FOLDER_MARK).touch()
+        for file in made.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as stream:
+                    os.fsync(stream.fileno())
+        if target.exists():
+            os.rename(target, earlier)
+        try:
+            os.rename(made, target)
+        except OSError:
+            if earlier.exists():
+                os.rename(earlier, target)
+            raise
+        _sync_folder(target.parent)
+
+
+def replaceable(path: Path) -> bool:
+    """Returns True where nothing is at `path`, or an empty folder, or one that `replacing_folder` made."""
+    if not path.exists():
+        return True
+    return path.is_dir() and ((path / _FOLDER_MARK).is_file() or not any(path.iterdir()))
 
 
 def make_folder(path: str | Path, error: type[QuantizationError] = QuantizationError) -> Path:

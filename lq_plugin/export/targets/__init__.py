@@ -1,6 +1,7 @@
 """Built-in export targets, one file each, registered on import."""
 
 from lq_plugin.export.targets import (
+    compressed_tensors as compressed_tensors,
     gguf as gguf,
     onnx as onnx,
     packed as packed,

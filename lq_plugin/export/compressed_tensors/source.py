@@ -1,0 +1,124 @@
+"""The transformers model inside a module, and what keeps a folder from holding it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lq_plugin.errors import ExportError
+from lq_plugin.export.compressed_tensors.schemes import is_symmetric, scheme_of
+from lq_plugin.model.prepare import quantized_layers
+
+
+def put_source(model: nn.Module, source: nn.Module) -> nn.Module:
+    """Returns a float module with another transformers model in place of its own.
+
+    Args:
+        model: holds one, of the same class.
+        source: the other one.
+
+    Raises:
+        ExportError: it holds none of this class, or more than one.
+    """
+    places = [name for name, part in _outermost(model) if type(part) is type(source)]
+    if len(places) != 1:
+        raise ExportError(
+            f"fresh makes a {type(model).__name__} with {len(places)} models of the class {type(source).__name__}, "
+            "which the folder holds: one is wanted"
+        )
+    if places == [""]:
+        return source
+    parent, _, name = places[0].rpartition(".")
+    setattr(model.get_submodule(parent), name, source)
+    return model.eval()
+
+
+def source_of(model: nn.Module) -> tuple[str, Any]:
+    """Returns the one quantized transformers model in a module (or the module itself) and its name there.
+
+    Raises:
+        ExportError: there is none, or more than one.
+    """
+    found = list(_outermost(model))
+    quantized = [(name, part) for name, part in found if quantized_layers(part)]
+    if len(quantized) == 1:
+        return quantized[0]
+    kind = type(model).__name__
+    if not found:
+        raise ExportError(f"{kind} holds no transformers model (a PreTrainedModel), and a folder is one of these")
+    listed = ", ".join(f"{name or 'itself'} ({type(part).__name__})" for name, part in quantized or found)
+    what = "quantized transformers models" if quantized else "transformers models, none of them quantized"
+    raise ExportError(f"{kind} holds {len(quantized or found)} {what}: {listed}; a folder is one: export it alone")
+
+
+def source_faults(model: nn.Module) -> list[str]:
+    """Returns what keeps a folder from holding a prepared model, its specs aside."""
+    try:
+        name, source = source_of(model)
+    except ExportError as error:
+        return [str(error)]
+    prefix = f"{name}." if name else ""
+    outside = [layer for layer, _ in quantized_layers(model) if not layer.startswith(prefix)]
+    faults = [
+        f"{layer} is quantized and no part of {name} ({type(source).__name__}): leave it float" for layer in outside
+    ]
+    adapters = [part for part, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]
+    # PEFT's own model around the source is one, each layer with an adapter another.
+    if adapters := [part for part in adapters if part.startswith(prefix) and part != name]:
+        faults.append(
+            f"adapters of PEFT are not merged ({', '.join(adapters[:3])}, {len(adapters)} in all): call "
+            "merge_and_unload(), and export what it returns"
+        )
+    return faults
+
+
+def must_be_dequantized(source: nn.Module) -> bool:
+    """Returns True where transformers can read the weights at loading only.
+
+    It keeps a place of another shape for packed zero points, and 4-bit floats that wait for the first forward pass
+    become bfloat16 there.
+    """
+    specs = [cast(Any, layer.weight_quantizer).spec for _, layer in quantized_layers(source) if layer.weight_quantizer]
+    blocks = any(spec.format_name in ("nvfp4", "mxfp4") for spec in specs)
+    affine = any(spec.format_name == "int" and not is_symmetric(spec) for spec in specs)
+    return affine or (blocks and cast(Any, source).dtype != torch.bfloat16)
+
+
+def decompression_faults(model: nn.Module) -> list[str]:
+    """Returns what transformers could not read of a model without other faults."""
+    _, source = source_of(model)
+    schemes: dict[str, str] = {}
+    for name, layer in quantized_layers(source):
+        weight, inputs = cast(Any, layer.weight_quantizer), cast(Any, layer.input_quantizer)
+        if weight is not None:
+            scheme = scheme_of(weight.spec, None if inputs is None else inputs.spec)
+            schemes.setdefault(str(scheme), f"{name} ({weight.spec})")
+    if len(schemes) < 2 or not must_be_dequantized(source):
+        return []
+    return [
+        "transformers reads asymmetric weights, and nvfp4 and mxfp4 of a model that is not in bfloat16, where all "
+        f"layers have one scheme; here are {', '.join(schemes.values())}: give them one spec, symmetric weights, or "
+        "call model.bfloat16()"
+    ]
+
+
+def _outermost(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields transformers models that are not part of another one, each once."""
+    from transformers import PreTrainedModel
+
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if isinstance(module, PreTrainedModel):
+            yield name, module
+            return
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(module, "")

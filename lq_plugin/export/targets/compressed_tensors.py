@@ -1,0 +1,61 @@
+"""Target `compressed-tensors`: a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lq_plugin.export.request import Request
+from lq_plugin.export.target import Reader, Target, register_target
+from lq_plugin.intent.spec import QuantSpec
+
+
+@register_target
+class CompressedTensors(Target):
+    """Folders of compressed-tensors; see `lq_plugin.export.compressed_tensors`.
+
+    The model is a transformers model, or a module that holds one. A module's other parts are not in the folder. vLLM
+    runs q, k and v, and gate and up, as one layer each: give them one spec.
+    """
+
+    name, suffix, by_suffix, writes_folder = "compressed-tensors", "", False, True
+    summary = "a transformers model for transformers and vLLM: INT4 and INT8 groups, W8A8, NVFP4, MXFP4, or several"
+    packages = ("compressed_tensors", "transformers")
+
+    takes: ClassVar = {
+        "weight": ("int4 group32", "int8 per_channel", "int4 per_channel", "nvfp4", "mxfp4"),
+        "input": ("int8", "uint8 affine"),
+    }
+
+    def model_faults(self, request: Request) -> list[str]:
+        from lq_plugin.export.compressed_tensors.source import decompression_faults, source_faults
+
+        faults = source_faults(request.model) + super().model_faults(request)
+        return faults or decompression_faults(request.model)
+
+    def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        from lq_plugin.export.compressed_tensors.schemes import input_fault, weight_fault
+
+        if slot == "weight":
+            return weight_fault(spec, layer)
+        return input_fault(spec, layer) if slot == "input" else "outputs stay float, the next layer's input is held"
+
+    def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
+        # vLLM has not tested zero points of inputs. PACT clips at 0, where it has no use for half of the signed levels.
+        symmetric = slot == "input" and spec.is_uniform and spec.range_name != "pact"
+        return spec.replace(signed=True, affine=False) if symmetric else spec
+
+    def write(self, request: Request) -> int:
+        from lq_plugin.export.compressed_tensors.folder import write_folder
+        from lq_plugin.export.compressed_tensors.source import source_of
+
+        assert request.path is not None
+        return write_folder(source_of(request.model)[1], request.path)
+
+    def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
+        from lq_plugin.export.compressed_tensors.folder import open_folder
+        from lq_plugin.export.compressed_tensors.source import put_source
+
+        loaded = open_folder(path)
+        return Reader(loaded if fresh is None else put_source(fresh(), loaded))
