@@ -11,6 +11,7 @@ from typing import Any
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.certificate import computed_by
+from lq_plugin.export.inputs import inputs_of
 from lq_plugin.export.target import Target, export_model, target_of
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.search.evaluation.costs import COSTS
@@ -38,6 +39,7 @@ def score_files(evaluator: Evaluator, result: SearchResult, folder: Path) -> Non
     """
     target = target_of(name=evaluator.target)
     inputs = example_inputs(evaluator)
+    batches = _calibration_inputs(evaluator) if target.needs_batches({}) else None
     scores = dict(result.study.user_attrs.get(FILES, {}))
     for candidate in result.front:
         if str(candidate.number) in scores:
@@ -45,7 +47,7 @@ def score_files(evaluator: Evaluator, result: SearchResult, folder: Path) -> Non
         evaluator.apply(evaluator.layer_plans(candidate.plan))
         path = make_folder(folder) / f"{Path(candidate.file_name).stem}{target.suffix}"
         with evaluating(evaluator.model):
-            size = export_model(evaluator.model, path, inputs, target=target.name)
+            size = export_model(evaluator.model, path, inputs, batches, target.name)
         with computed_by(evaluator.model, target, path, None) as calls:
             metrics = evaluator.validate()
         if not calls.number:
@@ -57,6 +59,15 @@ def score_files(evaluator: Evaluator, result: SearchResult, folder: Path) -> Non
         scores[str(candidate.number)] = found | {"file_bytes": size, "file_ms": _milliseconds(target, path, inputs)}
         log.info("score=file: trial %d: %s", candidate.number, scores[str(candidate.number)])
     result.study.set_user_attr(FILES, scores)
+
+
+def _calibration_inputs(evaluator: Evaluator) -> list[Any]:
+    """Returns inputs of training data, as many batches as ranges come from."""
+    loader = evaluator.dataloader
+    if loader is None:
+        source: Any = evaluator.datamodule or evaluator.model
+        loader = source.train_dataloader()
+    return list(inputs_of(loader, evaluator.calibration_batches))
 
 
 def _milliseconds(target: Target, path: Path, inputs: list[Any]) -> float:

@@ -1,0 +1,167 @@
+"""Exported files in the runtimes of their targets, beside the model that they were made from and its float file.
+
+    python -m benchmarks.targets --json out.json
+
+ResNet-20 (CIFAR-10, public weights) at W8A8 and W4A8, a MobileNetV3-like net with random weights at W8A8, a Llama-like
+model of two layers with random weights at int4 groups, GGUF's Q4_0 and Q8_0, MXFP4 and ternary:
+
+    bytes              of the file, or of all files of a folder
+    agreement          share of samples (tokens) whose largest logit is that of the fake-quantized model
+    within_one_step    share of outputs that differ by at most one step, (max - min) / 255 of a batch's outputs
+    largest_steps      largest difference in such steps
+    integer, products  products that the runtime computes with integers, and all of them, where it says so
+    accuracy           of the file on the test images, `model_accuracy` that of the fake-quantized model
+    over_float         time of the same runtime's float file over that of this one, one sample at a time, one thread:
+                       medians of interleaved rounds
+
+Runtimes that are not installed are listed as missing. Models are quantized on their target's own grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import common
+from benchmarks.targets_models import CASES, Case, Data, build, float_runner
+from lq_plugin import calibrate, prepare
+from lq_plugin.errors import MissingPackageError
+from lq_plugin.export import certify, export_model
+from lq_plugin.export.planned import plan_for, refuse_for_target
+from lq_plugin.export.target import TARGETS, Target
+from lq_plugin.model import record
+
+ROUNDS = 15
+#: Calls a round: a single short one would measure what the contender before it left in the caches.
+CALLS = 32
+#: Whose versions the results name.
+PACKAGES = ("onnx", "onnxruntime", "openvino", "executorch", "ai-edge-litert", "litert-torch", "gguf", "transformers")
+#: Samples that model and file are compared on, output by output.
+COMPARED = 256
+
+
+def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) -> dict[str, Any]:
+    """One row.
+
+    Args:
+        case: model and plan.
+        place: the target, with the runtime after a colon where there are several.
+        model: float.
+        data: of the model.
+        folder: for the file.
+    """
+    name, _, runtime = place.partition(":")
+    row: dict[str, Any] = {"model": case.model, "plan": case.plan, "target": name, "runtime": runtime or None}
+    if name not in TARGETS:
+        return row | {"missing": f"there is no target {name}"}
+    target = TARGETS[name]
+    try:
+        target.need_packages(name, target.runtime_of(runtime or None))
+    except MissingPackageError as error:
+        return row | {"missing": str(error)}
+    quantized, path = copy.deepcopy(model), folder / f"{case.model}_{case.plan}_{name}{target.suffix}".replace(" ", "_")
+    plan = plan_for(case.quant_plan(name), name)
+    example = data.calibration[0]
+    prepare(quantized, plan, record(quantized, lambda: quantized(example)))
+    refuse_for_target(quantized, plan)
+    calibrate(quantized, data.calibration)
+    export_model(quantized, path, (example,), data.calibration, name)
+    found = certify(quantized, path, data.test[:COMPARED].split(32), None, runtime or None, name)
+    row |= {
+        "runtime": found.runtime, "bytes": found.bytes, "agreement": found.verification.agreement,
+        "within_one_step": found.verification.within_one_step, "largest_steps": found.verification.largest_steps,
+        "versions": dict(found.versions),
+    }  # fmt: skip
+    if found.products is not None:
+        row |= {"integer": sum(found.products.integer.values()), "products": found.products.total}
+    run = target.open(path, target.runtime_of(runtime or None), None).run
+    if data.classes is not None:
+        row["accuracy"] = _accuracy(run, data.test, data.classes)
+        row["model_accuracy"] = _accuracy(quantized, data.test, data.classes)
+    return row | _speed(target, runtime or None, run, model, data.test[:1])
+
+
+def _accuracy(run: Callable[[Tensor], Any], inputs: Tensor, classes: Tensor) -> float:
+    """Share of right predictions in percent."""
+    right = 0
+    with torch.no_grad():
+        for x, y in zip(inputs.split(250), classes.split(250), strict=True):
+            logits = run(x)
+            right += int(((logits if isinstance(logits, Tensor) else logits[0]).argmax(1) == y).sum())
+    return 100 * right / len(classes)
+
+
+def _speed(
+    target: Target, runtime: str | None, run: Callable[[Tensor], Any], model: nn.Module, x: Tensor
+) -> dict[str, float]:
+    """Milliseconds of the file and how many times faster than the float file it is; nothing without a float file."""
+    plain = float_runner(target.name, runtime, model, x)
+    if plain is None:
+        return {}
+    calls = {"file": lambda: [run(x) for _ in range(CALLS)], "float": lambda: [plain(x) for _ in range(CALLS)]}
+    times = common.interleaved(calls, ROUNDS)
+    seconds = {name: statistics.median(each) / CALLS for name, each in times.items()}
+    return {"milliseconds": 1e3 * seconds["file"], "over_float": seconds["float"] / seconds["file"]}
+
+
+def show(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as a table for a terminal."""
+    columns = ("model", "plan", "target", "runtime", "bytes", "agreement", "within_one_step", "largest_steps",
+               "integer", "products", "accuracy", "model_accuracy", "over_float")  # fmt: skip
+    table = Table(title="files in their runtimes")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        if "missing" in row:
+            table.add_row(row["model"], row["plan"], row["target"], row["missing"])
+        else:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command; returns the results."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=None, choices=sorted({case.model for case in CASES}))
+    parser.add_argument("--targets", nargs="+", default=None, metavar="NAME", help="only these targets")
+    parser.add_argument("--images", type=int, default=10_000, metavar="N", help="test images (default: 10,000)")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    common.start(options)
+    logging.getLogger("lq_plugin").setLevel(logging.ERROR)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for case in CASES:
+            if options.models is not None and case.model not in options.models:
+                continue
+            model, data = build(case.model, options.data, options.images)
+            for place in case.targets:
+                if options.targets is None or place.partition(":")[0] in options.targets:
+                    rows.append(measure(case, place, model, data, Path(folder)))
+                    Console().print({key: value for key, value in rows[-1].items() if key != "versions"})
+    results = {"results": rows}
+    Console().print(show(rows))
+    common.write_json(options.json, results, PACKAGES)
+    return results
+
+
+if __name__ == "__main__":
+    main()
