@@ -36,12 +36,11 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.targets_models import CASES, Case, Data, build, float_runner
-from lq_plugin import calibrate, prepare
 from lq_plugin.errors import MissingPackageError
 from lq_plugin.export import certify, export_model
 from lq_plugin.export.planned import plan_for, refuse_for_target
 from lq_plugin.export.target import TARGETS, Target
-from lq_plugin.model import record
+from lq_plugin.ptq import run_phases
 
 ROUNDS = 15
 #: Calls a round: a single short one would measure what the contender before it left in the caches.
@@ -74,9 +73,9 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
     quantized, path = copy.deepcopy(model), folder / f"{case.model}_{case.plan}_{name}{target.suffix}".replace(" ", "_")
     plan = plan_for(case.quant_plan(name), name)
     example = data.calibration[0]
-    prepare(quantized, plan, record(quantized, lambda: quantized(example)))
+    phases = ["fold_batch_norm", "calibrate", *(["round_biases"] if target.integer_biases else [])]
+    run_phases(quantized, plan, data.calibration, phases)
     refuse_for_target(quantized, plan)
-    calibrate(quantized, data.calibration)
     export_model(quantized, path, (example,), data.calibration, name)
     found = certify(quantized, path, data.test[:COMPARED].split(32), None, runtime or None, name)
     row |= {

@@ -12,6 +12,7 @@ from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.errors import PlanError
+from lq_plugin.export.planned import known_target
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.unreached import REASON, unreached
@@ -35,8 +36,9 @@ class PTQ(QuantizationCallback):
             `equalize` (spreads of neighbouring layers, for scales a tensor), `smooth_quant` (outliers of activations,
             in transformers). Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what quantization did
             to means and variances, worth points below 8 bits), `bias_correct` (means only, for models without batch
-            norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). One
-            with options is a mapping: `{"reconstruct": {"iterations": 1000}}`.
+            norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). Last
+            `round_biases`, which a target with int32 biases adds: the model then computes what its file does. One with
+            options is a mapping: `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step, target: see `QuantizationCallback`.
         seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search
@@ -60,10 +62,13 @@ class PTQ(QuantizationCallback):
             raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
             raise PlanError(f"seed is an integer from 0 to 2**32 - 1, or None, got {seed!r}")
-        phases, self.phase_options = names_and_options(phases)
-        check_phases(phases, self.phase_options)
+        names, self.phase_options = names_and_options(phases)
+        in_integers = self.plan.target is not None and known_target(self.plan.target).integer_biases
+        if in_integers and "round_biases" not in names:
+            names = (*names, "round_biases")
+        check_phases(names, self.phase_options)
         self.calibration_batches = calibration_batches
-        self.phases = phases
+        self.phases = names
         self.seed = seed
         self.recalibrate = recalibrate
         #: What each phase returned, by its name.

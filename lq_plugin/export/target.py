@@ -72,6 +72,8 @@ class Target(ABC):
     options: ClassVar[tuple[Option, ...]] = ()
     #: Whether the model runs on an example input to be written.
     needs_inputs: ClassVar[bool] = False
+    #: Whether biases next to integer weights and inputs are int32 in its files: PTQ for it rounds the model's own.
+    integer_biases: ClassVar[bool] = False
     #: Specs that its files hold for each tensor of a layer, the usual one first; messages name the nearest.
     takes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: Whether its files may hold activations whose range is found at run time (`int8 dynamic`); otherwise `spec_fault`

@@ -25,6 +25,7 @@ from lq_plugin.ptq.bias_correction.correct import BiasCorrection, bias_correct
 from lq_plugin.ptq.context import PhaseContext as PhaseContext
 from lq_plugin.ptq.equalization.equalize import Equalization, check_iterations, equalize
 from lq_plugin.ptq.gptq.quantize import GPTQResult, check_options, gptq
+from lq_plugin.ptq.integer_biases.round import RoundedBiases, round_biases
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction, reconstruct
 from lq_plugin.ptq.registry import (
@@ -209,3 +210,10 @@ def _reestimate_batch_norm(context: PhaseContext) -> ReestimatedBatchNorms:
     waiting = any(q.lacks_range for q in quantizers(context.model))
     with context.passes(), float_forward(context.model) if waiting else nullcontext():
         return reestimate_batch_norm(context.model, context.batches, context.run)
+
+
+@register_phase("round_biases", after=_RANGES)
+def _round_biases(context: PhaseContext) -> RoundedBiases:
+    result = round_biases(context.model, context.recording)
+    context.say(f"rounded the biases of {len(result.changed)} layers to steps of their integer sums")
+    return result

@@ -50,7 +50,7 @@ class ONNX(Target):
     summary = "standard QDQ graph with INT2, INT4, INT8 and INT16, for ONNX Runtime and OpenVINO"
     packages, runtimes = PACKAGES, tuple(RUNTIMES)
     options, takes = OPTIONS, TAKES
-    needs_inputs = True
+    needs_inputs = integer_biases = True
 
     def form(self, settings: Mapping[str, Any]) -> Form:
         """Returns the choices that these values of the options make."""

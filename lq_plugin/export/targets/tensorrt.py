@@ -22,6 +22,7 @@ class TensorRT(ONNX):
     name, by_suffix = "tensorrt", False
     summary = "the graph under TensorRT's rules for explicit quantization: signed INT8 and INT4, no zero points; linted"
     runtimes = ("onnxruntime",)
+    integer_biases = False
     options = tuple(option for option in ONNX.options if option.name == "dynamic_dims")
 
     def form(self, settings: Mapping[str, Any]) -> Form:
