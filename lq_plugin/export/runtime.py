@@ -73,7 +73,9 @@ def onnx_session(
             content, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except _refusals() as error:
-        raise ExportError(f"ONNX Runtime cannot read {where}: {str(error)[:500]}") from error
+        fp4 = any(tensor.data_type == onnx.TensorProto.FLOAT4E2M1 for tensor in model.graph.initializer)
+        advice = "it has no kernels for FLOAT4E2M1: export with fp4=uint4 or fp4=int8; " if fp4 else ""
+        raise ExportError(f"ONNX Runtime cannot read {where}: {advice}{str(error)[:500]}") from error
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -36,6 +36,7 @@ from lq_plugin.quantizers.mx import (
 )
 from lq_plugin.quantizers.registry import (
     Container as Container,
+    FloatContainer as FloatContainer,
     Part as Part,
     Storage as Storage,
     make_activation_quantizer as make_activation_quantizer,

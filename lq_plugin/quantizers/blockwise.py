@@ -11,20 +11,16 @@ from lq_plugin.functional.affine import extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows
-from lq_plugin.functional.minifloat import E2M1, E4M3, Minifloat, minifloat_codes, minifloat_values
+from lq_plugin.functional.minifloat import E2M1, E3M2, E4M3, Minifloat, minifloat_codes, minifloat_values
 from lq_plugin.functional.nvfp4 import Target, fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale, power_of_two
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Levels
-from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
+from lq_plugin.quantizers.registry import FloatContainer, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer
-
-#: Factors that make integers of the elements: ONNX has no small floating point types with blocks. The values of an
-#: MXFP8 element would need 18 bits.
-_FACTORS = {"mxint8": 64, "mxfp4": 2, "mxfp6_e2m3": 8, "mxfp6_e3m2": 16}
 
 
 def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
@@ -161,17 +157,12 @@ def _decode_ocp(spec: QuantSpec, parts: Values) -> Tensor:
     return minifloat_values(parts["codes"], ELEMENTS[spec.format_name]) * power_of_two(parts["exponent"] - 127)
 
 
-def _ocp_container(spec: QuantSpec, values: Values) -> Container:
-    name = spec.format_name
-    scale = power_of_two(values["exponent"] - 127).squeeze(2) / _FACTORS[name]
-    q = _as_integers(values["codes"], ELEMENTS[name].values(), _FACTORS[name])
-    return Container(q, 16 if name == "mxfp6_e3m2" else 8, True, scale, block=32)
-
-
-def _no_ocp_container(spec: QuantSpec, channels: int) -> str | None:
-    if spec.format_name in _FACTORS:
-        return None
-    return "ONNX has no integers of 16 bits that hold its values; use the packed file, or another format"
+def _ocp_container(spec: QuantSpec, values: Values) -> FloatContainer:
+    element, codes = ELEMENTS[spec.format_name], values["codes"]
+    scale = power_of_two(values["exponent"] - 127).squeeze(2)
+    if element == E3M2:  # 10 bits as integers; E4M3 has all of its values
+        element, codes = E4M3, minifloat_codes(minifloat_values(codes, E3M2), E4M3)
+    return FloatContainer(codes, element, scale, "E8M0", block=32)
 
 
 def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
@@ -192,19 +183,9 @@ def _decode_nvfp4(spec: QuantSpec, parts: Values) -> Tensor:
     return minifloat_values(parts["codes"], E2M1) * (minifloat_values(parts["scale"], E4M3) * parts["tensor_scale"])
 
 
-def _nvfp4_container(spec: QuantSpec, values: Values) -> Container:
-    scale = E4M3.values()[values["scale"].long()].squeeze(2) * values["tensor_scale"] / 2
-    return Container(_as_integers(values["codes"], E2M1.values(), 2), 8, True, scale, block=16)
-
-
-def _as_integers(codes: Tensor, magnitudes: Tensor, factor: int) -> Tensor:
-    """Returns the values of codes times a factor that makes integers of them, int32."""
-    half = len(magnitudes)
-    # A format whose largest codes are no values (E4M3's NaN) has fewer magnitudes than codes.
-    while half & (half - 1):
-        half += 1
-    value = (magnitudes * factor).round().to(torch.int32)[codes.long() % half]
-    return torch.where(codes >= half, -value, value)
+def _nvfp4_container(spec: QuantSpec, values: Values) -> FloatContainer:
+    scale = minifloat_values(values["scale"], E4M3).squeeze(2)
+    return FloatContainer(values["codes"], E2M1, scale, "E4M3", values["tensor_scale"].reshape(()), block=16)
 
 
 for _name in ELEMENTS:
@@ -215,7 +196,6 @@ for _name in ELEMENTS:
         activation=OCPActivationQuantizer,
         storage=Storage(_encode_ocp, _decode_ocp),
         onnx=_ocp_container,
-        onnx_fault=_no_ocp_container,
         default_options="floor",
     )
 register_format(

@@ -28,9 +28,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lq_plugin.errors import SpecError, raise_all
+from lq_plugin.functional.minifloat import Minifloat, minifloat_values
 from lq_plugin.intent.formats import FORMATS, Format, declare_format
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
@@ -122,13 +124,49 @@ class Container:
 
 
 @dataclass(frozen=True)
+class FloatContainer:
+    """Weight of small floating point numbers as ONNX holds it: `w = value(q) · scale · tensor_scale`.
+
+    Args:
+        q: int32, the bits of each number: sign, exponent, mantissa; `[C_out, C_in / groups, *kernel]`.
+        element: format of the numbers.
+        scale: float32, shaped as that of a `Container`.
+        scale_type: format in which a file holds the scale: `"E8M0"` (powers of two), `"E4M3"` or `"float32"`.
+        tensor_scale: float32 `[]`; None: 1.
+        block: elements along dim 1 that share a scale; 0: all.
+    """
+
+    q: Tensor
+    element: Minifloat
+    scale: Tensor
+    scale_type: str = "float32"
+    tensor_scale: Tensor | None = None
+    block: int = 0
+
+    def as_integers(self) -> Container | None:
+        """Returns the same weight in multiples of the smallest number, INT8; None: they are more than 8 bits.
+
+        >>> import torch
+        >>> from lq_plugin.functional.minifloat import E2M1
+        >>> whole = FloatContainer(torch.tensor([[3, 15]]), E2M1, torch.tensor([[4.0]]), block=2).as_integers()
+        >>> whole.q, whole.scale
+        (tensor([[  3, -12]], dtype=torch.int32), tensor([[2.]]))
+        """
+        if self.element.max_value > 127 * self.element.smallest:
+            return None
+        q = (minifloat_values(self.q, self.element) / self.element.smallest).to(torch.int32)
+        scale = self.scale if self.tensor_scale is None else self.scale * self.tensor_scale
+        return Container(q, 8, True, scale * self.element.smallest, block=self.block)
+
+
+@dataclass(frozen=True)
 class FormatCode:
     """Code of a format; arguments as in `register_format`."""
 
     weight: Callable[[QuantSpec, str, tuple[int, ...]], WeightQuantizer] | None = None
     activation: Callable[[QuantSpec, str, int, int], ActivationQuantizer] | None = None
     storage: Storage | None = None
-    onnx: Callable[[QuantSpec, Values], Container] | None = None
+    onnx: Callable[[QuantSpec, Values], Container | FloatContainer] | None = None
     onnx_fault: Callable[[QuantSpec, int], str | None] = lambda spec, channels: None
     default_options: str = ""
 
@@ -143,7 +181,7 @@ def register_format(
     weight: Callable[[QuantSpec, str, tuple[int, ...]], WeightQuantizer] | None = None,
     activation: Callable[[QuantSpec, str, int, int], ActivationQuantizer] | None = None,
     storage: Storage | None = None,
-    onnx: Callable[[QuantSpec, Values], Container] | None = None,
+    onnx: Callable[[QuantSpec, Values], Container | FloatContainer] | None = None,
     onnx_fault: Callable[[QuantSpec, int], str | None] = lambda spec, channels: None,
     default_options: str = "",
 ) -> None:

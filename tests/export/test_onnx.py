@@ -17,7 +17,8 @@ from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
 WEIGHTS = [
     "int8 per_channel", "int8 affine mse", "int4 per_channel mse", "uint4 affine per_channel mse", "int3 group16 mse "
     "ragged",
-    "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "sign", "bwn",
+    "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3",
+    "nvfp4", "sign", "bwn",
     "twn per_channel", "q4_0", "tq1_0",
     "ttq", "kmeans3", "int12 per_channel",
 ]  # fmt: skip
@@ -163,14 +164,14 @@ def test_the_weights_in_the_file_are_the_levels(tmp_path):
 def test_what_onnx_cannot_say_is_refused_all_at_once(tmp_path):
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     plan = [
-        Rule("0", weight="mxfp8"),
+        Rule("0", weight="kmeans3 per_channel"),
         Rule("1", weight="int4", input="mx6"),
         Rule("2", weight="ttq per_channel", output="uint8 affine"),
     ]
     prepare(net, QuantPlan(plan))
     calibrate(net, [torch.randn(2, 16)])
     with pytest.raises(
-        ExportError, match=r"0\.weight \(mxfp8_e4m3\)(.|\n)*1\.input \(mx6\)(.|\n)*2\.weight(.|\n)*2\.output"
+        ExportError, match=r"0\.weight \(kmeans3 per_channel\)(.|\n)*1\.input \(mx6\)(.|\n)*2\.weight(.|\n)*2\.output"
     ):
         export_onnx(net, (torch.randn(2, 16),), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())

@@ -189,7 +189,7 @@ class Export(Options):
     base = ("plan=w4a8", "verify=true")
     keys = (
         "seed", "to", "output", "ckpt_path", "float_checkpoint", "plan", "calibration_batches", "phases", "round_sums",
-        "dynamic_dims", "smallest", "signed", "verify", "runtime", "imports",
+        "dynamic_dims", "smallest", "fp4", "signed", "verify", "runtime", "imports",
     )  # fmt: skip
 
     def run(self, cfg: DictConfig) -> None:

@@ -1,33 +1,44 @@
-"""Containers of quantized weights in ONNX: integers of a standard type, and a scale for each block of them.
+"""Containers of quantized weights in ONNX: numbers of a standard type, and a scale for each block of them.
 
     w = (q - zero_point) · scale                          DequantizeLinear, with axis or block_size
     w = table[q]                                          Gather
+    w = q · scale, for small floats                       `lq_plugin.export.onnx_file.minifloats`
 
-| format | integers | block |
+| format | numbers | block |
 |---|---|---|
 | int | the levels: INT2, INT4, INT8, INT16 or UINT2 to UINT16 | of the granularity; two-level scales multiplied out |
 | mx4, mx6, mx9 | the levels, INT4 or INT8 | 2 |
-| mxint8; mxfp4, nvfp4; mxfp6 | value · 64; · 2; · 8 (E2M3) or · 16 (E3M2): INT8, INT16 for E3M2 | 32, 16 |
+| mxint8, mxfp6_e2m3 | multiples of the smallest number, INT8 | 32 |
+| mxfp8, mxfp6_e3m2 | FLOAT8E4M3FN or FLOAT8E5M2, with the scales in FLOAT8E8M0 | 32 |
+| mxfp4, nvfp4 | as `fp4` says: INT8, UINT4 or FLOAT4E2M1 | 32, 16 |
 | sign, bwn, twn | -1, 0, 1: INT2 | of the granularity |
 | ttq, kmeans | an index, and the table | per tensor |
 
-All of them are exact. MXFP8 has none: its values need 18 bits as integers.
+All of them are exact.
 """
 
 from __future__ import annotations
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.onnx_file.minifloats import FLOATS
+from lq_plugin.functional.minifloat import E2M1
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.quantizers.registry import Container as Container, Parts, format_code
+from lq_plugin.quantizers.registry import (
+    Container as Container,
+    FloatContainer as FloatContainer,
+    Parts,
+    format_code,
+)
 
 
-def container(spec: QuantSpec, parts: Parts, name: str) -> Container:
+def container(spec: QuantSpec, parts: Parts, name: str, fp4: str = "int8") -> Container | FloatContainer:
     """Returns the exact container of a weight that `lq_plugin.export.codes.encode` took apart.
 
     Args:
         spec: of the weight.
         parts: of the weight.
         name: of the weight, for messages.
+        fp4: see `Form`.
 
     Raises:
         ExportError: when ONNX has none.
@@ -36,7 +47,13 @@ def container(spec: QuantSpec, parts: Parts, name: str) -> Container:
     make, reason = format_code(spec).onnx, refusal(spec, values["codes"].shape[0])
     if make is None or reason is not None:
         raise ExportError(f"{name} ({spec}): {reason}")
-    return make(spec, values)
+    made = make(spec, values)
+    if isinstance(made, FloatContainer) and (made.element not in FLOATS or (made.element == E2M1 and fp4 == "int8")):
+        integers = made.as_integers()
+        if integers is None:
+            raise ExportError(f"{name} ({spec}): ONNX has no type for its numbers")
+        return integers
+    return made
 
 
 def refusal(spec: QuantSpec, channels: int) -> str | None:

@@ -14,6 +14,7 @@ class Form:
     Args:
         smallest: bits of the smallest integer type of weights: 2, 4 or 8.
         smallest_whole: the same of weights without blocks of scales.
+        fp4: of weights in 4-bit floats: "int8", "uint4" (an index into the 16 values) or "float4" (FLOAT4E2M1).
         signed: activations are signed integers with zero point 0. False: unsigned ones, with any zero point.
         activation_bits: of the largest integer type of activations: 8 or 16.
         channel_activations: activations may have a scale for each channel.
@@ -26,6 +27,7 @@ class Form:
 
     smallest: int = 2
     smallest_whole: int = 2
+    fp4: str = "int8"
     signed: bool = False
     activation_bits: int = 16
     channel_activations: bool = True

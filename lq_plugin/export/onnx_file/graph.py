@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from lq_plugin.errors import ExportError
-from lq_plugin.export.onnx_file.containers import Container
+from lq_plugin.export.onnx_file.containers import Container, FloatContainer
 from lq_plugin.export.onnx_file.form import Form
+from lq_plugin.export.onnx_file.minifloats import put_floats
 from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
@@ -37,8 +38,14 @@ _FAST_GROUPS = (128, 64, 32)
 #: Scales of an activation and of a weight that are 0 everywhere, where any scale would do. In steps of their product,
 #: biases up to 32 fit into int32, with 26 fractional bits.
 _SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
-#: First opset and first format version with the types of so many bits.
-_NEWER = {2: (25, 13)}
+#: First opset and first format version with a type.
+_NEWER = {
+    **dict.fromkeys((_TYPES[2, True], _TYPES[2, False]), (25, 13)),
+    TensorProto.FLOAT4E2M1: (23, 11),
+    TensorProto.FLOAT8E8M0: (24, 12),
+}
+#: Bits of the types of which several are in a byte.
+_BITS = {kind: bits for (bits, _), kind in _TYPES.items() if bits < 8} | {TensorProto.FLOAT4E2M1: 4}
 
 
 class Graph:
@@ -67,7 +74,7 @@ class Graph:
         name: str,
         source: str,
         nodes: list[onnx.NodeProto],
-        content: tuple[Container, bool],
+        content: tuple[Container | FloatContainer, bool],
         through_transpose: bool,
     ) -> None:
         """Lets `nodes`, calls of one layer, read the weight from integers.
@@ -85,14 +92,14 @@ class Graph:
             raise ExportError(f"{source} is read in two orders by the exported graph")
         first, alone = nodes[0], len(nodes) == 1
         factor = None
-        if weight.table is None and alone:
+        if isinstance(weight, Container) and weight.table is None and alone:
             factor = self._absorb_batch_norm(name, first, weight)
         value = self._dequantized(name, first, weight, exchanged != transposed.pop(), factor)
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
     def put_parameter(
-        self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container, bool]
+        self, name: str, source: str, users: Sequence[onnx.NodeProto], content: tuple[Container | FloatContainer, bool]
     ) -> None:
         """Lets nodes that do anything with a parameter read it from integers.
 
@@ -107,7 +114,8 @@ class Graph:
             self.put_weight(name, source, nodes, content, through_transpose)
             return
         weight, exchanged = content
-        if weight.bits == 2 and weight.zero_point is not None and any(node.op_type == "Transpose" for node in users):
+        turned = any(node.op_type == "Transpose" for node in users)
+        if turned and isinstance(weight, Container) and weight.bits == 2 and weight.zero_point is not None:
             # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for
             # the result.
             weight = replace(weight, bits=4)
@@ -116,16 +124,24 @@ class Graph:
             node.input[:] = [value if read == source else read for read in node.input]
 
     def _dequantized(
-        self, name: str, before: onnx.NodeProto, weight: Container, flipped: bool = False, factor: Tensor | None = None
+        self,
+        name: str,
+        before: onnx.NodeProto,
+        weight: Container | FloatContainer,
+        flipped: bool = False,
+        factor: Tensor | None = None,
     ) -> str:
         """Returns the name of the real weight, made before a node; flipped: `[C_in, C_out]`, channels times factors."""
+        if isinstance(weight, FloatContainer):
+            return put_floats(self, name, before, weight, flipped, self.form.fp4)
         source = f"{name}.weight"
         q = weight.q.transpose(0, 1) if flipped else weight.q
         if weight.table is not None:
-            indices = self._initializer(f"{name}.weight_codes", q.numpy().astype(np.uint8), TensorProto.UINT8)
-            table = self._initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
-            wide = self._node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
-            return self._node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
+            kind = TensorProto.UINT4 if len(weight.table) <= 16 and self.form.smallest <= 4 else TensorProto.UINT8
+            indices = self.weight_codes(f"{name}.weight_codes", q.numpy().astype(np.uint8), kind)
+            table = self.initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
+            wide = self.node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
+            return self.node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
         bits = max(weight.bits, self.form.smallest, 0 if weight.block else self.form.smallest_whole)
         if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
@@ -153,24 +169,24 @@ class Graph:
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
-        codes = self._weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
+        codes = self.weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
         if before.op_type in CONV and bits < 8:
             # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
-            codes = self._node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
-        inputs = [codes, self._initializer(f"{name}.weight_scale", scale.contiguous().numpy(), TensorProto.FLOAT)]
+            codes = self.node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
+        inputs = [codes, self.initializer(f"{name}.weight_scale", scale.contiguous().numpy(), TensorProto.FLOAT)]
         if zero_point is not None:
-            inputs.append(self._initializer(f"{name}.weight_zero_point", zero_point.contiguous().numpy(), kind))
+            inputs.append(self.initializer(f"{name}.weight_zero_point", zero_point.contiguous().numpy(), kind))
         place = {"axis": (0 if flipped else 1) if weight.block else (1 if flipped else 0)} if scale.ndim else {}
         if weight.block:
             place["block_size"] = weight.block
-        return self._node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
+        return self.node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
 
-    def _weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
+    def weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
         """Returns the name of a weight's integers, one for tied layers."""
         content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
         if content not in self.codes:
-            self.codes[content] = self._initializer(name, values, kind)
+            self.codes[content] = self.initializer(name, values, kind)
         self.known[name] = self.known[self.codes[content]]
         return self.codes[content]
 
@@ -188,12 +204,13 @@ class Graph:
             raise ExportError(
                 f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4"
             )
-        if bits in _NEWER:
-            opset, version = _NEWER[bits]
-            entry = next(entry for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
-            entry.version = max(entry.version, opset)
-            self.model.ir_version = max(self.model.ir_version, version)
-        return kind
+        return int(kind)
+
+    def need(self, opset: int, version: int = 0) -> None:
+        """Raises the file's opset and format version to these, if they are lower."""
+        entry = next(entry for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+        entry.version = max(entry.version, opset)
+        self.model.ir_version = max(self.model.ir_version, version)
 
     def put_activation(
         self,
@@ -235,7 +252,7 @@ class Graph:
             "scale": scale,
         }  # fmt: skip
         inverse, low, high, step = (
-            self._initializer(f"{stem}_{key}", value.astype(np.float32).reshape(shape), TensorProto.FLOAT)
+            self.initializer(f"{stem}_{key}", value.astype(np.float32).reshape(shape), TensorProto.FLOAT)
             for key, value in constants.items()
         )
         value = _make(added, "Mul", [source, inverse], f"{stem}_steps")
@@ -268,7 +285,7 @@ class Graph:
         if outermost:
             # Fewer levels than the type has: clipped to the outermost ones first.
             ends = [
-                self._initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT)
+                self.initializer(f"{stem}_{key}", np.asarray(end, np.float32), TensorProto.FLOAT)
                 for key, end in outermost.items()
             ]
             source = _make(added, "Clip", [source, *ends], f"{stem}_clipped")
@@ -276,8 +293,8 @@ class Graph:
         kind = self._type(bits, self.form.signed, source)
         zero_point = zero_point.astype(np.int64) + (2 ** (bits - 1) if grid.signed and not self.form.signed else 0)
         parameters = [
-            self._initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
-            self._initializer(f"{stem}_zero_point", zero_point, kind),
+            self.initializer(f"{stem}_scale", scale, TensorProto.FLOAT),
+            self.initializer(f"{stem}_zero_point", zero_point, kind),
         ]
         place = {} if axis is None else {"axis": axis}
         codes = _make(added, "QuantizeLinear", [source, *parameters], stem, **place)
@@ -306,7 +323,7 @@ class Graph:
         if not self.form.negative_scales and content.bits == 8 and (lowest & (factor < 0)).any():
             return None
         bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
-        moved = self._initializer(
+        moved = self.initializer(
             f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT
         )
         del node.input[2:]
@@ -322,8 +339,10 @@ class Graph:
             for node in self.graph.node
         )
 
-    def _initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
-        small = next((bits for bits in (2, 4) if kind in (_TYPES[bits, True], _TYPES[bits, False])), None)
+    def initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
+        """Adds a constant of a type of ONNX; returns its name. Types of less than a byte come as their bits."""
+        self.need(*_NEWER.get(kind, (0, 0)))
+        small = _BITS.get(kind)
         if small is not None:
             # The first element in the lowest bits.
             flat = values.astype(np.uint8).reshape(-1) & (2**small - 1)
@@ -339,7 +358,8 @@ class Graph:
         self.known[name] = self.graph.initializer[-1]
         return name
 
-    def _node(self, before: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    def node(self, before: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Adds a node before another one; returns its output's name."""
         return _make(self.before[before.name], op_type, inputs, output, **attributes)
 
     def finish(self) -> onnx.ModelProto:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.codes import encode
 from lq_plugin.export.onnx_file.biases import settle_biases
-from lq_plugin.export.onnx_file.containers import Container, container
+from lq_plugin.export.onnx_file.containers import Container, FloatContainer, container
 from lq_plugin.export.onnx_file.faults import onnx_faults, tensors_of
 from lq_plugin.export.onnx_file.float_model import float_graph, inference_copy
 from lq_plugin.export.onnx_file.form import Form
@@ -58,6 +58,7 @@ def export_onnx(
     dynamic_dims: Sequence[int] = (),
     exported: onnx.ModelProto | None = None,
     signed: bool = False,
+    fp4: str = "int8",
     form: Form | None = None,
 ) -> int:
     """Writes a prepared and calibrated model as ONNX.
@@ -78,7 +79,10 @@ def export_onnx(
             of the time.
         signed: quantized activations are signed integers with zero point 0, as their plan has to say (`int8`); False:
             unsigned ones of the same values, for which ONNX Runtime has faster kernels.
-        form: choices made for another runtime; None: those of `smallest` and `signed`.
+        fp4: how weights in MXFP4 and NVFP4 are held: "int8", for which ONNX Runtime has fast kernels; "uint4" (indices
+            of the 16 values) half as large, computed in float by ONNX Runtime and OpenVINO; or "float4" (FLOAT4E2M1) as
+            small, for which OpenVINO has kernels and ONNX Runtime 1.32 has none.
+        form: choices made for another runtime; None: those of `smallest`, `signed` and `fp4`.
 
     Returns:
         The size of the file, in bytes.
@@ -89,9 +93,9 @@ def export_onnx(
         MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     batches = None if sums_from is None else list(sums_from)
-    options = {"smallest": smallest, "dynamic_dims": dynamic_dims, "signed": signed}
+    options = {"smallest": smallest, "dynamic_dims": dynamic_dims, "signed": signed, "fp4": fp4}
     request = Request(options, Path(path), model, "ranges", inputs, batches)
-    form = form or Form(smallest=smallest, signed=signed)
+    form = form or Form(smallest=smallest, fp4=fp4, signed=signed)
     faults = option_faults(OPTIONS, options) or onnx_faults(request, input_names, dynamic_batch, form)
     raise_all(ExportError, "cannot export the model", faults)
     free = {
@@ -103,7 +107,7 @@ def export_onnx(
     for name in silent:
         log.warning("%s is float in %s: no batch has reached it", name, path)
     layers = [(name, layer) for name, layer in quantized_layers(model) if name not in silent]
-    weights, activations = _collect(layers)
+    weights, activations = _collect(layers, form.fp4)
     plain = inference_copy(model)
     ran = _layers_that_run(plain, inputs)
     remove(plain)
@@ -163,7 +167,7 @@ def _put_weights(
     layers: Sequence[tuple[str, QuantizedLayer]],
     model: nn.Module,
     plain: nn.Module,
-    weights: Mapping[str, Container],
+    weights: Mapping[str, Container | FloatContainer],
     activations: Collection[str],
 ) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
     """Lets the nodes of each layer read its weight from integers; returns these nodes by layer, and faults."""
@@ -213,9 +217,9 @@ def _feed(file: onnx.ModelProto, batch: Any) -> dict[str, Any]:
 
 
 def _collect(
-    layers: Sequence[tuple[str, QuantizedLayer]],
-) -> tuple[dict[str, Container], dict[str, ActivationQuantizer]]:
-    weights: dict[str, Container] = {}
+    layers: Sequence[tuple[str, QuantizedLayer]], fp4: str
+) -> tuple[dict[str, Container | FloatContainer], dict[str, ActivationQuantizer]]:
+    weights: dict[str, Container | FloatContainer] = {}
     activations: dict[str, ActivationQuantizer] = {}
     faults: list[str] = []
     for name, layer in layers:
@@ -223,7 +227,7 @@ def _collect(
             quantizer = cast(Any, layer.weight_quantizer).current
             try:
                 weights[name] = container(
-                    quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight"
+                    quantizer.spec, encode(quantizer, type(layer).canonical(layer, layer.weight)), f"{name}.weight", fp4
                 )
             except ExportError as error:
                 faults.append(str(error))
@@ -282,7 +286,9 @@ def _initializer_of(key: str, plain: nn.Module, graph: Graph) -> str:
     )
 
 
-def _oriented(content: Container, layer: QuantizedLayer, name: str) -> tuple[Container, bool]:
+def _oriented(
+    content: Container | FloatContainer, layer: QuantizedLayer, name: str
+) -> tuple[Container | FloatContainer, bool]:
     """Returns the container, and True where the layer keeps its weight with dims 0 and 1 exchanged."""
     probe = torch.arange(content.q.numel()).reshape(content.q.shape)
     held = type(layer).from_canonical(layer, probe)

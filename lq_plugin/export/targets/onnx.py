@@ -47,14 +47,14 @@ class ONNX(Target):
     """ONNX files; see `lq_plugin.export.onnx_file.write`."""
 
     name, suffix = "onnx", ".onnx"
-    summary = "standard QDQ graph with INT2, INT4, INT8 and INT16, for ONNX Runtime and OpenVINO"
+    summary = "standard QDQ graph with INT2 to INT16, FP8 and FP4, for ONNX Runtime and OpenVINO"
     packages, runtimes = PACKAGES, tuple(RUNTIMES)
     options, takes = OPTIONS, TAKES
     needs_inputs = integer_biases = True
 
     def form(self, settings: Mapping[str, Any]) -> Form:
         """Returns the choices that these values of the options make."""
-        return Form(smallest=settings["smallest"], signed=settings["signed"])
+        return Form(smallest=settings["smallest"], fp4=settings["fp4"], signed=settings["signed"])
 
     def model_faults(self, request: Request) -> list[str]:
         from lq_plugin.export.onnx_file.faults import onnx_faults
