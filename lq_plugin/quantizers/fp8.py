@@ -11,11 +11,12 @@ from lq_plugin.functional.fp8 import ELEMENTS, fake_quantize_fp8, fp8_scale
 from lq_plugin.functional.grouping import has_row_scales
 from lq_plugin.functional.minifloat import Minifloat, minifloat_codes, minifloat_values
 from lq_plugin.intent.formats import FORMATS
-from lq_plugin.intent.spec import PerGroup, QuantSpec
+from lq_plugin.intent.spec import PerBlock, PerGroup, QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.base import Levels
 from lq_plugin.quantizers.dynamic import DynamicActivationQuantizer
-from lq_plugin.quantizers.registry import Part, Parts, Statistics, Storage, Values, register_format
+from lq_plugin.quantizers.integer import onnx_scale
+from lq_plugin.quantizers.registry import FloatContainer, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.weight import WeightQuantizer
 
 
@@ -101,11 +102,23 @@ def _decode(spec: QuantSpec, parts: Values) -> Tensor:
     return minifloat_values(parts["codes"], fp8_element(spec)) * parts["scale"]
 
 
+def _container(spec: QuantSpec, values: Values) -> FloatContainer:
+    codes, scale = values["codes"], values["scale"]
+    if isinstance(spec.granularity, PerBlock):
+        # `[O / b, 1, I / b, 1, 1...]` to one for each row of a square and each kernel position.
+        size, kernel = spec.granularity.size, codes.shape[2:]
+        rows = scale.squeeze(3).squeeze(1).repeat_interleave(size, 0)[: codes.shape[0]]
+        return FloatContainer(codes, fp8_element(spec), rows.expand(*rows.shape[:2], *kernel), block=size)
+    scale, block = onnx_scale(spec, scale)
+    return FloatContainer(codes, fp8_element(spec), scale, block=block)
+
+
 register_format(
     "fp8",
     FORMATS["fp8"],
     weight=FP8WeightQuantizer,
     activation=fp8_activation,
     storage=Storage(_encode, _decode, _statistics),
+    onnx=_container,
     default_options="e4m3",
 )

@@ -18,7 +18,7 @@ WEIGHTS = [
     "int8 per_channel", "int8 affine mse", "int4 per_channel mse", "uint4 affine per_channel mse", "int3 group16 mse "
     "ragged",
     "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3",
-    "nvfp4", "sign", "bwn",
+    "nvfp4", "fp8", "fp8:e5m2 per_channel percentile:99", "fp8 group16 ragged", "fp8 block16", "sign", "bwn",
     "twn per_channel", "q4_0", "tq1_0",
     "ttq", "kmeans3", "int12 per_channel",
 ]  # fmt: skip

@@ -10,6 +10,7 @@
 | mx4, mx6, mx9 | the levels, INT4 or INT8 | 2 |
 | mxint8, mxfp6_e2m3 | multiples of the smallest number, INT8 | 32 |
 | mxfp8, mxfp6_e3m2 | FLOAT8E4M3FN or FLOAT8E5M2, with the scales in FLOAT8E8M0 | 32 |
+| fp8 | FLOAT8E4M3FN or FLOAT8E5M2 | of the granularity; a square's scale for each of its rows |
 | mxfp4, nvfp4 | as `fp4` says: INT8, UINT4 or FLOAT4E2M1 | 32, 16 |
 | sign, bwn, twn | -1, 0, 1: INT2 | of the granularity |
 | ttq, kmeans | an index, and the table | per tensor |

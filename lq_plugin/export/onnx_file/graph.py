@@ -137,8 +137,9 @@ class Graph:
         source = f"{name}.weight"
         q = weight.q.transpose(0, 1) if flipped else weight.q
         if weight.table is not None:
-            kind = TensorProto.UINT4 if len(weight.table) <= 16 and self.form.smallest <= 4 else TensorProto.UINT8
-            indices = self.weight_codes(f"{name}.weight_codes", q.numpy().astype(np.uint8), kind)
+            small = len(weight.table) <= 16 and self.form.smallest <= 4
+            index = TensorProto.UINT4 if small else TensorProto.UINT8
+            indices = self.weight_codes(f"{name}.weight_codes", q.numpy().astype(np.uint8), index)
             table = self.initializer(f"{name}.weight_table", weight.table.numpy(), TensorProto.FLOAT)
             wide = self.node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             return self.node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
