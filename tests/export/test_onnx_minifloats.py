@@ -202,5 +202,5 @@ def test_the_default_is_bytes_with_a_fast_kernel(graph, tmp_path):
     assert whole.stat().st_size - half.stat().st_size > 0.3 * weights  # the graph is a few kilobytes larger
     kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
     assert kinds["twice.weight_codes"] == TensorProto.INT8
-    with pytest.raises(ExportError, match=r"fp4 is int8 or uint4 or float4, got 'float'. Did you mean 'float4'"):
+    with pytest.raises(ExportError, match="fp4 is int8, uint4 or float4, got 'float'. Did you mean 'float4'"):
         export_model(net, tmp_path / "net.onnx", example(), fp4="float")
