@@ -71,7 +71,7 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
     except MissingPackageError as error:
         return row | {"missing": str(error)}
     quantized, path = copy.deepcopy(model), folder / f"{case.model}_{case.plan}_{name}{target.suffix}".replace(" ", "_")
-    plan = plan_for(case.quant_plan(name), name)
+    plan = plan_for(case.quant_plan(name, runtime), name)
     example = data.calibration[0]
     phases = ["fold_batch_norm", "calibrate", *(["round_biases"] if target.integer_biases else [])]
     run_phases(quantized, plan, data.calibration, phases)

@@ -16,6 +16,7 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export import certify, export_model
 from lq_plugin.export.certificate import computed_by
 from lq_plugin.export.target import TARGETS
+from lq_plugin.ptq import run_phases
 from tests.export.test_cli import composed
 from tests.models import randomize
 
@@ -101,6 +102,19 @@ def test_openvino_says_its_precisions(tmp_path):
     assert found.products.total == 8
     assert found.products.integer.get("Convolution", 0) == 7
     assert found.runtime == "openvino"
+
+
+def test_openvino_computes_plans_without_steps_before_sums(tmp_path):
+    """Where a plan has them, it may leave out one rounding of each sum."""
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = randomize(CifarResNet(14, 16)).eval()
+    run_phases(model, "w8a8", [X], ["fold_batch_norm", "calibrate", "round_biases"])
+    path = tmp_path / "net.onnx"
+    export_model(model, path, (X,), target="onnx")
+    found = certify(model, path, [X], runtime="openvino")
+    assert found.products.integer == {"Convolution": 13, "FullyConnected": 1}
+    assert found.verification.within_one_step == 1
 
 
 def test_nan_and_packed_files(tmp_path):
