@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lq_plugin.errors import QuantizationError, did_you_mean
+from lq_plugin.report.certificates import SUFFIX, load_certificate
 from lq_plugin.report.data import ReportData, Series, digits
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
@@ -49,11 +50,13 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
         raise QuantizationError(f"there is no {text!r}: {_HOW}")
     reports = sorted(path.rglob(REPORT), key=lambda p: p.stat().st_mtime)
     databases = sorted(path.rglob(STUDY), key=lambda p: p.stat().st_mtime)
-    if not reports and not databases:
+    certificates = sorted(path.rglob(f"*{SUFFIX}"))
+    if not reports and not databases and not certificates:
         raise QuantizationError(f"{text!r} holds neither {REPORT} nor {STUDY}: {_HOW}")
     saved = [ReportData.load(report) for report in reports]
     models = [(report, found) for report, found in zip(reports, saved, strict=True) if found.model is not None]
     searched = [found.study for found in saved if found.study is not None]
+    exported = [load_certificate(certificate) for certificate in certificates]
     result = ReportData(path.resolve().name)
     if models:
         place, found = models[-1]
@@ -78,7 +81,7 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
         result = replace(result, study=searched[-1])
     if result.model is None and result.study is not None:
         result = replace(result, title=result.study.name)
-    return result
+    return replace(result, files=[*result.files, *exported])
 
 
 def _others(what: str, found: Sequence[Any]) -> list[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from lq_plugin.errors import ExportError, raise_all
 from lq_plugin.export.target import Target
+from lq_plugin.report.certificates import SUFFIX
 from lq_plugin.utilities.hydra_files import plain
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def verify_file(
 
     metrics = metrics_of(cfg, target, model, path, datamodule)
     found = certify(model, path, inputs, lambda: instantiate(cfg.model), cfg.runtime, target.name, metrics)
-    written = path.with_name(f"{path.name}.certificate.json")
+    written = path.with_name(f"{path.name}{SUFFIX}")
     found.write(written)
     log.info("%s", found.summary())
     log.info("certificate written to %s", written)

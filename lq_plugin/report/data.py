@@ -299,13 +299,46 @@ class StudyReport:
 
 
 @dataclass(frozen=True)
+class FileReport:
+    """An exported file in its runtime, as its certificate says (`lq_plugin.export.certificate`).
+
+    Args:
+        file, bytes: its name and size.
+        target, runtime: that wrote and ran it.
+        samples, agreement: classifications compared, and the share that is the model's, 0..1.
+        within_one_step, largest_steps: of the outputs, in steps of 8 bits; None: not a number.
+        integer, products: products that the runtime computes with integers, and all; None: it does not say.
+        metrics: of "model" and "file", by name.
+        first_difference: first layer whose input differs by more than a step.
+        created, processor, versions: when, where and with what it ran.
+    """
+
+    file: str
+    target: str
+    runtime: str
+    bytes: int
+    samples: int
+    agreement: float
+    within_one_step: float | None = None
+    largest_steps: float | None = None
+    integer: int | None = None
+    products: int | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    first_difference: str | None = None
+    created: str = ""
+    processor: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ReportData:
-    """Everything a page shows: a model, a study, or both."""
+    """Everything a page shows: a model, a study, or both, and the files that were exported."""
 
     title: str
     model: ModelReport | None = None
     study: StudyReport | None = None
     notes: list[str] = field(default_factory=list)
+    files: list[FileReport] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Returns one line of JSON."""

@@ -119,6 +119,8 @@ function build() {
   }
   const ledgers = models.filter((r) => (r.model.ledger ?? []).length);
   if (ledgers.length) section("ledger", "What is quantized, and what is not", pairs(ledgers.map((run) => ({ run, parts: ledgerTable(run.model) }))));
+  const exported = RUNS.filter((r) => (r.files ?? []).length);
+  if (exported.length) section("files", "Exported files", html("p", { class: "muted" }, "Each file ran in its runtime next to the model. A step is a 255th of the range of a batch's outputs; the first difference is the first layer whose input differs by more than one of its own steps."), pairs(exported.map((run) => ({ run, parts: fileTable(run.files) }))));
   const plans = models.filter((r) => r.model.plan);
   if (plans.length) section("plan", "Plan", pairs(plans.map((run) => ({ run, parts: [timed.includes(run) ? html("ul", { class: "schedule" }, run.model.schedule.map((p) => html("li", {}, html("b", {}, `${p.unit} ${p.count}`), " " + p.label))) : null, copyable(run.model.plan, "plan as YAML")] }))));
   put(document.querySelector("nav ul"), [...main.querySelectorAll("section > h2")].filter((h) => h.id !== "layer-title").map((h) => html("li", {}, html("a", { href: "#" + h.parentNode.id }, h.textContent))));

@@ -54,6 +54,16 @@ function ledgerTable(model) {
   return dataTable("ledger", columns.filter(([title, of]) => title === "name" || (model.ledger ?? []).some((r) => of(r) != null)), model.ledger ?? []);
 }
 
+// Exported files in their runtimes, next to the model.
+function fileTable(files) {
+  const metrics = [...new Set(files.flatMap((f) => Object.keys((f.metrics ?? {}).model ?? {})))];
+  const columns = [["file", (f) => f.file], ["target", (f) => f.target], ["runtime", (f) => `${f.runtime} ${(f.versions ?? {})[f.runtime] ?? ""}`.trim()], ["size", (f) => f.bytes, bytes],
+    ["same class", (f) => f.agreement, share], ["outputs within a step", (f) => f.within_one_step, share], ["largest steps", (f) => num(f.largest_steps), (v) => fmt(v, 3)],
+    ["integer products", (f) => (f.products == null ? null : `${f.integer ?? 0} of ${f.products}`)], ["first difference", (f) => f.first_difference],
+    ...metrics.flatMap((name) => ["model", "file"].map((who) => [`${name}, ${who}`, (f) => ((f.metrics ?? {})[who] ?? {})[name]])), ["processor", (f) => f.processor]];
+  return dataTable("files", columns.filter(([title, of]) => title === "file" || files.some((f) => of(f) != null && of(f) !== "")), files, { filter: false });
+}
+
 const ONE_BATCH = { float: "one batch, float", quantized: "one batch, quantized" };
 // What belongs into one picture: quantities of all layers by their last word, everything else by its own name.
 function seriesGroups(series) {
