@@ -8,7 +8,11 @@ Nothing heavy is imported before a run starts: `lq-train --help` and tab complet
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -21,6 +25,28 @@ from lq_plugin.commands.train import optimized_metric, run as run_train
 log = logging.getLogger(__name__)
 
 
+def command(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns an entry point that knows `--version`, and finds modules in the current folder, as `python -m` does."""
+
+    @wraps(run)
+    def entry() -> Any:
+        if "--version" in sys.argv[1:]:
+            from lq_plugin import __version__
+
+            sys.stdout.write(f"lq_plugin {__version__}\n")
+            return None
+        folder = os.getcwd()
+        if folder not in sys.path:
+            # Last: a file there hides no installed package. Jobs of a launcher are processes of their own.
+            sys.path.append(folder)
+            known = os.environ.get("PYTHONPATH")
+            os.environ["PYTHONPATH"] = folder if not known else f"{known}{os.pathsep}{folder}"
+        return run()
+
+    return entry
+
+
+@command
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="train")
 def train(cfg: DictConfig) -> float | None:
     """`lq-train`: builds what the config names, then fits, validates and tests it.
@@ -33,6 +59,7 @@ def train(cfg: DictConfig) -> float | None:
         return optimized_metric(run_train(cfg), cfg.optimized_metric)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="search")
 def search(cfg: DictConfig) -> None:
     """`lq-search`: searches the bits of one model; see `lq_plugin.search`."""
@@ -48,6 +75,7 @@ def search(cfg: DictConfig) -> None:
             sys.exit(130)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="sensitivity")
 def sensitivity(cfg: DictConfig) -> None:
     """`lq-sensitivity`: measures the damage of each choice to each tensor (`lq_plugin.search.sensitivity.measure`)."""
@@ -59,6 +87,7 @@ def sensitivity(cfg: DictConfig) -> None:
         run_sensitivity(cfg)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="pkg://lq_plugin.conf", config_name="export")
 def export(cfg: DictConfig) -> None:
     """`lq-export`: writes a checkpoint, or float weights and a plan, to a file of any target."""
