@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from typing import Any
 
 import hydra
@@ -31,9 +32,7 @@ def command(run: Callable[[], Any]) -> Callable[[], Any]:
     @wraps(run)
     def entry() -> Any:
         if "--version" in sys.argv[1:]:
-            from lq_plugin import __version__
-
-            sys.stdout.write(f"lq_plugin {__version__}\n")
+            sys.stdout.write(f"lq_plugin {version('lq_plugin')}\n")
             return None
         folder = os.getcwd()
         if folder not in sys.path:

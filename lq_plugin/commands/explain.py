@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from lq_plugin import __version__
 from lq_plugin.commands.console import failed
 from lq_plugin.errors import QuantizationError
 from lq_plugin.export.planned import plan_for, refuse_for_target
@@ -38,7 +38,7 @@ def explain(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", help="of one batch, 1,3,32,32: the float model runs once, for MACs and BOPs")
     parser.add_argument("--target", help="export target that the plan is for: its grid, and what its files cannot hold")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--version", action="version", version=f"lq_plugin {__version__}")
+    parser.add_argument("--version", action="version", version=f"lq_plugin {version('lq_plugin')}")
     args = parser.parse_args(arguments)
     try:
         # A plan that cannot be read is refused before torch is imported.

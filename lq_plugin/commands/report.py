@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lq_plugin import __version__
 from lq_plugin.commands.console import failed, say
 from lq_plugin.errors import QuantizationError
 
@@ -41,7 +41,7 @@ def report(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, default=4, help="number of layers, the largest first, that get pictures (default 4)"
     )
-    parser.add_argument("--version", action="version", version=f"lq_plugin {__version__}")
+    parser.add_argument("--version", action="version", version=f"lq_plugin {version('lq_plugin')}")
     args = parser.parse_args(arguments)
     if len(args.source) > 2:
         parser.error(f"one report, or two next to each other; got {len(args.source)}")
