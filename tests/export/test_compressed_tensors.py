@@ -86,10 +86,19 @@ EQUAL = {
     "w8a8": [("*proj", "int8 per_channel", "int8")],
     "w8a8 tensor": [("*proj", "int8", "int8 percentile:99.9")],
     "w4a8": [("*proj", "int4 per_channel", "int8 mse")],
-    "mxfp4": [("*proj", "mxfp4", None)],
+    "tokens": [("*proj", "int8 per_channel", "int8 per_token affine dynamic")],
+    "w4a8 tokens": [("*proj", "int4 group32", "uint8 per_token affine dynamic")],
+    "fp8": [("*proj", "fp8 per_channel", None)],
+    "fp8 squares": [("*proj", "fp8 block32", None)],
+    "fp8 inputs": [("*proj", "fp8", "fp8 percentile:99.9")],
+    "fp8 tokens": [("*proj", "fp8 per_channel", "fp8 per_token dynamic")],
+    "fp8 tensor at run time": [("*proj", "fp8 per_channel", "fp8 dynamic")],
+    "fp8 squares and groups": [("*proj", "fp8 block32", "fp8 group32 dynamic")],
     "mxfp4 rceil": [("*proj", "mxfp4:rceil", None)],
+    "mxfp4 mse": [("*proj", "mxfp4:mse", None)],
     "head": [("*proj", "int4 group32", None), ("lm_head", "int4 group32", None)],
     "mixed": [("*mlp*", "int4 group32", None), ("*attn*", "int8 per_channel", "int8"), ("lm_head", "int8", None)],
+    "mixed floats": [("*mlp*", "int4 group32", None), ("*attn*", "fp8", "fp8 per_token dynamic")],
 }
 
 
@@ -104,13 +113,14 @@ def test_logits_are_those_of_training(rules, tmp_path):
     assert verify(model, tmp_path / "model", [TOKENS], target=NAME).bit_equal
 
 
-MIXED = {
+SMALL_FLOATS = {
     "mxfp4": [("*proj", "mxfp4", None)],
+    "nvfp4 four over six": [("*q_proj", "nvfp4:four_six", None)],
     "mxfp4 and nvfp4": [("*mlp*", "mxfp4", None), ("*attn*", "nvfp4", None)],
 }
 
 
-@pytest.mark.parametrize("rules", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("rules", SMALL_FLOATS.values(), ids=SMALL_FLOATS)
 def test_small_floats_of_bfloat16_models(rules, tmp_path):
     model = quantized(*rules, dtype=BFLOAT16)
     assert torch.equal(logits(exported(model, tmp_path / "model")), logits(model))
@@ -186,6 +196,27 @@ def test_static_inputs_are_divided_by_their_scale(tmp_path):
     assert ((mine - theirs).abs() < 1.01 * scale).all()
 
 
+def test_symmetric_tokens_are_those_of_vllm(tmp_path):
+    """max|x| / 127, where compressed-tensors' own forward pass has max|x| / 127.5."""
+    model = quantized(("lm_head", "int8 per_channel", "int8 per_token narrow dynamic"))
+    again = exported(model, tmp_path / "model")
+    scheme = again.lm_head.quantization_scheme.input_activations
+    assert (scheme.strategy, scheme.dynamic, scheme.symmetric) == ("token", True, True)
+    x = torch.randn(2, 3, 64)
+    largest = x.abs().amax(-1, keepdim=True)
+    theirs, mine = {}, model.lm_head.input_quantizer(x)
+    for levels in (127, 127.5):
+        s = largest / levels
+        theirs[levels] = (x / s).round().clamp(-128, 127) * s
+    torch.testing.assert_close(mine, theirs[127])
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    found = forward_quantize(again.lm_head, x, "input", scheme)
+    torch.testing.assert_close(found, theirs[127.5])
+    # All else is the same: logits are near.
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0.02 * float(logits(model).abs().max()))
+
+
 def test_a_file_read_by_hand(tmp_path):
     """Nibbles by numpy, without compressed-tensors; the range too."""
     model = quantized(("*proj", "int4 group32", None))
@@ -241,15 +272,24 @@ def test_tied_heads(rules, tmp_path):
     ("match", "weight", "act", "message"),
     [
         ("*down_proj", "int4 group48 ragged", None, "rows of 128 are no whole groups of 48; .* 'int4 group32'"),
-        ("*down_proj", "twn", None, "integers, nvfp4 and mxfp4; .* 'int4 group32'"),
-        ("*down_proj", "kmeans4", None, "integers, nvfp4 and mxfp4; .* 'int4 group32'"),
+        ("*down_proj", "twn", None, "integers, fp8, nvfp4 and mxfp4; .* 'int4 group32'"),
+        ("*down_proj", "kmeans4", None, "integers, fp8, nvfp4 and mxfp4; .* 'int4 group32'"),
+        ("*down_proj", "fp8:e5m2", None, "holds E4M3; .* 'fp8 per_channel'"),
+        ("*down_proj", "fp8 group32", None, "those of channels, of squares or of the tensor; .* 'fp8 per_channel'"),
+        ("*down_proj", "fp8 block48", None, "64 rows of 128 are no whole squares of 48; .* 'fp8 per_channel'"),
+        ("*down_proj", "fp8 block32", "fp8", "squares of a weight belong to groups of its input; .* 'fp8 per_ch"),
+        ("*down_proj", "fp8", "int8", "fp8 is for weights next to float or fp8 inputs; .* 'int8 per_channel'"),
+        ("*down_proj", "int8", "fp8", "integers are for weights next to float or integer inputs; .* 'fp8 per_ch"),
+        ("*down_proj", "fp8", "fp8 per_channel", "one scale, or one for each token; .* 'fp8'"),
+        ("*down_proj", "int8", "int8 per_token dynamic", "max.x. / 127, that of a narrow range; .* 'int8 per_token n"),
+        ("*down_proj", "int8", "int8 dynamic", "one fixed scale, or one for each token"),
         ("*down_proj", "int12 per_channel", None, "2 to 8 bits; .* 'int8 per_channel'"),
-        ("*down_proj", "int4 group32", "int8", "groups are for weights next to float inputs; .* 'int4 per_channel'"),
+        ("*down_proj", "int4 group32", "int8", "groups are for weights next to float inputs, or.* 'int4 per_channel'"),
         ("*down_proj", "uint8 affine", "int8", "a weight is symmetric; .* 'int8 per_channel'"),
         ("*down_proj", "nvfp4", "int8", "nvfp4 is for weights next to float inputs; .* 'int4 per_channel'"),
-        ("*down_proj", "int8 per_channel", "int6", "8 bits on their whole range; .* 'int8'"),
-        ("*down_proj", "int8 per_channel", "int8 narrow", "8 bits on their whole range; .* 'int8'"),
-        ("*down_proj", "int8 per_channel", "int8 per_channel", "an input has one scale; .* 'int8'"),
+        ("*down_proj", "int8 per_channel", "int6", "integers of 8 bits, or fp8; .* 'int8'"),
+        ("*down_proj", "int8 per_channel", "int8 narrow", "with a fixed scale have all levels; .* 'int8'"),
+        ("*down_proj", "int8 per_channel", "int8 per_channel", "one fixed scale, or one for each token"),
         ("*down_proj", "float", "int8", "next to a quantized weight, this one is float"),
         ("*embed_tokens", "int8 per_channel", None, "cannot load packed embeddings"),
     ],
@@ -264,6 +304,8 @@ def test_what_a_folder_cannot_hold_is_refused_at_plan_time(match, weight, act, m
 
 
 def test_plans_for_the_target_are_refused_before_any_work():
+    tokens = plan_for(QuantPlan([Rule("*", input="uint8 per_token affine dynamic")]), NAME)
+    assert str(tokens.rules[0].input) == "int8 per_token narrow dynamic"
     plan = plan_for(QuantPlan([Rule("*_proj", weight="nvfp4", input="uint8 affine")]), NAME)
     assert str(plan.rules[0].input) == "int8"
     prepare(model := llama(), plan)

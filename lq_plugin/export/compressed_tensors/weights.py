@@ -10,7 +10,7 @@ from torch import Tensor
 from lq_plugin.export.codes import encode
 from lq_plugin.export.compressed_tensors.schemes import is_symmetric
 from lq_plugin.functional.minifloat import E2M1, E4M3
-from lq_plugin.intent.spec import PerGroup
+from lq_plugin.intent.spec import PerBlock, PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.quantizers.registry import Parts
 
@@ -31,12 +31,13 @@ def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     if quantizer.spec.format_name == "mxfp4":
         exponents = parts["exponent"].values.squeeze(2).to(torch.uint8)
         return {"weight_packed": _pairs(parts["codes"].values), "weight_scale": exponents}
-    if layer.input_quantizer is None:
-        return _packed(quantizer.spec, parts)
-    return _integers(quantizer.spec, parts) | _input(cast(Any, layer.input_quantizer).current)
+    inputs = None if layer.input_quantizer is None else cast(Any, layer.input_quantizer).current
+    if quantizer.spec.format_name == "fp8":
+        return _floats(quantizer.spec, parts) | _input(inputs)
+    return _packed(quantizer.spec, parts) if inputs is None else _integers(quantizer.spec, parts) | _input(inputs)
 
 
-def _signed(spec: Any, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+def _signed(spec: QuantSpec, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """Returns codes, scales and zero points on the signed integers of the spec's bits: int8, float32, int8."""
     scale, codes = parts["scale"].values, parts["codes"].values
     if "coarse" in parts:
@@ -50,7 +51,7 @@ def _signed(spec: Any, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     return (codes + offset).to(torch.int8), scale.float(), (zero + offset).to(torch.int8)
 
 
-def _packed(spec: Any, parts: Parts) -> dict[str, Tensor]:
+def _packed(spec: QuantSpec, parts: Parts) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     codes, scale, zero = _signed(spec, parts)
@@ -64,12 +65,23 @@ def _packed(spec: Any, parts: Parts) -> dict[str, Tensor]:
     return tensors
 
 
-def _integers(spec: Any, parts: Parts) -> dict[str, Tensor]:
+def _integers(spec: QuantSpec, parts: Parts) -> dict[str, Tensor]:
     codes, scale, _ = _signed(spec, parts)
     return {"weight": codes, "weight_scale": scale}
 
 
+def _floats(spec: QuantSpec, parts: Parts) -> dict[str, Tensor]:
+    codes, scale = parts["codes"].values, parts["scale"].values
+    # Scales of squares are [rows, 1, columns, 1].
+    scale = scale.flatten(1) if isinstance(spec.granularity, PerBlock) else scale.expand(len(codes), 1)
+    # Codes are the bits of the elements.
+    return {"weight": codes.to(torch.uint8).view(torch.float8_e4m3fn), "weight_scale": scale.float().contiguous()}
+
+
 def _input(quantizer: Any) -> dict[str, Tensor]:
+    """Returns the fixed range of an input; nothing for a float one, or where it is found at run time."""
+    if quantizer is None or quantizer.spec.dynamic:
+        return {}
     scale, zero = (value.detach().cpu().float() for value in quantizer.qparams())
     tensors = {"input_scale": scale.clone()}
     if not is_symmetric(quantizer.spec):

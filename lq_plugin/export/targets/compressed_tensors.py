@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lq_plugin.export.request import Request
-from lq_plugin.export.target import Reader, Target, register_target
+from lq_plugin.export.target import Reader, Target, nearest_spec, register_target
 from lq_plugin.intent.spec import QuantSpec
 
 
@@ -20,13 +20,14 @@ class CompressedTensors(Target):
     """
 
     name, suffix, by_suffix, writes_folder = "compressed-tensors", "", False, True
-    summary = "a transformers model for transformers and vLLM: INT4 and INT8 groups, W8A8, NVFP4, MXFP4, or several"
+    summary = "a transformers model for transformers and vLLM: INT4, INT8, W8A8, FP8, NVFP4, MXFP4, or several"
     packages = ("compressed_tensors", "transformers")
 
     takes: ClassVar = {
-        "weight": ("int4 group32", "int8 per_channel", "int4 per_channel", "nvfp4", "mxfp4"),
-        "input": ("int8", "uint8 affine"),
+        "weight": ("int4 group32", "int8 per_channel", "int4 per_channel", "fp8 per_channel", "nvfp4", "mxfp4"),
+        "input": ("int8", "uint8 affine", "int8 per_token narrow dynamic", "fp8", "fp8 per_token dynamic"),
     }
+    takes_dynamic = True
 
     def model_faults(self, request: Request) -> list[str]:
         from lq_plugin.export.compressed_tensors.source import decompression_faults, source_faults
@@ -41,10 +42,17 @@ class CompressedTensors(Target):
             return weight_fault(spec, layer)
         return input_fault(spec, layer) if slot == "input" else "outputs stay float, the next layer's input is held"
 
+    def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
+        # Of equally near ones the first: another one of the same format, where there is one.
+        known = sorted(self.takes.get(slot, ()), key=lambda text: QuantSpec.parse(text).format_name != spec.format_name)
+        return nearest_spec(known, spec, lambda other: self.refusal(slot, other, layer))
+
     def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
         # vLLM has not tested zero points of inputs. PACT clips at 0, where it has no use for half of the signed levels.
-        symmetric = slot == "input" and spec.is_uniform and spec.range_name != "pact"
-        return spec.replace(signed=True, affine=False) if symmetric else spec
+        if slot != "input" or not spec.is_uniform or spec.range_name == "pact":
+            return spec
+        # What vLLM finds at run time is max|x| / 127 of a token.
+        return spec.replace(signed=True, affine=False, narrow_range=spec.dynamic)
 
     def write(self, request: Request) -> int:
         from lq_plugin.export.compressed_tensors.folder import write_folder
