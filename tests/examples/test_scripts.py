@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,15 @@ def test_export_and_serve(example: Load, tmp_path: Path) -> None:
     scores = example("export_and_serve").main(["--output", str(tmp_path), "--float-epochs", "2"])
     assert scores["onnx"] == pytest.approx(scores["torch"], abs=2 / 360)
     assert (tmp_path / "digits.onnx").stat().st_size < 60_000
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+def test_a_transformer_to_vllm(example: Load, tmp_path: Path) -> None:
+    options = ["--output", str(tmp_path / "model"), "--float-epochs", "4", "--epochs", "1"]
+    losses = example("transformer_to_vllm").main(options)
+    assert losses["trained"] < losses["float"] < losses["rounded"] < 4.5
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 125_000
 
 
 def cluster(*overrides: str) -> Any:

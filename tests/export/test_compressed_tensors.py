@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import sys
 from types import ModuleType
@@ -266,6 +267,29 @@ def test_tied_heads(rules, tmp_path):
     parts = [f"lm_head.weight_{part}" for part in ("packed", "scale", "shape")]
     assert sorted(key for key in keys if key.startswith("lm_head")) == parts * apart
     assert "model.embed_tokens.weight" in keys
+
+
+def test_experts_stay_float(tmp_path):
+    """Transformers holds the experts of a layer as parameters of three dims; in the file each is on its own again."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2}
+    models = {}
+    for spec in ("fp8 per_channel", "int4 group32"):
+        torch.manual_seed(0)
+        models[spec] = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+        prepare(models[spec], QuantPlan([Rule("*_proj", weight=spec)]))
+        calibrate(models[spec], [TOKENS])
+    with pytest.raises(ExportError, match=r"experts for packed ones, and they stay float \(.*gate_up_proj, 4 in all\)"):
+        export_model(models["int4 group32"], tmp_path / "model", target=NAME)
+    model = models["fp8 per_channel"]
+    assert torch.equal(logits(exported(model, tmp_path / "model")), logits(model))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    experts = {key for key in stored if ".experts." in key}
+    assert len(experts) == 2 * 2 * 3
+    assert all(stored[key].dtype == FLOAT32 for key in experts)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    rules = [rule[3:] for rule in config["ignore"] if rule.startswith("re:")]
+    assert all(any(re.match(rule, key) for rule in rules) for key in experts)
 
 
 @pytest.mark.parametrize(

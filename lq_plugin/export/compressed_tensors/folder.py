@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.compressed_tensors.schemes import scheme_of
-from lq_plugin.export.compressed_tensors.source import must_be_dequantized
+from lq_plugin.export.compressed_tensors.source import experts_of, must_be_dequantized
 from lq_plugin.export.compressed_tensors.weights import layer_tensors
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer
@@ -90,6 +91,9 @@ def quantization_config(source: nn.Module) -> dict[str, Any]:
     if len(groups) == 1:
         groups = [(groups[0][0], ["Linear"])]
     linear = [name for name, module in source.named_modules() if isinstance(module, nn.Linear)]
+    # Experts are linear layers in the file, vLLM would take them for quantized ones. Their module's path is another one
+    # there, its own name is the same.
+    experts = sorted({name.split(".")[-2] for name in experts_of(source)})
     formats = {scheme["format"] for scheme, _ in groups}
     config = QuantizationConfig.model_validate(
         {
@@ -98,7 +102,10 @@ def quantization_config(source: nn.Module) -> dict[str, Any]:
             },
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": [name for name in linear if name not in stored],
+            "ignore": [
+                *(name for name in linear if name not in stored),
+                *(rf"re:.*\.{re.escape(name)}(\..*)?$" for name in experts),
+            ],
         }
     )
     fields: dict[str, Any] = {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}

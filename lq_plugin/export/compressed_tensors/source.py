@@ -10,6 +10,7 @@ from torch import nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.compressed_tensors.schemes import is_symmetric, scheme_of
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.prepare import quantized_layers
 
 
@@ -81,16 +82,27 @@ def must_be_dequantized(source: nn.Module) -> bool:
     It keeps a place of another shape for packed zero points, and 4-bit floats that wait for the first forward pass
     become bfloat16 there.
     """
-    specs = [cast(Any, layer.weight_quantizer).spec for _, layer in quantized_layers(source) if layer.weight_quantizer]
+    specs = _weight_specs(source)
     blocks = any(spec.format_name in ("nvfp4", "mxfp4") for spec in specs)
     affine = any(spec.format_name == "int" and not is_symmetric(spec) for spec in specs)
     return affine or (blocks and cast(Any, source).dtype != torch.bfloat16)
+
+
+def experts_of(source: nn.Module) -> list[str]:
+    """Returns the parameters that hold the weights of several experts, which are no layers: they stay float."""
+    return [name for name, weight in source.named_parameters() if weight.ndim == 3]
 
 
 def decompression_faults(model: nn.Module) -> list[str]:
     """Returns what transformers could not read of a model without other faults."""
     _, source = source_of(model)
     schemes: dict[str, str] = {}
+    experts = experts_of(source)
+    if experts and any(spec.format_name != "fp8" for spec in _weight_specs(source)):
+        return [
+            f"transformers takes the weights of all experts for packed ones, and they stay float ({experts[0]}, "
+            f"{len(experts)} in all): give the other layers fp8 weights, or leave the model to another target"
+        ]
     for name, layer in quantized_layers(source):
         weight, inputs = cast(Any, layer.weight_quantizer), cast(Any, layer.input_quantizer)
         if weight is not None:
@@ -103,6 +115,11 @@ def decompression_faults(model: nn.Module) -> list[str]:
         f"layers have one scheme; here are {', '.join(schemes.values())}: give them one spec, symmetric weights, or "
         "call model.bfloat16()"
     ]
+
+
+def _weight_specs(source: nn.Module) -> list[QuantSpec]:
+    weights = [layer.weight_quantizer for _, layer in quantized_layers(source)]
+    return [quantizer.spec for quantizer in weights if quantizer is not None]
 
 
 def _outermost(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
