@@ -36,7 +36,7 @@ HELD_OUT = 5_000
 
 
 #: Formats, by the names of conf/shared/quantization/cifar10_*.yaml.
-FORMATS = ("sign", "bwn", "twn", "ttq", "kmeans2", "mx4", "vsq4", "lsq2")
+FORMATS = ("sign", "bwn", "twn", "ttq", "kmeans2", "mx4", "vsq4", "lsq2", "seq", "seq_ternary")
 CONF, SHARED = files("lq_plugin.conf"), files("lq_plugin.conf.shared")
 
 

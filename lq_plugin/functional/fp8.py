@@ -59,7 +59,7 @@ def fake_quantize_fp8(x: Tensor, scale: Tensor, element: Minifloat) -> Tensor:
     >>> y = fake_quantize_fp8(x, torch.tensor(1.0), E4M3)
     >>> y.sum().backward()
     >>> y.detach(), x.grad
-    (tensor([   0.3125, -448.0000]), tensor([1., 0.]))
+    (tensor([ 3.1250e-01, -4.4800e+02]), tensor([1., 0.]))
     """
     y: Tensor = _FakeQuantizeFP8.apply(x, scale, element)
     return y

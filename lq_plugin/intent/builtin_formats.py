@@ -47,6 +47,12 @@ def _float_range_faults(spec: Any) -> list[str]:
     return [f"range {spec.range!r} is of integers; {spec.format} takes minmax, percentile, ema and dynamic"]
 
 
+def _seq_range_faults(spec: Any) -> list[str]:
+    if spec.range in ("minmax", "mse", "lsq"):
+        return []
+    return [f"{spec.format} takes the ranges minmax, mse and lsq, got {spec.range!r}"]
+
+
 declare_format(
     "int",
     Format(
@@ -231,5 +237,20 @@ declare_format(
         options=(FP8_ELEMENTS,),
         check=_float_range_faults,
         examples=("fp8",),
+    ),
+)
+declare_format(
+    "seq",
+    Format(
+        "four levels spread evenly over a range (ParetoQ's SEQ), or three: seq:ternary; lsq learns the range",
+        (2,),
+        choices=("granularity", "range"),
+        scale_bits=32,
+        slots=("weight",),
+        options=(("ternary",),),
+        learns_range=True,
+        check=_seq_range_faults,
+        examples=("seq",),
+        defaults=("seq per_channel mse",),
     ),
 )

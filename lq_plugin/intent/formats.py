@@ -80,6 +80,7 @@ class Format:
         number: the name of a number that may follow a colon, with its bounds.
         roundings, gradients: names in `ROUNDINGS` and `GRADIENTS` that the spec may choose.
         learned: the optimizer trains its scales or levels.
+        learns_range: the range `lsq` is a choice, though its values are not those of integers.
         scales_output: a scale taken from the input is multiplied to the output, which plain linear operations allow.
         check: returns the faults of a spec in this format that the other arguments do not cover.
         examples: spellings that messages list; by default the name, with the widest bits where there are several.
@@ -106,6 +107,7 @@ class Format:
     roundings: tuple[str, ...] = ("nearest",)
     gradients: tuple[str, ...] = ("clipped",)
     learned: bool = False
+    learns_range: bool = False
     scales_output: bool = False
     check: Callable[[Any], list[str]] | None = None
     examples: tuple[str, ...] = ()

@@ -197,7 +197,8 @@ class QuantSpec:
             return [fault]
         faults = []
         name = self.range_name
-        if name in LEARNED_RANGES and "range" in self.kind.choices and not self.has_free_scales:
+        learnable = self.has_free_scales or self.kind.learns_range
+        if name in LEARNED_RANGES and "range" in self.kind.choices and not learnable:
             faults.append(f"range {self.range!r} learns float scales, {self.format} has scales of its own")
         if self.dynamic and "range" in self.kind.choices:
             if not self.kind.dynamic:

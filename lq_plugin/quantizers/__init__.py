@@ -14,6 +14,7 @@ from lq_plugin.quantizers import (  # noqa: F401 - importing registers their for
     fp8,
     half_scale,
     mx,
+    seq,
 )
 from lq_plugin.quantizers.activation import ActivationQuantizer as ActivationQuantizer
 from lq_plugin.quantizers.base import Quantizer as Quantizer, Suspension as Suspension, Unquantized

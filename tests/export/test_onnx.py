@@ -19,7 +19,7 @@ WEIGHTS = [
     "ragged",
     "int4 group16:4 ragged", "mx9", "mx4", "mxint8", "mxfp4:rceil", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3",
     "nvfp4", "fp8", "fp8:e5m2 per_channel percentile:99", "fp8 group16 ragged", "fp8 block16", "sign", "bwn",
-    "twn per_channel", "q4_0", "tq1_0",
+    "twn per_channel", "seq per_channel mse", "seq:ternary group16 ragged lsq", "q4_0", "tq1_0",
     "ttq", "kmeans3", "int12 per_channel",
 ]  # fmt: skip
 
