@@ -171,13 +171,13 @@ declare_format(
     "nvfp4",
     Format(
         "E2M1 elements, an E4M3 scale for 16 of them, one float scale above; nvfp4:four_six maps the largest of a "
-        "block to 4 where that errs less than 6",
+        "block to 4 where that errs less than 6, nvfp4:unit has no scale above (MLX)",
         (4,),
         PerGroup(16, True),
         choices=(),
         scale_bits=8,
         tensor_bits=32,
-        options=(NVFP4_TARGETS,),
+        options=(NVFP4_TARGETS, ("unit",)),
     ),
 )
 #: Of a block under one float16 scale (`lq_plugin.quantizers.half_scale`).

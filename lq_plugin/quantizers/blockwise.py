@@ -30,7 +30,12 @@ def element_and_mode(spec: QuantSpec) -> tuple[Minifloat, ScaleMode]:
 
 def nvfp4_target(spec: QuantSpec) -> Target:
     """Returns what the largest magnitude of a block is mapped to, by default `max`: to 6."""
-    return cast(Target, next(iter(spec.format_options), "max"))
+    return cast(Target, next((word for word in spec.format_options if word != "unit"), "max"))
+
+
+def nvfp4_scale_above(spec: QuantSpec, amax: Tensor) -> Tensor:
+    """Returns the scale above those of the blocks for a tensor's largest magnitude: 1 under `nvfp4:unit`."""
+    return torch.ones_like(amax) if "unit" in spec.format_options else nvfp4_tensor_scale(amax, nvfp4_target(spec))
 
 
 class BlockWeightQuantizer(WeightQuantizer):
@@ -98,16 +103,18 @@ class NVFP4WeightQuantizer(BlockWeightQuantizer):
     element = E2M1
 
     def block_scale(self, w: Tensor) -> Tensor:
-        scale, tensor_scale = nvfp4_scales(w, target=nvfp4_target(self.spec))
+        scale, tensor_scale = nvfp4_scales(w, self._above(w), nvfp4_target(self.spec))
         return scale * tensor_scale
 
     def quantize_blocks(self, w: Tensor) -> Tensor:
-        return fake_quantize_nvfp4(w, target=nvfp4_target(self.spec))
+        return fake_quantize_nvfp4(w, self._above(w), nvfp4_target(self.spec))
 
     def block_rule(self, w: Tensor) -> BlockRule:
-        low, high = extremes(w, (1,) * w.ndim)
-        target = nvfp4_target(self.spec)
-        return nvfp4_rule(nvfp4_tensor_scale(torch.maximum(-low, high), target).item(), target)
+        return nvfp4_rule(self._above(w).item(), nvfp4_target(self.spec))
+
+    def _above(self, w: Tensor) -> Tensor:
+        low, high = extremes(w.detach(), (1,) * w.ndim)
+        return nvfp4_scale_above(self.spec, torch.maximum(-low, high).float().reshape(()))
 
 
 class OCPActivationQuantizer(VectorActivationQuantizer):
@@ -143,7 +150,7 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():
-            self.scale.copy_(nvfp4_tensor_scale(torch.maximum(-minimum, maximum), nvfp4_target(self.spec)))
+            self.scale.copy_(nvfp4_scale_above(self.spec, torch.maximum(-minimum, maximum)))
 
 
 def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
@@ -166,7 +173,7 @@ def _ocp_container(spec: QuantSpec, values: Values) -> FloatContainer:
 
 
 def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
-    return (nvfp4_tensor_scale(torch.maximum(w.amax(), -w.amin()), nvfp4_target(quantizer.spec)).reshape(1),)
+    return (nvfp4_scale_above(quantizer.spec, torch.maximum(w.amax(), -w.amin())).reshape(1),)
 
 
 def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:

@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 from tests.export.language import KINDS, TOKENS, Language, language, tokens  # noqa: E402
 
 BITS = {"q4_0": 4.5, "q8_0": 8.5, "tq2_0": 2.0625, "tq1_0": 1.6875, "mxfp4": 4.25, "nvfp4": 4.5}
-FORMATS = [*BITS, "tq2_0:exact", "mxfp4:rceil"]
+FORMATS = [*BITS, "tq2_0:exact", "mxfp4:rceil", "nvfp4:unit"]
 
 
 def quantized(weight, model=None, match="*layers.*", **options):
@@ -69,7 +69,7 @@ def test_the_packing_error_is_zero(spec, tmp_path):
             scales = 32 * (name == "nvfp4")
             assert spec_bits(layer.weight_quantizer.spec, weight.shape) == tensor.n_bytes * 8 + scales
             expected = neighbours(weight, heads) if heads else weight
-            if name == "nvfp4":
+            if spec == "nvfp4":
                 # The product of element, E4M3 scale and the tensor's scale is rounded in another order.
                 scaled = read(tensor) * found[f"blk.{index}.{part}.scale"].data
                 np.testing.assert_allclose(scaled, expected, rtol=2.0**-23)
@@ -167,6 +167,7 @@ def test_layers_that_a_type_cannot_hold_are_named():
     reason = "rows of 128 elements are no whole blocks of 256; the nearest that fits is 'q4_0'"
     assert f"model.layers.0.self_attn.q_proj.weight (tq2_0): {reason}" in faults
     assert not any("down_proj" in fault for fault in faults)  # it has rows of 512
+    assert not TARGETS["gguf"].faults(Request(model=quantized("nvfp4:unit", match="*")))
     model = quantized("nvfp4", match="*")
     (fault,) = TARGETS["gguf"].faults(Request(model=model))
     assert fault.startswith("model.embed_tokens.weight (nvfp4): llama.cpp knows no scale of the whole tensor")

@@ -31,6 +31,7 @@ WEIGHTS = [
     "mxfp4:mse",
     "mxint8",
     "nvfp4",
+    "nvfp4:unit",
     "nvfp4:four_six",
     "fp8",
     "fp8:e5m2 per_channel percentile:99",

@@ -68,8 +68,8 @@ def stored(quantizer: Any, weight: Any) -> StoredWeight:
         case _:
             pieces = [parts["scale"].astype(np.uint8), _nibbles(codes, 16)]
     joined = np.concatenate([piece.reshape(rows, blocks, -1) for piece in pieces], axis=2)
-    scale = float(parts["tensor_scale"].item()) if "tensor_scale" in parts else None
-    return StoredWeight(kind.name, joined.reshape(rows, -1), scale)
+    above = float(parts["tensor_scale"].item()) if "tensor_scale" in parts else 1.0
+    return StoredWeight(kind.name, joined.reshape(rows, -1), None if above == 1 else above)
 
 
 def _half(bits: NDArray[Any]) -> Bytes:

@@ -158,11 +158,10 @@ def llama_log_probabilities(path: Path, tokens: Tensor) -> Tensor:
 
 
 def _next_token(server: Any, prompt: list[int], size: int, drawn: int) -> NDArray[np.float64]:
-    # An end of text, or half a character, is answered without probabilities. They are those before the bias, which has
-    # a token drawn that is answered with them.
+    # Half a character is answered without probabilities. They are those before the bias, which has another token drawn.
     request = {
         "prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": size, "cache_prompt": False,
-        "ignore_eos": True, "logit_bias": [[drawn, 1000.0]],
+        "logit_bias": [[drawn, 1000.0]],
     }  # fmt: skip
     answer = server.handle_completions(request)
     answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer

@@ -40,8 +40,8 @@ def tokenizer_folder(given: str | None, config: Any) -> Path | None:
 def add_vocabulary(writer: Any, folder: Path | None, config: Any) -> None:
     """Writes the tokens of a vocabulary, their merges or scores, and the special ones.
 
-    Without a folder the tokens are called `<0>`, `<1>`, ...: llama.cpp refuses files without any, and prompts are
-    numbers then. A text cannot be read with them.
+    Without a folder the tokens are called `<0>`, `<1>`, ..., and prompts are numbers: llama.cpp loads a file without
+    tokens, and the first prompt ends its process (xllamacpp 2026.10.11549). A text cannot be read with them.
 
     Args:
         writer: `gguf.GGUFWriter`.

@@ -54,8 +54,8 @@ class GGUF(Target):
             return f"a GGUF file holds weights of linear layers and embeddings, here is {kind}"
         if shape[-1] % size:
             return f"rows of {shape[-1]} elements are no whole blocks of {size}"
-        if spec.format_name == "nvfp4" and kind == "Embedding":
-            return "llama.cpp knows no scale of the whole tensor for embeddings, which nvfp4 has"
+        if spec.format_name == "nvfp4" and "unit" not in spec.format_options and kind == "Embedding":
+            return "llama.cpp knows no scale of the whole tensor for embeddings, which nvfp4 has and nvfp4:unit has not"
         return None
 
     def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
