@@ -49,7 +49,9 @@ def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None
         return "a file has one step between two layers, that of the next one's input: leave the output float"
     if slot == "weight":
         return refusal(spec, weight_shape(layer)[0]) or (form.weight_fault and form.weight_fault(spec, layer))
-    if spec.dynamic or not spec.is_uniform or isinstance(spec.granularity, PerGroup):
+    if spec.dynamic:
+        return _dynamic_fault(form, spec)
+    if not spec.is_uniform or isinstance(spec.granularity, PerGroup):
         return "its scales are found at run time, QuantizeLinear needs them fixed"
     reasons = []
     if spec.bit_width > form.activation_bits:
@@ -60,6 +62,16 @@ def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None
     if form.signed and (spec.grid.affine or spec.grid.quant_max >= 2 ** (bits - 1)):
         reasons.append("activations are signed integers with zero point 0")
     return " and ".join(reasons) or None
+
+
+def _dynamic_fault(form: Form, spec: QuantSpec) -> str | None:
+    """Returns why DynamicQuantizeLinear does not compute a spec, or None: it has unsigned bytes and one scale."""
+    if not form.dynamic or form.signed:
+        return "its range is found at run time, these files hold fixed ones"
+    fits = spec.is_uniform and spec.affine and not spec.signed and spec.bit_width == 8
+    if fits and isinstance(spec.granularity, PerTensor):
+        return None
+    return "DynamicQuantizeLinear has unsigned 8-bit integers with a zero point, and one scale for the tensor"
 
 
 def precision_faults(model: nn.Module) -> list[str]:

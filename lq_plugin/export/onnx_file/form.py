@@ -21,6 +21,7 @@ class Form:
         integer_biases: biases next to quantized inputs are int32 (`lq_plugin.export.onnx_file.biases`). False: they
             stay float.
         negative_scales: weights may have them, where a batch norm's negative factor moves in.
+        dynamic: activations may have a range that is found at run time (DynamicQuantizeLinear).
         weight_fault: says why a layer's weight cannot be stored; called with its spec and the layer.
         lint: returns the rules that a finished file breaks; such a file is not written.
     """
@@ -33,5 +34,6 @@ class Form:
     channel_activations: bool = True
     integer_biases: bool = True
     negative_scales: bool = True
+    dynamic: bool = True
     weight_fault: Callable[[Any, Any], str | None] | None = None
     lint: Callable[[Any], Sequence[Any]] | None = None

@@ -244,6 +244,21 @@ class Graph:
                 self.shared[key] = self._quantize(source, *qparams, grid, axis)
         node.input[operand] = self.shared[key]
 
+    def put_dynamic(self, node: onnx.NodeProto, operand: int = 0) -> None:
+        """Quantizes input `operand` of a node with the range that it has at run time.
+
+        Args:
+            node: that reads the activation.
+            operand: which of the node's inputs.
+        """
+        source = node.input[operand]
+        if (key := (source, "dynamic")) not in self.shared:
+            added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
+            made = [stem, f"{stem}_scale", f"{stem}_zero_point"]
+            added.append(helper.make_node("DynamicQuantizeLinear", [source], made, f"node_{stem}"))
+            self.shared[key] = _make(added, "DequantizeLinear", made, f"{stem}_real")
+        node.input[operand] = self.shared[key]
+
     def _round(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int) -> str:
         """Returns an activation on its levels by float operations, bit-equal to `fake_quantize`."""
         shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]

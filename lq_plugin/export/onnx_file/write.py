@@ -135,7 +135,7 @@ def export_onnx(
     # After all weights, which take batch norms out of the graph.
     for name in (name for name in nodes if name in activations):
         for node in nodes[name]:
-            graph.put_activation(node, *_activation(activations[name]))
+            _put_activation(graph, node, activations[name])
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     for name, what in graph.slow.items():
@@ -246,7 +246,14 @@ def _put_operations(
             yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
             continue
         for index, quantizer in zip(operation.operation.operands, operation.quantizers(), strict=True):
-            graph.put_activation(nodes[name], *_activation(quantizer.current), operand=index)
+            _put_activation(graph, nodes[name], quantizer.current, index)
+
+
+def _put_activation(graph: Graph, node: onnx.NodeProto, quantizer: ActivationQuantizer, operand: int = 0) -> None:
+    if quantizer.spec.dynamic:
+        graph.put_dynamic(node, operand)
+    else:
+        graph.put_activation(node, *_activation(quantizer), operand=operand)
 
 
 def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:

@@ -50,6 +50,7 @@ class ONNX(Target):
     summary = "standard QDQ graph with INT2 to INT16, FP8 and FP4, for ONNX Runtime and OpenVINO"
     packages, runtimes = PACKAGES, tuple(RUNTIMES)
     options, takes = OPTIONS, TAKES
+    takes_dynamic = True  # those that DynamicQuantizeLinear computes
     needs_inputs = integer_biases = True
 
     def form(self, settings: Mapping[str, Any]) -> Form:
