@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import optuna
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from lq_plugin.errors import PlanError, QuantizationError, SpecError
 from lq_plugin.intent.plan import LayerInfo, QuantPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search import Space, SpaceRule, parse_choices
+from lq_plugin.search.space.bound import Unit
 
 CONV = ("Conv2d", "_ConvNd")
 LAYERS = [
@@ -233,3 +236,19 @@ def test_equal_spaces_have_equal_descriptions_and_others_do_not() -> None:
     assert first == Space(weight=list(parse_choices(BITS))).bind(LAYERS).describe()
     assert first != Space(weight=BITS, rules=[SpaceRule("head", weight="int8")]).bind(LAYERS).describe()
     assert first != Space(weight=BITS, tie=["block.*"]).bind(LAYERS).describe()
+
+
+def test_a_plan_is_made_once_for_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space(weight=["int4", "int8"]).bind([LayerInfo("a", ("Linear",)), LayerInfo("b", ("Linear",))])
+    made: list[Any] = []
+    original = Unit.choice
+    monkeypatch.setattr(Unit, "choice", lambda unit, params: made.append(unit.name) or original(unit, params))
+    params = space.uniform(4)
+    made.clear()
+    first = space.layer_plans(params)
+    assert made == ["a.weight", "b.weight"]
+    again = space.layer_plans(dict(reversed(list(params.items()))))
+    assert again == first
+    assert len(made) == 2
+    again.clear()
+    assert space.layer_plans(params) == first

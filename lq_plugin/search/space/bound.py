@@ -8,9 +8,9 @@ categorical parameter `stem.0.weight`. What is fixed has none.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias, cast
 
 from optuna import Trial
@@ -144,6 +144,15 @@ class BoundSpace:
 
     def layer_plans(self, params: Mapping[str, Any]) -> dict[str, LayerPlan]:
         """Returns the specs of every layer for values of the parameters."""
+        return dict(self._planned(frozenset(params.items())))
+
+    @cached_property
+    def _planned(self) -> Callable[[frozenset[tuple[str, Any]]], dict[str, LayerPlan]]:
+        # A trial's plan is made when it is proposed, and wanted again when it is evaluated.
+        return lru_cache(maxsize=64)(self._layer_plans)
+
+    def _layer_plans(self, values: frozenset[tuple[str, Any]]) -> dict[str, LayerPlan]:
+        params = dict(values)
         chosen: dict[str, dict[str, QuantSpec]] = {layer.name: {} for layer in self.layers}
         for unit in self.units:
             choice = unit.choice(params)
