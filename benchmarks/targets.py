@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import logging
 import statistics
 import tempfile
@@ -77,7 +78,8 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
     run_phases(quantized, plan, data.calibration, phases)
     refuse_for_target(quantized, plan)
     export_model(quantized, path, (example,), data.calibration, name)
-    found = certify(quantized, path, data.test[:COMPARED].split(32), None, runtime or None, name)
+    fresh = functools.partial(copy.deepcopy, model)
+    found = certify(quantized, path, data.test[:COMPARED].split(32), fresh, runtime or None, name)
     row |= {
         "runtime": found.runtime, "bytes": found.bytes, "agreement": found.verification.agreement,
         "within_one_step": found.verification.within_one_step, "largest_steps": found.verification.largest_steps,
@@ -85,7 +87,7 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
     }  # fmt: skip
     if found.products is not None:
         row |= {"integer": sum(found.products.integer.values()), "products": found.products.total}
-    run = target.open(path, target.runtime_of(runtime or None), None).run
+    run = target.open(path, target.runtime_of(runtime or None), fresh).run
     if data.classes is not None:
         row["accuracy"] = _accuracy(run, data.test, data.classes)
         row["model_accuracy"] = _accuracy(quantized, data.test, data.classes)
@@ -157,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     rows.append(measure(case, place, model, data, Path(folder)))
                     Console().print({key: value for key, value in rows[-1].items() if key != "versions"})
     results = {"results": rows}
-    Console().print(show(rows))
+    # Thirteen columns: a narrow terminal wraps its lines.
+    Console(width=max(Console().width, 180)).print(show(rows))
     common.write_json(options.json, results, PACKAGES)
     return results
 
