@@ -95,16 +95,23 @@ class Case:
 _CNN = ("onnx:onnxruntime", "onnx:openvino", "tensorrt:onnxruntime", "executorch", "litert")
 _RESNET = (Rule("layer*.add_0", input=ACTIVATION), Rule("linear", output=ACTIVATION))
 _MOBILE = (Rule("add_*", input=ACTIVATION), Rule("classifier", output=ACTIVATION))
-_LLAMA = (Rule("type:Embedding", weight="float"), Rule("*lm_head", weight="float"))
+_GGUF = ("gguf:gguf", "gguf:xllamacpp")
+_FLOAT = (Rule("type:Embedding", weight="float"), Rule("*lm_head", weight="float"))
+
+
+def _llama(plan: str, weight: str, *targets: str) -> Case:
+    return Case("llama", plan, weight, targets, _FLOAT, quantized_inputs=False)
+
+
 CASES = (
     Case("resnet20", "W8A8", "int8 per_channel mse", _CNN, _RESNET),
     Case("resnet20", "W4A8", "int4 per_channel mse", _CNN, _RESNET),
     Case("mobilenet", "W8A8", "int8 per_channel mse", _CNN, _MOBILE),
-    Case("llama", "int4 groups", "int4 group32 mse", ("compressed-tensors", "mlx"), rules=_LLAMA, quantized_inputs=False),
-    Case("llama", "Q4_0", "q4_0", ("gguf:gguf", "gguf:xllamacpp"), rules=_LLAMA, quantized_inputs=False),
-    Case("llama", "Q8_0", "q8_0", ("gguf:gguf", "gguf:xllamacpp"), rules=_LLAMA, quantized_inputs=False),
-    Case("llama", "MXFP4", "mxfp4", ("compressed-tensors", "gguf:gguf", "gguf:xllamacpp", "mlx"), rules=_LLAMA, quantized_inputs=False),
-    Case("llama", "ternary", "tq2_0", ("gguf:gguf", "gguf:xllamacpp"), rules=_LLAMA, quantized_inputs=False),
+    _llama("int4 groups", "int4 group32 mse", "compressed-tensors", "mlx"),
+    _llama("Q4_0", "q4_0", *_GGUF),
+    _llama("Q8_0", "q8_0", *_GGUF),
+    _llama("MXFP4", "mxfp4", "compressed-tensors", *_GGUF, "mlx"),
+    _llama("ternary", "tq2_0", *_GGUF),
 )  # fmt: skip
 
 
