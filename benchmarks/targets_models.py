@@ -99,7 +99,7 @@ _GGUF = ("gguf:gguf", "gguf:xllamacpp")
 _FLOAT = (Rule("type:Embedding", weight="float"), Rule("*lm_head", weight="float"))
 
 
-def _llama(plan: str, weight: str, *targets: str) -> Case:
+def _language_model(plan: str, weight: str, *targets: str) -> Case:
     return Case("llama", plan, weight, targets, _FLOAT, quantized_inputs=False)
 
 
@@ -107,11 +107,11 @@ CASES = (
     Case("resnet20", "W8A8", "int8 per_channel mse", _CNN, _RESNET),
     Case("resnet20", "W4A8", "int4 per_channel mse", _CNN, _RESNET),
     Case("mobilenet", "W8A8", "int8 per_channel mse", _CNN, _MOBILE),
-    _llama("int4 groups", "int4 group32 mse", "compressed-tensors", "mlx"),
-    _llama("Q4_0", "q4_0", *_GGUF),
-    _llama("Q8_0", "q8_0", *_GGUF),
-    _llama("MXFP4", "mxfp4", "compressed-tensors", *_GGUF, "mlx"),
-    _llama("ternary", "tq2_0", *_GGUF),
+    _language_model("int4 groups", "int4 group32 mse", "compressed-tensors", "mlx"),
+    _language_model("Q4_0", "q4_0", *_GGUF),
+    _language_model("Q8_0", "q8_0", *_GGUF),
+    _language_model("MXFP4", "mxfp4", "compressed-tensors", *_GGUF, "mlx"),
+    _language_model("ternary", "tq2_0", *_GGUF),
 )  # fmt: skip
 
 
