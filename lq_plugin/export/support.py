@@ -44,7 +44,7 @@ def held(target: Target, slot: str, spec: QuantSpec) -> list[str]:
     """Returns the kinds of layers whose tensor a target holds under a spec."""
     kinds = layers()
     possible = [kind for kind in _LAYERS[slot] if _fits(spec, kinds[kind])]
-    return [kind for kind in possible if target.spec_fault(slot, spec, kinds[kind]) is None]
+    return [kind for kind in possible if target.refusal(slot, spec, kinds[kind]) is None]
 
 
 def _fits(spec: QuantSpec, layer: nn.Module) -> bool:
