@@ -41,13 +41,28 @@ def no_work(monkeypatch):
     monkeypatch.setattr(export_module, "float_graph", lambda *args: pytest.fail("the graph was made"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions(net, x, tmp_path, no_work, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        (torch.bfloat16, "ONNX Runtime 1.32 has no kernels for bfloat16"),
+        (torch.float64, "a file is float32 or float16"),
+    ],
+)
+def test_other_precisions(net, x, tmp_path, no_work, dtype, why):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(
-        ExportError, match=rf"Sequential is in {name} \(0.weight, 4 parameters\).* call model.float\(\)"
+        ExportError,
+        match=rf"Sequential is in {name} \(0.weight, 4 of 4 parameters\): {why}.*; call model.float\(\)",
     ):
         export_onnx(net.to(dtype), (x,), tmp_path / "net.onnx")
+
+
+def test_float16_beside_what_it_does_not_go_with(net, x, tmp_path, no_work):
+    net[0].half()
+    with pytest.raises(ExportError, match="2 of 4 parameters.*one precision for all parameters"):
+        export_onnx(net, (x,), tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match=r"without round_sums \(sums_from\)"):
+        export_onnx(net.half(), (x.half(),), tmp_path / "net.onnx", sums_from=[x.half()])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def onnx_faults(
     def nearest(slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
         return nearest_spec(TAKES.get(slot, ()), spec, lambda other: fault(slot, other, layer))
 
-    faults = shared_faults(request) + precision_faults(request.model) + spec_faults(request, fault, nearest)
+    faults = shared_faults(request) + precision_faults(request.model, form or Form(), request.batches is not None)
+    faults += spec_faults(request, fault, nearest)
     if request.inputs is None:
         return faults
     return faults + _input_faults(request, request.inputs, input_names, dynamic_batch)
@@ -74,16 +75,31 @@ def _dynamic_fault(form: Form, spec: QuantSpec) -> str | None:
     return "DynamicQuantizeLinear has unsigned 8-bit integers with a zero point, and one scale for the tensor"
 
 
-def precision_faults(model: nn.Module) -> list[str]:
-    """Returns the fault of a model in another precision than float32: its ranges and rounding are those of that one."""
-    parameters = model.named_parameters()
-    others = {name: p.dtype for name, p in parameters if p.is_floating_point() and p.dtype != torch.float32}
+def precision_faults(model: nn.Module, form: Form, sums: bool) -> list[str]:
+    """Returns why a file cannot hold a model in its precision.
+
+    Args:
+        model: prepared.
+        form: choices made for a runtime.
+        sums: residual sums are to be rounded as well.
+    """
+    parameters = ((name, p) for name, p in model.named_parameters() if "_quantizer." not in name)
+    kinds = {name: p.dtype for name, p in parameters if p.is_floating_point()}
+    others = {name: kind for name, kind in kinds.items() if kind != torch.float32}
     if not others:
         return []
     name, dtype = next(iter(others.items()))
+    if dtype == torch.float16 and len(set(kinds.values())) == 1 and form.half and not sums:
+        return []
+    why = {
+        torch.bfloat16: "ONNX Runtime 1.32 has no kernels for bfloat16 on a CPU",
+        torch.float16: "float16 goes with one precision for all parameters, and without round_sums (sums_from)",
+    }.get(dtype, "a file is float32 or float16")
+    if dtype == torch.float16 and not form.half:
+        why = "this file is float32"
     return [
-        f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} parameters), an ONNX "
-        "file is made of a float32 one: call model.float(), and verify the file"
+        f"{type(model).__name__} is in {str(dtype).removeprefix('torch.')} ({name}, {len(others)} of {len(kinds)} "
+        f"parameters): {why}; call model.float(), and verify the file"
     ]
 
 

@@ -20,6 +20,7 @@ class Form:
         channel_activations: activations may have a scale for each channel.
         integer_biases: biases next to quantized inputs are int32 (`lq_plugin.export.onnx_file.biases`). False: they
             stay float.
+        half: the model may be float16.
         negative_scales: weights may have them, where a batch norm's negative factor moves in.
         dynamic: activations may have a range that is found at run time (DynamicQuantizeLinear).
         weight_fault: says why a layer's weight cannot be stored; called with its spec and the layer.
@@ -33,6 +34,7 @@ class Form:
     activation_bits: int = 16
     channel_activations: bool = True
     integer_biases: bool = True
+    half: bool = True
     negative_scales: bool = True
     dynamic: bool = True
     weight_fault: Callable[[Any, Any], str | None] | None = None

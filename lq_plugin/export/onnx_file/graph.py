@@ -61,6 +61,10 @@ class Graph:
         self.form = form
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
+        #: Type of the float model, float32 or float16. What is quantized is float32 between two Casts.
+        self.float = TensorProto.FLOAT
+        if any(tensor.data_type == TensorProto.FLOAT16 for tensor in self.graph.initializer):
+            self.float = TensorProto.FLOAT16
         #: New nodes by the name of the node that follows them, and by the value that they read.
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.after: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -92,9 +96,9 @@ class Graph:
             raise ExportError(f"{source} is read in two orders by the exported graph")
         first, alone = nodes[0], len(nodes) == 1
         factor = None
-        if isinstance(weight, Container) and weight.table is None and alone:
+        if isinstance(weight, Container) and weight.table is None and alone and self.float == TensorProto.FLOAT:
             factor = self._absorb_batch_norm(name, first, weight)
-        value = self._dequantized(name, first, weight, exchanged != transposed.pop(), factor)
+        value = self._real(name, first, weight, exchanged != transposed.pop(), factor)
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
 
@@ -119,9 +123,23 @@ class Graph:
             # ONNX Runtime 1.32 cannot load them from 128 bytes on: it transposes the zero points, and has no type for
             # the result.
             weight = replace(weight, bits=4)
-        value = self._dequantized(name, users[0], weight, exchanged)
+        value = self._real(name, users[0], weight, exchanged)
         for node in users:
             node.input[:] = [value if read == source else read for read in node.input]
+
+    def _real(
+        self,
+        name: str,
+        before: onnx.NodeProto,
+        weight: Container | FloatContainer,
+        flipped: bool,
+        factor: Tensor | None = None,
+    ) -> str:
+        """Returns the name of the real weight in the model's type; arguments as of `_dequantized`."""
+        value = self._dequantized(name, before, weight, flipped, factor)
+        if self.float == TensorProto.FLOAT:
+            return value
+        return self.node(before, "Cast", [value], f"{name}.weight_cast", to=self.float)
 
     def _dequantized(
         self,
@@ -238,10 +256,16 @@ class Graph:
         by_operations = axis is not None and (node.op_type in MATRIX or grid.levels not in (256, 65536))
         key = (source, *(value.tobytes() for value in qparams), grid, axis, by_operations)
         if key not in self.shared:
+            # Next to where it is made: its readers may be in any order.
+            added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
+            half = self._float_type(source) == TensorProto.FLOAT16
+            value = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
             if axis is not None and by_operations:
-                self.shared[key] = self._round(source, *qparams, grid, axis)
+                behind = (-axis if axis < 0 else self._rank(source) - axis) - 1
+                value = self._round(added, stem, value, *qparams, grid, behind)
             else:
-                self.shared[key] = self._quantize(source, *qparams, grid, axis)
+                value = self._quantize(added, stem, value, *qparams, grid, axis)
+            self.shared[key] = _make(added, "Cast", [value], f"{stem}_half", to=TensorProto.FLOAT16) if half else value
         node.input[operand] = self.shared[key]
 
     def put_dynamic(self, node: onnx.NodeProto, operand: int = 0) -> None:
@@ -254,15 +278,26 @@ class Graph:
         source = node.input[operand]
         if (key := (source, "dynamic")) not in self.shared:
             added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
+            half = self._float_type(source) == TensorProto.FLOAT16
+            read = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
             made = [stem, f"{stem}_scale", f"{stem}_zero_point"]
-            added.append(helper.make_node("DynamicQuantizeLinear", [source], made, f"node_{stem}"))
-            self.shared[key] = _make(added, "DequantizeLinear", made, f"{stem}_real")
+            added.append(helper.make_node("DynamicQuantizeLinear", [read], made, f"node_{stem}"))
+            real = _make(added, "DequantizeLinear", made, f"{stem}_real")
+            self.shared[key] = _make(added, "Cast", [real], f"{stem}_half", to=TensorProto.FLOAT16) if half else real
         node.input[operand] = self.shared[key]
 
-    def _round(self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int) -> str:
+    def _round(
+        self,
+        added: list[onnx.NodeProto],
+        stem: str,
+        source: str,
+        scale: NDArray[Any],
+        zero_point: NDArray[Any],
+        grid: IntegerGrid,
+        behind: int,
+    ) -> str:
         """Returns an activation on its levels by float operations, bit-equal to `fake_quantize`."""
-        shape = [-1, *[1] * ((-axis if axis < 0 else self._rank(source) - axis) - 1)]
-        added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
+        shape = [-1, *[1] * behind]
         constants = {
             "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point,
             "scale": scale,
@@ -278,20 +313,32 @@ class Graph:
         return _make(added, "Mul", [value, step], f"{stem}_real")
 
     def _rank(self, name: str) -> int:
-        found = [value for value in (*self.graph.value_info, *self.graph.input) if value.name == name]
-        if not found:
+        kind = self._tensor_type(name)
+        if kind is None:
             raise ExportError(
                 f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end"
             )
-        return len(found[0].type.tensor_type.shape.dim)
+        return len(kind.shape.dim)
+
+    def _float_type(self, name: str) -> int:
+        kind = self._tensor_type(name)
+        return self.float if kind is None else kind.elem_type
+
+    def _tensor_type(self, name: str) -> Any:
+        values = (*self.graph.value_info, *self.graph.input)
+        return next((value.type.tensor_type for value in values if value.name == name), None)
 
     def _quantize(
-        self, source: str, scale: NDArray[Any], zero_point: NDArray[Any], grid: IntegerGrid, axis: int | None
+        self,
+        added: list[onnx.NodeProto],
+        stem: str,
+        source: str,
+        scale: NDArray[Any],
+        zero_point: NDArray[Any],
+        grid: IntegerGrid,
+        axis: int | None,
     ) -> str:
-        # Next to where it is made: its readers may be in any order.
-        added = self.after[source]
         bits = 8 if grid.levels <= 256 else 16
-        stem = f"{source}.quantized_{len(self.shared)}"
         outermost = {"low": (grid.quant_min - zero_point) * scale, "high": (grid.quant_max - zero_point) * scale}
         if axis is None and scale <= MIN_SCALE:
             # Only 0 was seen, and only 0 passes.

@@ -88,8 +88,8 @@ def export_onnx(
         The size of the file, in bytes.
 
     Raises:
-        ExportError: another precision than float32, no such folder, names or batches that do not fit; or listing every
-            tensor that ONNX cannot say exactly. No file is written then.
+        ExportError: another precision than float32 or float16, no such folder, names or batches that do not fit; or
+            listing every tensor that ONNX cannot say exactly. No file is written then.
         MissingPackageError: without the packages onnx and onnxscript (`pip install "lq_plugin[onnx]"`).
     """
     batches = None if sums_from is None else list(sums_from)

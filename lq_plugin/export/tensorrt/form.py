@@ -59,6 +59,7 @@ TENSORRT = Form(
     activation_bits=8,
     channel_activations=False,
     integer_biases=False,
+    half=False,
     negative_scales=False,
     weight_fault=weight_fault,
     lint=lint,
