@@ -20,6 +20,7 @@ from lq_plugin.export.onnx_file.containers import Container, FloatContainer
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.minifloats import put_floats
 from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read
+from lq_plugin.export.onnx_file.scales import ordinary, times
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
 
@@ -35,9 +36,8 @@ _TYPES = {
 }
 #: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
 _FAST_GROUPS = (128, 64, 32)
-#: Scales of an activation and of a weight that are 0 everywhere, where any scale would do. In steps of their product,
-#: biases up to 32 fit into int32, with 26 fractional bits.
-_SCALE_OF_ZEROS, _SCALE_OF_ZERO_WEIGHTS = 2.0**-10, 2.0**-16
+#: Scale of an activation that is 0 everywhere, where any scale would do.
+_SCALE_OF_ZEROS = 2.0**-10
 #: First opset and first format version with a type.
 _NEWER = {
     **dict.fromkeys((_TYPES[2, True], _TYPES[2, False]), (25, 13)),
@@ -179,12 +179,12 @@ class Graph:
         assert scale is not None
         if factor is not None:
             scale = scale.expand(len(factor)) if scale.ndim == 0 else scale
-            q, scale = _times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
+            q, scale = times(q, scale, factor, -(1 << (bits - 1)) if weight.signed and zero_point is None else 0)
             zero_point = (
                 zero_point.expand(len(factor)) if zero_point is not None and zero_point.ndim == 0 else zero_point
             )
         if not weight.block:
-            scale = _ordinary(scale, q.transpose(0, 1) if flipped else q, zero_point)
+            scale = ordinary(scale, q.transpose(0, 1) if flipped else q, zero_point)
         if weight.block and flipped:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
@@ -453,36 +453,3 @@ def _make(nodes: list[onnx.NodeProto], op_type: str, inputs: list[str], output: 
     """Appends a node; returns its output's name."""
     nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", **attributes))
     return output
-
-
-def _times(q: Tensor, scale: Tensor, factor: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
-    """Returns integers and scales of weights whose channels are multiplied with a factor each.
-
-    A negative factor changes the sign of the integers where their type holds all the negatives, else that of the scale.
-    A factor of 0 leaves no weight. All of it is exact.
-
-    Args:
-        q: `[C_out, ...]`, no smaller than the type's `lowest`; 0: of a type without negatives.
-        scale: `[C_out, ...]`.
-        factor: `[C_out]`.
-    """
-    gone = factor == 0
-    opposite = (factor < 0) & (q.flatten(1).amin(1) > lowest) & (lowest < 0)
-    factor = torch.where(opposite, -factor, factor)
-    over_q, over_scale = (-1, *[1] * (q.ndim - 1)), (-1, *[1] * (scale.ndim - 1))
-    q = torch.where(opposite.view(over_q), -q, q).masked_fill(gone.view(over_q), 0)
-    return q, (scale * factor.view(over_scale)).masked_fill(gone.view(over_scale), 1.0)
-
-
-def _ordinary(scale: Tensor, q: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Returns scales of output channels, with the median one for channels whose weights are all 0.
-
-    There any scale gives the same weights; their own is the smallest possible, and biases are rounded in steps of it.
-
-    >>> _ordinary(torch.tensor([0.5, 1e-30]), torch.tensor([[1, 2], [0, 0]]), None)
-    tensor([0.5000, 0.5000])
-    """
-    rows = q.flatten(1) if scale.ndim else q.reshape(1, -1)
-    dead = (rows == (0 if zero_point is None else zero_point.reshape(-1, 1))).all(1)
-    live = scale.reshape(-1)[~dead].abs()
-    return torch.where(dead.view(scale.shape), live.median() if len(live) else _SCALE_OF_ZERO_WEIGHTS, scale)

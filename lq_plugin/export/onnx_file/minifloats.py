@@ -8,7 +8,7 @@
 
 All nodes read constants. ONNX Runtime (1.32) computes a Cast and its followers once, when it loads the file, but every
 DequantizeLinear at each run, which with FP8 and one row takes longer than the product. It has no kernel for
-FLOAT4E2M1; OpenVINO (2026.4) multiplies with it as it stands, where its rows have an even length and whole blocks.
+FLOAT4E2M1; OpenVINO (2026.4) multiplies with it as it stands, where blocks are whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from lq_plugin.export.onnx_file.queries import MATRIX
 from lq_plugin.functional.minifloat import E2M1, E4M3, E5M2, minifloat_codes, minifloat_values
 from lq_plugin.quantizers.registry import FloatContainer
 
@@ -56,12 +55,10 @@ def put_floats(
     q = weight.q.transpose(0, 1) if flipped else weight.q
     axis = int(bool(weight.block) != flipped)  # along which the scales differ
     scale = _scale(graph, name, before, weight, flipped)
-    # OpenVINO 2026.4 reads no blocks that do not divide their axis, and rows of FLOAT4E2M1 as if they ended on whole
-    # bytes.
-    fits = not (weight.block and q.shape[axis] % weight.block) and (
-        before.op_type not in MATRIX or q.shape[-1] % 2 == 0
-    )
-    kind = FLOATS[weight.element] if weight.element != E2M1 or (fp4 == "float4" and fits) else TensorProto.UINT4
+    # OpenVINO 2026.4 reads no blocks that do not divide their axis, and computes nonsense with FLOAT4E2M1 that is
+    # multiplied with a scale for each element.
+    whole = not weight.block or q.shape[axis] % weight.block == 0
+    kind = FLOATS[weight.element] if weight.element != E2M1 or (fp4 == "float4" and whole) else TensorProto.UINT4
     codes = graph.weight_codes(f"{name}.weight_codes", _of_type(q, kind), kind)
     if kind == TensorProto.FLOAT4E2M1:
         place = {"axis": axis} | ({"block_size": weight.block} if weight.block else {})
