@@ -19,7 +19,7 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export.onnx_file.containers import Container, FloatContainer
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.minifloats import put_floats
-from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read
+from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read, tensor_type
 from lq_plugin.export.onnx_file.scales import ordinary, times
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
@@ -62,9 +62,8 @@ class Graph:
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
         #: Type of the float model, float32 or float16. What is quantized is float32 between two Casts.
-        self.float = TensorProto.FLOAT
-        if any(tensor.data_type == TensorProto.FLOAT16 for tensor in self.graph.initializer):
-            self.float = TensorProto.FLOAT16
+        half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in self.graph.initializer)
+        self.float = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         #: New nodes by the name of the node that follows them, and by the value that they read.
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.after: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -313,7 +312,7 @@ class Graph:
         return _make(added, "Mul", [value, step], f"{stem}_real")
 
     def _rank(self, name: str) -> int:
-        kind = self._tensor_type(name)
+        kind = tensor_type(self.graph, name)
         if kind is None:
             raise ExportError(
                 f"{name}: how many dims it has is not in the graph; count the axis of its channels from the end"
@@ -321,12 +320,8 @@ class Graph:
         return len(kind.shape.dim)
 
     def _float_type(self, name: str) -> int:
-        kind = self._tensor_type(name)
+        kind = tensor_type(self.graph, name)
         return self.float if kind is None else kind.elem_type
-
-    def _tensor_type(self, name: str) -> Any:
-        values = (*self.graph.value_info, *self.graph.input)
-        return next((value.type.tensor_type for value in values if value.name == name), None)
 
     def _quantize(
         self,

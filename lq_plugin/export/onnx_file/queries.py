@@ -98,3 +98,9 @@ def names_read(node: onnx.NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         for inner in attribute.g.node:
             yield from names_read(inner)
+
+
+def tensor_type(graph: onnx.GraphProto, name: str) -> Any:
+    """Returns type and shape of a value, as the exporter noted them; None: it did not."""
+    values = (*graph.value_info, *graph.input)
+    return next((value.type.tensor_type for value in values if value.name == name), None)
