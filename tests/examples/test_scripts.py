@@ -85,6 +85,21 @@ def test_a_transformer_to_vllm(example: Load, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 125_000
 
 
+def test_a_language_model_to_llama_cpp(example: Load, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    options = ["--output", str(tmp_path / "model.gguf"), "--float-epochs", "4", "--epochs", "1"]
+    losses = example("language_model_to_llama_cpp").main(options)
+    assert losses["trained"] < losses["float"] < losses["rounded"] < 4.5
+    assert (tmp_path / "model.gguf").stat().st_size < 160_000
+
+
+def test_a_cnn_to_tensorrt(example: Load, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    found = example("cnn_to_tensorrt").main(["--output", str(tmp_path / "digits.onnx")])
+    assert found.verification.agreement > 0.99
+    assert found.target == "tensorrt"
+
+
 def cluster(*overrides: str) -> Any:
     with initialize_config_dir(str(EXAMPLES / "cluster"), version_base="1.3"):
         cfg = compose(
