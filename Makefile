@@ -1,4 +1,4 @@
-# make setup | test | test-all | test-minimum | test-projects | fuzz | demo | docs-pictures | wheel | clean
+# make setup | test | test-all | test-minimum | test-projects | test-targets | fuzz | demo | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all test-minimum test-projects fuzz demo docs-pictures wheel clean
+.PHONY: setup check test test-all test-minimum test-projects test-targets fuzz demo docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -58,6 +58,19 @@ $(PROJECTS)/.ready: pyproject.toml setup.py tests/projects/requirements.txt
 
 test-projects: $(PROJECTS)/.ready
 	$(PROJECTS)/bin/python tests/projects/run.py
+
+# Files of the targets whose runtimes are large, each in its own runtime.
+TARGETS := .venv-targets
+
+$(TARGETS)/.ready: pyproject.toml setup.py tests/targets/requirements.txt
+	test -x $(TARGETS)/bin/python || $(PYTHON) -m venv $(TARGETS)
+	$(TARGETS)/bin/python -m pip install "$(TORCH)"
+	$(TARGETS)/bin/python -m pip install -e ".[demo]" hypothesis pytest pytest-xdist
+	$(TARGETS)/bin/python -m pip install --no-deps -r tests/targets/requirements.txt
+	touch $@
+
+test-targets: $(TARGETS)/.ready
+	OMP_NUM_THREADS=1 $(TARGETS)/bin/python -m pytest -n 2 tests/targets
 
 # Ten thousand mutated inputs; ends with a table, tests/fuzz/RESULTS.md, and exit status 1 where one ended as it must not.
 fuzz: setup

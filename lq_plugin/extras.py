@@ -13,7 +13,9 @@ from lq_plugin.errors import MissingPackageError
 #: What `pip install "lq_plugin[<name>]"` brings for exports and runtimes, by the names that Python imports.
 EXTRAS = {
     "compressed-tensors": ("compressed_tensors", "transformers"),
+    "executorch": ("executorch",),
     "gguf": ("gguf",),
+    "litert": ("ai_edge_litert", "litert_torch"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "torchao": ("torchao",),

@@ -10,7 +10,15 @@ from lq_plugin.intent.spec import PerGroup, QuantSpec
 
 #: Granularities and ranges that integers are listed with, by slot.
 _INTEGERS = {
-    "weight": ("int8", "int8 per_channel", "int4 per_channel", "int4 group32", "int4 group16:4", "int2 per_channel"),
+    "weight": (
+        "int8",
+        "int8 per_channel",
+        "int8 per_channel narrow",
+        "int4 per_channel",
+        "int4 group32",
+        "int4 group16:4",
+        "int2 per_channel",
+    ),
     "input": ("uint8 affine ema", "int8 ema", "uint4 affine ema", "int8 per_channel", "int16 ema", "int8 group32:4"),
 }
 #: A layer of each kind, of sizes that every group divides, by slot.

@@ -294,7 +294,7 @@ def target_of(path: str | Path | None = None, name: str | None = None) -> Target
 
     >>> target_of("model.onnx").name, target_of("model.bin", "onix")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    lq_plugin.errors.ExportError: there is no export target 'onix'; valid: ..., packed, .... Did you mean 'onnx'?
+    lq_plugin.errors.ExportError: there is no export target 'onix'; valid: ... Did you mean 'onnx'?
     """
     if name is None:
         chosen = _suffixes()

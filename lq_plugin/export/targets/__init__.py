@@ -2,7 +2,9 @@
 
 from lq_plugin.export.targets import (
     compressed_tensors as compressed_tensors,
+    executorch as executorch,
     gguf as gguf,
+    litert as litert,
     mlx as mlx,
     onnx as onnx,
     packed as packed,

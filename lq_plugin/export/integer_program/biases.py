@@ -1,0 +1,44 @@
+"""Weights whose steps are too small for the integers next to them get coarser ones.
+
+Runtimes hold a bias as int32 in steps of input scale times weight scale, and multiply sums by r, which is input scale
+times weight scale over output scale. Where a channel's weights are tiny, the bias does not fit and the integers wrap
+around, or r is below what a kernel takes. Such a channel gets a coarser scale. Its weights then lose less than half a
+step in 2³⁰ of the bias, or in 2³¹ of the result's step, each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from lq_plugin.errors import ExportError
+from lq_plugin.export.integer_program.graph import place
+from lq_plugin.export.integer_program.product import products
+
+#: Half of int32: sums of products are added to the bias.
+_LARGEST = 2.0**30
+#: XNNPACK takes factors r from 2^-32 to below 256 (`xnn_create_convolution2d_nhwc_qs8_qc8w`).
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-31, 2.0**8
+
+
+def fit_biases(module: GraphModule) -> None:
+    """Makes the scales of weights as large as their biases and factors want, in place.
+
+    Raises:
+        ExportError: a factor is too large.
+    """
+    for product in products(module):
+        before, after = product.input_scale, product.output_scale
+        factor = float(product.scale.max()) * before / after
+        if factor >= _LARGEST_FACTOR:
+            raise ExportError(
+                f"{place(product.node)}: one step of its sums is {factor:g} steps of its result, runtimes take less "
+                f"than {_LARGEST_FACTOR:g}: its ranges do not fit together, calibrate it again"
+            )
+        least = (product.bias.double().abs() / _LARGEST / before).clamp(min=_SMALLEST_FACTOR * after / before)
+        if not bool((product.scale < least).any()):
+            continue
+        # In float64, and a little more: a scale that is rounded down does not fit.
+        wanted = torch.maximum(product.scale.double(), least * (1 + 2.0**-20)).float()
+        codes = (product.codes * product.along_channels(product.scale.double() / wanted.double())).round()
+        product.replace(codes.to(product.codes.dtype), wanted, product.bias)
