@@ -1,4 +1,4 @@
-# make setup | test | test-all | test-minimum | test-projects | test-targets | fuzz | demo | docs-pictures | wheel | clean
+# make setup | test | test-all | test-minimum | test-projects | test-targets | fuzz | demo | docs | docs-pictures | wheel | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all test-minimum test-projects test-targets fuzz demo docs-pictures wheel clean
+.PHONY: setup check test test-all test-minimum test-projects test-targets fuzz demo docs docs-serve docs-pictures wheel clean
 
 setup: $(READY)
 
@@ -78,6 +78,18 @@ fuzz: setup
 
 demo: setup
 	$(BIN)/python examples/digits_demo.py
+
+# The documentation site, static files in site/, with every link checked; on a web server for a look: make docs-serve.
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check_links.py site
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # The README's pictures, from a demo of their own.
 docs-pictures: setup
