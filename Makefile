@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -14,9 +15,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py
+# The library and the demo's data, no more.
+$(DEMO): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[demo]"
+	touch $@
+
+# What the tests need, too.
+$(READY): $(DEMO)
 	$(BIN)/python -m pip install -e ".[test,demo]"
 	which chromium chromium-browser google-chrome | grep -q . || timeout 300 apt-get install -y --no-install-recommends chromium \
 		|| echo "No Chromium: the tests that look at pages will be skipped."
@@ -76,11 +83,11 @@ test-targets: $(TARGETS)/.ready
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seed 0 --count 10000 --write
 
-demo: setup
-	$(BIN)/python examples/digits_demo.py
+demo: $(DEMO)
+	$(BIN)/python -m lq_plugin.demo
 
 # The documentation site, static files in site/, with every link checked; on a web server for a look: make docs-serve.
-$(VENV)/.docs: $(READY)
+$(VENV)/.docs: $(DEMO)
 	$(BIN)/python -m pip install -e ".[docs]"
 	touch $@
 
@@ -94,11 +101,11 @@ docs-serve: $(VENV)/.docs
 # The README's pictures, from a demo of their own.
 docs-pictures: setup
 	rm -rf runs/docs
-	$(BIN)/python examples/digits_demo.py --output runs/docs
+	$(BIN)/python -m lq_plugin.demo --output runs/docs
 	$(BIN)/python -m examples.docs_pictures runs/docs
 
 wheel: setup
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis site

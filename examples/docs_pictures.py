@@ -26,7 +26,7 @@ LARGEST = 300_000
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="what examples/digits_demo.py wrote")
+    parser.add_argument("run", type=Path, help="what `python -m lq_plugin.demo` wrote")
     parser.add_argument(
         "--output", type=Path, default=Path("examples/pictures"), help="folder of the PNG files (default: %(default)s)"
     )

@@ -119,3 +119,32 @@ def test_what_hydra_imports_at_each_start_is_light(module, heavy):
     code = f"import sys, {module}; print(sorted(set({heavy}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_quantizing_draws_nothing():
+    """matplotlib and Pillow are imported where a picture is made (torchmetrics looks for them by itself)."""
+    code = """
+import sys
+from lq_plugin import PTQ, QAT, Export, QuantMonitor, load_checkpoint, prepare
+from lq_plugin.export import save_packed
+from lq_plugin.report import model_report, write_page
+drawing = ("lq_plugin.plots.", "lq_plugin.report.pictures")
+sys.exit(", ".join(name for name in sys.modules if name.startswith(drawing)) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_pictures_import_matplotlib():
+    package = ROOT / "lq_plugin"
+    drawing = {path for path in package.rglob("*.py") if "\nfrom matplotlib" in path.read_text(encoding="utf-8")}
+    assert drawing == {*(package / "plots").glob("[!_]*.py"), package / "report" / "pictures.py"}
+
+
+def test_the_demo_needs_no_test_extra():
+    """`make demo` installs the library and its data set alone, and no browser."""
+    dry = subprocess.run(
+        ["make", "-n", "-W", "pyproject.toml", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "[demo]" in dry
+    assert not {word for word in ("[test", "chromium", "apt-get") if word in dry}

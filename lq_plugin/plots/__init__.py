@@ -1,8 +1,18 @@
-"""Functions from data to a `matplotlib.figure.Figure`; `save` and `to_png` render one."""
+"""Functions from data to a `matplotlib.figure.Figure`; `save` and `to_png` render one.
 
-from lq_plugin.plots.layers import bits_per_layer as bits_per_layer, sqnr_per_layer as sqnr_per_layer
-from lq_plugin.plots.ranges import activation_histogram as activation_histogram
-from lq_plugin.plots.sensitivity import sensitivity_map as sensitivity_map
-from lq_plugin.plots.study import pareto as pareto, pareto_front as pareto_front
-from lq_plugin.plots.style import save as save, to_png as to_png
-from lq_plugin.plots.weights import weight_box_plot as weight_box_plot
+matplotlib is imported when one of them is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from lq_plugin.utilities.lazy import attributes
+
+if TYPE_CHECKING:
+    from lq_plugin.plots.layers import bits_per_layer as bits_per_layer, sqnr_per_layer as sqnr_per_layer
+    from lq_plugin.plots.ranges import activation_histogram as activation_histogram
+    from lq_plugin.plots.sensitivity import sensitivity_map as sensitivity_map
+    from lq_plugin.plots.study import pareto as pareto, pareto_front as pareto_front
+    from lq_plugin.plots.style import save as save, to_png as to_png
+    from lq_plugin.plots.weights import weight_box_plot as weight_box_plot
+
+__getattr__, __dir__, __all__ = attributes(__name__, __file__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias, TypeVar
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.report.data import LayerReport, ReportData
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OfReport: TypeAlias = "Callable[[ReportData], Figure | None]"
 OfLayer: TypeAlias = "Callable[[LayerReport], Figure | None]"
@@ -84,6 +85,8 @@ def _adding(registry: dict[str, _Function], name: str) -> Callable[[_Function], 
 def _checked(name: str, figure: Figure | None) -> Iterator[tuple[str, Figure]]:
     if figure is None:
         return
+    from matplotlib.figure import Figure
+
     if not isinstance(figure, Figure):
         raise QuantizationError(f"picture {name!r} is a matplotlib Figure or None, got {type(figure).__name__}")
     yield name, figure

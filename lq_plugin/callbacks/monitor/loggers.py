@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image
 
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.utilities.csv_text import to_csv
@@ -21,6 +20,7 @@ from lq_plugin.utilities.lightning_packages import either
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from PIL.Image import Image
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,8 +43,10 @@ class Picture:
         """The path as that of a file."""
         return "/".join(file_name(part) for part in dict.fromkeys((self.kind, self.name)))
 
-    def image(self) -> Image.Image:
+    def image(self) -> Image:
         """The decoded picture."""
+        from PIL import Image
+
         return Image.open(io.BytesIO(self.png)).convert("RGB")
 
 

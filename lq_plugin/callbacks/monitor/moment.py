@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
 from lq_plugin import plots
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.monitor.live import MAX_LAYERS
@@ -33,6 +31,7 @@ from lq_plugin.report.weights import in_force, original, quantized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from matplotlib.figure import Figure
 
 _MOVING = ("_sqnr_db", "_min", "_max", "_zeros", "_flips")
 

@@ -1,4 +1,4 @@
-"""The main job from end to end, on data that comes with scikit-learn: `make demo`.
+"""The main job from end to end, on data that comes with scikit-learn: `python -m lq_plugin.demo`, or `make demo`.
 
 1. trains a small CNN, float;
 2. calibrates it to 4 bits with each range estimator, and to 2 bits everywhere (PTQ);
@@ -6,7 +6,8 @@
 4. trains on with the best plan that fits the budget (QAT), tracked by W&B, offline;
 5. loads the checkpoint into a new model, scores it, and writes it as a packed file.
 
-    python examples/digits_demo.py --output runs/digits_demo --trials 160
+    pip install "lq_plugin[demo]"
+    python -m lq_plugin.demo --output runs/digits_demo --trials 160
 """
 
 from __future__ import annotations
