@@ -1,4 +1,4 @@
-# make setup | test | test-all | test-minimum | test-projects | test-targets | fuzz | demo | docs | docs-pictures | wheel | clean
+# make setup | test | test-all | test-minimum | test-projects | test-targets | fuzz | demo | docs | docs-pictures | wheel | package | clean
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one (2.13.0+cpu
@@ -11,7 +11,7 @@ DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup check test test-all test-minimum test-projects test-targets fuzz demo docs docs-serve docs-pictures wheel clean
+.PHONY: setup check test test-all test-minimum test-projects test-targets fuzz demo docs docs-serve docs-pictures wheel package clean
 
 setup: $(READY)
 
@@ -106,6 +106,13 @@ docs-pictures: setup
 
 wheel: setup
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# Wheel and sdist, and whether the package index takes them.
+package: $(DEMO)
+	rm -rf dist
+	$(BIN)/python -m pip install "build>=1.2" "twine>=6.1"
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis site

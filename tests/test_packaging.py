@@ -1,6 +1,8 @@
 """What is installed: the wheel has everything, and Hydra's plugin costs nothing."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +66,23 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     assert "hydra_plugins/__init__.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_links_on_the_package_index_are_absolute(wheel):
+    archive = ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    described = email.message_from_bytes(archive.read(metadata))
+    links = re.findall(r"\]\(([^)\s]+)\)", described.get_payload())
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link] == []
+    assert described["Description-Content-Type"] == "text/markdown"
+    repository = dict(url.split(", ", 1) for url in described.get_all("Project-URL"))["Repository"]
+    ours = {
+        link.removeprefix(f"{repository}/").partition("/main/")[2].partition("#")[0]
+        for link in links
+        if repository in link
+    }
+    assert {path for path in ours if not (ROOT / path).exists()} == set()
 
 
 def test_the_installed_configs_are_those_of_the_repository():

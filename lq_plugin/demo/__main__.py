@@ -21,11 +21,12 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import wandb
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
@@ -78,13 +79,13 @@ def main() -> None:
     for name in ESTIMATORS:
         plan = f"w4 {name} a4 {name}"
         ptq = copy.deepcopy(model)
-        (result,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(
+        (scores,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(
             ptq, datamodule=data, verbose=False
         )
-        uniform[name] = (result["val/acc"], scored(f"PTQ, {plan}", ptq, data))
-        table.add_row(name, percent(result["val/acc"]), percent(uniform[name][1].accuracy))
+        uniform[name] = (scores["val/acc"], scored(f"PTQ, {plan}", ptq, data))
+        table.add_row(name, percent(scores["val/acc"]), percent(uniform[name][1].accuracy))
     console.print(table)
-    rows.append(max(uniform.values(), key=lambda scores: scores[0])[1])
+    rows.append(max(uniform.values(), key=lambda both: both[0])[1])
     rows.append(scored(f"PTQ, {UNIFORM}", calibrated(model, data, UNIFORM), data))
     budget = rows[-1].effective_bits if args.budget is None else args.budget
 
@@ -136,11 +137,11 @@ def main() -> None:
         replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html"
     )
 
-    show(rows, len(data.test_dataloader().dataset), output, time.perf_counter() - start)
+    show(rows, len(data.splits["test"]), output, time.perf_counter() - start)
 
 
 def trainer(
-    max_epochs: int = 1, callbacks: list | None = None, logger: WandbLogger | bool = False, **options
+    max_epochs: int = 1, callbacks: list[Callback] | None = None, logger: WandbLogger | bool = False, **options: Any
 ) -> Trainer:
     """An ordinary Trainer; a search trial brings its own options."""
     progress = [RichProgressBar(leave=False)] if options.get("enable_progress_bar", True) else []

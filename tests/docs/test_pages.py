@@ -16,6 +16,7 @@ import yaml
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from tests.examples.test_migration import FAST
+from tests.examples.test_pages import brief_trainers
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
@@ -55,13 +56,7 @@ def test_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     given = space()
-    short = {name: value for name, value in FAST.items() if name not in ("logger", "enable_checkpointing")}
-    whole = lightning.Trainer.__init__
-
-    def brief(self: Any, *args: Any, **options: Any) -> None:
-        whole(self, *args, **(options | short))
-
-    monkeypatch.setattr(lightning.Trainer, "__init__", brief)
+    brief_trainers(monkeypatch)
     for text in blocks(path.read_text(encoding="utf-8"), "python"):
         exec(text, given)
     written = re.findall(r"^\| `(runs/[^`]+)` \|", path.read_text(encoding="utf-8"), re.MULTILINE)

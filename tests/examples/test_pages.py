@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -66,6 +67,9 @@ def test_commands_exist(path: Path) -> None:
         if not words:
             continue
         if words[0] in ("python", "make") or words[0].startswith("examples/"):
+            if words[1:2] == ["-m"]:
+                assert importlib.util.find_spec(words[2]), line
+                continue
             script = words[0] if words[0].startswith("examples/") else words[1]
             known = script in targets if words[0] == "make" else (ROOT / script).is_file() or script == "src/train.py"
             assert known, line
@@ -96,9 +100,21 @@ def test_plans_of_the_readme_can_be_read() -> None:
     assert set(PHASES) <= {name for pair in named for name in pair}
 
 
+def brief_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Trainer takes few batches; loggers and checkpoints stay as the page has them."""
+    whole = lightning.Trainer.__init__
+    short = {name: value for name, value in FAST.items() if name not in ("logger", "enable_checkpointing")}
+
+    def brief(self: Any, *args: Any, **options: Any) -> None:
+        whole(self, *args, **(options | short))
+
+    monkeypatch.setattr(lightning.Trainer, "__init__", brief)
+
+
 @pytest.mark.filterwarnings("ignore:QuantMonitor. the Trainer has no logger", "ignore:.*weights_only.*")
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    brief_trainers(monkeypatch)
     torch.manual_seed(0)
     batches = [torch.rand(8, 1, 8, 8)]
     Path("plan.yaml").write_text("rules: [{match: '*', weight: int4, input: uint8 affine ema}]\n")
@@ -118,6 +134,11 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         space["Trainer"] = partial(lightning.Trainer, **FAST)
         exec("from lq_plugin import *", space)
         exec(text, space)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = re.findall(r"^\| `(runs/[^`]+)` \|", page, re.MULTILINE)
+    assert len(written) == 3
+    assert all((tmp_path / name).exists() for name in written)
+    assert (tmp_path / "runs/first/quant/report.html").is_file()
 
 
 def numbers(cell: str) -> list[float]:
@@ -125,8 +146,9 @@ def numbers(cell: str) -> list[float]:
 
 
 def table(title: str) -> list[list[str]]:
-    """Rows of the first table behind a title of the README."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition(title)[2].splitlines()
+    """Rows of the first table behind a title of the benchmarks' page, or of the README."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("benchmarks/README.md", "README.md")]
+    lines = next(page for page in pages if f"\n{title}\n" in page).partition(f"\n{title}\n")[2].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     rows = []
     for line in lines[start:]:
@@ -138,6 +160,22 @@ def table(title: str) -> list[list[str]]:
 
 def result(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_summary_is_of_the_benchmarks() -> None:
+    (w4, w2, searched, step, speed) = table("## What it keeps, costs and gains")[1:]
+    ranges = {(r["bits"], r["range"]): r["accuracy"] for r in result("ptq_accuracy")["results"]}
+    assert numbers(w4[1]) == [ranges["W4A8", "mse"]]
+    learned = {(r["bits"], r["rounding"]): r["accuracy"] for r in result("ptq_rounding")["results"]}
+    assert numbers(w2[1]) + numbers(w2[2]) == [learned["W2A8", "brecq"], learned["W2A8", "nearest"]]
+    best = result("search")["best_at"]["3.5"]
+    assert numbers(searched[1]) + numbers(searched[2]) == [best["ours"], best["uniform"]]
+    measured = [r for r in result("qat_step")["results"] if (r["model"], r["setting"]) == ("r18", "W8A8")]
+    steps = {r["implementation"]: r["ratio"] for r in measured}
+    shown = [steps["lq native"], steps["torch.ao"], steps["brevitas learned"]]
+    assert [numbers(step[1])[0], *numbers(step[2])] == [round(ratio, 2) for ratio in shown]
+    faster = {(r["case"], r["runtime"], r["setting"]): r["over_best_float"] for r in result("deploy")["results"]}
+    assert numbers(speed[1]) == [round(faster["r18_b1", "onnxruntime", "int8"], 1)]
 
 
 def test_the_ranges_table_is_that_of_the_benchmark() -> None:
