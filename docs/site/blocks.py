@@ -12,7 +12,7 @@ from typing import Any
 import levels
 
 from lq_plugin import QuantPlan, QuantSpec
-from lq_plugin.export.target import TARGETS, markdown as targets_table
+from lq_plugin.export.target import TARGETS, Target, markdown as targets_table
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.granularity import PerGroup
 from lq_plugin.intent.plan import FLOAT
@@ -161,7 +161,8 @@ def target_details(_: str) -> str:
     """Returns what each target's files hold, as the registry has it."""
     rows = ["| target | weights | inputs | options | runtimes |", "|---|---|---|---|---|"]
     for target in TARGETS.values():
-        specs = [_list(target.takes.get(slot, ())) for slot in ("weight", "input")]
+        anything = type(target).spec_fault is Target.spec_fault
+        specs = ["every spec" if anything else _list(target.takes.get(slot, ())) for slot in ("weight", "input")]
         options = _list([option.name for option in target.options])
         rows.append(f"| `{target.name}` | {specs[0]} | {specs[1]} | {options} | {_list(target.runtimes)} |")
     return "\n".join(rows)
