@@ -31,9 +31,11 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from lq_plugin import PTQ, QAT, QuantMonitor, QuantPlan, load_checkpoint
+from lq_plugin.callbacks import PTQ, QAT, QuantMonitor
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.export import save_packed
+from lq_plugin.intent.plan import QuantPlan
+from lq_plugin.model import load_checkpoint
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.report import model_report, write_page
