@@ -228,7 +228,9 @@ def quiet() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m lq_plugin.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/digits_demo"), help="where everything is written")
     parser.add_argument("--trials", type=int, default=160)
     parser.add_argument(
