@@ -72,12 +72,12 @@ TARGETS := .venv-targets
 $(TARGETS)/.ready: pyproject.toml setup.py tests/targets/requirements.txt
 	test -x $(TARGETS)/bin/python || $(PYTHON) -m venv $(TARGETS)
 	$(TARGETS)/bin/python -m pip install "$(TORCH)"
-	$(TARGETS)/bin/python -m pip install -e ".[demo]" hypothesis pytest pytest-xdist
+	$(TARGETS)/bin/python -m pip install -e ".[demo,onnx,openvino,gguf,compressed-tensors]" hypothesis pytest pytest-xdist
 	$(TARGETS)/bin/python -m pip install --no-deps -r tests/targets/requirements.txt
 	touch $@
 
 test-targets: $(TARGETS)/.ready
-	OMP_NUM_THREADS=1 $(TARGETS)/bin/python -m pytest -n 2 tests/targets
+	OMP_NUM_THREADS=1 $(TARGETS)/bin/python -m pytest -n 2 tests/targets tests/export/test_gguf_llama_cpp.py tests/export/test_mlx.py
 
 # Ten thousand mutated inputs; ends with a table, tests/fuzz/RESULTS.md, and exit status 1 where one ended as it must not.
 fuzz: setup
