@@ -14,7 +14,8 @@ model of two layers with random weights at int4 groups, GGUF's Q4_0 and Q8_0, MX
     over_float         time of the same runtime's float file over that of this one, one sample at a time, one thread:
                        medians of interleaved rounds
 
-Runtimes that are not installed are listed as missing. Models are quantized on their target's own grid.
+Runtimes that are not installed are listed as missing, models that a target cannot hold as refused, with the reason.
+Models are quantized on their target's own grid.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.targets_models import CASES, Case, Data, build, float_runner
-from lq_plugin.errors import MissingPackageError
+from lq_plugin.errors import ExportError, MissingPackageError
 from lq_plugin.export import certify, export_model
 from lq_plugin.export.planned import plan_for, refuse_for_target
 from lq_plugin.export.target import TARGETS, Target
@@ -71,6 +72,23 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
         target.need_packages(name, target.runtime_of(runtime or None))
     except MissingPackageError as error:
         return row | {"missing": str(error)}
+    try:
+        return row | run_case(case, place, model, data, folder)
+    except ExportError as error:
+        return row | {"refused": str(error)[:300]}
+
+
+def run_case(case: Case, place: str, model: nn.Module, data: Data, folder: Path) -> dict[str, Any]:
+    """The figures of one row.
+
+    Args:
+        case, place, model, data, folder: as `measure` has them.
+
+    Raises:
+        ExportError: the target cannot hold the model.
+    """
+    name, _, runtime = place.partition(":")
+    target = TARGETS[name]
     quantized, path = copy.deepcopy(model), folder / f"{case.model}_{case.plan}_{name}{target.suffix}".replace(" ", "_")
     plan = plan_for(case.quant_plan(name, runtime), name)
     example = data.calibration[0]
@@ -80,7 +98,7 @@ def measure(case: Case, place: str, model: nn.Module, data: Data, folder: Path) 
     export_model(quantized, path, (example,), data.calibration, name)
     fresh = functools.partial(copy.deepcopy, model)
     found = certify(quantized, path, data.test[:COMPARED].split(32), fresh, runtime or None, name)
-    row |= {
+    row: dict[str, Any] = {
         "runtime": found.runtime, "bytes": found.bytes, "agreement": found.verification.agreement,
         "within_one_step": found.verification.within_one_step, "largest_steps": found.verification.largest_steps,
         "versions": dict(found.versions),
@@ -125,8 +143,8 @@ def show(rows: Sequence[dict[str, Any]]) -> Table:
     for column in columns:
         table.add_column(column)
     for row in rows:
-        if "missing" in row:
-            table.add_row(row["model"], row["plan"], row["target"], row["missing"])
+        if said := row.get("missing") or row.get("refused"):
+            table.add_row(row["model"], row["plan"], row["target"], said)
         else:
             table.add_row(*(_cell(row.get(column)) for column in columns))
     return table

@@ -20,7 +20,7 @@ class ExecuTorch(Target):
     summary = "ExecuTorch program for phones and small boards: integer convolutions, products and sums by XNNPACK"
     packages = runtimes = ("executorch",)
     options = (BATCH,)
-    needs_inputs = True
+    needs_inputs = integer_biases = True
     takes: ClassVar = TAKES
 
     def model_faults(self, request: Request) -> list[str]:

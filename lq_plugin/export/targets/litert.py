@@ -20,7 +20,7 @@ class LiteRT(Target):
     summary = "TensorFlow Lite file of integers alone, for phones and microcontrollers (LiteRT)"
     packages, runtimes = ("ai_edge_litert", "litert_torch"), ("ai_edge_litert",)
     options = (BATCH,)
-    needs_inputs = True
+    needs_inputs = integer_biases = True
     takes: ClassVar = TAKES
 
     def model_faults(self, request: Request) -> list[str]:
