@@ -56,7 +56,7 @@ def round_biases(model: nn.Module, recording: Recording) -> RoundedBiases:
         recording: of one pass of it, which shows the batch norm that alone reads a layer.
 
     >>> import lq_plugin
-    >>> from lq_plugin.model import record
+    >>> from lq_plugin.model.graph.record import record
     >>> net, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(16, 4)
     >>> _ = lq_plugin.prepare(net, "w8a8")
     >>> _ = lq_plugin.calibrate(net, [x])
