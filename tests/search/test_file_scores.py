@@ -37,7 +37,9 @@ def test_each_plan_of_the_front_has_a_file_and_its_scores(model: DigitsCNN, tmp_
     for row, candidate in zip(rows, result.front, strict=True):
         path = tmp_path / "files" / f"{Path(candidate.file_name).stem}.onnx"
         assert int(row["file_bytes"]) == path.stat().st_size
-        assert float(row["file/val/acc"]) == pytest.approx(candidate.metric, abs=0.03)
+        # At two bits ties of the integer sums decide a few of the 360 images.
+        least = min(rule.weight.bit_width for rule in candidate.plan.rules)
+        assert float(row["file/val/acc"]) == pytest.approx(candidate.metric, abs=0.01 if least == 8 else 0.03)
         assert 0 < float(row["file_ms"]) < 1000
     smallest, largest = (int(row["file_bytes"]) for row in (rows[0], rows[-1]))
     assert smallest < largest

@@ -28,19 +28,16 @@ SUFFIXES = ("pte", "tflite")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("weight", ["int8 per_channel narrow", "int4 per_channel"])
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_within_one_step_and_every_product_is_of_integers(name, weight, suffix, tmp_path):
-    net = quantized(name, weight)
+def test_outputs_are_within_one_step_and_every_product_is_of_integers(name, weight, suffix, tmp_path, request):
     if (name, suffix) == ("resnet20", "tflite"):
-        # The shortcut's pad reads one grid and writes another: litert_torch 0.10.0 drops the rounding between them.
-        with pytest.raises(ExportError, match=r"(?s)litert_torch cannot convert the program.*same scale constr"):
-            compared(net, tmp_path / f"net.{suffix}")
-        return
-    steps, products = compared(net, tmp_path / f"net.{suffix}")
+        reason = "the shortcut's pad reads one grid and writes another: litert_torch 0.10.0 drops the rounding between"
+        request.applymarker(pytest.mark.xfail(raises=ExportError, reason=reason))
     if name == "hardswish":
-        # The runtimes round in front of each hard-swish also, which no plan can say.
-        assert steps.max() < 3.01
-    else:
-        assert (steps <= 1.01).float().mean() >= 0.99
+        reason = "runtimes round in front of each hard-swish also, which no plan can say: 85 to 97 % are within a step"
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=reason))
+    net = quantized(name, weight)
+    steps, products = compared(net, tmp_path / f"net.{suffix}")
+    assert (steps <= 1.01).float().mean() >= 0.99
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert not products.floating
     assert products.total == len(layers)
@@ -92,18 +89,16 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_other_operations(suffix, tmp_path):
+def test_other_operations(suffix, tmp_path, request):
+    if suffix == "tflite":
+        reason = "two grids meet in the concatenation: litert_torch 0.10.0 drops the rounding that joins them"
+        request.applymarker(pytest.mark.xfail(raises=ExportError, reason=reason))
     torch.manual_seed(0)
     net, y = randomize(Mixed()), torch.randn(32, 4, 16)
     rule = Rule("*", weight="int8 per_channel narrow", input="uint8 affine")
     prepare(net, QuantPlan([rule, Rule("left_float", weight="float", input="float")]), record(net, lambda: net(X, y)))
     calibrate(net, [(X, y)], lambda batch: net(*batch))
     path = tmp_path / f"net.{suffix}"
-    if suffix == "tflite":
-        # Two grids meet in the concatenation: litert_torch 0.10.0 drops the rounding that brings them together.
-        with pytest.raises(ExportError, match=r"(?s)litert_torch cannot convert the program.*same scale constr"):
-            export_model(net, path, (X, y), [(X, y)])
-        return
     export_model(net, path, (X, y), [(X, y)])
     result = verify(net, path, [(X, y)])
     assert result.largest_difference < 0.05
@@ -114,7 +109,10 @@ def test_other_operations(suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("spec", ["twn", "bwn", "uint4 affine", "int7"])
-def test_other_weights(spec, suffix, tmp_path):
+def test_other_weights_that_are_exact(spec, suffix, tmp_path, request):
+    if spec != "int7":
+        reason = "10 to 46 % of the outputs are at the next level; the cause is not known yet"
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=reason))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     x = torch.randn(16, 3, 8, 8)
@@ -125,8 +123,8 @@ def test_other_weights(spec, suffix, tmp_path):
     run = next(t for t in TARGETS.values() if t.suffix == path.suffix).open(path, None, None).run
     with torch.no_grad():
         steps = (run(x)[0] - net(x)) / net[3].output_quantizer.scale
-    # A tie in front of the second layer moves all of its sums a little: to the next level, never further.
     assert steps.abs().max() < 1.01
+    assert (steps.abs() > 0.5).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
