@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.functional.affine import fake_quantize
+from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.intent.spec import IntegerGrid
 
 
@@ -39,27 +39,54 @@ def gptq_quantize(
     act_order: bool = True,
     block_columns: int = 128,
 ) -> Tensor:
-    """Returns the quantized values of a weight with fixed scales and zero points; the arithmetic is float64.
+    """Returns the values of a weight on integer levels: `gptq_round` for scales and zero points.
 
     Args:
-        weight: `[..., rows, columns]`; leading dims are separate problems (the groups of a convolution).
-        hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
+        weight, hessian: see `gptq_round`.
         scale, zero_point: float32, broadcastable to the weight.
         grid: the integer levels.
-        dampening: λ as a share of the mean of diag H over live columns.
-        act_order: columns with larger diag H first; else in the order they have.
-        block_columns: how many columns are done before the others are updated; it changes the speed alone.
+        dampening, act_order, block_columns: see `gptq_round`.
 
     Returns:
         (q - zero_point) · scale, float32, shaped like the weight.
 
     Raises:
-        CalibrationError: NaN or Inf, or a Hessian that is not positive definite, dampened as asked.
+        CalibrationError: see `gptq_round`.
 
     >>> weight, inputs = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 1.0], [1.0, 0.9]])
     >>> hessian = 2.0 * inputs.T @ inputs
     >>> gptq_quantize(weight, hessian, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1))
     tensor([[0., 1.]])
+    """
+    levels = IntegerLevels(scale, zero_point, False, grid)
+    return gptq_round(weight, hessian, levels, dampening=dampening, act_order=act_order, block_columns=block_columns)
+
+
+@torch.no_grad()
+def gptq_round(
+    weight: Tensor,
+    hessian: Tensor,
+    levels: FixedLevels,
+    *,
+    dampening: float = 0.01,
+    act_order: bool = True,
+    block_columns: int = 128,
+) -> Tensor:
+    """Returns the values of a weight on levels of any format under fixed scales; the arithmetic is float64.
+
+    Args:
+        weight: `[..., rows, columns]`; leading dims are separate problems (the groups of a convolution).
+        hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
+        levels: their tensors broadcastable to the weight.
+        dampening: λ as a share of the mean of diag H over live columns.
+        act_order: columns with larger diag H first; else in the order they have.
+        block_columns: how many columns are done before the others are updated; it changes the speed alone.
+
+    Returns:
+        Levels times steps, float32, shaped like the weight.
+
+    Raises:
+        CalibrationError: NaN or Inf, or a Hessian that is not positive definite, dampened as asked.
     """
     if not bool(hessian.isfinite().all() & weight.isfinite().all()):
         raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
@@ -68,13 +95,13 @@ def gptq_quantize(
     damped = _damped(hessian.double(), dead, dampening)
     # [columns, rows]: a column is contiguous.
     w = weight.double().masked_fill(dead.unsqueeze(-2), 0.0).mT
-    scales, zero_points = (t.to(weight.device).expand(shape).mT for t in (scale, zero_point))
+    levels = levels.mapped(lambda t: t.to(weight.device).expand(shape).mT)
     order = None
     if act_order:
         order = damped.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         damped = damped.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
-        w, scales, zero_points = (t.take_along_dim(order.unsqueeze(-1), -2) for t in (w, scales, zero_points))
-    done = _solve(w.clone(), _inverse_factor(damped, dampening), scales, zero_points, grid, block_columns)
+        w, levels = w.take_along_dim(order.unsqueeze(-1), -2), _in_order(levels, order)
+    done = _solve(w.clone(), _inverse_factor(damped, dampening), levels, block_columns)
     if order is not None:
         done = done.take_along_dim(order.argsort(dim=-1).unsqueeze(-1), -2)
     return done.mT.contiguous()
@@ -126,9 +153,15 @@ def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
     return y
 
 
-def _solve(
-    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, block_columns: int
-) -> Tensor:
+def _in_order(levels: FixedLevels, order: Tensor) -> FixedLevels:
+    return levels.mapped(lambda t: t.take_along_dim(order.unsqueeze(-1), -2))
+
+
+def _column(levels: FixedLevels, j: int) -> FixedLevels:
+    return levels.mapped(lambda t: t[..., j, :])
+
+
+def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -> Tensor:
     """Returns quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
     columns = w.shape[-2]
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
@@ -137,7 +170,7 @@ def _solve(
         errors = torch.empty_like(w[..., start:end, :])
         for j in range(start, end):
             column = w[..., j, :]
-            done[..., j, :] = fake_quantize(column.float(), scale[..., j, :], zero_point[..., j, :], grid)
+            done[..., j, :] = _column(levels, j).nearest(column.float())
             error = (column - done[..., j, :]) / factor[..., j, j, None]
             errors[..., j - start, :] = error
             w[..., j + 1 : end, :] -= factor[..., j, j + 1 : end, None] * error.unsqueeze(-2)

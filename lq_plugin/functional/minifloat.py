@@ -144,6 +144,16 @@ def minifloat_values(codes: Tensor, fmt: Minifloat) -> Tensor:
     return torch.where(codes >= half, -magnitude, magnitude)
 
 
+def signed_values(fmt: Minifloat) -> Tensor:
+    """Returns all values of a format, ascending, float32; zero is one value, in the middle.
+
+    >>> len(signed_values(E4M3)), signed_values(E2M1)[6:9].tolist()
+    (253, [-0.5, 0.0, 0.5])
+    """
+    values = fmt.values()
+    return torch.cat([-values[1:].flip(0), values])
+
+
 def saturates(x: Tensor, fmt: Minifloat) -> Tensor:
     """Returns True where |x|, rounded by the step next to the largest value, is beyond that value.
 

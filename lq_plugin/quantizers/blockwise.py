@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from lq_plugin.errors import ExportError
 from lq_plugin.functional.affine import extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, nvfp4_rule, ocp_rule
+from lq_plugin.functional.fixed_levels import FixedLevels, TableLevels
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.functional.lookup import Reading, read_rows
-from lq_plugin.functional.minifloat import E2M1, E3M2, E4M3, Minifloat, minifloat_codes, minifloat_values
+from lq_plugin.functional.minifloat import (
+    E2M1,
+    E3M2,
+    E4M3,
+    Minifloat,
+    fake_quantize_minifloat,
+    minifloat_codes,
+    minifloat_values,
+    round_to_minifloat,
+    signed_values,
+)
 from lq_plugin.functional.nvfp4 import Target, fake_quantize_nvfp4, nvfp4_scales, nvfp4_tensor_scale
 from lq_plugin.functional.ocp_mx import ELEMENTS, ScaleMode, fake_quantize_mx, mx_scale, power_of_two
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.native.kernels import BlockRule
-from lq_plugin.quantizers.base import Levels
+from lq_plugin.quantizers.base import Levels, float32
 from lq_plugin.quantizers.registry import FloatContainer, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer
@@ -39,7 +52,7 @@ def nvfp4_scale_above(spec: QuantSpec, amax: Tensor) -> Tensor:
 
 
 class BlockWeightQuantizer(WeightQuantizer):
-    """Weight quantizer whose scales follow from the weight at each call."""
+    """Weight quantizer whose scales follow from the weight at each call, until they are fixed."""
 
     element: Minifloat
 
@@ -56,10 +69,20 @@ class BlockWeightQuantizer(WeightQuantizer):
         raise NotImplementedError
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.is_fixed:
+            return self.scale, self.zero_point
         if x is None:
             raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
         scale = self.block_scale(x)
         return scale, torch.zeros_like(scale)
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        return True
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        scale, zero_point = (t.detach().clone() for t in self.qparams(w))
+        return TableLevels(scale, zero_point, False, signed_values(self.element))
 
     def levels(self, x: Tensor | None = None) -> Levels:
         scale, _ = self.qparams(x)
@@ -68,6 +91,10 @@ class BlockWeightQuantizer(WeightQuantizer):
         )
 
     def quantize_values(self, x: Tensor) -> Tensor:
+        if self.is_fixed:
+            w = blocks(x, self.spec.granularity)
+            y = fake_quantize_minifloat(w, self.scale, self.scale.reciprocal(), self.element)
+            return unblocks(y, x.shape, self.spec.granularity)
         done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x))
         if done is not None:
             return done
@@ -91,16 +118,55 @@ class OCPWeightQuantizer(BlockWeightQuantizer):
         return ocp_rule(self.element, self.mode)
 
     def _rows_are_independent(self) -> bool:
-        return True
+        return not self.is_fixed
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
         return self.quantize_values(read_rows(weight, index.reshape(-1), reading)).view(*index.shape, -1)
+
+
+@dataclass(frozen=True)
+class NVFP4Levels(TableLevels):
+    """E2M1 under s · g.
+
+    Args:
+        tensor_scale: g.
+    """
+
+    tensor_scale: Tensor
 
 
 class NVFP4WeightQuantizer(BlockWeightQuantizer):
     """Weights in NVFP4 (see `lq_plugin.functional.nvfp4`)."""
 
     element = E2M1
+    #: g of fixed scales, of which `scale` is s · g.
+    tensor_scale: Tensor
+    fixed_buffers: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "tensor_scale")
+
+    def _make_qparams(self) -> None:
+        super()._make_qparams()
+        self.register_buffer("tensor_scale", float32(1.0, (1,)), persistent=False)
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        levels = super().fixed_levels(w)
+        above = self.tensor_scale.clone() if self.is_fixed else self._above(w).reshape(1)
+        return NVFP4Levels(levels.scale, levels.zero_point, False, signed_values(E2M1), above)
+
+    def keep_levels(self, levels: FixedLevels) -> None:
+        super().keep_levels(levels)
+        with torch.no_grad():
+            self.tensor_scale.copy_(cast(NVFP4Levels, levels).tensor_scale)
+
+    def stored_scales(self) -> tuple[Tensor, Tensor]:
+        """Returns g and s of fixed scales.
+
+        Raises:
+            ExportError: the scales are no products of E4M3 numbers and g.
+        """
+        block = round_to_minifloat(self.scale / self.tensor_scale, E4M3)
+        if not torch.equal(block * self.tensor_scale, self.scale):
+            raise ExportError(f"{self.name}: its fixed scales are no E4M3 numbers times one float; calibrate it again")
+        return self.tensor_scale, block
 
     def block_scale(self, w: Tensor) -> Tensor:
         scale, tensor_scale = nvfp4_scales(w, self._above(w), nvfp4_target(self.spec))
@@ -153,9 +219,13 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
             self.scale.copy_(nvfp4_scale_above(self.spec, torch.maximum(-minimum, maximum)))
 
 
-def _encode_ocp(quantizer: WeightQuantizer, w: Tensor) -> Parts:
+def _ocp_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
+    return (quantizer.qparams()[0],) if quantizer.is_fixed else ()
+
+
+def _encode_ocp(quantizer: WeightQuantizer, w: Tensor, *fixed: Tensor) -> Parts:
     element, mode = element_and_mode(quantizer.spec)
-    scale = mx_scale(w, element, mode)
+    scale = fixed[0] if fixed else mx_scale(w, element, mode)
     codes = minifloat_codes(w * scale.reciprocal(), element)
     return {"codes": Part(codes, element.bit_width), "exponent": Part(torch.frexp(scale).exponent + 126, 8)}
 
@@ -173,11 +243,13 @@ def _ocp_container(spec: QuantSpec, values: Values) -> FloatContainer:
 
 
 def _nvfp4_statistics(quantizer: WeightQuantizer, w: Tensor) -> Statistics:
+    if quantizer.is_fixed:
+        return cast(NVFP4WeightQuantizer, quantizer).stored_scales()
     return (nvfp4_scale_above(quantizer.spec, torch.maximum(w.amax(), -w.amin())).reshape(1),)
 
 
-def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor) -> Parts:
-    block, _ = nvfp4_scales(w, tensor_scale, nvfp4_target(quantizer.spec))
+def _encode_nvfp4(quantizer: WeightQuantizer, w: Tensor, tensor_scale: Tensor, *fixed: Tensor) -> Parts:
+    block = fixed[0] if fixed else nvfp4_scales(w, tensor_scale, nvfp4_target(quantizer.spec))[0]
     codes = minifloat_codes(w * (tensor_scale.reciprocal() / block), E2M1)
     return {
         "codes": Part(codes, 4),
@@ -201,7 +273,7 @@ for _name in ELEMENTS:
         FORMATS[_name],
         weight=OCPWeightQuantizer,
         activation=OCPActivationQuantizer,
-        storage=Storage(_encode_ocp, _decode_ocp),
+        storage=Storage(_encode_ocp, _decode_ocp, _ocp_statistics),
         onnx=_ocp_container,
         default_options="floor",
     )

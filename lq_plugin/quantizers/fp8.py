@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.fixed_levels import FixedLevels, TableLevels
 from lq_plugin.functional.fp8 import ELEMENTS, fake_quantize_fp8, fp8_scale
 from lq_plugin.functional.grouping import has_row_scales
-from lq_plugin.functional.minifloat import Minifloat, minifloat_codes, minifloat_values
+from lq_plugin.functional.minifloat import Minifloat, minifloat_codes, minifloat_values, signed_values
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import PerBlock, PerGroup, QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
@@ -56,6 +57,14 @@ class FP8WeightQuantizer(FP8, WeightQuantizer):
 
     def levels(self, x: Tensor | None = None) -> Levels:
         return _levels(self, self.qparams(x)[0])
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        return True
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        scale, zero_point = (t.detach().clone() for t in self.qparams(w))
+        return TableLevels(scale, zero_point, True, signed_values(fp8_element(self.spec)))
 
     def _rows_are_independent(self) -> bool:
         return has_row_scales(self.spec.granularity)

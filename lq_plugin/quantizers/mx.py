@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lq_plugin.functional.affine import quantize
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule
+from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.functional.lookup import Reading, read_rows
 from lq_plugin.functional.mx import mx_exponents, mx_step, step_of
 from lq_plugin.intent.formats import FORMATS
@@ -26,6 +27,18 @@ class MXWeightQuantizer(WeightQuantizer):
             raise ValueError(f"{self.name}: the steps of {self.spec} follow the weight; pass its blocks to qparams")
         step = mx_step(x.detach(), self.spec.bit_width - 1)
         return step, torch.zeros_like(step)
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        return True
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        return IntegerLevels(*self.qparams(w), False, self.spec.grid)
+
+    def keep_levels(self, levels: FixedLevels) -> None:
+        # Nothing to keep: the steps of a weight on these levels are these or, where its magnitudes have become smaller,
+        # finer ones by powers of two, which have the same levels among theirs.
+        self.set_calibrated()
 
     def quantize_values(self, x: Tensor) -> Tensor:
         done = fake_quantize_blocks(x, 1, lambda: mx_rule(self.spec.bit_width - 1))

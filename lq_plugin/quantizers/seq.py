@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.fixed_levels import FixedLevels, TableLevels
 from lq_plugin.functional.grouping import blocks, to_rows, unblocks
 from lq_plugin.functional.seq import FOUR, THREE, best_scale, fake_quantize_seq, seq_levels, seq_step
 from lq_plugin.intent.formats import FORMATS
@@ -20,6 +23,15 @@ from lq_plugin.ranges import Sample
 def level_count(spec: QuantSpec) -> int:
     """Returns the number of levels: four, or three of `seq:ternary`."""
     return THREE if "ternary" in spec.format_options else FOUR
+
+
+@dataclass(frozen=True)
+class SEQLevels(TableLevels):
+    """SEQ's levels in steps: the scale is α."""
+
+    @property
+    def step(self) -> Tensor:
+        return seq_step(self.scale, len(self.table))
 
 
 class SEQWeightQuantizer(WeightQuantizer):
@@ -37,6 +49,15 @@ class SEQWeightQuantizer(WeightQuantizer):
         step = seq_step(scale, count)
         top = step * ((count - 1) / 2)
         return Levels(-top, top, step)
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        return True
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        scale, zero_point = (t.detach().clone() for t in self.qparams(w))
+        count = level_count(self.spec)
+        return SEQLevels(scale, zero_point, True, torch.arange(count, dtype=torch.float32) - (count - 1) / 2)
 
     def calibrate(self, weight: Tensor) -> None:
         super().calibrate(weight)  # checks for NaN and Inf

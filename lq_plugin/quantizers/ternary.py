@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lq_plugin.functional import ttq, twn
 from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.fixed_levels import FixedLevels, TableLevels
 from lq_plugin.functional.grouping import blocks, reduced_dims, to_rows, unblocks
 from lq_plugin.functional.twn import ternary_signs
 from lq_plugin.intent.formats import FORMATS
@@ -22,7 +23,9 @@ class TWNWeightQuantizer(WeightQuantizer):
     """Weights of -α, 0, +α; threshold and scale follow the weight (see `lq_plugin.functional.twn`)."""
 
     def threshold_and_scale(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns Δ and α of the weight's blocks, broadcastable to them."""
+        """Returns Δ and α of the weight's blocks, broadcastable to them; Δ = α / 2 where α is fixed."""
+        if self.is_fixed:
+            return self.scale / 2, self.scale
         rows = to_rows(w.detach(), self.scale_shape)
         words = self.spec.format_options
         if "exact" in words:
@@ -34,10 +37,21 @@ class TWNWeightQuantizer(WeightQuantizer):
         return threshold.reshape(self.scale_shape), twn.ternary_scale(rows, threshold).reshape(self.scale_shape)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.is_fixed:
+            return self.scale, self.zero_point
         if x is None:
             raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
         _, scale = self.threshold_and_scale(x)
         return scale, torch.zeros_like(scale)
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        return True
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        # A row of zeros has the scale 0, by which nothing can be divided.
+        scale = self.qparams(w)[0].detach().clamp(min=MIN_SCALE)
+        return TableLevels(scale, torch.zeros_like(scale), True, torch.tensor([-1.0, 0.0, 1.0]))
 
     def levels(self, x: Tensor | None = None) -> Levels:
         scale, _ = self.qparams(x)

@@ -14,6 +14,7 @@ from lq_plugin.functional.affine import (
     zero_point_from,
 )
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
+from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.functional.grouping import (
     block_mask,
     blocks,
@@ -57,6 +58,8 @@ class WeightQuantizer(Quantizer):
     latent_bound: float | None = None
     #: Whether kernels that find the range and round in one pass may stand for its methods.
     takes_kernels: ClassVar[bool] = True
+    #: Buffers that are in the state_dict once the scales are fixed.
+    fixed_buffers: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -106,7 +109,7 @@ class WeightQuantizer(Quantizer):
 
     def _note_fixed(self, fixed: bool) -> None:
         self._fixed = fixed
-        keys = {"fixed", "scale", "zero_point"} if self.live else {"fixed"}
+        keys = {"fixed", *(self.fixed_buffers if self.live else ())}
         hidden = self._non_persistent_buffers_set
         self._non_persistent_buffers_set = hidden - keys if fixed else hidden | keys
 
@@ -139,6 +142,31 @@ class WeightQuantizer(Quantizer):
                 scale = integer_scale(scale, coarse, group.scale_bits) * coarse
             zero_point = zero_point_from(minimum.float().clamp(max=0.0), scale, self.spec.grid)
         return scale, zero_point
+
+    @property
+    def has_fixed_levels(self) -> bool:
+        """True where `fixed_levels` and `keep_levels` serve the spec: rounding can be learned or chosen by GPTQ."""
+        return self.spec.is_uniform
+
+    def fixed_levels(self, w: Tensor) -> FixedLevels:
+        """Returns the levels that a weight may be rounded to under the scales that it has now, where there are some.
+
+        Args:
+            w: its blocks, float32.
+        """
+        scale, zero_point = self.qparams(w)
+        group = self.spec.granularity
+        integer_scales = isinstance(group, PerGroup) and group.scale_bits is not None
+        trainable = self.spec.has_free_scales and not integer_scales
+        return IntegerLevels(scale.detach().clone(), zero_point.detach().clone(), trainable, self.spec.grid)
+
+    def keep_levels(self, levels: FixedLevels) -> None:
+        """Has weights on some of these levels returned unchanged from now on: their scales stay, whatever the weight.
+
+        Args:
+            levels: of `fixed_levels`, their scales trained where they are trainable.
+        """
+        self.fix(levels.scale, levels.zero_point)
 
     def quantize_values(self, x: Tensor) -> Tensor:
         group = self.spec.granularity

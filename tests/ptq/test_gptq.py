@@ -215,7 +215,7 @@ def test_what_it_cannot_do_is_listed_with_reasons() -> None:
     net, tokens = Everything(), torch.randint(20, (16, 5))
     rules = [
         Rule("*", weight="int4 per_channel"),
-        Rule("ternary", weight="twn"),
+        Rule("ternary", weight="ttq"),
         Rule("xnor", weight="int4", input="xnor"),
     ]
     prepare(net, QuantPlan(rules))
@@ -231,7 +231,7 @@ def test_what_it_cannot_do_is_listed_with_reasons() -> None:
         "attention.out_proj": "inside the kernel of 'attention'",
         "up": "transposed convolution",
         "standardized": "Standardized has a forward of its own",
-        "ternary": "no integer levels",
+        "ternary": "ttq has no levels under fixed scales",
         "tied": "shared with 'embedding.weight'",
         "xnor": "XNOR",
         "unused": "no batch reached it",

@@ -206,7 +206,7 @@ def test_formats_without_levels_to_choose_from_are_named():
     prepare(net, QuantPlan([Rule("0", weight="bwn"), Rule("1", weight="int3 mse")]))
     calibrate(net, [x])
     result = reconstruct(net, [x], iterations=10)
-    assert result.skipped == {"0": "bwn has no integer levels to choose from"}
+    assert result.skipped == {"0": "bwn has no levels under fixed scales to choose from"}
 
 
 class Recurrent(nn.Module):

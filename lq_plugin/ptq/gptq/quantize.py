@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
-from lq_plugin.functional.gptq import gptq_quantize, output_errors
+from lq_plugin.functional.fixed_levels import FixedLevels
+from lq_plugin.functional.gptq import gptq_round, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.layers import CompoundWeight
 from lq_plugin.model.calibrate import evaluating, float_forward
@@ -220,16 +221,14 @@ class _GPTQ:
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         canonical = type(layer).canonical(layer, layer.weight)
-        qparams = _qparams(quantizer, canonical)
+        levels = quantizer.fixed_levels(blocks(canonical.detach().float(), quantizer.spec.granularity))
         weight, nearest = (
             inputs.to_matrix(canonical.to(hessian.device)),
             inputs.to_matrix(quantizer(canonical).to(hessian)),
         )
-        scale, zero_point = (
-            inputs.to_matrix(t.to(hessian.device)) for t in _elementwise(qparams, quantizer, canonical)
-        )
+        of_each = _elementwise(levels, quantizer, canonical).mapped(lambda t: inputs.to_matrix(t.to(hessian.device)))
         try:
-            solved = gptq_quantize(weight, hessian, scale, zero_point, quantizer.spec.grid, **self.options)
+            solved = gptq_round(weight, hessian, of_each, **self.options)
         except CalibrationError as error:
             raise CalibrationError(f"GPTQ of {name!r}: {error}") from error
         whole, before, after = (
@@ -238,7 +237,7 @@ class _GPTQ:
         worse = before < after
         solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
         self.snapshots.append(Snapshot({name: layer}))
-        write_rounded(layer, solved.reshape(canonical.shape).to(canonical.device), *qparams)
+        write_rounded(layer, solved.reshape(canonical.shape).to(canonical.device), levels)
         norm = max(float(whole.sum()), 1e-300)
         dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
         rows = float(worse.double().mean())
@@ -257,18 +256,11 @@ class _GPTQ:
         )
 
 
-def _qparams(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point of a canonical weight, as its quantizer has them now."""
-    scale, zero_point = quantizer.qparams(blocks(weight.detach().float(), quantizer.spec.granularity))
-    return scale.detach().clone(), zero_point.detach().clone()
-
-
-def _elementwise(qparams: tuple[Tensor, Tensor], quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point of each element, of the canonical weight's shape."""
+def _elementwise(levels: FixedLevels, quantizer: WeightQuantizer, weight: Tensor) -> FixedLevels:
+    """Returns the levels with a scale for each element, of the canonical weight's shape."""
     granularity = quantizer.spec.granularity
     shape = blocks(torch.empty(weight.shape, device="meta"), granularity).shape
-    scale, zero_point = (unblocks(t.expand(shape), weight.shape, granularity) for t in qparams)
-    return scale, zero_point
+    return levels.mapped(lambda t: unblocks(t.expand(shape), weight.shape, granularity))
 
 
 class _BatchNorms:

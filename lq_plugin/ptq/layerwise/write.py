@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.layers import COMPUTED, QuantizedLayer, weight_is_computed
 
 
@@ -16,17 +17,17 @@ def rounding_fault(layer: QuantizedLayer) -> str | None:
     assert layer.weight_quantizer is not None
     if weight_is_computed(layer):
         return COMPUTED
-    spec = layer.weight_quantizer.spec
-    return None if spec.is_uniform else f"{spec} has no integer levels to choose from"
+    quantizer = layer.weight_quantizer
+    return None if quantizer.has_fixed_levels else f"{quantizer.spec} has no levels under fixed scales to choose from"
 
 
-def write_rounded(layer: QuantizedLayer, values: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    """Write values of the grid into a layer's weight and fix the scale of its quantizer.
+def write_rounded(layer: QuantizedLayer, values: Tensor, levels: FixedLevels) -> None:
+    """Write values on some levels into a layer's weight, and have its quantizer keep these levels.
 
     Args:
         layer: with a weight quantizer that is switched on.
-        values: canonical, `[C_out, C_in, *kernel]`, each a level times its scale.
-        scale, zero_point: as the quantizer's `qparams` have them.
+        values: canonical, `[C_out, C_in, *kernel]`, each a level times its step.
+        levels: of the quantizer's `fixed_levels`.
 
     Raises:
         QuantizationError: the quantizer does not return the written weight unchanged.
@@ -35,7 +36,7 @@ def write_rounded(layer: QuantizedLayer, values: Tensor, scale: Tensor, zero_poi
     assert quantizer is not None
     with torch.no_grad():
         layer.weight.copy_(type(layer).from_canonical(layer, values))
-        quantizer.fix(scale, zero_point)
+        quantizer.keep_levels(levels)
         if not torch.equal(layer.quantized_weight(), layer.weight):
             raise QuantizationError(
                 f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}"

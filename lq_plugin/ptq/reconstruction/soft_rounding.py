@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.functional.adaround import inverse_rectified_sigmoid, neighbours, rectified_sigmoid, undecided
+from lq_plugin.functional.adaround import inverse_rectified_sigmoid, rectified_sigmoid, undecided
 from lq_plugin.functional.affine import bounds_from_qparams
+from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.grouping import block_mask, blocks, unblocks
 from lq_plugin.functional.lsq import fake_quantize_learned
-from lq_plugin.intent.spec import PerGroup
 from lq_plugin.quantizers import ActivationQuantizer, WeightQuantizer
 
 #: Learned scales stay within these multiples of the calibrated ones.
@@ -17,13 +19,13 @@ GAIN_BOUNDS = (0.25, 4.0)
 
 
 class SoftRounding(nn.Module):
-    """In the place of a weight quantizer: ŵ = g · s · (low + (high - low) · h(V)).
+    """In the place of a weight quantizer: ŵ = g · s · (low + (high - low) · h(V)), with the levels next to a weight.
 
     Args:
-        quantizer: whose qparams and grid hold.
+        quantizer: one that has fixed levels.
         weight: canonical, `[C_out, C_in, *kernel]`.
-        learn_scale: g is trained, one for each scale; else it is 1. Integer scales (VS-Quant) and those of
-            a format of its own are never trained.
+        learn_scale: g is trained, one for each scale; else it is 1. Integer scales (VS-Quant) and those of block
+            formats are never trained.
     """
 
     def __init__(self, quantizer: WeightQuantizer, weight: Tensor, learn_scale: bool = False) -> None:
@@ -31,35 +33,37 @@ class SoftRounding(nn.Module):
         self.name = quantizer.name
         self.shape, self.granularity = quantizer.shape, quantizer.spec.granularity
         w = blocks(weight.detach().float(), self.granularity)
-        scale, zero_point = quantizer.qparams(w)
-        self.scale, self.zero_point = scale.detach().clone(), zero_point.detach().clone()
-        self.low, high, fraction = neighbours(w, self.scale, self.zero_point, quantizer.spec.grid)
+        self.levels = quantizer.fixed_levels(w)
+        self.low, high, fraction = self.levels.neighbours(w)
         self.span = high - self.low
         self.free = self.span > 0
         mask = block_mask(self.shape, self.granularity)
         if mask is not None:
             self.free &= mask.to(w.device)
         self.v = nn.Parameter(inverse_rectified_sigmoid(fraction))
-        integers = isinstance(self.granularity, PerGroup) and self.granularity.scale_bits is not None
-        trained = learn_scale and not integers and quantizer.spec.has_free_scales
-        self.gain = nn.Parameter(torch.ones_like(self.scale)) if trained else None
+        trained = learn_scale and self.levels.trainable
+        self.gain = nn.Parameter(torch.ones_like(self.levels.scale)) if trained else None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return unblocks(self._step() * (self.low + self.span * self.h()), self.shape, self.granularity).to(weight.dtype)
+        return unblocks(self._trained().step * (self.low + self.span * self.h()), self.shape, self.granularity).to(
+            weight.dtype
+        )
 
     def h(self) -> Tensor:
         """The share each weight is rounded up by, 0..1."""
         return rectified_sigmoid(self.v)
 
-    def _step(self) -> Tensor:
-        return self.scale if self.gain is None else self.scale * self.gain.clamp(*GAIN_BOUNDS)
+    def _trained(self) -> FixedLevels:
+        if self.gain is None:
+            return self.levels
+        return replace(self.levels, scale=self.levels.scale * self.gain.clamp(*GAIN_BOUNDS))
 
     @torch.no_grad()
-    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight on the grid (canonical, float32), scale and zero point."""
-        scale = self._step()
-        levels = self.low + self.span * (self.h() >= 0.5)
-        return unblocks(levels * scale, self.shape, self.granularity), scale.clone(), self.zero_point
+    def rounded(self) -> tuple[Tensor, FixedLevels]:
+        """Weight on the levels (canonical, float32), and the levels."""
+        levels = self._trained()
+        chosen = torch.where(self.h() >= 0.5, self.low + self.span, self.low)
+        return unblocks(chosen * levels.step, self.shape, self.granularity), levels
 
     @torch.no_grad()
     def undecided_share(self) -> float:
