@@ -190,7 +190,7 @@ class TestContract:
         was = layer.weight.clone()
         before = float((net(x) - target).square().mean())
         result = reconstruct(
-            net, [x], by="layer", iterations=120, batch_size=64, scale_learning_rate=0.0, bias_learning_rate=0.0
+            net, [x], by="layer", iterations=60, batch_size=64, scale_learning_rate=0.0, bias_learning_rate=0.0
         )
         (fit,) = result.units.values()
         assert not result.skipped

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lq_plugin import QuantSpec
+from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
 from lq_plugin.export.codes import decode, encode
 from lq_plugin.functional.grouping import block_mask, blocks, unblocks
@@ -109,7 +109,7 @@ class TestContract:
     @torch.no_grad()
     @pytest.mark.parametrize("how", ["low", "high", "either", "any"])
     def test_weights_on_the_levels_come_back_unchanged(self, spec: str, shape: tuple[int, ...], how: str) -> None:
-        for seed in range(5):
+        for seed in range(3):
             quantizer, _, w = ready(spec, shape, seed)
             levels = quantizer.fixed_levels(w)
             generator = torch.Generator().manual_seed(seed)
@@ -161,6 +161,20 @@ def test_scales_of_any_number_can_be_trained(spec: str) -> None:
 def test_scales_of_a_format_of_their_own_are_not_trained(spec: str) -> None:
     quantizer, _, w = ready(spec, (6, 40))
     assert not quantizer.fixed_levels(w).trainable
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["mxfp4", "nvfp4", "fp8 per_channel", "mx4", "twn per_channel", "seq per_channel"])
+def test_rows_of_a_table_are_read_on_the_fixed_levels(spec: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(12, 32))
+    prepare(net, QuantPlan([Rule("*", weight=spec)]))
+    calibrate(net, [torch.arange(12)])
+    quantizer, table = net[0].weight_quantizer, net[0].weight.detach()
+    quantizer.keep_levels(quantizer.fixed_levels(blocks(table, quantizer.spec.granularity)))
+    net[0].weight *= 0.6
+    index = torch.tensor([[3, 0], [11, 3]])
+    assert torch.equal(net.eval()(index), net[0].quantized_weight()[index])
 
 
 def test_fixed_scales_that_nvfp4_does_not_have_are_refused_by_files() -> None:
