@@ -9,11 +9,16 @@ from lq_plugin.layers.base import (
 from lq_plugin.layers.compound.attention import QuantizedAttention as QuantizedAttention
 from lq_plugin.layers.compound.base import (
     CONTAINER as CONTAINER,
+    OPERATIONS_CONTAINER as OPERATIONS_CONTAINER,
     CompoundWeight as CompoundWeight,
     QuantizedCompound as QuantizedCompound,
+    StateWeight as StateWeight,
+    compound_container as compound_container,
     compound_family as compound_family,
     compound_weights as compound_weights,
+    leave_compound as leave_compound,
     register_compound as register_compound,
+    show_steps as show_steps,
     swapped_compound as swapped_compound,
     weight_key as weight_key,
     why_unsupported_compound as why_unsupported_compound,

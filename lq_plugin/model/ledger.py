@@ -147,9 +147,20 @@ class Ledger:
             self.entries.append(
                 Entry(call.name, call.op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole)
             )
-        for name, plan in plans.items():
-            reason = "never called in the recorded batch"
-            self.entries.append(Entry(name, kinds[name], plan, reason, macs=0, calls=0, functional=True))
+        # What an LSTM or an attention computes inside is called as often as the module, and has a share of its MACs.
+        known = {entry.name for entry in self.entries}
+        shares = [name for call in recording.module_calls for name in call.weight_names if name not in known]
+        for name in dict.fromkeys((*plans, *shares)):
+            owner, _, label = name.rpartition(".")
+            calls = sum(call.kind == "module" for call in recording.calls_of(owner))
+            kind, plan = kinds.get(name) or label.rpartition("_")[0], plans.get(name, LayerPlan())
+            reason = None if calls else "never called in the recorded batch"
+            if not plan:
+                reason = f"functional {kind}: no rule asks for it by name"
+            macs = recording.sample_macs.get(name, 0)
+            self.entries.append(
+                Entry(name, kind, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=bool(plan))
+            )
 
     def note_unreached(self, names: Collection[str], reason: str) -> None:
         """Marks the layers and operations that are float because no batch has reached them, and unmarks all others."""

@@ -41,6 +41,7 @@ from lq_plugin.model.operations.quantized import (
     Operation,
     attach_operations,
     detach_operations,
+    inner_operations,
     operations_of,
     quantized_operations,
 )
@@ -62,7 +63,8 @@ def prepare(
         model: any module; its own code stays untouched.
         plan: a `QuantPlan` or anything `QuantPlan.parse` reads.
         recording: of one forward pass of the float model (`lq_plugin.model.graph.record`), for a plan that names
-            operations (`block.add_0`, `*.matmul_*`); or these operations by name.
+            operations (`block.add_0`, `*.matmul_*`); or all operations by name. Those inside of an LSTM or an attention
+            need none.
 
     Returns:
         The ledger of what is quantized and what stays float, and why.
@@ -84,8 +86,9 @@ def prepare(
         found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
         raise _nothing_to_quantize(model, found, ", the plan matches no layer")
     layer_plans = _resolved(for_layers, survey, layers) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
-    known = operations_of(recording) if isinstance(recording, Recording) else recording
-    present = {name: operation.operation for name, operation in quantized_operations(model)}
+    inside = inner_operations(model)
+    known = operations_of(recording) | inside if isinstance(recording, Recording) else recording
+    present = {name: operation.operation for name, operation in quantized_operations(model)} | inside
     operation_plans = resolve_operations(operation_rules, present if known is None else known, plan, known is not None)
     modules = {name for name, _ in model.named_modules()}
     raise_all(PlanError, "operations of another model", [

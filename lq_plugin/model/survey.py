@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lq_plugin.intent.plan import LayerInfo
 from lq_plugin.layers import (
     CONTAINER,
+    OPERATIONS_CONTAINER,
     CompoundWeight,
     class_before,
     compound_family,
@@ -76,7 +77,8 @@ class Survey:
                     )
                 continue
             if (family := compound_family(module)) is not None:
-                inside += (_join(name, "" if isinstance(module, OPAQUE) else f"{CONTAINER}."),)
+                held = ("",) if isinstance(module, OPAQUE) else (f"{CONTAINER}.", f"{OPERATIONS_CONTAINER}.")
+                inside += tuple(_join(name, part) for part in held)
                 if reason := why_unsupported_compound(module):
                     reasons[name] = reason
                     continue

@@ -18,7 +18,7 @@ from lq_plugin.model.aside import quantizing
 from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import Cost, plan_cost
-from lq_plugin.model.operations.quantized import operations_of
+from lq_plugin.model.operations.quantized import inner_operations, operations_of
 from lq_plugin.model.operations.rules import resolve_operations, split
 from lq_plugin.model.prepare import ledger_of
 from lq_plugin.model.survey import Survey
@@ -172,7 +172,7 @@ def explain(
         if for_layers
         else dict.fromkeys(survey.candidates, LayerPlan())
     )
-    known = {} if recording is None else operations_of(recording)
+    known = inner_operations(model) | ({} if recording is None else operations_of(recording))
     resolved = resolve_operations(operation_rules, known, chosen, recording is not None)
     operations = {name: operation_plan for name, (_, operation_plan) in resolved.items()}
     ledger = ledger_of(model, survey, layers, resolved)

@@ -29,6 +29,8 @@ MODULES = {
     "RNN relu": lambda: nn.RNN(5, 6, nonlinearity="relu", bidirectional=True),
 }
 INPUT8 = "uint8 affine minmax"
+#: What torch's kernel computes inside stays float.
+FLOAT_STATE = Rule(r"re:.*weight_(hh|hr|ih_l[1-9]).*", input="float")
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
@@ -76,7 +78,7 @@ def test_weights(module, bits):
 def test_weights_inputs_and_initial_states(module):
     reference = with_quantized_weights(module, 4)
     net = nn.ModuleDict({"rnn": module})
-    prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8)]))
+    prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8), FLOAT_STATE]))
     x = torch.randn(4, 4, 5)
     calibrate(net, [x], module)
     new = 2 * torch.randn(4, 4, 5)
@@ -92,7 +94,7 @@ def test_weights_inputs_and_initial_states(module):
 def test_packed_sequences(module):
     reference = with_quantized_weights(module, 4)
     net = nn.ModuleDict({"rnn": module})
-    prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8)]))
+    prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8), FLOAT_STATE]))
     x = torch.randn(4, 4, 5)
     lengths = torch.tensor([2, 4, 1, 3])
 
@@ -123,7 +125,8 @@ def test_gradients_come_to_the_parameters(module):
     assert x.grad is not None
 
 
-def test_every_quantizer_runs_once_in_training_and_in_evaluation(module):
+def test_every_quantizer_runs_in_training_and_in_evaluation(module):
+    """Those of weights and sequences once, those of the state at each of three or four steps."""
     net = nn.ModuleDict({"rnn": module})
     prepare(net, "w4a8")
     x = torch.randn(4, 3, 5)
@@ -134,9 +137,12 @@ def test_every_quantizer_runs_once_in_training_and_in_evaluation(module):
             counts.update(dict.fromkeys(counts, 0))
             with torch.set_grad_enabled(grad):
                 module.train(mode)(x)
-            assert set(counts.values()) == {1}
-    names = {f"rnn.{name}.weight" for name in module.state_dict() if name.startswith("weight_")}
-    assert set(counts) == names | {"rnn.weight_ih_l0.input"}
+            for name, count in counts.items():
+                in_steps = name.endswith(".input") and ("_hh_" in name or "_hr_" in name)
+                assert count == (x.shape[module.batch_first] if in_steps else 1), name
+    weights = [name for name in module.state_dict() if name.startswith("weight_")]
+    read = {f"rnn.{name}.input" for name in weights if not (name.startswith("weight_ih") and "reverse" in name)}
+    assert set(counts) == {f"rnn.{name}.weight" for name in weights} | read
 
 
 def test_off_and_removed_is_the_float_module(module):
@@ -225,9 +231,9 @@ def test_rules_choose_single_weights():
     x = torch.randn(4, 3, 5)
     assert_same(module(x), reference(x))
     assert [name for name, _ in quantized_layers(net)] == ["rnn.weight_hh_l0", "rnn.weight_hh_l1"]
-    assert ledger["rnn"].reason == "the hidden state, the gates and the biases stay float inside torch's kernel"
+    assert ledger["rnn"].reason.startswith("biases stay float, and so do the gates and the stored state")
     assert ledger["rnn"].parameters == 4 * 4 * 6
-    assert ledger["rnn.weight_hh_l0"].reason == "its input, the hidden state, stays float"
+    assert ledger["rnn.weight_hh_l0"].reason == "the plan leaves its input float"
     assert prepare(net, QuantPlan([Rule("*.weight_hh_*", weight="int3 per_channel")])).same_layers(ledger)
     with pytest.raises(PlanError, match="another plan"):
         prepare(net, "w4")
@@ -325,17 +331,23 @@ def test_cost_and_ledger_count_each_weight_once():
     assert priced.float_bytes == 4 * everything
     assert priced.macs == recording.total_macs // 3 == free.macs
     assert sum(row.macs for row in priced) == recording.total_macs // 3, "all of it is the weights' work"
-    assert [row.input_bits for row in priced][:6] == [8, 32, 32, 8, 32, 32], (
-        "both directions read one quantized sequence"
-    )
+    assert all(row.input_bits == 8 for row in priced if row.name.startswith("rnn"))
     row = priced["rnn.weight_hh_l0"]
     assert (row.elements, row.storage_bits, row.kind) == (24 * 4, 24 * 4 * 4 + 24 * 32, "LSTM")
     assert sum(entry.parameters for entry in ledger) == everything
     ledger.add_recording(recording)
     assert ledger.weight_coverage == 1.0
-    # Of 4 gates x 6 units that read 5 inputs in both directions, all that is left multiplies states, which are float.
+    assert ledger.compute_coverage == 1.0
+    # Of 4 gates x 6 units that read 5 inputs in both directions, all that is left multiplies states.
+    float_state = QuantPlan([Rule("*", weight="int4 per_channel", input=INPUT8), FLOAT_STATE])
+    remove(net)
+    ledger = prepare(net, float_state)
+    ledger.add_recording(recording)
     one_step = 2 * (24 * (5 + 4) + 6 * 4 + 24 * (8 + 4) + 6 * 4)
     assert ledger.compute_coverage == 2 * 24 * 5 / one_step
+    assert [row.input_bits for row in cost(net, recording)][:6] == [8, 32, 32, 8, 32, 32], (
+        "both directions read one quantized sequence"
+    )
     assert ledger["rnn.weight_hr_l1"].calls == 1
     assert ledger["tied.weight_hh_l0"].reason == "never called in the recorded batch"
     calibrate(net, [x], lambda batch: (module(batch), net["tied"](batch)))

@@ -113,7 +113,7 @@ class Graph:
             content: see `put_weight`.
         """
         nodes, through_transpose = calls(self.graph, users)
-        if len(nodes) == 1 and nodes[0].op_type in MATRIX:
+        if nodes and all(node.op_type in MATRIX for node in nodes):
             self.put_weight(name, source, nodes, content, through_transpose)
             return
         weight, exchanged = content

@@ -35,10 +35,11 @@ from lq_plugin.export.onnx_file.queries import layer_calls, products, readers
 from lq_plugin.export.onnx_file.sums import quantize_sums
 from lq_plugin.export.request import Request, option_faults
 from lq_plugin.intent.spec import PerChannel
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_key
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, StateWeight, show_steps, weight_key
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, remove
+from lq_plugin.model.survey import input_owner
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.utilities.files import replacing
@@ -76,7 +77,7 @@ def export_onnx(
         smallest: bits of the smallest integer type for weights: 2, 4 (OpenVINO has no INT2, and opset 21 does), or 8.
         dynamic_dims: further dims of every input that may have any size, where it has them: `(1,)` for tokens `[N, L]`.
         exported: the float model's graph, where `float_graph` has made it before for the same inputs: that takes most
-            of the time.
+            of the time. Not used where the state of an LSTM, a GRU, ... is quantized, whose steps the graph shows then.
         signed: quantized activations are signed integers with zero point 0, as their plan has to say (`int8`); False:
             unsigned ones of the same values, for which ONNX Runtime has faster kernels.
         fp4: how weights in MXFP4 and NVFP4 are held: "int8", for which ONNX Runtime has fast kernels; "uint4" (indices
@@ -111,6 +112,7 @@ def export_onnx(
     plain = inference_copy(model)
     ran = _layers_that_run(plain, inputs)
     remove(plain)
+    stepwise = _show_steps(model, plain, silent)
     arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
     shapes = (
         tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments)
@@ -119,7 +121,7 @@ def export_onnx(
     )
     made = (
         float_graph(plain, tuple(inputs), shapes, input_names, output_names)
-        if exported is None
+        if exported is None or stepwise
         else copy.deepcopy(exported)
     )
     graph = Graph(made, form)
@@ -133,9 +135,10 @@ def export_onnx(
         graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations
     )
     # After all weights, which take batch norms out of the graph.
-    for name in (name for name in nodes if name in activations):
-        for node in nodes[name]:
-            _put_activation(graph, node, activations[name])
+    # One node may be of several weights: an LSTM of both directions.
+    readers_of = {id(node): (node, activations[name]) for name in nodes if name in activations for node in nodes[name]}
+    for node, quantizer in readers_of.values():
+        _put_activation(graph, node, quantizer)
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     for name, what in graph.slow.items():
@@ -160,6 +163,18 @@ def export_onnx(
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
     return Path(path).stat().st_size
+
+
+def _show_steps(model: nn.Module, plain: nn.Module, silent: Collection[str]) -> bool:
+    """Lets the float copy compute step by step what is quantized inside of an LSTM, a GRU, ...; True if there is any."""
+    found = {
+        name.removesuffix(layer.key).rstrip(".")
+        for name, layer in quantized_layers(model)
+        if isinstance(layer, StateWeight) and layer.input_quantizer is not None and name not in silent
+    }
+    for name in found:
+        show_steps(plain.get_submodule(name))
+    return bool(found)
 
 
 def _put_weights(
@@ -222,6 +237,7 @@ def _collect(
     weights: dict[str, Container | FloatContainer] = {}
     activations: dict[str, ActivationQuantizer] = {}
     faults: list[str] = []
+    by_name = dict(layers)
     for name, layer in layers:
         if layer.weight_quantizer is not None:
             quantizer = cast(Any, layer.weight_quantizer).current
@@ -231,7 +247,8 @@ def _collect(
                 )
             except ExportError as error:
                 faults.append(str(error))
-        if (found := layer.input_quantizer) is not None:
+        reads = by_name.get(input_owner(name, layer))
+        if reads is not None and (found := reads.input_quantizer) is not None:
             activations[name] = found.current
     raise_all(ExportError, "cannot export the model", faults)
     return weights, activations

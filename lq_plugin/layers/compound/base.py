@@ -1,11 +1,13 @@
-"""Modules that hold several weights: LSTM, GRU, RNN, multi-head attention.
+"""Modules that hold several weights: LSTM, GRU, RNN and their cells, multi-head attention.
 
 To the plan, each weight of such a module is a layer: `lstm.weight_ih_l0`, `attention.in_proj_weight`. The module keeps
-its parameters under their keys; it gains one submodule, `quantized_weights`, with the quantizers of each weight. Its
-forward is the float class's own, run while the quantized weights stand in for the parameters.
+its parameters under their keys; it gains one submodule, `quantized_weights`, with the quantizers of each weight.
 
-What happens inside torch's kernel stays float: the hidden state between time steps and between layers, the gates,
-attention scores and probabilities, and biases.
+Its forward is the float class's own, run while the quantized weights stand in for the parameters, as long as nothing
+that torch's kernel computes inside is quantized. The input of a `StateWeight` is: `lstm.weight_hh_l0` reads the hidden
+state, `attention.out_proj` the output of the attention. Then the family computes the module itself (`run_inside`), with
+torch's float results to rounding. So it does where what else is computed inside is quantized (`inner_operations`): the
+cell state, the gates, the products of an attention, which a plan names as it names operations.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from torch.nn.utils.rnn import PackedSequence
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.registry import register_layer
 from lq_plugin.layers.swapped_class import swapped_class
+from lq_plugin.quantizers import Quantizer
 
 #: The submodule that holds the quantizers of each weight.
 CONTAINER = "quantized_weights"
+#: The submodule that holds the quantizers of operations, of those inside of such a module and of others.
+OPERATIONS_CONTAINER = "quantized_operations"
 
 _COMPOUND: dict[type[nn.Module], type[QuantizedCompound]] = {}
 _SWAPPED: dict[type[nn.Module], type[QuantizedCompound]] = {}
@@ -73,29 +78,23 @@ class CompoundWeight(nn.Module):
 
     def enter_owner(self) -> None:
         """Make the owner compute with this weight's quantizers."""
-        owner = self.owner
-        if not isinstance(owner, QuantizedCompound):
-            owner.__class__ = swapped_compound(type(owner))
-            owner.add_module(CONTAINER, nn.ModuleDict().train(owner.training))
-        container = cast(nn.ModuleDict, getattr(owner, CONTAINER))
-        container[self.key] = self
+        compound_container(self.owner, CONTAINER)[self.key] = self
 
     def leave_owner(self) -> None:
         """Undo `enter_owner`; the owner is of its float class again once the last weight has left."""
-        owner = cast(QuantizedCompound, self.owner)
-        container = cast(nn.ModuleDict, getattr(owner, CONTAINER))
-        del container[self.key]
-        if not container:
-            delattr(owner, CONTAINER)
-            cast(nn.Module, owner).__class__ = type(owner).float_class
+        leave_compound(self.owner, CONTAINER, self.key)
 
 
 class InputWeight(CompoundWeight):
     """A weight that multiplies an input of the module, which can be quantized."""
 
 
+class StateWeight(CompoundWeight):
+    """A weight that multiplies what the module computes inside, which can be quantized: a hidden state, ..."""
+
+
 class InnerWeight(CompoundWeight):
-    """A weight that multiplies what the module computes inside, which stays float."""
+    """A weight without an input quantizer: that of another weight serves it (`input_of`), or its input stays float."""
 
 
 class _QuantizedWeight(QuantizedLayer):
@@ -106,6 +105,12 @@ class _QuantizedWeight(QuantizedLayer):
 @register_layer(InputWeight)
 class QuantizedInputWeight(_QuantizedWeight, InputWeight):
     float_class = InputWeight
+    slots = ("weight", "input")
+
+
+@register_layer(StateWeight)
+class QuantizedStateWeight(_QuantizedWeight, StateWeight):
+    float_class = StateWeight
     slots = ("weight", "input")
 
 
@@ -127,6 +132,8 @@ class QuantizedCompound(nn.Module):
     input_names: ClassVar[tuple[str, ...]]
     input_positions: ClassVar[dict[str, int]]
     remark: ClassVar[str]
+    #: Whether the family computes the module itself although nothing inside is quantized: an export sees each step.
+    _shows_steps: bool = False
 
     @staticmethod
     def weights(module: nn.Module) -> list[CompoundWeight]:
@@ -138,6 +145,11 @@ class QuantizedCompound(nn.Module):
         """Key of the weight whose quantizer an input goes through."""
         raise NotImplementedError
 
+    @staticmethod
+    def inner_operations(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the module computes inside that can be quantized: by name, the operation and its operands."""
+        return {}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._quantized_inputs(args, kwargs)
         shadowed: list[tuple[nn.Module, str]] = []
@@ -148,7 +160,10 @@ class QuantizedCompound(nn.Module):
                     # In the instance's `__dict__`, which Python looks at before `nn.Module.__getattr__`.
                     holder.__dict__[name] = part.quantized_weight()
                     shadowed.append((holder, name))
-            return self.run(*arguments[0], **arguments[1])
+            if self._shows_steps or any(map(_acts, inside := self._inner_quantizers())):
+                return self.run_inside(*arguments[0], **arguments[1])
+            first = pass_on(inside, arguments[0][0]) if inside and arguments[0] else None
+            return self.run(*(arguments[0] if first is None else (first, *arguments[0][1:])), **arguments[1])
         finally:
             for holder, name in shadowed:
                 del holder.__dict__[name]
@@ -157,9 +172,35 @@ class QuantizedCompound(nn.Module):
         """The float class's forward; the parameters are the quantized ones now."""
         return type(self).float_class.forward(self, *args, **kwargs)
 
+    def run_inside(self, *args: Any, **kwargs: Any) -> Any:
+        """What `run` computes, with the quantizers of what is computed inside."""
+        raise NotImplementedError
+
     def _parts(self) -> dict[str, QuantizedLayer]:
-        found: dict[str, QuantizedLayer] = cast(Any, getattr(self, CONTAINER))._modules
+        held = self._modules.get(CONTAINER)
+        return {} if held is None else cast(Any, held._modules)
+
+    def _inner_quantizers(self) -> list[nn.Module]:
+        """The quantizers of what is computed inside."""
+        found: list[nn.Module] = []
+        for part in self._parts().values():
+            if isinstance(part, StateWeight) and part.input_quantizer is not None:
+                found.append(part.input_quantizer)
+        operations = self._modules.get(OPERATIONS_CONTAINER)
+        for operation in () if operations is None else operations.children():
+            found += operation.children()
         return found
+
+    def reader(self, key: str) -> Callable[[Tensor], Tensor]:
+        """What the state goes through on its way to the weight `key`."""
+        part = self._parts().get(key)
+        return _unchanged if part is None or part.input_quantizer is None else part.input_quantizer
+
+    def operand(self, key: str, index: int = 0) -> Callable[[Tensor], Tensor] | None:
+        """The quantizer of an operand of an inner operation, if it has one."""
+        operations = self._modules.get(OPERATIONS_CONTAINER)
+        operation = None if operations is None else operations._modules.get(key)
+        return None if operation is None else cast(Any, operation._modules[f"input_{index}_quantizer"])
 
     def _quantized_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -198,6 +239,58 @@ class QuantizedCompound(nn.Module):
             (type(self).float_class,),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _acts(quantizer: nn.Module) -> bool:
+    """Returns whether a quantizer would do anything with the tensor that it is given now."""
+    if not isinstance(quantizer, Quantizer) or quantizer._forward_hooks or quantizer._forward_pre_hooks:
+        return True
+    stages = [stage for stage in quantizer.stages() if isinstance(stage, Quantizer)]
+    return any(
+        stage.collector is not None
+        or (stage.training and (stage.observing or stage.waiting))
+        or (stage.is_enabled and not stage.is_suspended)
+        for stage in stages
+    )
+
+
+def pass_on(quantizers: list[nn.Module], x: Any) -> Any:
+    """Returns `x` unchanged; learned ranges of quantizers that are switched off take part with weight 0."""
+    data = x.data if isinstance(x, PackedSequence) else x
+    for quantizer in quantizers:
+        for stage in cast(Quantizer, quantizer).stages():
+            data = stage.pass_on(data)
+    return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+
+
+def compound_container(owner: nn.Module, name: str) -> nn.ModuleDict:
+    """The submodule of that name which holds quantizers of `owner`, whose class is swapped for it."""
+    if not isinstance(owner, QuantizedCompound):
+        owner.__class__ = swapped_compound(type(owner))
+    if name not in owner._modules:
+        owner.add_module(name, nn.ModuleDict().train(owner.training))
+    return cast(nn.ModuleDict, owner._modules[name])
+
+
+def leave_compound(owner: nn.Module, name: str, key: str) -> None:
+    """Take an entry out of such a submodule; the owner is of its float class again once nothing is left."""
+    held = cast(nn.ModuleDict, owner._modules[name])
+    del held[key]
+    if not held:
+        delattr(owner, name)
+    if not {CONTAINER, OPERATIONS_CONTAINER} & owner._modules.keys():
+        owner.__class__ = type(cast(QuantizedCompound, owner)).float_class
+
+
+def show_steps(module: nn.Module) -> None:
+    """Let a float module of several weights compute step by step, so that an export sees what is inside."""
+    if compound_family(module) is not None and not isinstance(module, QuantizedCompound):
+        module.__class__ = swapped_compound(type(module))
+        module.__dict__["_shows_steps"] = True
 
 
 def _quantized(part: QuantizedLayer, x: Any) -> Any:

@@ -35,7 +35,7 @@ from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_key, weight_of, weight_parts
 from lq_plugin.model.graph.recording import Call, Recording
-from lq_plugin.model.operations.quantized import quantized_operations
+from lq_plugin.model.operations.quantized import inner_operations, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
 from lq_plugin.quantizers import Quantizer, make_activation_quantizer
@@ -281,7 +281,8 @@ def plan_cost(
     8
     """
     survey = survey or Survey.of(model)
-    operations = set() if recording is None else {call.name for call in recording.functional_calls}
+    operations = set(inner_operations(model))
+    operations |= set() if recording is None else {call.name for call in recording.functional_calls}
     names = list(survey.candidates)
     unknown = [name for name in layer_plans if name not in survey.candidates and name not in operations]
     faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in unknown]
@@ -357,8 +358,9 @@ def _other_work(
 
 def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
     """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
-    bits = plan.input.bit_width if plan.input and call.operands else FLOAT_BITS
-    return bits, bits if call.fully_quantizable else FLOAT_BITS
+    inside = call.kind == "module"  # a product of an attention, whose operands are its own
+    bits = plan.input.bit_width if plan.input and (call.operands or inside) else FLOAT_BITS
+    return bits, bits if call.fully_quantizable or inside else FLOAT_BITS
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:

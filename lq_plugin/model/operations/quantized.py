@@ -4,7 +4,8 @@ A module whose forward has such operations gains one submodule, `quantized_opera
 stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
 as a recording does (`lq_plugin.model.graph.numbering`) and sends their operands through the quantizers. Calls
 inside its submodules are not its own; hooks on them say when one begins and ends. Modules without quantized operations,
-and their submodules, are not touched.
+and their submodules, are not touched. An LSTM or an attention looks for the quantizers of what it computes inside itself
+(`lq_plugin.layers.compound.base`).
 
 `torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew
 after the break, and quantize other operands than the plan says.
@@ -24,14 +25,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.layers import (
+    OPERATIONS_CONTAINER,
+    QuantizedCompound,
+    compound_container,
+    compound_family,
+    leave_compound,
+    why_unsupported_compound,
+)
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering, channel_axis
 from lq_plugin.model.graph.op_names import METADATA, normalize
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
 from lq_plugin.quantizers import ActivationQuantizer, in_stages, make_activation_quantizer
 
-#: The submodule that holds the quantizers of a module's own operations.
-OPERATIONS_CONTAINER = "quantized_operations"
+#: Operations that only a module of several weights has inside, next to products.
+INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax"})
 _QUANTIZER = re.compile(r"input_(\d+)_quantizer")
 
 
@@ -61,19 +70,31 @@ def operations_of(recording: Recording) -> dict[str, Operation]:
     return {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
 
 
+def inner_operations(model: nn.Module) -> dict[str, Operation]:
+    """The operations inside of a model's LSTMs, attentions, ..., which need no recorded pass to be known."""
+    return {
+        f"{name}.{key}" if name else key: Operation(f"{name}.{key}" if name else key, op, operands)
+        for name, module in model.named_modules()
+        if (family := compound_family(module)) is not None and why_unsupported_compound(module) is None
+        for key, (op, operands) in family.inner_operations(module).items()
+    }
+
+
 def operations_in(state: Iterable[str]) -> dict[str, Operation]:
     """The operations whose quantizers a state dict has keys of."""
     operands: dict[str, set[int]] = {}
     for key in state:
         owner, _, rest = f".{key}".rpartition(f".{OPERATIONS_CONTAINER}.")
         label, _, inner = rest.partition(".")
-        if (found := _QUANTIZER.match(inner)) and _op_of(label) in OPERATIONS:
+        if (found := _QUANTIZER.match(inner)) and _op_of(label) in OPERATIONS | INNER_OPERATIONS:
             operands.setdefault(".".join(filter(None, (owner.strip("."), label))), set()).add(int(found[1]))
     return {name: Operation(name, _op_of(name), tuple(sorted(found))) for name, found in operands.items()}
 
 
 def _op_of(name: str) -> str:
-    return name.rpartition(".")[2].rpartition("_")[0]
+    label = name.rpartition(".")[2]
+    first = label.partition("_")[0]
+    return first if first in INNER_OPERATIONS else label.rpartition("_")[0]
 
 
 class QuantizedOperation(nn.Module):
@@ -255,7 +276,11 @@ def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, Lay
             continue
         path, label = operation.place
         owner = model.get_submodule(path)
-        container = getattr(owner, OPERATIONS_CONTAINER, None) or OperationQuantizers(owner)
+        container: Any
+        if compound_family(owner) is not None:
+            container = compound_container(owner, OPERATIONS_CONTAINER)
+        else:
+            container = getattr(owner, OPERATIONS_CONTAINER, None) or OperationQuantizers(owner)
         quantized = QuantizedOperation(operation, plan)
         near = next(owner.parameters(), next(model.parameters(), None))
         if near is not None:
@@ -276,6 +301,9 @@ def detach_operations(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, OperationQuantizers):
             module.release()
+        elif isinstance(module, QuantizedCompound):
+            for label in list(getattr(module, OPERATIONS_CONTAINER, ())):
+                leave_compound(module, OPERATIONS_CONTAINER, label)
 
 
 def quantized_operations(model: nn.Module) -> list[tuple[str, QuantizedOperation]]:

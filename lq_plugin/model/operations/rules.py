@@ -3,7 +3,8 @@
 A rule is about operations when its pattern matches no layer and ends in an operation's name: `encoder.0.add_0`,
 `*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about
 layers
-alone: an operation is never quantized unless it is asked for.
+alone: an operation is never quantized unless it is asked for. So are the operations inside of an LSTM or an attention,
+which need no recorded batch to be known: `lstm.cell_l0`, `attention.matmul_0`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from lq_plugin.intent.plan import LayerInfo, LayerPlan, QuantPlan, Rule, matches
 from lq_plugin.intent.spec import PerChannel
 from lq_plugin.model.aside import names, quantizes, quantizing
 from lq_plugin.model.graph.numbering import OPERATIONS
-from lq_plugin.model.operations.quantized import Operation, quantized_operations
+from lq_plugin.model.operations.quantized import (
+    INNER_OPERATIONS,
+    Operation,
+    inner_operations,
+    quantized_operations,
+)
 from lq_plugin.model.survey import Survey
 
-_NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(OPERATIONS, key=len, reverse=True))})(?:_|[|)])")
+_WORDS = OPERATIONS | INNER_OPERATIONS
+_NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:_|[|)])")
 
 
 def names_operation(pattern: str) -> bool:
@@ -31,7 +38,7 @@ def names_operation(pattern: str) -> bool:
     >>> [names_operation(pattern) for pattern in patterns]
     [True, True, True, False, False, True]
     """
-    return pattern[5:] in OPERATIONS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
+    return pattern[5:] in _WORDS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
 
 
 def split(
@@ -72,7 +79,7 @@ def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
         return False
     survey = Survey.of(model, quantizing(plan))
     _, rules = split(plan, survey.infos(), survey.aside)
-    present = _infos(operation.operation for _, operation in quantized_operations(model))
+    present = _infos((*(o.operation for _, o in quantized_operations(model)), *inner_operations(model).values()))
     return not all(_matches_any(rule, present) for rule in rules)
 
 
