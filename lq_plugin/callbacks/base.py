@@ -20,8 +20,10 @@ from lq_plugin.errors import PlanError
 from lq_plugin.export.planned import plan_for, refuse_for_target
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.calibrate import Statistics, evaluating
+from lq_plugin.model.checkpoint import is_quantized
 from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger, least_coverage
+from lq_plugin.model.older_files import leave_out_newer
 from lq_plugin.model.operations.rules import needs_recording
 from lq_plugin.model.prepare import prepare, quantizers, remove
 from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
@@ -191,6 +193,13 @@ class QuantizationCallback(Callback):
         if kept is not None:
             # A sharded checkpoint holds the weights apart: there is no "state_dict" to look into.
             load_missing_states(pl_module, kept, checkpoint.get("state_dict", {}))
+        state = {*checkpoint.get("state_dict", {}), *(kept or {})}
+        if is_quantized(dict.fromkeys(state)) and (left_out := leave_out_newer(pl_module, state)):
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint is of a version that left {', '.join(left_out)} float, and so "
+                "they stay"
+            )
+            self.inject(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = QuantPlan.from_dict(state_dict["plan"])

@@ -192,7 +192,7 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         packed = PackedModel(file, model)
         prepared = bool(quantized_layers(model))
         try:
-            ledger = prepare(model, plan, operations_in(packed.state) or None)
+            ledger = prepare(model, plan, operations_in(packed.state))
             packed.check()
         except BaseException as error:
             if not prepared:

@@ -58,6 +58,8 @@ class QuantizedLayer(nn.Module):
     has_output_scale: ClassVar[bool] = False
     #: Whether `lq_plugin.layers.integer` computes its forward; of this very class, not of its subclasses.
     has_integer_kernel: ClassVar[bool] = False
+    #: Slots that version 0.1 left float under every plan; its state dicts have no ranges of them.
+    added_slots: ClassVar[tuple[str, ...]] = ()
     _is_canonical: ClassVar[bool] = True
 
     weight: Tensor
@@ -66,6 +68,8 @@ class QuantizedLayer(nn.Module):
     output_quantizer: ActivationQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     _integer_state: IntegerForward | None = None
+    #: Slots that stay float because the file it was loaded from is older than their quantizers.
+    _left_out: tuple[str, ...] = ()
     #: With the layers next to it that may read the same tensor, see `share_inputs`.
     _shared_input: SharedInput | None = None
     #: Whether a stage of its input has a format that scales the output.
@@ -235,6 +239,7 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     layer.__dict__.pop("_integer_state", None)
     layer.__dict__.pop("_shared_input", None)
     layer.__dict__.pop("_scales_output", None)
+    layer.__dict__.pop("_left_out", None)
     cast(nn.Module, layer).__class__ = _float_class(layer)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from lq_plugin.errors import PlanError
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.older_files import leave_out_newer
 from lq_plugin.model.operations.quantized import operations_in
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.model.unreached import REASON, settle, unreached, without_range
@@ -136,7 +137,9 @@ def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, argume
 
 def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Mapping[str, Any], path: Path) -> Ledger:
     with _unchanged_on_failure(model):
-        ledger = prepare(model, plan, operations_in(state) or None)
+        ledger = prepare(model, plan, operations_in(state))
+        if leave_out_newer(model, state):
+            ledger = prepare(model, plan, operations_in(state))
         model.load_state_dict(state)
         from_data = [q for q in quantizers(model) if isinstance(q, ActivationQuantizer) and q.needs_calibration]
         if any(quantizer.is_calibrated for quantizer in from_data):

@@ -37,6 +37,7 @@ from lq_plugin.model.aside import quantizing
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.ledger import Entry, Ledger
+from lq_plugin.model.older_files import without_newer
 from lq_plugin.model.operations.quantized import (
     Operation,
     attach_operations,
@@ -86,6 +87,7 @@ def prepare(
         found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
         raise _nothing_to_quantize(model, found, ", the plan matches no layer")
     layer_plans = _resolved(for_layers, survey, layers) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
+    layer_plans = {name: without_newer(survey.candidates[name], layer_plan) for name, layer_plan in layer_plans.items()}
     inside = inner_operations(model)
     known = operations_of(recording) | inside if isinstance(recording, Recording) else recording
     present = {name: operation.operation for name, operation in quantized_operations(model)} | inside

@@ -166,7 +166,7 @@ def export_onnx(
 
 
 def _show_steps(model: nn.Module, plain: nn.Module, silent: Collection[str]) -> bool:
-    """Lets the float copy compute step by step what is quantized inside of an LSTM, a GRU, ...; True if there is any."""
+    """Lets the float copy compute the steps of an LSTM, a GRU, ... whose state is quantized; True if there is any."""
     found = {
         name.removesuffix(layer.key).rstrip(".")
         for name, layer in quantized_layers(model)

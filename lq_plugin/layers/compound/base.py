@@ -112,6 +112,7 @@ class QuantizedInputWeight(_QuantizedWeight, InputWeight):
 class QuantizedStateWeight(_QuantizedWeight, StateWeight):
     float_class = StateWeight
     slots = ("weight", "input")
+    added_slots = ("input",)
 
 
 @register_layer(InnerWeight)

@@ -4,8 +4,8 @@ A module whose forward has such operations gains one submodule, `quantized_opera
 stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
 as a recording does (`lq_plugin.model.graph.numbering`) and sends their operands through the quantizers. Calls
 inside its submodules are not its own; hooks on them say when one begins and ends. Modules without quantized operations,
-and their submodules, are not touched. An LSTM or an attention looks for the quantizers of what it computes inside itself
-(`lq_plugin.layers.compound.base`).
+and their submodules, are not touched. An LSTM or an attention looks itself for the quantizers of what it computes
+inside (`lq_plugin.layers.compound.base`).
 
 `torch.compile` leaves such a module, with all that is in it, to Python: a graph that breaks inside would count anew
 after the break, and quantize other operands than the plan says.
