@@ -58,11 +58,11 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
 
 
 def weight_macs(module: nn.Module, input_shapes: Sequence[Shape]) -> dict[str, int]:
-    """Returns each weight's share in one call of a module that holds several, by the weight's key.
+    """Returns each weight's (and product's) share in one call of a module that holds several, by its key.
 
     Empty for other modules.
 
-    For recurrent modules the shares are all of `module_macs`; of attention, the products QKᵀ and with V are left.
+    They are all of `module_macs`. Of attention, QKᵀ is `matmul_0` and the product with V `matmul_1`.
     """
     if not input_shapes:
         return {}
@@ -70,12 +70,20 @@ def weight_macs(module: nn.Module, input_shapes: Sequence[Shape]) -> dict[str, i
         steps = prod(input_shapes[0][:-1])
         names = [name for name in module._flat_weights_names if name.startswith("weight_")]
         return {name: steps * getattr(module, name).numel() for name in names}
+    if isinstance(module, nn.RNNCellBase):
+        rows = prod(input_shapes[0][:-1])
+        return {name: rows * getattr(module, name).numel() for name in ("weight_ih", "weight_hh")}
     if isinstance(module, nn.MultiheadAttention):
         query, key, embed = input_shapes[0], input_shapes[min(1, len(input_shapes) - 1)], module.embed_dim
         per_row = {"q": prod(query[:-1]) * embed, "k": prod(key[:-1]) * module.kdim, "v": prod(key[:-1]) * module.vdim}
         shares = {f"{which}_proj_weight": rows * embed for which, rows in per_row.items()}
+        extra = (module.bias_k is not None) + module.add_zero_attn
+        length_axis = 1 if module.batch_first and len(query) == 3 else 0
+        product = prod(query[:-1]) * (key[length_axis] + extra) * embed
         return ({"in_proj_weight": sum(shares.values())} if module._qkv_same_embed_dim else shares) | {
-            "out_proj": prod(query[:-1]) * embed * embed
+            "out_proj": prod(query[:-1]) * embed * embed,
+            "matmul_0": product,
+            "matmul_1": product,
         }
     return {}
 
