@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from lq_plugin.model.quantizer_states import load_missing_states, quantizer_stat
 from lq_plugin.model.unreached import suspend
 from lq_plugin.quantizers import Suspension
 from lq_plugin.utilities.lightning_packages import Callback, isolate_rng
+from lq_plugin.utilities.shown import as_html
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -80,6 +82,20 @@ class QuantizationCallback(Callback):
         self.recording: Recording | None = None
         self.statistics: Statistics = {}
         self.suspension: Suspension | None = None
+
+    def __repr__(self) -> str:
+        rule = self.plan.rules[0].to_dict()
+        first = ", ".join(f"{key} {value}" for key, value in rule.items() if key != "match")
+        others = len(self.plan.rules) - 1
+        more = f" and {others} more rule{'s' * (others > 1)}" if others else ""
+        target = "" if self.plan.target is None else f" for {self.plan.target}"
+        state = self.ledger.summary() if len(self.ledger) else "in no model yet"
+        return f"<{type(self).__name__} {rule['match']!r}: {first}{more}{target}; {state}>"
+
+    def _repr_html_(self) -> str:
+        """Returns the plan, or what it came to once a model was prepared, for a notebook."""
+        shown = self.ledger if len(self.ledger) else self.plan
+        return f"<p>{escape(repr(self))}</p>{as_html(shown.table())}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         new_run(trainer)

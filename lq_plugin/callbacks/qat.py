@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -45,8 +45,9 @@ from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Ways to compute a layer in training.
-FORWARDS = ("fake_quantize", "integer", "integer_always")
+#: A way to compute a layer in training.
+Forward: TypeAlias = Literal["fake_quantize", "integer", "integer_always"]
+FORWARDS = get_args(Forward)
 
 
 class QAT(QuantizationCallback):
@@ -86,7 +87,7 @@ class QAT(QuantizationCallback):
         min_coverage: float | Mapping[str, float] | None = None,
         dataloader: Iterable[Any] | None = None,
         calibration_step: CalibrationStep | None = None,
-        forward: str = "fake_quantize",
+        forward: Forward = "fake_quantize",
         target: str | None = None,
     ) -> None:
         super().__init__(plan, min_coverage, dataloader, calibration_step, target)
@@ -96,7 +97,7 @@ class QAT(QuantizationCallback):
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
         if forward not in FORWARDS:
             raise PlanError(f"forward is one of {', '.join(FORWARDS)}, got {forward!r}")
-        self.forward = forward
+        self.forward: Forward = forward
         self.integer_choices: dict[str, bool] = {}
         self.integer_named: dict[str, str] = {}
         self.init_batches = init_batches

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lq_plugin.commands.options import Kind, kind_faults
+from lq_plugin.commands.options import Kind, kind_faults, stray_keys
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.utilities.hydra_files import hide_passwords, storage_passwords
 from lq_plugin.utilities.passwords import without
@@ -32,11 +32,14 @@ def check_request(cfg: DictConfig, kinds: Mapping[str, Kind]) -> None:
         kinds: of the command's options.
 
     Raises:
-        QuantizationError: a group that was not found, options that are missing or of another kind, or no file of float
-            weights.
+        QuantizationError: a group that was not found, options that are missing, misspelt or of another kind, or no file
+            of float weights.
     """
     require_lq_configs(cfg)
-    raise_all(QuantizationError, "the config", kind_faults(cfg, kinds))
+    strays, unread = stray_keys(cfg, kinds)
+    raise_all(QuantizationError, "the config", kind_faults(cfg, kinds) + strays)
+    for words in unread:
+        log.warning("%s, and nothing in the config refers to it: it has no effect", words)
     import_modules(cfg)
     if cfg.float_checkpoint is not None and not os.path.isfile(cfg.float_checkpoint):
         raise QuantizationError(f"float_checkpoint={cfg.float_checkpoint}: there is no such file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lq_plugin.commands.verification import is_verify
+from lq_plugin.errors import did_you_mean
 from lq_plugin.utilities.hydra_files import plain
 
 
@@ -74,6 +76,9 @@ EXPORT = _COMMON | {
     "verify_batches": integer(1),
 }  # fmt: skip
 
+#: Keys at the top of a config that no option stands for: other groups, and what only interpolations and Hydra read.
+_OTHER_KEYS = ("task_name", "search", "paths", "lq", "quantization", "hydra")
+
 
 def _is_group(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values()))
@@ -97,3 +102,40 @@ def kind_faults(cfg: DictConfig, kinds: Mapping[str, Kind]) -> list[str]:
         except OmegaConfBaseException as error:
             faults.append(f"{key} cannot be read: {error}")
     return faults
+
+
+def stray_keys(cfg: DictConfig, kinds: Mapping[str, Kind]) -> tuple[list[str], list[str]]:
+    """Finds keys that the command does not read, which an experiment's file may hold and Hydra accepts.
+
+    Args:
+        cfg: composed.
+        kinds: of the command's options.
+
+    Returns:
+        Faults: a file that is no experiment of this command, and names that differ from an option by a typing error;
+        and warnings: names of something else. A key that an interpolation reads is neither.
+
+    >>> stray_keys(OmegaConf.create({"seed": 1, "float_epoch": 3, "tags": ["a"], "width": 8}), TRAIN)[0]
+    ["float_epoch is no option. Did you mean 'float_epochs'?"]
+    """
+    known = {key.partition(".")[0] for key in kinds} | {*_OTHER_KEYS}
+    inside = {key.partition(".")[2] for key in kinds if key.startswith("search.")}
+    every = [key for options in (TRAIN, SEARCH, SENSITIVITY, EXPORT) for key in options]
+    everywhere = {*every, *(key.partition(".")[0] for key in every)}
+    text = str(OmegaConf.to_container(cfg, resolve=False))
+    found = {str(key): known for key in cfg if key not in known}
+    if inside and OmegaConf.is_dict(searched := cfg.get("search")):
+        found |= {f"search.{key}": {f"search.{name}" for name in inside} for key in searched if key not in inside}
+    faults, warnings = [], []
+    for key, valid in found.items():
+        if key == "experiment" and OmegaConf.is_dict(cfg[key]):
+            keys = ", ".join(map(str, cfg[key]))
+            faults.append(
+                f"the experiment's keys ({keys}) are below `experiment`, where nothing reads them: the first line of "
+                "its file has to be `# @package _global_`"
+            )
+        elif re.search(rf"\$\{{([^}}]*:)?{re.escape(key)}[.}}\[]", text) is None:
+            # An experiment may serve several commands.
+            near = "" if key in everywhere else did_you_mean(key, valid, limit=1)
+            (faults if near else warnings).append(f"{key} is no option{'.' * bool(near)}{near}")
+    return faults, warnings

@@ -22,8 +22,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import translate
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from rich.table import Table
+from rich.text import Text
 
 from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.intent.formats import SLOTS
@@ -34,6 +38,7 @@ from lq_plugin.intent.schedule import Moment, Schedule
 from lq_plugin.intent.short_plan import is_short, read_short
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.utilities.files import write_file
+from lq_plugin.utilities.shown import Shown, new_table
 
 __all__ = ["FLOAT", "LayerInfo", "LayerPlan", "QuantPlan", "Rule", "Stage", "matches"]
 
@@ -91,8 +96,8 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class QuantPlan:
-    """Ordered rules and a schedule: all that search proposes, callbacks apply and exports read.
+class QuantPlan(Shown):
+    """Ordered rules and a schedule: all that search proposes, callbacks apply and exports read; prints as a table.
 
     Args:
         rules: in order; later ones win.
@@ -231,6 +236,36 @@ class QuantPlan:
         if path is not None:
             write_file(path, text, PlanError)
         return text
+
+    def table(self) -> Table:
+        """Returns the rules as a table, in order; an empty cell leaves a tensor as earlier rules say."""
+        extras = [f"for target {self.target}"] * (self.target is not None)
+        extras += [f"{name} {moment}" for name, moment in self.schedule.to_dict().items()]
+        table = new_table("; ".join([f"plan of {len(self.rules)} rule{'s' * (len(self.rules) != 1)}", *extras]))
+        used = [key for key in (*SLOTS, "start") if any(getattr(rule, key) is not None for rule in self.rules)]
+        for column in ("match", *used):
+            table.add_column(column, overflow="fold")
+        for rule in self.rules:
+            texts = rule.to_dict()
+            # Text, not str: brackets in a pattern are no markup.
+            table.add_row(*(Text(texts.get(column, "")) for column in ("match", *used)))
+        return table
+
+    def describe(self, model: Any) -> Any:
+        """Returns the effect of the plan on a model, layer by layer, without changing the model; it prints as a table.
+
+        Args:
+            model: an `nn.Module`, float.
+
+        Returns:
+            `lq_plugin.report.explain.Explanation`; that module's `explain` also takes a run of the model, for MACs and
+            BOPs.
+
+        Raises:
+            PlanError: a plan that does not fit the model.
+        """
+        # By name: the one word of a plan that needs torch and a model. Nothing else of this room does.
+        return import_module("lq_plugin.report.explain").explain(self, model)
 
     def resolve(self, layers: Sequence[LayerInfo], others: Mapping[str, str] | None = None) -> dict[str, LayerPlan]:
         """Returns the plan of each of a model's layers.

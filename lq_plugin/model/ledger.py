@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from lq_plugin.errors import CoverageError, PlanError, did_you_mean, raise_all
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.model.graph.record import Recording
+from lq_plugin.utilities.csv_text import to_csv
+from lq_plugin.utilities.shown import Shown, new_table
 
 
 @dataclass
@@ -57,8 +60,8 @@ class Entry:
 
 
 @dataclass
-class Ledger:
-    """All entries, in the model's order."""
+class Ledger(Shown):
+    """All entries, in the model's order; prints as a table."""
 
     entries: list[Entry] = field(default_factory=list)
     #: Of entries that no batch has reached, the other reasons.
@@ -217,12 +220,24 @@ class Ledger:
 
     def to_csv(self) -> str:
         """The rows as CSV text with a header."""
-        stream = io.StringIO()
         rows = self.rows()
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["name"])
-        writer.writeheader()
-        writer.writerows(rows)
-        return stream.getvalue()
+        return to_csv(rows, list(rows[0]) if rows else ["name"])
+
+    def table(self) -> Table:
+        """Returns the rows as a table, the summary above them; slots and numbers that no entry has are left out."""
+        rows = self.rows()
+        slots = [slot for slot in SLOTS if any(row[slot] != "float" for row in rows)]
+        numbers = ["parameters", *["macs"] * self.recorded]
+        table = new_table(self.summary())
+        for column in ("name", "kind", *slots):
+            table.add_column(column, overflow="fold")
+        for column in numbers:
+            table.add_column({"macs": "MACs/sample"}.get(column, column), justify="right")
+        table.add_column("why it, or a part of it, is float", overflow="fold")
+        for row in rows:
+            cells = [row["name"] or row["kind"], row["kind"], *(row[slot] for slot in slots)]
+            table.add_row(*map(Text, [*cells, *(f"{row[n] or 0:,}" for n in numbers), row["reason"] or ""]))
+        return table
 
     def summary(self) -> str:
         """One line for a log."""

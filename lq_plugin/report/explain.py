@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -24,13 +24,14 @@ from lq_plugin.model.prepare import ledger_of
 from lq_plugin.model.survey import Survey
 from lq_plugin.report.data import Phase
 from lq_plugin.report.model import moments
+from lq_plugin.utilities.shown import Shown, as_html, as_text, new_table, short_number
 
 _WIDTH = 40
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The effect of a plan on one model.
+class Explanation(Shown):
+    """The effect of a plan on one model; prints as its table and its totals.
 
     Args:
         plan: as it was read.
@@ -92,13 +93,7 @@ class Explanation:
         """Returns the rows as a table for a terminal, with the totals below."""
         rows, totals = self.rows(), self.cost.totals()
         shown = [slot for slot in SLOTS if slot != "output" or any(row["output"] != "float" for row in rows)]
-        # Text, not str: a layer may be named like rich's markup.
-        table = Table(
-            title=Text(f"What the plan comes to: {len(rows)} layers"),
-            box=SIMPLE_HEAD,
-            show_footer=True,
-            padding=(0, 1, 0, 0),
-        )
+        table = new_table(f"What the plan comes to: {len(rows)} layers", footer=True)
         table.add_column("layer", "all layers", overflow="fold")
         for slot in shown:
             table.add_column(slot, overflow="fold")
@@ -106,11 +101,12 @@ class Explanation:
         table.add_column("bytes", f"{sum(row['bytes'] for row in rows):,}", justify="right")
         recorded = totals["bops"] is not None
         if recorded:
-            table.add_column("BOPs/sample", short_spec(sum(row["bops"] or 0 for row in rows)), justify="right")
+            table.add_column("BOPs/sample", short_number(sum(row["bops"] or 0 for row in rows)), justify="right")
         for row in rows:
             bits = "" if row["effective_bits"] is None else f"{row['effective_bits']:.2f}"
             cells = [row["layer"] or row["kind"], *(row[slot] for slot in shown), bits, f"{row['bytes']:,}"]
-            table.add_row(*map(Text, cells + [short_spec(row["bops"])] * recorded))
+            # Text, not str: a layer may be named like rich's markup.
+            table.add_row(*map(Text, cells + [short_number(row["bops"])] * recorded))
         return table
 
     def summary(self) -> Text:
@@ -118,7 +114,7 @@ class Explanation:
         priced = self.cost
         size = f"model: {priced.effective_bits:.2f} effective bits a parameter, {priced.bytes:,} bytes, "
         size += f"{priced.compression:.2f} times smaller than {priced.float_bytes:,}"
-        bops = "" if priced.bops is None else f"; {short_spec(priced.bops)} BOPs a sample, the float parts included"
+        bops = "" if priced.bops is None else f"; {short_number(priced.bops)} BOPs a sample, the float parts included"
         lines = [self.ledger.summary(), size + bops]
         lines += [f"operation {row['operation']} ({row['kind']}): operands {row['input']}" for row in self.operations()]
         reasons: dict[str, list[str]] = {}
@@ -129,6 +125,12 @@ class Explanation:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"float: {reason}: {', '.join(names[:4])}{more}")
         return Text("\n".join(lines))
+
+    def __str__(self) -> str:
+        return f"{as_text(self.table())}\n{self.summary().plain}"
+
+    def _repr_html_(self) -> str:
+        return f"{as_html(self.table())}<pre>{escape(self.summary().plain)}</pre>"
 
     def timeline(self) -> Text:
         """Returns the schedule, a line for each moment; epochs and optimizer steps have axes of their own."""
@@ -187,17 +189,3 @@ def _stages(plan: LayerPlan, slot: str) -> str:
     if len(stages) == 1:
         return str(stages[0][1] or "float")
     return ", ".join(f"{'from ' + str(start) + ': ' if start else ''}{spec or 'float'}" for start, spec in stages)
-
-
-def short_spec(value: float | None) -> str:
-    """Returns a number in three digits.
-
-    >>> short_spec(1_474_560), short_spec(512)
-    ('1.47 M', '512')
-    """
-    if value is None:
-        return ""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import Cost
 from lq_plugin.model.measure.fidelity import FidelityRow
-from lq_plugin.report.explain import short_spec
+from lq_plugin.utilities.shown import as_text, new_table, short_number
 
 #: Rows of a table; of more layers, the largest are shown.
 MAX_ROWS = 24
@@ -48,15 +44,14 @@ def summary(
     specs = {(row.layer, row.slot): row.spec for row in rows}
     errors = {(row.layer, row.slot): row.sqnr_db for row in rows if row.sqnr_db is not None}
     chosen = {row.name for row in sorted(priced, key=lambda row: -row.elements)[:MAX_ROWS]}
-    # Text, not str: a layer may be named like rich's markup.
-    table = Table(title=Text(title), box=SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0), title_justify="left")
+    table = new_table(title, footer=True)
     table.add_column("layer", "whole model", overflow="fold")
     table.add_column("weight", overflow="fold")
     table.add_column("input", overflow="fold")
     table.add_column("bits", f"{priced.effective_bits:.2f}", justify="right")
     table.add_column("bytes", f"{priced.bytes:,}", justify="right")
     if priced.bops is not None:
-        table.add_column("BOPs/sample", short_spec(priced.bops), justify="right")
+        table.add_column("BOPs/sample", short_number(priced.bops), justify="right")
     for slot in ("weight", "input") * bool(errors):
         table.add_column(f"SQNR {slot}", justify="right")
     for row in priced:
@@ -69,18 +64,15 @@ def summary(
             bits,
             f"{row.bytes:,}",
         ]
-        cells += [short_spec(row.bops)] * (priced.bops is not None)
+        cells += [short_number(row.bops)] * (priced.bops is not None)
         cells += [_decibel(errors.get((row.name, slot))) for slot in ("weight", "input") * bool(errors)]
+        # Text, not str: a layer may be named like rich's markup.
         table.add_row(*map(Text, cells))
     lines = [f"{len(priced) - len(chosen)} smaller layers are not shown"] * (len(priced) > len(chosen))
     lines.append(f"{ledger.summary()}; {priced.compression:.1f} times smaller than float")
     if metrics:
         lines.append(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    stream = io.StringIO()
-    console = Console(file=stream, width=width or shutil.get_terminal_size((100, 24)).columns, color_system=None)
-    console.print(table)
-    console.print(Text("\n".join(lines)), soft_wrap=True)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    return "\n".join([as_text(table, width or shutil.get_terminal_size((100, 24)).columns), *lines])
 
 
 def _decibel(value: float | None) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from lq_plugin.commands.common import check_request
 from lq_plugin.commands.explain import explain
-from lq_plugin.commands.options import EXPORT, SEARCH, SENSITIVITY, TRAIN, kind_faults
+from lq_plugin.commands.options import EXPORT, SEARCH, SENSITIVITY, TRAIN, kind_faults, stray_keys
 from lq_plugin.commands.report import report
 from lq_plugin.errors import QuantizationError
 
@@ -18,6 +19,13 @@ KINDS = {"train": TRAIN, "search": SEARCH, "sensitivity": SENSITIVITY, "export":
 def composed(name: str, *overrides: str) -> Any:
     with initialize_config_module("lq_plugin.conf", version_base="1.3"):
         return compose(name, ["paths.output_dir=out", *overrides])
+
+
+def loose(name: str, content: dict[str, Any]) -> Any:
+    """Returns the command's config with what an experiment's file holds, which Hydra adds as it is."""
+    cfg = composed(name)
+    OmegaConf.set_struct(cfg, False)
+    return OmegaConf.merge(cfg, content)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -63,6 +71,35 @@ def test_all_faults_are_said_at_once():
         check_request(cfg, TRAIN)
     with pytest.raises(QuantizationError, match="there is no such file"):
         check_request(composed("train", f"float_checkpoint={'x' * 5000}"), TRAIN)
+
+
+def test_a_misspelt_key_of_an_experiment_is_refused():
+    cfg = loose("train", {"float_epoch": 3})
+    with pytest.raises(QuantizationError, match=r"float_epoch is no option\. Did you mean 'float_epochs'\?"):
+        check_request(cfg, TRAIN)
+    cfg = loose("search", {"search": {"n_trails": 3}})
+    with pytest.raises(QuantizationError, match=r"search\.n_trails is no option\. Did you mean 'search\.n_trials'\?"):
+        check_request(cfg, SEARCH)
+
+
+def test_an_experiment_without_its_package_line_is_refused():
+    cfg = loose("train", {"experiment": {"seed": 3, "float_epochs": 1}})
+    with pytest.raises(QuantizationError, match=r"keys \(seed, float_epochs\).*first line.*# @package _global_"):
+        check_request(cfg, TRAIN)
+
+
+def test_a_key_that_nothing_reads_is_a_warning_and_one_that_is_referred_to_is_not(caplog):
+    own = {"tags": ["mine"], "width": 4, "depth": {"n": 2}, "model": {"width": "${width}"}, "task_name": "${depth.n}"}
+    check_request(loose("train", own), TRAIN)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith("tags is no option, and nothing in the config refers to it")
+
+
+@pytest.mark.parametrize("name", ["train", "search", "sensitivity"])
+def test_no_option_of_another_command_is_a_typing_error(name):
+    others = {key.partition(".")[0]: 1 for kinds in KINDS.values() for key in kinds}
+    cfg = loose(name, {k: 1 for k in others if k not in composed(name)})
+    assert stray_keys(cfg, KINDS[name])[0] == []
 
 
 def test_arguments_that_are_no_names_are_told_in_words(capsys):

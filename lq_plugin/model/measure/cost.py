@@ -18,14 +18,14 @@ the accumulator term.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any, cast
 
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -39,6 +39,8 @@ from lq_plugin.model.operations.quantized import inner_operations, quantized_ope
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
 from lq_plugin.quantizers import Quantizer, make_activation_quantizer
+from lq_plugin.utilities.csv_text import to_csv
+from lq_plugin.utilities.shown import Shown, new_table, short_number
 
 FLOAT_BITS = 32
 #: What the table of a packed file takes, about: the file's own head, each quantized weight, each other tensor.
@@ -135,8 +137,8 @@ class CostRow:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The cost of a model: one row a layer, and what is outside of them.
+class Cost(Shown):
+    """The cost of a model: one row a layer, and what is outside of them; prints as a table.
 
     Args:
         rows: layers that can hold quantizers, in the model's order.
@@ -207,6 +209,27 @@ class Cost:
         """Bit operations for one input sample, float operations as 32 x 32 bit; None without a recording."""
         return None if self.other_bops is None else self.other_bops + sum(row.bops or 0 for row in self.rows)
 
+    def table(self) -> Table:
+        """Returns the rows as a table, the totals of the whole model below them."""
+        title = f"{self.bytes:,} bytes, {self.compression:.2f} times smaller than float ({self.float_bytes:,})"
+        table = new_table(title, footer=True)
+        table.add_column("layer", "whole model", overflow="fold")
+        table.add_column("kind")
+        elements = self.other_parameters + sum(row.owned for row in self.rows)
+        numbers = {
+            "elements": f"{elements:,}", "bits": "", "input bits": "", "eff. bits": f"{self.effective_bits:.2f}",
+            "bytes": f"{self.bytes:,}",
+        } | ({"BOPs/sample": short_number(self.bops)} if self.bops is not None else {})  # fmt: skip
+        for column, total in numbers.items():
+            table.add_column(column, total, justify="right")
+        for row in self.rows:
+            bits = f"of {row.tied_to}" if row.effective_bits is None else f"{row.effective_bits:.2f}"
+            cells = [row.name or row.kind, row.kind, f"{row.elements:,}", str(row.weight_bits), str(row.input_bits)]
+            table.add_row(
+                *map(Text, [*cells, bits, f"{row.bytes:,}", *[short_number(row.bops)] * (self.bops is not None)])
+            )
+        return table
+
     def totals(self) -> dict[str, float | int | None]:
         """The totals by name."""
         bits = ("effective_bits", "quantizable_effective_bits", "quantized_effective_bits")
@@ -218,12 +241,8 @@ class Cost:
 
     def to_csv(self) -> str:
         """The rows as CSV text with a header."""
-        stream = io.StringIO()
         records = self.records()
-        writer = csv.DictWriter(stream, fieldnames=list(records[0]) if records else ["name"])
-        writer.writeheader()
-        writer.writerows(records)
-        return stream.getvalue()
+        return to_csv(records, list(records[0]) if records else ["name"])
 
 
 def cost(model: nn.Module, recording: Recording | None = None) -> Cost:

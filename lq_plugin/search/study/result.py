@@ -16,6 +16,7 @@ from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 from lq_plugin.search.study.report import study_report
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.files import make_folder, write_file
+from lq_plugin.utilities.shown import Shown
 
 #: User attribute of a study: the table of latencies that all its workers predict with.
 TABLE = "latency_table"
@@ -25,8 +26,11 @@ MEASURED = "measured_latency"
 FILES = "scored_files"
 
 
-class SearchResult(StudyCandidates):
-    """The result of a search: `front`, `best(cost)`, `figure()`, `table()`; `write(folder)` writes it as files."""
+class SearchResult(Shown, StudyCandidates):
+    """The result of a search: `front`, `best(cost)`, `figure()`, `table()`; `write(folder)` writes it as files.
+
+    It prints as its table.
+    """
 
     def figure(self) -> Any:
         """Returns a figure of metric over cost with every trial, the front, the uniform plans and the float model."""
