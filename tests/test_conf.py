@@ -151,6 +151,7 @@ def test_a_run_writes_its_resolved_config(ptq_run):
     assert yaml.safe_load(written)["callbacks"]["lq_ptq"]["plan"]["rules"][0]["weight"] == "int4 per_channel mse"
 
 
+@pytest.mark.slow
 def test_the_float_checkpoint_of_one_run_is_the_start_of_another(ptq_run, tmp_path):
     folder, metrics = ptq_run
     load = f"float_checkpoint={folder / 'float.ckpt'}"

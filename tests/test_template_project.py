@@ -53,6 +53,7 @@ def test_qat_trains_and_tests_quantized(float_run, tmp_path):
     assert metric(output, "test/loss") != metric(float_run[0], "test/loss")
 
 
+@pytest.mark.slow
 def test_ptq_evaluates_a_float_checkpoint_quantized(float_run, tmp_path):
     output, checkpoint = float_run
     arguments = ["+trainer.enable_progress_bar=false", f"ckpt_path={checkpoint}", f"paths.log_dir={tmp_path}"]

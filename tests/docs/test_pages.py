@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import wandb
 import yaml
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
@@ -57,8 +58,12 @@ def test_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "offline")
     given = space()
     brief_trainers(monkeypatch)
-    for text in blocks(path.read_text(encoding="utf-8"), "python"):
-        exec(text, given)
+    try:
+        for text in blocks(path.read_text(encoding="utf-8"), "python"):
+            exec(text, given)
+    finally:
+        # The page's own process would end here, and its run with it.
+        wandb.finish()
     written = re.findall(r"^\| `(runs/[^`]+)` \|", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert all((tmp_path / name).is_file() for name in written), written
 

@@ -232,7 +232,7 @@ def encoder_layer():
 
 
 @pytest.mark.parametrize("make", [Recurrent, Attention, encoder_layer])
-@pytest.mark.parametrize("by", ["layer", "block"])
+@pytest.mark.parametrize("by", [pytest.param("layer", marks=pytest.mark.slow), "block"])
 def test_weights_inside_a_kernel_are_learned_together(make, by, tmp_path):
     x, shares = correlated(256, 24).reshape(256, 4, 6), []
     for seed in range(3):

@@ -48,7 +48,7 @@ def test_next_to_a_run_they_are_on_its_page(tmp_path: Path) -> None:
     report = load_report(tmp_path)
     assert report.model is not None
     assert report.files == [SHOWN]
-    assert lq_report([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 0
+    assert lq_report([str(tmp_path), "--output", str(tmp_path / "page.html"), "--no-pictures"]) == 0
     assert "Exported files" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

@@ -110,6 +110,7 @@ def test_the_float_model_is_back_bit_for_bit(model: DigitsCNN, datamodule: Digit
     assert types == {name: type(module) for name, module in model.named_modules()}
 
 
+@pytest.mark.slow
 def test_every_process_calibrates_on_the_same_batches(model: DigitsCNN) -> None:
     def loss(torch_seed: int, seed: int) -> float:
         torch.manual_seed(torch_seed)

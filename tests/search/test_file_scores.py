@@ -30,8 +30,19 @@ def run(model: DigitsCNN, folder: Path, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def check_that_ptq_scores_the_same(model: DigitsCNN, result: Any, folder: Path) -> None:
+    """A plan of the front, read again: it names its target, and PTQ scores what the trial did."""
+    candidate = result.front[-1]
+    ptq = PTQ(folder / "plans" / candidate.file_name, calibration_batches=1, seed=0)
+    assert ptq.plan.target == "onnx"
+    trainer = CPU(callbacks=[ptq], logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (metrics,) = trainer.validate(model, datamodule=DigitsDataModule(batch_size=120), verbose=False)
+    assert metrics["val/acc"] == candidate.metric
+
+
 def test_each_plan_of_the_front_has_a_file_and_its_scores(model: DigitsCNN, tmp_path: Path) -> None:
     result = run(model, tmp_path)
+    check_that_ptq_scores_the_same(model, result, tmp_path)
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
     assert len(rows) == len(result.front) > 0
     for row, candidate in zip(rows, result.front, strict=True):
@@ -53,6 +64,7 @@ def test_each_plan_of_the_front_has_a_file_and_its_scores(model: DigitsCNN, tmp_
     assert run(model, tmp_path).study.user_attrs[FILES] == before
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_seen(
     model: DigitsCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,14 +96,3 @@ def test_a_file_that_computes_something_else_is_seen(
 def test_what_cannot_be_scored_is_said_first(model: DigitsCNN, options: dict[str, Any], message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         SearchConfig(model, DigitsDataModule(), SPACE, "val/acc", **options)
-
-
-def test_the_plan_file_gives_the_same_score(model: DigitsCNN, tmp_path: Path) -> None:
-    """A plan of the front, read again: it names its target, and PTQ scores what the trial did."""
-    result = run(model, tmp_path)
-    candidate = result.front[-1]
-    ptq = PTQ(tmp_path / "plans" / candidate.file_name, calibration_batches=1, seed=0)
-    assert ptq.plan.target == "onnx"
-    trainer = CPU(callbacks=[ptq], logger=False, enable_progress_bar=False, enable_model_summary=False)
-    (metrics,) = trainer.validate(model, datamodule=DigitsDataModule(batch_size=120), verbose=False)
-    assert metrics["val/acc"] == candidate.metric

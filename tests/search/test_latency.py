@@ -44,6 +44,7 @@ def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
     return search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, latency={"rounds": 2}, **given)
 
 
+@pytest.mark.slow
 def test_every_trial_has_the_latency_of_its_plan(
     model: DigitsCNN, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -146,6 +146,7 @@ def test_a_loss_is_better_when_it_is_smaller(model: DigitsCNN) -> None:
         assert any(o["val/loss"] < mine["val/loss"] and o["effective_bits"] <= mine["effective_bits"] for o in others)
 
 
+@pytest.mark.slow
 def test_a_pruner_decides_with_one_objective_also_about_trials_of_another_worker(
     model: DigitsCNN, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monke
     assert "levels" not in failed.user_attrs
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_at_its_level(tmp_path: Path, monkeypatch: Any) -> None:
     # Float validation, calibration, three levels of the first trial; the second one is stopped at its second level.
     interrupted(

@@ -466,6 +466,7 @@ def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "signals", [pytest.param("signal.SIGINT, signal.SIGINT", marks=pytest.mark.slow), "signal.SIGTERM"]
 )
+@pytest.mark.slow
 def test_a_trial_that_is_given_up_is_taken_up_by_the_next_run(tmp_path: Path, signals: str) -> None:
     # In the loop of Lightning, which turns it into an exit.
     interrupted("DigitsCNN.validation_step", 15, signals, 8, tmp_path)

@@ -122,6 +122,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(sweeps):
     assert len(sweeps.trials()) == 7, "none is tried twice"
 
 
+@pytest.mark.slow
 def test_too_many_failures_end_it(sweeps):
     def task(cfg: dict[str, str]) -> float:
         raise RuntimeError("never")
@@ -243,6 +244,7 @@ DOMINANCE = {
 }
 
 
+@pytest.mark.slow
 def test_pruning_by_dominance_with_several_objectives(sweeps):
     """A trial of many bits is good, or spoilt: then others that cost no more are far better at the same step."""
     x = ", ".join(map(str, range(1, 11)))
