@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def check_that_ptq_scores_the_same(model: DigitsCNN, result: Any, folder: Path) 
 
 def test_each_plan_of_the_front_has_a_file_and_its_scores(model: DigitsCNN, tmp_path: Path) -> None:
     result = run(model, tmp_path)
-    check_that_ptq_scores_the_same(model, result, tmp_path)
+    check_that_ptq_scores_the_same(copy.deepcopy(model), result, tmp_path)
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
     assert len(rows) == len(result.front) > 0
     for row, candidate in zip(rows, result.front, strict=True):

@@ -216,18 +216,14 @@ class Cost(Shown):
         table.add_column("layer", "whole model", overflow="fold")
         table.add_column("kind")
         elements = self.other_parameters + sum(row.owned for row in self.rows)
-        numbers = {
-            "elements": f"{elements:,}", "bits": "", "input bits": "", "eff. bits": f"{self.effective_bits:.2f}",
-            "bytes": f"{self.bytes:,}",
-        } | ({"BOPs/sample": short_number(self.bops)} if self.bops is not None else {})  # fmt: skip
-        for column, total in numbers.items():
+        totals = f"{elements:,}", "", "", f"{self.effective_bits:.2f}", f"{self.bytes:,}", short_number(self.bops)
+        numbers = ["elements", "bits", "input bits", "eff. bits", "bytes", *["BOPs/sample"] * (self.bops is not None)]
+        for column, total in zip(numbers, totals, strict=False):
             table.add_column(column, total, justify="right")
         for row in self.rows:
             bits = f"of {row.tied_to}" if row.effective_bits is None else f"{row.effective_bits:.2f}"
             cells = [row.name or row.kind, row.kind, f"{row.elements:,}", str(row.weight_bits), str(row.input_bits)]
-            table.add_row(
-                *map(Text, [*cells, bits, f"{row.bytes:,}", *[short_number(row.bops)] * (self.bops is not None)])
-            )
+            table.add_row(*map(Text, [*cells, bits, f"{row.bytes:,}", short_number(row.bops)][: len(table.columns)]))
         return table
 
     def totals(self) -> dict[str, float | int | None]:
@@ -241,8 +237,7 @@ class Cost(Shown):
 
     def to_csv(self) -> str:
         """The rows as CSV text with a header."""
-        records = self.records()
-        return to_csv(records, list(records[0]) if records else ["name"])
+        return to_csv(self.records(), list(self.rows[0].to_dict()) if self.rows else ["name"])
 
 
 def cost(model: nn.Module, recording: Recording | None = None) -> Cost:
