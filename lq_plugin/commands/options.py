@@ -126,7 +126,8 @@ def stray_keys(cfg: DictConfig, kinds: Mapping[str, Kind]) -> tuple[list[str], l
     found = {str(key): known for key in cfg if key not in known}
     if inside and OmegaConf.is_dict(searched := cfg.get("search")):
         found |= {f"search.{key}": {f"search.{name}" for name in inside} for key in searched if key not in inside}
-    faults, warnings = [], []
+    faults: list[str] = []
+    warnings: list[str] = []
     for key, valid in found.items():
         if key == "experiment" and OmegaConf.is_dict(cfg[key]):
             keys = ", ".join(map(str, cfg[key]))
