@@ -92,7 +92,7 @@ def gptq_round(
         raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
     shape = weight.shape
     dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
-    damped = _damped(hessian.double(), dead, dampening)
+    damped = damped_hessian(hessian, dampening)
     # [columns, rows]: a column is contiguous.
     w = weight.double().masked_fill(dead.unsqueeze(-2), 0.0).mT
     levels = levels.mapped(lambda t: t.to(weight.device).expand(shape).mT)
@@ -101,7 +101,7 @@ def gptq_round(
         order = damped.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         damped = damped.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
         w, levels = w.take_along_dim(order.unsqueeze(-1), -2), _in_order(levels, order)
-    done = _solve(w.clone(), _inverse_factor(damped, dampening), levels, block_columns)
+    done = _solve(w.clone(), inverse_factor(damped, dampening), levels, block_columns)
     if order is not None:
         done = done.take_along_dim(order.argsort(dim=-1).unsqueeze(-1), -2)
     return done.mT.contiguous()
@@ -121,20 +121,33 @@ def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     return ((d @ hessian.double()) * d).sum(-1).clamp(min=0.0)
 
 
-def _damped(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor:
-    """Returns H + λ I with λ from the live columns; the diagonal of dead columns is the mean of the live ones."""
-    damped = hessian.clone()
+def damped_hessian(hessian: Tensor, dampening: float) -> Tensor:
+    """Returns H + λ I, float64, λ a share of the mean over live columns, which is the diagonal of the dead ones.
+
+    Args:
+        hessian: `[..., columns, columns]`.
+        dampening: the share.
+    """
+    damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
     mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
     mean = torch.where(mean > 0, mean, 1.0)
     diagonal += torch.where(dead, mean, 0.0) + dampening * mean
     return damped
 
 
-def _inverse_factor(damped: Tensor, dampening: float) -> Tensor:
+def inverse_factor(damped: Tensor, dampening: float) -> Tensor:
     """Returns the upper triangular U with H⁻¹ = Uᵀ U, without the inverse.
 
     With rows and columns reversed, H = L Lᵀ, and U is L⁻¹ reversed.
+
+    Args:
+        damped: H.
+        dampening: that is in it, for the message.
+
+    Raises:
+        CalibrationError: H is not positive definite.
     """
     reversed_ = damped.flip(-1, -2)
     lower, info = torch.linalg.cholesky_ex(reversed_)

@@ -16,7 +16,7 @@ Transformers", ICLR 2023 (arXiv 2210.17323).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.fixed_levels import FixedLevels
+from lq_plugin.functional.gptaq import asymmetric_target
 from lq_plugin.functional.gptq import gptq_round, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.layers import CompoundWeight
@@ -34,6 +35,7 @@ from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.batch_norm.reestimate import MomentPool, ReestimatedBatchNorms
+from lq_plugin.ptq.gptq.float_inputs import FloatInputs
 from lq_plugin.ptq.gptq.hessian import InputHessian, why_no_hessian
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES, ActivationCache
 from lq_plugin.ptq.layerwise.replay import Replay
@@ -86,6 +88,7 @@ def gptq(
     block_columns: int = 128,
     correct_batch_norm: bool = True,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    asymmetric: bool = False,
 ) -> GPTQResult:
     """Round the weights of linear layers and convolutions by GPTQ, in place.
 
@@ -120,7 +123,8 @@ def gptq(
     check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes)
     options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
     with torch.no_grad(), evaluating(model), without_compile(), ActivationCache(cache_bytes) as cache:
-        return _GPTQ(UnitWalk(model, batches, run or model, cache, "layer"), options).round(correct_batch_norm)
+        walk = UnitWalk(model, batches, run or model, cache, "layer")
+        return _GPTQ(walk, options, asymmetric).round(correct_batch_norm)
 
 
 def check_options(
@@ -129,6 +133,7 @@ def check_options(
     block_columns: int = 128,
     correct_batch_norm: bool = True,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    asymmetric: bool = False,
 ) -> None:
     """Refuse impossible options.
 
@@ -152,19 +157,21 @@ def check_options(
 
 
 class _GPTQ:
-    def __init__(self, walk: UnitWalk, options: dict[str, Any]) -> None:
-        self.walk, self.options = walk, options
+    def __init__(self, walk: UnitWalk, options: dict[str, Any], share: float) -> None:
+        self.walk, self.options, self.share = walk, options, share
         self.model, self.layers = walk.model, walk.layers
         self.snapshots: list[Snapshot] = []
 
     def round(self, correct_batch_norm: bool) -> GPTQResult:
         self._refuse_uncalibrated()
         norms = _BatchNorms(self.model if correct_batch_norm else nn.Identity())
-        result = GPTQResult(skipped=dict(self.walk.skipped))
+        result = GPTQResult(skipped=dict(self.walk.skipped) | self._refused())
+        chosen = [name for unit in self.walk.units for name in unit.layers if name not in result.skipped]
+        floats = FloatInputs(self.model, chosen, self.walk.cache) if self.share else None
         try:
             with norms.attached():
-                self._see_float(norms)
-                self._round_units(norms, result)
+                self._see_float(norms, floats)
+                self._round_units(norms, floats, result)
                 if correct_batch_norm:
                     result.batch_norms = self._correct(norms)
         except BaseException:
@@ -179,24 +186,25 @@ class _GPTQ:
         faults = [f"{q.name} ({q.spec}) has no range yet" for q in found if q.is_enabled and q.lacks_range]
         raise_all(CalibrationError, "GPTQ: calibrate first", faults)
 
-    def _see_float(self, norms: _BatchNorms) -> None:
-        for index in range(self.walk.count if norms.watches else 0):
-            with float_forward(self.model):
+    def _see_float(self, norms: _BatchNorms, floats: FloatInputs | None) -> None:
+        for index in range(self.walk.count if norms.watches or floats is not None else 0):
+            with float_forward(self.model), floats.watching(index) if floats is not None else nullcontext():
                 self.walk.run(index)
             norms.end_float_batch()
 
-    def _round_units(self, norms: _BatchNorms, result: GPTQResult) -> None:
-        recording = self.walk.recording
-        readers = {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
+    def _round_units(self, norms: _BatchNorms, floats: FloatInputs | None, result: GPTQResult) -> None:
         replay = self.walk.replay("quantized")
         for unit in self.walk.units:
-            reasons = {name: reason for name in unit.layers if (reason := self._why_not(name, readers)) is not None}
-            result.skipped |= reasons
-            if not reasons:
-                result.layers[unit.name] = self._round_layer(
-                    unit.name, replay, norms, len(recording.calls_of(unit.name))
-                )
+            if not any(name in result.skipped for name in unit.layers):
+                result.layers[unit.name] = self._round_layer(unit.name, replay, norms, floats)
             replay.finish(unit.layers)
+
+    def _refused(self) -> dict[str, str]:
+        """Returns the layers that keep nearest rounding, and why."""
+        calls = self.walk.recording.calls
+        readers = {name: call.name for call in calls for source in call.inputs for name in source.parameters}
+        names = [name for unit in self.walk.units for name in unit.layers]
+        return {name: reason for name in names if (reason := self._why_not(name, readers)) is not None}
 
     def _why_not(self, name: str, readers: dict[str, str]) -> str | None:
         layer = self.layers[name]
@@ -210,14 +218,19 @@ class _GPTQ:
             return "its weight quantizer is switched off"
         return why_no_hessian(layer) or sharing_fault(self.model, [f"{name}.weight" if name else "weight"], readers)
 
-    def _round_layer(self, name: str, replay: Replay, norms: _BatchNorms, calls: int) -> GPTQFit:
-        layer = self.layers[name]
-        inputs = InputHessian(layer)
+    def _inputs(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> InputHessian:
+        inputs = InputHessian(self.layers[name], floats is not None)
+        calls = len(self.walk.recording.calls_of(name))
         for index in range(self.walk.count):
             norms.start_quantized_batch(index)
-            for args, kwargs in replay.inputs_of(name, index, calls):
-                inputs.add(args[0] if args else next(iter(kwargs.values())))
-        hessian = inputs.mean_over_ranks()
+            for call, (args, kwargs) in enumerate(replay.inputs_of(name, index, calls)):
+                x = args[0] if args else next(iter(kwargs.values()))
+                inputs.add(x, floats.take(name, index, call) if floats is not None else None)
+        return inputs
+
+    def _round_layer(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> GPTQFit:
+        layer, inputs = self.layers[name], self._inputs(name, replay, norms, floats)
+        hessian, difference = inputs.mean_over_ranks()
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         canonical = type(layer).canonical(layer, layer.weight)
@@ -228,6 +241,8 @@ class _GPTQ:
         )
         of_each = _elementwise(levels, quantizer, canonical).mapped(lambda t: inputs.to_matrix(t.to(hessian.device)))
         try:
+            if difference is not None:
+                weight = asymmetric_target(weight, hessian, difference, self.options["dampening"])
             solved = gptq_round(weight, hessian, of_each, **self.options)
         except CalibrationError as error:
             raise CalibrationError(f"GPTQ of {name!r}: {error}") from error
