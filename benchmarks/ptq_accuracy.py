@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.peers import PEERS, PeerError, measure_peers, require
 from benchmarks.vit import load_vit
-from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
+from lq_plugin.errors import SpecError
 from lq_plugin.model import collect_statistics, weight_samples
 from lq_plugin.model.prepare import quantizers
 from lq_plugin.ptq.batch_norm.correct import correct_batch_norm
@@ -37,7 +38,7 @@ from lq_plugin.ranges.laboratory import COMPARED
 
 #: What learns its roundings together.
 UNITS = {"adaround": "layer", "brecq": "block"}
-ROUNDINGS = (*UNITS, "gptq")
+ROUNDINGS = (*UNITS, "gptq", "gptaq")
 #: Bits of weights and of inputs.
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 CALIBRATION_IMAGES = 1024
@@ -45,11 +46,15 @@ BATCH_SIZE = 128
 
 
 def specs(bits: str, range_name: str, affine_weights: bool = False) -> tuple[str, str]:
-    """Weight spec and input spec of a row.
+    """Weight spec and input spec of a row: of its bits, or of a format for the weights, with inputs of 8 bits.
 
     >>> specs("W4A8", "mse")
     ('int4 per_channel mse', 'uint8 affine mse')
+    >>> specs("mxfp4", "mse")
+    ('mxfp4', 'uint8 affine mse')
     """
+    if bits not in BITS:
+        return bits, f"uint8 affine {range_name}"
     weight_bits, input_bits = BITS[bits]
     affine = " affine" if affine_weights else ""
     return f"int{weight_bits} per_channel{affine} {range_name}", f"uint{input_bits} affine {range_name}"
@@ -70,8 +75,8 @@ def quantized(
     calibrate(result, batches)
     if rounding == "nearest":
         correct_batch_norm(result, batches)
-    elif rounding == "gptq":
-        gptq(result, batches)
+    elif rounding not in UNITS:
+        gptq(result, batches, asymmetric=rounding == "gptaq")
     else:
         # It corrects the batch norms of each unit itself.
         reconstruct(result, batches, by=UNITS[rounding], iterations=iterations, seed=seed)
@@ -174,6 +179,15 @@ def measure_reconstruction(
             }
 
 
+def add_won_back(results: dict[str, Any]) -> None:
+    """Adds to rows of learned rounding the share of nearest rounding's loss that they win back, in percent."""
+    nearest = {row["bits"]: row["accuracy"] for row in results["results"] if row["rounding"] == "nearest"}
+    for row in results["results"]:
+        loss = results["float"] - nearest.get(row["bits"], results["float"])
+        if row["rounding"] != "nearest" and loss > 0:
+            row["won_back"] = round(100 * (row["accuracy"] - nearest[row["bits"]]) / loss, 1)
+
+
 def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
     """What all estimators together cost, in plain forward passes over the same images."""
     prepared = copy.deepcopy(model)
@@ -198,7 +212,10 @@ def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, An
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS), help="widths to measure (default: all)")
+    parser.add_argument("--bits", nargs="+", choices=BITS, help="widths to measure (default: all, none with --formats)")
+    parser.add_argument(
+        "--formats", nargs="+", type=_spec, default=[], metavar="SPEC", help="of weights, beside 8-bit inputs: mxfp4"
+    )
     parser.add_argument(
         "--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)"
     )
@@ -231,6 +248,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--peer-default", action="store_true", help="peers at their own default of iterations as well: slow"
     )
     options = parser.parse_args(arguments)
+    if options.bits is None:
+        options.bits = [] if options.formats else list(BITS)
     if options.peers and options.model != "resnet":
         parser.error("--peers goes with --model resnet only")
     try:
@@ -238,6 +257,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     except PeerError as error:
         raise SystemExit(f"--peers: {error}") from error
     return options
+
+
+def _spec(text: str) -> str:
+    try:
+        return str(QuantSpec.parse(text))
+    except SpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -257,7 +283,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "calibration": measure_calibration(model, calibration[0]),
         "results": [],
     }
-    for row in measure_reconstruction(model, calibration, test, options.bits, options):
+    widths = [*options.bits, *options.formats]
+    for row in measure_reconstruction(model, calibration, test, widths, options):
         results["results"].append(row)
         common.write_json(options.json, results)
         console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
@@ -277,14 +304,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results["results"].append(row)
         common.write_json(options.json, results)
         console.print(f"{row['bits']} {row['rounding']}: {row['curve']}", highlight=False)
-    rows = [
-        (bits, name, *specs(bits, name, options.affine_weights)) for bits in options.bits for name in options.ranges
-    ]
+    rows = [(bits, name, *specs(bits, name, options.affine_weights)) for bits in widths for name in options.ranges]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("quantizing", total=len(rows))
         for row in measure_rows(model, calibration, test, rows):
             results["results"].append(row)
             progress.update(task, advance=1, description=f"{row['bits']} {row['range']} {row['accuracy']:.2f} %")
+    add_won_back(results)
     common.write_json(options.json, results)
     console.print(table(results))
     return results

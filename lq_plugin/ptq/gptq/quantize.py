@@ -1,9 +1,12 @@
-"""GPTQ over a model, layer after layer, on inputs made by the quantized layers before.
+"""GPTQ and GPTAQ over a model, layer after layer, on inputs made by the quantized layers before.
 
 Lifecycle: batches go into a cache; for each layer in the order in which they run, the Hessian of its inputs is summed
 over the batches, the weight is solved for (`lq_plugin.functional.gptq`), and its values on the grid are written into
 `layer.weight`, with the calibrated scale for good. An error puts every weight back. GPTQ is greedy: a row of a weight
 that comes out worse than by rounding to nearest is rounded to nearest.
+
+GPTAQ (`asymmetric`) takes the float model's inputs of every layer first, one pass that fills the cache, and rounds a
+weight that makes up for what quantization has changed in the inputs (`lq_plugin.functional.gptaq`).
 
 Batch norms are corrected for what quantization changed, as in `lq_plugin.ptq.batch_norm.correct`: the float model's
 statistics are taken first, as its weights are gone afterwards; while Hessians are summed each batch is corrected by its
@@ -51,7 +54,7 @@ class GPTQFit:
 
     Args:
         samples: columns of X that its Hessian was summed over, in this process.
-        before, after: ‖(W - Ŵ) X‖² / ‖W X‖², with nearest rounding and now.
+        before, after: ‖(W - Ŵ) X‖² / ‖W X‖², with nearest rounding and now; of GPTAQ's W* instead of W.
         nearest_rows: share of the rows where nearest rounding was better and stays.
         dead: share of the columns whose input was always 0; their weights are 0 now.
     """
@@ -104,6 +107,8 @@ def gptq(
         correct_batch_norm: correct the statistics of batch norms. Do not do it again: it compares with the float model,
             whose weights are gone.
         cache_bytes: memory for batches and activations; what is more goes to disk.
+        asymmetric: keep what each layer computes in the float model, from the float model's inputs (GPTAQ), and not
+            what its float weight makes of the inputs that the quantized layers in front give.
 
     Raises:
         CalibrationError: no batches, a model without ranges, NaN or Inf in a layer's inputs, or a Hessian that is not
@@ -120,7 +125,7 @@ def gptq(
     >>> [fit.after < fit.before for fit in result.layers.values()]
     [True, True]
     """
-    check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes)
+    check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric)
     options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
     with torch.no_grad(), evaluating(model), without_compile(), ActivationCache(cache_bytes) as cache:
         walk = UnitWalk(model, batches, run or model, cache, "layer")
@@ -138,7 +143,7 @@ def check_options(
     """Refuse impossible options.
 
     Args:
-        dampening, act_order, block_columns, correct_batch_norm, cache_bytes: see `gptq`.
+        dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric: see `gptq`.
 
     Raises:
         QuantizationError: naming each.
@@ -149,7 +154,7 @@ def check_options(
         for name, value, low in (("block_columns", block_columns, 1), ("cache_bytes", cache_bytes, 0))
         if isinstance(value, bool) or not isinstance(value, int) or value < low
     ]
-    flags = {"act_order": act_order, "correct_batch_norm": correct_batch_norm}
+    flags = {"act_order": act_order, "correct_batch_norm": correct_batch_norm, "asymmetric": asymmetric}
     faults += [
         f"{name} is true or false, got {value!r}" for name, value in flags.items() if not isinstance(value, bool)
     ]
@@ -157,8 +162,8 @@ def check_options(
 
 
 class _GPTQ:
-    def __init__(self, walk: UnitWalk, options: dict[str, Any], share: float) -> None:
-        self.walk, self.options, self.share = walk, options, share
+    def __init__(self, walk: UnitWalk, options: dict[str, Any], asymmetric: bool) -> None:
+        self.walk, self.options, self.asymmetric = walk, options, asymmetric
         self.model, self.layers = walk.model, walk.layers
         self.snapshots: list[Snapshot] = []
 
@@ -167,7 +172,7 @@ class _GPTQ:
         norms = _BatchNorms(self.model if correct_batch_norm else nn.Identity())
         result = GPTQResult(skipped=dict(self.walk.skipped) | self._refused())
         chosen = [name for unit in self.walk.units for name in unit.layers if name not in result.skipped]
-        floats = FloatInputs(self.model, chosen, self.walk.cache) if self.share else None
+        floats = FloatInputs(self.model, chosen, self.walk.cache) if self.asymmetric else None
         try:
             with norms.attached():
                 self._see_float(norms, floats)
