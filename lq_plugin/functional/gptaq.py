@@ -9,13 +9,13 @@ In real numbers, with H = 2 X Xᵀ, D = 2 (X̃ - X) Xᵀ and GPTQ's λ on the di
 
     W* = W + W D (H + λ I)⁻¹
 
-and ‖Ŵ X - W X̃‖² = ‖(Ŵ - W*) X‖² and what no weight changes (λ = 0), so that GPTQ rounds W* instead of W. The paper
-gives the same objective to the columns one by one: when column q is rounded, w_q (X̃ - X)_q is made up for by the
-columns after it (its P = ((D U') ∘ triangle) U, of which the authors' code takes a quarter). Here every column takes
-part, which is the exact solution, and the order of the columns does not matter.
+and ‖Ŵ X - W X̃‖² = ‖(Ŵ - W*) X‖² + what no weight changes (λ = 0), so that GPTQ rounds W* instead of W. The authors
+take the columns one by one: when column q is rounded, what changed in its input is made up for by the columns after
+it, w_k ← w_k + α w_q P_qk with P = triu(D Uᵀ, 1) U, GPTQ's U, and α = 1/4 in their code. Here all columns take part at
+once, which is the exact solution, and the order of the columns does not matter to it.
 
-Reference: Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML
-2025 (arXiv 2504.02692).
+Reference: Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML
+2025 (arXiv 2504.02692), and its code, https://github.com/Intelligent-Computing-Lab-Yale/GPTAQ.
 """
 
 from __future__ import annotations
