@@ -9,11 +9,9 @@ All counts follow from shapes and specs, so a plan is priced before anything is 
                         the same of the layers that can hold quantizers, and of those whose weight does
     macs, bops          of one input sample; of all samples of a batch there are as many times more
 
-In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. A float
-operand counts 32 bits in BOPs.
-
-Bit operations (BOPs): MACs · b_w · b_a, as in Baskin et al., "UNIQ", 2018 (arXiv 1804.10969), without
-the accumulator term.
+In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. Bit
+operations (BOPs) are MACs · b_w · b_a, 32 bits of a float operand, as in Baskin et al., "UNIQ", 2018 (arXiv
+1804.10969), without the accumulator term.
 """
 
 from __future__ import annotations
