@@ -6,6 +6,7 @@ from lq_plugin.layers.base import (
     attach_quantizers as attach_quantizers,
     detach_quantizers as detach_quantizers,
 )
+from lq_plugin.layers.bilinear import QuantizedBilinear as QuantizedBilinear
 from lq_plugin.layers.compound.attention import QuantizedAttention as QuantizedAttention
 from lq_plugin.layers.compound.base import (
     CONTAINER as CONTAINER,
@@ -13,6 +14,7 @@ from lq_plugin.layers.compound.base import (
     CompoundWeight as CompoundWeight,
     QuantizedCompound as QuantizedCompound,
     StateWeight as StateWeight,
+    added_slots as added_slots,
     compound_container as compound_container,
     compound_family as compound_family,
     compound_weights as compound_weights,
@@ -24,6 +26,7 @@ from lq_plugin.layers.compound.base import (
     why_unsupported_compound as why_unsupported_compound,
 )
 from lq_plugin.layers.compound.recurrent import QuantizedRecurrent as QuantizedRecurrent
+from lq_plugin.layers.compound.recurrent_cells import QuantizedCell as QuantizedCell
 from lq_plugin.layers.conv import (
     QuantizedConv1d as QuantizedConv1d,
     QuantizedConv2d as QuantizedConv2d,
@@ -32,7 +35,10 @@ from lq_plugin.layers.conv import (
     QuantizedConvTranspose2d as QuantizedConvTranspose2d,
     QuantizedConvTranspose3d as QuantizedConvTranspose3d,
 )
-from lq_plugin.layers.embedding import QuantizedEmbedding as QuantizedEmbedding
+from lq_plugin.layers.embedding import (
+    QuantizedEmbedding as QuantizedEmbedding,
+    QuantizedEmbeddingBag as QuantizedEmbeddingBag,
+)
 from lq_plugin.layers.linear import QuantizedConv1D as QuantizedConv1D, QuantizedLinear as QuantizedLinear
 from lq_plugin.layers.parametrized import (
     COMPUTED as COMPUTED,

@@ -1,4 +1,4 @@
-"""Embedding tables: a weight and no float input."""
+"""Embedding tables and bags of their rows: a weight and no float input."""
 
 from __future__ import annotations
 
@@ -42,6 +42,41 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
             if weight.requires_grad and torch.is_grad_enabled():
                 weight = _SparseGradient.apply(weight)
         return self.quantized_output(read_rows(self.quantized_weight(weight), input, reading))
+
+
+@register_layer(nn.EmbeddingBag)
+class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
+    """Sums, means or maxima of rows of Q(W). Weight `[num_embeddings, embedding_dim]`; a channel is one row."""
+
+    float_class = nn.EmbeddingBag
+    slots = ("weight", "output")
+    added_slots = ("weight", "output")
+
+    def channels(self) -> tuple[int, int]:
+        return 0, self.embedding_dim
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        weight, sparse = self.weight, self.sparse
+        if self.max_norm is not None:  # of the table itself, see QuantizedEmbedding
+            F.embedding(input, weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
+        if self.weight_quantizer is not None and sparse:
+            sparse = False
+            if weight.requires_grad and torch.is_grad_enabled():
+                weight = _SparseGradient.apply(weight)
+        y = F.embedding_bag(
+            input,
+            self.quantized_weight(weight),
+            offsets,
+            None,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+        return self.quantized_output(y)
 
 
 class _SparseGradient(torch.autograd.Function):

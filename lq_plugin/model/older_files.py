@@ -9,7 +9,7 @@ from torch import nn
 
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, added_slots
 
 
 def leave_out_newer(model: nn.Module, state: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def leave_out_newer(model: nn.Module, state: Iterable[str]) -> list[str]:
     for path, layer in model.named_modules():
         if not isinstance(layer, QuantizedLayer):
             continue
-        for slot in type(layer).added_slots:
+        for slot in added_slots(layer):
             quantizer = getattr(layer, f"{slot}_quantizer")
             if quantizer is not None and not any(
                 f"{path}.{slot}_quantizer.{key}" in keys for key in quantizer.state_dict()

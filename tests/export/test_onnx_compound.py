@@ -14,6 +14,7 @@ from lq_plugin import QuantPlan, Rule, calibrate, prepare
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from lq_plugin.errors import ExportError  # noqa: E402
 from lq_plugin.export import export_onnx, onnx_session  # noqa: E402
 
 
@@ -37,6 +38,10 @@ MODELS: dict[str, tuple[Any, list[torch.Size]]] = {
     "lstm": (lambda: First(nn.LSTM(16, 6, batch_first=True)), [X]),
     "bidirectional": (lambda: First(nn.LSTM(16, 6, num_layers=2, batch_first=True, bidirectional=True)), [X]),
     "gru": (lambda: First(nn.GRU(16, 6, batch_first=True)), [X]),
+    "projected": (lambda: First(nn.LSTM(16, 6, batch_first=True, proj_size=4)), [X]),
+    "rnn": (lambda: First(nn.RNN(16, 6, num_layers=2)), [X]),
+    "cell": (lambda: First(nn.LSTMCell(16, 6)), [torch.Size((3, 16))]),
+    "gru_cell": (lambda: nn.GRUCell(16, 6), [torch.Size((3, 16)), torch.Size((3, 6))]),
     "encoder": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0), [X]),
     "decoder": (lambda: nn.TransformerDecoderLayer(16, 4, 32, batch_first=True, dropout=0.0), [X, Y]),
     "three_inputs": (attention, [X, Y, Y]),
@@ -44,6 +49,7 @@ MODELS: dict[str, tuple[Any, list[torch.Size]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     ("weight", "inputs"),
     [
@@ -92,3 +98,37 @@ def test_each_input_of_the_projections_is_quantized_once(tmp_path: Path) -> None
     weight = net.inner.in_proj_weight.detach()
     scale = weight.abs().amax(1, keepdim=True) / 127
     assert abs(torch.from_numpy(levels.astype("int32")) - (weight / scale).round()).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_quantized_state_has_a_node_for_each_step(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, shapes = MODELS[name]
+    net, x = make(), torch.randn(shapes[0])
+    prepare(net, "w8a8")
+    calibrate(net, [x])
+    export_onnx(net.eval(), (x,), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not {"LSTM", "GRU"} & {node.op_type for node in graph.node}
+    state = net.inner.quantized_weights["weight_hh_l0"].input_quantizer
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    quantized = [
+        node for node in graph.node if node.op_type == "QuantizeLinear" and scales[node.input[1]] == state.scale.numpy()
+    ]
+    assert len(quantized) == x.shape[1]
+    more = torch.randn(7, *x.shape[1:])
+    (got,) = onnx_session(tmp_path / "model.onnx", threads=1).run(None, {graph.input[0].name: more.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), net(more), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("lstm", "*.cell_l0"), ("lstm", "*.gates_l0"), ("encoder", "*.matmul_0")])
+def test_what_a_file_does_not_show_is_refused_by_name(name: str, rule: str, tmp_path: Path) -> None:
+    make, shapes = MODELS[name]
+    net, x = make(), torch.randn(shapes[0])
+    prepare(
+        net, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), Rule(rule, input="uint8 affine")])
+    )
+    calibrate(net, [x])
+    with pytest.raises(ExportError, match=rf"{rule[2:]}: the exported graph has no one node .*, leave it float"):
+        export_onnx(net.eval(), (x,), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()

@@ -11,9 +11,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin import QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.layers import show_steps
 from lq_plugin.model import quantized_layers, quantizers
+from lq_plugin.model.graph.record import record
+from lq_plugin.model.measure.cost import cost
+from lq_plugin.model.training import commit_observers
+from lq_plugin.quantizers import ActivationQuantizer
 from tests.layers.recurrence_in_numpy import Sample, rounded
 
 KINDS = {
@@ -133,3 +137,136 @@ def test_quantized_it_is_what_numpy_computes(module, form, size, with_state, eve
         np.testing.assert_allclose(last[0][:, i].detach().numpy(), h, rtol=1e-6, atol=1e-9)
         if module.mode == "LSTM":
             np.testing.assert_allclose(last[1][:, i].detach().numpy(), c, rtol=1e-6, atol=1e-9)
+
+
+def gradients(result, tensors):
+    """Of a sum that weighs every element differently."""
+    total = sum((part * torch.arange(part.numel()).view_as(part).cos()).sum() for part in leaves(result))
+    return torch.autograd.grad(total, tensors, allow_unused=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(modules(), forms, sizes, st.booleans(), st.booleans())
+def test_gradients_are_those_of_torch(module, form, size, with_state, frozen):
+    own = copy.deepcopy(module)
+    show_steps(own)
+    given, state, _ = example(module, form, *size, module.input_size, with_state)
+    first = (state if isinstance(state, tuple) else (state,)) if with_state else ()
+    for net in (module, own):
+        net.weight_hh_l0.requires_grad_(not frozen)
+    found = []
+    for net in (own, module):
+        inputs = [(given.data if form == "packed" else given).clone().requires_grad_()]
+        inputs += [value.clone().requires_grad_() for value in first]
+        x = PackedSequence(inputs[0], *given[1:]) if form == "packed" else inputs[0]
+        hx = None if not first else tuple(inputs[1:]) if module.mode == "LSTM" else inputs[1]
+        trained = [p for p in net.parameters() if p.requires_grad]
+        found.append(gradients(net(x, hx), [*inputs, *trained]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+
+
+def by_hand(module, weights, quantizers, x):
+    """One layer in one direction in torch, each operation on its own: what autograd and its own operators give."""
+
+    def through(name, value):
+        if name not in quantizers:
+            return value
+        q = quantizers[name]
+        bounds = q.spec.grid.quant_min, q.spec.grid.quant_max
+        return torch.fake_quantize_per_tensor_affine(value, q.scale.item(), int(q.zero_point), *bounds)
+
+    w_ih, w_hh = weights["weight_ih_l0"], weights["weight_hh_l0"]
+    h = c = x.new_zeros(x.shape[1], module.hidden_size)
+    x, outputs = through("weight_ih_l0", x), []
+    for step in x:
+        a, b = step @ w_ih.t() + module.bias_ih_l0, through("weight_hh_l0", h) @ w_hh.t() + module.bias_hh_l0
+        if module.mode == "LSTM":
+            i, f, g, o = (a + b).chunk(4, -1)
+            gates = torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], -1)
+            i, f, g, o = through("gates_l0", gates).chunk(4, -1)
+            c = through("cell_l0", f * c + i * g)
+            h = o * c.tanh()
+        elif module.mode == "GRU":
+            (r, z, n), (r_h, z_h, n_h) = a.chunk(3, -1), b.chunk(3, -1)
+            r, z = through("gates_l0", (r + r_h).sigmoid()), through("gates_l0", (z + z_h).sigmoid())
+            n = through("gates_l0", (n + r * n_h).tanh())
+            h = (1 - z) * n + z * h
+        else:
+            h = (a + b).tanh() if module.mode == "RNN_TANH" else (a + b).relu()
+        h = through("hidden_l0", h)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("inside", ["", "hidden", "cell", "gates"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_go_straight_through_the_roundings(kind, inside):
+    """Where a value lies outside of its range they are 0: the ranges are those of a smaller batch."""
+    torch.manual_seed(0)
+    module = KINDS[kind](4, 5)
+    if inside and inside not in {"LSTM": "hidden cell gates", "GRU": "hidden gates"}.get(kind, "hidden"):
+        pytest.skip(f"{kind} has no {inside}")
+    net, x = nn.ModuleDict({"rnn": module}), torch.randn(6, 3, 4)
+    prepare(net, QuantPlan([*PLAN.rules, *([Rule(f"*.{inside}_l0", input="int6 minmax")] if inside else [])]))
+    calibrate(net, [0.5 * x], module)
+    layers = {name.removeprefix("rnn."): layer for name, layer in quantized_layers(net)}
+    ranges = {name: layer.input_quantizer for name, layer in layers.items()}
+    ranges |= {q.name.split(".")[1]: q for q in quantizers(net) if ".input_0" in q.name}
+    found = []
+    for own in (True, False):
+        given = x.clone().requires_grad_()
+        weights = {name: layer.quantized_weight() for name, layer in layers.items()}
+        y = module.train()(given)[0] if own else by_hand(module, weights, ranges, given)
+        trained = [given, *(p for name, p in module.named_parameters() if "quantizer" not in name)]
+        found.append([y, *torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), trained)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ranges_of_a_state_move_with_all_steps_of_a_batch():
+    torch.manual_seed(0)
+    module = nn.LSTM(3, 4)
+    net = nn.ModuleDict({"rnn": module})
+    prepare(
+        net,
+        QuantPlan(
+            [Rule("*", weight="int8 per_channel", input="uint8 affine ema"), Rule("*.cell_l0", input="int16 ema")]
+        ),
+    )
+    ranges = {q.name: q for q in quantizers(net) if isinstance(q, ActivationQuantizer)}
+    for quantizer in ranges.values():
+        quantizer.observing = True
+    x = torch.randn(6, 2, 3)
+    y, (_, c) = module.train()(x)
+    read = torch.cat([torch.zeros(1, 2, 4), y[:-1]])
+    hidden = ranges["rnn.weight_hh_l0.input"]
+    assert hidden.batch_min == read.min()
+    assert hidden.batch_max == read.max()
+    assert ranges["rnn.cell_l0.input_0"].batch_max >= c.max()
+    commit_observers(list(ranges.values()))
+    assert all(quantizer.is_calibrated for quantizer in ranges.values())
+    assert not torch.equal(module(x)[0], y), "the second batch is quantized"
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "tanh"])
+def test_everything_is_covered_and_8_bits_cost_little(kind):
+    torch.manual_seed(0)
+    module = KINDS[kind](32, 48, num_layers=2, bidirectional=True)
+    net, x = nn.ModuleDict({"rnn": module, "head": nn.Linear(96, 4)}), torch.randn(20, 8, 32)
+    want = module(x)[0]
+    recording = record(net, lambda: net["head"](module(x)[0]))
+    ledger = prepare(net, "w8a8")
+    ledger.add_recording(recording)
+    gates = {"LSTM": 4, "GRU": 3}.get(kind, 1)
+    steps = 2 * gates * 48 * (32 + 48) + 2 * gates * 48 * (96 + 48)
+    assert sum(entry.macs for entry in ledger) == 20 * 8 * (steps + 96 * 4) // 8
+    assert ledger.compute_coverage == 1.0
+    assert ledger.weight_coverage == 1.0
+    assert cost(net, recording).bops == 20 * (steps + 96 * 4) * 8 * 8
+    remove(net)
+    kinds = "hidden|cell|gates" if kind == "LSTM" else "hidden|gates" if kind == "GRU" else "hidden"
+    prepare(net, QuantPlan([*QuantPlan.parse("w8a8").rules, Rule(f"re:.*({kinds})_l.*", input="int16 ema")]))
+    calibrate(net, [x], module)
+    noise = module.eval()(x)[0] - want
+    assert 10 * torch.log10(want.square().sum() / noise.square().sum()) > 30

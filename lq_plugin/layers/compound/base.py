@@ -133,6 +133,8 @@ class QuantizedCompound(nn.Module):
     input_names: ClassVar[tuple[str, ...]]
     input_positions: ClassVar[dict[str, int]]
     remark: ClassVar[str]
+    #: Whether version 0.1 left such modules float; its state dicts have no ranges of them.
+    is_new: ClassVar[bool] = False
     #: Whether the family computes the module itself although nothing inside is quantized: an export sees each step.
     _shows_steps: bool = False
 
@@ -311,6 +313,14 @@ def register_compound(*float_types: type[nn.Module]) -> Callable[[C], C]:
         return family
 
     return decorate
+
+
+def added_slots(layer: QuantizedLayer) -> tuple[str, ...]:
+    """The tensors of a layer that version 0.1 left float under every plan."""
+    owner = layer.owner if isinstance(layer, CompoundWeight) else None
+    if isinstance(owner, QuantizedCompound) and owner.is_new:
+        return type(layer).slots
+    return type(layer).added_slots
 
 
 def compound_family(module: nn.Module) -> type[QuantizedCompound] | None:

@@ -14,11 +14,13 @@ of `nn.LSTM`, `nn.GRU` and `nn.RNN`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lq_plugin.layers.compound.recurrence_gradient import LSTMStep, StateWeightGradient, needs_gradient
 
 Quantize = Callable[[Tensor], Tensor]
 #: `(h,)`, and `(h, c)` of an LSTM; `[N, features]` each.
@@ -51,6 +53,15 @@ class Recurrence:
     cell: Quantize | None = None
     gates: Quantize | None = None
 
+    def noting(self, states: list[Tensor]) -> Recurrence:
+        """The same, with a state's weight that gets no gradient, and a list of the states that it multiplies."""
+
+        def read(h: Tensor) -> Tensor:
+            states.append((y := self.read(h)).detach())
+            return y
+
+        return replace(self, w_hh=self.w_hh.detach(), read=read)
+
     def of_inputs(self, x: Tensor) -> Tensor:
         """The share of the inputs `[..., features]` in the gates, with the biases that can be added once."""
         bias = self.b_ih
@@ -73,24 +84,28 @@ class Recurrence:
             state: before.
         """
         h = state[0]
-        if self.mode == "LSTM":
-            return self._lstm(inputs + F.linear(self.read(h), self.w_hh), state)
         if self.mode == "GRU":
             return (self._gru(inputs, F.linear(self.read(h), self.w_hh, self.b_hh), h),)
-        new = inputs + F.linear(self.read(h), self.w_hh)
+        read = self.read(h)
+        new = torch.addmm(inputs, read, self.w_hh.t()) if read.dim() == 2 else inputs + F.linear(read, self.w_hh)
+        if self.mode == "LSTM":
+            return self._lstm(new, state)
         new = torch.tanh(new) if self.mode == "RNN_TANH" else torch.relu(new)
         return (_through(self.hidden, new),)
 
     def _lstm(self, gates: Tensor, state: State) -> State:
+        if self.gates is None and self.cell is None and needs_gradient(gates) and gates.dtype == state[1].dtype:
+            h, c = LSTMStep.apply(gates, state[1])
+            return self._projected(h), c
         i, f, g, o = gates.chunk(4, -1)
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         if self.gates is not None:
             i, f, g, o = self.gates(torch.cat([i, f, g, o], -1)).chunk(4, -1)
         c = _through(self.cell, f * state[1] + i * g)
-        h = o * torch.tanh(c)
-        if self.w_hr is not None:
-            h = F.linear(self.read_projected(h), self.w_hr)
-        return _through(self.hidden, h), c
+        return self._projected(o * torch.tanh(c)), c
+
+    def _projected(self, h: Tensor) -> Tensor:
+        return _through(self.hidden, h if self.w_hr is None else F.linear(self.read_projected(h), self.w_hr))
 
     def _gru(self, of_inputs: Tensor, of_state: Tensor, h: Tensor) -> Tensor:
         size = of_state.shape[-1] // 3
@@ -116,6 +131,10 @@ def run(
         The outputs in the order of the steps, shaped like `x`, and the last state of each sample.
     """
     gates = recurrence.of_inputs(x)
+    if recurrence.mode != "GRU" and needs_gradient(recurrence.w_hh):  # a GRU's gate multiplies one product alone
+        states: list[Tensor] = []
+        gates = StateWeightGradient.apply(gates, recurrence.w_hh, states, reverse)
+        recurrence = recurrence.noting(states)
     steps = list(gates.unbind(0) if sizes is None else gates.split(sizes))
     if reverse:
         steps.reverse()
