@@ -4,8 +4,8 @@
 
 Two layers of 256 units, 64 steps, batches of 32; forward and backward pass. `cells` is a plain Python loop over torch's
 `nn.LSTMCell`, `loop` the float loop of ours that the quantized one adds quantizers to. `w8` quantizes weights alone and
-stays in torch's kernel, `w8a8` the sequences and the hidden state as well, `all` the cell state (16 bits) and the gates,
-too.
+stays in torch's kernel, `w8a8` the sequences and the hidden state as well, `all` also the cell state (16 bits) and the
+gates.
 """
 
 from __future__ import annotations
