@@ -77,8 +77,10 @@ class Call:
         """True if quantizers of its operands leave no factor of its product float.
 
         A parameter among them has none; an operation on three tensors or more (attention) also multiplies its own
-        results.
+        results. A product inside of a module has the call of the module, and no others among its operands.
         """
+        if self.kind == "module":
+            return True
         factors = product_factors(self.op, len(self.inputs))
         return len(factors) == 2 and set(factors) <= set(self.operands)
 

@@ -293,11 +293,10 @@ def plan_cost(
     8
     """
     survey = survey or Survey.of(model)
-    operations = set(inner_operations(model))
-    operations |= set() if recording is None else {call.name for call in recording.functional_calls}
-    names = list(survey.candidates)
+    calls = () if recording is None else recording.functional_calls
+    operations = {*inner_operations(model), *(call.name for call in calls)}
     unknown = [name for name in layer_plans if name not in survey.candidates and name not in operations]
-    faults = [f"no quantizable layer {name!r}.{did_you_mean(name, names)}" for name in unknown]
+    faults = [f"no quantizable layer {name!r}.{did_you_mean(name, survey.candidates)}" for name in unknown]
     raise_all(PlanError, "cannot price the plan", faults)
     return _price(model, survey, layer_plans, recording)
 
@@ -370,9 +369,8 @@ def _other_work(
 
 def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
     """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
-    inside = call.kind == "module"  # a product of an attention, whose operands are its own
-    bits = plan.input.bit_width if plan.input and (call.operands or inside) else FLOAT_BITS
-    return bits, bits if call.fully_quantizable or inside else FLOAT_BITS
+    bits = plan.input.bit_width if plan.input and (call.operands or call.kind == "module") else FLOAT_BITS
+    return bits, bits if call.fully_quantizable else FLOAT_BITS
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:
