@@ -17,23 +17,19 @@ from omegaconf import DictConfig
 from optuna.storages import BaseStorage
 from rich.console import Console
 
-from lq_plugin import plots
-from lq_plugin.callbacks.monitor.loggers import Picture, Report, report_to
 from lq_plugin.commands.options import SEARCHED
 from lq_plugin.errors import QuantizationError
 from lq_plugin.model.checkpoint import load_float_weights
-from lq_plugin.report import render
 from lq_plugin.search.shared.database import alone
 from lq_plugin.search.space.space import Space
 from lq_plugin.search.study.config import SearchConfig
-from lq_plugin.search.study.report import study_report
 from lq_plugin.search.study.result import SearchResult
-from lq_plugin.search.study.trial_runs import log_trials
+from lq_plugin.search.study.study_logs import StudyLogs
 from lq_plugin.search.study.worker import StudyWorker
 from lq_plugin.utilities.files import make_folder, replacing
 from lq_plugin.utilities.hydra_files import plain
 from lq_plugin.utilities.instantiate import instantiate_for
-from lq_plugin.utilities.lightning_packages import any_package, either
+from lq_plugin.utilities.lightning_packages import any_package
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
 if TYPE_CHECKING:
@@ -59,7 +55,8 @@ def run(cfg: DictConfig) -> SearchResult:
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
-    result = StudyWorker(
+    logs = study_logs(cfg) if first else StudyLogs([])
+    worker = StudyWorker(
         replace(
             config,
             model=model,
@@ -68,11 +65,17 @@ def run(cfg: DictConfig) -> SearchResult:
             output_dir=output_dir,
             sampler=instantiate(cfg.search.sampler, _partial_=True),
             trainer=partial(instantiate_for, model, cfg.trainer),
+            on_trial=logs.update if logs.loggers else None,
         )
-    ).work()
+    )
+    try:
+        result = worker.work()
+    except BaseException:
+        logs.close("failed")
+        raise
     if first:
         Console().print(result.table())
-        log_to(cfg, result)
+        logs.finish(result)
     log.info("written to %s", output_dir)
     return result
 
@@ -157,33 +160,15 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
         torch.save({"state_dict": model.state_dict()}, stream)
 
 
-def log_to(cfg: DictConfig, result: SearchResult) -> None:
-    """Write every trial to the config's loggers, one step a trial, then the front and its picture.
+def study_logs(cfg: DictConfig) -> StudyLogs:
+    """Returns the config's loggers, to which the config itself is written.
 
-    W&B also gets a run for each trial, all in the study's group.
+    In W&B the study's run and those of its trials are one group.
     """
+    loggers: list[Logger] = []
     for entry in (cfg.get("logger") or {}).values():
         wandb = str(entry.get("_target_", "")).endswith("WandbLogger")
         grouped = {"group": entry.get("group") or cfg.search.study_name, "job_type": "study"} if wandb else {}
-        logger: Logger = instantiate(entry, **grouped)
-        logger.log_hyperparams(masked(plain(cfg)))
-        for candidate in result.candidates:
-            logger.log_metrics(
-                {f"search/{name}": value for name, value in candidate.metrics.items()}, step=candidate.number
-            )
-        if result.candidates:
-            picture = Picture("pareto", "pareto", plots.to_png(result.figure()))
-            step = result.candidates[-1].number
-            page = study_report(result)
-            pages = {"report.json": page.to_json().encode(), "report.html": render(page).encode()}
-            tables = {
-                "front": result.rows(),
-                "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates],
-            }
-            report_to(
-                logger,
-                Report(step, tables=tables, pictures=[picture], plan=result.best().plan, final=True, pages=pages),
-            )
-        if isinstance(logger, either("loggers.WandbLogger")) and cfg.search.trial_runs:
-            log_trials(logger, result)
-        logger.finalize("success")
+        loggers.append(instantiate(entry, **grouped))
+        loggers[-1].log_hyperparams(masked(plain(cfg)))
+    return StudyLogs(loggers, trial_runs=cfg.search.trial_runs)

@@ -70,14 +70,19 @@ def test_loggers_get_every_trial_and_the_picture(tmp_path: Path) -> None:
     rows = list(csv.DictReader(metrics.read_text().splitlines()))
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert all(0 <= float(row["search/val/acc"]) <= 1 for row in rows)
+    scores = [float(row["search/val/acc"]) for row in rows]
+    assert [float(row["search/best/val/acc"]) for row in rows] == [max(scores[: n + 1]) for n in range(3)]
     (picture,) = metrics.parent.rglob("pareto.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -> None:
-    result = run(composed(tmp_path, "search.n_trials=3", "logger=wandb"))
+    result = run(
+        composed(tmp_path, "search.n_trials=3", "logger=wandb", "+logger.wandb.group=mine", "+logger.wandb.tags=[tag]")
+    )
     wandb.finish()
     runs: dict[str, list[Any]] = {"study": [], "trial": []}
+    summary: dict[str, Any] = {}
     for log in sorted(tmp_path.rglob("run-*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -86,13 +91,26 @@ def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -
         (start,) = [record["run"] for record in records if "run" in record]
         history = [record["history"]["item"] for record in records if "history" in record]
         runs[start["job_type"]].append((start, history))
-        assert start["run_group"] == "digits_search"
+        assert start["run_group"] == "mine"
+        assert "tag" in start["tags"]
+        if start["job_type"] == "study":
+            for record in records:
+                summary |= record.get("summary", {}).get("update", {})
     assert len(runs["study"]) == 1
     assert len(runs["trial"]) == 3
     for candidate in result.candidates:
         (history,) = [h for start, h in runs["trial"] if start["display_name"] == f"digits_search {candidate.number}"]
         assert history[0]["val/acc"] == pytest.approx(candidate.metric)
         assert history[0]["effective_bits"] == pytest.approx(candidate.effective_bits)
+        (start,) = [found for found, _ in runs["trial"] if found["display_name"] == f"digits_search {candidate.number}"]
+        config = start["config"]["update"]
+        for rule in candidate.plan.rules:
+            assert config[f"bits.{rule.match}"] == rule.weight.bit_width
+            assert config[f"range.{rule.match}"] == rule.weight.range
+            assert config[f"granularity.{rule.match}"] == str(rule.weight.granularity)
+    best = result.best()
+    assert summary["search/val/acc"] == pytest.approx(best.metric)
+    assert summary["search/best/trial"] == best.number
 
 
 @pytest.mark.slow

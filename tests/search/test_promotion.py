@@ -311,6 +311,7 @@ def test_a_wandb_run_has_a_step_for_each_level(model: DigitsCNN, monkeypatch: An
 
     class Run:
         log = staticmethod(logged.append)
+        group, tags = None, None
         project, entity, offline, settings = "p", None, True, type("Settings", (), {"root_dir": "."})
 
         def finish(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -33,6 +33,7 @@ def open_study(
     directions: list[Any],
     fingerprint: Mapping[str, Any],
     heartbeat: int = HEARTBEAT,
+    names: Sequence[str] = (),
 ) -> Study:
     """Returns the study `name` in `storage`, new or with all its trials.
 
@@ -42,6 +43,7 @@ def open_study(
         directions: one for each objective.
         fingerprint: nested mappings of plain values; trials may only be compared where these are equal.
         heartbeat: seconds between signs of life of a running trial, for a storage given by its URL.
+        names: of the objectives, for dashboards; none: they show numbers.
 
     Raises:
         StudyError: naming each difference to the study that is there.
@@ -61,6 +63,9 @@ def open_study(
             raise StudyError(f"study {name!r} was not made by lq_plugin; choose another study name")
         if known is None:
             study.set_user_attr(FINGERPRINT, dict(fingerprint))
+            if names:
+                with quiet():
+                    study.set_metric_names(list(names))
         elif faults := differences(known, fingerprint):
             more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
             listing = "\n".join(f"  - {fault}" for fault in faults[:_SHOWN] + more)

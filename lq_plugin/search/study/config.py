@@ -32,6 +32,8 @@ from lq_plugin.utilities.passwords import masked, passwords_in, without
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+    from lq_plugin.search.study.result import SearchResult
+
 #: A sampler, or a class or function that makes one from `seed=`.
 Sampler: TypeAlias = "BaseSampler | Callable[..., BaseSampler]"
 
@@ -95,6 +97,8 @@ class SearchConfig:
         score: `"file"` writes each plan of the front for `target` at the end, into `output_dir`, and evaluates the
             model computed by the file: its metrics, bytes and milliseconds stand beside those of the trial. `"model"`:
             no files.
+        on_trial: called after each trial of this process with the `SearchResult` so far, such as
+            `lq_plugin.search.StudyLogs(loggers).update`.
         trainer, calibration_batches, phases, dataloader: see `lq_plugin.search.Evaluator`.
 
     Attributes:
@@ -138,6 +142,7 @@ class SearchConfig:
     progress: bool = True
     target: str | None = None
     score: str = "model"
+    on_trial: Callable[[SearchResult], object] | None = field(default=None, repr=False)
     trainer: Callable[..., Trainer] | None = None
     calibration_batches: int = 8
     phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -40,6 +41,8 @@ class Loop:
         self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
         self.failed: list[FrozenTrial] = []
         self.shown: Any = None
+        #: Called after each trial.
+        self.after: Callable[[], object] = lambda: None
         #: Only then do the trials of a killed worker end.
         self.heartbeat = has_heartbeat(study._storage)
         self.others = OtherWorkers(study)
@@ -117,11 +120,14 @@ class Loop:
             self.failed.append(trial)
             log.warning("trial %d failed: %s", trial.number, _last_line(trial))
         self._show(trial)
+        self.after()
 
     def _show(self, last: FrozenTrial | None) -> None:
         if self.shown is not None:
             stopped = self._held_back()
-            self.shown.update(self._count(_COMPLETE) + stopped, last, len(self.failed), stopped)
+            complete = self.study.get_trials(deepcopy=False, states=(_COMPLETE,))
+            scores = [t.values[0] for t in complete if all(excess <= 0 for excess in t.constraints.values())]
+            self.shown.update(len(complete) + stopped, last, len(self.failed), stopped, scores)
 
     def _reap(self) -> None:
         """Leave no trial of a killed worker running, if this worker is the last one."""

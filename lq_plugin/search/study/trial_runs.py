@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.plan import FLOAT, QuantPlan
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search.study.result import SearchResult
 
 if TYPE_CHECKING:
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 def log_trials(logger: WandbLogger, result: SearchResult) -> None:
     """Write the trials of a finished search: plan, origin and metrics of each, in about a third of a second each.
 
-    They share project and mode of the logger's run, and the study's name as their group. A trial has the same id
+    They share project, entity, group, tags and mode of the logger's run; without a group there the study's name is
+    theirs. A trial's config holds what each layer got under names of its own (`bits.layer1.0.conv1`), which parallel
+    coordinates and the importance of parameters need. A trial has the same id
     whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity
     a run has a step for each.
 
@@ -37,10 +42,11 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             mode="offline" if study.offline else "online",
             id=f"{origin}-{candidate.number}",
             name=f"{name} {candidate.number}",
-            group=name,
+            group=study.group or name,
             job_type="trial",
-            tags=[candidate.origin],
+            tags=[*(study.tags or ()), candidate.origin],
             config={
+                **layer_keys(candidate.plan),
                 "plan": candidate.plan.to_dict(),
                 "origin": candidate.origin,
                 "study": name,
@@ -56,3 +62,29 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             run.log({**candidate.metrics, "seconds": candidate.seconds})
         finally:
             run.finish()
+
+
+def layer_keys(plan: QuantPlan) -> dict[str, str | int]:
+    """Returns what a plan asks for each of its patterns, one key for each property of a tensor.
+
+    A search's plans have a rule for each layer. A tensor that stays float has 32 bits and no other key.
+
+    >>> plan = QuantPlan.parse({"rules": [{"match": "fc", "weight": "int4 mse", "input": "float"}]})
+    >>> layer_keys(plan)
+    {'bits.fc': 4, 'format.fc': 'int4', 'granularity.fc': 'per_tensor', 'range.fc': 'mse', 'input_bits.fc': 32}
+    """
+    found: dict[str, str | int] = {}
+    for rule in plan.rules:
+        for slot in SLOTS:
+            spec, before = getattr(rule, slot), "" if slot == "weight" else f"{slot}_"
+            if spec == FLOAT:
+                found[f"{before}bits.{rule.match}"] = 32
+            elif isinstance(spec, QuantSpec):
+                values: dict[str, str | int] = {
+                    "bits": spec.bit_width,
+                    "format": str(spec).split()[0],
+                    "granularity": str(spec.granularity),
+                    "range": spec.range,
+                }
+                found |= {f"{before}{key}.{rule.match}": value for key, value in values.items()}
+    return found

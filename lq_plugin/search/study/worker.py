@@ -122,7 +122,12 @@ class StudyWorker:
             )
         self._check_reachable(limit for limit in config.limits if limit.name in COUNTED)
         self.study = open_study(
-            config.study_name, self.storage, config.directions, self._fingerprint(), config.heartbeat
+            config.study_name,
+            self.storage,
+            config.directions,
+            self._fingerprint(),
+            config.heartbeat,
+            names=[config.metric, *config.costs],
         )
         if config.levels:
             self.study.pruner = config.pruning
@@ -165,8 +170,12 @@ class StudyWorker:
         config = self.config
         proposer = Proposer(self.study, self.sampler, self.evaluator, config.limits, self._refiner())
         self.study.sampler = proposer
-        bar = SearchProgress(config.n_trials, config.metric) if config.progress else nullcontext()
-        Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop).run(bar)
+        bar = SearchProgress(config.n_trials, config.metric, config.maximize) if config.progress else nullcontext()
+        loop = Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop)
+        if config.on_trial is not None:
+            tell = config.on_trial
+            loop.after = lambda: tell(self.result())
+        loop.run(bar)
         if config.timing is not None and stop.received is None:
             with locked(self.storage):
                 measure_front(self.evaluator, self.result(), config.timing)

@@ -1,0 +1,109 @@
+"""Loggers of a search: rows come while it goes on, in the order of the trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
+from lq_plugin.search import SearchResult, StudyLogs, search
+
+from .conftest import CPU
+
+SPACE = {"weight": {"bit_widths": [2, 4, 8], "granularities": ["per_channel"]}}
+
+
+class Recorder(DummyLogger):
+    """Keeps the rows that it is given, and how many trials the study had by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
+        self.rows.append((step, metrics))
+
+
+def run(model: DigitsCNN, trials: int, **options: Any) -> SearchResult:
+    return search(
+        model, DigitsDataModule(batch_size=120), SPACE, "val/acc", trials, trainer=CPU, calibration_batches=1,
+        progress=False, seeds=0, **options,
+    )  # fmt: skip
+
+
+def test_rows_come_while_the_search_goes_on(model: DigitsCNN) -> None:
+    logger = Recorder()
+    logs = StudyLogs([logger])
+    seen: list[tuple[int, int]] = []
+
+    def after(result: SearchResult) -> None:
+        logs.update(result)
+        seen.append((len(result.candidates), len(logger.rows)))
+
+    result = run(model, 3, on_trial=after)
+    # The last of the three has no trial before it that is not over.
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    logs.finish(result)
+    assert [step for step, _ in logger.rows] == [c.number for c in result.candidates]
+    best = [row["search/best/val/acc"] for _, row in logger.rows]
+    scores = [row["search/val/acc"] for _, row in logger.rows]
+    assert scores == [c.metric for c in result.candidates]
+    assert best == [max(scores[: n + 1]) for n in range(len(scores))]
+    # Names of the objectives, for dashboards.
+    assert result.study.metric_names == ["val/acc", "effective_bits"]
+
+
+def test_a_row_waits_for_the_trials_before_it(model: DigitsCNN) -> None:
+    result = run(model, 3)
+    logger = Recorder()
+    logs = StudyLogs([logger])
+    unfinished = result.study.ask()
+    assert unfinished.number == 3
+    params = result.candidates[0]
+    later = optuna.trial.create_trial(
+        values=params.values,
+        params=result.study.trials[params.number].params,
+        distributions=result.study.trials[params.number].distributions,
+        user_attrs=result.study.trials[params.number].user_attrs,
+    )
+    result.study.add_trial(later)
+    now = SearchResult(result.study, "val/acc", ["effective_bits"], True, result.float_metrics)
+    assert [c.number for c in now.candidates] == [0, 1, 2, 4]
+    logs.update(now)
+    assert [step for step, _ in logger.rows] == [0, 1, 2]
+    logs.finish(now)
+    assert [step for step, _ in logger.rows] == [0, 1, 2, 4]
+
+
+def test_the_front_is_drawn_while_the_search_goes_on(model: DigitsCNN, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="study")
+    logs = StudyLogs([logger], every=0.0)
+    fronts: list[list[int]] = []
+
+    def after(result: SearchResult) -> None:
+        logs.update(result)
+        fronts.append([c.number for c in result.front])
+
+    logs.finish(run(model, 3, on_trial=after))
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    changes = sum(before != after for before, after in zip([[], *fronts], fronts, strict=False))
+    # One for each front that differs from the one before, and the last one.
+    assert len(events.Images("quant/pareto")) == changes + 1
+    assert [event.step for event in events.Scalars("search/val/acc")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_the_bar_names_the_best_so_far(maximize: bool) -> None:
+    from lq_plugin.search.study.progress import SearchProgress
+
+    bar = SearchProgress(10, "val/acc", maximize)
+    bar.update(2, optuna.trial.create_trial(values=[0.5, 3.0]), scores=[0.25, 0.75])
+    (task,) = bar._progress.tasks
+    assert task.description == f"val/acc 0.5 at 3, best {0.75 if maximize else 0.25}"
