@@ -121,14 +121,54 @@ def test_a_quantized_state_has_a_node_for_each_step(name: str, tmp_path: Path) -
     torch.testing.assert_close(torch.from_numpy(got), net(more), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("lstm", "*.cell_l0"), ("lstm", "*.gates_l0"), ("encoder", "*.matmul_0")])
-def test_what_a_file_does_not_show_is_refused_by_name(name: str, rule: str, tmp_path: Path) -> None:
+INSIDE = {
+    "lstm": [
+        Rule("*.hidden_l0", input="int8"),
+        Rule("*.cell_l0", input="int16"),
+        Rule("*.gates_l0", input="uint8 affine"),
+    ],
+    "bidirectional": [Rule("re:.*(hidden|cell|gates)_l.*", input="int16")],
+    "gru": [Rule("*.gates_l0", input="int8"), Rule("*.hidden_l0", input="uint8 affine")],
+    "rnn": [Rule("*.hidden_l1", input="int8")],
+    "cell": [Rule("*.cell_0", input="int16"), Rule("*.gates_0", input="int8")],
+    "encoder": [Rule("type:matmul", input="uint8 affine"), Rule("type:softmax", input="int8")],
+    "three_inputs": [Rule("*.matmul_1", input="uint8 affine")],
+    "three_weights": [Rule("*.matmul_0", input="int8")],
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_quantized_inside_is_in_the_file(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     make, shapes = MODELS[name]
-    net, x = make(), torch.randn(shapes[0])
+    net, x = make(), [torch.randn(shape) for shape in shapes]
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), *INSIDE[name]]))
+    calibrate(net, [x], run=lambda batch: net(*batch))
+    with torch.no_grad():
+        want = net.eval()(*x)
+    path = tmp_path / "model.onnx"
+    export_onnx(net, x, path, dynamic_batch=False)
+    session = onnx_session(path, threads=1)
+    (got,) = session.run(None, {i.name: value.numpy() for i, value in zip(session.get_inputs(), x, strict=True)})
+    apart = (torch.from_numpy(got) - want).abs() / want.abs().max()
+    assert apart.median() < 1e-5
+    assert apart.max() < 0.02
+    plain = make()
+    plain.load_state_dict(
+        {key: value for key, value in net.state_dict().items() if "quantized_" not in key and "_quantizer" not in key}
+    )
+    prepare(plain, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine")]))
+    calibrate(plain, [x], run=lambda batch: plain(*batch))
+    with torch.no_grad():
+        assert (plain.eval()(*x) - want).abs().max() > 1e-4, "it makes a difference"
+
+
+def test_what_no_file_holds_is_refused_by_name(tmp_path: Path) -> None:
+    net, x = First(nn.LSTM(16, 6, batch_first=True)), torch.randn(X)
     prepare(
-        net, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), Rule(rule, input="uint8 affine")])
+        net, QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), Rule("*.cell_l0", input="mxint8")])
     )
     calibrate(net, [x])
-    with pytest.raises(ExportError, match=rf"{rule[2:]}: the exported graph has no one node .*, leave it float"):
+    with pytest.raises(ExportError, match=r"inner.cell_l0.input_0 \(mxint8\): its scales are found at run time"):
         export_onnx(net.eval(), (x,), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()

@@ -247,3 +247,42 @@ def test_ledger_and_cost_count_the_products():
     ledger.add_recording(recording)
     assert ledger.compute_coverage == 1.0
     assert cost(net, recording).bops == (projections + 2 * product) * 8 * 8
+
+
+def encoder(width, layers=2):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+def test_a_transformer_is_covered():
+    """Counted by hand: 12 width² of weights a token and layer, and 2 length · width of products."""
+    length, width = 12, 256
+    net, x = encoder(width).eval(), torch.randn(1, length, width)
+    with torch.no_grad():
+        recording = record(net, lambda: net(x))
+    ledger = prepare(net, "w8a8")
+    ledger.add_recording(recording)
+    weights, products = 2 * length * 12 * width**2, 2 * length * 2 * length * width
+    assert recording.total_macs == weights + products
+    assert ledger.weight_coverage == 1.0
+    assert ledger.compute_coverage == weights / (weights + products) > 0.99
+    remove(net)
+    ledger = prepare(net, QuantPlan([*QuantPlan.parse("w8a8").rules, Rule("type:matmul", input="uint8 affine ema")]))
+    ledger.add_recording(recording)
+    assert ledger.compute_coverage == 1.0
+    assert cost(net, recording).bops == (weights + products) * 8 * 8
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_8_bits_cost_little(inside):
+    net, x = encoder(64).eval(), torch.randn(8, 20, 64)
+    padding = torch.arange(20) > torch.randint(10, 20, (8, 1))
+    with torch.no_grad():
+        want = net(x, src_key_padding_mask=padding)
+        rules = [Rule("type:matmul", input="uint8 affine ema"), Rule("type:softmax", input="int16 ema")]
+        prepare(net, QuantPlan([*QuantPlan.parse("w8a8").rules, *(rules if inside else [])]))
+        calibrate(net, [x], lambda batch: net(batch, src_key_padding_mask=padding))
+        found = net(x, src_key_padding_mask=padding)
+    noise = (found - want)[~padding]
+    assert 10 * torch.log10(want[~padding].square().sum() / noise.square().sum()) > 30

@@ -384,7 +384,25 @@ class Sequences(L.LightningModule):
         return torch.optim.Adam([self.rnn.weight_hh_l0, self.rnn.weight_ih_l0, *self.head.parameters()], lr=0.02)
 
 
-@pytest.mark.parametrize("plan", ["w4a8", "w2 lsq a4 lsq", "int4 per_channel mse / mxint8"])
+EMA = [
+    Rule("*.cell_l*", input="int16 ema"),
+    Rule("*.gates_l*", input="int8 ema"),
+    Rule("*.hidden_l*", input="int8 ema"),
+]
+LSQ = [Rule("*.cell_l*", input="int8 lsq"), Rule("*.gates_l*", input="int6 lsq"), Rule("*.hidden_l*", input="int6 lsq")]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "w4a8",
+        "w2 lsq a4 lsq",
+        "int4 per_channel mse / mxint8",
+        QuantPlan([*QuantPlan.parse("w4a8").rules, *EMA]),
+        QuantPlan([*QuantPlan.parse("w4a8").rules, *LSQ]),
+    ],
+    ids=["w4a8", "lsq", "mxint8", "ema inside", "lsq inside"],
+)
 def test_qat_learns(plan, tmp_path):
     L.seed_everything(0, verbose=False)
     x = torch.randn(256, 6, 2)
@@ -405,5 +423,5 @@ def test_qat_learns(plan, tmp_path):
         assert (model.eval()(x).argmax(1) == x.sum(1).argmax(1)).float().mean() > 0.85
     moments = trainer.optimizers[0].state
     learned = [p for name, p in model.named_parameters() if "quantizer" in name]
-    assert (len(learned) > 0) == ("lsq" in plan)
+    assert (len(learned) > 0) == ("lsq" in str(plan))
     assert all(moments[p]["exp_avg"].abs().sum() > 0 for p in learned), "gradients reached them"

@@ -32,10 +32,11 @@ from lq_plugin.export.onnx_file.graph import Graph
 from lq_plugin.export.onnx_file.operations import operation_nodes
 from lq_plugin.export.onnx_file.options import OPTIONS
 from lq_plugin.export.onnx_file.queries import layer_calls, products, readers
+from lq_plugin.export.onnx_file.steps import marked_nodes, show_quantized_steps
 from lq_plugin.export.onnx_file.sums import quantize_sums
 from lq_plugin.export.request import Request, option_faults
 from lq_plugin.intent.spec import PerChannel
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, StateWeight, show_steps, weight_key
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_key
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, remove
@@ -112,7 +113,7 @@ def export_onnx(
     plain = inference_copy(model)
     ran = _layers_that_run(plain, inputs)
     remove(plain)
-    stepwise = _show_steps(model, plain, silent)
+    stepwise = show_quantized_steps(model, plain, silent)
     arguments = tuple(inspect.signature(plain.forward).bind(*inputs).arguments.values())
     shapes = (
         tree_map(lambda x: {d: free[d] for d in free if d < x.ndim} if isinstance(x, Tensor) else None, arguments)
@@ -127,7 +128,8 @@ def export_onnx(
     graph = Graph(made, form)
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
-    recorded = operations_of(record(plain, lambda: plain(*inputs))) if operations else {}
+    outside = any(operation.operation.place[0] not in stepwise for _, operation in operations)
+    recorded = operations_of(record(plain, lambda: plain(*inputs))) if outside else {}
     nodes_of = operation_nodes(graph.model, recorded.values())
     for name in (name for name, _ in layers if name not in ran):
         log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
@@ -163,18 +165,6 @@ def export_onnx(
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
     return Path(path).stat().st_size
-
-
-def _show_steps(model: nn.Module, plain: nn.Module, silent: Collection[str]) -> bool:
-    """Lets the float copy compute the steps of an LSTM, a GRU, ... whose state is quantized; True if there is any."""
-    found = {
-        name.removesuffix(layer.key).rstrip(".")
-        for name, layer in quantized_layers(model)
-        if isinstance(layer, StateWeight) and layer.input_quantizer is not None and name not in silent
-    }
-    for name in found:
-        show_steps(plain.get_submodule(name))
-    return bool(found)
 
 
 def _put_weights(
@@ -259,11 +249,16 @@ def _put_operations(
 ) -> Iterator[str]:
     """Quantizes the operands of operations; yields faults."""
     for name, operation in operations:
-        if name not in nodes:
+        indices = operation.operation.operands
+        marked = [marked_nodes(graph.graph, name, index) for index in indices]
+        if name not in nodes and not all(marked):
             yield f"{name}: the exported graph has no one node for this {operation.operation.op}, leave it float"
             continue
-        for index, quantizer in zip(operation.operation.operands, operation.quantizers(), strict=True):
-            _put_activation(graph, nodes[name], quantizer.current, index)
+        for index, inside, quantizer in zip(indices, marked, operation.quantizers(), strict=True):
+            for node in inside:
+                _put_activation(graph, node, quantizer.current)
+            if not inside:
+                _put_activation(graph, nodes[name], quantizer.current, index)
 
 
 def _put_activation(graph: Graph, node: onnx.NodeProto, quantizer: ActivationQuantizer, operand: int = 0) -> None:

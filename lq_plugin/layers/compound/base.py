@@ -13,7 +13,7 @@ cell state, the gates, the products of an attention, which a plan names as it na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
@@ -289,11 +289,18 @@ def leave_compound(owner: nn.Module, name: str, key: str) -> None:
         owner.__class__ = type(cast(QuantizedCompound, owner)).float_class
 
 
-def show_steps(module: nn.Module) -> None:
-    """Let a float module of several weights compute step by step, so that an export sees what is inside."""
+def show_steps(module: nn.Module, marks: Mapping[str, nn.Module] | None = None) -> None:
+    """Let a float module of several weights compute step by step, so that an export sees what is inside.
+
+    Args:
+        module: changed.
+        marks: what stands where the quantizers of inner operations would be, by the operation's name there.
+    """
     if compound_family(module) is not None and not isinstance(module, QuantizedCompound):
         module.__class__ = swapped_compound(type(module))
         module.__dict__["_shows_steps"] = True
+        for key, mark in (marks or {}).items():
+            compound_container(module, OPERATIONS_CONTAINER)[key] = mark
 
 
 def _quantized(part: QuantizedLayer, x: Any) -> Any:
