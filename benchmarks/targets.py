@@ -7,7 +7,8 @@ model of two layers with random weights at int4 groups, GGUF's Q4_0 and Q8_0, MX
 
     bytes              of the file, or of all files of a folder
     agreement          share of samples (tokens) whose largest logit is that of the fake-quantized model
-    within_one_step    share of outputs that differ by at most one step, (max - min) / 255 of a batch's outputs
+    within_one_step    share of outputs that differ by at most one step: of the quantizer that made them, where the plan
+                       rounds outputs (executorch, litert), else (max - min) / 255 of a batch's outputs
     largest_steps      largest difference in such steps
     integer, products  products that the runtime computes with integers, and all of them, where it says so
     accuracy           of the file on the test images, `model_accuracy` that of the fake-quantized model
@@ -92,7 +93,8 @@ def run_case(case: Case, place: str, model: nn.Module, data: Data, folder: Path)
     quantized, path = copy.deepcopy(model), folder / f"{case.model}_{case.plan}_{name}{target.suffix}".replace(" ", "_")
     plan = plan_for(case.quant_plan(name, runtime), name)
     example = data.calibration[0]
-    phases = ["fold_batch_norm", "calibrate", *(["round_biases"] if target.integer_biases else [])]
+    asked = {"share_grids": target.one_grid, "round_biases": target.integer_biases}
+    phases = ["fold_batch_norm", "calibrate", *(name for name, wanted in asked.items() if wanted)]
     run_phases(quantized, plan, data.calibration, phases)
     refuse_for_target(quantized, plan)
     export_model(quantized, path, (example,), data.calibration, name)

@@ -83,18 +83,24 @@ class Case:
     def quant_plan(self, target: str, runtime: str | None = None) -> QuantPlan:
         """The plan for one target.
 
-        Files of ONNX have no step of the result. OpenVINO leaves out the rounding between a convolution and a sum
+        Files of ONNX have no step of the result, and their means are float. OpenVINO leaves out the rounding between a convolution and a sum
         (examples/runtimes.md), so its plan has none.
         """
         activation = {"input": ACTIVATION} if self.quantized_inputs else {}
-        rules = [rule for rule in self.rules if rule.output is None or target in ("executorch", "litert")]
+        whole = target in ("executorch", "litert")
+        rules = [rule for rule in self.rules if whole or (rule.output is None and rule.match != "mean_0")]
         rules = [] if runtime == "openvino" else rules
         return QuantPlan([Rule("*", weight=self.weight, **activation), *rules])
 
 
 _CNN = ("onnx:onnxruntime", "onnx:openvino", "tensorrt:onnxruntime", "executorch", "litert")
-_RESNET = (Rule("layer*.add_0", input=ACTIVATION), Rule("linear", output=ACTIVATION))
-_MOBILE = (Rule("add_*", input=ACTIVATION), Rule("classifier", output=ACTIVATION))
+_RESNET = (
+    Rule("layer*.add_0", input=ACTIVATION), Rule("mean_0", input=ACTIVATION), Rule("linear", output=ACTIVATION)
+)  # fmt: skip
+_MOBILE = (
+    Rule("add_*", input=ACTIVATION), Rule("type:hardswish", input=ACTIVATION), Rule("mean_0", input=ACTIVATION),
+    Rule("classifier", output=ACTIVATION),
+)  # fmt: skip
 _GGUF = ("gguf:gguf", "gguf:xllamacpp")
 _FLOAT = (Rule("type:Embedding", weight="float"), Rule("*lm_head", weight="float"))
 

@@ -37,8 +37,9 @@ class PTQ(QuantizationCallback):
             in transformers). Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what quantization did
             to means and variances, worth points below 8 bits), `bias_correct` (means only, for models without batch
             norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). Last
-            `round_biases`, which a target with int32 biases adds: the model then computes what its file does. One with
-            options is a mapping: `{"reconstruct": {"iterations": 1000}}`.
+            `share_grids` and `round_biases`, which a target adds whose files have one grid a tensor and int32 biases:
+            the model then computes what its file does. One with options is a mapping:
+            `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step, target: see `QuantizationCallback`.
         seed: of the order of calibration data that a loader shuffles; None: as the random state is. A plan of a search
@@ -63,9 +64,7 @@ class PTQ(QuantizationCallback):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
             raise PlanError(f"seed is an integer from 0 to 2**32 - 1, or None, got {seed!r}")
         names, self.phase_options = names_and_options(phases)
-        in_integers = self.plan.target is not None and known_target(self.plan.target).integer_biases
-        if in_integers and "round_biases" not in names:
-            names = (*names, "round_biases")
+        names = self._for_target(names)
         check_phases(names, self.phase_options)
         self.calibration_batches = calibration_batches
         self.phases = names
@@ -75,6 +74,16 @@ class PTQ(QuantizationCallback):
         self.results: dict[str, Any] = {}
         #: Weights before learned roundings were written into them, by layer name.
         self.float_weights: dict[str, Tensor] = {}
+
+    def _for_target(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns phases with those that let the model compute what a file of the plan's target does."""
+        if self.plan.target is None:
+            return names
+        target = known_target(self.plan.target)
+        if target.one_grid and "share_grids" not in names:
+            end = names.index("round_biases") if "round_biases" in names else len(names)
+            names = (*names[:end], "share_grids", *names[end:])
+        return (*names, "round_biases") if target.integer_biases and "round_biases" not in names else names
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

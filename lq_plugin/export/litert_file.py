@@ -42,6 +42,7 @@ TFLITE = IntegerForm(
     fixed={
         "aten.sigmoid.default": (1 / 256, -128), "aten.softmax.int": (1 / 256, -128), "aten.tanh.default": (1 / 128, 0),
     },
+    loses_roundings=True,
     float_weights=True,
 )  # fmt: skip
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")

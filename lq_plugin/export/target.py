@@ -74,6 +74,8 @@ class Target(ABC):
     needs_inputs: ClassVar[bool] = False
     #: Whether biases next to integer weights and inputs are int32 in its files: PTQ for it rounds the model's own.
     integer_biases: ClassVar[bool] = False
+    #: Whether a tensor has one grid in its files, whoever reads it: PTQ for it shares the ranges of its quantizers.
+    one_grid: ClassVar[bool] = False
     #: Specs that its files hold for each tensor of a layer, the usual one first; messages name the nearest.
     takes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: Whether its files may hold activations whose range is found at run time (`int8 dynamic`); otherwise `spec_fault`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lq_plugin.errors import ExportError
 from lq_plugin.export.target import TARGETS, target_of
 from lq_plugin.model.calibrate import evaluating
+from lq_plugin.model.prepare import quantized_layers
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Verification:
         agreement: share of samples with the same largest logit, 0..1; a sample with NaN agrees with nothing.
         largest_difference: of any output, relative to that output's largest finite number; NaN where one of the two is
             NaN.
-        largest_steps: largest difference of the first output in steps of 8 bits over its range in a batch,
-            (max - min) / 255; NaN where one of the two is NaN.
+        largest_steps: largest difference of the first output in steps: those of the quantizer that made it, where the
+            plan quantizes it with one scale, else steps of 8 bits over its range in a batch, (max - min) / 255; NaN
+            where one of the two is NaN.
         within_one_step: share of elements of the first output that differ by at most one such step, 0..1.
     """
 
@@ -83,7 +86,9 @@ def verify(
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(inputs):
             args = arguments(model, batch, n_inputs, taken, f"batch {index}")
-            found.add(list(tensors(outputs(model(*args)))), list(tensors(run(*args))))
+            with _OutputSteps(model) as steps:
+                mine = outputs(model(*args))
+            found.add(list(tensors(mine)), list(tensors(run(*args))), steps.of(mine))
     return found.result()
 
 
@@ -136,6 +141,44 @@ def tensors(value: Any) -> Iterator[Tensor]:
         )
 
 
+class _OutputSteps:
+    """Context that remembers what the quantizers of layers' outputs return in it.
+
+    Args:
+        model: prepared, or any other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        quantizers = [layer.output_quantizer for _, layer in quantized_layers(model)]
+        self.quantizers = [each for each in quantizers if each is not None]
+        self.made: list[tuple[weakref.ref[Tensor], float]] = []
+
+    def __enter__(self) -> _OutputSteps:
+        self.handles = [each.register_forward_hook(self._note) for each in self.quantizers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, quantizer: Any, _: Any, y: Tensor) -> None:
+        now = quantizer.current
+        if now.spec.is_uniform and not now.spec.dynamic and now.scale.numel() == 1:
+            self.made.append((weakref.ref(y), float(now.scale.detach())))
+
+    def of(self, output: Any) -> float | None:
+        """Returns the step of the first tensor of an output; None: no quantizer returned it, or what it is a view of.
+
+        Args:
+            output: of the model, nested.
+        """
+        first = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+        if first is None:
+            return None
+        found = [step for made, step in self.made if (y := made()) is first or (y is not None and y is first._base)]
+        return found[-1] if found else None
+
+
 @dataclass
 class _Comparison:
     """Running result of a comparison."""
@@ -152,7 +195,7 @@ class _Comparison:
     elements: int = 0
     near: int = 0
 
-    def add(self, mine: list[Tensor], theirs: list[Tensor]) -> None:
+    def add(self, mine: list[Tensor], theirs: list[Tensor], step: float | None) -> None:
         shapes, others = ([list(x.shape) for x in outputs] for outputs in (mine, theirs))
         if shapes != others or not mine:
             raise ExportError(f"the model gives outputs of shapes {shapes}, the file {others}")
@@ -161,7 +204,7 @@ class _Comparison:
         self.largest = self.largest or [0.0] * len(mine)
         for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             self._measure(index, a.double(), b.double())
-        self._count_steps(mine[0].double(), theirs[0].double())
+        self._count_steps(mine[0].double(), theirs[0].double(), step)
         self._classify(mine[0], theirs[0])
 
     def _measure(self, index: int, mine: Tensor, theirs: Tensor) -> None:
@@ -172,13 +215,15 @@ class _Comparison:
         if difference.numel():
             self.difference[index] = _largest(self.difference[index], float(difference.max()))
 
-    def _count_steps(self, mine: Tensor, theirs: Tensor) -> None:
-        finite = mine[mine.isfinite()]
-        step = float(finite.max() - finite.min()) / 255 if finite.numel() else 0.0
+    def _count_steps(self, mine: Tensor, theirs: Tensor, step: float | None) -> None:
+        if step is None:
+            finite = mine[mine.isfinite()]
+            step = float(finite.max() - finite.min()) / 255 if finite.numel() else 0.0
         # Where the model gives one number, any difference is more than a step.
         steps = torch.where(mine == theirs, 0.0, (mine - theirs).abs() / step)
         self.elements += steps.numel()
-        self.near += int((steps <= 1).sum())
+        # Levels next to each other are a step apart but for float32's rounding.
+        self.near += int((steps <= 1 + 2.0**-10).sum())
         if steps.numel():
             self.steps = _largest(self.steps, float(steps.max()))
 

@@ -140,15 +140,17 @@ class Ledger(Shown):
                 entry.reason = "never called in the recorded batch" + (
                     f": {reader} reads its weight, in float" if reader else ""
                 )
-        for call in {call.name: call for call in recording.functional_calls}.values():
-            plan = plans.pop(call.name, LayerPlan())
-            reason = None if plan else f"functional {call.op}: no rule asks for it by name"
+        named = {call.name: (call.op, call) for call in recording.functional_calls}
+        named |= {name: found for name, found in recording.unary_calls.items() if name in plans}
+        for name, (op, call) in named.items():
+            plan = plans.pop(name, LayerPlan())
+            reason = None if plan else f"functional {op}: no rule asks for it by name"
             if plan and call.macs and not call.fully_quantizable:
-                reason = f"functional {call.op}: a parameter, or what it computes inside, stays float"
+                reason = f"functional {op}: a parameter, or what it computes inside, stays float"
             calls = len(recording.calls_of(call.name))
-            macs, whole = recording.sample_macs[call.name], bool(plan) and call.fully_quantizable
+            macs, whole = recording.sample_macs.get(name, 0), bool(plan) and call.fully_quantizable
             self.entries.append(
-                Entry(call.name, call.op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole)
+                Entry(name, op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole)
             )
         # What an LSTM or an attention computes inside is called as often as the module, and has a share of its MACs.
         known = {entry.name for entry in self.entries}

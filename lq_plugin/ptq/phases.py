@@ -36,6 +36,7 @@ from lq_plugin.ptq.registry import (
     register_phase as register_phase,
     run_phase as run_phase,
 )
+from lq_plugin.ptq.shared_grids.share import SharedGrids, share_grids
 from lq_plugin.ptq.smooth_quant.smooth import Smoothing, check_alpha, smooth_quant
 
 _RANGES = {"calibrate": "it starts from the ranges"}
@@ -210,6 +211,15 @@ def _reestimate_batch_norm(context: PhaseContext) -> ReestimatedBatchNorms:
     waiting = any(q.lacks_range for q in quantizers(context.model))
     with context.passes(), float_forward(context.model) if waiting else nullcontext():
         return reestimate_batch_norm(context.model, context.batches, context.run)
+
+
+@register_phase(
+    "share_grids", after=_RANGES, before=dict.fromkeys(("round_biases",), "their steps are those of the inputs")
+)
+def _share_grids(context: PhaseContext) -> SharedGrids:
+    result = share_grids(context.model, context.recording)
+    context.say(f"{len(result.changed)} quantizers have the range of another one that reads the same tensor")
+    return result
 
 
 @register_phase("round_biases", after=_RANGES)

@@ -1,6 +1,7 @@
 """Integer programs of ExecuTorch and LiteRT, as torch runs them: grids, folded batch norms, biases, and refusals."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,18 +134,31 @@ class Two(nn.Module):
         return torch.cat([self.b(x), self.c(x)], 1)
 
 
-def test_two_scales_of_one_tensor_and_a_concatenation(caplog):
-    """The finest is that of the tensor, the other reader rounds again; what is joined has the grid of the whole."""
+@pytest.mark.parametrize("form", [XNNPACK, TFLITE], ids=["XNNPACK", "LiteRT"])
+def test_two_scales_of_one_tensor_and_a_concatenation(form, caplog):
+    """The finest is that of the tensor, the other reader rounds again; what is joined has the grid of the whole.
+
+    For LiteRT, whose converter takes one of two roundings in a row away, a product with 1 stands between.
+    """
     net = network(model=Two())
     net.c.input_quantizer.scale.mul_(2)
     with caplog.at_level(logging.WARNING):
-        program = integer_program(net, (X[:1],), [X], TFLITE)
+        program = integer_program(net, (X[:1],), [X], form)
     assert "its readers have 2 scales" in caplog.text
     a, b, c = nodes(program, "aten.conv2d")
     (q,) = a.users
     assert q.args[1] == float(net.b.input_quantizer.scale)
     assert b.args[0].args[0] is q
-    assert c.args[0].args[0].args[0].args[0] is q
+    before = c.args[0].args[0].args[0]
+    if form is TFLITE:
+        real, one = before.args
+        assert [node.args[1:3] for node in (one, one.args[0])] == [(2.0**-6, 0)] * 2
+        assert len(nodes(program, "aten.mul")) == 3  # here, and what is joined
+        plain = integer_program(net, (X[:1],), [X], replace(TFLITE, loses_roundings=False))
+        assert not nodes(plain, "aten.mul")
+        assert torch.equal(outputs(program), outputs(plain))
+        before = real
+    assert before.args[0] is q
     (cat,) = nodes(program, "aten.cat")
     assert len({node.args[1:3] for node in [*cat.args[0], next(iter(cat.users))]}) == 1
 
@@ -169,6 +183,21 @@ def test_biases_fit_into_int32_next_to_tiny_weights():
         wanted = net(X)
     step = float(net.head.output_quantizer.scale)
     assert ((outputs(program) - wanted).abs() <= 1.01 * step).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor"), [("int4 per_channel", 8), ("twn", 64), ("uint4 affine", 8), ("int8 narrow", 1)]
+)
+def test_small_integers_are_multiplied_for_finer_biases(weight, factor):
+    """By a power of two, so that the weights stay bit for bit; half a step of the bias is then below 1/250 of max|w|."""
+    net = network(*EVERYTHING, weight=weight)
+    program = integer_program(net, (X[:1],), [X], XNNPACK)
+    names, state = program.graph_signature.inputs_to_buffers, program.state_dict
+    codes, scale = (state[names[node.name]] for node in nodes(program, "aten.linear")[0].args[1].args[:2])
+    with torch.no_grad():
+        assert torch.equal(codes.float() * scale[:, None], net.head.quantized_weight())
+    assert (codes % factor == 0).all()
+    assert codes.abs().amax() >= 60
 
 
 def test_ranges_need_data_and_the_message_says_which():

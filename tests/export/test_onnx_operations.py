@@ -16,7 +16,8 @@ from lq_plugin.model.graph.record import record
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from lq_plugin.export import export_onnx, load_packed, onnx_session, save_packed  # noqa: E402
+from lq_plugin.export import export_onnx, load_packed, onnx_session, save_packed, verify  # noqa: E402
+from lq_plugin.export.target import TARGETS  # noqa: E402
 
 
 class Block(nn.Module):
@@ -133,3 +134,33 @@ def test_layers_of_one_input_may_run_in_another_order_than_they_are_defined(tmp_
     export_onnx(net, (x,), tmp_path / "net.onnx", input_names=["x"])
     (got,) = onnx_session(tmp_path / "net.onnx", threads=1).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), net(x), rtol=1e-3, atol=1e-3)
+
+
+class Bent(nn.Module):
+    """Two convolutions with activation functions that are no part of them, and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Hardswish()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.b(self.act(self.a(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_rounding_before_an_activation_function_makes_integer_convolutions(tmp_path: Path) -> None:
+    """ONNX Runtime computes a convolution with integers only where its result is rounded."""
+    torch.manual_seed(0)
+    x, path, integer = torch.randn(8, 3, 16, 16), tmp_path / "net.onnx", []
+    for rules in ([], [Rule(name, input="uint8 affine") for name in ("type:hardswish", "sigmoid_0", "mean_0")]):
+        net = Bent().eval()
+        plan = QuantPlan([Rule("*", weight="int8 per_channel", input="uint8 affine"), *rules])
+        prepare(net, plan, record(net, lambda: net(x)))  # noqa: B023
+        calibrate(net, [x])
+        export_onnx(net, (x,), path)
+        assert verify(net, path, [x]).within_one_step == 1
+        found = TARGETS["onnx"].products(path, "onnxruntime")
+        assert found is not None
+        integer.append(dict(found.integer))
+    assert integer == [{"QGemm": 1}, {"QLinearConv": 2, "QGemm": 1}]

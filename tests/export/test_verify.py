@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lq_plugin import calibrate, prepare
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
 from lq_plugin.export import save_packed, verify
 from lq_plugin.export.faults import one_input_faults
@@ -160,3 +160,24 @@ def test_several_inputs_of_an_onnx_file(path, x, tmp_path):
     (fault,) = one_input_faults(model)
     assert fault.startswith("Two.forward needs 2 inputs (a, b)")
     assert not one_input_faults(Outputs())
+
+
+@pytest.mark.parametrize("tail", [nn.Identity(), nn.Unflatten(1, (2, 3))])
+def test_a_quantized_output_is_compared_in_its_own_steps(tail, tmp_path):
+    """Its grid was found on other data: a 255th of the range of a batch is less than one of its steps."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 6), tail).eval(), torch.randn(64, 4)
+    for rules, own in (([Rule("0", weight="int8", output="uint8 affine")], True), ([Rule("0", weight="int8")], False)):
+        fresh = nn.Sequential(nn.Linear(4, 6), tail).eval()
+        fresh.load_state_dict(net.state_dict())
+        prepare(fresh, QuantPlan(rules))
+        calibrate(fresh, [3 * x])
+        saved = tmp_path / "net.lqp"
+        save_packed(fresh, saved)
+        with torch.no_grad():
+            y = fresh(x)
+            step = fresh[0].output_quantizer.scale if own else (y.max() - y.min()) / 255
+            fresh[0].bias += 2 * step
+        found = verify(fresh, saved, [x], lambda: nn.Sequential(nn.Linear(4, 6), tail))
+        assert found.largest_steps == pytest.approx(2, rel=1e-3)
+        assert found.within_one_step == 0

@@ -307,6 +307,41 @@ def test_preparing_again_changes_nothing_and_another_plan_is_refused():
         prepare(model, only("*.add_0", spec="int4 minmax"))
 
 
+class Curved(nn.Module):
+    """Activation functions as a module, as one that writes in place, and as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.act, self.here = nn.Hardswish(), nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        return F.relu(self.c(self.here(self.b(self.act(self.a(x)))))).tanh() + F.gelu(x)
+
+
+def test_inputs_of_activation_functions():
+    """By hand: what a function reads is rounded; ReLU, which is computed with the layer before, has no name."""
+    torch.manual_seed(0)
+    model, x = Curved(), torch.randn(16, 6)
+    plain = copy.deepcopy(model).eval()
+    ledger = prepared(model, only("type:hardswish", "here.silu_0", "tanh_*"), x)
+    names = ["act.hardswish_0", "here.silu_0", "tanh_0"]
+    assert [entry.name for entry in ledger.quantized] == names
+    q = [by_name(model)[f"{name}.input_0"] for name in names]
+    y = F.silu(native(plain.b(F.hardswish(native(plain.a(x), q[0]))), q[1]))
+    y = native(F.relu(plain.c(y)), q[2]).tanh() + F.gelu(x)
+    torch.testing.assert_close(model(x), y)
+    again = Curved().eval()
+    prepare(again, only("type:hardswish", "here.silu_0", "tanh_*"), record(again, lambda: again(x)))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(PlanError, match=r"'relu_0' matches no layer"):
+        prepare(Curved(), only("relu_0"), record(plain, lambda: plain(x)))
+    remove(model)
+    assert torch.equal(model(x), plain(x))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
 def in_place(m, x):
     y = alias = m.lin(x)
     y.add_(x)

@@ -40,11 +40,15 @@ def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+def rounded(*operations):
+    return [Rule(name, input=ACTIVATION) for name in operations]
+
+
 #: Models, and the rules that say what runtimes round besides the inputs of layers.
 MODELS = {
-    "resnet20": (CifarResNet, [Rule("layer*.add_0", input=ACTIVATION), Rule("linear", output=ACTIVATION)]),
-    "mobilenet": (MobileNet, [Rule("blocks.*.add_0", input=ACTIVATION), Rule("head", output=ACTIVATION)]),
-    "hardswish": (Hardswish, [Rule("add_0", input=ACTIVATION), Rule("head", output=ACTIVATION)]),
+    "resnet20": (CifarResNet, [*rounded("layer*.add_0", "mean_0"), Rule("linear", output=ACTIVATION)]),
+    "mobilenet": (MobileNet, [*rounded("blocks.*.add_0", "mean_0"), Rule("head", output=ACTIVATION)]),
+    "hardswish": (Hardswish, [*rounded("add_0", "type:hardswish", "mean_0"), Rule("head", output=ACTIVATION)]),
     "mlp": (mlp, [Rule("5", output=ACTIVATION)]),
 }
 

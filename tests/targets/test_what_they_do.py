@@ -8,11 +8,12 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
-from lq_plugin.export import export_model, verify
+from lq_plugin.export import export_model, litert_file, verify
 from lq_plugin.export.executorch_file import XNNPACK, lowered
 from lq_plugin.export.integer_program import build
 from lq_plugin.export.integer_program.build import integer_program
 from lq_plugin.export.target import TARGETS
+from lq_plugin.model import record
 from tests.targets.models import X, quantized
 
 pytest.importorskip("executorch", reason="make test-targets installs it")
@@ -56,3 +57,52 @@ def test_buffers_that_nothing_reads_are_written(monkeypatch, tmp_path):
     small = export_model(net, tmp_path / "net.pte", (X,), [X])
     monkeypatch.setattr(build, "_drop_unread", lambda module: None)
     assert export_model(net, tmp_path / "net.pte", (X,), [X]) > 1.2 * small
+
+
+class _TwoGrids(nn.Module):
+    """A tensor that a convolution reads, and a sum at three times the scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.c(self.b(x) + nn.functional.pad(x[:, :, :, 1:], (0, 1)))
+
+
+def test_of_two_roundings_in_a_row_the_second_is_lost(monkeypatch, tmp_path):
+    """litert-torch's converter leaves one, without a word; a product with 1 between keeps both."""
+    torch.manual_seed(0)
+    net, path, x = _TwoGrids().eval(), tmp_path / "net.tflite", torch.randn(16, 3, 8, 8)
+    rules = [Rule("*", weight="int8 narrow", input="uint8 affine"), Rule("add_0", input="uint8 affine")]
+    prepare(net, QuantPlan([*rules, Rule("c", output="uint8 affine")]), record(net, lambda: net(x)))
+    calibrate(net, [x])
+    net.quantized_operations.add_0.quantizers()[1].scale.mul_(5)
+    differing = []
+    for form in (litert_file.TFLITE, replace(litert_file.TFLITE, loses_roundings=False)):
+        monkeypatch.setattr(litert_file, "TFLITE", form)
+        export_model(net, path, (x,), [x])
+        (found,) = TARGETS["litert"].open(path, None, None).run(x)
+        with torch.no_grad():
+            differing.append(float((found - net(x)).abs().gt(1.5 * net.c.output_quantizer.scale).float().mean()))
+    assert differing[0] < 0.01
+    assert differing[1] > 0.1
+
+
+@pytest.mark.parametrize("suffix", ["pte", "tflite"])
+def test_few_levels_make_wide_steps_of_biases(suffix, monkeypatch, tmp_path):
+    """Binary weights: rounding the bias to their steps moves a quarter of the outputs; 64 times the integers do not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    x, path, differing = torch.randn(64, 3, 8, 8), tmp_path / f"net.{suffix}", []
+    prepare(net, QuantPlan([Rule("*", weight="bwn", input="int8"), Rule("3", output="int8")]))
+    calibrate(net, [x])
+    for fit in (build.fit_biases, lambda module: None):
+        monkeypatch.setattr(build, "fit_biases", fit)
+        export_model(net, path, (x,), [x])
+        (found,) = next(t for t in TARGETS.values() if t.suffix == path.suffix).open(path, None, None).run(x)
+        with torch.no_grad():
+            differing.append(float((found - net(x)).abs().gt(0.5 * net[3].output_quantizer.scale).float().mean()))
+    assert differing[0] < 0.06
+    assert differing[1] > 0.2

@@ -29,6 +29,8 @@ class IntegerForm:
         moves: further operators whose result has to have the grid of what they read.
         fused: activations that it computes as part of the operation before, so that nothing is rounded between.
         fixed: scale and zero point that results of an operator have to have.
+        loses_roundings: where a rounded value is rounded again to another grid, one of the two is lost; a product with
+            1 stands between them then.
         float_weights: weights are float constants that are quantized in the graph; False: integers.
     """
 
@@ -37,6 +39,7 @@ class IntegerForm:
     moves: frozenset[str] = frozenset()
     fused: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    loses_roundings: bool = False
     float_weights: bool = False
 
     def computes(self, operator: str) -> bool:

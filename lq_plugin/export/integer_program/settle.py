@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from lq_plugin.export.integer_program.form import PRODUCTS, IntegerForm
@@ -36,11 +37,14 @@ from lq_plugin.export.integer_program.graph import (
     kind,
     operands,
     place,
+    put_constant,
     quantize,
 )
 
 log = logging.getLogger(__name__)
 _JOIN = "aten.cat.default"
+#: On which 1 is a level, and a product with it has exactly the scale of the other factor.
+_ONE = Grid(2.0**-6, 0)
 #: Activations that clip, and their bounds where the graph does not say them.
 _CLAMPS = {"aten.relu.default": (0.0, None), "aten.hardtanh.default": (-1.0, 1.0), "aten.clamp.default": (None, None)}
 
@@ -142,6 +146,8 @@ class Settlement:
             self._put(node, self.grids[node])
         self._move_codes()
         self._join()
+        if self.form.loses_roundings:
+            _keep_roundings(self.module)
         _one_reader_each(self.module)
         _drop_clamps(self.module)
 
@@ -178,6 +184,20 @@ class Settlement:
                     with self.module.graph.inserting_before(node):
                         codes = quantize(self.module, value, grid)
                         node.replace_input_with(value, dequantize(self.module, codes))
+
+
+def _keep_roundings(module: GraphModule) -> None:
+    """Puts a product with 1 between two roundings in a row to different grids; its integer kernel rounds once."""
+    for node in list(module.graph.nodes):
+        if kind(node) != QUANTIZE or kind(node.args[0]) != DEQUANTIZE or grid_of(node.args[0]) == grid_of(node):
+            continue
+        value = node.args[0]
+        with module.graph.inserting_before(node):
+            one = put_constant(module, "one", torch.ones([1] * value.meta["val"].ndim))
+            factor = dequantize(module, quantize(module, one, _ONE))
+            product = module.graph.call_function(torch.ops.aten.mul.Tensor, (value, factor))
+        product.meta.update(value.meta)
+        node.args = (product, *node.args[1:])
 
 
 def _one_reader_each(module: GraphModule) -> None:

@@ -17,7 +17,7 @@ class IntegerProgramTarget(Target):
     #: The runtime's own name, for messages.
     title: ClassVar[str]
     options = (BATCH,)
-    needs_inputs = integer_biases = True
+    needs_inputs = integer_biases = one_grid = True
     takes: ClassVar = TAKES
 
     def model_faults(self, request: Request) -> list[str]:

@@ -1,4 +1,4 @@
-"""Nodes of an exported graph for the operations that a recording names: `block.add_0`, `matmul_1`, `cat_0`."""
+"""Nodes of an exported graph for the operations that a recording names: `block.add_0`, `cat_0`, `act.hardswish_0`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lq_plugin.export.onnx_file.queries import modules_of, told
 from lq_plugin.model.operations.quantized import Operation
 
 #: Operator of torch's exporter and of ONNX, for each operation whose operands both have in one order.
-_OPERATORS = {
+_MEETINGS = {
     "add": ("aten.add.Tensor", "Add"),
     "sub": ("aten.sub.Tensor", "Sub"),
     "mul": ("aten.mul.Tensor", "Mul"),
@@ -20,6 +20,17 @@ _OPERATORS = {
     "mm": ("aten.mm.default", "MatMul"),
     "cat": ("aten.cat.default", "Concat"),
 }
+#: Of one operand.
+_UNARY = {
+    "hardswish": ("aten.hardswish.default", "HardSwish"),
+    "hardsigmoid": ("aten.hardsigmoid.default", "HardSigmoid"),
+    "gelu": ("aten.gelu.default", "Gelu"),
+    "sigmoid": ("aten.sigmoid.default", "Sigmoid"),
+    "tanh": ("aten.tanh.default", "Tanh"),
+    "mean": ("aten.mean.dim", "ReduceMean"),
+}
+_OPERATORS = _MEETINGS | _UNARY
+_OF_ONE = frozenset(operator for _, operator in _UNARY.values())
 
 
 def operation_nodes(model: onnx.ModelProto, operations: Iterable[Operation]) -> dict[str, onnx.NodeProto]:
@@ -49,14 +60,14 @@ def operation_nodes(model: onnx.ModelProto, operations: Iterable[Operation]) -> 
 
 
 def _by_place(model: onnx.ModelProto) -> dict[tuple[str, str, str], list[onnx.NodeProto]]:
-    """Returns the nodes in which activations meet, by the module, torch's operator and ONNX's."""
+    """Returns the nodes in which activations meet, or of one activation, by the module, torch's operator and ONNX's."""
     activations = {value.name for value in model.graph.input}
     places: dict[tuple[str, str, str], list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         read = [value in activations for value in node.input]
         if any(read) and node.op_type != "Shape":
             activations.update(node.output)
-        if sum(read) < 2:
+        if sum(read) < (1 if node.op_type in _OF_ONE else 2):
             continue
         modules, kinds = modules_of(node), told(node, "class_hierarchy")
         if modules and kinds:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lq_plugin.model.graph.macs import PRODUCTS
-from lq_plugin.model.graph.op_names import ELEMENTWISE
+from lq_plugin.model.graph.op_names import ELEMENTWISE, UNARY
 
 #: Operations whose operands can be quantized.
-OPERATIONS = PRODUCTS | ELEMENTWISE | {"cat"}
+OPERATIONS = PRODUCTS | ELEMENTWISE | UNARY | {"cat"}
 #: Products that are added to the first of their tensors.
 _ADDED = ("addmm", "baddbmm", "addmv", "addbmm")
 #: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks
@@ -25,6 +25,7 @@ _OPERANDS = {
     "bilinear": 3,
     **dict.fromkeys(("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"), 3),
     **dict.fromkeys(_ADDED, 3),
+    **dict.fromkeys(UNARY, 1),
     **dict.fromkeys(("cat", "einsum", "multi_dot"), 10**6),
 }
 

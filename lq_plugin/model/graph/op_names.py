@@ -20,6 +20,13 @@ COPIES = frozenset(
 )  # fmt: skip
 #: Two activations meet here, so a quantized model needs a scale for it.
 ELEMENTWISE = frozenset(("add", "sub", "mul"))
+#: Functions of one activation that integer runtimes round before, by torch's module of the same function. Those that
+#: clip (ReLU, ReLU6) are computed with the layer before.
+UNARY_MODULES = {
+    "Hardswish": "hardswish", "Hardsigmoid": "hardsigmoid", "SiLU": "silu", "GELU": "gelu", "Sigmoid": "sigmoid",
+    "Tanh": "tanh", "Mish": "mish", "AvgPool2d": "avg_pool2d", "AdaptiveAvgPool2d": "adaptive_avg_pool2d",
+}  # fmt: skip
+UNARY = frozenset((*UNARY_MODULES.values(), "mean"))
 SYNONYMS = {
     "multiply": "mul", "subtract": "sub", "rsub": "sub", "concat": "cat", "concatenate": "cat",
     "linalg_matmul": "matmul", "linalg_vecdot": "vecdot", "linalg_multi_dot": "multi_dot", "chain_matmul": "multi_dot",

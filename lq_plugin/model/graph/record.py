@@ -34,7 +34,7 @@ from lq_plugin.layers import quantized_class, why_unsupported_compound
 from lq_plugin.model.aside import set_aside
 from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_macs, weight_macs
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
-from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, normalize
+from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, UNARY, normalize
 from lq_plugin.model.graph.recording import Call, Recording, Source
 from lq_plugin.model.graph.tensor_identity import geometry_of, leading_size, storage_of, tensors_of, version_of
 from lq_plugin.quantizers import Quantizer
@@ -323,7 +323,7 @@ class _Recorder(TorchFunctionMode):
             shapes,
             macs,
             False,
-            operands=operands if counts else (),
+            operands=operands if counts or op in UNARY else (),
         )
 
     def _add(

@@ -10,6 +10,7 @@ from typing import Literal
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.graph.macs import Shape
 from lq_plugin.model.graph.numbering import product_factors
+from lq_plugin.model.graph.op_names import UNARY, UNARY_MODULES
 
 #: Names without underscores, so that a module type and a function compare equal.
 _ACTIVATIONS = frozenset(
@@ -57,7 +58,7 @@ class Call:
         macs: multiply-accumulates of this call.
         weight_macs: the share of each weight, by its key, where the module holds several (LSTM, attention).
         passthrough: hands its input on unchanged (`nn.Identity`, `nn.Flatten`): no consumer of it.
-        operands: indices of the inputs of a functional call that can be quantized.
+        operands: indices of the inputs of a functional call, or of a function of one activation, that can be quantized.
     """
 
     position: int
@@ -122,6 +123,20 @@ class Recording:
     def functional_calls(self) -> tuple[Call, ...]:
         """Products and meetings of activations outside opaque modules, in order."""
         return tuple(call for call in self.calls if call.kind == "functional")
+
+    @property
+    def unary_calls(self) -> dict[str, tuple[str, Call]]:
+        """Activation functions and means: what they compute, and the call, by the name that rules have for them.
+
+        That of `act = nn.Hardswish()` is `act.hardswish_0`, which its forward calls.
+        """
+        found = {}
+        for call in self.calls:
+            if call.kind == "module" and (op := UNARY_MODULES.get(call.op)) is not None:
+                found[".".join(filter(None, (call.name, f"{op}_0")))] = op, call
+            elif call.op in UNARY and call.operands:
+                found[call.name] = call.op, call
+        return found
 
     @property
     def total_macs(self) -> int:

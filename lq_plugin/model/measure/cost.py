@@ -33,7 +33,7 @@ from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_key, weight_of, weight_parts
 from lq_plugin.model.graph.recording import Call, Recording
-from lq_plugin.model.operations.quantized import inner_operations, quantized_operations
+from lq_plugin.model.operations.quantized import inner_operations, operations_of, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
 from lq_plugin.quantizers import Quantizer, make_activation_quantizer
@@ -293,8 +293,8 @@ def plan_cost(
     8
     """
     survey = survey or Survey.of(model)
-    calls = () if recording is None else recording.functional_calls
-    operations = {*inner_operations(model), *(call.name for call in calls)}
+    recorded = {} if recording is None else operations_of(recording)
+    operations = {*inner_operations(model), *recorded}
     unknown = [name for name in layer_plans if name not in survey.candidates and name not in operations]
     faults = [f"no quantizable layer {name!r}.{did_you_mean(name, survey.candidates)}" for name in unknown]
     raise_all(PlanError, "cannot price the plan", faults)

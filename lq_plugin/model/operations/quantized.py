@@ -1,4 +1,4 @@
-"""Quantizers for operands of operations that no layer owns: `x + y`, `q @ k.T`, `torch.cat`, attention.
+"""Quantizers for operands of operations that no layer owns: `x + y`, `q @ k.T`, `torch.cat`, attention, hard-swish.
 
 A module whose forward has such operations gains one submodule, `quantized_operations`, with the quantizers of each. It
 stands in for the module's `forward` and runs it under a `TorchFunctionMode`, which counts the operations
@@ -66,8 +66,9 @@ class Operation:
 
 
 def operations_of(recording: Recording) -> dict[str, Operation]:
-    """The functional calls of a recorded pass, by name."""
-    return {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
+    """The functional calls of a recorded pass, its activation functions and its means, by name."""
+    found = {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
+    return found | {name: Operation(name, op, (0,)) for name, (op, _) in recording.unary_calls.items()}
 
 
 def inner_operations(model: nn.Module) -> dict[str, Operation]:

@@ -1,10 +1,9 @@
 """Rules of a plan that name operations which no layer owns, and the specs that each operation gets.
 
 A rule is about operations when its pattern matches no layer and ends in an operation's name: `encoder.0.add_0`,
-`*.matmul_*`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*` among them, are about
-layers
-alone: an operation is never quantized unless it is asked for. So are the operations inside of an LSTM or an attention,
-which need no recorded batch to be known: `lstm.cell_l0`, `attention.matmul_0`.
+`*.matmul_*`, `type:hardswish`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*`
+among them, are about layers alone: an operation is never quantized unless it is asked for. So are the operations inside
+of an LSTM or an attention, which need no recorded batch to be known: `lstm.cell_l0`, `attention.matmul_0`.
 """
 
 from __future__ import annotations
