@@ -83,8 +83,8 @@ class Case:
     def quant_plan(self, target: str, runtime: str | None = None) -> QuantPlan:
         """The plan for one target.
 
-        Files of ONNX have no step of the result, and their means are float. OpenVINO leaves out the rounding between a convolution and a sum
-        (examples/runtimes.md), so its plan has none.
+        Files of ONNX have no step of the result, and their means are float. OpenVINO leaves out the rounding between a
+        convolution and a sum (examples/runtimes.md), so its plan has none.
         """
         activation = {"input": ACTIVATION} if self.quantized_inputs else {}
         whole = target in ("executorch", "litert")

@@ -189,7 +189,7 @@ def test_biases_fit_into_int32_next_to_tiny_weights():
     ("weight", "factor"), [("int4 per_channel", 8), ("twn", 64), ("uint4 affine", 8), ("int8 narrow", 1)]
 )
 def test_small_integers_are_multiplied_for_finer_biases(weight, factor):
-    """By a power of two, so that the weights stay bit for bit; half a step of the bias is then below 1/250 of max|w|."""
+    """By a power of two, so that the weights stay bit for bit."""
     net = network(*EVERYTHING, weight=weight)
     program = integer_program(net, (X[:1],), [X], XNNPACK)
     names, state = program.graph_signature.inputs_to_buffers, program.state_dict
