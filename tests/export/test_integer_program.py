@@ -273,6 +273,14 @@ def test_other_refusals(target):
     assert chosen.takes["weight"][0] == "int8 per_channel narrow"
 
 
+def test_transposed_convolutions_are_float_in_litert():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel narrow", input="uint8 affine")]))
+    assert not TARGETS["executorch"].faults(Request(model=net))
+    (fault,) = TARGETS["litert"].faults(Request(model=net))
+    assert "writes transposed convolutions in float: leave its weight float" in fault
+
+
 def test_batches_are_cut_into_pieces():
     calls = []
 

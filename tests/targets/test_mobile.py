@@ -87,15 +87,18 @@ def test_other_operations(suffix, tmp_path):
     torch.manual_seed(0)
     net, y = randomize(Mixed()), torch.randn(32, 4, 16)
     rule = Rule("*", weight="int8 per_channel narrow", input="uint8 affine")
-    prepare(net, QuantPlan([rule, Rule("left_float", weight="float", input="float")]), record(net, lambda: net(X, y)))
+    # litert_torch writes transposed convolutions in float, which the target says at plan time.
+    others = ["left_float", "up"] if suffix == "tflite" else ["left_float"]
+    rules = [Rule(name, weight="float", input="float") for name in others]
+    prepare(net, QuantPlan([rule, *rules]), record(net, lambda: net(X, y)))
     calibrate(net, [(X, y)], lambda batch: net(*batch))
     path = tmp_path / f"net.{suffix}"
     export_model(net, path, (X, y), [(X, y)])
     result = verify(net, path, [(X, y)])
     assert result.largest_difference < 0.05
     products = next(t for t in TARGETS.values() if t.suffix == path.suffix).products(path, None)
-    assert sum(products.integer.values()) == 5
-    assert sum(products.floating.values()) == 1
+    assert sum(products.integer.values()) == 6 - len(others)
+    assert sum(products.floating.values()) == len(others)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

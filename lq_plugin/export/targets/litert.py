@@ -9,6 +9,7 @@ from typing import Any
 from lq_plugin.export.integer_program.target import IntegerProgramTarget
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, register_target
+from lq_plugin.intent.spec import QuantSpec
 
 
 @register_target
@@ -19,6 +20,13 @@ class LiteRT(IntegerProgramTarget):
     summary = "TensorFlow Lite file of integers alone, for phones and microcontrollers (LiteRT)"
     packages, runtimes = ("ai_edge_litert", "litert_torch"), ("ai_edge_litert",)
     title = "LiteRT"
+
+    def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        from torch import nn
+
+        if slot == "weight" and isinstance(layer, nn.ConvTranspose2d):
+            return "litert_torch writes transposed convolutions in float: leave its weight float"
+        return super().spec_fault(slot, spec, layer)
 
     def products(self, path: Path, runtime: str | None) -> Products:
         from lq_plugin.export.litert_file import litert_products
