@@ -103,6 +103,24 @@ def _recurrent(kind: type[nn.Module], features: int, **options: Any) -> Callable
     return lambda: Wrapper(forward, rnn=kind(16, WIDTH, batch_first=True, **options), head=nn.Linear(features, 10))
 
 
+def _cell() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = net.cell(step, state)
+        return net.head(state[0])
+
+    return Wrapper(forward, cell=nn.LSTMCell(16, WIDTH), head=nn.Linear(WIDTH, 10))
+
+
+def _bags() -> nn.Module:
+    def forward(net: Any, tokens: Tensor) -> Tensor:
+        half = tokens.shape[1] // 2
+        return net.product(net.bag(tokens[:, :half]), net.bag(tokens[:, half:]))
+
+    return Wrapper(forward, bag=nn.EmbeddingBag(VOCABULARY, WIDTH), product=nn.Bilinear(WIDTH, WIDTH, 10))
+
+
 def _conv1d() -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(4, 16, 5, padding=2), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 16, 5, 2, dilation=2), nn.ReLU(),
@@ -170,6 +188,8 @@ CASES: tuple[Case, ...] = (
     Case("LSTM", _recurrent(nn.LSTM, WIDTH, num_layers=2), _floats(10, 16)),
     Case("GRU, bidirectional", _recurrent(nn.GRU, 2 * WIDTH, bidirectional=True), _floats(10, 16)),
     Case("LSTM, projected", _recurrent(nn.LSTM, 12, proj_size=12), _floats(10, 16)),
+    Case("LSTMCell in a loop", _cell, _floats(5, 16)),
+    Case("EmbeddingBag, Bilinear", _bags, _tokens()),
     Case("Embedding, tied head", lambda: TiedLanguageModel(VOCABULARY, WIDTH), _tokens()),
     Case("Conv1d", _conv1d, _floats(4, 32)),
     Case("Conv3d", _conv3d, _floats(1, 8, 8, 8)),

@@ -124,3 +124,41 @@ def test_packed_files_are_bit_equal(make, tmp_path):
     save_packed(net, tmp_path / "net.safetensors")
     load_packed(plain, tmp_path / "net.safetensors")
     assert torch.equal(plain["m"](*inputs), net["m"].eval()(*inputs))
+
+
+def runtime_difference(net, inputs, path):
+    """The largest difference between the file, read by ONNX Runtime, and the model."""
+    pytest.importorskip("onnxruntime")
+    from lq_plugin.export import export_onnx, onnx_session
+
+    export_onnx(net, inputs, path, dynamic_batch=False)
+    session = onnx_session(path, threads=1)
+    (got,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})
+    return (torch.from_numpy(got) - net(*inputs)).abs().max()
+
+
+def test_onnx_files(tmp_path):
+    """EmbeddingBag and the weight of Bilinear as the runtime computes them; what it cannot is refused by name."""
+    from lq_plugin.errors import ExportError
+
+    torch.manual_seed(0)
+    index = torch.randint(0, 7, (3, 2))
+    for mode in ("sum", "max"):
+        bag = nn.EmbeddingBag(7, 4, mode=mode).eval()
+        prepare(bag, "w4")
+        calibrate(bag, [index])
+        assert runtime_difference(bag, (index,), tmp_path / "bag.onnx") < 1e-6
+    bag = nn.ModuleDict({"m": nn.EmbeddingBag(7, 4)})
+    prepare(bag, "w4")
+    calibrate(bag, [index], bag["m"])
+    with pytest.raises(ExportError, match="m: ONNX Runtime 1.32 ends the process"):
+        runtime_difference(bag, (index,), tmp_path / "mean.onnx")
+    net, inputs = nn.Bilinear(4, 3, 5).eval(), (torch.randn(6, 4), torch.randn(6, 3))
+    prepare(net, "w8")
+    calibrate(net, [inputs], lambda batch: net(*batch))
+    assert runtime_difference(net, inputs, tmp_path / "net.onnx") < 1e-5
+    remove(net)
+    prepare(net, "w8a8")
+    calibrate(net, [inputs], lambda batch: net(*batch))
+    with pytest.raises(ExportError, match="Bilinear has no one node that reads its input; leave that float"):
+        runtime_difference(net, inputs, tmp_path / "refused.onnx")

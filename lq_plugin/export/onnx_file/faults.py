@@ -39,6 +39,12 @@ def onnx_faults(
 
     faults = shared_faults(request) + precision_faults(request.model, form or Form(), request.batches is not None)
     faults += spec_faults(request, fault, nearest)
+    faults += [
+        f"{name or 'the model'}: ONNX Runtime 1.32 ends the process when it loads what torch makes of nn.EmbeddingBag "
+        "with mode='mean'; sum the rows and divide, or read an nn.Embedding"
+        for name, module in request.model.named_modules()
+        if isinstance(module, nn.EmbeddingBag) and module.mode == "mean"
+    ]
     if request.inputs is None:
         return faults
     return faults + _input_faults(request, request.inputs, input_names, dynamic_batch)

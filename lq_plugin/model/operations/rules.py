@@ -124,14 +124,15 @@ def _infos(operations: Iterable[Operation]) -> list[LayerInfo]:
 
 
 def _nothing_matches(rule: Rule, operations: Mapping[str, Operation], known: bool) -> str:
-    if not known:
-        return (
-            f"{rule.match!r} matches no layer, and operations are known from a recorded batch only: "
-            "prepare(model, plan, record(model, lambda: model(batch)))"
-        )
     names = list(operations)
     shown = ", ".join(names[:6]) + (f", ... ({len(names)} operations)" if len(names) > 6 else "") if names else "none"
     near = did_you_mean(
         rule.match.removeprefix("type:"), {*names, *(operation.op for operation in operations.values())}
     )
+    if not known:
+        return (
+            f"{rule.match!r} matches no layer, and operations are known from a recorded batch only: "
+            "prepare(model, plan, record(model, lambda: model(batch)))"
+            + (f"; without one: {shown}.{near}" if names else "")
+        )
     return f"{rule.match!r} matches no layer and no operation of the recorded batch; operations: {shown}.{near}"
