@@ -172,3 +172,17 @@ def test_what_no_file_holds_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"inner.cell_l0.input_0 \(mxint8\): its scales are found at run time"):
         export_onnx(net.eval(), (x,), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_sequence_that_keeps_its_length_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dim 0 of a sequence `[L, N, C]` is its length, which the steps of a quantized state fix."""
+    torch.manual_seed(0)
+    for batch_first in (False, True):
+        net, x = First(nn.LSTM(16, 6, batch_first=batch_first)), torch.randn(X)
+        prepare(net, "w8a8")
+        calibrate(net, [x])
+        caplog.clear()
+        export_onnx(net.eval(), (x,), tmp_path / "model.onnx")
+        assert ("is always 3 in" in caplog.text) == (not batch_first)
+        shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+        assert shape[0].HasField("dim_param") == batch_first

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lq_plugin import QAT, PlanError, QuantPlan, Rule, calibrate, prepare, remove
+from lq_plugin import PTQ, QAT, PlanError, QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.model import float_forward, quantized_layers, quantizers
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.measure.fidelity import layer_fidelity
+from lq_plugin.search import Evaluator
 from tests.layers.reference import quantized_rows, quantized_uint8, with_quantized_weights
 
 MODULES = {
@@ -366,6 +368,21 @@ def test_shared_weights_are_stored_once():
     assert torch.equal(one(torch.ones(2, 1, 5))[0], two(torch.ones(2, 1, 5))[0])
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_repeats_it(module, reentrant):
+    net, x = nn.ModuleDict({"rnn": module}), torch.randn(4, 3, 5)
+    prepare(net, "w8a8")
+    calibrate(net, [x], module)
+    found = []
+    for run in (module.train(), lambda given: checkpoint(module, given, use_reentrant=reentrant)):
+        given = x.clone().requires_grad_()
+        leaves(run(given))[0].square().sum().backward()
+        found.append([given.grad, *(p.grad.clone() for p in module.parameters())])
+        module.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Sequences(L.LightningModule):
     """Tells which of two sums of a sequence is larger."""
 
@@ -380,6 +397,9 @@ class Sequences(L.LightningModule):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
     def configure_optimizers(self):
         return torch.optim.Adam([self.rnn.weight_hh_l0, self.rnn.weight_ih_l0, *self.head.parameters()], lr=0.02)
 
@@ -390,6 +410,31 @@ EMA = [
     Rule("*.hidden_l*", input="int8 ema"),
 ]
 LSQ = [Rule("*.cell_l*", input="int8 lsq"), Rule("*.gates_l*", input="int6 lsq"), Rule("*.hidden_l*", input="int6 lsq")]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_a_search_scores_what_ptq_scores(tmp_path):
+    L.seed_everything(0, verbose=False)
+    x = torch.randn(64, 6, 2)
+    loader = DataLoader(TensorDataset(x, x.sum(1).argmax(1)), batch_size=32)
+    data, model = L.LightningDataModule.from_datasets(val_dataset=loader.dataset, batch_size=32), Sequences()
+    before = copy.deepcopy(model.state_dict())
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plans = ["w8a8", "w4a8", QuantPlan([*QuantPlan.parse("w8a8").rules, FLOAT_STATE])]
+    space = {"weight": ["float", "int8 per_channel", "int4 per_channel"], "input": ["float", "uint8 affine ema"]}
+    options = {"calibration_batches": 2, "dataloader": loader}
+    with Evaluator(model, data, trainer=lambda **given: L.Trainer(accelerator="cpu", **given), **options) as evaluator:
+        evaluator.calibrate(space)
+        found = [evaluator.evaluate(plan) for plan in plans]
+    for plan, evaluation in zip(plans, found, strict=True):
+        fresh = Sequences()
+        fresh.load_state_dict(before)
+        trainer = L.Trainer(callbacks=[PTQ(plan, **options)], default_root_dir=tmp_path, **quiet)
+        (metrics,) = trainer.validate(fresh, datamodule=data, verbose=False)
+        assert evaluation.metrics["loss"] == pytest.approx(metrics["loss"], abs=0)
+        assert evaluation.cost.bytes == cost(fresh).bytes
+    assert len({evaluation.metrics["loss"] for evaluation in found}) == 3
 
 
 @pytest.mark.parametrize(

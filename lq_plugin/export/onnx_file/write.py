@@ -125,6 +125,12 @@ def export_onnx(
         if exported is None or stepwise
         else copy.deepcopy(exported)
     )
+    for name, dim, size in _fixed_dims(made, inputs, free) if stepwise else ():
+        log.warning(
+            "dim %d of %s is always %d in %s: it shows each step of %s, whose state is quantized; a float state (see "
+            "README) leaves the length of sequences open",
+            dim, name, size, path, ", ".join(sorted(stepwise)),
+        )  # fmt: skip
     graph = Graph(made, form)
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
@@ -165,6 +171,14 @@ def export_onnx(
     with replacing(path, ExportError) as stream:
         onnx.save(file, stream)
     return Path(path).stat().st_size
+
+
+def _fixed_dims(made: onnx.ModelProto, inputs: Sequence[Any], free: Collection[int]) -> Iterator[tuple[str, int, int]]:
+    """Yields the dims of inputs that were to be free and that torch has made constant: input, dim and size."""
+    for value, x in zip(made.graph.input, tensors_of(inputs), strict=False):
+        for dim, entry in enumerate(value.type.tensor_type.shape.dim):
+            if dim in free and dim < x.ndim and entry.HasField("dim_value"):
+                yield value.name, dim, entry.dim_value
 
 
 def _put_weights(

@@ -165,8 +165,12 @@ class QuantizedCompound(nn.Module):
                     shadowed.append((holder, name))
             if self._shows_steps or any(map(_acts, inside := self._inner_quantizers())):
                 return self.run_inside(*arguments[0], **arguments[1])
-            first = pass_on(inside, arguments[0][0]) if inside and arguments[0] else None
-            return self.run(*(arguments[0] if first is None else (first, *arguments[0][1:])), **arguments[1])
+            given, named = arguments
+            if inside and given:
+                given = (pass_on(inside, given[0]), *given[1:])
+            elif inside and (name := self.input_names[0]) in named:
+                named = named | {name: pass_on(inside, named[name])}
+            return self.run(*given, **named)
         finally:
             for holder, name in shadowed:
                 del holder.__dict__[name]
