@@ -397,9 +397,6 @@ class Sequences(L.LightningModule):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", self.training_step(batch, batch_idx))
-
     def configure_optimizers(self):
         return torch.optim.Adam([self.rnn.weight_hh_l0, self.rnn.weight_ih_l0, *self.head.parameters()], lr=0.02)
 
@@ -412,13 +409,20 @@ EMA = [
 LSQ = [Rule("*.cell_l*", input="int8 lsq"), Rule("*.gates_l*", input="int6 lsq"), Rule("*.hidden_l*", input="int6 lsq")]
 
 
+class Scored(Sequences):
+    """Validates by its loss."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_a_search_scores_what_ptq_scores(tmp_path):
     L.seed_everything(0, verbose=False)
     x = torch.randn(64, 6, 2)
     loader = DataLoader(TensorDataset(x, x.sum(1).argmax(1)), batch_size=32)
-    data, model = L.LightningDataModule.from_datasets(val_dataset=loader.dataset, batch_size=32), Sequences()
+    data, model = L.LightningDataModule.from_datasets(val_dataset=loader.dataset, batch_size=32), Scored()
     before = copy.deepcopy(model.state_dict())
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plans = ["w8a8", "w4a8", QuantPlan([*QuantPlan.parse("w8a8").rules, FLOAT_STATE])]
@@ -428,7 +432,7 @@ def test_a_search_scores_what_ptq_scores(tmp_path):
         evaluator.calibrate(space)
         found = [evaluator.evaluate(plan) for plan in plans]
     for plan, evaluation in zip(plans, found, strict=True):
-        fresh = Sequences()
+        fresh = Scored()
         fresh.load_state_dict(before)
         trainer = L.Trainer(callbacks=[PTQ(plan, **options)], default_root_dir=tmp_path, **quiet)
         (metrics,) = trainer.validate(fresh, datamodule=data, verbose=False)
