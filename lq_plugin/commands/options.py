@@ -77,7 +77,7 @@ EXPORT = _COMMON | {
 }  # fmt: skip
 
 #: Keys at the top of a config that no option stands for: other groups, and what only interpolations and Hydra read.
-_OTHER_KEYS = ("task_name", "search", "paths", "lq", "quantization", "hydra")
+_OTHER_KEYS = ("task_name", "search", "paths", "lq", "quantization", "callbacks", "logger", "hydra")
 
 
 def _is_group(value: Any) -> bool:
@@ -113,7 +113,7 @@ def stray_keys(cfg: DictConfig, kinds: Mapping[str, Kind]) -> tuple[list[str], l
 
     Returns:
         Faults: a file that is no experiment of this command, and names that differ from an option by a typing error;
-        and warnings: names of something else. A key that an interpolation reads is neither.
+        and warnings: names of something else. A key that an interpolation or another command reads is neither.
 
     >>> stray_keys(OmegaConf.create({"seed": 1, "float_epoch": 3, "tags": ["a"], "width": 8}), TRAIN)[0]
     ["float_epoch is no option. Did you mean 'float_epochs'?"]
@@ -135,8 +135,8 @@ def stray_keys(cfg: DictConfig, kinds: Mapping[str, Kind]) -> tuple[list[str], l
                 f"the experiment's keys ({keys}) are below `experiment`, where nothing reads them: the first line of "
                 "its file has to be `# @package _global_`"
             )
-        elif re.search(rf"\$\{{([^}}]*:)?{re.escape(key)}[.}}\[]", text) is None:
-            # An experiment may serve several commands.
-            near = "" if key in everywhere else did_you_mean(key, valid, limit=1)
+        # An experiment may serve several commands.
+        elif key not in everywhere and re.search(rf"\$\{{([^}}]*:)?{re.escape(key)}[.}}\[]", text) is None:
+            near = did_you_mean(key, valid, limit=1)
             (faults if near else warnings).append(f"{key} is no option{'.' * bool(near)}{near}")
     return faults, warnings

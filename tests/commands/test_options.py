@@ -34,6 +34,20 @@ def test_the_configs_themselves_have_no_faults(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("train", ["experiment=digits_qat", "logger=wandb"]),
+        ("train", ["experiment=digits_ptq", "logger=tensorboard"]),
+        ("search", ["experiment=digits_search", "logger=csv"]),
+        ("search", []),
+        ("sensitivity", ["experiment=digits_search"]),
+    ],
+)
+def test_keys_of_the_experiments_are_read(name, overrides):
+    assert stray_keys(composed(name, *overrides), KINDS[name]) == ([], [])
+
+
+@pytest.mark.parametrize(
     ("name", "override", "fault"),
     [
         (

@@ -1,0 +1,1 @@
+"""Models and data of the sweeps in this folder: one file each, to be replaced by yours."""
