@@ -103,7 +103,7 @@ def run_case(case: Case, place: str, model: nn.Module, data: Data, folder: Path)
     row: dict[str, Any] = {
         "runtime": found.runtime, "bytes": found.bytes, "agreement": found.verification.agreement,
         "within_one_step": found.verification.within_one_step, "largest_steps": found.verification.largest_steps,
-        "versions": dict(found.versions),
+        "versions": dict(found.versions), "processor": found.processor,
     }  # fmt: skip
     if found.products is not None:
         row |= {"integer": sum(found.products.integer.values()), "products": found.products.total}
@@ -177,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             for place in case.targets:
                 if options.targets is None or place.partition(":")[0] in options.targets:
                     rows.append(measure(case, place, model, data, Path(folder)))
-                    Console().print({key: value for key, value in rows[-1].items() if key != "versions"})
+                    Console().print(
+                        {key: value for key, value in rows[-1].items() if key not in ("versions", "processor")}
+                    )
     results = {"results": rows}
     # Thirteen columns: a narrow terminal wraps its lines.
     Console(width=max(Console().width, 180)).print(show(rows))

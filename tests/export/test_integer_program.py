@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
+from lq_plugin.demo.resnet import CifarResNet
 from lq_plugin.errors import ExportError
 from lq_plugin.export.executorch_file import XNNPACK
 from lq_plugin.export.integer_program.build import integer_program
@@ -18,6 +19,7 @@ from lq_plugin.export.litert_file import TFLITE
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import TARGETS
 from lq_plugin.model import record
+from lq_plugin.ptq import run_phases
 from tests.models import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
@@ -161,6 +163,23 @@ def test_two_scales_of_one_tensor_and_a_concatenation(form, caplog):
     assert before.args[0] is q
     (cat,) = nodes(program, "aten.cat")
     assert len({node.args[1:3] for node in [*cat.args[0], next(iter(cat.users))]}) == 1
+
+
+def test_a_padded_shortcut_is_the_model_s_where_its_tensor_has_one_grid():
+    """Otherwise what the pad reads is rounded twice in the program, and once in the model."""
+    spec, differing, x = "uint8 affine mse", [], torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rules = [Rule("*", weight="int8 narrow", input=spec), Rule("linear", output=spec)]
+    rules += [Rule(name, input=spec) for name in ("layer*.add_0", "mean_0")]
+    for phases in (["fold_batch_norm", "calibrate"], ["fold_batch_norm", "calibrate", "share_grids", "round_biases"]):
+        torch.manual_seed(0)
+        net = randomize(CifarResNet(8, 8)).eval()
+        run_phases(net, QuantPlan(rules), [x], phases)
+        program = integer_program(net, (x[:1],), [x], XNNPACK)
+        with torch.no_grad():
+            steps = (outputs(program, x) - net(x)).abs() / net.linear.output_quantizer.scale
+        differing.append(float((steps > 0.5).float().mean()))
+    assert differing[0] > 0.03
+    assert differing[1] == 0
 
 
 def test_biases_fit_into_int32_next_to_tiny_weights():

@@ -60,7 +60,7 @@ def test_buffers_that_nothing_reads_are_written(monkeypatch, tmp_path):
 
 
 class _TwoGrids(nn.Module):
-    """A tensor that a convolution reads, and a sum at three times the scale."""
+    """A tensor that a convolution reads, and, moved by a pixel, a sum."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class _TwoGrids(nn.Module):
 
 
 def test_of_two_roundings_in_a_row_the_second_is_lost(monkeypatch, tmp_path):
-    """litert-torch's converter leaves one, without a word; a product with 1 between keeps both."""
+    """litert-torch's converter leaves one, and asks in its log; a product with 1 between keeps both."""
     torch.manual_seed(0)
     net, path, x = _TwoGrids().eval(), tmp_path / "net.tflite", torch.randn(16, 3, 8, 8)
     rules = [Rule("*", weight="int8 narrow", input="uint8 affine"), Rule("add_0", input="uint8 affine")]
@@ -87,7 +87,7 @@ def test_of_two_roundings_in_a_row_the_second_is_lost(monkeypatch, tmp_path):
         with torch.no_grad():
             differing.append(float((found - net(x)).abs().gt(1.5 * net.c.output_quantizer.scale).float().mean()))
     assert differing[0] < 0.01
-    assert differing[1] > 0.1
+    assert differing[1] > 0.02
 
 
 @pytest.mark.parametrize("suffix", ["pte", "tflite"])
