@@ -132,6 +132,32 @@ def test_a_layer_that_is_called_twice_and_one_that_is_left_out() -> None:
     torch.testing.assert_close(net.fc.weight.detach(), want)
 
 
+class Routed(nn.Module):
+    """Sends a sample to the second layer where the first one's output is positive; that depends on the rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.expert = nn.Linear(8, 1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(x[self.gate(x)[:, 0] > 0])
+
+
+@torch.no_grad()
+def test_inputs_that_the_float_model_does_not_have_are_refused_by_name() -> None:
+    torch.manual_seed(0)
+    net, x = Routed(), correlated(300, 8)
+    prepared(net, x, "int2 per_channel")
+    before = copy.deepcopy(net.state_dict())
+    message = (
+        r"asymmetric GPTQ of 'expert': in call 0 on batch 0 its input is \[\d+, 8\], the float model gives"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        gptq(net, [x], asymmetric=True, correct_batch_norm=False)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items() if key in before)
+    assert set(gptq(net, [x]).layers) == {"gate", "expert"}
+
+
 def test_it_is_an_option_of_the_phase() -> None:
     torch.manual_seed(0)
     nets, x = [], correlated(60, 12)

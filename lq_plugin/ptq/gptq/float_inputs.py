@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lq_plugin.errors import CalibrationError
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 
 _KIND = "float input"
@@ -44,9 +45,24 @@ class FloatInputs:
                 hooks.callback(layer.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
             yield
 
-    def take(self, name: str, batch: int, call: int) -> Tensor:
-        """Returns an input and drops it from the cache."""
+    def take(self, name: str, batch: int, call: int, like: Tensor) -> Tensor:
+        """Returns an input and drops it from the cache.
+
+        Args:
+            name: of the layer.
+            batch, call: numbers of the batch and of the layer's call on it.
+            like: the quantized model's input of the same call.
+
+        Raises:
+            CalibrationError: the float model did not make this call, or gave the layer an input of another shape.
+        """
         key = (_KIND, name, batch, call)
-        x: Tensor = self.cache.get(key)
+        x: Tensor | None = self.cache.get(key) if key in self.cache else None
+        if x is None or x.shape != like.shape:
+            was = "makes no such call" if x is None else f"gives it {list(x.shape)}"
+            raise CalibrationError(
+                f"asymmetric GPTQ of {name!r}: in call {call} on batch {batch} its input is {list(like.shape)}, the "
+                f"float model {was}; the way through the model depends on its values, leave asymmetric away"
+            )
         self.cache.drop(key)
         return x

@@ -230,7 +230,7 @@ class _GPTQ:
             norms.start_quantized_batch(index)
             for call, (args, kwargs) in enumerate(replay.inputs_of(name, index, calls)):
                 x = args[0] if args else next(iter(kwargs.values()))
-                inputs.add(x, floats.take(name, index, call) if floats is not None else None)
+                inputs.add(x, floats.take(name, index, call, x) if floats is not None else None)
         return inputs
 
     def _round_layer(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> GPTQFit:
