@@ -27,11 +27,11 @@ class InputHessian:
 
     Args:
         layer: one that `why_no_hessian` has nothing against.
-        asymmetric: sum 2 (X̃ - X) Xᵀ also.
+        asymmetric: sum 2 X̃ Xᵀ also.
 
     Attributes:
         total: `[groups, columns, columns]`, for the weight's columns.
-        difference: 2 (X̃ - X) Xᵀ, of the same shape; None where it is not summed.
+        mixed: 2 X̃ Xᵀ, of the same shape; None where it is not summed.
         count: samples, the columns of X, in this process.
     """
 
@@ -41,30 +41,29 @@ class InputHessian:
         columns = type(layer).canonical(layer, layer.weight)[0].numel()
         self.count = 0
         self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))
-        self.difference = torch.zeros_like(self.total) if asymmetric else None
+        self.mixed = torch.zeros_like(self.total) if asymmetric else None
 
     def add(self, x: Tensor, float_input: Tensor | None = None) -> None:
         """Add one call's input.
 
         Args:
             x: of the quantized model.
-            float_input: the float model's in the same call, where differences are summed.
+            float_input: the float model's in the same call, where `mixed` is summed.
         """
         x = self.layer.quantized_input(x.detach())
         x = x.to(_device(x))
-        # In the precision of the inputs the difference would lose digits.
-        changes = None if float_input is None else self._chunks(float_input.detach().to(x.device).double() - x.double())
+        floats = None if float_input is None else self._chunks(float_input.detach().to(x.device))
         for index, chunk in enumerate(self._chunks(x)):
             columns = self._columns(chunk.double())
             self.count += columns.shape[2]
             self.total.baddbmm_(columns, columns.mT, alpha=2.0)
-            if self.difference is not None and changes is not None:
-                self.difference.baddbmm_(self._columns(changes[index]), columns.mT, alpha=2.0)
+            if self.mixed is not None and floats is not None:
+                self.mixed.baddbmm_(self._columns(floats[index].double()), columns.mT, alpha=2.0)
 
     def mean_over_ranks(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the means of the sums of all processes, `[groups, columns, columns]`."""
-        average([self.total] if self.difference is None else [self.total, self.difference])
-        return self.total, self.difference
+        """Returns H and 2 (X̃ - X) Xᵀ, or None, as means over all processes, `[groups, columns, columns]`."""
+        average([self.total] if self.mixed is None else [self.total, self.mixed])
+        return self.total, None if self.mixed is None else self.mixed - self.total
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Returns the canonical weight, or something of its shape, as `[groups, rows, columns]`."""
