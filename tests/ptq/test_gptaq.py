@@ -149,9 +149,7 @@ def test_inputs_that_the_float_model_does_not_have_are_refused_by_name() -> None
     net, x = Routed(), correlated(300, 8)
     prepared(net, x, "int2 per_channel")
     before = copy.deepcopy(net.state_dict())
-    message = (
-        r"asymmetric GPTQ of 'expert': in call 0 on batch 0 its input is \[\d+, 8\], the float model gives"
-    )
+    message = r"asymmetric GPTQ of 'expert': in call 0 on batch 0 its input is \[\d+, 8\], the float model gives"
     with pytest.raises(CalibrationError, match=message):
         gptq(net, [x], asymmetric=True, correct_batch_norm=False)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items() if key in before)
