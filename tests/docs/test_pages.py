@@ -50,7 +50,12 @@ def space() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in PAGES if path.stem != "faq" and blocks(path.read_text(encoding="utf-8"), "python")],
+    [
+        # The first page always, the others where there is time.
+        pytest.param(path, marks=() if path.stem == "start" else pytest.mark.slow)
+        for path in PAGES
+        if path.stem != "faq" and blocks(path.read_text(encoding="utf-8"), "python")
+    ],
     ids=lambda path: path.stem,
 )
 def test_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
