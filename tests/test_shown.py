@@ -103,6 +103,8 @@ def test_names_are_no_markup_and_no_html():
     ledger = prepare(model, "w8")
     assert "[bold]<b>" in str(ledger)
     assert "[bold]&lt;b&gt;" in ledger._repr_html_()
+    plan = QuantPlan.parse({"rules": [{"match": "a\x1b[31mb", "weight": "int4"}]})
+    assert "\x1b" not in str(plan)
 
 
 def test_describing_changes_nothing_and_refuses_what_does_not_fit():

@@ -136,7 +136,7 @@ def stray_keys(cfg: DictConfig, kinds: Mapping[str, Kind]) -> tuple[list[str], l
                 "its file has to be `# @package _global_`"
             )
         # An experiment may serve several commands.
-        elif key not in everywhere and re.search(rf"\$\{{([^}}]*:)?{re.escape(key)}[.}}\[]", text) is None:
+        elif key not in everywhere and re.search(rf"\$\{{[^}}]*(?<!\w){re.escape(key)}(?!\w)", text) is None:
             near = did_you_mean(key, valid, limit=1)
             (faults if near else warnings).append(f"{key} is no option{'.' * bool(near)}{near}")
     return faults, warnings

@@ -55,27 +55,34 @@ def run(cfg: DictConfig) -> SearchResult:
     datamodule: LightningDataModule = instantiate(cfg.data)
     model = load_model(cfg, datamodule, output_dir)
     any_package().seed_everything(cfg.seed, workers=True, verbose=False)
+    storage, sampler = make_storage(cfg.search.storage), instantiate(cfg.search.sampler, _partial_=True)
     logs = study_logs(cfg) if first else StudyLogs([])
-    worker = StudyWorker(
-        replace(
-            config,
-            model=model,
-            datamodule=datamodule,
-            storage=make_storage(cfg.search.storage),
-            output_dir=output_dir,
-            sampler=instantiate(cfg.search.sampler, _partial_=True),
-            trainer=partial(instantiate_for, model, cfg.trainer),
-            on_trial=logs.update if logs.loggers else None,
-        )
-    )
+    worker = None
     try:
+        worker = StudyWorker(
+            replace(
+                config,
+                model=model,
+                datamodule=datamodule,
+                storage=storage,
+                output_dir=output_dir,
+                sampler=sampler,
+                trainer=partial(instantiate_for, model, cfg.trainer),
+                on_trial=logs.update if logs.loggers else None,
+            )
+        )
         result = worker.work()
+        if first:
+            Console().print(result.table())
+            logs.finish(result)
+    except KeyboardInterrupt:
+        # A stop that was asked for: the results so far are written, and go to the loggers also.
+        if worker is not None and first:
+            logs.finish(worker.result())
+        raise
     except BaseException:
         logs.close("failed")
         raise
-    if first:
-        Console().print(result.table())
-        logs.finish(result)
     log.info("written to %s", output_dir)
     return result
 

@@ -60,7 +60,9 @@ def as_text(table: Table, width: int = WIDTH) -> str:
         console.print(table)
     finally:
         table.title = title
-    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+    # A name may hold any character: none of them commands the terminal.
+    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in stream.getvalue())
+    return "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
 
 
 def as_html(table: Table) -> str:

@@ -103,7 +103,11 @@ def test_an_experiment_without_its_package_line_is_refused():
 
 
 def test_a_key_that_nothing_reads_is_a_warning_and_one_that_is_referred_to_is_not(caplog):
-    own = {"tags": ["mine"], "width": 4, "depth": {"n": 2}, "model": {"width": "${width}"}, "task_name": "${depth.n}"}
+    own: dict[str, Any] = {
+        "tags": ["mine"], "width": 4, "depth": {"n": 2}, "float_epochs_most": 3, "optimize_metric": "val/acc",
+        "model": {"width": "${width}"}, "task_name": "${depth.n}", "float_epochs": "${oc.select:float_epochs_most,5}",
+        "optimized_metric": "${ optimize_metric }",
+    }  # fmt: skip
     check_request(loose("train", own), TRAIN)
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert record.getMessage().startswith("tags is no option, and nothing in the config refers to it")

@@ -131,3 +131,35 @@ class TestCells:
         with pytest.raises(RuntimeError):
             net.cell(torch.randn(4, 3), (bad, bad) if isinstance(net.cell, nn.LSTMCell) else bad)
         assert len(quantized_layers(net)) == 2
+
+    def test_a_list_of_states_is_taken_as_torch_takes_it(self):
+        net = Loop(nn.LSTMCell(3, 5))
+        x, state = torch.randn(6, 4, 3), torch.randn(2, 4, 5).unbind()
+        net.cell(x[0], list(state))
+        prepare(net, "w8a8")
+        calibrate(net, [x])
+        for ours, theirs in zip(net.cell(x[0], list(state)), net.cell(x[0], state), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_under_autocast_the_state_has_the_type_that_torch_keeps_it_in(self, pair):
+        net, x = Loop(pair[0]), torch.randn(6, 4, 3)
+        plain = copy.deepcopy(net)
+        prepare(net, QuantPlan([Rule("*", input="int16 minmax")]))
+        calibrate(net, [x])
+        for learns in (True, False):
+            with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learns):
+                torch.testing.assert_close(net(x), plain(x), rtol=0.02, atol=0.02)  # of the same type
+
+    def test_under_autocast_a_cell_state_counts_on_after_256(self):
+        net = nn.ModuleDict({"cell": nn.LSTMCell(1, 1)})
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+            net["cell"].bias_ih.fill_(20.0)  # all gates open: the cell state grows by 1 a step
+        x, state = torch.ones(1, 1), None
+        prepare(net, "w8a8")
+        calibrate(net, [x], net["cell"])
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(300):
+                state = net["cell"](x, state)
+        assert state[1].item() == 300

@@ -270,3 +270,27 @@ def test_everything_is_covered_and_8_bits_cost_little(kind):
     calibrate(net, [x], module)
     noise = module.eval()(x)[0] - want
     assert 10 * torch.log10(want.square().sum() / noise.square().sum()) > 30
+
+
+@pytest.mark.parametrize("form", ["batch", "packed", "unbatched"])
+def test_a_list_of_states_is_taken_as_torch_takes_it(form):
+    net = nn.ModuleDict({"rnn": nn.LSTM(3, 4).double()})
+    given, state, _ = example(net["rnn"], form, 5, 2, 3, True)
+    net["rnn"](given, list(state))
+    prepare(net, "w8a8")
+    calibrate(net, [given], net["rnn"])
+    for ours, theirs in zip(leaves(net["rnn"](given, list(state))), leaves(net["rnn"](given, state)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "tanh"])
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (0, 3)])
+def test_a_sequence_of_no_steps_is_refused_as_torch_refuses_it(kind, shape):
+    net = nn.ModuleDict({"rnn": KINDS[kind](3, 4, batch_first=shape[0] == 2)})
+    message = "Expected sequence length to be larger than 0 in RNN"
+    with pytest.raises(RuntimeError, match=message):
+        net["rnn"](torch.randn(shape))
+    prepare(net, "w8a8")
+    calibrate(net, [torch.randn(2, 5, 3)], net["rnn"])
+    with pytest.raises(RuntimeError, match=message):
+        net["rnn"](torch.randn(shape))

@@ -80,3 +80,67 @@ def test_ptq_for_a_target_with_one_grid_a_tensor_does_it():
         given = ["calibrate", "round_biases"]
         assert PTQ("w8a8", phases=given, target=name).phases == ("calibrate", "share_grids", "round_biases")
     assert "share_grids" not in PTQ("w8a8", target="onnx").phases
+
+
+class Three(nn.Module):
+    """One tensor, read by three convolutions as `read` says."""
+
+    def __init__(self, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.a, self.b, self.c = (nn.Conv2d(n, 4, 1) for n in (3, 4, 4, 4))
+        self.read = read
+
+    def forward(self, x):
+        return self.read(self, self.first(x))
+
+
+def shared(read, *rules):
+    net = Three(read).eval()
+    plan = QuantPlan([Rule("*", weight="int8", input="uint8 affine"), *rules])
+    return run_phases(net, plan, [X], ["calibrate", "share_grids"]).results["share_grids"].changed
+
+
+def test_readers_that_all_see_it_moved_keep_their_range():
+    pooled, padded = (lambda x: F.max_pool2d(x, 4)), (lambda x: F.pad(x, (1, 1, 1, 1)))
+    assert shared(lambda net, x: (net.a(pooled(x)), net.b(padded(x)), net.c(x.relu()))) == {}
+    assert shared(lambda net, x: (net.a(pooled(x)), net.b(padded(x)), net.c(x))) == {"a.input": "c.input"}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({"value": 10.0}, {}), ({"mode": "constant", "value": 0}, {"c.input": "a.input"}), ({}, {"c.input": "a.input"})],
+)
+def test_a_tensor_padded_with_another_number_than_zero_is_another_one(options, found):
+    def read(net, x):
+        return net.a(x), net.b(x), net.c(F.max_pool2d(F.pad(x, (1, 1, 1, 1), **options), 9))
+
+    assert shared(read) == found
+
+
+@pytest.mark.parametrize("spec", ["uint4 affine", "int8 dynamic"])
+def test_two_alike_share_after_a_first_one_that_is_not(spec):
+    def read(net, x):
+        return net.a(x), net.b(x), net.c(F.max_pool2d(x, 4))
+
+    assert shared(read, Rule("a", input=spec)) == {"c.input": "b.input"}
+
+
+class Inputs(nn.Module):
+    """A tensor that a linear layer reads, and another layer that reads it with a second one or keeps a state."""
+
+    def __init__(self, layer, second):
+        super().__init__()
+        torch.manual_seed(0)
+        self.p, self.l, self.layer, self.second = nn.Linear(4, 4), nn.Linear(4, 4), layer, second
+
+    def forward(self, x):
+        h = self.p(x)
+        return self.l(h), self.layer(h, 100 * x) if self.second else self.layer(h)
+
+
+@pytest.mark.parametrize(("make", "second"), [(lambda: nn.Bilinear(4, 4, 2), True), (lambda: nn.LSTM(4, 4), False)])
+def test_a_quantizer_that_reads_more_than_the_tensor_keeps_its_range(make, second):
+    net = Inputs(make(), second).eval()
+    found = run_phases(net, "w8a8", [torch.randn(64, 4)], ["calibrate", "share_grids"]).results["share_grids"]
+    assert not found.changed

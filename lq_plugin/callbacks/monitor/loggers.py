@@ -74,7 +74,7 @@ class Report:
 
     def files(self) -> dict[str, bytes]:
         """Plan and tables as files, by name."""
-        files = {f"{name}.csv": to_csv(rows, list(rows[0]), "\n").encode() for name, rows in self.tables.items()}
+        files = {f"{name}.csv": to_csv(rows, columns_of(rows), "\n").encode() for name, rows in self.tables.items()}
         if self.plan is not None:
             files["plan.yaml"] = self.plan.to_yaml().encode()
         return files | dict(self.pages)
@@ -100,10 +100,10 @@ def _to_wandb(logger: WandbLogger, report: Report) -> None:
         run.config.update({"quantization": report.plan.to_dict()}, allow_val_change=True)
     shown: dict[str, Any] = {}
     for name, rows in report.tables.items():
-        columns = list(rows[0])
+        columns = columns_of(rows)
         # A column of a W&B table holds one kind of value: infinities are text in a log and break charts.
         shown[f"quant/{name}"] = wandb.Table(
-            columns=[*columns], data=[[_finite(row[column]) for column in columns] for row in rows]
+            columns=[*columns], data=[[_finite(row.get(column)) for column in columns] for row in rows]
         )
     for picture in report.pictures:
         # A panel each: a gallery wants pictures of one size.
@@ -151,9 +151,14 @@ def _to_files(logger: CSVLogger, report: Report) -> None:
                 stream.write(content)
 
 
+def columns_of(rows: Rows) -> list[str]:
+    """Returns the keys of all rows, in the order of their first place: a row may lack what another one has."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def _markdown(rows: Rows) -> str:
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    columns = columns_of(rows)
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -40,6 +40,10 @@ def show_quantized_steps(model: nn.Module, plain: nn.Module, silent: Collection[
         owner, label = operation.operation.place
         if name not in silent and compound_family(plain.get_submodule(owner)) is not None:
             marks[owner][label] = nn.ModuleDict({key: _Mark() for key in operation._modules})
+    for owner, module in plain.named_modules():
+        # ONNX's LSTM has no projection, and torch 2.13 exports one as if there were none.
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            marks[owner].update()
     for owner, inside in marks.items():
         show_steps(plain.get_submodule(owner), inside)
     return set(marks)

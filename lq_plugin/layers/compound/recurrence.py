@@ -25,6 +25,13 @@ from lq_plugin.layers.compound.recurrence_gradient import LSTMStep, StateWeightG
 Quantize = Callable[[Tensor], Tensor]
 #: `(h,)`, and `(h, c)` of an LSTM; `[N, features]` each.
 State = tuple[Tensor, ...]
+#: What can be quantized by name within a step; of the other modes the hidden state alone, see `kinds_inside`.
+_INSIDE = {"LSTM": ("hidden", "cell", "gates"), "GRU": ("hidden", "gates")}
+
+
+def kinds_inside(mode: str) -> tuple[str, ...]:
+    """Returns what of a recurrence can be quantized by name: the hidden state, and the cell state and gates it has."""
+    return _INSIDE.get(mode, ("hidden",))
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ from lq_plugin.layers.compound.base import (
     StateWeight,
     register_compound,
 )
-from lq_plugin.layers.compound.recurrence import Recurrence, State, run
+from lq_plugin.layers.compound.recurrence import Recurrence, State, kinds_inside, run
 
-#: What of a layer can be quantized by name; of `nn.RNN` the hidden state alone.
-_INSIDE = {"LSTM": ("hidden", "cell", "gates"), "GRU": ("hidden", "gates")}
 _FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 
 
@@ -61,9 +59,7 @@ class QuantizedRecurrent(QuantizedCompound):
     def inner_operations(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not _is_known(module):
             return {}
-        kinds = {"LSTM": ("hidden", "cell", "gates"), "GRU": ("hidden", "gates")}.get(
-            cast(Any, module).mode, ("hidden",)
-        )
+        kinds = kinds_inside(cast(Any, module).mode)
         return {f"{kind}{suffix}": (kind, (0,)) for suffix, _ in _suffixes(module) for kind in kinds}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,10 +75,10 @@ class QuantizedRecurrent(QuantizedCompound):
     def run_inside(self, input: Any, hx: Any = None) -> Any:
         output: Any
         packed = isinstance(input, PackedSequence)
-        if not packed and input.dim() not in (2, 3):
+        if not packed and (input.dim() not in (2, 3) or not self._steps(input)):
             return self.run(input, hx)  # torch says what is wrong
         batched = packed or input.dim() == 3
-        states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         sizes = None
         if packed:
             data, batch_sizes, order, back = input
@@ -109,6 +105,9 @@ class QuantizedRecurrent(QuantizedCompound):
             output = output if batched else output.squeeze(1)
             last = last if batched else tuple(value.squeeze(1) for value in last)
         return output, last if self.mode == "LSTM" else last[0]
+
+    def _steps(self, input: Tensor) -> int:
+        return input.shape[1 if self.batch_first and input.dim() == 3 else 0]
 
     def _zeros(self, data: Tensor, batch: int) -> State:
         count = self.num_layers * (2 if self.bidirectional else 1)

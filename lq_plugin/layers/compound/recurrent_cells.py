@@ -14,11 +14,9 @@ from lq_plugin.layers.compound.base import (
     StateWeight,
     register_compound,
 )
-from lq_plugin.layers.compound.recurrence import Recurrence
+from lq_plugin.layers.compound.recurrence import Recurrence, kinds_inside
 
 _FORWARDS = (nn.LSTMCell.forward, nn.GRUCell.forward, nn.RNNCell.forward)
-#: What of a cell can be quantized by name; of `nn.RNNCell` the hidden state alone.
-_INSIDE = {"LSTM": ("hidden", "cell", "gates"), "GRU": ("hidden", "gates")}
 
 
 @register_compound(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -46,12 +44,12 @@ class QuantizedCell(QuantizedCompound):
 
     @staticmethod
     def inner_operations(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-        kinds = _INSIDE.get(_mode(module), ("hidden",)) if _is_known(module) else ()
+        kinds = kinds_inside(_mode(module)) if _is_known(module) else ()
         return {f"{kind}_0": (kind, (0,)) for kind in kinds}
 
     def run_inside(self, input: Tensor, hx: Any = None) -> Any:
         module, mode = cast(Any, self), _mode(self)
-        given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        given = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         wanted = {(*input.shape[:-1], module.hidden_size)}
         if input.dim() not in (1, 2) or {tuple(value.shape) for value in given} - wanted:
             self.run(input, hx)  # torch says what is wrong
@@ -72,9 +70,11 @@ class QuantizedCell(QuantizedCompound):
             gates=self.operand("gates_0"),
         )
         of_inputs = recurrence.of_inputs(input)
-        zeros = of_inputs.new_zeros(*input.shape[:-1], module.hidden_size)
+        zeros = input.new_zeros(*input.shape[:-1], module.hidden_size)
         state = recurrence.begin(given) if given else (zeros, zeros)[: 2 if mode == "LSTM" else 1]
-        new = recurrence.step(of_inputs, tuple(value.to(of_inputs.dtype) for value in state))
+        # Under autocast torch's cells keep the state as it is given on a CPU, and in the lower precision elsewhere.
+        state = state if input.device.type == "cpu" else tuple(value.to(of_inputs.dtype) for value in state)
+        new = recurrence.step(of_inputs, state)
         return new if mode == "LSTM" else new[0]
 
 

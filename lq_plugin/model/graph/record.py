@@ -324,6 +324,7 @@ class _Recorder(TorchFunctionMode):
             macs,
             False,
             operands=operands if counts or op in UNARY else (),
+            pads_zeros=op == "pad" and _pads_zeros(*args, **kwargs),
         )
 
     def _add(
@@ -337,10 +338,12 @@ class _Recorder(TorchFunctionMode):
         passthrough: bool,
         parts: tuple[tuple[str, int], ...] = (),
         operands: tuple[int, ...] = (),
+        pads_zeros: bool = False,
     ) -> None:
         call = Call(
-            len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands
-        )
+            len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands,
+            pads_zeros,
+        )  # fmt: skip
         self._calls.append(call)
         self._repeats[name] += 1
 
@@ -387,3 +390,8 @@ class _Recorder(TorchFunctionMode):
         self._aside.clear()
         self._not_ours.clear()
         del self._frames[:]
+
+
+def _pads_zeros(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
+    """Returns whether `F.pad` with these arguments adds zeros."""
+    return mode == "constant" and not value

@@ -59,6 +59,7 @@ class Call:
         weight_macs: the share of each weight, by its key, where the module holds several (LSTM, attention).
         passthrough: hands its input on unchanged (`nn.Identity`, `nn.Flatten`): no consumer of it.
         operands: indices of the inputs of a functional call, or of a function of one activation, that can be quantized.
+        pads_zeros: it is `pad` with zeros, not with another number or by reflection.
     """
 
     position: int
@@ -72,6 +73,7 @@ class Call:
     passthrough: bool = False
     weight_macs: tuple[tuple[str, int], ...] = ()
     operands: tuple[int, ...] = ()
+    pads_zeros: bool = False
 
     @property
     def fully_quantizable(self) -> bool:

@@ -51,6 +51,8 @@ class InputHessian:
             float_input: the float model's in the same call, where `mixed` is summed.
         """
         x = self.layer.quantized_input(x.detach())
+        if not x.numel():  # an expert without tokens, a batch without images
+            return
         x = x.to(_device(x))
         floats = None if float_input is None else self._chunks(float_input.detach().to(x.device))
         for index, chunk in enumerate(self._chunks(x)):

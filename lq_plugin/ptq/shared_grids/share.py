@@ -5,10 +5,11 @@ reads it padded with zeros or pooled, the two see other values and find other ra
 this tensor once, on one grid: the other reader rounds what is rounded already, and differs from the model, whose
 quantizers both read the float tensor, by one step now and then. In a ResNet-20 of 8 bits that is 20 % of the inputs of
 the layer after the first padded shortcut, and 36 % of the logits. Here the quantizer that reads the tensor as it is
-hands its range to the others.
+hands its range to the others; where all read it moved, none has seen all of it, and they keep theirs.
 
 Lifecycle: once, after `calibrate` and before biases are rounded. Quantizers of other levels, of several scales or of a
-range at run time keep theirs, and so do those of layers that are called more than once.
+range at run time keep theirs, and so do those of layers that are called more than once or read several tensors. The
+model's own input is never shared: a recording knows tensors by the call that made them, and no call made this one.
 """
 
 from __future__ import annotations
@@ -73,20 +74,28 @@ def share_grids(model: nn.Module, recording: Recording) -> SharedGrids:
             groups.setdefault((origin.producer, origin.output), []).append((moved, quantizer))
     changed = {}
     for group in groups.values():
-        # Of readers of the tensor as it is, the first one in the model's order.
-        first = min(group, key=lambda each: each[0])[1]
-        for _, other in group:
-            if other is not first and _alike(first, other) and _differ(first, other):
-                _hand_over(first, other)
-                changed[other.name] = first.name
+        # Of each kind of levels, the first in the model's order that reads the tensor as it is gives its range.
+        givers: list[ActivationQuantizer] = []
+        for moved, quantizer in sorted(group, key=lambda each: each[0]):
+            giver = next((one for one in givers if _alike(one, quantizer)), None)
+            if giver is None and not moved:
+                givers.append(quantizer)
+            elif giver is not None and _differ(giver, quantizer):
+                _hand_over(giver, quantizer)
+                changed[quantizer.name] = giver.name
     return SharedGrids(changed)
 
 
 def _reads(model: nn.Module, recording: Recording) -> Iterator[tuple[ActivationQuantizer, Source]]:
-    """Yields input quantizers and what they read, those of what is called once."""
+    """Yields input quantizers and what they read, those of what is called once.
+
+    Not those of layers of several inputs, as one quantizer of `nn.Bilinear` serves two, nor those of the weights of an
+    LSTM, most of which read a hidden state.
+    """
     for name, layer in quantized_layers(model):
         calls = recording.calls_of(name)
-        if layer.input_quantizer is not None and len(calls) == 1 and calls[0].inputs:
+        own = len(calls) == 1 and calls[0].name == name and len(calls[0].inputs) == 1
+        if layer.input_quantizer is not None and own:
             yield from _current(layer.input_quantizer, calls[0].inputs[0])
     unary = recording.unary_calls
     for name, operation in quantized_operations(model):
@@ -113,7 +122,8 @@ def _origin(recording: Recording, source: Source) -> tuple[bool, Source]:
 
 
 def _is_move(call: Call) -> bool:
-    return bool(call.inputs) and (call.op in _MOVES or ".quantized_operations." in f".{call.name}")
+    moves = call.pads_zeros if call.op == "pad" else call.op in _MOVES
+    return bool(call.inputs) and (moves or ".quantized_operations." in f".{call.name}")
 
 
 def _alike(one: ActivationQuantizer, other: ActivationQuantizer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
@@ -40,11 +41,15 @@ class StudyLogs:
         self._best: float | None = None
         self._front: list[int] = []
         self._drawn = time.monotonic()
+        self._since = datetime.now()
 
     def update(self, result: SearchResult) -> None:
         """Write what is new, after a trial."""
         ahead = result.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        first = min((trial.number for trial in ahead), default=None)
+        # What runs since before these logs may be of a worker that was killed: nothing waits for it.
+        first = min(
+            (t.number for t in ahead if t.datetime_start is None or t.datetime_start >= self._since), default=None
+        )
         self._write_rows(result, [c for c in result.candidates if first is None or c.number < first])
         front = [c.number for c in result.front]
         if self._written and front != self._front and time.monotonic() - self._drawn >= self.every:
