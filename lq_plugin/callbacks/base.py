@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq_plugin.callbacks.phases import TrainerContext
 from lq_plugin.callbacks.trainer.data import new_run, one_float_batch
@@ -24,9 +24,9 @@ from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.checkpoint import is_quantized
 from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.ledger import Ledger, least_coverage
-from lq_plugin.model.older_files import leave_out_newer
+from lq_plugin.model.older_files import leave_out_newer, put_back_newer
 from lq_plugin.model.operations.rules import needs_recording
-from lq_plugin.model.prepare import prepare, quantizers, remove
+from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.model.quantizer_states import load_missing_states, quantizer_states
 from lq_plugin.model.unreached import suspend
 from lq_plugin.quantizers import Suspension
@@ -206,15 +206,22 @@ class QuantizationCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["callbacks"].get(self.state_key, {}).get(_QUANTIZERS)
+        state = {*checkpoint.get("state_dict", {}), *(kept or {})}
+        known = is_quantized(dict.fromkeys(state))
+        if known:
+            put_back_newer(pl_module)
         if kept is not None:
             # A sharded checkpoint holds the weights apart: there is no "state_dict" to look into.
             load_missing_states(pl_module, kept, checkpoint.get("state_dict", {}))
-        state = {*checkpoint.get("state_dict", {}), *(kept or {})}
-        if is_quantized(dict.fromkeys(state)) and (left_out := leave_out_newer(pl_module, state)):
-            rank_zero_info(
-                f"{type(self).__name__}: the checkpoint is of a version that left {', '.join(left_out)} float, and so "
-                "they stay"
+        if not known:
+            return
+        if left_out := leave_out_newer(pl_module, state):
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint comes from a version without ranges for {', '.join(left_out)}: "
+                "they stay float, although the plan quantizes them"
             )
+        plans = {name: layer.layer_plan for name, layer in quantized_layers(pl_module)}
+        if any(entry.plan != plans.get(entry.name, entry.plan) for entry in self.ledger):
             self.inject(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

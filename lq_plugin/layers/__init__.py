@@ -5,6 +5,8 @@ from lq_plugin.layers.base import (
     ShadowedForward as ShadowedForward,
     attach_quantizers as attach_quantizers,
     detach_quantizers as detach_quantizers,
+    leave_out as leave_out,
+    put_back as put_back,
 )
 from lq_plugin.layers.bilinear import QuantizedBilinear as QuantizedBilinear
 from lq_plugin.layers.compound.attention import QuantizedAttention as QuantizedAttention

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -68,8 +69,8 @@ class QuantizedLayer(nn.Module):
     output_quantizer: ActivationQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     _integer_state: IntegerForward | None = None
-    #: Slots that stay float because the file it was loaded from is older than their quantizers.
-    _left_out: tuple[str, ...] = ()
+    #: Quantizers, by slot, that are out because the file it was loaded from is older than they are.
+    _left_out: Mapping[str, Quantizer] = MappingProxyType({})
     #: With the layers next to it that may read the same tensor, see `share_inputs`.
     _shared_input: SharedInput | None = None
     #: Whether a stage of its input has a format that scales the output.
@@ -145,6 +146,13 @@ class QuantizedLayer(nn.Module):
             for stage in self.weight_quantizer.stages():
                 if isinstance(stage, WeightQuantizer) and not (missing_only and stage.is_calibrated):
                     stage.calibrate(weight)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Torch looks for the submodules afterwards.
+        put_back(self, [
+            slot for slot in self._left_out if any(key.startswith(f"{prefix}{slot}_quantizer.") for key in state_dict)
+        ])  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def layer_plan(self) -> LayerPlan:
@@ -230,6 +238,28 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
         if not trained:
             # A frozen layer gets no trainable scales.
             quantizer.requires_grad_(False)
+
+
+def leave_out(layer: QuantizedLayer, slot: str) -> None:
+    """Take a quantizer out until a state dict comes that has keys for it, or `put_back`."""
+    name = f"{slot}_quantizer"
+    quantizer = getattr(layer, name)
+    # Deleted first: torch takes keys below a submodule that is None for expected ones.
+    delattr(layer, name)
+    setattr(layer, name, None)
+    layer._left_out = {**layer._left_out, slot: quantizer}
+
+
+def put_back(layer: QuantizedLayer, slots: Iterable[str]) -> None:
+    """Undo `leave_out` for some slots."""
+    for slot in slots:
+        # The model may have moved without it.
+        quantizer = layer._left_out[slot].to(weight_of(layer).device).train(layer.training)
+        layer._left_out = {key: value for key, value in layer._left_out.items() if key != slot}
+        setattr(layer, f"{slot}_quantizer", quantizer)
+        for name in (f"{slot}_quantizer" for slot in SLOTS):
+            if name in layer._modules:
+                layer._modules[name] = layer._modules.pop(name)  # in the order of a layer that never lost one
 
 
 def detach_quantizers(layer: QuantizedLayer) -> None:

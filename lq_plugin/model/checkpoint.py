@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import nn
 
 from lq_plugin.errors import PlanError
 from lq_plugin.intent.plan import QuantPlan
+from lq_plugin.layers import leave_out
 from lq_plugin.model.ledger import Ledger
-from lq_plugin.model.older_files import leave_out_newer
+from lq_plugin.model.older_files import leave_out_newer, put_back_newer
 from lq_plugin.model.operations.quantized import operations_in
 from lq_plugin.model.prepare import prepare, quantized_layers, quantizers, remove
 from lq_plugin.model.unreached import REASON, settle, unreached, without_range
@@ -137,8 +139,10 @@ def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, argume
 
 def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Mapping[str, Any], path: Path) -> Ledger:
     with _unchanged_on_failure(model):
+        put_back_newer(model)
         ledger = prepare(model, plan, operations_in(state))
-        if leave_out_newer(model, state):
+        left_out = leave_out_newer(model, state)
+        if left_out:
             ledger = prepare(model, plan, operations_in(state))
         model.load_state_dict(state)
         from_data = [q for q in quantizers(model) if isinstance(q, ActivationQuantizer) and q.needs_calibration]
@@ -152,6 +156,12 @@ def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Ma
             names = ", ".join(dict.fromkeys(quantizer.name for quantizer in missing[:5]))
             raise PlanError(f"{path} has no ranges for {names}: it was written before they were calibrated")
         ledger.note_unreached(unreached(model), REASON)
+    if left_out:
+        warnings.warn(
+            f"{path} comes from a version without ranges for {', '.join(left_out)}: they stay float, although the plan "
+            "quantizes them",
+            stacklevel=3,
+        )
     return ledger
 
 
@@ -218,7 +228,8 @@ def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
     `load_state_dict` copies what fits, and raises only then.
     """
-    prepared = bool(quantized_layers(model))
+    layers = [layer for _, layer in quantized_layers(model)]
+    left_out = [(layer, slot) for layer in layers for slot in layer._left_out]
     before = {
         key: value.detach().clone() if isinstance(value, torch.Tensor) else value
         for key, value in model.state_dict().items()
@@ -226,7 +237,11 @@ def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not prepared:
+        if layers:
+            put_back_newer(model)
+            for layer, slot in left_out:
+                leave_out(layer, slot)
+        else:
             remove(model)
         model.load_state_dict(before)
         raise

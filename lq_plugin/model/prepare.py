@@ -37,7 +37,7 @@ from lq_plugin.model.aside import quantizing
 from lq_plugin.model.fast_paths import disable_fast_paths, restore_fast_paths
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.ledger import Entry, Ledger
-from lq_plugin.model.older_files import without_newer
+from lq_plugin.model.older_files import why_left_out, without_newer
 from lq_plugin.model.operations.quantized import (
     Operation,
     attach_operations,
@@ -205,7 +205,9 @@ def ledger_of(
     for name, kind in survey.kinds.items():
         if (layer := survey.candidates.get(name)) is not None:
             plan = plans[name]
-            reason = _missing(plan, cast(Any, quantized_class(layer)).slots)
+            left_out = layer._left_out if isinstance(layer, QuantizedLayer) else ()
+            slots = [slot for slot in cast(Any, quantized_class(layer)).slots if slot not in left_out]
+            reason = "; ".join(filter(None, (_missing(plan, slots), why_left_out(layer)))) or None
             # A weight counts as it is used, not as what it is computed from.
             size = weight_of(layer).numel()
             whole = bool(plan.weight and plans[input_owner(name, layer)].input)
@@ -227,7 +229,7 @@ def ledger_of(
     return Ledger(entries)
 
 
-def _missing(plan: LayerPlan, slots: tuple[str, ...]) -> str | None:
+def _missing(plan: LayerPlan, slots: Sequence[str]) -> str | None:
     """Returns the slots that the plan leaves float; outputs are unless asked for: the next layer quantizes them."""
     missing = [slot for slot in slots if slot != "output" and getattr(plan, slot) is None]
     return f"the plan leaves its {' and '.join(missing)} float" if missing else None
