@@ -102,9 +102,11 @@ class TestBilinear:
         torch.save(
             {k: v for k, v in net.state_dict().items() if "quantizer" not in k or "head" in k}, tmp_path / "old.pt"
         )
-        ledger = load_checkpoint(plain, tmp_path / "old.pt", "w8")
+        with pytest.warns(UserWarning, match="comes from a version without ranges for m.weight, bag.weight"):
+            ledger = load_checkpoint(plain, tmp_path / "old.pt", "w8")
         assert [entry.name for entry in ledger.quantized] == ["head"]
-        assert ledger["m"].reason == "the plan leaves its weight and input float"
+        older = "the file comes from a version without these ranges, of its weight"
+        assert ledger["m"].reason == f"the plan leaves its input float; {older}"
 
 
 @pytest.mark.parametrize("make", [lambda: nn.EmbeddingBag(6, 4), lambda: nn.Bilinear(4, 3, 5)])

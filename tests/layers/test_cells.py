@@ -119,7 +119,8 @@ class TestCells:
         other = copy.deepcopy(plain)
         load_checkpoint(other, tmp_path / "new.pt", "w8a8")
         assert torch.equal(other.eval()(x), net.eval()(x))
-        ledger = load_checkpoint(plain, tmp_path / "old.pt", "w8a8")
+        with pytest.warns(UserWarning, match="comes from a version without ranges for .*cell"):
+            ledger = load_checkpoint(plain, tmp_path / "old.pt", "w8a8")
         assert [entry.name for entry in ledger.quantized] == ["1"]
         assert {q.name for q in quantizers(plain)} == {"1.weight", "1.input"}
 
