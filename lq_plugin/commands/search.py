@@ -77,8 +77,10 @@ def run(cfg: DictConfig) -> SearchResult:
             logs.finish(result)
     except KeyboardInterrupt:
         # A stop that was asked for: the results so far are written, and go to the loggers also.
-        if worker is not None and first:
+        if worker is not None and worker.is_open and first:
             logs.finish(worker.result())
+        else:
+            logs.close("failed")
         raise
     except BaseException:
         logs.close("failed")

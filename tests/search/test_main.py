@@ -25,6 +25,7 @@ from lq_plugin.commands.search import run
 from lq_plugin.commands.sensitivity import run as measure
 from lq_plugin.errors import MissingPackageError, QuantizationError
 from lq_plugin.search import Space
+from lq_plugin.search.study.worker import StudyWorker
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["float_epochs=2", "model.width=8", "search.calibration_batches=1", "search.progress=false", "search.seeds=0"]
@@ -74,6 +75,22 @@ def test_loggers_get_every_trial_and_the_picture(tmp_path: Path) -> None:
     assert [float(row["search/best/val/acc"]) for row in rows] == [max(scores[: n + 1]) for n in range(3)]
     (picture,) = metrics.parent.rglob("pareto.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("when", ["open", "run"])
+def test_a_stop_leaves_as_itself_with_the_loggers_closed(tmp_path: Path, monkeypatch: Any, when: str) -> None:
+    original = getattr(StudyWorker, when)
+
+    def stopped(self: StudyWorker, *args: Any) -> None:
+        if when == "run":
+            original(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StudyWorker, when, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(composed(tmp_path, "search.n_trials=2", "logger=csv"))
+    # What the loggers keep in memory is written.
+    assert [len(list(tmp_path.rglob(name))) for name in ("hparams.yaml", "front.csv")] == [1, 2 * (when == "run")]
 
 
 def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -> None:

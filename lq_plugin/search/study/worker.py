@@ -142,6 +142,11 @@ class StudyWorker:
             given = config.sampler
             self.sampler = given if isinstance(given, BaseSampler) else given(seed=first)
 
+    @property
+    def is_open(self) -> bool:
+        """True once there is a study, so that there are results, though none may be complete."""
+        return hasattr(self, "study")
+
     def seed(self) -> None:
         """Put the first plans into the queue, unless another worker or an earlier run has done it."""
         config = self.config
