@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from lq_plugin.errors import MissingPackageError
 
-#: What `pip install "lq_plugin[<name>]"` brings for exports and runtimes, by the names that Python imports.
+#: What `pip install "lq_plugin[<name>]"` brings for exports, runtimes and pictures, by the names that Python imports.
 EXTRAS = {
     "compressed-tensors": ("compressed_tensors", "transformers"),
     "executorch": ("executorch",),
@@ -18,6 +18,7 @@ EXTRAS = {
     "litert": ("ai_edge_litert", "litert_torch"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
+    "plots": ("matplotlib", "PIL"),
     "torchao": ("torchao",),
 }
 

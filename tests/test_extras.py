@@ -10,14 +10,18 @@ from lq_plugin.errors import ExportError
 from lq_plugin.extras import EXTRAS, need_packages
 
 ROOT = Path(__file__).parent.parent
+#: Packages that are imported by another name.
+IMPORTED = {"pillow": "PIL"}
 
 
 def test_the_extras_are_those_of_the_project():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {
-        extra: {re.split("[<>=;]", wanted)[0].replace("-", "_") for wanted in project[extra]} for extra in EXTRAS
-    } == {extra: set(packages) for extra, packages in EXTRAS.items()}
+    names = {extra: {re.split("[<>=;]", wanted)[0] for wanted in project[extra]} for extra in EXTRAS}
+    imported = {
+        extra: {IMPORTED.get(name, name.replace("-", "_")) for name in wanted} for extra, wanted in names.items()
+    }
+    assert imported == {extra: set(packages) for extra, packages in EXTRAS.items()}
 
 
 def test_a_missing_package_is_an_import_error_and_one_of_ours(monkeypatch):

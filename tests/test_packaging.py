@@ -3,7 +3,6 @@
 import email
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -12,6 +11,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+from tests.wheels import build_wheel
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,29 +23,7 @@ def configs(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # A copy: a build leaves folders behind in its source.
-    source = folder / "source"
-    for room in ("conf", "hydra_plugins", "lq_plugin", "tests"):
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-        ".",
-    ]
-    built = subprocess.run(pip, cwd=source, capture_output=True, text=True, timeout=300, check=False)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_everything_and_nothing_else(wheel):

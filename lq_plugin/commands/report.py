@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lq_plugin.commands.console import failed, say
 from lq_plugin.errors import QuantizationError
+from lq_plugin.extras import need_packages
 
 if TYPE_CHECKING:
     from lq_plugin.report.data import ReportData
@@ -47,6 +48,8 @@ def report(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"one report, or two next to each other; got {len(args.source)}")
     console, started = Console(), time.perf_counter()
     try:
+        if not args.no_pictures:
+            need_packages("lq-report with figures (--no-pictures leaves them out)", "matplotlib")
         from lq_plugin.commands.report_sources import load_report
         from lq_plugin.report.page import write_page
 

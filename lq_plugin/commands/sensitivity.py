@@ -17,11 +17,12 @@ from rich.text import Text
 from lq_plugin import plots
 from lq_plugin.commands.search import load_model, read_space
 from lq_plugin.export.planned import known_target
+from lq_plugin.extras import need_packages
 from lq_plugin.model.measure.cost import FLOAT_BITS
-from lq_plugin.plots.sensitivity import digits
 from lq_plugin.ptq.registry import check_phases, names_and_options
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.measure import SensitivityTable, check_measures, measure_all, to_csv
+from lq_plugin.utilities.brief import two_digits
 from lq_plugin.utilities.files import make_folder, write_file
 from lq_plugin.utilities.hydra_files import plain
 from lq_plugin.utilities.instantiate import instantiate_for
@@ -39,6 +40,7 @@ def run(cfg: DictConfig) -> list[SensitivityTable]:
     Raises:
         QuantizationError: see `measure_sensitivity`.
     """
+    need_packages("lq-sensitivity", "matplotlib")
     output_dir = make_folder(cfg.paths.output_dir)
     # A wrong request is refused before a float model is trained.
     space = read_space(cfg)
@@ -82,7 +84,7 @@ def as_table(measured: SensitivityTable) -> Table:
     for bits in widths:
         table.add_column("float" if bits == FLOAT_BITS else f"{bits} bits", justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(Text(name), *(digits(row[bits]) if bits in row else "" for bits in widths))
+        table.add_row(Text(name), *(two_digits(row[bits]) if bits in row else "" for bits in widths))
     return table
 
 

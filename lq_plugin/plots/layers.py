@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from lq_plugin.model.measure.cost import FLOAT_BITS, Cost
 from lq_plugin.model.measure.fidelity import FidelityRow
-from lq_plugin.plots.style import BLUE, FAINT, GREEN, INK, MUTED, VERMILION, new_figure, short, styled
+from lq_plugin.plots.style import BLUE, FAINT, GREEN, INK, MUTED, VERMILION, new_figure, styled
+from lq_plugin.utilities.brief import short
 
 #: x in parts of the axes, y in data.
 _NEXT_TO: Any = ("axes fraction", "data")

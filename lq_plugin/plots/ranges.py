@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
 
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.plots.style import FILL, INK, MARKERS, PALETTE, new_figure, short, spread, styled
+from lq_plugin.plots.style import FILL, INK, MARKERS, PALETTE, new_figure, spread, styled
 from lq_plugin.ranges import Histogram, Sample, compare_ranges
+from lq_plugin.utilities.brief import short
 
 BINS = 120
 

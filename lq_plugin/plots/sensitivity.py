@@ -9,7 +9,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lq_plugin.model.measure.cost import FLOAT_BITS
-from lq_plugin.plots.style import FAINT, INK, new_figure, short, styled
+from lq_plugin.plots.style import FAINT, INK, new_figure, styled
+from lq_plugin.utilities.brief import short, two_digits
 
 _DECADES = 6
 #: Up to so many rows have their numbers written into them.
@@ -53,7 +54,7 @@ def sensitivity_map(
             for column, bits in enumerate(widths):
                 if (value := values[name].get(bits)) is not None:
                     color = "white" if norm(max(value, low)) > 0.62 else INK
-                    axes.text(column, row, digits(value), ha="center", va="center", fontsize=7, color=color)
+                    axes.text(column, row, two_digits(value), ha="center", va="center", fontsize=7, color=color)
     axes.set_yticks(
         range(len(names)), [short(name, 44) for name in names], fontsize=8.5 if len(names) <= _WRITTEN else 6.5
     )
@@ -65,16 +66,3 @@ def sensitivity_map(
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.03, extend="min" if (known < low).any() else "neither")
     bar.set_label(f"{measure}, more is worse")
     return figure
-
-
-def digits(value: float) -> str:
-    """Returns two significant digits in at most five characters.
-
-    >>> [digits(x) for x in (0.0, 0.0123, 1.234, 123.4, 3.2e-7)]
-    ['0', '.012', '1.2', '123', '3e-7']
-    """
-    if value == 0:
-        return "0"
-    if value >= 99.5 or value < 0.00095:
-        return f"{value:.0f}" if 99.5 <= value < 9999.5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.2g}".removeprefix("0") if value < 1 else f"{value:.2g}"

@@ -11,23 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from lq_plugin.plots.style import BLUE, INK, MARKERS, MUTED, PALETTE, SKY, new_figure, spread, styled
-
-Point = tuple[float, float]
-
-
-def pareto_front(points: Sequence[Point], maximize: bool = True) -> list[int]:
-    """Returns the indices of the points `(size, quality)` that no other is better than in both, by size.
-
-    >>> pareto_front([(4.0, 0.8), (3.0, 0.9), (2.0, 0.5), (3.5, 0.95)])
-    [2, 1, 3]
-    """
-    sign = 1.0 if maximize else -1.0
-    best, front = -np.inf, []
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
-        if sign * points[index][1] > best:
-            best = sign * points[index][1]
-            front.append(index)
-    return front
+from lq_plugin.utilities.front import Point, pareto_front
 
 
 @styled

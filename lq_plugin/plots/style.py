@@ -124,15 +124,3 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         # Clamping an isotonic fit keeps its order and solves the bounded problem.
         placed[i] = round(min(max(flat[rank], low), high - (count - 1) * gap) + rank * gap, 12)
     return placed
-
-
-def short(name: str, limit: int = 34) -> str:
-    """Returns a layer's name, without its middle when it is long.
-
-    >>> short("model.backbone.stages.3.blocks.11.attention.projection", 24)
-    'model.bac…ion.projection'
-    """
-    if len(name) <= limit:
-        return name
-    head = (limit - 1) * 2 // 5
-    return f"{name[:head]}…{name[-(limit - 1 - head) :]}"

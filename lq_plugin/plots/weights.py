@@ -11,7 +11,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lq_plugin.plots.style import BLUE, FAINT, INK, MUTED, VERMILION, new_figure, short, styled
+from lq_plugin.plots.style import BLUE, FAINT, INK, MUTED, VERMILION, new_figure, styled
+from lq_plugin.utilities.brief import short
 
 #: More channels than this are drawn as bands instead of single boxes.
 MAX_BOXES = 72

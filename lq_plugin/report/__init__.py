@@ -15,4 +15,4 @@ if TYPE_CHECKING:
     )
 
 # Loaded on first use: `lq-report` and `lq-explain` import torch and matplotlib only once there is something to do.
-__getattr__, __dir__, __all__ = attributes(__name__, __file__)
+__getattr__, __dir__, __all__ = attributes(__name__, __file__, {f"{__name__}.pictures": ("matplotlib",)})

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lq_plugin import plots
 from lq_plugin.model.measure.cost import FLOAT_BITS, Cost, CostRow
 from lq_plugin.model.measure.fidelity import FidelityRow
-from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, short, styled
+from lq_plugin.plots.style import BLUE, FILL, INK, MUTED, PALETTE, STYLE, VERMILION, new_figure, styled
 from lq_plugin.report.data import (
     Boxes,
     ErrorMap,
@@ -32,6 +32,7 @@ from lq_plugin.report.registry import (
     register_picture as register_picture,
     registered_pictures,
 )
+from lq_plugin.utilities.brief import short
 from lq_plugin.utilities.files import file_name, make_folder, replacing
 
 FORMATS = ("png", "svg")

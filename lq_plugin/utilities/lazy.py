@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from lq_plugin.extras import need_packages
 from lq_plugin.utilities.moved import moved_name
 
 Lazy = tuple[Callable[[str], object], Callable[[], list[str]], list[str]]
 
 
-def attributes(package: str, file: str) -> Lazy:
+def attributes(package: str, file: str, needs: Mapping[str, tuple[str, ...]] | None = None) -> Lazy:
     """Returns `__getattr__`, `__dir__` and `__all__` of a package whose names are imported on first use.
 
     The names are those under `if TYPE_CHECKING:` in its `__init__.py`, so that type checkers, editors and the import
@@ -23,6 +24,7 @@ def attributes(package: str, file: str) -> Lazy:
     Args:
         package: its `__name__`.
         file: its `__file__`.
+        needs: optional packages by module; without them a name of that module is a `MissingPackageError`.
 
     >>> get, _, names = attributes("lq_plugin.report", import_module("lq_plugin.report").__file__)
     >>> "write_page" in names, get("write_page").__module__
@@ -46,6 +48,7 @@ def attributes(package: str, file: str) -> Lazy:
             if (found := moved_name(package, name)) is not None:
                 return found
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        need_packages(f"{package}.{name}", *(needs or {}).get(home[name], ()))
         value = getattr(import_module(home[name]), name)
         setattr(sys.modules[package], name, value)
         return value

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import LinearConstraint, minimize
 
 from lq_plugin import plots
-from lq_plugin.plots.style import short, spread
+from lq_plugin.plots.style import spread
+from lq_plugin.utilities.brief import short
 
 
 def test_neither_pyplot_nor_matplotlibs_settings_are_touched(tmp_path) -> None:

@@ -13,6 +13,7 @@ from lq_plugin.callbacks.monitor.live import Flips, History, losses
 from lq_plugin.callbacks.monitor.loggers import Report, report_to
 from lq_plugin.callbacks.monitor.moment import MonitoredModel, quantization_of
 from lq_plugin.errors import QuantizationError
+from lq_plugin.extras import need_packages
 from lq_plugin.model.measure.fidelity import Measurements, watching
 from lq_plugin.report import Series
 from lq_plugin.utilities.lightning_packages import Callback
@@ -52,7 +53,7 @@ class QuantMonitor(Callback):
     Args:
         every_n_epochs: how often scalars are logged; None: not by epochs.
         every_n_steps: the same by optimizer steps.
-        images: draw pictures.
+        images: draw pictures, by matplotlib (`pip install "lq_plugin[plots]"`).
         max_layers: the largest so many layers get a box plot and a histogram of their own.
         page: add the report page (`lq_plugin.report`) to the files of the last report, about 0.2 s a layer.
         float_loss: every `FLOAT_LOSS_STEPS` optimizer steps at most, when scalars are due, run the module's validation
@@ -105,6 +106,8 @@ class QuantMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         quantization_of(trainer)
+        if self.images and trainer.loggers:
+            need_packages("QuantMonitor with pictures (images=False leaves them out)", "matplotlib", "PIL")
         self._measured = {}
         self._logged_step = self._losses_step = None
         self._flips, self._losses = Flips(), {}

@@ -10,11 +10,11 @@ import numpy as np
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lq_plugin import plots
 from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
 from lq_plugin.search.study.promotion import reached_by
+from lq_plugin.utilities.front import pareto_front
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StudyCandidates:
     def front(self) -> list[Candidate]:
         """The candidates that no other is better than in every objective, by cost; of equal ones the first."""
         if len(self.study.directions) < 3:
-            found = plots.pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
+            found = pareto_front([(c.cost, c.metric) for c in self.candidates], self.maximize)
             return [self.candidates[index] for index in found]
         signs = [-1.0 if self.maximize else 1.0] + [1.0] * (len(self.study.directions) - 1)
         losses = np.array(

@@ -17,6 +17,7 @@ from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mea
 from lq_plugin.export.options import LatencyOptions
 from lq_plugin.export.planned import known_target
 from lq_plugin.export.target import TARGETS
+from lq_plugin.extras import need_packages
 from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import LATENCY, unknown_costs
 from lq_plugin.search.evaluation.levels import Level, level_faults, margin_faults, parse_levels
@@ -166,6 +167,8 @@ class SearchConfig:
                 faults.append(str(error))
                 return default
 
+        if self.output_dir is not None:
+            need_packages("search(output_dir=...), which draws the front,", "matplotlib")
         if self.mode not in ("max", "min"):
             faults.append(f"mode is 'max' or 'min', got {self.mode!r}")
         costs: tuple[str, ...] = ()

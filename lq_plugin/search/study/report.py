@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.plots import pareto_front
 from lq_plugin.report.data import BestPlan, ReportData, StudyReport, TrialReport, digits
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
+from lq_plugin.utilities.front import pareto_front
 
 #: Plans whose bits are shown layer by layer.
 MAX_BEST = 40

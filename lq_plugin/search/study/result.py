@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lq_plugin import plots
-from lq_plugin.plots.style import short
 from lq_plugin.report import render
 from lq_plugin.search.evaluation.costs import COSTS, LABELS, LATENCY
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 from lq_plugin.search.study.report import study_report
+from lq_plugin.utilities.brief import short
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.files import make_folder, write_file
 from lq_plugin.utilities.shown import Shown
