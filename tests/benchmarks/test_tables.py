@@ -1,4 +1,7 @@
-"""The tables of README and benchmarks/README say what the committed results say, and rows of them can be had again."""
+"""Tables of benchmarks/README about PTQ say what the committed results say, and rows of them can be had again.
+
+The other tables are compared in tests/examples/test_pages.py.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,6 @@ def table(page: str, *columns: str, number: int = 0) -> Rows:
 
 BENCHMARKS = "benchmarks/README.md"
 WIDTHS = ("W4A8", "W3A8", "W2A8")
-
-
-def test_the_accuracy_of_every_range() -> None:
-    found = results("ptq_accuracy")["results"]
-    accuracy = {(row["range"], row["bits"]): row["accuracy"] for row in found if row["rounding"] == "nearest"}
-    rows = table(BENCHMARKS, "range", *ptq_accuracy.BITS)
-    assert len(rows) == 7
-    for row in rows:
-        for bits in ptq_accuracy.BITS:
-            assert row[bits] == f"{accuracy[row['range'], bits]:.2f}", (row["range"], bits)
 
 
 LABELS = {
@@ -102,99 +95,6 @@ def test_the_accuracy_of_formats_and_the_share_won_back() -> None:
             assert said == f"{accuracy:.2f}"
             if share:
                 assert share == f"{100 * (accuracy - nearest) / (found['float'] - nearest):.0f} %)"
-
-
-def test_the_accuracy_of_few_bits() -> None:
-    measured = {row["format"]: row for row in results("low_bit")["results"]}
-    rows = table(BENCHMARKS, "format", "bits a weight", "accuracy", "below float")
-    assert [row["format"] for row in rows] == [measured[name]["spec"] or name for name in measured]
-    for row, found in zip(rows, measured.values(), strict=True):
-        assert row["accuracy"] == f"{found['accuracy']:.2f}"
-        assert row["below float"] in ("", f"{measured['float']['accuracy'] - found['accuracy']:.2f}")
-        assert float(row["bits a weight"]) == pytest.approx(found["effective_bits"], abs=0.005)
-
-
-STEPS = {
-    "QAT(plan)": "lq native",
-    "the same, LQ_NATIVE=0": "lq pure",
-    "QAT(plan), LQ_NATIVE=0": "lq pure",
-    'QAT(plan, forward="integer")': "lq integer",
-    "QAT(plan) in torch.compile": "lq compiled",
-    "float in torch.compile": "float compiled",
-    "float, channels last": "float channels_last",
-    "torchao pt2e": "torchao pt2e",
-    "torch.ao": "torch.ao",
-    "Brevitas, its first 300 steps": "brevitas collecting",
-    "Brevitas, later": "brevitas learned",
-}
-MODELS = {"ResNet-20": "r20", "ResNet-18": "r18", "encoder": "encoder"}
-
-
-def test_the_cost_of_a_step() -> None:
-    ratio = {
-        (row["implementation"], row["model"]): row["ratio"]
-        for row in results("qat_step")["results"]
-        if row["setting"] == "W8A8"
-    }
-    for row in table(BENCHMARKS, "W8A8", *MODELS):
-        for model, key in MODELS.items():
-            expected = ratio.get((STEPS[row["W8A8"]], key))
-            assert row[model] == ("" if expected is None else f"{expected:.2f}"), (row["W8A8"], model)
-
-
-def test_the_speed_of_files() -> None:
-    speed = {(r["case"], r["runtime"], r["setting"]): r["over_best_float"] for r in results("deploy")["results"]}
-    cases = {
-        "ResNet-20, 1 image": "r20_b1",
-        "ResNet-20, 128": "r20_b128",
-        "ResNet-18 at 224, 1 image": "r18_b1",
-        "ResNet-18 at 224, 16": "r18_b16",
-    }
-    columns = ("", "ONNX Runtime int8", "int4", "int2", "OpenVINO int8", "int4")
-    lines = (ROOT / BENCHMARKS).read_text(encoding="utf-8").partition(f"| {' | '.join(columns)} |")[2].splitlines()[2:6]
-    kinds = [("onnxruntime", "int8"), ("onnxruntime", "int4"), ("onnxruntime", "int2")]
-    kinds += [("openvino", "int8"), ("openvino", "int4")]
-    for line in lines:
-        name, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        assert cells == [f"{speed[(cases[name], *kind)]:.1f}" for kind in kinds], name
-
-
-def test_the_plans_of_searches() -> None:
-    best = results("search")["best_at"]
-    rows = table(BENCHMARKS, "at most", "ours, 200 trials", "greedy path", "best uniform plan")
-    for row in rows:
-        found = best[row["at most"].split()[0]]
-        assert [row["ours, 200 trials"], row["greedy path"], row["best uniform plan"]] == [
-            f"{found[name]:.2f}" for name in ("ours", "greedy", "uniform")
-        ]
-
-
-def test_the_summary_of_the_readme() -> None:
-    """Its figures stand in the tables of the benchmarks, which the tests above compare with the results."""
-    accuracy = {row["range"]: row for row in table(BENCHMARKS, "range", *ptq_accuracy.BITS)}
-    rounding = {row["rounding"]: row for row in table(BENCHMARKS, "rounding", "W4A8", "W4A4", "W3A8", "W2A8")}
-    (front,) = (
-        row
-        for row in table(BENCHMARKS, "at most", "ours, 200 trials", "greedy path", "best uniform plan")
-        if row["at most"] == "3.5 bits"
-    )
-    steps = {row["W8A8"]: row["ResNet-18"] for row in table(BENCHMARKS, "W8A8", *MODELS)}
-    speed = next(
-        row["over_best_float"]
-        for row in results("deploy")["results"]
-        if (row["case"], row["runtime"], row["setting"]) == ("r18_b1", "onnxruntime", "int8")
-    )
-    learned = rounding["by block, 300 (default)"]["W2A8"].partition(",")[0]
-    peers = f"{steps['torch.ao']} torch.ao, {steps['Brevitas, later']} Brevitas"
-    expected = [
-        (accuracy["mse"]["W4A8"] + " %", f"{results('ptq_accuracy')['float']:.2f} % float"),
-        (learned + " %", rounding["nearest"]["W2A8"] + " % to nearest"),
-        (front["ours, 200 trials"] + " %", front["best uniform plan"] + " %, the best uniform plan"),
-        (steps["QAT(plan)"] + " of the float step", peers),
-        (f"{speed:.1f} times faster", "the best float runtime, with VNNI"),
-    ]
-    rows = table("README.md", "", "here", "to compare with")
-    assert [(row["here"], row["to compare with"]) for row in rows] == expected
 
 
 @pytest.fixture(scope="module")
