@@ -81,7 +81,8 @@ def test_the_checkpoint_becomes_a_file_that_is_proved(run: Run, folder: Path) ->
         line = line.replace(mine, name)
     run("lq-export", *line.split()[1:], "output=digits.onnx")
     assert (folder / "digits.onnx").is_file()
-    assert json.loads((folder / "digits.onnx.certificate.json").read_text())["agreement"] > 0.99
+    certificate = json.loads((folder / "digits.onnx.certificate.json").read_text())
+    assert certificate["verification"]["agreement"] > 0.99
 
 
 def test_runs_and_searches_from_the_command_line(run: Run, folder: Path) -> None:
@@ -105,5 +106,9 @@ def test_the_demo_ends_with_its_table_and_page(run: Run, folder: Path) -> None:
     assert "python -m lq_plugin.demo" in block("sh", "lq_plugin.demo")
     shown = run("python", "-m", "lq_plugin.demo")
     assert "QAT of the searched plan" in shown
+    # Sizes of README's table; accuracies differ from processor to processor.
+    for row in ("float", "PTQ, `w4 minmax a4 minmax`", "PTQ, `w2 mse a8 mse`"):
+        size = next(line for line in README.splitlines() if line.startswith(f"| {row} |")).split("|")[5].strip()
+        assert size in shown, row
     pages = [path for path in folder.rglob("report.html") if "digits_demo" in str(path)]
     assert pages
