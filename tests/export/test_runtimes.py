@@ -42,8 +42,8 @@ def test_linear_layers_of_an_odd_number_of_inputs(weight, tmp_path):
     pytest.importorskip("openvino")
     torch.manual_seed(0)
     net, x = (
-        nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)),
-        torch.randn(9, 13),
+        nn.Sequential(nn.Linear(25, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)),
+        torch.randn(9, 25),
     )
     prepare(net, QuantPlan([Rule("*", weight=weight)]))
     calibrate(net, [x])

@@ -57,6 +57,23 @@ def test_openvino_rounds_float_layers_to_bfloat16_unless_it_is_told_not_to(tmp_p
     assert np.abs(default - want).max() > 1e-3 * scale
 
 
+def test_onnx_runtime_rounds_float_inputs_of_4_bit_weights_unless_it_is_told_not_to(tmp_path):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(5, 64)
+    x[:, 3] = 100.0
+    prepare(net, "int4 group32")
+    calibrate(net, [x])
+    export_onnx(net, (x,), tmp_path / "net.onnx", input_names=["x"])
+    want = net(x).detach().numpy()
+    default = onnxruntime.InferenceSession(str(tmp_path / "net.onnx")).run(None, {"x": x.numpy()})[0]
+    (ours,) = onnx_session(tmp_path / "net.onnx", threads=1).run(None, {"x": x.numpy()})
+    scale = np.abs(want).max()
+    assert np.abs(ours - want).max() < 1e-5 * scale
+    assert np.abs(default - want).max() > 1e-2 * scale
+
+
 def test_numbers_that_a_small_float_does_not_have():
     """torch saturates and rounds up; ml_dtypes, which onnx uses, makes NaN. Our codes are those of numbers."""
     ml_dtypes = pytest.importorskip("ml_dtypes")

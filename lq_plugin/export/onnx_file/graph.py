@@ -165,7 +165,7 @@ class Graph:
             # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
             bits = 4
         if bits == 4 and before.op_type in MATRIX and q.shape[0 if flipped else 1] % 2:
-            # OpenVINO 2026.4 computes nonsense there: it reads rows of 4-bit numbers as if they ended on whole bytes.
+            # OpenVINO 2026.4 computes nonsense there: from 5 rows on the last input has the weight of an earlier one.
             bits = 8
         if bits == 2 and before.op_type in MATRIX and weight.block not in (0, *_FAST_GROUPS):
             size = next((size for size in _FAST_GROUPS if weight.block % size == 0), None)
