@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.affine_kernels import (
+    NativeExtremes,
+    NativeFakeQuantize,
+    TracedFakeQuantize,
+    native_layout,
+)
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import DTYPES, FakeQuantizeKernels, Kernels, Layout, layout_along, layout_of
+from lq_plugin.native.kernels import Kernels
+from lq_plugin.native.layouts import Layout, layout_along
 from lq_plugin.native.pass_band import pass_band
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
@@ -104,7 +111,9 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, dtype: torch.dtype | None = None
+) -> Tensor:
     """Quantizes and dequantizes, with the straight-through gradient.
 
     Forward:  x̂ = (clip(round(x / s) + z, quant_min, quant_max) - z) · s
@@ -116,9 +125,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
         x: float tensor of any shape.
         scale, zero_point: float32, broadcastable to `x`.
         grid: the integer levels.
+        dtype: of the result, if not that of `x`.
 
     Returns:
-        Tensor like `x`, in its dtype; the arithmetic is float32.
+        Tensor like `x`. The arithmetic is float32 whatever the dtypes, and its result is rounded once, at the end: the
+        values are those of float32 `x`, rounded to the dtype.
 
     >>> x = torch.tensor([-2.0, 0.26, 0.9], requires_grad=True)
     >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), IntegerGrid(-2, 1)).detach()
@@ -127,16 +138,18 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGri
     bounds = grid.quant_min, grid.quant_max
     y: Tensor
     if torch.compiler.is_compiling():
-        if ops.traceable(x, scale):
-            y = _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None)
+        if ops.traceable(x, scale, dtype):
+            y = TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None, dtype)
             return y
-    elif (found := ops.kernels_for(x)) is not None and (layout := native_layout(x, scale, zero_point)) is not None:
+    elif (found := ops.kernels_for(x, dtype)) is not None and (
+        layout := native_layout(x, scale, zero_point)
+    ) is not None:
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False)[0]
-        y = _NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found)
+            return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False, dtype=dtype)[0]
+        y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found, dtype)
         return y
     y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
-    return y
+    return y.to(dtype or x.dtype)
 
 
 def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
@@ -157,7 +170,13 @@ def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
 
 
 def fake_quantize_observed(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, low: Tensor, high: Tensor
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: IntegerGrid,
+    low: Tensor,
+    high: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
 
@@ -166,6 +185,7 @@ def fake_quantize_observed(
         scale, zero_point: float32, one element.
         grid: the integer levels.
         low, high: float32 `[1]`.
+        dtype: of the result, if not that of `x`.
 
     >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
     >>> x, scale, zero_point = torch.tensor([0.2, 3.0]), torch.tensor([0.5]), torch.tensor([0.0])
@@ -177,19 +197,22 @@ def fake_quantize_observed(
     bounds = grid.quant_min, grid.quant_max
     y: Tensor
     if torch.compiler.is_compiling():
-        if ops.traceable(x, scale):
-            y, x_low, x_high = _TracedFakeQuantize.apply(x, scale, zero_point, *bounds, True)
+        if ops.traceable(x, scale, dtype):
+            y, x_low, x_high = TracedFakeQuantize.apply(x, scale, zero_point, *bounds, True, dtype)
             low.copy_(torch.minimum(low, x_low))
             high.copy_(torch.maximum(high, x_high))
             return y
-    elif (found := ops.kernels_for(x)) is not None and scale.numel() == 1 and native_layout(x, scale, zero_point):
+    elif (
+        (found := ops.kernels_for(x, dtype)) is not None and scale.numel() == 1 and native_layout(x, scale, zero_point)
+    ):
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False)[0]
-        y = _NativeFakeQuantize.apply(x, scale, zero_point, bounds, Layout(1, 1, x.numel(), 1), (low, high), found)
+            return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False, dtype=dtype)[0]
+        layout, seen = Layout(1, 1, x.numel(), 1), (low, high)
+        y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, seen, found, dtype)
         return y
     observe(x, low, high)
     y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
-    return y
+    return y.to(dtype or x.dtype)
 
 
 @torch.no_grad()
@@ -222,14 +245,16 @@ def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         layout = layout_along(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             low, high = found.row_extremes(x, layout.outer)
-            return low.view(scale_shape), high.view(scale_shape)
+            return low.view(scale_shape).to(x.dtype), high.view(scale_shape).to(x.dtype)
     dims = [dim for dim, size in enumerate(scale_shape) if size == 1]
     if not dims:  # torch takes none for all
         return x, x
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 
 
-def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid) -> Tensor:
+def fake_quantize_to_extremes(
+    x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid, dtype: torch.dtype | None = None
+) -> Tensor:
     """Quantizes and dequantizes with the range from the smallest to the largest value that share a scale.
 
     Where the grid has levels on both sides of a fixed zero nothing is clipped, and the gradient passes as it is.
@@ -238,24 +263,25 @@ def fake_quantize_to_extremes(x: Tensor, scale_shape: tuple[int, ...], grid: Int
         x: float tensor.
         scale_shape: of the scales, with a size of 1 along the dims that share one.
         grid: the integer levels.
+        dtype: of the result, if not that of `x`.
 
     >>> fake_quantize_to_extremes(torch.tensor([[1.0, 0.3], [4.0, -8.0]]), (2, 1), IntegerGrid(-1, 1))
     tensor([[ 1.,  0.],
             [ 0., -8.]])
     """
     covered = not grid.affine and grid.quant_min < 0 < grid.quant_max and grid.quant_max - grid.quant_min < 2**16
-    if not torch.compiler.is_compiling() and x.is_contiguous() and (found := ops.kernels_for(x)) is not None:
+    if not torch.compiler.is_compiling() and x.is_contiguous() and (found := ops.kernels_for(x, dtype)) is not None:
         layout = layout_along(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             if torch.is_grad_enabled() and x.requires_grad:
-                y: Tensor = _NativeExtremes.apply(x, layout, grid, covered, found)
+                y: Tensor = NativeExtremes.apply(x, layout, grid, covered, found, dtype)
                 return y
             return found.fake_quantize_rows(
-                x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False
+                x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False, dtype=dtype
             )[0]
     scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
     y = (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
-    return y
+    return y.to(dtype or x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -298,109 +324,6 @@ class _CoveredFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None, None, None
-
-
-class _NativeFakeQuantize(torch.autograd.Function):
-    """Fake quantization by the kernels: one pass, and one bit per element for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Any, layout: Any, extremes: Any, kernels: Any
-    ) -> Any:
-        if extremes is None:
-            y, mask = kernels.fake_quantize(x, scale, zero_point, bounds, layout, masked=True)
-        else:
-            y, mask = kernels.fake_quantize_observed(x, scale, zero_point, bounds, *extremes, masked=True)
-        ctx.save_for_backward(mask)
-        ctx.layout, ctx.strides, ctx.kernels = layout, x.stride(), kernels
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None, None, None, None
-
-
-class _NativeExtremes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Any, grid: Any, covered: Any, kernels: Any) -> Any:
-        bounds, masked = (grid.quant_min, grid.quant_max), ctx.needs_input_grad[0] and not covered
-        y, mask, _, _ = kernels.fake_quantize_rows(x, layout.outer, bounds, grid.affine, masked)
-        ctx.layout, ctx.strides, ctx.kernels, ctx.covered = layout, x.stride(), kernels, covered
-        if mask is not None:
-            ctx.save_for_backward(mask)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if not ctx.covered:
-            (mask,) = ctx.saved_tensors
-            grad = masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
-        return grad, None, None, None, None
-
-
-def masked_gradient(
-    grad: Tensor, mask: Tensor, layout: Layout, strides: tuple[int, ...], kernels: FakeQuantizeKernels
-) -> Tensor:
-    """Returns the gradient where a bit of the kernels' `mask` is 1, and 0 elsewhere.
-
-    Args:
-        grad: of the output.
-        mask: from the forward pass.
-        layout: of the mask.
-        strides: of the masked tensor, which the result has also.
-        kernels: those that made the mask.
-    """
-    if (
-        (torch.is_grad_enabled() and grad.requires_grad)
-        or type(grad) is not Tensor
-        or grad.dtype not in DTYPES[grad.device.type]
-    ):
-        # A second derivative, or what cannot be taken by its address.
-        return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0)
-    # Never in place: the gradient may belong to someone else as well.
-    return kernels.mask_gradient(ops.laid_out(grad, strides), mask, layout)
-
-
-class _TracedFakeQuantize(torch.autograd.Function):
-    """Fake quantization by the kernels in a graph of torch.compile."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, observed: Any
-    ) -> Any:
-        # The input is kept, not bits of it: after a ReLU its backward pass then needs no mask of bytes, which Inductor
-        # writes slowly.
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.bounds = quant_min, quant_max
-        if not observed:
-            return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, False)
-        y, *extremes = torch.ops.lq_plugin.fake_quantize_observed(x, scale, zero_point, quant_min, quant_max)
-        ctx.mark_non_differentiable(*extremes)
-        return y, *extremes
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        return torch.ops.lq_plugin.passed_gradient(grad, *ctx.saved_tensors, *ctx.bounds), None, None, None, None, None
-
-
-def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
-    """Returns the layout of the qparams along `x`, or None if the kernels cannot take them.
-
-    Args:
-        x: float tensor of any shape.
-        scale, zero_point: broadcastable to `x`.
-    """
-    if (
-        scale.shape != zero_point.shape
-        or scale.dtype != torch.float32
-        or not scale.is_contiguous()
-        or not zero_point.is_contiguous()
-    ):
-        return None
-    if not x.device == scale.device == zero_point.device:
-        return None
-    return layout_of(x, scale)
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional import mx, nvfp4, ocp_mx
-from lq_plugin.functional.affine import masked_gradient
+from lq_plugin.functional.affine_kernels import masked_gradient
 from lq_plugin.functional.minifloat import E2M1, Minifloat
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import BlockRule, Kernels, block_layout
+from lq_plugin.native.kernels import BlockRule, Kernels
+from lq_plugin.native.layouts import block_layout
 
 
 def mx_rule(mantissa_bits: int) -> BlockRule:
@@ -76,13 +77,16 @@ def _float_rule(family: int, block: int, element: Minifloat, mode: int, coarse: 
     )
 
 
-def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) -> Tensor | None:
+def fake_quantize_blocks(
+    x: Tensor, axis: int, rule: Callable[[], BlockRule], dtype: torch.dtype | None = None
+) -> Tensor | None:
     """Returns `x` fake-quantized in blocks, with the straight-through gradient of its format.
 
     Args:
         x: float tensor of any shape.
         axis: of the channels; the last block may be shorter.
         rule: makes the rule; called only if the kernels are used.
+        dtype: of the result, if not that of `x`; see `lq_plugin.functional.affine.fake_quantize`.
 
     Returns:
         Tensor like `x`, laid out in memory as it is; None where the kernels cannot be used, and torch operations are to
@@ -93,29 +97,29 @@ def fake_quantize_blocks(x: Tensor, axis: int, rule: Callable[[], BlockRule]) ->
     ...     fake_quantize_blocks(torch.ones(1, 16), 1, lambda: mx_rule(4)) is None
     True
     """
-    if torch.compiler.is_compiling() or not isinstance(kernels := ops.kernels_for(x), Kernels):
+    if torch.compiler.is_compiling() or not isinstance(kernels := ops.kernels_for(x, dtype), Kernels):
         return None
     made = rule()
     layout = block_layout(x, axis, made.block)
     if layout is None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
-        found: Tensor | None = _FakeQuantizeBlocks.apply(x, layout, made, kernels)
+        found: Tensor | None = _FakeQuantizeBlocks.apply(x, layout, made, kernels, dtype)
         return found
-    return kernels.fake_quantize_blocks(x, layout, made, masked=False)[0]
+    return kernels.fake_quantize_blocks(x, layout, made, masked=False, dtype=dtype)[0]
 
 
 class _FakeQuantizeBlocks(torch.autograd.Function):
     """Fake quantization in blocks; one bit per element is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Any, rule: Any, kernels: Any) -> Any:
-        y, mask = kernels.fake_quantize_blocks(x, layout, rule, masked=True)
+    def forward(ctx: Any, x: Tensor, layout: Any, rule: Any, kernels: Any, dtype: Any) -> Any:
+        y, mask = kernels.fake_quantize_blocks(x, layout, rule, masked=True, dtype=dtype)
         ctx.save_for_backward(mask)
-        ctx.layout, ctx.strides, ctx.kernels = layout.mask, x.stride(), kernels
+        ctx.of = layout.mask, x.stride(), kernels, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
-        return masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels), None, None, None
+        return masked_gradient(grad, mask, *ctx.of), *(None,) * 4

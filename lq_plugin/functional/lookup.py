@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lq_plugin.functional.affine import masked_gradient
+from lq_plugin.functional.affine_kernels import masked_gradient
 from lq_plugin.intent.spec import Granularity, IntegerGrid, PerGroup
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import Kernels, Layout
+from lq_plugin.native.kernels import Kernels
+from lq_plugin.native.layouts import Layout
 
 
 class Reading(NamedTuple):

@@ -23,9 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.affine import MIN_SCALE, native_layout
+from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.affine_kernels import native_layout
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
+from lq_plugin.native.kernels import takes_types
 
 Band = Literal["paper", "rounded"]
 
@@ -41,7 +43,13 @@ def gradient_scale(elements: int, grid: IntegerGrid) -> float:
 
 
 def fake_quantize_learned(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, gradient_factor: float = 1.0, band: Band = "paper"
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: IntegerGrid,
+    gradient_factor: float = 1.0,
+    band: Band = "paper",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes with gradients for `x`, `scale` and `zero_point`.
 
@@ -52,6 +60,7 @@ def fake_quantize_learned(
         grid: the integer levels.
         gradient_factor: g above.
         band: which elements the gradient passes, see above.
+        dtype: of the result, if not that of `x`; the arithmetic is float32, and rounded once.
 
     Raises:
         ValueError: for another `band`.
@@ -65,16 +74,16 @@ def fake_quantize_learned(
         raise ValueError(f"band must be one of {', '.join(get_args(Band))}, got {band!r}")
     constants = grid.quant_min, grid.quant_max, gradient_factor, band == "rounded"
     if torch.compiler.is_compiling():
-        if ops.traceable(x, scale) and zero_point.numel() == 1:
-            y: Tensor = _TracedLearned.apply(x, scale, zero_point, *constants)
+        if ops.traceable(x, scale, dtype) and zero_point.numel() == 1:
+            y: Tensor = _TracedLearned.apply(x, scale, zero_point, *constants, dtype)
             return y
-    elif (kernels := ops.kernels_for(x)) is not None:
+    elif (kernels := ops.kernels_for(x, dtype)) is not None:
         layout = native_layout(x, scale, zero_point)
         if layout is not None and layout.inner == 1:
-            y = _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels)
+            y = _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels, dtype)
             return y
     y = _LearnedFakeQuantize.apply(x, scale, zero_point, *constants)
-    return y
+    return y.to(dtype or x.dtype)
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -136,22 +145,25 @@ class _NativeLearned(torch.autograd.Function):
         rounded: Any,
         layout: Any,
         kernels: Any,
+        dtype: Any,
     ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
         ctx.layout, ctx.kernels = layout, kernels
-        return kernels.fake_quantize(x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=True)[
-            0
-        ]
+        bounds = quant_min, quant_max
+        return kernels.fake_quantize(
+            x, scale, zero_point, bounds, layout, masked=False, learned=True, dtype=dtype
+        )[0]  # fmt: skip
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         needs_x, needs_scale, needs_zero_point, *_ = ctx.needs_input_grad
         watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        if watched or type(grad) is not Tensor or ops.kernels_for(x) is None:
+        known = type(grad) is Tensor and takes_types(x.dtype, grad.dtype)
+        if watched or not known or ops.kernels_for(x) is None:
             # A second derivative, or what cannot be taken by its address.
-            return *_LearnedFakeQuantize.backward(ctx, grad), None, None
+            return *_LearnedFakeQuantize.backward(ctx, grad.to(x.dtype)), None, None, None
         quant_min, quant_max, factor, rounded = ctx.constants
         grad = ops.laid_out(grad, x.stride())
         bounds = quant_min, quant_max
@@ -162,7 +174,7 @@ class _NativeLearned(torch.autograd.Function):
             inside,
             _of_scale(slope, scale, factor) if needs_scale else None,
             shift.float().view(zero_point.shape) * factor if shift is not None else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -179,10 +191,11 @@ class _TracedLearned(torch.autograd.Function):
         quant_max: Any,
         factor: Any,
         rounded: Any,
+        dtype: Any,
     ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.constants = quant_min, quant_max, factor, rounded
-        return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, True)
+        return torch.ops.lq_plugin.fake_quantize(x, scale, zero_point, quant_min, quant_max, True, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -191,7 +204,7 @@ class _TracedLearned(torch.autograd.Function):
         inside, slope, shift = torch.ops.lq_plugin.learned_backward(
             x, grad, scale, zero_point, quant_min, quant_max, rounded
         )
-        return inside, _of_scale(slope, scale, factor), shift.float().view(zero_point.shape) * factor, *(None,) * 4
+        return inside, _of_scale(slope, scale, factor), shift.float().view(zero_point.shape) * factor, *(None,) * 5
 
 
 def _of_scale(slope: Tensor, scale: Tensor, factor: float) -> Tensor:

@@ -92,6 +92,13 @@ class QuantizedLayer(nn.Module):
         """Channels of the input and of the output."""
         raise NotImplementedError
 
+    def casts_operands(self) -> bool:
+        """Whether under autocast its input and its weight are cast before anything reads them.
+
+        Then their quantizers write them in autocast's dtype, which saves a pass over each.
+        """
+        return False
+
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
         """Returns the weight as the forward pass uses it; `weight` is the layer's own, where it is at hand already."""
         weight = self.weight if weight is None else weight
@@ -235,6 +242,8 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
             continue
         quantizer.to(weight.device)
         quantizer.train(layer.training)
+        for stage in quantizer.stages() if type(layer).casts_operands(layer) else ():
+            stage.casts = quantizer is not layer.output_quantizer
         if not trained:
             # A frozen layer gets no trainable scales.
             quantizer.requires_grad_(False)

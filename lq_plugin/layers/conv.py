@@ -31,6 +31,11 @@ class _QuantizedConv(QuantizedLayer):
     def channels(self) -> tuple[int, int]:
         return self.in_channels, self.out_channels
 
+    def casts_operands(self) -> bool:
+        # Of the forward below, with torch's own convolution: a subclass may read the weight elsewhere.
+        own = type(self)._conv_forward.__module__ == nn.Conv2d.__module__
+        return own and type(self).forward is _QuantizedConv.forward
+
     def forward(self, input: Tensor) -> Tensor:
         if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)

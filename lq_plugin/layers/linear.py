@@ -23,6 +23,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def channels(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
+    def casts_operands(self) -> bool:
+        return type(self).forward is QuantizedLinear.forward
+
     def forward(self, input: Tensor) -> Tensor:
         if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)

@@ -11,6 +11,32 @@ inline void store(float* p, const V& v) {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
 }
+inline V load(const BFloat* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i a = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), b = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+}
+// The upper halves of the rounded bits, see `narrowed` of common.h.
+inline __m256i upper_halves(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0), nan);
+}
+inline void store(BFloat* p, const V& v) {
+    // Packed in each half of a register: the second and third quarters change places.
+    const __m256i packed = _mm256_packus_epi32(upper_halves(v.a), upper_halves(v.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+}
+inline V load(const Half* p) {
+    const __m128i* at = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
+}
+inline void store(Half* p, const V& v) {
+    __m128i* at = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(at, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(at + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+}
 inline V set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline __m256 half(__m256 x, __m256 inverse, __m256 low, __m256 high, __m256 scale, unsigned& bits) {
     const __m256 r = _mm256_round_ps(_mm256_mul_ps(x, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

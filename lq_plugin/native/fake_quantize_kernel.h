@@ -1,7 +1,7 @@
 // The loops of fake_quantize.cpp, compiled once for each instruction set: included in a namespace of its own that has defined
 //
 //   V                      16 floats
-//   load, store            unaligned
+//   load, store            unaligned, from and to elements of each type
 //   set(float)             the same in all lanes
 //   quantized(x, q, bits)  clip(round(x · inverse), low, high) · scale; bit i is 1 where nothing was clipped
 //   lower(a, b), upper     of two, a NaN in `a` passed over
@@ -10,8 +10,24 @@
 //   learned(...), Totals   LSQ's backward pass; what passes is what lies strictly between low and high, or ROUNDED: rounds to within
 //   spread(low, high, nan) over the lanes
 
+// The last elements of a run, n < 16; what lies behind them is 0.
+template <class X>
+inline V load_part(const X* x, int64_t n) {
+    X part[16] = {};
+    std::memcpy(part, x, n * sizeof(X));
+    return load(part);
+}
+template <class Y>
+inline void store_part(Y* y, const V& v, int64_t n) {
+    Y part[16];
+    store(part, v);
+    std::memcpy(y, part, n * sizeof(Y));
+}
+inline uint16_t bits_part(unsigned bits, int64_t n) { return static_cast<uint16_t>(bits & ((1u << n) - 1u)); }
+
 // One run of n elements with the same qparams.
-inline void span(const float* x, float* y, uint16_t* mask, int64_t n, const Levels& levels) {
+template <class X, class Y>
+inline void span(const X* x, Y* y, uint16_t* mask, int64_t n, const Levels& levels) {
     const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
     int64_t i = 0;
     unsigned bits;
@@ -20,66 +36,64 @@ inline void span(const float* x, float* y, uint16_t* mask, int64_t n, const Leve
         if (mask) mask[i / 16] = static_cast<uint16_t>(bits);
     }
     if (i < n) {
-        float part[16] = {};
-        std::memcpy(part, x + i, (n - i) * sizeof(float));
-        store(part, quantized(load(part), q, bits));
-        std::memcpy(y + i, part, (n - i) * sizeof(float));
-        if (mask) mask[i / 16] = static_cast<uint16_t>(bits & ((1u << (n - i)) - 1u));
+        store_part(y + i, quantized(load_part(x + i, n - i), q, bits), n - i);
+        if (mask) mask[i / 16] = bits_part(bits, n - i);
     }
 }
 
-// The same, and the extremes of x on the way.
-inline Spread span_observed(const float* x, float* y, uint16_t* mask, int64_t n, const Levels& levels) {
-    const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
-    V low = set(INFINITY), high = set(-INFINITY);
-    bool nan = false;
-    int64_t i = 0;
-    unsigned bits;
-    for (; i + 16 <= n; i += 16) {
-        V v = load(x + i);
+// The extremes of what is taken in.
+struct Extremes {
+    V low, high;
+    bool nan;
+    inline Extremes() : low(set(INFINITY)), high(set(-INFINITY)), nan(false) {}
+    inline void take(const V& v) {
         low = lower(v, low);
         high = upper(v, high);
         nan |= unordered(v);
+    }
+    // The last elements, which stand in the lanes behind them also.
+    template <class X>
+    inline void take_part(const X* x, int64_t n) {
+        X part[16];
+        for (int64_t k = 0; k < 16; ++k) part[k] = x[k < n ? k : 0];
+        take(load(part));
+    }
+    inline Spread found() const { return spread(low, high, nan); }
+};
+
+// The same, and the extremes of x on the way.
+template <class X, class Y>
+inline Spread span_observed(const X* x, Y* y, uint16_t* mask, int64_t n, const Levels& levels) {
+    const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
+    Extremes extremes;
+    int64_t i = 0;
+    unsigned bits;
+    for (; i + 16 <= n; i += 16) {
+        const V v = load(x + i);
+        extremes.take(v);
         store(y + i, quantized(v, q, bits));
         if (mask) mask[i / 16] = static_cast<uint16_t>(bits);
     }
     if (i < n) {
-        float part[16];
-        for (int64_t k = 0; k < 16; ++k) part[k] = x[i + k < n ? i + k : i];
-        V v = load(part);
-        low = lower(v, low);
-        high = upper(v, high);
-        nan |= unordered(v);
-        store(part, quantized(v, q, bits));
-        std::memcpy(y + i, part, (n - i) * sizeof(float));
-        if (mask) mask[i / 16] = static_cast<uint16_t>(bits & ((1u << (n - i)) - 1u));
+        extremes.take_part(x + i, n - i);
+        store_part(y + i, quantized(load_part(x + i, n - i), q, bits), n - i);
+        if (mask) mask[i / 16] = bits_part(bits, n - i);
     }
-    return spread(low, high, nan);
+    return extremes.found();
 }
 
-inline Spread extremes(const float* x, int64_t n) {
-    V low = set(INFINITY), high = set(-INFINITY);
-    bool nan = false;
+template <class X>
+inline Spread extremes(const X* x, int64_t n) {
+    Extremes found;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        V v = load(x + i);
-        low = lower(v, low);
-        high = upper(v, high);
-        nan |= unordered(v);
-    }
-    if (i < n) {
-        float part[16];
-        for (int64_t k = 0; k < 16; ++k) part[k] = x[i + k < n ? i + k : i];
-        V v = load(part);
-        low = lower(v, low);
-        high = upper(v, high);
-        nan |= unordered(v);
-    }
-    return spread(low, high, nan);
+    for (; i + 16 <= n; i += 16) found.take(load(x + i));
+    if (i < n) found.take_part(x + i, n - i);
+    return found.found();
 }
 
 // One run of n elements, each with qparams of its own.
-inline void columns(const float* x, float* y, uint16_t* mask, int64_t n, const Table& table, int64_t first) {
+template <class X, class Y>
+inline void columns(const X* x, Y* y, uint16_t* mask, int64_t n, const Table& table, int64_t first) {
     unsigned bits;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -89,25 +103,39 @@ inline void columns(const float* x, float* y, uint16_t* mask, int64_t n, const T
         if (mask) mask[i / 16] = static_cast<uint16_t>(bits);
     }
     if (i < n) {
-        float part[5][16] = {};
-        const float* sources[5] = {x + i, table.inverse + first + i, table.low + first + i, table.high + first + i, table.scale + first + i};
-        for (int k = 0; k < 5; ++k) std::memcpy(part[k], sources[k], (n - i) * sizeof(float));
-        const Q q{load(part[1]), load(part[2]), load(part[3]), load(part[4])};
-        store(part[0], quantized(load(part[0]), q, bits));
-        std::memcpy(y + i, part[0], (n - i) * sizeof(float));
-        if (mask) mask[i / 16] = static_cast<uint16_t>(bits & ((1u << (n - i)) - 1u));
+        const int64_t k = first + i, rest = n - i;
+        const Q q{load_part(table.inverse + k, rest), load_part(table.low + k, rest), load_part(table.high + k, rest),
+                  load_part(table.scale + k, rest)};
+        store_part(y + i, quantized(load_part(x + i, rest), q, bits), rest);
+        if (mask) mask[i / 16] = bits_part(bits, rest);
     }
 }
 
-inline void masked(const float* gradient, float* result, const uint16_t* mask, int64_t n) {
+template <class X, class Y>
+inline void masked(const Y* gradient, X* result, const uint16_t* mask, int64_t n) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) store(result + i, kept(load(gradient + i), mask[i / 16]));
-    for (; i < n; ++i) result[i] = mask[i / 16] >> (i % 16) & 1 ? gradient[i] : 0.0f;
+    if (i < n) store_part(result + i, kept(load_part(gradient + i, n - i), mask[i / 16]), n - i);
+}
+
+template <class X, class Y>
+inline void passed(const X* x, const Y* gradient, X* result, int64_t n, const Levels& levels) {
+    const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
+    int64_t i = 0;
+    unsigned bits;
+    for (; i + 16 <= n; i += 16) {
+        quantized(load(x + i), q, bits);
+        store(result + i, kept(load(gradient + i), bits));
+    }
+    if (i < n) {
+        quantized(load_part(x + i, n - i), q, bits);
+        store_part(result + i, kept(load_part(gradient + i, n - i), bits), n - i);
+    }
 }
 
 // LSQ's backward pass over n elements that share a scale; result may be null. Sums in double, 16 lanes, then lane by lane.
-template <bool SHIFT, bool ROUNDED>
-inline Sums learned_span(const float* x, const float* gradient, float* result, int64_t n, const Levels& levels) {
+template <bool SHIFT, bool ROUNDED, class X, class Y>
+inline Sums learned_span(const X* x, const Y* gradient, X* result, int64_t n, const Levels& levels) {
     const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
     Totals totals;
     int64_t i = 0;
@@ -117,12 +145,8 @@ inline Sums learned_span(const float* x, const float* gradient, float* result, i
     }
     if (i < n) {
         // Of the padding, whose gradient is 0, nothing is added.
-        float value[16] = {}, slope[16] = {};
-        std::memcpy(value, x + i, (n - i) * sizeof(float));
-        std::memcpy(slope, gradient + i, (n - i) * sizeof(float));
-        V inside = learned<SHIFT, ROUNDED>(load(value), load(slope), q, totals);
-        store(slope, inside);
-        if (result) std::memcpy(result + i, slope, (n - i) * sizeof(float));
+        V inside = learned<SHIFT, ROUNDED>(load_part(x + i, n - i), load_part(gradient + i, n - i), q, totals);
+        if (result) store_part(result + i, inside, n - i);
     }
     return totals.sum();
 }

@@ -1,6 +1,10 @@
-// The passes of fake_quantize.cpp over whole tensors, shared among threads; included behind fake_quantize_kernel.h.
+// The passes of fake_quantize.cpp over whole tensors, shared among threads; included behind fake_quantize_kernel.h. Those that take
+// `types` choose the template of the same name with the elements' types.
 
-inline void forward(const float* x, float* y, uint16_t* mask, const Table& table, const Shape& shape, int threads) {
+template <class X, class Y>
+inline void forward_of(const void* x_at, void* y_at, uint16_t* mask, const Table& table, const Shape& shape, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    Y* y = static_cast<Y*>(y_at);
     if (shape.inner == 1) {
         const int64_t parts = pieces(shape.run, CHUNK), words = pieces(shape.run, 16), runs = shape.repeats * shape.outer;
         LQ_PARALLEL(runs * shape.run)
@@ -18,8 +22,31 @@ inline void forward(const float* x, float* y, uint16_t* mask, const Table& table
         columns(x + row * shape.inner, y + row * shape.inner, mask ? mask + row * words : nullptr, shape.inner, table, first);
     }
 }
+inline void forward(int types, const void* x, void* y, uint16_t* mask, const Table& table, const Shape& shape, int threads) {
+    LQ_BY_TYPES(types, forward_of, x, y, mask, table, shape, threads);
+}
 
-inline void observed(const float* x, float* y, uint16_t* mask, const Levels& levels, int64_t n, Spread* found, int threads) {
+// Each scale is for one element (MX): a table at a time that stays in the cache.
+template <class X, class Y>
+inline void elements_of(const void* x, void* y, uint16_t* mask, const float* scale, const float* zero_point, int64_t n, int quant_min,
+                        int quant_max, bool learned, int threads) {
+    constexpr int64_t PART = 4096;
+    LQ_PARALLEL(n)
+    for (int64_t first = 0; first < n; first += PART) {
+        const int64_t size = std::min(PART, n - first);
+        const Store levels(scale + first, zero_point + first, size, quant_min, quant_max, learned);
+        columns(static_cast<const X*>(x) + first, static_cast<Y*>(y) + first, mask ? mask + first / 16 : nullptr, size, levels.table(), 0);
+    }
+}
+inline void elements(int types, const void* x, void* y, uint16_t* mask, const float* scale, const float* zero_point, int64_t n,
+                     int quant_min, int quant_max, bool learned, int threads) {
+    LQ_BY_TYPES(types, elements_of, x, y, mask, scale, zero_point, n, quant_min, quant_max, learned, threads);
+}
+
+template <class X, class Y>
+inline void observed_of(const void* x_at, void* y_at, uint16_t* mask, const Levels& levels, int64_t n, Spread* found, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    Y* y = static_cast<Y*>(y_at);
     const int64_t parts = pieces(n, CHUNK);
     LQ_PARALLEL(n)
     for (int64_t part = 0; part < parts; ++part) {
@@ -27,9 +54,15 @@ inline void observed(const float* x, float* y, uint16_t* mask, const Levels& lev
         found[part] = span_observed(x + first, y + first, mask ? mask + first / 16 : nullptr, std::min(CHUNK, n - first), levels);
     }
 }
+inline void observed(int types, const void* x, void* y, uint16_t* mask, const Levels& levels, int64_t n, Spread* found, int threads) {
+    LQ_BY_TYPES(types, observed_of, x, y, mask, levels, n, found, threads);
+}
 
-inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n,
-                             int quant_min, int quant_max, bool affine, int threads) {
+template <class X, class Y>
+inline void rows_with_ranges_of(const void* x_at, void* y_at, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n,
+                                int quant_min, int quant_max, bool affine, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    Y* y = static_cast<Y*>(y_at);
     const int64_t words = pieces(n, 16);
     LQ_PARALLEL(rows * n)
     for (int64_t row = 0; row < rows; ++row) {
@@ -39,19 +72,26 @@ inline void rows_with_ranges(const float* x, float* y, uint16_t* mask, float* sc
         span(x + row * n, y + row * n, mask ? mask + row * words : nullptr, n, levels);
     }
 }
+inline void rows_with_ranges(int types, const void* x, void* y, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n,
+                             int quant_min, int quant_max, bool affine, int threads) {
+    LQ_BY_TYPES(types, rows_with_ranges_of, x, y, mask, scale, zero_point, rows, n, quant_min, quant_max, affine, threads);
+}
 
-inline void lookup(const Rows& r, float* y, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
+template <class X, class Y>
+inline void lookup_of(const Rows& r, void* y_at, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
+    const X* table = static_cast<const X*>(r.table);
+    Y* y = static_cast<Y*>(y_at);
     const int64_t words = pieces(r.n, 16), length = r.parts * r.n;
     LQ_PARALLEL(r.count * length)
     for (int64_t i = 0; i < r.count; ++i) {
         if (i + AHEAD < r.count) {
-            const int64_t next = r.index[i + AHEAD];
-            for (int64_t at = 0; at < length; at += 16) __builtin_prefetch(r.table + next * length + at);
+            const int64_t next = r.index[i + AHEAD], line = 64 / static_cast<int64_t>(sizeof(X));
+            for (int64_t at = 0; at < length; at += line) __builtin_prefetch(table + next * length + at);
             if (r.ranges == GIVEN) __builtin_prefetch(r.scale + next * r.parts), __builtin_prefetch(r.zero_point + next * r.parts);
         }
         for (int64_t part = 0; part < r.parts; ++part) {
             const int64_t place = r.index[i] * r.parts + part, unit = i * r.parts + part, k = r.ranges == ONE ? 0 : place;
-            const float* x = r.table + place * r.n;
+            const X* x = table + place * r.n;
             float s, z;
             if (r.ranges == OWN) {
                 const Spread found = extremes(x, r.n);
@@ -63,17 +103,27 @@ inline void lookup(const Rows& r, float* y, uint16_t* mask, int quant_min, int q
         }
     }
 }
+inline void lookup(int types, const Rows& r, void* y, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
+    LQ_BY_TYPES(types, lookup_of, r, y, mask, quant_min, quant_max, affine, threads);
+}
 
-inline void row_extremes(const float* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
+template <class X, class Y>
+inline void row_extremes_of(const void* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
     LQ_PARALLEL(rows * n)
     for (int64_t row = 0; row < rows; ++row) {
-        const Spread found = extremes(x + row * n, n);
+        const Spread found = extremes(static_cast<const X*>(x) + row * n, n);
         low[row] = found.nan ? NAN : found.low;
         high[row] = found.nan ? NAN : found.high;
     }
 }
+inline void row_extremes(int types, const void* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
+    LQ_BY_TYPES(types, row_extremes_of, x, low, high, rows, n, threads);
+}
 
-inline void mask_gradient(const float* gradient, float* result, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+template <class X, class Y>
+inline void mask_gradient_of(const void* gradient_at, void* result_at, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+    const Y* gradient = static_cast<const Y*>(gradient_at);
+    X* result = static_cast<X*>(result_at);
     const int64_t parts = pieces(n, CHUNK), words = pieces(n, 16);
     LQ_PARALLEL(runs * n)
     for (int64_t unit = 0; unit < runs * parts; ++unit) {
@@ -81,17 +131,44 @@ inline void mask_gradient(const float* gradient, float* result, const uint16_t* 
         masked(gradient + row * n + first, result + row * n + first, mask + row * words + first / 16, std::min(CHUNK, n - first));
     }
 }
+inline void mask_gradient(int types, const void* gradient, void* result, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+    LQ_BY_TYPES(types, mask_gradient_of, gradient, result, mask, runs, n, threads);
+}
 
-inline void learned_backward(const float* x, const float* gradient, float* result, const Table& table, Sums* found, const Shape& shape,
-                             bool shift, bool rounded, int threads) {
-    const auto span = rounded ? shift ? learned_span<true, true> : learned_span<false, true>
-                              : shift ? learned_span<true, false> : learned_span<false, false>;
+template <class X, class Y>
+inline void passed_gradient_of(const void* x_at, const void* gradient_at, void* result_at, const Levels& levels, int64_t n, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    const Y* gradient = static_cast<const Y*>(gradient_at);
+    X* result = static_cast<X*>(result_at);
+    const int64_t parts = pieces(n, CHUNK);
+    LQ_PARALLEL(n)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * CHUNK;
+        passed(x + first, gradient + first, result + first, std::min(CHUNK, n - first), levels);
+    }
+}
+inline void passed_gradient(int types, const void* x, const void* gradient, void* result, const Levels& levels, int64_t n, int threads) {
+    LQ_BY_TYPES(types, passed_gradient_of, x, gradient, result, levels, n, threads);
+}
+
+template <class X, class Y>
+inline void learned_backward_of(const void* x_at, const void* gradient_at, void* result_at, const Table& table, Sums* found,
+                                const Shape& shape, bool shift, bool rounded, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    const Y* gradient = static_cast<const Y*>(gradient_at);
+    X* result = static_cast<X*>(result_at);
+    const auto span = rounded ? shift ? learned_span<true, true, X, Y> : learned_span<false, true, X, Y>
+                              : shift ? learned_span<true, false, X, Y> : learned_span<false, false, X, Y>;
     const int64_t parts = pieces(shape.run, CHUNK), runs = shape.repeats * shape.outer;
     LQ_PARALLEL(runs * shape.run)
     for (int64_t unit = 0; unit < runs * parts; ++unit) {
         const int64_t row = unit / parts, part = unit % parts * CHUNK, first = row * shape.run + part;
         const int64_t n = std::min(CHUNK, shape.run - part);
-        float* inside = result ? result + first : nullptr;
+        X* inside = result ? result + first : nullptr;
         found[unit] = span(x + first, gradient + first, inside, n, table.at(row % shape.outer));
     }
+}
+inline void learned_backward(int types, const void* x, const void* gradient, void* result, const Table& table, Sums* found,
+                             const Shape& shape, bool shift, bool rounded, int threads) {
+    LQ_BY_TYPES(types, learned_backward_of, x, gradient, result, table, found, shape, shift, rounded, threads);
 }

@@ -6,12 +6,16 @@ struct V {
 struct Q {
     V inverse, low, high, scale;
 };
-inline V load(const float* p) {
+template <class X>
+inline V load(const X* p) {
     V v;
-    std::memcpy(v.lane, p, sizeof v.lane);
+    for (int i = 0; i < 16; ++i) v.lane[i] = widened(p[i]);
     return v;
 }
-inline void store(float* p, const V& v) { std::memcpy(p, v.lane, sizeof v.lane); }
+template <class Y>
+inline void store(Y* p, const V& v) {
+    for (int i = 0; i < 16; ++i) narrowed(v.lane[i], p[i]);
+}
 inline V set(float x) {
     V v;
     for (float& lane : v.lane) lane = x;

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels, Layout, accepts, is_dense, layout_of
-from lq_plugin.native.pass_band import pass_band
+from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels, takes_types
+from lq_plugin.native.layouts import Layout, accepts, is_dense, layout_of
 from lq_plugin.native.switch import active
 
 
-def kernels_for(x: Tensor) -> FakeQuantizeKernels | None:
+def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> FakeQuantizeKernels | None:
     """Returns the kernels that may replace torch operations on `x`; None if they may not.
 
-    They may not where operations on it are watched, on an empty tensor, and where `accepts` says no.
+    They may not where operations on it are watched, on an empty tensor, where `accepts` says no, and where they do not
+    write results of this dtype (None: that of `x`).
     """
+    if dtype is not None and not takes_types(x.dtype, dtype):
+        return None
     if is_watched(x) or not x.numel() or (found := active(x.device.type)) is None:
         return None
     return found if accepts(x) else None
@@ -36,9 +39,9 @@ def _compiled_here() -> bool:
     return active() is not None
 
 
-def traceable(x: Tensor, scale: Tensor) -> bool:
-    """Returns True if, under torch.compile, the operators may replace torch operations on `x`."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
+def traceable(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Returns True if, under torch.compile, the operators may give `x` quantized in a dtype (None: its own)."""
+    if not takes_types(x.dtype, dtype or x.dtype) or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
         return False
     return (
         x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
@@ -81,39 +84,49 @@ _operator = functools.partial(torch.library.custom_op, mutates_args=(), **_tags)
 
 @_operator("lq_plugin::fake_quantize")
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, learned: bool
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    learned: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Returns `Kernels.fake_quantize` of `x` with one scale."""
     x = _dense(x)
     layout = layout_of(x, scale)
     assert layout is not None
     return _kernels().fake_quantize(
-        x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned
+        x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned, dtype=dtype
     )[0]
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, learned: Any) -> Any:
-    return torch.empty_like(x)
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, learned: Any, dtype: Any = None
+) -> Any:
+    return torch.empty_like(x, dtype=dtype)
 
 
 @_operator("lq_plugin::fake_quantize_observed")
 def fake_quantize_observed(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `fake_quantize` of `x` without a mask, and the smallest and the largest value of x, `[1]` each."""
-    x = _dense(x)
-    low, high = x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf)
-    return (
-        _kernels().fake_quantize_observed(x, scale, zero_point, (quant_min, quant_max), low, high, masked=False)[0],
-        low,
-        high,
-    )
+    """Returns `fake_quantize` of `x` without a mask, and its smallest and its largest value, float32 `[1]` each."""
+    x, bounds = _dense(x), (quant_min, quant_max)
+    low, high = scale.new_full((1,), torch.inf), scale.new_full((1,), -torch.inf)
+    y, _ = _kernels().fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False, dtype=dtype)
+    return y, low, high
 
 
 @fake_quantize_observed.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
-    return torch.empty_like(x), x.new_empty(1), x.new_empty(1)
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, dtype: Any = None) -> Any:
+    return torch.empty_like(x, dtype=dtype), scale.new_empty(1), scale.new_empty(1)
 
 
 @_operator("lq_plugin::passed_gradient")
@@ -121,11 +134,9 @@ def passed_gradient(
     gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
     """Returns the gradient where x was not clipped, with one scale, else 0."""
-    x = _dense(x)
-    low, high = pass_band(scale.item(), quant_min - zero_point.item(), quant_max - zero_point.item())
-    # One vectorised kernel for grad · 1{low < x < high}.
-    y: Tensor = torch.ops.aten.hardtanh_backward(laid_out(gradient, x.stride()), x, low, high)
-    return y
+    x, bounds, kernels = _dense(x), (quant_min, quant_max), _kernels()
+    assert isinstance(kernels, Kernels)
+    return kernels.passed_gradient(x, laid_out(gradient, x.stride()), scale, zero_point, bounds)
 
 
 @passed_gradient.register_fake

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lq_plugin.native.kernels import Layout, new_mask
+from lq_plugin.native.layouts import Layout, new_mask
 
 #: Elements of a program, and the most of them in one row.
 _TILE, _WIDEST = 2048, 2048
@@ -177,7 +177,7 @@ def mask_gradient(gradient_at, result_at, mask_at, rows, length, parts, ROWS: tl
     word = tl.load(mask_at + row[:, None] * words + (column // 16)[None, :], mask=valid, other=0)
     inside = (word.to(tl.int32) >> (column % 16)[None, :]) & 1
     gradient = tl.load(gradient_at + place, mask=valid, other=0.0)
-    tl.store(result_at + place, tl.where(inside != 0, gradient, 0.0), mask=valid)
+    tl.store(result_at + place, tl.where(inside != 0, gradient, 0.0).to(result_at.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "outer"])
@@ -209,13 +209,13 @@ def _learned_backward(
             shift_at + row * parts + tl.program_id(0) % parts, tl.sum(term.to(tl.float64), axis=1), mask=row < rows
         )
     if NEEDS_X:
-        tl.store(result_at + place, tl.where(outside, 0.0, gradient), mask=valid)
+        tl.store(result_at + place, tl.where(outside, 0.0, gradient).to(result_at.dtype.element_ty), mask=valid)
 
 
 class TritonKernels:
     """The kernels of GPUs, see `FakeQuantizeKernels`.
 
-    They also take float16 and bfloat16: the arithmetic is float32, results are rounded to x's dtype.
+    The arithmetic is float32; results are rounded to their dtype as they are stored.
     """
 
     variant = "triton"
@@ -229,8 +229,9 @@ class TritonKernels:
         layout: Layout,
         masked: bool,
         learned: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, learned=learned)
         return y, mask
 
@@ -243,9 +244,10 @@ class TritonKernels:
         low: Tensor,
         high: Tensor,
         masked: bool,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         layout = Layout(1, 1, x.numel(), 1)
-        y, mask = torch.empty_like(x), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
         programs = tile_sizes(layout)[0]
         lows, highs = torch.empty(2, programs, dtype=torch.float32, device=x.device)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(lows, highs), observed=True)
@@ -254,17 +256,23 @@ class TritonKernels:
         return y, mask
 
     def fake_quantize_rows(
-        self, x: Tensor, rows: int, bounds: tuple[int, int], affine: bool, masked: bool
+        self,
+        x: Tensor,
+        rows: int,
+        bounds: tuple[int, int],
+        affine: bool,
+        masked: bool,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         layout = Layout(1, rows, x.numel() // rows, 1)
-        y, mask = torch.empty_like(x), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
         scale, zero_point = torch.empty(2, rows, dtype=torch.float32, device=x.device)
         low, high = x.detach().view(rows, -1).aminmax(dim=1)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(low, high), affine=affine)
         return y, mask, scale, zero_point
 
-    def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-        result = torch.empty_like(gradient)
+    def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+        result = torch.empty_like(gradient, dtype=dtype)
         programs, parts, rows, columns = tile_sizes(layout)
         with device_of(gradient):
             mask_gradient[programs,](

@@ -177,7 +177,7 @@ class ActivationQuantizer(Quantizer):
         # Observing and quantizing with what was observed before take one pass over the data together.
         if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
             return fake_quantize_observed(
-                x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max
+                x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max, self.result_dtype(x)
             )
         return super().forward(x)
 
@@ -191,15 +191,15 @@ class ActivationQuantizer(Quantizer):
         ):
             y: Tensor = self(x)
             return y
-        watches, grid = self._watches, self.spec.grid
+        watches, grid, dtype = self._watches, self.spec.grid, self.result_dtype(x)
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             low, high = float32(torch.inf, (1,)), float32(-torch.inf, (1,))
             if not watches:
-                return fake_quantize(x, self.scale, self.zero_point, grid), low, high
-            return fake_quantize_observed(x, self.scale, self.zero_point, grid, low, high), low, high
+                return fake_quantize(x, self.scale, self.zero_point, grid, dtype), low, high
+            return fake_quantize_observed(x, self.scale, self.zero_point, grid, low, high, dtype), low, high
 
-        y, low, high = shared.once(x, (grid, self.scale.item(), self.zero_point.item(), watches), make)
+        y, low, high = shared.once(x, (grid, self.scale.item(), self.zero_point.item(), watches, dtype), make)
         if watches:
             self.take_in(low, high)
         return y

@@ -41,8 +41,8 @@ from lq_plugin.ranges import Histogram, Sample
 
 #: Buffers that say what a quantizer does, of which it keeps Python copies.
 _SWITCHES = ("enabled", "calibrated", "stage", "draws", "fixed")
-#: Rounding to nearest, by the spec's gradient.
-_WITH_GRADIENT = {"clipped": fake_quantize, "mad": fake_quantize_mad, "identity": fake_quantize_identity}
+#: Rounding to nearest, by the spec's gradient where that is not `clipped`.
+_WITH_GRADIENT = {"mad": fake_quantize_mad, "identity": fake_quantize_identity}
 
 
 class Levels(NamedTuple):
@@ -81,6 +81,8 @@ class Quantizer(nn.Module):
     earlier: nn.ModuleList
     #: Whether it must be calibrated before it can quantize.
     needs_calibration = True
+    #: Whether in training nothing reads its result but an operation that autocast casts, see `result_dtype`.
+    casts = False
     #: Parameters that weight decay would pull to zero for no good.
     no_weight_decay: tuple[str, ...] = ()
 
@@ -268,7 +270,20 @@ class Quantizer(nn.Module):
         """
         if self.spec.stochastic and self.training:
             return fake_quantize_stochastic(x, scale, zero_point, self.spec.grid, self.noise(x))
+        if self._rounds_to_nearest:
+            return fake_quantize(x, scale, zero_point, self.spec.grid, self.result_dtype(x))
         return _WITH_GRADIENT[self.spec.gradient](x, scale, zero_point, self.spec.grid)
+
+    def result_dtype(self, x: Tensor) -> torch.dtype:
+        """Returns the dtype that quantized `x` is wanted in: its own or, where a layer trains under autocast, that one's.
+
+        A result that is written in autocast's dtype has the values of a float32 one that autocast casts. What is asked
+        for without gradients may be stored or measured, and keeps its own.
+        """
+        device = x.device.type
+        if not (self.casts and self.training and x.dtype == torch.float32 and torch.is_grad_enabled()):
+            return x.dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     @property
     def rounds_to_nearest(self) -> bool:

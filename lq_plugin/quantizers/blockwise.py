@@ -95,7 +95,7 @@ class BlockWeightQuantizer(WeightQuantizer):
             w = blocks(x, self.spec.granularity)
             y = fake_quantize_minifloat(w, self.scale, self.scale.reciprocal(), self.element)
             return unblocks(y, x.shape, self.spec.granularity)
-        done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x))
+        done = fake_quantize_blocks(x, 1, lambda: self.block_rule(x), self.result_dtype(x))
         if done is not None:
             return done
         return unblocks(self.quantize_blocks(blocks(x, self.spec.granularity)), x.shape, self.spec.granularity)

@@ -38,7 +38,13 @@ class LSQWeightQuantizer(WeightQuantizer):
     def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         group = self.spec.granularity
         y = fake_quantize_learned(
-            blocks(x, group), scale, zero_point, self.spec.grid, self.gradient_factor, _band(self.spec)
+            blocks(x, group),
+            scale,
+            zero_point,
+            self.spec.grid,
+            self.gradient_factor,
+            _band(self.spec),
+            self.result_dtype(x),
         )
         return unblocks(y, x.shape, group)
 
@@ -77,7 +83,9 @@ class LSQActivationQuantizer(ActivationQuantizer):
         features = x.numel() // max(x.shape[0], 1) // self.channels
         factor = gradient_scale(features, self.spec.grid)
         scale, zero_point = self._view(self.scale, x), self._view(self.zero_point, x)
-        return fake_quantize_learned(x, scale, zero_point, self.spec.grid, factor, _band(self.spec))
+        return fake_quantize_learned(
+            x, scale, zero_point, self.spec.grid, factor, _band(self.spec), self.result_dtype(x)
+        )
 
 
 class PACTActivationQuantizer(ActivationQuantizer):

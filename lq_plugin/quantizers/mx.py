@@ -41,7 +41,7 @@ class MXWeightQuantizer(WeightQuantizer):
         self.set_calibrated()
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        done = fake_quantize_blocks(x, 1, lambda: mx_rule(self.spec.bit_width - 1))
+        done = fake_quantize_blocks(x, 1, lambda: mx_rule(self.spec.bit_width - 1), self.result_dtype(x))
         return super().quantize_values(x) if done is None else done
 
     def _rows_are_independent(self) -> bool:

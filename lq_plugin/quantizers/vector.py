@@ -35,7 +35,10 @@ class VectorActivationQuantizer(ActivationQuantizer):
         self.group = cast(PerGroup, spec.granularity)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        if self.rounds_to_nearest and (done := fake_quantize_blocks(x, self.axis, self.block_rule)) is not None:
+        if (
+            self.rounds_to_nearest
+            and (done := fake_quantize_blocks(x, self.axis, self.block_rule, self.result_dtype(x))) is not None
+        ):
             return done
         # Channels to dim 1, as in a weight: [N, C, *spatial].
         rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])

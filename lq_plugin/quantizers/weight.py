@@ -169,17 +169,16 @@ class WeightQuantizer(Quantizer):
         self.fix(levels.scale, levels.zero_point)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        group = self.spec.granularity
+        group, dtype = self.spec.granularity, self.result_dtype(x)
         if self._from_extremes and not self._fixed and not (self._rounds_at_random and self.training):
             if not isinstance(group, PerGroup):
-                return fake_quantize_to_extremes(x, self.scale_shape, self._grid)
+                return fake_quantize_to_extremes(x, self.scale_shape, self._grid, dtype)
             if group.scale_bits is None:
-                return unblocks(
-                    fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self._grid), x.shape, group
-                )
+                y = fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self._grid, dtype)
+                return unblocks(y, x.shape, group)
             if group.coarse == "tensor" and not self._grid.affine:
                 done = fake_quantize_blocks(
-                    x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits))
+                    x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)), dtype
                 )
                 if done is not None:
                     return done

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from lq_plugin import QuantSpec
 from lq_plugin.native import available, use_native
-from lq_plugin.native.kernels import BlockLayout, Kernels, block_layout
+from lq_plugin.native.kernels import Kernels
+from lq_plugin.native.layouts import BlockLayout, block_layout
 from lq_plugin.quantizers import make_activation_quantizer, make_weight_quantizer
 
 if not available():

@@ -16,7 +16,8 @@ from lq_plugin.functional.affine import extremes, fake_quantize, fake_quantize_o
 from lq_plugin.functional.lsq import Band, fake_quantize_learned
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import NativeError, available, switch as switch_module, use_native
-from lq_plugin.native.kernels import Kernels, Layout, accepts, layout_of
+from lq_plugin.native.kernels import Kernels
+from lq_plugin.native.layouts import Layout, accepts, layout_of
 from lq_plugin.native.switch import active
 
 if not available():
@@ -281,9 +282,8 @@ def test_second_derivatives_pass_the_same_elements(learned):
     assert (outcomes[0][1] != 0).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_and_odd_memory_take_torch_operations(dtype):
-    assert not accepts(torch.zeros(3, dtype=dtype))
+def test_other_dtypes_and_odd_memory_take_torch_operations():
+    assert not accepts(torch.zeros(3, dtype=torch.float64))
     assert not accepts(torch.zeros(4, 4)[:, ::2])
     assert not accepts(torch.zeros(1).expand(5))
     assert accepts(torch.zeros(4, 6).t())

@@ -21,7 +21,7 @@ from lq_plugin.functional.affine import fake_quantize, fake_quantize_observed, f
 from lq_plugin.functional.lsq import fake_quantize_learned
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import NativeError, switch as switch_module, use_native
-from lq_plugin.native.kernels import Layout
+from lq_plugin.native.layouts import Layout
 from lq_plugin.native.switch import active
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")

@@ -57,6 +57,10 @@ class QuantizedAttention(QuantizedCompound):
         return "in_proj_weight" if cast(Any, module)._qkv_same_embed_dim else f"{name[0]}_proj_weight"
 
     @staticmethod
+    def casts_operands(module: nn.Module) -> bool:
+        return _is_known(module)
+
+    @staticmethod
     def inner_operations(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not _is_known(module):
             return {}

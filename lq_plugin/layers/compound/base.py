@@ -101,6 +101,11 @@ class _QuantizedWeight(QuantizedLayer):
     def channels(self) -> tuple[int, int]:
         return self.weight.shape[1], self.weight.shape[0]
 
+    def casts_operands(self) -> bool:
+        owner = cast(CompoundWeight, self).owner
+        family = compound_family(owner)
+        return family is not None and family.casts_operands(owner)
+
 
 @register_layer(InputWeight)
 class QuantizedInputWeight(_QuantizedWeight, InputWeight):
@@ -174,6 +179,11 @@ class QuantizedCompound(nn.Module):
         finally:
             for holder, name in shadowed:
                 del holder.__dict__[name]
+
+    @staticmethod
+    def casts_operands(module: nn.Module) -> bool:
+        """Whether under autocast inputs and weights are cast before anything reads them."""
+        return False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward; the parameters are the quantized ones now."""

@@ -1,19 +1,8 @@
-// Fake quantization of blocks along the channels, whose scales follow from the values; included in each namespace of fake_quantize.cpp.
+// Fake quantization of blocks along the channels, whose scales follow from the values; included in each namespace of blocks.cpp.
 // Plain loops over lanes that stand side by side, which the compiler turns into the instructions of the namespace.
 //
 // An operand is seen as [outer][channels][inner]; a block is `rule.block` channels of one (outer, inner). A tile is some of them beside
 // each other: `rows` channels, one below the other, by at most LANES blocks.
-
-inline int32_t bits_of(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-inline float from_bits(int32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 // Of numbers that are not negative; from 2^23 on, which every caller clips, it may be off.
 inline float rounded(float x) { return (x + 0x1p23f) - 0x1p23f; }
@@ -282,27 +271,67 @@ inline void packed(const uint8_t* pass, uint16_t* mask, int64_t n) {
     }
 }
 
+// Compiled once for each family, not for each type of elements.
+inline auto tile_of(const BlockRule& rule) {
+    return rule.family == MICROEXPONENTS ? tile<MICROEXPONENTS> : rule.family == OCP ? tile<OCP> : rule.family == NVFP4 ? tile<NVFP4> : tile<VECTORS>;
+}
+inline auto line_of(const BlockRule& rule) {
+    return rule.family == MICROEXPONENTS ? line<MICROEXPONENTS> : rule.family == OCP ? line<OCP> : rule.family == NVFP4 ? line<NVFP4> : line<VECTORS>;
+}
+
+// Elements of another type go through floats; what is float already stays where it is.
+template <class X>
+inline void widen(const X* x, float* out, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = widened(x[i]);
+}
+template <class Y>
+inline void narrow(const float* in, Y* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(y + i, load(in + i));
+    for (; i < n; ++i) narrowed(in[i], y[i]);
+}
+
 // Blocks whose channels lie far apart: tiles in place.
-template <int FAMILY>
-inline void wide_blocks(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
+template <class X, class Y>
+inline void wide_blocks(const X* x, Y* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
                         int threads) {
+    constexpr bool WIDENS = !std::is_same<X, float>::value, NARROWS = !std::is_same<Y, float>::value;
     const int64_t groups = pieces(channels, rule.block), words = pieces(inner, 16);
     LQ_PARALLEL(outer * channels * inner)
     for (int64_t block = 0; block < outer * groups; ++block) {
-        std::vector<uint8_t> pass(static_cast<size_t>(rule.block * LANES));
+        const size_t size = static_cast<size_t>(rule.block * LANES);
+        std::vector<uint8_t> pass(size);
+        std::vector<float> in(WIDENS ? size : 0), out(NARROWS ? size : 0);
         const int64_t first = block / groups * channels + block % groups * rule.block;
         const int64_t rows = std::min<int64_t>(rule.block, channels - block % groups * rule.block);
         for (int64_t column = 0; column < inner; column += LANES) {
             const int64_t at = first * inner + column, lanes = std::min<int64_t>(LANES, inner - column);
-            tile<FAMILY>(x + at, inner, y + at, inner, pass.data(), rows, static_cast<int>(lanes), rule);
+            const float* from;
+            float* to;
+            if constexpr (WIDENS) {
+                for (int64_t k = 0; k < rows; ++k) widen(x + at + k * inner, &in[k * LANES], lanes);
+                from = in.data();
+            } else {
+                from = x + at;
+            }
+            if constexpr (NARROWS) {
+                to = out.data();
+            } else {
+                to = y + at;
+            }
+            tile_of(rule)(from, WIDENS ? LANES : inner, to, NARROWS ? LANES : inner, pass.data(), rows, static_cast<int>(lanes), rule);
+            if constexpr (NARROWS)
+                for (int64_t k = 0; k < rows; ++k) narrow(&out[k * LANES], y + at + k * inner, lanes);
             for (int64_t k = 0; mask && k < rows; ++k) packed(&pass[k * LANES], mask + (first + k) * words + column / 16, lanes);
         }
     }
 }
 
 // Blocks whose channels lie a few elements apart: several are gathered side by side.
-template <int FAMILY>
-inline void narrow_blocks(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
+template <class X, class Y>
+inline void narrow_blocks(const X* x, Y* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
                           int threads) {
     const int64_t groups = pieces(channels, rule.block), blocks = outer * groups, together = LANES / inner;
     LQ_PARALLEL(outer * channels * inner)
@@ -319,43 +348,58 @@ inline void narrow_blocks(const float* x, float* y, uint16_t* mask, int64_t oute
             }
         };
         each_row([&](int64_t from, int64_t to) {
-            for (int64_t j = 0; j < inner; ++j) in[to + j] = x[from * inner + j];
+            for (int64_t j = 0; j < inner; ++j) in[to + j] = widened(x[from * inner + j]);
         });
-        tile<FAMILY>(in.data(), LANES, out.data(), LANES, pass.data(), rule.block, static_cast<int>(count * inner), rule);
+        tile_of(rule)(in.data(), LANES, out.data(), LANES, pass.data(), rule.block, static_cast<int>(count * inner), rule);
         each_row([&](int64_t to, int64_t from) {
-            for (int64_t j = 0; j < inner; ++j) y[to * inner + j] = out[from + j];
+            for (int64_t j = 0; j < inner; ++j) narrowed(out[from + j], y[to * inner + j]);
             if (mask) packed(&pass[from], mask + to, inner);
         });
     }
 }
 
 // Blocks of neighbours.
-template <int FAMILY>
-inline void lines(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, const BlockRule& rule, int threads) {
+template <class X, class Y>
+inline void lines(const X* x, Y* y, uint16_t* mask, int64_t outer, int64_t channels, const BlockRule& rule, int threads) {
+    constexpr bool WIDENS = !std::is_same<X, float>::value, NARROWS = !std::is_same<Y, float>::value;
     const int64_t length = LINE / rule.block * rule.block, words = pieces(channels, 16);
     LQ_PARALLEL(outer * channels)
     for (int64_t row = 0; row < outer; ++row) {
         uint8_t pass[LINE];
+        float in[WIDENS ? LINE : 1], out[NARROWS ? LINE : 1];
         for (int64_t first = 0; first < channels; first += length) {
             const int64_t at = row * channels + first, lanes = std::min(length, channels - first);
-            line<FAMILY>(x + at, y + at, pass, static_cast<int>(lanes), rule);
+            const float* from;
+            float* to;
+            if constexpr (WIDENS) {
+                widen(x + at, in, lanes);
+                from = in;
+            } else {
+                from = x + at;
+            }
+            if constexpr (NARROWS) {
+                to = out;
+            } else {
+                to = y + at;
+            }
+            line_of(rule)(from, to, pass, static_cast<int>(lanes), rule);
+            if constexpr (NARROWS) narrow(out, y + at, lanes);
             if (mask) packed(pass, mask + row * words + first / 16, lanes);
         }
     }
 }
 
-template <int FAMILY>
-inline void blocks_of(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
-                      int threads) {
-    if (inner == 1) return lines<FAMILY>(x, y, mask, outer, channels, rule, threads);
-    const auto pass = inner < 16 ? narrow_blocks<FAMILY> : wide_blocks<FAMILY>;
+template <class X, class Y>
+inline void blocks_of(const void* x_at, void* y_at, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner,
+                      const BlockRule& rule, int threads) {
+    const X* x = static_cast<const X*>(x_at);
+    Y* y = static_cast<Y*>(y_at);
+    if (inner == 1) return lines(x, y, mask, outer, channels, rule, threads);
+    const auto pass = inner < 16 ? narrow_blocks<X, Y> : wide_blocks<X, Y>;
     pass(x, y, mask, outer, channels, inner, rule, threads);
 }
 
-inline void blocks(const float* x, float* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner, const BlockRule& rule,
-                   int threads) {
-    if (rule.family == MICROEXPONENTS) return blocks_of<MICROEXPONENTS>(x, y, mask, outer, channels, inner, rule, threads);
-    if (rule.family == OCP) return blocks_of<OCP>(x, y, mask, outer, channels, inner, rule, threads);
-    if (rule.family == NVFP4) return blocks_of<NVFP4>(x, y, mask, outer, channels, inner, rule, threads);
-    blocks_of<VECTORS>(x, y, mask, outer, channels, inner, rule, threads);
+inline void blocks(int types, const void* x, void* y, uint16_t* mask, int64_t outer, int64_t channels, int64_t inner,
+                   const BlockRule& rule, int threads) {
+    LQ_BY_TYPES(types, blocks_of, x, y, mask, outer, channels, inner, rule, threads);
 }

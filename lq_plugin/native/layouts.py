@@ -1,0 +1,159 @@
+"""How scales, blocks and masks lie along a tensor in memory, as kernels see it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Dtypes that the kernels of a device take.
+DTYPES = dict.fromkeys(("cpu", "cuda"), (torch.float32, torch.float16, torch.bfloat16))
+_WORD = 16
+#: `LINE` of blocks.cpp.
+_LINE = 256
+
+
+class Layout(NamedTuple):
+    """The layout of scales along a tensor in memory, `[repeats, outer, run, inner]`: one for each `(outer, inner)`."""
+
+    repeats: int
+    outer: int
+    run: int
+    inner: int
+
+    @property
+    def words(self) -> int:
+        """Number of words of a mask."""
+        if self.inner == 1:
+            return self.repeats * self.outer * -(-self.run // _WORD)
+        return self.repeats * self.outer * self.run * -(-self.inner // _WORD)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Number and length of the runs that begin at a word of a mask."""
+        return (
+            (self.repeats * self.outer, self.run)
+            if self.inner == 1
+            else (self.repeats * self.outer * self.run, self.inner)
+        )
+
+
+def accepts(x: Tensor) -> bool:
+    """Returns True if `x` has one of its device's `DTYPES` and is dense in memory, in any order of dims."""
+    return (
+        x.dtype in DTYPES.get(x.device.type, ())
+        and x.layout == torch.strided
+        and not x.is_neg()
+        and (x.is_contiguous() or is_dense(x))
+    )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Returns True if elements neither overlap in memory nor have gaps between them."""
+    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def layout_of(x: Tensor, scale: Tensor) -> Layout | None:
+    """Returns the layout of `scale`, broadcastable to a dense `x`, along it; None if the kernels know no such layout.
+
+    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(1))
+    Layout(repeats=1, outer=1, run=96, inner=1)
+    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(3, 1, 1))
+    Layout(repeats=2, outer=3, run=16, inner=1)
+    >>> layout_of(torch.zeros(2, 5, 3), torch.ones(3))
+    Layout(repeats=1, outer=1, run=10, inner=3)
+    """
+    if scale.numel() == 1:
+        return Layout(1, 1, x.numel(), 1) if scale.ndim <= x.ndim or x.ndim == 0 else None
+    if scale.ndim > x.ndim or not scale.is_contiguous():
+        return None
+    return layout_along(x, (1,) * (x.ndim - scale.ndim) + tuple(scale.shape))
+
+
+def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
+    """Returns `layout_of` a scale of these sizes, as many as `x` has dims."""
+    if len(sizes) != x.ndim:
+        return None
+    order = range(x.ndim) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
+    # Neighbouring dims that the scale has, or lacks, are one.
+    parts: list[tuple[bool, int]] = []
+    kept = []
+    for dim in order:
+        if x.shape[dim] == 1:
+            continue
+        has = sizes[dim] > 1
+        if has:
+            kept.append(dim)
+        if parts and parts[-1][0] == has:
+            parts[-1] = (has, parts[-1][1] * x.shape[dim])
+        else:
+            parts.append((has, x.shape[dim]))
+    if kept != sorted(kept):
+        return None
+    flags = [has for has, _ in parts]
+    number = [size for _, size in parts]
+    known = {
+        (): lambda: Layout(1, 1, 1, 1),
+        (False,): lambda n: Layout(1, 1, n, 1),
+        (True,): lambda a: Layout(1, 1, 1, a),
+        (True, False): lambda a, b: Layout(1, a, b, 1),
+        (False, True): lambda b, c: Layout(1, 1, b, c),
+        (False, True, False): lambda r, a, b: Layout(r, a, b, 1),
+        (True, False, True): lambda a, b, c: Layout(1, a, b, c),
+        (False, True, False, True): lambda r, a, b, c: Layout(r, a, b, c),
+    }
+    made = known.get(tuple(flags))
+    return None if made is None else made(*number)  # type: ignore[operator]
+
+
+class BlockLayout(NamedTuple):
+    """The layout of channels in memory, `[outer, channels, inner]`."""
+
+    outer: int
+    channels: int
+    inner: int
+
+    @property
+    def mask(self) -> Layout:
+        """The layout of a mask: each run of elements begins at a word."""
+        return (
+            Layout(self.outer, 1, self.channels, 1)
+            if self.inner == 1
+            else Layout(self.outer * self.channels, 1, self.inner, 1)
+        )
+
+
+def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
+    """Returns the layout of the channels of a dense `x`; None if the kernels cannot take blocks of that size.
+
+    Args:
+        x: dense.
+        axis: of the channels.
+        block: channels of a block.
+
+    >>> block_layout(torch.zeros(2, 3, 4, 4), 1, 16), block_layout(torch.zeros(5, 2, 8), 2, 4)
+    (BlockLayout(outer=2, channels=3, inner=16), None)
+    """
+    order = (
+        range(x.ndim)
+        if x.is_contiguous()
+        else sorted((d for d in range(x.ndim)), key=lambda d: (x.stride(d), -d), reverse=True)
+    )
+    sizes = [x.shape[d] for d in order]
+    at = list(order).index(axis % x.ndim)
+    found = BlockLayout(math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
+    # Words of a mask would be shared between blocks, or blocks not fit into a line.
+    return None if found.inner == 1 and (block % _WORD or block > _LINE) else found
+
+
+def new_mask(x: Tensor, layout: Layout, wanted: bool) -> Tensor | None:
+    """Returns an empty mask, one bit per element, or None if none is wanted.
+
+    Args:
+        x: the tensor, for its device.
+        layout: of the mask.
+        wanted: whether there is to be one.
+    """
+    return torch.empty(layout.words, dtype=torch.int16, device=x.device) if wanted else None
