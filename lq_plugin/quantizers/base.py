@@ -275,7 +275,7 @@ class Quantizer(nn.Module):
         return _WITH_GRADIENT[self.spec.gradient](x, scale, zero_point, self.spec.grid)
 
     def result_dtype(self, x: Tensor) -> torch.dtype:
-        """Returns the dtype that quantized `x` is wanted in: its own or, where a layer trains under autocast, that one's.
+        """Returns the dtype that quantized `x` is wanted in: its own or, in training under autocast, that one's.
 
         A result that is written in autocast's dtype has the values of a float32 one that autocast casts. What is asked
         for without gradients may be stored or measured, and keeps its own.

@@ -1,4 +1,4 @@
-"""Training under autocast: what each layer multiplies is what the float32 path gives, rounded once to autocast's dtype."""
+"""Training under autocast: what each layer multiplies is what the float32 path gives, rounded to autocast's dtype."""
 
 from __future__ import annotations
 
