@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PerBlock as PerBlock,
         PerChannel as PerChannel,
         PerGroup as PerGroup,
+        PerMatrix as PerMatrix,
         PerTensor as PerTensor,
         PerToken as PerToken,
         QuantSpec as QuantSpec,

@@ -31,7 +31,7 @@ from torch import Tensor
 from lq_plugin.errors import ExportError
 from lq_plugin.export.packed_file import row_chunks
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.intent.spec import Granularity, PerBlock, QuantSpec
+from lq_plugin.intent.spec import Granularity, PerBlock, PerMatrix, QuantSpec
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.quantizers.registry import (
     Part as Part,
@@ -96,8 +96,15 @@ def encode_rows(quantizer: Any, weight: Tensor, found: Statistics, rows: slice =
 
 
 def chunks(spec: QuantSpec, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yields slices of a weight's rows that are written and read at a time: whole squares, where these have scales."""
-    return row_chunks(shape, spec.granularity.size if isinstance(spec.granularity, PerBlock) else 1)
+    """Yields slices of a weight's rows that are written and read at a time: whole squares or matrices with a scale."""
+    return row_chunks(shape, _rows_together(spec.granularity))
+
+
+def _rows_together(granularity: Granularity) -> int:
+    """Returns the rows that share a scale."""
+    if isinstance(granularity, PerBlock):
+        return granularity.size
+    return granularity.rows if isinstance(granularity, PerMatrix) else 1
 
 
 def part_rows(granularity: Granularity, length: int, total: int, rows: slice) -> slice:
@@ -105,17 +112,18 @@ def part_rows(granularity: Granularity, length: int, total: int, rows: slice) ->
 
     Args:
         granularity: of the weight.
-        length: rows of the part: as many as the weight has, one for each row of squares, or its own.
+        length: rows of the part: as many as the weight has, one for each row of squares or matrix, or its own.
         total: rows of the weight.
-        rows: of the weight; those of squares begin with a whole one.
+        rows: of the weight; those of squares and matrices begin with a whole one.
 
     >>> part_rows(PerBlock(128), 3, 300, slice(128, 300)), part_rows(PerBlock(128), 300, 300, slice(128, 300))
     (slice(1, 3, None), slice(128, 300, None))
     """
     if length == total:
         return rows
-    if isinstance(granularity, PerBlock) and length == -(-total // granularity.size):
-        return slice(rows.start // granularity.size, -(-rows.stop // granularity.size))
+    together = _rows_together(granularity)
+    if isinstance(granularity, (PerBlock, PerMatrix)) and length == -(-total // together):
+        return slice(rows.start // together, -(-rows.stop // together))
     return slice(0, length)
 
 
@@ -131,7 +139,8 @@ def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int
     """
     if "weight" not in spec.kind.slots:
         raise ExportError(f"'{spec}' is no format of weights")
-    rows = 1 if shape[0] == 1 else 2
+    matrix = spec.granularity.rows if isinstance(spec.granularity, PerMatrix) else 1
+    rows = matrix * (1 if shape[0] == matrix else 2)
     probe = torch.zeros(rows, *shape[1:])
     parts = encode(make_weight_quantizer(spec, "weight", tuple(probe.shape)), probe)
 
@@ -139,6 +148,8 @@ def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int
         found = part.values.shape[0]
         if isinstance(spec.granularity, PerBlock) and found == 1:
             return -(-shape[0] // spec.granularity.size)
+        if matrix > 1 and found == rows // matrix:
+            return shape[0] // matrix
         return shape[0] if found == rows else found
 
     return {key: ((count(part), *part.values.shape[1:]), part.bits) for key, part in parts.items()}

@@ -193,6 +193,8 @@ class PackedModel:
             if id(layer.weight) not in filled:
                 for rows in chunks(spec, tuple(weight.shape)):
                     weight[rows] = self._decoded(name, rows).to(weight.device)
+                if weight.data_ptr() != layer.weight.data_ptr():  # a stack of transposed matrices has no such view
+                    layer.weight.copy_(type(layer).from_canonical(layer, weight))
                 filled.add(id(layer.weight))
             elif not all(
                 torch.equal(weight[rows].cpu(), self._decoded(name, rows)) for rows in chunks(spec, tuple(weight.shape))

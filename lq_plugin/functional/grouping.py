@@ -9,6 +9,7 @@ A weight is laid out as `[C_out, C_in, *kernel]` (each layer brings its own into
 | PerChannel, axis 0 | `[O, I, *k]` | `[O, 1, 1...]` |
 | PerGroup of g | `[O, ceil(I/g), g, *k]` | `[O, ceil(I/g), 1, *k]` |
 | PerBlock of b | `[ceil(O/b), b, ceil(I/b), b, *k]` | `[ceil(O/b), 1, ceil(I/b), 1, 1...]` |
+| PerMatrix of r rows | `[O / r, r, I, *k]` | `[O / r, 1, 1, 1...]` |
 | PerToken (activations) | `[..., I]` | `[..., 1]` |
 
 Groups run along the input channels, for each kernel position apart, as vectors do in VS-Quant
@@ -20,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.intent.spec import Granularity, PerBlock, PerChannel, PerGroup, PerToken
+from lq_plugin.intent.spec import Granularity, PerBlock, PerChannel, PerGroup, PerMatrix, PerToken
 
 #: Of MX: what is a block by its format is padded to a whole one.
 _LARGEST_BLOCK = 32
@@ -44,6 +45,8 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: 
     if isinstance(granularity, PerBlock):
         rows, columns, *kernel = shape
         return (-(-rows // granularity.size), 1, -(-columns // granularity.size), 1, *[1 for _ in kernel])
+    if isinstance(granularity, PerMatrix):
+        return (shape[0] // granularity.rows, *[1 for _ in shape])
     if isinstance(granularity, PerToken):
         return (*shape[:-1], 1)
     if isinstance(granularity, PerChannel):
@@ -56,6 +59,8 @@ def blocks(x: Tensor, granularity: Granularity) -> Tensor:
     """Returns a view of `x` that the scales broadcast against; a ragged last group is padded with zeros."""
     if isinstance(granularity, PerBlock):
         return _squares(x, granularity)
+    if isinstance(granularity, PerMatrix):
+        return x.reshape(-1, granularity.rows, *x.shape[1:])
     if not isinstance(granularity, PerGroup):
         return x
     rows, columns, *kernel = x.shape
@@ -96,6 +101,8 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
     if isinstance(granularity, PerBlock):
         rows, columns, *kernel = shape
         return y.reshape(y.shape[0] * y.shape[1], -1, *kernel)[:rows, :columns]
+    if isinstance(granularity, PerMatrix):
+        return y.flatten(0, 1)
     if not isinstance(granularity, PerGroup):
         return y
     rows, columns, *kernel = shape
@@ -119,7 +126,7 @@ def has_row_scales(granularity: Granularity) -> bool:
         return granularity.scale_bits is None
     if isinstance(granularity, PerChannel):
         return granularity.axis in (None, 0)
-    return not isinstance(granularity, PerBlock)
+    return not isinstance(granularity, (PerBlock, PerMatrix))
 
 
 def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:

@@ -75,4 +75,17 @@ class PerBlock:
         return f"block{self.size}"
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | PerBlock
+@dataclass(frozen=True)
+class PerMatrix:
+    """One scale for each matrix of a stack, `rows` output channels each: the weights of one expert.
+
+    It is what `per_tensor` becomes for a weight that holds several matrices.
+    """
+
+    rows: int
+
+    def __str__(self) -> str:
+        return f"matrix{self.rows}"
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | PerBlock | PerMatrix

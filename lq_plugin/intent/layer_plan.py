@@ -8,7 +8,7 @@ from typing import Any
 
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.schedule import Moment
-from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerToken, QuantSpec
+from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerInfo:
         slots: the tensors it has; an embedding has no float input.
         plain: a plain linear operation, whose output can be multiplied by a scale taken from its input.
         channel_axis: of its input and output, counted from the end; None if not known.
+        matrix_rows: output channels of each matrix, where the weight is a stack of several: one for each expert.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerInfo:
     slots: tuple[str, ...] = SLOTS
     plain: bool = True
     channel_axis: int | None = None
+    matrix_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) 
     return LayerPlan(**last, stages=tuple(stage for stages in chosen.values() if len(stages) > 1 for stage in stages))
 
 
+def for_layer(layer: LayerInfo, slot: str, spec: QuantSpec) -> QuantSpec:
+    """Returns a rule's spec as a layer has it: of a stack of matrices each has the scale that a tensor would have."""
+    stacked = slot == "weight" and layer.matrix_rows is not None and isinstance(spec.granularity, PerTensor)
+    free = "granularity" in spec.kind.choices
+    return spec.replace(granularity=PerMatrix(layer.matrix_rows)) if stacked and free else spec  # type: ignore[arg-type]
+
+
 def layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
     """Returns a message for everything in the plan, any stage of it, that the layer cannot take."""
     faults = [
@@ -111,6 +120,8 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
         faults.append(
             f"{where}: squares of a weight have scales; activations take group{spec.granularity.size} dynamic"
         )
+    if isinstance(spec.granularity, PerMatrix):
+        faults.append(f"{where}: matrices of a weight have scales; activations take per_tensor")
     if isinstance(spec.granularity, PerToken) and layer.channel_axis not in (None, -1):
         faults.append(
             f"{where}: per_token is of layers with their channels last, these are on axis {layer.channel_axis}; write "
@@ -150,6 +161,15 @@ def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
     if spec.range_name in ("ema", "pact", "dynamic"):
         faults.append(
             f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ..."
+        )
+    if isinstance(block := spec.granularity, PerBlock) and (layer.matrix_rows or 0) % block.size:
+        faults.append(
+            f"{layer.name}: a square of {block.size} would hold rows of two experts, with {layer.matrix_rows} rows each"
+        )
+    if isinstance(stack := spec.granularity, PerMatrix) and stack.rows != layer.matrix_rows:
+        found = "is one matrix" if layer.matrix_rows is None else f"has some of {layer.matrix_rows}"
+        faults.append(
+            f"{layer.name}: '{spec}' is of matrices of {stack.rows} rows, its weight {found}: write per_tensor"
         )
     if isinstance(channel := spec.granularity, PerChannel) and channel.axis not in (None, 0):
         faults.append(f"{layer.name}: a weight keeps its output-channel axis (0), got axis {channel.axis}")

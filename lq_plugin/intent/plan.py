@@ -31,7 +31,7 @@ from rich.text import Text
 
 from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
 from lq_plugin.intent.formats import SLOTS
-from lq_plugin.intent.layer_plan import LayerInfo, LayerPlan, Stage, layer_faults, layer_plan
+from lq_plugin.intent.layer_plan import LayerInfo, LayerPlan, Stage, for_layer, layer_faults, layer_plan
 from lq_plugin.intent.name_pattern import name_pattern
 from lq_plugin.intent.plain_yaml import plain_yaml_text, read_plain_yaml
 from lq_plugin.intent.schedule import Moment, Schedule
@@ -295,7 +295,8 @@ class QuantPlan(Shown):
             for layer in hits:
                 for slot in layer.slots:
                     if (value := getattr(rule, slot)) is not None:
-                        stage = Stage(slot, rule.start, value if isinstance(value, QuantSpec) else None)  # type: ignore[arg-type]
+                        spec = for_layer(layer, slot, value) if isinstance(value, QuantSpec) else None
+                        stage = Stage(slot, rule.start, spec)  # type: ignore[arg-type]
                         # A rule that always holds makes all before it meaningless.
                         before = chosen[layer.name].get(slot, [Stage(slot, None, None)]) if rule.start else []
                         chosen[layer.name][slot] = [*before, stage]

@@ -37,7 +37,7 @@ from lq_plugin.intent.formats import (
     rounding_fault,
     spelled_format,
 )
-from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken
 from lq_plugin.intent.ranges import LEARNED_RANGES, RANGES, name_fault, range_fault
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "PerBlock",
     "PerChannel",
     "PerGroup",
+    "PerMatrix",
     "PerTensor",
     "PerToken",
     "QuantSpec",
@@ -57,6 +58,7 @@ __all__ = [
 MX_FORMATS = tuple(MX_ELEMENTS)
 _GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
 _BLOCK_TOKEN = re.compile(r"block(?P<size>-?\d{1,9})$")
+_MATRIX_TOKEN = re.compile(r"matrix(?P<rows>-?\d{1,9})$")
 _CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
 #: Examples of them, as messages list the valid words.
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "group16", "block128")
@@ -75,7 +77,7 @@ class QuantSpec:
         affine: a zero point is allowed (asymmetric quantization).
         narrow_range: drop the most negative level, so that the levels are symmetric.
         granularity: what shares a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(size)`, `PerToken()`,
-            `PerBlock(size)`; None is the format's own.
+            `PerBlock(size)`, `PerMatrix(rows)`; None is the format's own.
         range: how the clipping range is found, a name in `RANGES`, with an option after a colon
             where it takes one (`"percentile:99.9"`).
         rounding: a name in `ROUNDINGS`, with a seed after a colon where it takes one.
@@ -128,8 +130,12 @@ class QuantSpec:
             faults += self._scale_faults(self.granularity)
         elif isinstance(self.granularity, PerBlock):
             faults += self._block_faults(self.granularity, kind)
+        elif isinstance(self.granularity, PerMatrix):
+            rows = self.granularity.rows
+            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+                faults.append(f"the rows of a matrix must be a positive int, got {rows!r}")
         elif not isinstance(self.granularity, (PerTensor, PerChannel, PerToken)):
-            names = "PerTensor, PerChannel, PerGroup, PerToken or PerBlock"
+            names = "PerTensor, PerChannel, PerGroup, PerToken, PerBlock or PerMatrix"
             faults.append(f"granularity must be {names}, got {self.granularity!r}")
         raise_all(SpecError, "impossible QuantSpec", faults)
 
@@ -364,6 +370,8 @@ class QuantSpec:
                 choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
             elif match := _BLOCK_TOKEN.match(word):
                 choose("granularity", PerBlock(int(match["size"])), word)
+            elif match := _MATRIX_TOKEN.match(word):
+                choose("granularity", PerMatrix(int(match["rows"])), word)
             elif word in _PLAIN_GRANULARITIES:
                 choose("granularity", _PLAIN_GRANULARITIES[word], word)
             elif word == "affine":

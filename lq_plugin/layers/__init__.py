@@ -20,15 +20,24 @@ from lq_plugin.layers.compound.base import (
     compound_container as compound_container,
     compound_family as compound_family,
     compound_weights as compound_weights,
+    computes_inside as computes_inside,
     leave_compound as leave_compound,
     register_compound as register_compound,
     show_steps as show_steps,
     swapped_compound as swapped_compound,
+    unchanged as unchanged,
     weight_key as weight_key,
     why_unsupported_compound as why_unsupported_compound,
 )
+from lq_plugin.layers.compound.own_weights import (
+    OwnWeight as OwnWeight,
+    OwnWeights as OwnWeights,
+    own_weights as own_weights,
+)
+from lq_plugin.layers.compound.products_in_code import register_products as register_products
 from lq_plugin.layers.compound.recurrent import QuantizedRecurrent as QuantizedRecurrent
 from lq_plugin.layers.compound.recurrent_cells import QuantizedCell as QuantizedCell
+from lq_plugin.layers.compound.weight_in_use import WeightInUse as WeightInUse, weight_in_use as weight_in_use
 from lq_plugin.layers.conv import (
     QuantizedConv1d as QuantizedConv1d,
     QuantizedConv2d as QuantizedConv2d,

@@ -14,6 +14,7 @@ from lq_plugin.layers import (
     CONTAINER,
     OPERATIONS_CONTAINER,
     CompoundWeight,
+    OwnWeight,
     class_before,
     compound_family,
     compound_weights,
@@ -85,7 +86,9 @@ class Survey:
                 weights = {_join(name, key): weight for key, weight in compound_weights(module).items()}
                 candidates |= weights
                 kinds |= dict.fromkeys(weights, kinds[name])
-                reasons[name] = family.remark
+                shown = {id(weight.weight) for weight in weights.values()}
+                if family.computes_inside or any(id(p) not in shown for p in module.parameters(recurse=False)):
+                    reasons[name] = family.remark
                 continue
             if quantized_class(module) is not None:
                 if reason := why_unsupported(module):
@@ -119,7 +122,8 @@ def _info(name: str, module: nn.Module) -> LayerInfo:
     plain = quantized.has_output_scale and getattr(module, "groups", 1) == 1
     plain = plain and not issubclass(quantized, ShadowedForward)
     reduction = quantized.canonical(module, weight_of(module)).shape[1]
-    return LayerInfo(name, types, reduction, quantized.slots, plain, quantized.input_axis)
+    rows = module.matrix_rows() if isinstance(module, OwnWeight) else None
+    return LayerInfo(name, types, reduction, quantized.slots, plain, quantized.input_axis, rows)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
-from lq_plugin.functional.grouping import to_rows
+from lq_plugin.functional.grouping import blocks, to_rows
 from lq_plugin.intent.builtin_formats import CODEBOOK_METHODS
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
@@ -52,7 +52,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
         return Levels(*(value.reshape(self.scale_shape) for value in (table[:, 0], table[:, -1], step)))
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        rows = to_rows(x, self.scale_shape)
+        rows = to_rows(blocks(x, self.spec.granularity), self.scale_shape)
         if self.reassign:
             values = fake_quantize_codebook(rows, self.centroids, self.indices, self.gradient)
         else:
@@ -68,7 +68,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
 
     def calibrate(self, weight: Tensor) -> None:
         super().calibrate(weight)  # checks for NaN and Inf
-        rows = to_rows(weight.detach().float(), self.scale_shape)
+        rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
         seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest(), "big")
         generator = torch.Generator(device=rows.device).manual_seed(seed)
         with torch.no_grad():
@@ -77,7 +77,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
 
     def new_epoch(self, weight: Tensor) -> None:
         if self.reassign:
-            rows = to_rows(weight.detach().float(), self.scale_shape)
+            rows = to_rows(blocks(weight.detach().float(), self.spec.granularity), self.scale_shape)
             with torch.no_grad():
                 # Training may have changed their order; momentum belongs to the centroid, so the table stays as it is.
                 ordered, order = self.centroids.sort(1)

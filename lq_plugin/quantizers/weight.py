@@ -26,7 +26,7 @@ from lq_plugin.functional.grouping import (
 )
 from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
-from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerTensor, QuantSpec
+from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerMatrix, PerTensor, QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Quantizer, float32
 from lq_plugin.ranges import Sample, estimate_range, summarize
@@ -171,9 +171,9 @@ class WeightQuantizer(Quantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         group, dtype = self.spec.granularity, self.result_dtype(x)
         if self._from_extremes and not self._fixed and not (self._rounds_at_random and self.training):
-            if not isinstance(group, PerGroup):
+            if not isinstance(group, (PerGroup, PerMatrix)):
                 return fake_quantize_to_extremes(x, self.scale_shape, self._grid, dtype)
-            if group.scale_bits is None:
+            if isinstance(group, PerMatrix) or group.scale_bits is None:
                 y = fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self._grid, dtype)
                 return unblocks(y, x.shape, group)
             if group.coarse == "tensor" and not self._grid.affine:

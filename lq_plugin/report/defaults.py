@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.plan import FLOAT, QuantPlan
-from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken, QuantSpec
 from lq_plugin.quantizers import make_activation_quantizer
 from lq_plugin.quantizers.registry import format_code
 from lq_plugin.ranges.estimators.percentile import DEFAULT_PERCENTILE
@@ -70,6 +70,8 @@ def _shared(spec: QuantSpec) -> str:
             return "row"
         case PerBlock(size=size):
             return f"{size} x {size} elements"
+        case PerMatrix():
+            return "matrix"
 
 
 def _options() -> dict[str, str]:

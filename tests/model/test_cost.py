@@ -282,8 +282,8 @@ def test_operands_of_operations_have_the_bits_of_their_rule() -> None:
     linear, scores, table, attention = 5 * 64, 5 * 5 * 8, 5 * 8 * 6, 2 * 5 * 5 * 8
     priced = cost(model, run)
     assert priced.macs == linear + scores + table + attention
-    # A parameter and what attention computes inside are float.
-    assert priced.bops == linear * 4 * 8 + scores * 4 * 4 + table * 4 * 32 + attention * 8 * 32
+    # What no rule names and what attention computes inside are float.
+    assert priced.bops == linear * 4 * 8 + scores * 4 * 4 + table * 32 * 32 + attention * 8 * 32
     assert ledger.compute_coverage == (linear + scores) / priced.macs
     assert ledger.weight_coverage == 64 / (64 + 48)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lq_plugin
+from lq_plugin import QuantPlan, Rule
 from lq_plugin.errors import CoverageError
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.ledger import Ledger
@@ -56,12 +57,15 @@ def ledger_of(model: nn.Module, plan: Any, x: Tensor) -> Ledger:
 
 def test_experts_count_in_both_shares() -> None:
     ledger = ledger_of(Experts(), "w8a8", torch.randn(8, 8))
+    assert (ledger.weight_coverage, ledger.compute_coverage) == (1.0, 1.0)
+    rules = [Rule("*", weight="int8", input="int8"), Rule("experts", weight="float", input="float")]
+    ledger = ledger_of(Experts(), QuantPlan(rules), torch.randn(8, 8))
     assert ledger.weight_coverage == 128 / (128 + 4 * 128)
     assert ledger.compute_coverage == 0.5
-    assert ledger["grouped_mm_0"].macs == 128, "each of 8 rows meets one expert"
+    assert ledger["experts"].macs == 128, "each of 8 rows meets one expert"
     with pytest.raises(
         CoverageError,
-        match=r"weights coverage is 20\.0%(.|\n)*- {2}?\(Experts\)(.|\n)*compute coverage is 50\.0%(.|\n)*grouped_mm_0",
+        match=r"weights coverage is 20\.0%(.|\n)*- experts \(Experts\)(.|\n)*compute coverage is 50\.0%(.|\n)*experts",
     ):
         ledger.require(0.85)
 

@@ -16,7 +16,7 @@ from lq_plugin.export.onnx_file.options import TAKES
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import nearest_spec
 from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
-from lq_plugin.layers import weight_shape
+from lq_plugin.layers import OwnWeight, weight_shape
 
 
 def onnx_faults(
@@ -54,6 +54,9 @@ def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None
     """Returns why a file of that form cannot hold a tensor under a spec; see `Target.spec_fault`."""
     if slot == "output":
         return "a file has one step between two layers, that of the next one's input: leave the output float"
+    if isinstance(layer, OwnWeight) and (layer.experts is not None or layer.inputs_first):
+        owner = getattr(type(layer.owner), "float_class", type(layer.owner)).__name__
+        return f"a file holds weights [out, in] of one matrix, not those that {owner} keeps otherwise: leave it float"
     if slot == "weight":
         return refusal(spec, weight_shape(layer)[0]) or (form.weight_fault and form.weight_fault(spec, layer))
     if spec.dynamic:

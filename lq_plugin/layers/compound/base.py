@@ -16,11 +16,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lq_plugin.layers.base import QuantizedLayer
-from lq_plugin.layers.registry import register_layer
+from lq_plugin.layers.registry import names_taken, quantized_class, register_layer
 from lq_plugin.layers.swapped_class import swapped_class
 from lq_plugin.quantizers import Quantizer
 
@@ -31,6 +32,8 @@ OPERATIONS_CONTAINER = "quantized_operations"
 
 _COMPOUND: dict[type[nn.Module], type[QuantizedCompound]] = {}
 _SWAPPED: dict[type[nn.Module], type[QuantizedCompound]] = {}
+#: Families of modules of any type that have such weights.
+_OF_ANY_TYPE: list[type[QuantizedCompound]] = []
 
 
 class CompoundWeight(nn.Module):
@@ -138,6 +141,8 @@ class QuantizedCompound(nn.Module):
     input_names: ClassVar[tuple[str, ...]]
     input_positions: ClassVar[dict[str, int]]
     remark: ClassVar[str]
+    #: Whether the module is one operation, whose inside the family computes where it is quantized.
+    computes_inside: ClassVar[bool] = True
     #: Whether version 0.1 left such modules float; its state dicts have no ranges of them.
     is_new: ClassVar[bool] = False
     #: Whether the family computes the module itself although nothing inside is quantized: an export sees each step.
@@ -211,7 +216,7 @@ class QuantizedCompound(nn.Module):
     def reader(self, key: str) -> Callable[[Tensor], Tensor]:
         """What the state goes through on its way to the weight `key`."""
         part = self._parts().get(key)
-        return _unchanged if part is None or part.input_quantizer is None else part.input_quantizer
+        return unchanged if part is None or part.input_quantizer is None else part.input_quantizer
 
     def operand(self, key: str, index: int = 0) -> Callable[[Tensor], Tensor] | None:
         """The quantizer of an operand of an inner operation, if it has one."""
@@ -258,7 +263,8 @@ class QuantizedCompound(nn.Module):
         )
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def unchanged(x: Tensor) -> Tensor:
+    """Returns `x`: what goes through no quantizer."""
     return x
 
 
@@ -299,8 +305,10 @@ def leave_compound(owner: nn.Module, name: str, key: str) -> None:
     del held[key]
     if not held:
         delattr(owner, name)
-    if not {CONTAINER, OPERATIONS_CONTAINER} & owner._modules.keys():
-        owner.__class__ = type(cast(QuantizedCompound, owner)).float_class
+    family = type(cast(QuantizedCompound, owner))
+    ours = {CONTAINER, OPERATIONS_CONTAINER} if family.computes_inside else {CONTAINER}
+    if not ours & owner._modules.keys():
+        owner.__class__ = family.float_class
 
 
 def show_steps(module: nn.Module, marks: Mapping[str, nn.Module] | None = None) -> None:
@@ -310,7 +318,7 @@ def show_steps(module: nn.Module, marks: Mapping[str, nn.Module] | None = None) 
         module: changed.
         marks: what stands where the quantizers of inner operations would be, by the operation's name there.
     """
-    if compound_family(module) is not None and not isinstance(module, QuantizedCompound):
+    if computes_inside(module) and not isinstance(module, QuantizedCompound):
         module.__class__ = swapped_compound(type(module))
         module.__dict__["_shows_steps"] = True
         for key, mark in (marks or {}).items():
@@ -336,6 +344,12 @@ def register_compound(*float_types: type[nn.Module]) -> Callable[[C], C]:
     return decorate
 
 
+def register_family(family: C) -> C:
+    """Class decorator: the family quantizes modules of any type of which it says that they have such weights."""
+    _OF_ANY_TYPE.append(family)
+    return family
+
+
 def added_slots(layer: QuantizedLayer) -> tuple[str, ...]:
     """The tensors of a layer that version 0.1 left float under every plan."""
     owner = layer.owner if isinstance(layer, CompoundWeight) else None
@@ -348,7 +362,18 @@ def compound_family(module: nn.Module) -> type[QuantizedCompound] | None:
     """The family of a module that holds several weights, quantized or not; None for every other module."""
     if isinstance(module, QuantizedCompound):
         return type(module)
-    return next((_COMPOUND[kind] for kind in type(module).__mro__ if kind in _COMPOUND), None)
+    found = next((_COMPOUND[kind] for kind in type(module).__mro__ if kind in _COMPOUND), None)
+    if found is not None or isinstance(module, torch.jit.ScriptModule):
+        return found
+    if not module._parameters or quantized_class(module) is not None:
+        return found
+    return next((family for family in _OF_ANY_TYPE if family.weights(module)), None)
+
+
+def computes_inside(module: nn.Module) -> bool:
+    """Returns whether a module, quantized or not, is one operation whose inside its family can compute."""
+    family = compound_family(module)
+    return family is not None and family.computes_inside
 
 
 def compound_weights(module: nn.Module) -> dict[str, nn.Module]:
@@ -373,6 +398,9 @@ def weight_key(name: str, layer: nn.Module) -> str:
 def why_unsupported_compound(module: nn.Module) -> str | None:
     """Returns why a module with several weights cannot hold quantizers; None when it can."""
     family = compound_family(module)
+    of_any_type = family is not None and not family.computes_inside and not isinstance(module, QuantizedCompound)
+    if of_any_type and (taken := names_taken(module, swapped_compound(type(module)))):
+        return f"its attributes {', '.join(taken)} have names that quantized modules use: rename them"
     for weight in family.weights(module) if family is not None else ():
         try:
             holder, name = weight.place()
@@ -386,7 +414,8 @@ def why_unsupported_compound(module: nn.Module) -> str | None:
 def swapped_compound(kind: type[nn.Module]) -> type[QuantizedCompound]:
     """The class that a module of several weights is swapped to."""
     if kind not in _SWAPPED:
-        family = next(_COMPOUND[parent] for parent in kind.__mro__ if parent in _COMPOUND)
+        families = (_COMPOUND[parent] for parent in kind.__mro__ if parent in _COMPOUND)
+        family = next(families, None) or _OF_ANY_TYPE[0]
         content = {"float_class": kind, "input_positions": _positions(family, kind), "__module__": __name__}
         _SWAPPED[kind] = swapped_class((family,), kind, content)
     return _SWAPPED[kind]

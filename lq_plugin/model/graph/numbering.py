@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lq_plugin.layers import WeightInUse
 from lq_plugin.model.graph.macs import PRODUCTS
 from lq_plugin.model.graph.op_names import ELEMENTWISE, UNARY
 
@@ -86,7 +87,7 @@ class Numbering:
             self.constants = [tensor for tensor in self.constants if tensor is not inputs[0]]
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter) or any(tensor is constant for constant in self.constants)
+        return isinstance(tensor, (nn.Parameter, WeightInUse)) or any(tensor is constant for constant in self.constants)
 
 
 def channel_axis(op: str, index: int) -> int:

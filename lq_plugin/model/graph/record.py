@@ -30,7 +30,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.layers import quantized_class, why_unsupported_compound
+from lq_plugin.layers import (
+    CONTAINER,
+    OwnWeights,
+    WeightInUse,
+    own_weights,
+    quantized_class,
+    unchanged,
+    weight_in_use,
+    why_unsupported_compound,
+)
 from lq_plugin.model.aside import set_aside
 from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_macs, weight_macs
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
@@ -153,6 +162,11 @@ class _Recorder(TorchFunctionMode):
         self._aside = [model.get_submodule(name) for name in set_aside(model)]
         # By id: the hash of a torchmetrics.Metric changes with its state.
         self._not_ours = {id(part) for module in self._aside for part in module.modules()}
+        for module in self._modules:
+            if isinstance(module, OwnWeights):  # its quantizers, as those of opaque modules
+                self._not_ours |= {id(part) for part in module._modules[CONTAINER].modules()}  # type: ignore[union-attr]
+        #: Modules whose parameters are followed to the products that read them.
+        self._followed: dict[nn.Module, list[str]] = {}
         self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
@@ -212,6 +226,8 @@ class _Recorder(TorchFunctionMode):
             return
         name, opaque = self._modules[module], self._is_leaf(module)
         self._busy = True
+        if not opaque and module not in self._followed:
+            self._follow(module)
         if self._samples is None:
             self._samples = leading_size((args, kwargs), 0 if getattr(module, "batch_first", True) else 1)
         inputs = list(tensors_of((args, kwargs))) if opaque else []
@@ -221,11 +237,24 @@ class _Recorder(TorchFunctionMode):
         )
         self._busy = False
 
+    def _follow(self, module: nn.Module) -> None:
+        """Has the code of a float module read weights that know when a product reads them."""
+        handles = own_weights(module) if why_unsupported_compound(module) is None else []
+        self._followed[module] = [handle.key for handle in handles]
+        for handle in handles:
+            module.__dict__[handle.key] = WeightInUse.of(handle.weight, handle.key, unchanged)
+
+    def _unfollow(self, module: nn.Module) -> None:
+        for key in self._followed.pop(module, ()):
+            module.__dict__.pop(key, None)
+
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not any(frame.module is module for frame in self._frames[1:]):
             return  # a hook before ours raised: it was never entered
         while (frame := self._frames.pop()).module is not module:
             pass
+        if not any(frame.module is module for frame in self._frames):
+            self._unfollow(module)
         if self._frames[-1].opaque or id(module) in self._not_ours:
             return
         self._busy = True
@@ -311,6 +340,10 @@ class _Recorder(TorchFunctionMode):
         else:
             counts = op == "cat" and sum(real) > 1
         macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
+        if counts and op in PRODUCTS and (weight := self._weight_read(args, kwargs)) is not None:
+            shapes = tuple(tuple(t.shape) for t in outputs)
+            self._add("weight", weight, op, sources, shapes, macs, False)
+            return
         frame = self._frames[-1]
         place, operands = label or (frame.numbering.next(f"other_{op}" if op in OPERATIONS else op), ())
         name = ".".join(filter(None, (frame.name, place)))
@@ -326,6 +359,15 @@ class _Recorder(TorchFunctionMode):
             operands=operands if counts or op in UNARY else (),
             pads_zeros=op == "pad" and _pads_zeros(*args, **kwargs),
         )
+
+    def _weight_read(self, args: Any, kwargs: Any) -> str | None:
+        """Returns the name of the weight that a product reads, of a module that is running."""
+        keys = [key for tensor in tensors_of((args, kwargs)) if (key := weight_in_use(tensor)) is not None]
+        owners = (
+            f for f in reversed(self._frames) if f.module is not None and keys and keys[0] in f.module._parameters
+        )
+        frame = next(owners, None)
+        return None if frame is None else ".".join(filter(None, (frame.name, keys[0])))
 
     def _add(
         self,
@@ -385,6 +427,8 @@ class _Recorder(TorchFunctionMode):
         return Recording(tuple(self._calls), tuple(uncalled), self._samples or 1)
 
     def release(self) -> None:
+        for module in list(self._followed):
+            self._unfollow(module)
         self._values.clear()
         self._parameters.clear()
         self._aside.clear()

@@ -48,8 +48,9 @@ class Call:
     Args:
         position: index in `Recording.calls`.
         kind: `"module"` (opaque module), `"functional"` (arithmetic worth quantizing), `"other"`
-            (any other tensor operation), `"output"` (what the model returned).
-        name: qualified module name, or `<enclosing module>.<op>_<index>`; the index counts within
+            (any other tensor operation), `"weight"` (product of a weight that a module's own code reads), `"output"`
+            (what the model returned).
+        name: qualified module name, that of the weight, or `<enclosing module>.<op>_<index>`; the index counts within
             one call of the enclosing module, so it names the place in the code.
         op: type name of the module, or the name of the function.
         repeat: 0 for the first call of that name, 1 for the second, ...
@@ -63,7 +64,7 @@ class Call:
     """
 
     position: int
-    kind: Literal["module", "functional", "other", "output"]
+    kind: Literal["module", "functional", "other", "weight", "output"]
     name: str
     op: str
     repeat: int
@@ -157,7 +158,8 @@ class Recording:
         Those of a weight are its alone.
         """
         total: Counter[str] = Counter()
-        for call in (*self.module_calls, *self.functional_calls):
+        weights = [call for call in self.calls if call.kind == "weight"]
+        for call in (*self.module_calls, *weights, *self.functional_calls):
             total[call.name] += call.macs - sum(macs for _, macs in call.weight_macs)
             for name, (_, macs) in zip(call.weight_names, call.weight_macs, strict=True):
                 total[name] += macs

@@ -30,6 +30,7 @@ from lq_plugin.layers import (
     QuantizedCompound,
     compound_container,
     compound_family,
+    computes_inside,
     leave_compound,
     why_unsupported_compound,
 )
@@ -278,7 +279,7 @@ def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, Lay
         path, label = operation.place
         owner = model.get_submodule(path)
         container: Any
-        if compound_family(owner) is not None:
+        if computes_inside(owner):
             container = compound_container(owner, OPERATIONS_CONTAINER)
         else:
             container = getattr(owner, OPERATIONS_CONTAINER, None) or OperationQuantizers(owner)
@@ -302,7 +303,7 @@ def detach_operations(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, OperationQuantizers):
             module.release()
-        elif isinstance(module, QuantizedCompound):
+        elif isinstance(module, QuantizedCompound) and module.computes_inside:
             for label in list(getattr(module, OPERATIONS_CONTAINER, ())):
                 leave_compound(module, OPERATIONS_CONTAINER, label)
 

@@ -1,0 +1,122 @@
+"""Weights that a module's own code multiplies: experts as 3-D parameters, and 2-D parameters read by `F.linear` or `@`.
+
+Which parameters these are is found in the module's code (`products_in_code`); the module's forward runs unchanged, with
+aliases of the quantized weights in the place of the parameters (`weight_in_use`). To the plan each is a layer, called
+as the parameter: `mlp.experts.gate_up_proj`. That of several experts is a stack of matrices `[out, in]`, one an expert:
+scales are of each one's own. Their input has one range, of all tokens that are routed to any of them; an expert
+without tokens moves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.layers.base import QuantizedLayer
+from lq_plugin.layers.compound.base import (
+    CompoundWeight,
+    QuantizedCompound,
+    compound_family,
+    register_family,
+    unchanged,
+)
+from lq_plugin.layers.compound.products_in_code import products_in_code
+from lq_plugin.layers.compound.weight_in_use import WeightInUse, know_kernels
+from lq_plugin.layers.registry import register_layer
+
+_DIMS = (2, 3)
+
+
+class OwnWeight(CompoundWeight):
+    """A weight `[out, in]`, or `[experts, out, in]`, that its module's own code multiplies.
+
+    Args:
+        owner: the module.
+        key: the parameter's name.
+        inputs_first: it is kept as `[..., in, out]`.
+    """
+
+    inputs_first: bool
+
+    def __init__(self, owner: nn.Module, key: str, inputs_first: bool) -> None:
+        super().__init__(owner, key)
+        self.inputs_first = inputs_first
+        know_kernels()
+
+    @property
+    def experts(self) -> int | None:
+        """How many matrices it is a stack of; None for a single one."""
+        return self.weight.shape[0] if self.weight.dim() == 3 else None
+
+    def matrix_rows(self) -> int | None:
+        """Output channels of each matrix of a stack; None for a single one."""
+        return None if self.experts is None else self.weight.shape[2 if self.inputs_first else 1]
+
+
+@register_layer(OwnWeight)
+class QuantizedOwnWeight(QuantizedLayer, OwnWeight):
+    """Q(W), with Q(x) before each product of it. The canonical weight has the rows of one expert after another."""
+
+    float_class = OwnWeight
+    slots = ("weight", "input")
+
+    def channels(self) -> tuple[int, int]:
+        out, inputs = self.weight.shape[-2:]
+        return (out, inputs) if self.inputs_first else (inputs, out)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        turned = weight.transpose(-1, -2) if self.inputs_first else weight
+        return turned.flatten(0, -2)
+
+    def from_canonical(self, weight: Tensor) -> Tensor:
+        inputs, out = QuantizedOwnWeight.channels(self)
+        stacked = weight if self.experts is None else weight.view(-1, out, inputs)
+        # As it is kept: other strides may be another kernel, and another order of summation.
+        return stacked.transpose(-1, -2).contiguous() if self.inputs_first else stacked
+
+
+@register_family
+class OwnWeights(QuantizedCompound):
+    """A module whose own code multiplies some of its parameters."""
+
+    computes_inside = False
+    input_names = ()
+    remark = "no product in its code is seen to multiply these parameters"
+    is_new = True
+
+    @staticmethod
+    def weights(module: nn.Module) -> list[CompoundWeight]:
+        kind = getattr(type(module), "float_class", type(module))
+        return [
+            OwnWeight(module, name, inputs_first)
+            for name, inputs_first in products_in_code(kind).items()
+            if (parameter := module._parameters.get(name)) is not None
+            and parameter.dim() in _DIMS
+            and parameter.is_floating_point()
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held: list[str] = []
+        parts = self._parts()
+        try:
+            for key, part in parts.items():
+                self.__dict__[key] = WeightInUse.of(part.quantized_weight(), key, part.quantized_input)
+                held.append(key)
+            if not torch.compiler.is_compiling():  # a recording sees what reads the others
+                for weight in OwnWeights.weights(self):
+                    if weight.key not in parts:
+                        self.__dict__[weight.key] = WeightInUse.of(weight.weight, weight.key, unchanged)
+                        held.append(weight.key)
+            return type(self).float_class.forward(self, *args, **kwargs)
+        finally:
+            for key in held:
+                del self.__dict__[key]
+
+
+def own_weights(module: nn.Module) -> list[OwnWeight]:
+    """Returns handles of the weights that a float module's own code multiplies; none for other modules."""
+    if isinstance(module, QuantizedCompound) or compound_family(module) is not OwnWeights:
+        return []
+    return cast("list[OwnWeight]", OwnWeights.weights(module))
