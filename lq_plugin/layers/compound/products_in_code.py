@@ -46,8 +46,8 @@ def register_products(kind: type[nn.Module], **layouts: str) -> None:
 
     Args:
         kind: the class.
-        layouts: by the parameter's name the order of its dims, e(xperts), o(utput) and i(nput): `"eoi"`, `"eio"`,
-            `"oi"` or `"io"`.
+        layouts: by the parameter's name the order of its dims, e for experts, o for outputs and i for inputs: `"eoi"`,
+            `"eio"`, `"oi"` or `"io"`.
 
     Raises:
         ValueError: another layout.
