@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +14,16 @@ from urllib.parse import quote
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.report.certificates import SUFFIX, load_certificate
-from lq_plugin.report.data import ReportData, Series, digits
+from lq_plugin.report.codec import decode
+from lq_plugin.report.data import ReportData, Sensitivity, Series, digits
+from lq_plugin.report.joined import joined, with_sensitivity
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 #: What `lq-report` looks for in a folder.
-REPORT, STUDY, LOG = "report.json", "study.db", "metrics.csv"
+REPORT, STUDY, LOG, SENSITIVITY = "report.json", "study.db", "metrics.csv", "sensitivity.json"
 _HOW = (
     "give a report.json (of a run with QuantMonitor), a folder with one or with a study.db, "
     "or the URL of a study's storage (sqlite:///...)"
@@ -51,11 +54,12 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
     reports = sorted(path.rglob(REPORT), key=lambda p: p.stat().st_mtime)
     databases = sorted(path.rglob(STUDY), key=lambda p: p.stat().st_mtime)
     certificates = sorted(path.rglob(f"*{SUFFIX}"))
-    if not reports and not databases and not certificates:
+    measured = sorted(path.rglob(SENSITIVITY), key=lambda p: p.stat().st_mtime)
+    if not reports and not databases and not certificates and not measured:
         raise QuantizationError(f"{text!r} holds neither {REPORT} nor {STUDY}: {_HOW}")
     saved = [ReportData.load(report) for report in reports]
     models = [(report, found) for report, found in zip(reports, saved, strict=True) if found.model is not None]
-    searched = [found.study for found in saved if found.study is not None]
+    searched = [found for found in saved if found.study is not None]
     exported = [load_certificate(certificate) for certificate in certificates]
     result = ReportData(path.resolve().name)
     if models:
@@ -69,19 +73,40 @@ def load_report(source: str | Path, study: str | None = None) -> ReportData:
         result = replace(
             found, model=replace(found.model, training=training), notes=[*found.notes, *_others("runs", models)]
         )
+    # Before the study's own, which its first plans were chosen by.
+    result = replace(result, sensitivity=read_sensitivity(measured[-1]) if measured else result.sensitivity)
     if databases:
         live = from_storage(f"sqlite:///{databases[-1].resolve()}", study)
-        known = searched[-1] if searched else None
+        known = searched[-1].study if searched else None
         if live.study is not None and known is not None and known.name == live.study.name:
             live = replace(
-                live, study=replace(live.study, float_metric=known.float_metric, float_bytes=known.float_bytes)
+                live,
+                study=replace(live.study, float_metric=known.float_metric, float_bytes=known.float_bytes),
+                provenance=searched[-1].provenance,
             )
-        result = replace(result, study=live.study, notes=[*result.notes, *_others("studies", databases)])
+        result = joined(result, live)
+        result = replace(result, notes=[*result.notes, *_others("studies", databases)])
     elif searched:
-        result = replace(result, study=searched[-1])
+        result = joined(result, searched[-1])
+    result = with_sensitivity(result)
     if result.model is None and result.study is not None:
         result = replace(result, title=result.study.name)
     return replace(result, files=[*result.files, *exported])
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Returns the first measure of a file that `lq-sensitivity` wrote.
+
+    Raises:
+        QuantizationError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        measure, values = next(iter(content["measures"].items()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise QuantizationError(f"{path} holds no sensitivities: {type(error).__name__}: {error}") from error
+    found = decode(Sensitivity, {"measure": measure, "values": values}, str(path))
+    return Sensitivity(measure, {u: {c: digits(v) for c, v in row.items()} for u, row in found.values.items()})
 
 
 def _others(what: str, found: Sequence[Any]) -> list[str]:

@@ -25,6 +25,7 @@ Metrics = dict[str, float]
 
 def run(cfg: DictConfig) -> Metrics:
     """Runs the stages that `cfg` switches on, in order; returns every metric they logged."""
+    from lq_plugin.callbacks import QuantMonitor
     from lq_plugin.model.checkpoint import load_float_weights
     from lq_plugin.utilities.instantiate import instantiate_for
     from lq_plugin.utilities.lightning_packages import any_package
@@ -45,6 +46,9 @@ def run(cfg: DictConfig) -> Metrics:
         load_float_weights(model, Path(cfg.float_checkpoint))
     if cfg.float_epochs:
         metrics |= train_float(cfg, model, datamodule, output_dir / "float.ckpt")
+        for callback in callbacks:
+            if isinstance(callback, QuantMonitor):
+                callback.scoreboard.add("float", {name.removeprefix("float/"): v for name, v in metrics.items()})
 
     loggers = [instantiate_for(model, entry) for entry in (cfg.get("logger") or {}).values()]
     trainer: Trainer = instantiate_for(model, cfg.trainer, callbacks=callbacks, logger=loggers)

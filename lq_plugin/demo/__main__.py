@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from lq_plugin.model import load_checkpoint
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.report import model_report, write_page
+from lq_plugin.report.joined import joined
+from lq_plugin.report.provenance import provenance
 from lq_plugin.search import Space, StudyError, search, study_report
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
@@ -131,15 +133,20 @@ def main() -> None:
     load_checkpoint(loaded, output / "quantized.ckpt")
     rows.append(scored("QAT of that plan", loaded, data))
     save_packed(loaded, output / "model.safetensors")
+    images = len(data.splits["test"])
+    batch, board = next(iter(data.val_dataloader()))[0], monitor.scoreboard
+    for name, row in (("float", rows[0]), ("PTQ", rows[-2]), ("QAT", rows[-1])):
+        board.add(name, {"test/acc": row.accuracy})
     trained = model_report(
         tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics,
-        training=monitor.training, epoch_steps=int(fit.num_training_batches),
+        training=monitor.training, epoch_steps=int(fit.num_training_batches), run=lambda: tuned(batch),
+        scores=board.by_variant, samples=board.samples | {"test/acc": images},
+        provenance=provenance(f"digits, {images} test images", args.seed),
+        title="digits: search, then QAT",
     )  # fmt: skip
-    write_page(
-        replace(study_report(result), title="digits: search, then QAT", model=trained.model), output / "report.html"
-    )
+    write_page(joined(trained, study_report(result)), output / "report.html")
 
-    show(rows, len(data.splits["test"]), output, time.perf_counter() - start)
+    show(rows, images, output, time.perf_counter() - start)
 
 
 def trainer(

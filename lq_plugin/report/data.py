@@ -17,10 +17,18 @@ from typing import Any
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.report.codec import decode, encode
+from lq_plugin.report.tensor_data import (
+    Boxes as Boxes,
+    Curve as Curve,
+    ErrorMap as ErrorMap,
+    Mark as Mark,
+    Rounding as Rounding,
+    TensorView as TensorView,
+)
 from lq_plugin.report.versions import from_version_1
 from lq_plugin.utilities.files import make_folder, write_file
 
-FORMAT, VERSION = "lq_plugin.report", 2
+FORMAT, VERSION = "lq_plugin.report", 3
 
 
 def digits(value: Any, count: int = 4) -> float:
@@ -31,119 +39,6 @@ def digits(value: Any, count: int = 4) -> float:
     """
     number = float(value)
     return float(f"{number:.{count}g}") if isfinite(number) else number
-
-
-@dataclass(frozen=True)
-class Mark:
-    """The clipping bounds of one estimator on a tensor.
-
-    Args:
-        label: the estimator, or `"in force"`.
-        low, high: its bounds.
-        sqnr_db, clipped: measured on the tensor with these bounds.
-        wins: no other has a smaller error.
-    """
-
-    label: str
-    low: float
-    high: float
-    sqnr_db: float | None = None
-    clipped: float | None = None
-    wins: bool = False
-
-
-@dataclass(frozen=True)
-class Curve:
-    """An error over the upper clipping bound."""
-
-    threshold: list[float]
-    error: list[float]
-
-
-@dataclass(frozen=True)
-class TensorView:
-    """The distribution of the values of a tensor, or of one channel of it, over its quantization levels.
-
-    Args:
-        slot: `weight`, `input` or `output`.
-        spec: how it is quantized.
-        what: which part of the tensor is shown.
-        low, high: the histogram's outer edges.
-        counts: elements in bins of equal width.
-        zeros: share of exact zeros that are not in `counts`, 0 where they are.
-        levels: values of the quantization levels, ascending; empty where there are more than 256, or where they follow
-            the data.
-        marks: clipping bounds of each estimator.
-        mse, kl: the criteria over the threshold.
-        distribution: that fits better, `gauss` or `laplace`.
-    """
-
-    slot: str
-    spec: str
-    what: str
-    low: float
-    high: float
-    counts: list[float]
-    zeros: float = 0.0
-    levels: list[float] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    mse: Curve | None = None
-    kl: Curve | None = None
-    distribution: str = ""
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Values of a weight by output channel; adjacent channels share a column where there are many.
-
-    Args:
-        channels: how many there are.
-        quantiles: 7 lists, one number a column: minimum, 5 %, 25 %, 50 %, 75 %, 95 %, maximum.
-        low, high: outermost values of the levels, one a column; empty without a range.
-        per_tensor: step between levels with one scale for the whole tensor, where the plan has more.
-        sqnr_db: by granularity, of the same bit-width and range; as it is now for the plan's own.
-    """
-
-    channels: int
-    quantiles: list[list[float]]
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    per_tensor: float | None = None
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ErrorMap:
-    """Mean squared error of a weight over its mean square, in dB (less is better), in cells of channels.
-
-    Args:
-        rows, columns: output and input channels of the weight.
-        cells: one list a row of cells, None where nothing is lost.
-    """
-
-    rows: int
-    columns: int
-    cells: list[list[float | None]]
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Learned rounding compared with rounding to nearest.
-
-    Args:
-        same, up, down: weights rounded as nearest would, to a higher level, to a lower one.
-        up_share: of the weights whose place between two levels is in this tenth, the share that took the upper one.
-        unit: what was reconstructed together, with its error before and after, and whether learned rounding was kept.
-    """
-
-    same: int
-    up: int
-    down: int
-    up_share: list[float | None] = field(default_factory=list)
-    unit: str = ""
-    before: float | None = None
-    after: float | None = None
-    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -168,7 +63,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer; its numbers are those of `CostRow` and `FidelityRow`, MACs and BOPs for one input sample."""
+    """One layer; its numbers are those of `CostRow` and `FidelityRow`, MACs and BOPs for one input sample.
+
+    `output_db` is the SQNR of its output, `alone` with the float model's input and `along` the quantized network.
+    """
 
     name: str
     kind: str
@@ -187,6 +85,7 @@ class LayerReport:
     sqnr_db: dict[str, float] = field(default_factory=dict)
     clipped: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, list[float]] = field(default_factory=dict)
+    output_db: dict[str, float] = field(default_factory=dict)
     sensitivity: float | None = None
     latency_ms: float | None = None
     boxes: Boxes | None = None
@@ -215,6 +114,39 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a variant of the model (`float`, `PTQ`, `QAT`) scores.
+
+    Args:
+        variant: its name.
+        metric: its name.
+        value: the score.
+        samples: that it was computed on; None: not known.
+        low, high: bounds of its interval of 95 %; None where it is no share of samples.
+    """
+
+    variant: str
+    metric: str
+    value: float
+    samples: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Harm of each choice of each tensor, as `lq-sensitivity` or a search measured it.
+
+    Args:
+        measure: see `lq_plugin.search.sensitivity.measure`; empty where it is not known.
+        values: by tensor (`conv1.weight`) and choice (a spec, or `float`); more is worse.
+    """
+
+    measure: str
+    values: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """A quantized model.
 
@@ -230,6 +162,8 @@ class ModelReport:
         schedule: moments at which something changes.
         training: what was logged.
         epoch_steps: optimizer steps an epoch, to draw epochs over steps.
+        scores: of the model as it is, and of its other variants.
+        stored: bytes by part of the file, see `lq_plugin.model.measure.stored`.
     """
 
     name: str
@@ -243,6 +177,8 @@ class ModelReport:
     schedule: list[Phase] = field(default_factory=list)
     training: list[Series] = field(default_factory=list)
     epoch_steps: int | None = None
+    scores: list[Score] = field(default_factory=list)
+    stored: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -332,13 +268,26 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a page shows: a model, a study, or both, and the files that were exported."""
+    """Everything a page shows: a model, a study, or both, and the files that were exported.
+
+    Args:
+        title: of the page.
+        model, study: what there is.
+        notes: sentences under the title.
+        files: that were exported.
+        sensitivity: where it was measured.
+        trained: number of the study's trial whose plan the model has.
+        provenance: when, where from and with what the values were made, by name.
+    """
 
     title: str
     model: ModelReport | None = None
     study: StudyReport | None = None
     notes: list[str] = field(default_factory=list)
     files: list[FileReport] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
+    trained: int | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns one line of JSON."""
@@ -359,8 +308,8 @@ class ReportData:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise QuantizationError(f"{where} is no report of lq_plugin")
         version = content.get("version")
-        if version not in (1, VERSION):
-            raise QuantizationError(f"{where} has version {version!r}, this lq_plugin reads 1 and {VERSION}")
+        if isinstance(version, bool) or version not in range(1, VERSION + 1):
+            raise QuantizationError(f"{where} has version {version!r}, this lq_plugin reads 1 to {VERSION}")
         content = {key: value for key, value in content.items() if key not in ("format", "version")}
         return decode(cls, from_version_1(content) if version == 1 else content, where)
 

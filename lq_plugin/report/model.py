@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -18,8 +18,11 @@ from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.ledger import Ledger
+from lq_plugin.model.measure.activation_memory import activation_bytes
 from lq_plugin.model.measure.cost import Cost, CostRow, cost
 from lq_plugin.model.measure.fidelity import FidelityRow, Measurements, errors_on_statistics, layer_fidelity
+from lq_plugin.model.measure.outputs import OutputErrors, output_errors
+from lq_plugin.model.measure.stored import stored_bytes
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.survey import Survey
 from lq_plugin.ptq.reconstruction.learn import Fit
@@ -27,6 +30,7 @@ from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.report.data import LayerReport, ModelReport, Phase, ReportData, Series, TensorView, digits
 from lq_plugin.report.flow import flow
+from lq_plugin.report.scores import make_scores
 from lq_plugin.report.tensors import activation_view, weight_view
 from lq_plugin.report.weights import boxes, error_map, in_force, original, quantized, rounding
 
@@ -51,6 +55,10 @@ def model_report(
     epoch_steps: int | None = None,
     max_detailed: int = MAX_DETAILED,
     title: str | None = None,
+    run: Callable[[], Any] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+    samples: Mapping[str, int] | int | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> ReportData:
     """Gather the values that a page shows of a quantized model, without changing the model.
 
@@ -69,6 +77,10 @@ def model_report(
         epoch_steps: optimizer steps an epoch.
         max_detailed: the largest so many layers get pictures.
         title: of the page; the model's class when None.
+        run: runs the model on a batch, the same one each time, for the errors of the layers' outputs.
+        scores: metrics by name, by variant: `{"float": {"val/acc": 0.98}, "PTQ": {...}, "QAT": {...}}`.
+        samples: that the metrics were computed on, by name or of all: accuracies have an interval then.
+        provenance: see `lq_plugin.report.provenance`.
 
     >>> import torch, lq_plugin
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -87,6 +99,7 @@ def model_report(
     priced = cost(model, recording)
     detailed = {row.name for row in sorted(priced, key=lambda row: -row.elements)[:max_detailed]}
     entries = {entry.name: entry for entry in ledger}
+    outputs = {} if run is None else output_errors(model, run, float_weights)
     layers = []
     with evaluating(model), torch.no_grad():
         # Stochastic rounding is nearest in evaluation, as in what is exported.
@@ -109,7 +122,11 @@ def model_report(
                         "rounding": rounding(layer, before, unit, fit),
                     }
                     details["views"] = _views(layer, statistics, before)
-            numbers = {"sensitivity": _of(sensitivity, row.name), "latency_ms": _of(latency_ms, row.name)}
+            numbers: dict[str, Any] = {
+                "sensitivity": _of(sensitivity, row.name),
+                "latency_ms": _of(latency_ms, row.name),
+                "output_db": _decibels(outputs.get(row.name)),
+            }
             found = rows.get(row.name, [])
             if (
                 layer is not None
@@ -122,7 +139,7 @@ def model_report(
     report = ModelReport(
         name=type(model).__name__,
         plan=plan.to_yaml(),
-        totals=_totals(priced),
+        totals=_totals(priced) | _memory(recording, survey),
         layers=layers,
         weight_coverage=digits(ledger.weight_coverage),
         compute_coverage=None if ledger.compute_coverage is None else digits(ledger.compute_coverage),
@@ -131,8 +148,10 @@ def model_report(
         schedule=moments(plan),
         training=list(training),
         epoch_steps=epoch_steps,
+        scores=make_scores(scores or {}, samples),
+        stored=stored_bytes(model, priced),
     )
-    return ReportData(title or type(model).__name__, model=report)
+    return ReportData(title or type(model).__name__, model=report, provenance=dict(provenance or {}))
 
 
 def plan_of(survey: Survey) -> QuantPlan:
@@ -232,6 +251,23 @@ def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, Fit
 
 def _totals(priced: Cost) -> dict[str, float | None]:
     return {name: None if value is None else digits(value, 6) for name, value in priced.totals().items()}
+
+
+def _memory(recording: Recording | None, survey: Survey) -> dict[str, float | None]:
+    """Returns the bytes of activations of a sample, as the plan has them and in float; nothing without a recording."""
+    if recording is None:
+        return {}
+    plans = {name: layer.layer_plan for name, layer in survey.candidates.items() if isinstance(layer, QuantizedLayer)}
+    return {
+        "activation_bytes": digits(activation_bytes(recording, plans), 6),
+        "float_activation_bytes": digits(activation_bytes(recording), 6),
+    }
+
+
+def _decibels(errors: OutputErrors | None) -> dict[str, float]:
+    if errors is None:
+        return {}
+    return {"alone": digits(errors.alone.sqnr_db), "along": digits(errors.along.sqnr_db)}
 
 
 def _of(values: Mapping[str, float] | None, name: str) -> float | None:

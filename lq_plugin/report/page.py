@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.report.data import ReportData
+from lq_plugin.report.origins import KINDS, kind_of, told
 from lq_plugin.utilities.files import make_folder, write_file
 
-SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "study.js", "page.js")
+SCRIPTS = ("draw.js", "tables.js", "views.js", "layers.js", "front.js", "study.js", "answers.js", "page.js")
 STYLE = "page.css"
 # The browser itself refuses every request, whatever a name in the data may hold.
 _POLICY = (
@@ -60,7 +62,7 @@ def render(reports: ReportData | Sequence[ReportData]) -> str:
     chosen = [reports] if isinstance(reports, ReportData) else list(reports)
     if len(chosen) not in (1, 2):
         raise QuantizationError(f"a page shows one report or two side by side, got {len(chosen)}")
-    runs = [json.loads(report.to_json()) for report in chosen]
+    runs = [_with_words(json.loads(report.to_json())) for report in chosen]
     data = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=False)
     # Inside a script element nothing is an entity, and "</" would end it.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -79,6 +81,15 @@ def write_page(reports: ReportData | Sequence[ReportData], path: str | Path) -> 
     make_folder(path.parent)
     write_file(path, render(reports))
     return path
+
+
+def _with_words(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a report with the origin of each trial in the words of the legend, and its kind."""
+    study = run.get("study")
+    if study is None:
+        return run
+    trials = [trial | {"origin": told(trial["origin"]), "kind": kind_of(trial["origin"])} for trial in study["trials"]]
+    return run | {"study": study | {"trials": trials}, "kinds": KINDS}
 
 
 def asset(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import optuna
 import torch
@@ -16,6 +18,7 @@ from lq_plugin.model.calibrate import collect_statistics, load_statistics
 from lq_plugin.model.graph.record import record
 from lq_plugin.report import ReportData, model_report
 from lq_plugin.report.data import Series
+from lq_plugin.report.joined import joined
 from lq_plugin.search import study_report
 from lq_plugin.search.shared.database import quiet
 from lq_plugin.search.shared.storage import FINGERPRINT
@@ -46,11 +49,15 @@ class Deep(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def deep_report(layers: int = 100, width: int = 32, title: str = "Deep") -> ReportData:
+def deep_report(layers: int = 100, width: int = 32, title: str = "Deep", answered: bool = False) -> ReportData:
+    """`answered`: with scores, errors of outputs and provenance, and a layer of two bits."""
+    chosen = (
+        {**PLAN, "rules": [*PLAN["rules"], {"match": "body.3", "weight": "int2 per_channel"}]} if answered else PLAN
+    )
     torch.manual_seed(0)
     model, x = Deep(layers, width), torch.randn(2, 3, 8, 8)
     recording = record(model, lambda: model(x))
-    ledger = lq_plugin.prepare(model, PLAN)
+    ledger = lq_plugin.prepare(model, chosen)
     statistics = collect_statistics(model, [x])
     load_statistics(model, statistics)
     ledger.add_recording(recording)
@@ -69,11 +76,19 @@ def deep_report(layers: int = 100, width: int = 32, title: str = "Deep") -> Repo
         Series(f"quant/{kind}/loss", steps[::10], [1.9 / (1 + s / 50) for s in steps[::10]])
         for kind in ("float", "quantized")
     ]
-    plan = QuantPlan.parse(PLAN)
+    plan = QuantPlan.parse(chosen)
     sensitivity = {f"body.{i}": 1.0 / (1 + i) for i in range(layers - 1)}
+    answers: dict[str, Any] = {}
+    if answered:
+        answers = {
+            "run": lambda: model(x),
+            "scores": {"float": {"val/acc": 0.955}, "PTQ": {"val/acc": 0.87}, "QAT": {"val/acc": 0.935}},
+            "samples": 200,
+            "provenance": {"made": "2026-01-02 03:04 UTC", "command": "lq-train", "seed": "0"},
+        }
     return model_report(
         model, plan, ledger=ledger, recording=recording, statistics=statistics, training=training, epoch_steps=100,
-        sensitivity=sensitivity, metrics={"val/acc": 0.912, "test/acc": 0.907}, title=title,
+        sensitivity=sensitivity, metrics={"val/acc": 0.912, "test/acc": 0.907}, title=title, **answers,
     )  # fmt: skip
 
 
@@ -112,6 +127,22 @@ def large_study(
         found.append(create_trial(values=[metric, mean], params=params, distributions=distributions, user_attrs=attrs))
     study.add_trials(found)
     return SearchResult(study, "val/acc", ["effective_bits"], True, {"val/acc": 0.948}, 4_000_000)
+
+
+def searched_report() -> ReportData:
+    """A trained model of six layers and the search that its plan comes from, with outlying trials."""
+    result = large_study(trials=60, layers=6)
+    names = [f"body.{i}" for i in range(5)] + ["head"]
+    harm = {
+        f"{n}.weight": {f"int{b} per_channel mse": (1.0 + i) / 4**b for b in range(2, 9)} for i, n in enumerate(names)
+    }
+    result.study.set_user_attr("sensitivity", harm)
+    result.study.set_user_attr("sensitivity_measure", "kl")
+    study, model = study_report(result), deep_report(6, 16, "Searched", answered=True)
+    assert study.study is not None
+    assert model.model is not None
+    plan = study.study.best[1].plan
+    return joined(replace(model, model=replace(model.model, plan=plan)), study)
 
 
 def large_report(trials: int = 500, layers: int = 100) -> ReportData:

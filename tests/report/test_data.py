@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_named() -> None:
         ReportData.from_json("{")
     with pytest.raises(QuantizationError, match="no report of lq_plugin"):
         ReportData.from_json('{"title": "x"}')
-    with pytest.raises(QuantizationError, match="version 99, this lq_plugin reads 1 and 2"):
+    with pytest.raises(QuantizationError, match="version 99, this lq_plugin reads 1 to 3"):
         ReportData.from_json('{"format": "lq_plugin.report", "version": 99}')
     with pytest.raises(QuantizationError, match=r"report\.error\[1\] must be a number, got 'x'"):
         decode(Curve, {"threshold": [1], "error": [1.5, "x"]})

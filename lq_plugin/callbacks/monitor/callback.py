@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lq_plugin.callbacks.monitor.live import Flips, History, losses
 from lq_plugin.callbacks.monitor.loggers import Report, report_to
 from lq_plugin.callbacks.monitor.moment import MonitoredModel, quantization_of
+from lq_plugin.callbacks.monitor.scores import Scoreboard
 from lq_plugin.errors import QuantizationError
 from lq_plugin.extras import need_packages
 from lq_plugin.model.measure.fidelity import Measurements, watching
@@ -47,7 +49,8 @@ class QuantMonitor(Callback):
     numbers and the run's own metrics are the curves of the report page.
 
     A log costs 0.3 to 0.4 of a training step (ResNet-20, batch 128), so one every 100 steps is far under 1 % of a run.
-    Pictures and page cost about 10 steps at the start and 6 at the end.
+    Pictures and page cost about 10 steps at the start and at the end. There one calibration batch runs three times
+    more, in one process only, to see how error accumulates from layer to layer.
     Infinite numbers, such as the SQNR of an all-zero weight, stay in the tables and out of the scalars.
 
     Args:
@@ -60,6 +63,9 @@ class QuantMonitor(Callback):
             step on the training batch twice, quantized and float: `quant/quantized/loss`, `quant/float/loss`.
         terminal: print a table of the layers when training starts and when it or an evaluation ends; None: where the
             Trainer shows a progress bar.
+        scores: metrics of other variants of this model, for the page: `{"float": {"val/acc": 0.98}}`. The run's own
+            evaluations are `PTQ` or `QAT` there; with `Trainer(num_sanity_val_steps=-1)` the sanity check before the
+            first step of QAT is `PTQ`.
 
     Raises:
         QuantizationError: impossible arguments; in `setup`, when the Trainer has neither `QAT` nor `PTQ`.
@@ -78,6 +84,7 @@ class QuantMonitor(Callback):
         page: bool = True,
         float_loss: bool = False,
         terminal: bool | None = None,
+        scores: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -98,6 +105,7 @@ class QuantMonitor(Callback):
         self._epoch_steps: int | None = None
         self._losses: dict[str, float] = {}
         self._losses_step: int | None = None
+        self.scoreboard = Scoreboard(scores)
 
     @property
     def training(self) -> list[Series]:
@@ -155,8 +163,10 @@ class QuantMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn != "fit" and batch_idx == dataloader_idx == 0:
-            self._start_watching(trainer, pl_module)
+        if batch_idx == dataloader_idx == 0:
+            self.scoreboard.start()
+            if trainer.state.fn != "fit":
+                self._start_watching(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -167,10 +177,12 @@ class QuantMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self.scoreboard.see(batch, dataloader_idx)
         if trainer.state.fn != "fit":
             self._watch.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.scoreboard.end(trainer, quantization_of(trainer))
         if trainer.state.fn != "fit":
             self._log(trainer, pl_module, "once")
 
@@ -217,7 +229,8 @@ class QuantMonitor(Callback):
                 pictures = state.pictures(self.max_layers, activations=moment != "end")
                 report = replace(report, pictures=list(pictures))
             if self.page and report.final:
-                report = replace(report, pages=state.pages(metrics, self.training, self._epoch_steps))
+                pages = state.pages(trainer, metrics, self.training, self._epoch_steps, self.scoreboard)
+                report = replace(report, pages=pages)
         self._logged_step = report.step
         for logger in trainer.loggers:
             report_to(logger, report)

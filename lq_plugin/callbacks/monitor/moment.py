@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,10 @@ from lq_plugin import plots
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.monitor.live import MAX_LAYERS
 from lq_plugin.callbacks.monitor.loggers import Picture
+from lq_plugin.callbacks.monitor.scores import Scoreboard
+from lq_plugin.callbacks.trainer.data import one_batch
+from lq_plugin.callbacks.trainer.sharding import resharded
+from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.layers import QuantizedLayer, weight_of
@@ -26,8 +30,10 @@ from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.ranges import compare_ranges
 from lq_plugin.report import Series, model_report, render
+from lq_plugin.report.provenance import provenance
 from lq_plugin.report.terminal import summary
 from lq_plugin.report.weights import in_force, original, quantized
+from lq_plugin.utilities.lightning_packages import isolate_rng
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -92,13 +98,22 @@ class MonitoredModel:
         title = "What is quantized" if moment == "start" else "The quantized model"
         return summary(self.priced, self.rows, self.callback.ledger, title, {} if moment == "start" else metrics)
 
-    def pages(self, metrics: dict[str, float], training: list[Series], epoch_steps: int | None) -> dict[str, bytes]:
+    def pages(
+        self,
+        trainer: Trainer,
+        metrics: dict[str, float],
+        training: list[Series],
+        epoch_steps: int | None,
+        scoreboard: Scoreboard,
+    ) -> dict[str, bytes]:
         """Returns the report page and its data, by file name.
 
         Args:
+            trainer: of the run.
             metrics: of the run, by name.
             training: curves over its steps.
             epoch_steps: optimizer steps of an epoch; None outside of training.
+            scoreboard: what its evaluations scored.
         """
         callback = self.callback
         data = model_report(
@@ -113,8 +128,28 @@ class MonitoredModel:
             metrics=metrics,
             training=training,
             epoch_steps=epoch_steps,
+            run=self._one_batch(trainer),
+            scores=scoreboard.by_variant,
+            samples=scoreboard.samples,
+            provenance=provenance(_data_of(trainer, scoreboard.samples)),
         )
         return {"report.json": data.to_json().encode(), "report.html": render(data).encode()}
+
+    def _one_batch(self, trainer: Trainer) -> Callable[[], Any] | None:
+        """Returns what runs the module on a calibration batch; None where no such batch has run in this run.
+
+        None also with several processes: this one would wait for the others in a pass of its own.
+        """
+        callback, module = self.callback, self.model
+        if callback.recording is None or trainer.world_size > 1:
+            return None
+        run, _ = one_batch(trainer, module, callback.dataloader, callback.calibration_step)
+
+        def once() -> None:
+            with resharded(module), without_traces(module), isolate_rng():
+                run()
+
+        return once
 
     def scalars(self) -> dict[str, float]:
         chosen = quantizers(self.model)
@@ -189,6 +224,13 @@ class MonitoredModel:
             for q in chosen
             if q.spec.has_grid and q.name in known and known[q.name].total.all()
         }
+
+
+def _data_of(trainer: Trainer, samples: Mapping[str, int]) -> str:
+    """Returns the name of the data, and how many samples were evaluated."""
+    datamodule = getattr(trainer, "datamodule", None)
+    counts = f"{max(samples.values()):,} samples evaluated" if samples else ""
+    return ", ".join(part for part in ("" if datamodule is None else type(datamodule).__name__, counts) if part)
 
 
 def _box_plot(name: str, layer: QuantizedLayer) -> Figure:

@@ -124,7 +124,7 @@ function saveSvg(body, name) {
 
 // A frame with axes: {width, height, x: [a, b], y: [a, b], logX, logY, xLabel, yLabel, left}
 function frame(o) {
-  const m = { l: o.left ?? 52, r: o.right ?? 12, t: o.top ?? 10, b: o.xLabel ? 42 : 26 };
+  const m = { l: o.left ?? 52, r: o.right ?? 12, t: o.top ?? 10, b: o.bottom ?? (o.xLabel ? 42 : 26) };
   const root = svg("svg", { width: o.width, height: o.height, viewBox: `0 0 ${o.width} ${o.height}` });
   const x = (o.logX ? log : linear)(o.x, [m.l, o.width - m.r]), y = (o.logY ? log : linear)(o.y, [o.height - m.b, m.t]);
   const g = svg("g", { class: "axis" });

@@ -3,9 +3,16 @@
 const BITS_HIGH = 84;
 const bitsHeight = (bits) => (BITS_HIGH * (Math.log2(Math.max(bits, 1)) + 1)) / 6;
 const SLOT_COLORS = { weight: color(0), input: color(1), output: color(2) };
+// A layer is in trouble where the error has more than a tenth of the energy of what it is an error of.
+const TROUBLE_DB = 10;
+function troubles(l) {
+  const ratios = [...["weight", "input", "output"].map((slot) => [slot, (l.sqnr_db ?? {})[slot]]), ["layer's own output", (l.output_db ?? {}).alone], ["output in the network", (l.output_db ?? {}).along]];
+  return ratios.filter(([, v]) => v != null && num(v) < TROUBLE_DB).map(([what, v]) => `${what} ${db(v)}`);
+}
 const LANES = [
   ["SQNR weight", (l) => (l.sqnr_db ?? {}).weight, db],
   ["SQNR input", (l) => (l.sqnr_db ?? {}).input, db],
+  ["SQNR output", (l) => (l.output_db ?? {}).along, db],
   ["sensitivity", (l) => l.sensitivity, (v) => fmt(v)],
   ["bytes", (l) => l.bytes, bytes],
   ["BOPs a sample", (l) => l.bops, big],
@@ -21,9 +28,9 @@ function strip(model, open) {
   const longest = Math.max(...model.layers.map((l) => Math.min(22, l.name.length)));
   const row = html("div", { class: model.layers.length <= 10 ? "row few" : "row", style: `--name:${12 + 6.6 * longest}px`, role: "toolbar", "aria-label": "layers, arrow keys move, Enter opens" });
   model.layers.forEach((l, i) => {
-    const facts = () => [l.name + "  " + l.kind, `weight ${weightSpec(l)}, input ${(l.specs ?? {}).input ?? "float"}`, `${l.effective_bits == null ? "held by " + l.tied_to : fmt(l.effective_bits) + " effective bits"}`, ...lanes.map(([name, of, show]) => `${name} ${show(of(l))}`)];
-    const column = html("button", { type: "button", class: "layer" + (isFloat(l) ? " float" : ""), "data-layer": l.name, tabindex: i ? "-1" : "0", "aria-label": `${l.name}, ${facts().slice(1).join(", ")}`, onclick: () => open(l.name) },
-      html("span", { class: "bits", style: `height:${BITS_HIGH}px` },
+    const bad = troubles(l), facts = () => [l.name + "  " + l.kind, `weight ${weightSpec(l)}, input ${(l.specs ?? {}).input ?? "float"}`, `${l.effective_bits == null ? "held by " + l.tied_to : fmt(l.effective_bits) + " effective bits"}`, ...lanes.map(([name, of, show]) => `${name} ${show(of(l))}`), ...(bad.length ? [`under ${TROUBLE_DB} dB: ${bad.join(", ")}`] : [])];
+    const column = html("button", { type: "button", class: "layer" + (isFloat(l) ? " float" : "") + (bad.length ? " trouble" : ""), "data-layer": l.name, tabindex: i ? "-1" : "0", "aria-label": `${l.name}, ${facts().slice(1).join(", ")}`, onclick: () => open(l.name) },
+      html("span", { class: "bits", style: `height:${BITS_HIGH}px` }, bad.length ? html("i", {}, "!") : null,
         html("span", { class: "bar extra", style: `height:${bitsHeight(Math.min(l.effective_bits ?? l.weight_bits, 32)).toFixed(1)}px` }),
         html("span", { class: "bar", style: `height:${bitsHeight(l.weight_bits).toFixed(1)}px` }, html("b", {}, String(l.weight_bits))),
         html("span", { class: "mark", style: `bottom:${bitsHeight(l.input_bits).toFixed(1)}px` })),
@@ -50,6 +57,7 @@ function strip(model, open) {
 const LAYER_COLUMNS = [
   ["layer", (l) => l.name, null, "name"], ["kind", (l) => l.kind], ["weight", weightSpec], ["input", (l) => (l.specs ?? {}).input ?? "float"],
   ["effective bits", (l) => l.effective_bits, (v) => fmt(v)], ["SQNR weight", (l) => num((l.sqnr_db ?? {}).weight), db], ["SQNR input", (l) => num((l.sqnr_db ?? {}).input), db],
+  ["output alone", (l) => num((l.output_db ?? {}).alone), db], ["output in the network", (l) => num((l.output_db ?? {}).along), db], ["in trouble", (l) => troubles(l).join(", ") || null],
   ["sensitivity", (l) => l.sensitivity, fmt], ["bytes", (l) => l.bytes, bytes], ["MACs a sample", (l) => l.macs, big], ["BOPs a sample", (l) => l.bops, big], ["latency a sample", (l) => l.latency_ms, (v) => fmt(v, 3) + " ms"],
 ];
 function layerTable(model, open) {
@@ -64,6 +72,7 @@ function layerPage(l) {
     ["effective bits", l.effective_bits == null ? `held by ${l.tied_to}` : fmt(l.effective_bits)], ["size", `${bytes(l.bytes)} of ${bytes(l.float_bytes)} float`],
     l.macs == null ? null : ["MACs, BOPs a sample", `${big(l.macs)}, ${big(l.bops)}`], l.latency_ms == null ? null : ["latency", fmt(l.latency_ms, 3) + " ms"], l.sensitivity == null ? null : ["sensitivity", fmt(l.sensitivity)],
     ...Object.keys(l.sqnr_db ?? {}).map((slot) => [`SQNR ${slot}`, `${db(l.sqnr_db[slot])}${(l.clipped ?? {})[slot] == null ? "" : ", clipped " + share(l.clipped[slot])}`]),
+    ...[["alone", "output, layer alone"], ["along", "output, in the network"]].filter(([k]) => (l.output_db ?? {})[k] != null).map(([k, words]) => [words, db(l.output_db[k])]),
     ...Object.entries(l.bounds ?? {}).map(([slot, [low, high]]) => [`range ${slot}`, `${fmt(low)} … ${fmt(high)}`]),
     l.reason ? ["float because", l.reason] : null,
   ].filter(Boolean);

@@ -15,19 +15,26 @@ const signed = (v, show) => (v == null ? "–" : (v > 0 ? "+" : v < 0 ? "−" : 
 function cards(run) {
   const found = [];
   if (run.model) {
-    const t = run.model.totals ?? {};
-    found.push(["effective bits", fmt(t.effective_bits)], ["size", bytes(t.bytes)], ["smaller than float", t.compression == null ? "–" : fmt(t.compression, 3) + " ×"], ["weights quantized", share(run.model.weight_coverage)], ["MACs quantized", share(run.model.compute_coverage)], ["layers", String(run.model.layers.length)]);
+    const t = run.model.totals ?? {}, metric = mainMetric(run), scores = scoresOf(run).filter((s) => s.metric === metric);
+    for (const s of scores) found.push([`${metric}, ${s.variant}`, asScore(s), interval(s)]);
+    if (!scores.length) for (const [name, value] of Object.entries(run.model.metrics ?? {}).slice(0, 4)) found.push([name, fmt(value)]);
+    found.push(["effective bits", fmt(t.effective_bits)], ["size", bytes(t.bytes), t.compression == null ? "" : fmt(t.compression, 3) + " × smaller"]);
+    if (run.model.weight_coverage != null) found.push(["weights quantized", share(run.model.weight_coverage)]);
+    if (run.model.compute_coverage != null) found.push(["MACs quantized", share(run.model.compute_coverage)]);
     if (t.bops != null) found.push(["BOPs a sample", big(t.bops)]);
-    for (const [name, value] of Object.entries(run.model.metrics ?? {}).slice(0, 4)) found.push([name, fmt(value)]);
-  }
-  if (run.study) {
-    const s = run.study, best = s.best[0] && s.trials.find((t) => t.number === s.best[0].number);
-    found.push(["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]);
-    if (best) found.push(["best " + s.metric, `${fmt(best.metric)} at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
-    if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
-  }
-  return html("dl", { class: "cards" }, found.map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v))));
+    if (t.activation_bytes != null) found.push(["activations a sample", bytes(t.activation_bytes), `float ${bytes(t.float_activation_bytes)}`]);
+    const bad = run.model.layers.filter((l) => troubles(l).length).length;
+    found.push(["layers", String(run.model.layers.length), bad ? `${bad} in trouble` : ""]);
+  } else if (run.study) found.push(...studyCards(run.study));
+  return cardList(found);
 }
+function studyCards(s) {
+  const best = s.best[0] && s.trials.find((t) => t.number === s.best[0].number), found = [["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]];
+  if (best) found.push(["best " + s.metric, fmt(best.metric), `at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
+  if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
+  return found;
+}
+const cardList = (found) => html("dl", { class: "cards" }, found.map(([k, v, note]) => html("div", {}, html("dt", {}, k), html("dd", {}, v), note ? html("dd", { class: "note" }, note) : null)));
 
 // Layers
 const order = [...new Set(models.flatMap((r) => r.model.layers.map((l) => l.name)))];
@@ -96,22 +103,32 @@ function build() {
   const head = document.querySelector("header");
   put(head, pairs(RUNS.map((run) => ({ run: { ...run, label: "" }, parts: cards(run) }))));
   for (const note of new Set(RUNS.flatMap((r) => r.notes ?? []))) put(head, html("p", { class: "muted" }, note));
+  const answered = models.filter((r) => scoresOf(r).length || Object.keys(r.model.stored ?? {}).length);
+  const answers = () => section("answers", "Scores and size", pairs(answered.map((run) => ({ run, parts: [scoreFigure(run), scoresOf(run).length ? scoreTable(run) : null, storedFigure(run.model)] }))));
   if (PAIR) section("compare", "A against B", totals(), models.length > 1 ? layerDifferences() : null);
+  if (answered.length) answers();
   if (models.length) {
     const node = section("layers", "Layers");
     put(node, html("p", { class: "muted" }, "Bars: bits of the weight on a logarithmic axis, lighter with scales and zero points; diamonds: bits of the input. Choose a layer to see it."));
+    const bad = models.some((r) => r.model.layers.some((l) => troubles(l).length));
+    if (bad) put(node, html("p", { class: "criterion" }, html("b", { class: "bad" }, "! red"), ` is a layer in trouble: the SQNR of its weight, its input or its output is under ${TROUBLE_DB} dB, which means that the error has more than a tenth of the energy of the values. Training can make up for it, which the scores tell.`));
     for (const run of models) put(node, run.label ? html("h3", { class: "side" }, `${run.label}: ${run.title}`) : null, strip(run.model, openLayer));
     panel = html("section", { id: "layer", "aria-labelledby": "layer-title", hidden: true });
     put(main, panel);
     for (const run of models) put(node, html("details", {}, html("summary", {}, `The same numbers as a table${run.label ? ": " + run.label : ""}`), layerTable(run.model, openLayer)));
   }
+  const paths = models.map((run) => ({ run, parts: pathFigure(run.model, openLayer) })).filter(({ parts }) => parts);
+  if (paths.length) section("path", "Along the network", pairs(paths));
+  const sensitive = RUNS.filter((r) => r.sensitivity && Object.keys(r.sensitivity.values).length);
+  if (sensitive.length) section("sensitivity", "Sensitivity", pairs(sensitive.map((run) => ({ run, parts: sensitivityFigure(run) }))));
   const trained = models.filter((r) => seriesGroups(r.model.training ?? []).size);
   if (trained.length) section("training", "Training", pairs(trained.map((run) => ({ run, parts: html("div", { class: PAIR ? "figures one" : "figures" }, trainingFigure(run.model, 0), trainingFigure(run.model, 1)) }))));
   const timed = models.filter((r) => (r.model.schedule ?? []).length);
   const searched = studies.filter((r) => r.study.trials.length);
   if (searched.length) {
     const node = section("study", "Search");
-    put(node, paretoFigure(searched, showTrial));
+    if (models.length) put(node, pairs(searched.map((run) => ({ run: { ...run, label: searched.length > 1 ? run.label : "" }, parts: cardList(studyCards(run.study)) }))));
+    put(node, frontFigure(searched, showTrial));
     trialPanel = html("div", { class: "panel", "aria-labelledby": "trial-title", hidden: true });
     put(node, trialPanel, hypervolumeFigure(searched));
     put(node, pairs(searched.map((run) => ({ run, parts: [parallelFigure(run.study), run.study.best.length ? heatFigure(run.study, showTrial) : null, Object.keys(run.study.importance ?? {}).length ? importanceFigure(run.study) : null,
@@ -123,10 +140,14 @@ function build() {
   if (exported.length) section("files", "Exported files", html("p", { class: "muted" }, "Each file ran in its runtime next to the model. A step is a 255th of the range of a batch's outputs; the first difference is the first layer whose input differs by more than one of its own steps."), pairs(exported.map((run) => ({ run, parts: fileTable(run.files) }))));
   const plans = models.filter((r) => r.model.plan);
   if (plans.length) section("plan", "Plan", pairs(plans.map((run) => ({ run, parts: [timed.includes(run) ? html("ul", { class: "schedule" }, run.model.schedule.map((p) => html("li", {}, html("b", {}, `${p.unit} ${p.count}`), " " + p.label))) : null, copyable(run.model.plan, "plan as YAML")] }))));
+  const known = RUNS.filter((r) => Object.keys(r.provenance ?? {}).length);
+  if (known.length) section("made", "Where this comes from", pairs(known.map((run) => ({ run, parts: provenanceList(run) }))));
   put(document.querySelector("nav ul"), [...main.querySelectorAll("section > h2")].filter((h) => h.id !== "layer-title").map((h) => html("li", {}, html("a", { href: "#" + h.parentNode.id }, h.textContent))));
   put(document.body, tip);
   addEventListener("hashchange", () => route(true));
   addEventListener("keydown", (e) => { if (e.key === "Escape") { if (!tip.hidden) hideTip(); else closeLayer(); } });
+  // Chrome leaves what has the focus half hidden where 32 pixels of it can be seen.
+  addEventListener("focusin", (e) => { if (e.target.matches("a, button, .pick") && e.target.matches(":focus-visible")) e.target.scrollIntoView({ block: "nearest", inline: "nearest" }); });
   addEventListener("scroll", hideTip, { passive: true });
   route(false);
   document.documentElement.dataset.ready = "true";

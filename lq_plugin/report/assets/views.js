@@ -15,7 +15,8 @@ function viewFigures(v) {
   return html("div", { class: "view" }, histogram, curves.length ? html("div", {}, curves) : null, grid);
 }
 function markTable(v) {
-  return html("div", { class: "scroll" }, html("table", { class: "marks" }, html("thead", {}, html("tr", {}, ["clipping", "low", "high", "SQNR", "clipped"].map((t) => html("th", { scope: "col" }, t)))),
+  const words = `${v.marks.some((m) => m.wins) ? "★: the smallest squared error on this tensor. " : ""}${v.marks.some((m) => m.label === "in force") ? "“in force”: the range that the layer uses now, trained or calibrated." : ""}`;
+  return html("div", { class: "scroll" }, words ? html("p", { class: "muted" }, words) : null, html("table", { class: "marks" }, html("thead", {}, html("tr", {}, ["clipping", "low", "high", "SQNR", "clipped"].map((t) => html("th", { scope: "col" }, t)))),
     html("tbody", {}, v.marks.map((m) => html("tr", { class: m.wins ? "wins" : "" }, html("th", { scope: "row" }, html("span", { class: "swatch line", style: `--paint:${markColor(v, m)}`, "aria-hidden": "true" }), m.label + (m.wins ? " ★" : "")), html("td", {}, fmt(m.low)), html("td", {}, fmt(m.high)), html("td", {}, db(m.sqnr_db)), html("td", {}, share(m.clipped)))))));
 }
 function drawHistogram(v, width) {

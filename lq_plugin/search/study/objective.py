@@ -21,6 +21,8 @@ from lq_plugin.search.study.promotion import LEVELS, Ladder, reached_by, read
 PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", "repeats"
 #: Of trials whose plan was not sampled: where it comes from, and which interrupted trial it tries again.
 ORIGIN, RETRIES = "origin", "retries"
+#: User attributes of a study: the harm of each choice of each unit, by which its first trials were chosen; its measure.
+SENSITIVITY, MEASURE = "sensitivity", "sensitivity_measure"
 
 
 #: Trials whose plan is evaluated, or will be.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.report.data import BestPlan, ReportData, StudyReport, TrialReport, digits
+from lq_plugin.report.data import BestPlan, ReportData, Sensitivity, StudyReport, TrialReport, digits
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
+from lq_plugin.search.study.objective import MEASURE, SENSITIVITY
 from lq_plugin.utilities.front import pareto_front
 
 #: Plans whose bits are shown layer by layer.
@@ -64,7 +66,15 @@ def study_report(result: StudyCandidates, title: str | None = None) -> ReportDat
         hypervolume=hypervolume([(c.cost, c.metric) for c in candidates], result.maximize),
         parameters={name: [values.get(name) for values in params] for name in chosen},
     )
-    return ReportData(title or result.study.study_name, study=report)
+    return ReportData(title or result.study.study_name, study=report, sensitivity=_sensitivity(result.study.user_attrs))
+
+
+def _sensitivity(attributes: Mapping[str, Any]) -> Sensitivity | None:
+    """Returns what the first plans were chosen by; None where the search began without."""
+    if not (found := attributes.get(SENSITIVITY)):
+        return None
+    values = {unit: {choice: digits(value) for choice, value in row.items()} for unit, row in found.items()}
+    return Sensitivity(attributes.get(MEASURE, ""), values)
 
 
 def _costs(result: StudyCandidates) -> list[str]:

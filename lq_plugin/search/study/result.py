@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.text import Text
 
 from lq_plugin import plots
 from lq_plugin.report import render
+from lq_plugin.report.origins import kind_of, told
+from lq_plugin.report.provenance import provenance
 from lq_plugin.search.evaluation.costs import COSTS, LABELS, LATENCY
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 from lq_plugin.search.study.report import study_report
@@ -37,8 +40,8 @@ class SearchResult(Shown, StudyCandidates):
         size = LABELS[self.cost]
         return plots.pareto(
             [(c.cost, c.metric) for c in self.candidates],
-            references={c.origin: (c.cost, c.metric) for c in self.candidates if c.origin.startswith("uniform")},
-            seeds=[(c.cost, c.metric) for c in self.candidates if c.origin.startswith(("ilp", "greedy"))],
+            references={c.origin: (c.cost, c.metric) for c in self.candidates if kind_of(c.origin) == "uniform"},
+            seeds=[(c.cost, c.metric) for c in self.candidates if kind_of(c.origin) == "sensitivity"],
             float_metric=self.float_metrics.get(self.metric),
             metric=short(self.metric, 60),
             maximize=self.maximize,
@@ -72,7 +75,7 @@ class SearchResult(Shown, StudyCandidates):
             row = [str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
             times = [c.metrics.get(LATENCY), measured.get(str(c.number))] if timed else []
             scores = _file_cells(files.get(str(c.number)), self.metric) if files else []
-            table.add_row(*map(Text, [*row, *map(_milliseconds, times), *scores, c.origin]))
+            table.add_row(*map(Text, [*row, *map(_milliseconds, times), *scores, told(c.origin)]))
         return table
 
     def rows(self) -> list[dict[str, Any]]:
@@ -111,7 +114,7 @@ class SearchResult(Shown, StudyCandidates):
         write_file(folder / "front.csv", self.to_csv())
         if self.candidates:
             write_file(folder / "pareto.png", plots.to_png(self.figure()))
-            report = study_report(self)
+            report = replace(study_report(self), provenance=provenance())
             write_file(folder / "report.json", report.to_json())
             write_file(folder / "report.html", render(report))
         return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from optuna.trial import TrialState
 from lq_plugin import plots
 from lq_plugin.callbacks.monitor.loggers import Picture, Report, report_to
 from lq_plugin.report import render
+from lq_plugin.report.provenance import provenance
 from lq_plugin.search.study.candidates import Candidate
 from lq_plugin.search.study.report import study_report
 from lq_plugin.search.study.result import SearchResult
@@ -98,7 +100,7 @@ def _picture(result: SearchResult) -> Picture:
 
 
 def _last_report(result: SearchResult) -> Report:
-    page = study_report(result)
+    page = replace(study_report(result), provenance=provenance())
     tables: Mapping[str, Any] = {
         "front": result.rows(),
         "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates],

@@ -26,7 +26,7 @@ from lq_plugin.search.study.config import SearchConfig
 from lq_plugin.search.study.file_scores import score_files
 from lq_plugin.search.study.latency import measure_front, share_latency
 from lq_plugin.search.study.loop import Loop
-from lq_plugin.search.study.objective import ORIGIN, Objective
+from lq_plugin.search.study.objective import MEASURE, ORIGIN, SENSITIVITY, Objective
 from lq_plugin.search.study.progress import SearchProgress
 from lq_plugin.search.study.promotion import Ladder
 from lq_plugin.search.study.proposer import Proposer, waiting_trial
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 
 #: User attribute of a study whose first trials are in its queue.
 SEEDED = "seeded"
-#: User attribute of a study: the harm of each choice of each unit, which its first trials were chosen by.
-SENSITIVITY = "sensitivity"
 
 
 class StudyWorker:
@@ -156,11 +154,13 @@ class StudyWorker:
             widths = self.space.bit_widths if config.uniform else []
             plans = [Seed(self.space.uniform(bits), f"uniform {bits} bits") for bits in widths]
             if config.seeds:
-                harm = measure_sensitivity(self.evaluator, config.sensitivity, config.sensitivity_batches).values
+                measured = measure_sensitivity(self.evaluator, config.sensitivity, config.sensitivity_batches)
+                harm = measured.values
                 base, costs = self._costs_of_choices(config.size)
                 most = largest(config.limits, config.size)
                 plans += make_seeds(self.space, harm, costs, base, config.seeds, most)
                 self.study.set_user_attr(SENSITIVITY, harm)
+                self.study.set_user_attr(MEASURE, measured.measure)
             for plan in distinct(plans):
                 origin = {ORIGIN: plan.origin}
                 self.study.add_trial(waiting_trial(self.space, plan.params, self.evaluator, config.limits, origin))

@@ -1,0 +1,76 @@
+"""What the variants of a model score in a run: float, PTQ and QAT, with the samples that were evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from lq_plugin.callbacks.base import QuantizationCallback
+from lq_plugin.callbacks.ptq import PTQ
+from lq_plugin.errors import QuantizationError
+from lq_plugin.model.graph.tensor_identity import leading_size
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+Metrics = Mapping[str, float]
+
+
+def checked(scores: Mapping[str, Metrics] | None) -> dict[str, dict[str, float]]:
+    """Returns scores by variant and metric as plain floats.
+
+    Raises:
+        QuantizationError: it is something else.
+
+    >>> checked({"float": {"val/acc": 1}})
+    {'float': {'val/acc': 1.0}}
+    """
+    try:
+        return {
+            str(variant): {str(name): float(value) for name, value in metrics.items()}
+            for variant, metrics in (scores or {}).items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise QuantizationError(
+            f"scores are metrics by variant, such as {{'float': {{'val/acc': 0.98}}}}, got {scores!r}"
+        ) from None
+
+
+class Scoreboard:
+    """Metrics by variant, and how many samples each metric is of.
+
+    Args:
+        given: scores that are known before the run.
+    """
+
+    def __init__(self, given: Mapping[str, Metrics] | None = None) -> None:
+        self.by_variant = checked(given)
+        self.samples: dict[str, int] = {}
+        self._count: int | None = 0
+
+    def add(self, variant: str, metrics: Metrics) -> None:
+        """Keep the metrics of a variant; later ones of the same names replace earlier ones."""
+        self.by_variant.setdefault(variant, {}).update(checked({variant: metrics})[variant])
+
+    def start(self) -> None:
+        """An evaluation begins."""
+        self._count = 0
+
+    def see(self, batch: Any, loader: int) -> None:
+        """A batch was evaluated; with several loaders nobody knows which metric is of which."""
+        size = leading_size(batch)
+        self._count = None if size is None or loader or self._count is None else self._count + size
+
+    def end(self, trainer: Trainer, callback: QuantizationCallback) -> None:
+        """The evaluation is over: its metrics are those of the model as it is.
+
+        Before the first step of a QAT that is PTQ: `Trainer(num_sanity_val_steps=-1)` evaluates it on all samples.
+        """
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != inf:
+            return
+        variant = "PTQ" if trainer.sanity_checking or isinstance(callback, PTQ) else "QAT"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.add(variant, metrics)
+        if self._count:
+            self.samples |= dict.fromkeys(metrics, self._count * trainer.world_size)

@@ -1,0 +1,76 @@
+"""Memory of activations: the largest sum of tensors that are alive at one moment of a pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import NamedTuple
+
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.recording import Call, Recording
+from lq_plugin.model.measure.cost import FLOAT_BITS
+
+
+class _Tensor(NamedTuple):
+    producer: int
+    output: int
+
+
+def activation_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None = None) -> int:
+    """Returns the bytes of activations of one input sample at the fullest moment of a pass.
+
+    A tensor is alive from the call that makes it to the last one that reads it. An activation function works in place
+    where nothing else reads its input, as runtimes fuse it. An element takes the bits of the widest input that reads
+    it: 32 of a layer whose input is float, of any other operation, and of what the model returns. The model's own input
+    is not counted.
+
+    Args:
+        recording: of one batch.
+        plans: of the layers, by name; None: everything is float.
+
+    >>> import torch
+    >>> from lq_plugin.intent.spec import QuantSpec
+    >>> from lq_plugin.model.graph.record import record
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    >>> x = torch.randn(4, 8)
+    >>> recording = record(net, lambda: net(x), samples=4)
+    >>> activation_bytes(recording)  # 100 are read while 10 are made, 4 bytes each
+    440
+    >>> activation_bytes(recording, {"2": LayerPlan(input=QuantSpec.parse("uint8"))})
+    140
+    """
+    plans = plans or {}
+    readers = Counter(
+        _Tensor(s.producer, s.output) for c in recording.calls for s in c.inputs if s.producer is not None
+    )
+    made_of: dict[_Tensor, _Tensor] = {}
+    last: dict[_Tensor, int] = {}
+    bits: dict[_Tensor, int] = {}
+    sizes: dict[_Tensor, int] = {}
+    for call in recording.calls:
+        for source in call.inputs:
+            if source.producer is None:
+                continue
+            tensor = _Tensor(source.producer, source.output)
+            tensor = made_of.get(tensor, tensor)
+            last[tensor] = call.position
+            if call.is_activation and readers[_Tensor(source.producer, source.output)] == 1:
+                made_of[_Tensor(call.position, 0)] = tensor
+            elif not call.passthrough:
+                bits[tensor] = max(bits.get(tensor, 0), _input_bits(call, plans))
+        if call.kind != "output" and not call.passthrough:
+            for index, shape in enumerate(call.output_shapes):
+                if (tensor := _Tensor(call.position, index)) not in made_of:
+                    sizes[tensor] = prod(shape)
+    held = {tensor: size * bits.get(tensor, FLOAT_BITS) / 8 for tensor, size in sizes.items()}
+    moments = [
+        sum(size for tensor, size in held.items() if tensor.producer <= now <= last.get(tensor, tensor.producer))
+        for now in range(len(recording.calls))
+    ]
+    return round(max(moments, default=0) / recording.samples)
+
+
+def _input_bits(call: Call, plans: Mapping[str, LayerPlan]) -> int:
+    plan = plans.get(call.name)
+    return FLOAT_BITS if plan is None or plan.input is None else plan.input.bit_width
