@@ -114,7 +114,7 @@ def main() -> None:
     plan_path = output / "plan.yaml"
     best.plan.to_yaml(plan_path)
     searched = calibrated(model, data, plan_path)
-    rows.append(scored("PTQ, searched", searched, data))
+    rows.append(scored("PTQ, searched: no more bits than that", searched, data))
 
     console.rule("4. QAT of that plan, from the float weights")
     seed_everything(args.seed, verbose=False)  # whatever the search drew
@@ -131,7 +131,7 @@ def main() -> None:
     # A new model, as another program would load it.
     loaded = DigitsCNN(width=args.width)
     load_checkpoint(loaded, output / "quantized.ckpt")
-    rows.append(scored("QAT of that plan", loaded, data))
+    rows.append(scored("QAT of the searched plan", loaded, data))
     save_packed(loaded, output / "model.safetensors")
     images = len(data.splits["test"])
     batch, board = next(iter(data.val_dataloader()))[0], monitor.scoreboard
@@ -195,7 +195,7 @@ def float_bytes(model: torch.nn.Module) -> int:
 def show(rows: list[Row], images: int, output: Path, seconds: float) -> None:
     note = f"digits, {images} test images: one of them, {percent(1 / images)}, makes no difference"
     table = Table("model", title=note)
-    for column in ("accuracy", "weight bits", "input bits", "bytes", "smaller"):
+    for column in ("accuracy", "effective bits", "input bits", "bytes", "smaller"):
         table.add_column(column, justify="right")
     for row in rows:
         smaller = f"{rows[0].bytes / row.bytes:.1f} x"

@@ -108,9 +108,11 @@ def weighted_kmeans(points: Floats, counts: Ints, levels: int) -> Floats:
     ends = np.arange(n + 1)
     best = cost(np.zeros_like(ends), ends)
     cuts = []
+    # One row a level is kept: in int64, 256 levels over 4,096 points would take 8 MiB.
+    narrow = np.min_scalar_type(n)
     for k in range(2, levels + 1):
         best, cut = _next_row(best, k, n, cost)
-        cuts.append(cut)
+        cuts.append(cut.astype(narrow))
     bounds = [n]
     for cut in reversed(cuts):
         bounds.append(int(cut[bounds[-1]]))
