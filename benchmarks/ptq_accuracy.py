@@ -1,6 +1,7 @@
 """Accuracy of ResNet-20 on CIFAR-10 after quantization without training: bits x range estimator.
 
     python -m benchmarks.ptq_accuracy --json out.json
+    python -m benchmarks.ptq_accuracy --model transformer --json out.json      # benchmarks.ptq_transformer
 
 All layers are quantized, the first and the last too: weights per channel, inputs per tensor, nearest
 rounding, batch norm corrected. A row's estimator finds the ranges of weights and inputs alike. The recipe was chosen on
@@ -21,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import common, ptq_transformer
 from benchmarks.peers import PEERS, PeerError, measure_peers, require
 from benchmarks.vit import load_vit
 from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
@@ -236,7 +237,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--test-images", type=int, metavar="N", help="score on the first N test images only (default: all)"
     )
     parser.add_argument(
-        "--model", choices=("resnet", "vit"), default="resnet", help="vit: the one of benchmarks.vit, trained first"
+        "--model",
+        choices=("resnet", "vit", "transformer"),
+        default="resnet",
+        help="vit: the one of benchmarks.vit, trained first; transformer: has options of its own, see its --help",
     )
     parser.add_argument(
         "--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)"
@@ -267,6 +271,10 @@ def _spec(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--model")
+    if chosen.parse_known_args(arguments)[0].model == "transformer":
+        return ptq_transformer.main(arguments)
     options = parse(arguments)
     common.start(options)
     console = Console()

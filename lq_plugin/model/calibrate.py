@@ -209,3 +209,26 @@ def switched(chosen: list[Quantizer], enabled: bool) -> Iterator[None]:
     finally:
         for quantizer, was in before:
             quantizer.set_enabled(was)
+
+
+def refuse_ranges(model: nn.Module, verb: str, past: str) -> None:
+    """Refuses a model whose quantizers have found ranges already, which new weights would make wrong.
+
+    Those that find their range at run time have none to keep.
+
+    Args:
+        model: prepared, or float.
+        verb: what is about to be done to the weights, for the message: "smooth".
+        past: the same of the weights after it: "smoothed".
+
+    Raises:
+        CalibrationError: naming the first of them.
+    """
+    found = [
+        quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated and not quantizer.spec.dynamic
+    ]
+    if found:
+        raise CalibrationError(
+            f"cannot {verb}: {len(found)} quantizers have ranges already ({', '.join(found[:3])}, ...), which would "
+            f"not be those of the {past} weights and activations; {verb} before calibrating"
+        )

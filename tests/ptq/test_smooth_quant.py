@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lq_plugin import CalibrationError, QuantizationError, calibrate, prepare
+from lq_plugin import CalibrationError, QuantizationError, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.graph.record import record
+from lq_plugin.ptq import run_phases
 from lq_plugin.ptq.batch_norm.fold import find_batch_norm_pairs, fold_batch_norm
 from lq_plugin.ptq.smooth_quant.smooth import Smoothing, SmoothingGroup, smooth_quant
 
@@ -302,3 +303,17 @@ def test_bad_input_changes_nothing() -> None:
     ):
         smooth_quant(net, [x], recording)
     assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["int8 per_token dynamic", "int8 dynamic"])
+def test_inputs_with_ranges_of_run_time_are_smoothed(activation: str) -> None:
+    net, x = toy(nn.LayerNorm)
+    expected = net(x)
+    plan = QuantPlan([Rule("*", weight="int8 per_channel", input=activation)])
+    phases = ["equalize", "smooth_quant", "calibrate"]
+    plain, smooth = copy.deepcopy(net), copy.deepcopy(net)
+    run_phases(plain, plan, [x])
+    context = run_phases(smooth, plan, [x], phases)
+    assert len(context.results["smooth_quant"].pairs) == 4
+    assert (smooth(x) - expected).norm() < 0.7 * (plain(x) - expected).norm()

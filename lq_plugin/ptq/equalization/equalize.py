@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.model.calibrate import refuse_ranges
 from lq_plugin.model.graph.record import Recording
-from lq_plugin.model.prepare import quantizers
 from lq_plugin.ptq.equalization.pairs import EqualizationPair, RefusedLayer, find_equalization_pairs
 
 __all__ = ["Equalization", "EqualizationPair", "RefusedLayer", "equalize", "find_equalization_pairs"]
@@ -85,13 +85,7 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     ["'2': its output is what the model returns"]
     """
     check_iterations(iterations)
-    calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
-    if calibrated:
-        raise CalibrationError(
-            f"cannot equalize: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), "
-            "which "
-            "would not be those of the equalized weights; equalize before calibrating"
-        )
+    refuse_ranges(model, "equalize", "equalized")
     pairs, refused = find_equalization_pairs(model, recording)
     layers = {name: model.get_submodule(name) for pair in pairs for name in (pair.producer, pair.consumer)}
     factors, visits, change = _factors(pairs, {name: _magnitudes(layer) for name, layer in layers.items()}, iterations)

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
-from lq_plugin.model.calibrate import evaluating, float_forward
+from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
 from lq_plugin.model.graph.record import Recording, without_compile
-from lq_plugin.model.prepare import quantizers
 from lq_plugin.model.ranks import gathered, require_batches
 from lq_plugin.ptq.smooth_quant.groups import SmoothingGroup, Unsmoothed, find_smoothing_groups, input_dim, input_weight
 
@@ -83,13 +82,7 @@ def smooth_quant(
     (('1',), [4.0, 1.0], [[4.0, 1.0]])
     """
     check_alpha(alpha)
-    calibrated = [quantizer.name for quantizer in quantizers(model) if quantizer.is_calibrated]
-    if calibrated:
-        raise CalibrationError(
-            f"cannot smooth: {len(calibrated)} quantizers have ranges already ({', '.join(calibrated[:3])}, ...), "
-            "which "
-            "would not be those of the smoothed weights and activations; smooth before calibrating"
-        )
+    refuse_ranges(model, "smooth", "smoothed")
     groups, refused = find_smoothing_groups(model, recording)
     largest = _largest_activations(model, [group.producer for group in groups], batches, run or model)
     values = _Values(model)
