@@ -106,8 +106,8 @@ class PhaseContext:
         self.ledger.add_recording(recording)
         return recording
 
-    def record(self) -> Recording:
-        """Run the float model on the first batch and record what it does.
+    def first_batch(self) -> Any:
+        """Returns the batch that is recorded.
 
         Raises:
             CalibrationError: there is no batch.
@@ -115,6 +115,15 @@ class PhaseContext:
         batch = next(iter(self.batches), None)
         if batch is None:
             raise CalibrationError("no calibration data: the loader gave 0 batches")
+        return batch
+
+    def record(self) -> Recording:
+        """Run the float model on the first batch and record what it does.
+
+        Raises:
+            CalibrationError: there is no batch.
+        """
+        batch = self.first_batch()
         with evaluating(self.model), float_forward(self.model), torch.no_grad():
             return record(self.model, lambda: self.run(batch), samples=leading_size(batch))
 

@@ -36,6 +36,7 @@ from lq_plugin.ptq.registry import (
     register_phase as register_phase,
     run_phase as run_phase,
 )
+from lq_plugin.ptq.rotation.rotate import Rotation, check_rotation, rotate
 from lq_plugin.ptq.shared_grids.share import SharedGrids, share_grids
 from lq_plugin.ptq.smooth_quant.smooth import Smoothing, check_alpha, smooth_quant
 
@@ -127,6 +128,27 @@ def _smooth_quant(context: PhaseContext) -> Smoothing:
     context.say(f"smoothed the outputs of {len(result.pairs)} layers")
     for refusal in result.refused:
         context.say(f"not smoothed: {refusal}")
+    return result
+
+
+@register_phase(
+    "rotate",
+    check_rotation,
+    before={
+        **_NO_RANGES,
+        "smooth_quant": "it puts the weights of norms into the layers after, smoothing's factors too",
+    },
+)
+def _rotate(context: PhaseContext) -> Rotation:
+    batch = context.first_batch()
+    with context.passes():
+        result = rotate(context.model, batch, context.run, **context.options)
+    context.say(
+        f"rotated {len(result.streams)} residual streams and the heads of {len(result.heads)} attentions; outputs of "
+        f"the first batch moved by {result.change:.2g}"
+    )
+    for refusal in result.refused:
+        context.say(f"not rotated: {refusal}")
     return result
 
 

@@ -1,0 +1,257 @@
+"""Rotations folded into weights: outliers of a few channels spread over all, the float function kept.
+
+For an orthogonal Q and a norm without weight, RMSNorm(x Q) = RMSNorm(x) Q, as Q keeps the length of x. So the residual
+stream x of a pre-norm transformer can be x Q instead, and nothing that the model returns changes::
+
+    writers of x:          W ← Qᵀ W,  b ← b Q;   embeddings E ← E Q
+    norms that read it:    γ and β go into the readers first, W ← W diag(γ), b ← b + W β
+    readers of the norms:  W ← W Q
+
+Layer norm subtracts the mean also. Its Q has Q 1 = 1, so that x Q has the mean of x, and the model keeps its layer
+norms (SliceGPT and QuaRot make them RMSNorms). Between the values of attention and the output projection a head's
+channels are only summed over tokens: there each head is rotated by an R of its own size, W_v ← Rᵀ W_v, W_o ← W_o R.
+
+Lifecycle: one batch is recorded; parameters get new values, objects and keys stay; the batch runs again, and what is
+returned must be what it was, or everything is put back and refused. Rotate before ranges are found, and before
+SmoothQuant, which writes into the norms.
+
+Reference: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024 (arXiv 2404.00456),
+sections 3 and 4, stage 1; Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", ICLR 2025 (arXiv
+2405.16406), section 3.1: R1 and R2. Rotations at run time (R3, R4) are not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.functional.rotation import hadamard, random_rotation
+from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
+from lq_plugin.model.graph.record import record, without_compile
+from lq_plugin.model.graph.tensor_identity import tensors_of
+from lq_plugin.ptq.rotation.heads import HeadPair, find_head_pairs
+from lq_plugin.ptq.rotation.streams import Stream, Unrotated, find_streams, is_leaf, is_linear
+from lq_plugin.ptq.smooth_quant.groups import input_dim
+
+__all__ = ["HeadPair", "Rotation", "Stream", "Unrotated", "rotate"]
+
+#: How far, relative to their norm, outputs may move by rounding; a wrong rotation moves them by about 1.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The result of `rotate`.
+
+    Args:
+        streams: residual streams that are rotated.
+        heads: pairs of layers whose heads are.
+        matrices: Q or R, float64, of each stream (by its first writer) and pair (by its value projection).
+        refused: what stays as it is, with the reason.
+        change: ‖y' - y‖ / ‖y‖ of what the model returned for the recorded batch, before and after.
+    """
+
+    streams: tuple[Stream, ...]
+    heads: tuple[HeadPair, ...]
+    matrices: dict[str, Tensor]
+    refused: tuple[Unrotated, ...]
+    change: float
+
+
+def rotate(
+    model: nn.Module,
+    batch: Any,
+    run: Callable[[Any], Any] | None = None,
+    kind: str | None = None,
+    seed: int = 0,
+    heads: bool = True,
+) -> Rotation:
+    """Rotate residual streams and attention heads, in place. Values change, objects and keys do not.
+
+    Computed in float64 and rounded once to each tensor's dtype. The model runs float and in evaluation mode.
+
+    Args:
+        model: float or prepared, without ranges.
+        batch: one batch of data, which is recorded and proves the result.
+        run: runs the model on it; `model(batch)` when None.
+        kind: "hadamard", "orthogonal" (uniformly random), or None: Hadamard of the sizes that have one here.
+        seed: of the random signs or matrices.
+        heads: rotate the heads between value and output projections also.
+
+    Raises:
+        CalibrationError: quantizers have ranges already. They would be those of other weights.
+        QuantizationError: impossible options, or values that overflow their dtype. Nothing is changed then.
+
+    >>> _ = torch.manual_seed(0)
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.embed, self.norm, self.mlp = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+    ...         self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+    ...     def forward(self, x):
+    ...         x = self.embed(x)
+    ...         return self.head(self.last(x + self.mlp(self.norm(x)).relu()))
+    >>> print(rotate(Block(), torch.randn(4, 3)).refused[0])
+    'add_0': 'relu_0' (relu) writes it, which is no linear layer or embedding
+    """
+    check_rotation(kind, seed, heads)
+    refuse_ranges(model, "rotate", "rotated")
+    run = run or model
+    with evaluating(model), float_forward(model), torch.no_grad(), without_compile():
+        recording = record(model, lambda: run(batch), is_leaf=is_leaf)
+        before = _outputs(run(batch))
+        streams, refused = find_streams(model, recording)
+        pairs, unpaired = find_head_pairs(model, recording) if heads else ([], [])
+        refused += unpaired
+        parts: list[Stream | HeadPair] = [*streams, *pairs]
+        if kind == "hadamard":
+            sizes = {_name(part): part.size for part in parts}
+            unknown = {name: size for name, size in sizes.items() if hadamard(size) is None}
+            faults = [f"{name!r}: no Hadamard matrix of size {size} is known here" for name, size in unknown.items()]
+            raise_all(QuantizationError, "cannot rotate", faults)
+        generator = torch.Generator().manual_seed(seed)
+        values = _Values(model)
+        matrices: dict[str, Tensor] = {}
+        done: list[Stream | HeadPair] = []
+        for part in parts:
+            keeps_mean = isinstance(part, Stream) and part.keeps_mean
+            matrix = random_rotation(part.size, generator, kind, keeps_mean)
+            if isinstance(part, Stream):
+                values.rotate_stream(part, matrix)
+            else:
+                values.rotate_heads(part, matrix)
+            originals = values.write()
+            if (change := _change(before, _outputs(run(batch)))) > _tolerance(before):
+                for parameter, original in originals:
+                    parameter.copy_(original)
+                refused.append(
+                    Unrotated(_name(part), f"the outputs of the recorded batch would differ by {change:.2g}")
+                )
+                continue
+            done.append(part)
+            matrices[_name(part)] = matrix
+        change = _change(before, _outputs(run(batch)))
+    return Rotation(
+        tuple(part for part in done if isinstance(part, Stream)),
+        tuple(part for part in done if isinstance(part, HeadPair)),
+        matrices,
+        tuple(refused),
+        change,
+    )
+
+
+def check_rotation(kind: str | None = None, seed: int = 0, heads: bool = True) -> None:
+    """Refuse impossible options.
+
+    Raises:
+        QuantizationError: naming them.
+    """
+    faults = []
+    if kind not in (None, "hadamard", "orthogonal"):
+        faults.append(f"kind is 'hadamard', 'orthogonal' or None, got {kind!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        faults.append(f"seed is an integer, got {seed!r}")
+    if not isinstance(heads, bool):
+        faults.append(f"heads is True or False, got {heads!r}")
+    raise_all(QuantizationError, "cannot rotate", faults)
+
+
+def _name(part: Stream | HeadPair) -> str:
+    return part.writers[0] if isinstance(part, Stream) else part.value
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors_of(result) if tensor.is_floating_point()]
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Returns the largest relative distance of two lists of outputs; NaN and Inf count as they are."""
+    changes = [0.0]
+    for a, b in zip(before, after, strict=True):
+        size = float(a.double().norm())
+        distance = float((a.double() - b.double()).norm())
+        changes.append(distance / size if size else distance)
+    return max(changes) if all(change == change for change in changes) else float("inf")
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    return max((_TOLERANCE.get(tensor.dtype, _HALF_TOLERANCE) for tensor in outputs), default=0.0)
+
+
+class _Values:
+    """New values of parameters, float64, until a rotation's are all known."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.new: dict[str, Tensor] = {}
+
+    def rotate_stream(self, stream: Stream, q: Tensor) -> None:
+        """Norms into their readers, then Q into writers and readers."""
+        for norm, readers in stream.norms:
+            weight, bias = (getattr(self.modules[norm], key, None) for key in ("weight", "bias"))
+            for reader in readers:
+                self._read(reader, q, None if weight is None else self._get(f"{norm}.weight"),
+                           None if bias is None else self._get(f"{norm}.bias"))  # fmt: skip
+            if weight is not None:
+                self.new[f"{norm}.weight"] = torch.ones_like(self._get(f"{norm}.weight"))
+            if bias is not None:
+                self.new[f"{norm}.bias"] = torch.zeros_like(self._get(f"{norm}.bias"))
+        for name in stream.writers:
+            if is_linear(self.modules.get(name)):
+                self._write(name, q)
+            else:  # an embedding, or a parameter that is added
+                key = f"{name}.weight" if name in self.modules else name
+                self.new[key] = self._get(key) @ q.to(self._get(key).device)
+
+    def rotate_heads(self, pair: HeadPair, r: Tensor) -> None:
+        """R into the rows of the value projection and the columns of the output projection, head by head."""
+        self._write(pair.value, torch.block_diag(*[r] * (self._rows(pair.value) // pair.size)))
+        columns = self.model.get_parameter(f"{pair.output}.weight").shape[input_dim(self.modules[pair.output])]
+        self._read(pair.output, torch.block_diag(*[r] * (columns // pair.size)))
+
+    def _rows(self, name: str) -> int:
+        return self.model.get_parameter(f"{name}.weight").shape[1 - input_dim(self.modules[name])]
+
+    def _read(self, name: str, q: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """W ← W diag(γ) Q and b ← b + W β."""
+        turned = input_dim(self.modules[name]) == 0
+        weight = self._get(f"{name}.weight")
+        weight = weight.T if turned else weight
+        if shift is not None and bool(shift.any()):
+            self.new[f"{name}.bias"] = self._get(f"{name}.bias") + weight @ shift
+        weight = (weight if scale is None else weight * scale) @ q.to(weight.device)
+        self.new[f"{name}.weight"] = weight.T if turned else weight
+
+    def _write(self, name: str, q: Tensor) -> None:
+        """W ← Qᵀ W and b ← b Q."""
+        turned = input_dim(self.modules[name]) == 0
+        weight = self._get(f"{name}.weight")
+        q = q.to(weight.device)
+        self.new[f"{name}.weight"] = weight @ q if turned else q.T @ weight
+        if getattr(self.modules[name], "bias", None) is not None:
+            self.new[f"{name}.bias"] = self._get(f"{name}.bias") @ q
+
+    def _get(self, name: str) -> Tensor:
+        return self.new[name] if name in self.new else self.model.get_parameter(name).detach().double()
+
+    def write(self) -> list[tuple[Tensor, Tensor]]:
+        """Give the parameters their new values, all or none; returns those before."""
+        changes = [(self.model.get_parameter(name), value) for name, value in self.new.items()]
+        faults = [
+            f"{name!r}: rotated values are not finite in {parameter.dtype}"
+            for name, (parameter, value) in zip(self.new, changes, strict=True)
+            if not value.to(parameter.dtype).isfinite().all()
+        ]
+        self.new = {}
+        raise_all(QuantizationError, "cannot rotate", faults)
+        originals: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t, _ in changes]
+        for parameter, value in changes:
+            parameter.copy_(value)
+        return originals

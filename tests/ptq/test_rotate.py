@@ -1,0 +1,279 @@
+"""Rotations that fold: the float function as it was, the stream turned, outliers tamed, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq_plugin import CalibrationError, PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare
+from lq_plugin.ptq import run_phases
+from lq_plugin.ptq.rotation.rotate import HeadPair, Stream, rotate
+
+SIZE, HEADS = 16, 2
+
+
+class RootMean(nn.Module):
+    """RMSNorm as models of transformers write it, with a factor that is not the weight itself where `offset` is 1."""
+
+    def __init__(self, size: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.ones(size)), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (self.weight + self.offset)
+
+
+class MyRMSNorm(RootMean):
+    pass
+
+
+class Block(nn.Module):
+    """A pre-norm layer with projections of its own."""
+
+    def __init__(self, norm: Any, size: int = SIZE) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm(size), norm(size)
+        self.q, self.k, self.v, self.out = (nn.Linear(size, size) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(size, 24), nn.Linear(size, 24), nn.Linear(24, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Net(nn.Module):
+    def __init__(self, norm: Any, size: int = SIZE, layers: int = 2) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(11, size), nn.Parameter(torch.randn(1, 5, size))
+        self.layers = nn.Sequential(*(Block(norm, size) for _ in range(layers)))
+        self.norm, self.head = norm(size), nn.Linear(size, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.embed(tokens) + self.place)))
+
+
+def net_of(norm: Any, size: int = SIZE) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    net = Net(norm, size).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.rand_like(parameter))
+    return net, torch.randint(0, 11, (6, 5))
+
+
+NORMS = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm, "of its own": MyRMSNorm}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, "orthogonal"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_function_stays_and_the_stream_is_turned(norm: str, kind: str | None) -> None:
+    net, tokens = net_of(NORMS[norm])
+    expected, before = net(tokens), copy.deepcopy(net)
+    tensors = {name: id(parameter) for name, parameter in net.named_parameters()}
+    result = rotate(net, tokens, kind=kind, seed=3)
+    assert not result.refused
+    (stream,) = result.streams
+    assert isinstance(stream, Stream)
+    assert stream.keeps_mean is (norm == "LayerNorm")
+    assert set(stream.writers) == {
+        "embed", "place", "layers.0.out", "layers.0.down", "layers.1.out", "layers.1.down"
+    }  # fmt: skip
+    assert dict(stream.norms)["layers.1.norm2"] == ("layers.1.gate", "layers.1.up")
+    assert result.heads == tuple(HeadPair(f"layers.{i}.v", f"layers.{i}.out", SIZE // HEADS) for i in (0, 1))
+    assert torch.allclose(net(tokens), expected, rtol=1e-4, atol=1e-5)
+    assert result.change < 1e-5
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == tensors
+    # What numpy makes of the formulas, in float64.
+    q = result.matrices["embed"].numpy()
+    r = result.matrices["layers.0.v"].numpy()
+    both = np.kron(np.eye(HEADS), r)
+    old = {name: parameter.double().numpy() for name, parameter in before.named_parameters()}
+    new = {name: parameter.double().numpy() for name, parameter in net.named_parameters()}
+    assert np.allclose(q.T @ q, np.eye(SIZE), atol=1e-12)
+    gamma = old["layers.0.norm1.weight"]
+    beta = old.get("layers.0.norm1.bias", np.zeros(SIZE))
+    assert np.allclose(new["embed.weight"], old["embed.weight"] @ q, atol=1e-6)
+    assert np.allclose(new["layers.0.q.weight"], old["layers.0.q.weight"] * gamma @ q, atol=1e-5)
+    assert np.allclose(new["layers.0.q.bias"], old["layers.0.q.bias"] + old["layers.0.q.weight"] @ beta, atol=1e-5)
+    assert np.allclose(new["layers.0.v.weight"], both.T @ (old["layers.0.v.weight"] * gamma) @ q, atol=1e-5)
+    assert np.allclose(new["layers.0.out.weight"], q.T @ old["layers.0.out.weight"] @ both, atol=1e-5)
+    assert np.allclose(new["layers.0.out.bias"], old["layers.0.out.bias"] @ q, atol=1e-5)
+    assert (new["layers.0.norm1.weight"] == 1).all()
+    # And the stream itself is x Q.
+    x, y = (m.layers[0](m.embed(tokens) + m.place).double().numpy() for m in (before, net))
+    assert np.allclose(y, x @ q, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_planted_outliers_cost_less(norm: str) -> None:
+    """Two channels of the stream are 30 times the others, as massive activations of language models are."""
+    net, tokens = net_of(NORMS[norm], 64)
+    net.embed.weight[:, [3, 40]] *= 30.0
+    expected = net(tokens)
+
+    def noise(phases: list[Any]) -> float:
+        model = copy.deepcopy(net)
+        plan = QuantPlan([Rule("layers.*", weight="int8 per_channel", input="int4 per_token dynamic")])
+        context = run_phases(model, plan, [tokens], phases)
+        assert "rotate" not in context.results or len(context.results["rotate"].streams) == 1
+        return 20 * float(torch.log10(expected.norm() / (model(tokens) - expected).norm()))
+
+    plain, turned = noise(["calibrate"]), noise(["rotate", "calibrate"])
+    assert turned > plain + 3.0
+
+
+@torch.no_grad()
+def test_a_llama_of_transformers_is_rotated_and_quantized() -> None:
+    transformers = pytest.importorskip("transformers", reason="the model is one of transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 2.0)
+    tokens = torch.randint(0, 50, (3, 7))
+    expected = model(input_ids=tokens).logits
+    context = run_phases(
+        model,
+        QuantPlan([Rule("model.layers.*", weight="int8 per_channel", input="int8 per_token dynamic")]),
+        [tokens],
+        ["rotate", "smooth_quant", "calibrate"],
+        run=lambda x: model(input_ids=x),
+    )
+    result = context.results["rotate"]
+    assert not result.refused
+    assert [stream.size for stream in result.streams] == [48]
+    assert [pair.size for pair in result.heads] == [12, 12]
+    assert result.change < 1e-5
+    assert (model(input_ids=tokens).logits - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_post_norm_and_tied_models_say_why_not(caplog: pytest.LogCaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers", reason="the models are of transformers")
+    torch.manual_seed(0)
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        ),
+        add_pooling_layer=False,
+    ).eval()
+    tokens = torch.randint(0, 20, (2, 6))
+    expected = bert(tokens).last_hidden_state
+    result = rotate(bert, tokens)
+    assert not result.streams
+    assert any(
+        "post-norm" in refusal.reason or "which is no linear layer" in refusal.reason for refusal in result.refused
+    )
+    assert [pair.value for pair in result.heads] == ["encoder.layer.0.attention.self.value"]
+    assert torch.allclose(bert(tokens).last_hidden_state, expected, atol=1e-5)
+
+    net, tokens = net_of(nn.RMSNorm)
+    net.head = nn.Linear(SIZE, 11, bias=False)
+    net.head.weight = net.embed.weight
+    state = copy.deepcopy(net.state_dict())
+    (refusal,) = rotate(net, tokens, heads=False).refused
+    assert "is shared with" in refusal.reason
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    with caplog.at_level(logging.INFO):
+        run_phases(net, "w8", [tokens], [{"rotate": {"heads": False}}, "calibrate"])
+    assert "not rotated: 'other_add_0': 'embed.weight' is shared with 'head.weight'" in caplog.text
+
+
+def replaced(**parts: Any) -> tuple[Net, Tensor]:
+    net, tokens = net_of(nn.RMSNorm)
+    for name, part in parts.items():
+        setattr(net.layers[1], name, part)
+    return net, tokens
+
+
+class GemmaRMSNorm(RootMean):
+    """Its factor is 1 + weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 1.0)
+        self.weight.data.uniform_()
+
+
+class MaxNorm(RootMean):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax(-1, keepdim=True) * self.weight
+
+
+REFUSED = {
+    "its weight is no plain factor": lambda: replaced(norm1=GemmaRMSNorm(SIZE)),
+    "which is no linear layer or embedding": lambda: replaced(down=nn.Sequential(nn.Linear(24, SIZE), nn.Tanh())),
+    "which is no linear layer$": lambda: replaced(gate=nn.Sequential(nn.Tanh(), nn.Linear(SIZE, 24))),
+    "it computes something else on rotated channels": lambda: replaced(norm1=MaxNorm(SIZE)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_change_the_function_is_refused(reason: str) -> None:
+    net, tokens = REFUSED[reason]()
+    state = copy.deepcopy(net.state_dict())
+    result = rotate(net, tokens, heads=False)
+    assert not result.streams
+    (refusal,) = result.refused
+    assert re.search(reason, refusal.reason), refusal
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_layout_of_heads_that_the_batch_disproves_is_put_back() -> None:
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v, self.out = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # A head is every other channel.
+            q, v = (part(x).unflatten(2, (-1, HEADS)).permute(0, 3, 1, 2) for part in (self.q, self.v))
+            return self.out(F.scaled_dot_product_attention(q, q, v).permute(0, 2, 3, 1).flatten(2))
+
+    torch.manual_seed(0)
+    net, x = Interleaved().eval(), torch.randn(3, 5, SIZE)
+    state = copy.deepcopy(net.state_dict())
+    result = rotate(net, x)
+    assert not result.heads
+    assert "the outputs of the recorded batch would differ by" in str(result.refused[0])
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_impossible_requests_change_nothing() -> None:
+    net, tokens = net_of(nn.RMSNorm, 36)
+    state = copy.deepcopy(net.state_dict())
+    for options, message in (
+        ({"kind": "fourier"}, "kind is 'hadamard', 'orthogonal' or None, got 'fourier'"),
+        ({"seed": 1.5}, "seed is an integer, got 1.5"),
+        ({"heads": 1}, "heads is True or False, got 1"),
+        ({"kind": "hadamard"}, "'embed': no Hadamard matrix of size 36 is known here"),
+    ):
+        with pytest.raises(QuantizationError, match=f"(?s)cannot rotate.*{message}"):
+            rotate(net, tokens, **options)
+    with pytest.raises(PlanError, match="'rotate'.*'smooth_quant'|'smooth_quant'.*'rotate'|rotate"):
+        run_phases(net, "w8", [tokens], ["smooth_quant", "rotate", "calibrate"])
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    prepare(net, "w8")
+    calibrate(net, [tokens])
+    with pytest.raises(CalibrationError, match="cannot rotate: .* quantizers have ranges already .*rotate before"):
+        rotate(net, tokens)
