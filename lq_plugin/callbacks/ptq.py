@@ -34,11 +34,11 @@ class PTQ(QuantizationCallback):
         calibration_batches: how many batches the ranges come from.
         phases: what to do, in this order. Before ranges are found: `reestimate_batch_norm`, `fold_batch_norm`,
             `equalize` (spreads of neighbouring layers, for scales a tensor), `rotate` and `smooth_quant` (outliers of
-            activations, in transformers). Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what quantization did
-            to means and variances, worth points below 8 bits), `bias_correct` (means only, for models without batch
-            norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the slowest). Last
-            `share_grids` and `round_biases`, which a target adds whose files have one grid a tensor and int32 biases:
-            the model then computes what its file does. One with options is a mapping:
+            activations, in transformers). Then `calibrate`, always. Then one of `correct_batch_norm` (repairs what
+            quantization did to means and variances, worth points below 8 bits), `bias_correct` (means only, for models
+            without batch norm), `gptq` (rounds column by column) and `reconstruct` (learned rounding, the best and the
+            slowest). Last `share_grids` and `round_biases`, which a target adds whose files have one grid a tensor and
+            int32 biases: the model then computes what its file does. One with options is a mapping:
             `{"reconstruct": {"iterations": 1000}}`.
         recalibrate: run the phases although the model is calibrated.
         min_coverage, dataloader, calibration_step, target: see `QuantizationCallback`.

@@ -32,7 +32,8 @@ def hadamard(size: int) -> Tensor | None:
     double = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     for _ in range(doublings):
         h = torch.kron(double, h)
-    return h * h[:, :1]
+    rows: Tensor = h * h[:, :1]
+    return rows
 
 
 def _paley_fits(size: int) -> bool:
@@ -73,7 +74,8 @@ def random_rotation(size: int, generator: torch.Generator, kind: str | None = No
     if h is not None:
         signs = 2.0 * torch.randint(0, 2, (size,), generator=generator).double() - 1.0
         if not keep_mean:
-            return h * signs / size**0.5
+            spread: Tensor = h * signs / size**0.5
+            return spread
         signs[0] = 1.0
         kept: Tensor = (h * signs) @ h.T / size
         return kept
@@ -90,4 +92,5 @@ def random_rotation(size: int, generator: torch.Generator, kind: str | None = No
 def _uniform(size: int, generator: torch.Generator) -> Tensor:
     """Returns a matrix of the Haar measure: QR of normal numbers, with the signs of R's diagonal (Mezzadri, 2007)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
