@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from benchmarks.peers.process import AnsweringProcess
 from benchmarks.peers.start import ROOT, environment
+from benchmarks.qat_step_models import in_precision
 
 _STEP = """
 import sys
+from typing import Any
 from functools import partial
 from benchmarks.peers.process import serve
 
@@ -22,11 +25,13 @@ def make():
     from benchmarks.qat_step_models import CLOCKS
     from benchmarks.qat_step_rivals import IMPLEMENTATIONS
 
-    implementation, model, setting, threads = sys.argv[1:]
+    implementation, model, setting, precision, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    step = IMPLEMENTATIONS[implementation](model, setting, "cpu")
+    step = in_precision(IMPLEMENTATIONS[implementation](model, setting, "cpu"), precision)
     return {"saved": step.saved, **{clock: partial(step.seconds, clock) for clock in CLOCKS}}
 
+# A commit may not have it.
+PRECISION
 serve(make)
 """
 
@@ -55,14 +60,24 @@ class StepOf(AnsweringProcess):
         model: a key of `benchmarks.qat_step_models.MODELS` there.
         setting: "W8A8", ...
         threads: of torch.
+        precision: one of `benchmarks.qat_step_models.PRECISIONS` here.
 
     Raises:
         PeerError: when it fails.
     """
 
-    def __init__(self, tree: Path | None, implementation: str, model: str, setting: str, threads: int) -> None:
+    def __init__(
+        self,
+        tree: Path | None,
+        implementation: str,
+        model: str,
+        setting: str,
+        threads: int,
+        precision: str = "32-true",
+    ) -> None:
         tree = ROOT if tree is None else tree
-        command = [sys.executable, "-c", _STEP, implementation, model, setting, str(threads)]
+        code = _STEP.replace("PRECISION", inspect.getsource(in_precision))
+        command = [sys.executable, "-c", code, implementation, model, setting, precision, str(threads)]
         super().__init__(command, tree, {**environment(threads), "PYTHONPATH": str(tree)})
 
     def seconds(self, clock: str) -> float:

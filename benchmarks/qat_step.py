@@ -1,6 +1,7 @@
 """What a quantized training step costs: time and memory over the float step, beside other libraries.
 
     python -m benchmarks.qat_step --json out.json
+    python -m benchmarks.qat_step --precision bf16-mixed    under autocast, over the float step under autocast
     python -m benchmarks.qat_step --beside REV        and lq as it was at a commit: `ratio_over_REV`, both in processes
                                                       of their own that take turns
 
@@ -22,7 +23,8 @@ compiled` stands beside it); `torch.ao`, its fused moving-average fake-quantizer
 (attention keeps its projection of query, key and value float); `torchao QATConfig` (linear layers only), `torchao
 MXTensor` (linear layers outside of attention only, its tensors there and back) and `torchao pt2e`; Brevitas, where it
 is installed (`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn:
-`brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them.
+`brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them. What raises in a precision is
+a row with the error. `ratio_over_float_compiled` of `lq compiled` is that over the compiled float step.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from rich.table import Table
 from benchmarks import common
 from benchmarks.earlier import StepOf, tree_of
 from benchmarks.peers.training import PeerStep
-from benchmarks.qat_step_models import CLOCKS, MODELS, Step, float_step
-from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, Unavailable
+from benchmarks.qat_step_models import CLOCKS, MODELS, PRECISIONS, Step, float_step, in_precision
+from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, PEERS, Unavailable
 
 SETTINGS = ("W8A8", "W4A8", "W4A4", "LSQ")
 #: Also: on processors without VNNI instructions, 7 bits are what an integer forward pass can take.
@@ -49,30 +51,25 @@ OTHERS = ("W7A8", *FORMATS)
 
 def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each implementation that has this setting, and one for float."""
-    steps: dict[str, Step | PeerStep | StepOf] = {"float": float_step(model, options.device)}
+    precision, common_keys = options.precision, {"model": model, "setting": setting, "precision": options.precision}
+    steps: dict[str, Step | PeerStep | StepOf] = {"float": in_precision(float_step(model, options.device), precision)}
     skipped: list[dict[str, Any]] = []
     for name in options.implementations:
         try:
-            steps[name] = IMPLEMENTATIONS[name](model, setting, options.device)
+            steps[name] = started(name, model, setting, options)
             if name.startswith("lq ") and options.beside:
                 threads = torch.get_num_threads()
-                steps[f"{name} here"] = StepOf(None, name, model, setting, threads)
-                steps[f"{name} at {options.beside}"] = StepOf(options.tree, name, model, setting, threads)
+                steps[f"{name} here"] = StepOf(None, name, model, setting, threads, precision)
+                steps[f"{name} at {options.beside}"] = StepOf(options.tree, name, model, setting, threads, precision)
         except Unavailable as reason:
-            skipped.append(
-                {
-                    "model": model,
-                    "implementation": name,
-                    "setting": setting,
-                    "ratio": None,
-                    "saved_mb": None,
-                    "why": str(reason),
-                }
-            )
+            why = {"ratio": None, "saved_mb": None, "why": str(reason)}
+            skipped.append({**common_keys, "implementation": name, **why})
     times = interleaved(steps, options.rounds, options.warm_up, options.clock)
     rows = []
     for name, step in steps.items():
-        row = {"model": model, "implementation": name, "setting": setting, **common.ratio(times, name, "float")}
+        row = {**common_keys, "implementation": name, **common.ratio(times, name, "float")}
+        if name == "lq compiled" and "float compiled" in times:
+            row["ratio_over_float_compiled"] = common.ratio(times, name, "float compiled")["ratio"]
         if name.endswith(" here"):
             earlier = common.ratio(times, name, f"{name.removesuffix('here')}at {options.beside}")
             row |= {f"{key}_over_{options.beside}": value for key, value in earlier.items()}
@@ -83,6 +80,26 @@ def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[
         if isinstance(step, PeerStep | StepOf):
             step.close()
     return rows + skipped
+
+
+def started(name: str, model: str, setting: str, options: argparse.Namespace) -> Step | PeerStep:
+    """The step of an implementation, run once.
+
+    Raises:
+        Unavailable: it has no such setting; or, of other libraries, with the error that it raises in this precision.
+    """
+    make, precision = IMPLEMENTATIONS[name], options.precision
+    if name in PEERS:
+        step = make(model, setting, options.device, precision)
+    else:
+        step = in_precision(make(model, setting, options.device), precision)
+    try:
+        step.seconds(options.clock)
+    except Exception as error:
+        if precision == "32-true" or name.startswith(("lq ", "float ")):
+            raise
+        raise Unavailable(f"raises {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
+    return step
 
 
 def interleaved(
@@ -112,6 +129,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="*", choices=names, default=names, help="to measure (default: all)")
+    message = "of the steps, as the Trainer names it; the float step is in the same one (default: 32-true)"
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help=message)
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="that are timed (default: 15)")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before (default: 2)")
     message = (
@@ -148,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "low",
         "high",
         "saved MB",
-        title=f"{rows[0]['model']} {rows[0]['setting']}: {rows[0]['seconds']:.3f} s",
+        title=f"{rows[0]['model']} {rows[0]['setting']} {rows[0]['precision']}: {rows[0]['seconds']:.3f} s",
     )
     for row in rows:
         if row["ratio"] is None:

@@ -14,6 +14,8 @@ from benchmarks.resnet18 import ResNet18
 from lq_plugin.demo.resnet import CifarResNet
 
 Batch = tuple[Tensor, Tensor]
+#: Of a step, as the Trainer names them: autocast to bfloat16 or float16, or a model that is in bfloat16 itself.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -97,6 +99,24 @@ class Step:
 def float_step(name: str, device: str) -> Step:
     """The step that all others are compared with."""
     return Step(*load(name, device))
+
+
+def in_precision(step: Any, precision: str) -> Any:
+    """Returns a `Step` changed to one of `PRECISIONS`; the loss is taken outside of autocast."""
+    import torch
+
+    if precision == "bf16-true":
+        step.model.to(torch.bfloat16)
+        step.batch = (step.batch[0].to(torch.bfloat16), step.batch[1])
+    elif precision.endswith("-mixed"):
+        forward, dtype = step.forward, {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+
+        def cast(x: Any) -> Any:
+            with torch.autocast(x.device.type, dtype):
+                return forward(x)
+
+        step.forward = cast
+    return step
 
 
 def saved_bytes(step: Step) -> tuple[int, int]:

@@ -272,7 +272,7 @@ def torchao_pt2e(name: str, setting: str, device: str) -> Step:
     return Step(prepared, batch)
 
 
-def brevitas(variant: str, name: str, setting: str, device: str) -> PeerStep:
+def brevitas(variant: str, name: str, setting: str, device: str, precision: str = "32-true") -> PeerStep:
     """In its own environment."""
     if setting == "LSQ":
         raise Unavailable("W4A4 has its learned ranges")
@@ -280,7 +280,7 @@ def brevitas(variant: str, name: str, setting: str, device: str) -> PeerStep:
     if device != "cpu":
         raise Unavailable("runs on CPU")
     try:
-        return PeerStep("brevitas", variant, name, setting, torch.get_num_threads())
+        return PeerStep("brevitas", variant, name, setting, torch.get_num_threads(), precision)
     except PeerError as error:
         raise Unavailable(str(error)) from error
 
@@ -293,7 +293,9 @@ def _quiet() -> Any:
         yield
 
 
-IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step | PeerStep]] = {
+#: Those that run in a process of their own, in a precision that they are told.
+PEERS = ("brevitas collecting", "brevitas learned")
+IMPLEMENTATIONS: dict[str, Callable[..., Step | PeerStep]] = {
     "lq pure": pure,
     "lq native": native,
     "lq integer": integer,
@@ -304,6 +306,5 @@ IMPLEMENTATIONS: dict[str, Callable[[str, str, str], Step | PeerStep]] = {
     "torchao QATConfig": torchao_config,
     "torchao MXTensor": torchao_mx,
     "torchao pt2e": torchao_pt2e,
-    "brevitas collecting": partial(brevitas, "collecting"),
-    "brevitas learned": partial(brevitas, "learned"),
+    **{name: partial(brevitas, name.removeprefix("brevitas ")) for name in PEERS},
 }

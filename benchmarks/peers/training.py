@@ -18,13 +18,16 @@ class PeerStep(PeerProcess):
         model: a key of `benchmarks.qat_step_models.MODELS`.
         setting: "W8A8", ...
         threads: of torch.
+        precision: one of `benchmarks.qat_step_models.PRECISIONS`.
 
     Raises:
         PeerError: when it is not installed or fails.
     """
 
-    def __init__(self, peer: str, variant: str, model: str, setting: str, threads: int) -> None:
-        super().__init__(peer, "benchmarks.peers.training", (peer, variant, model, setting), threads)
+    def __init__(
+        self, peer: str, variant: str, model: str, setting: str, threads: int, precision: str = "32-true"
+    ) -> None:
+        super().__init__(peer, "benchmarks.peers.training", (peer, variant, model, setting, precision), threads)
 
     def seconds(self, clock: str) -> float:
         """Time of one step, there."""
@@ -36,19 +39,18 @@ class PeerStep(PeerProcess):
         return all_bytes, without
 
 
-def main(peer: str, variant: str, model: str, setting: str, threads: str) -> None:
+def main(peer: str, variant: str, model: str, setting: str, precision: str, threads: str) -> None:
     """Steps by either clock, and the bytes that one keeps."""
 
     def make():  # type: ignore[no-untyped-def]
         import torch
 
-        from benchmarks.qat_step_models import CLOCKS, Step, load
+        from benchmarks.qat_step_models import CLOCKS, Step, in_precision, load
 
         torch.set_num_threads(int(threads))
         float_model, batch = load(model, "cpu")
-        step = Step(
-            importlib.import_module(f"benchmarks.peers.{peer}_training").training(float_model, setting, variant), batch
-        )
+        quantized = importlib.import_module(f"benchmarks.peers.{peer}_training").training(float_model, setting, variant)
+        step = in_precision(Step(quantized, batch), precision)
         return {"saved": step.saved, **{clock: partial(step.seconds, clock) for clock in CLOCKS}}
 
     serve(make)

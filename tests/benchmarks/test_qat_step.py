@@ -60,6 +60,35 @@ def test_json_has_the_promised_form(tmp_path: Path, setting: str) -> None:
         assert rows["torch.ao"]["saved_mb"] > rows["float"]["saved_mb"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "kept", "peer"),
+    [("bf16-mixed", torch.bfloat16, "raises"), ("bf16-true", torch.bfloat16, ""), ("32-true", torch.float32, "")],
+)
+def test_precisions(tmp_path: Path, precision: str, kept: torch.dtype, peer: str) -> None:
+    out = tmp_path / "out.json"
+    words = ["--models", "r20", "--settings", "W8A8", "--implementations", "lq native", "torch.ao", "--rounds", "2"]
+    qat_step.main([*words, "--precision", precision, "--json", str(out)])
+    rows = {row["implementation"]: row for row in json.loads(out.read_text())["results"]}
+    assert {row["precision"] for row in rows.values()} == {precision}
+    assert rows["lq native"]["ratio"] > 0
+    # The larger part is ReLU's output, in the precision's dtype.
+    assert (rows["float"]["saved_mb"] * 1e6 < 4 * 8 * 36 * 4 + 4 * 3 * 64 * 4 + 8 * 27 * 4 + 2880 * 4) == (
+        kept == torch.bfloat16
+    )
+    if peer:
+        assert rows["torch.ao"]["ratio"] is None
+        assert rows["torch.ao"]["why"].startswith(peer)
+
+
+def test_a_precision_is_that_of_the_forward_pass() -> None:
+    for precision, dtype in (("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16), ("32-true", torch.float32)):
+        step = qat_step_models.in_precision(qat_step_models.float_step("r20", "cpu"), precision)
+        assert step.forward(step.batch[0]).dtype == dtype
+        assert step.model.conv.weight.dtype == torch.float32
+    step = qat_step_models.in_precision(qat_step_models.float_step("r20", "cpu"), "bf16-true")
+    assert step.model.conv.weight.dtype == step.forward(step.batch[0]).dtype == torch.bfloat16
+
+
 def test_saved_bytes_of_a_float_step() -> None:
     step = qat_step_models.float_step("r20", "cpu")
     weights = step.model.conv.weight.nbytes + step.model.fc.weight.nbytes
