@@ -3,6 +3,7 @@ runs."""
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import ClassVar, get_args
 
@@ -22,6 +23,7 @@ from lq_plugin.native.switch import active
 
 if not available():
     pytest.skip("no C++ compiler", allow_module_level=True)
+importlib.import_module("lq_plugin.native.operators")
 
 VARIANTS = Kernels().variants
 GRIDS = [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.functional.affine import extremes, fake_quantize, fake_quantize_observed, fake_quantize_to_extremes
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, mx_rule, ocp_rule
 from lq_plugin.functional.lookup import Reading, fake_quantize_rows
@@ -197,3 +200,51 @@ def test_results_that_no_kernel_writes():
             y = fake_quantize(x, torch.tensor([0.5]), torch.tensor([0.0]), IntegerGrid(-8, 7), wanted)
             y.sum().backward()
             assert (y.dtype, x.grad.dtype) == (wanted, dtype)
+
+
+def test_operators_of_graphs(pair):
+    importlib.import_module("lq_plugin.native.operators")
+    x, upstream = numbers((3, 50), pair[0], special=False).requires_grad_(), torch.randn(3, 50).to(pair[1])
+    qparams, grid = (torch.tensor([0.3]), torch.tensor([1.0])), IntegerGrid(-8, 7, True)
+    with use_native(False):
+        expected = fake_quantize(x, *qparams, grid, pair[1])
+        expected.backward(upstream)
+    found = torch.ops.lq_plugin
+    assert same(found.fake_quantize(x.detach(), *qparams, -8, 7, False, pair[1]), expected.detach())
+    y, low, high = found.fake_quantize_observed(x.detach(), *qparams, -8, 7, pair[1])
+    assert same(y, expected.detach())
+    assert (low, high, low.dtype) == (x.float().min(), x.float().max(), SINGLE)
+    assert same(found.passed_gradient(upstream, x.detach(), *qparams, -8, 7), x.grad)
+    calls = {
+        found.fake_quantize: (x.detach(), *qparams, -8, 7, False, pair[1]),
+        found.fake_quantize_observed: (x.detach(), *qparams, -8, 7, pair[1]),
+        found.passed_gradient: (upstream, x.detach(), *qparams, -8, 7),
+        found.learned_backward: (x.detach(), upstream, *qparams, -8, 7, False),
+    }
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.slow
+# Dynamo makes what autograd warns of.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_under_autocast(learned):
+    """One graph, with the numbers of the same layer that is not compiled; of float32 and of bfloat16 inputs."""
+    torch.manual_seed(0)
+    plan = Rule("*", weight="int8 per_channel", input="int4 lsq" if learned else "uint8 affine ema")
+    net = nn.Sequential(nn.Linear(24, 32, bias=False), nn.Linear(32, 8, bias=False))
+    x = torch.randn(16, 24)
+    prepare(net, QuantPlan([plan]))
+    calibrate(net, [x])
+    net.train()
+    outcomes = []
+    for made in (net, torch.compile(net, fullgraph=True)):
+        net.zero_grad()
+        with use_native(True), torch.autocast("cpu", BRAIN):
+            y = made(x)
+        y.float().square().sum().backward()
+        outcomes.append([y.detach(), *(p.grad for p in net.parameters())])
+    assert outcomes[0][0].dtype == BRAIN
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
