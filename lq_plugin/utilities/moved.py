@@ -13,10 +13,11 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-#: Documented modules that are in another place since 0.2.
+#: Modules that are in another place since 0.2: the documented ones, and some that scripts of users were seen to import.
 MOVED = {
     f"lq_plugin.{old}": f"lq_plugin.{new}"
     for old, new in {
+        "callbacks.data": "callbacks.trainer.data",
         "cli": "commands.entry",
         "formats": "intent.formats",
         "granularity": "intent.granularity",
@@ -36,6 +37,7 @@ MOVED = {
         "model.reconstruct": "ptq.reconstruction.reconstruct",
         "model.record": "model.graph.record",
         "model.smooth_quant": "ptq.smooth_quant.smooth",
+        "model.unit_store": "ptq.reconstruction.store",
         "ranges.aciq": "ranges.estimators.aciq",
         "ranges.kl": "ranges.estimators.kl",
         "ranges.learned": "ranges.estimators.learned",
@@ -43,10 +45,13 @@ MOVED = {
         "ranges.mse": "ranges.estimators.mse",
         "ranges.octav": "ranges.estimators.octav",
         "ranges.percentile": "ranges.estimators.percentile",
+        "report.main": "commands.report",
         "report.study": "search.study.report",
         "search.costs": "search.evaluation.costs",
         "search.dominance": "search.shared.dominance",
+        "search.evaluator": "search.evaluation.evaluator",
         "search.interrupt": "search.shared.interrupt",
+        "search.result": "search.study.result",
         "search.seeds": "search.study.seeds",
         "search.trial_report": "search.sweep.trial_report",
     }.items()
