@@ -61,6 +61,12 @@ inline V kept(const V& x, unsigned bits) {
     return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, lanes))),
             _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cmpeq_epi32(b, lanes)))};
 }
+inline void keep(const uint16_t* x, uint16_t* y, unsigned bits) {
+    const __m256i lanes = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const __m256i there = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(bits)), lanes);
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_and_si256(value, _mm256_cmpeq_epi16(there, lanes)));
+}
 struct Totals {
     __m256d scale[4], zero_point[4];
     inline Totals() {

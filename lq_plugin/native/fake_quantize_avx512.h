@@ -32,6 +32,9 @@ inline V lower(V a, V b) { return _mm512_min_ps(a, b); }
 inline V upper(V a, V b) { return _mm512_max_ps(a, b); }
 inline bool unordered(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline V kept(V x, unsigned bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x); }
+inline void keep(const uint16_t* x, uint16_t* y, unsigned bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), x));
+}
 struct Totals {
     __m512d scale[2], zero_point[2];
     inline Totals() {

@@ -7,6 +7,7 @@
 //   lower(a, b), upper     of two, a NaN in `a` passed over
 //   unordered(x)           whether any lane is a NaN
 //   kept(x, bits)          x where the bit is 1, else 0
+//   keep(x, y, bits)       the same from 16 elements of 16 bits to others, in memory
 //   learned(...), Totals   LSQ's backward pass; what passes is what lies strictly between low and high, or ROUNDED: rounds to within
 //   spread(low, high, nan) over the lanes
 
@@ -114,7 +115,12 @@ inline void columns(const X* x, Y* y, uint16_t* mask, int64_t n, const Table& ta
 template <class X, class Y>
 inline void masked(const Y* gradient, X* result, const uint16_t* mask, int64_t n) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) store(result + i, kept(load(gradient + i), mask[i / 16]));
+    if constexpr (std::is_same<X, Y>::value && sizeof(X) == 2) {
+        // They stay what they are: nothing is widened.
+        for (; i + 16 <= n; i += 16) keep(&gradient[i].bits, &result[i].bits, mask[i / 16]);
+    } else {
+        for (; i + 16 <= n; i += 16) store(result + i, kept(load(gradient + i), mask[i / 16]));
+    }
     if (i < n) store_part(result + i, kept(load_part(gradient + i, n - i), mask[i / 16]), n - i);
 }
 

@@ -51,6 +51,9 @@ inline V kept(const V& x, unsigned bits) {
     for (int i = 0; i < 16; ++i) v.lane[i] = bits >> i & 1 ? x.lane[i] : 0.0f;
     return v;
 }
+inline void keep(const uint16_t* x, uint16_t* y, unsigned bits) {
+    for (int i = 0; i < 16; ++i) y[i] = bits >> i & 1 ? x[i] : 0;
+}
 struct Totals {
     double scale[16] = {}, zero_point[16] = {};
     Sums sum() const {
