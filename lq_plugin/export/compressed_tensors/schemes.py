@@ -167,4 +167,5 @@ def input_fault(spec: QuantSpec, layer: Any) -> str | None:
 
 
 def _kind(layer: Any) -> str:
-    return getattr(type(layer), "float_class", type(layer)).__name__
+    owner = getattr(layer, "owner", layer)  # of an expert's weight, the module that has it
+    return getattr(type(owner), "float_class", type(owner)).__name__

@@ -9,11 +9,14 @@ without tokens moves nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lq_plugin.errors import QuantizationError
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.compound.base import (
     CompoundWeight,
@@ -23,7 +26,8 @@ from lq_plugin.layers.compound.base import (
     unchanged,
 )
 from lq_plugin.layers.compound.products_in_code import products_in_code
-from lq_plugin.layers.compound.weight_in_use import WeightInUse, know_kernels
+from lq_plugin.layers.compound.routed_inputs import Experts, rows_of_experts
+from lq_plugin.layers.compound.weight_in_use import Seen, WeightInUse, know_kernels
 from lq_plugin.layers.registry import register_layer
 
 _DIMS = (2, 3)
@@ -39,6 +43,8 @@ class OwnWeight(CompoundWeight):
     """
 
     inputs_first: bool
+    #: What is told of each product, see `watching`.
+    _seen: Seen | None = None
 
     def __init__(self, owner: nn.Module, key: str, inputs_first: bool) -> None:
         super().__init__(owner, key)
@@ -49,6 +55,33 @@ class OwnWeight(CompoundWeight):
     def experts(self) -> int | None:
         """How many matrices it is a stack of; None for a single one."""
         return self.weight.shape[0] if self.weight.dim() == 3 else None
+
+    @contextmanager
+    def watching(self, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Shows what is multiplied while its module runs: the number of an expert, 0 of a single matrix, and its rows.
+
+        Args:
+            see: gets them, the rows `[rows, in]` as the input quantizer gives them.
+
+        Raises:
+            QuantizationError: in the forward pass, where the code does not show which expert multiplies what.
+        """
+
+        def seen(x: Tensor, experts: Experts, offs: Tensor | None) -> None:
+            if self.experts is None:
+                see(0, x.reshape(-1, x.shape[-1]))
+                return
+            try:
+                for expert, rows in rows_of_experts(x, experts, self.experts, offs):
+                    see(expert, rows)
+            except ValueError as error:
+                raise QuantizationError(f"{self.key}: {error}") from error
+
+        self._seen = seen
+        try:
+            yield
+        finally:
+            self._seen = None
 
     def matrix_rows(self) -> int | None:
         """Output channels of each matrix of a stack; None for a single one."""
@@ -102,7 +135,9 @@ class OwnWeights(QuantizedCompound):
         parts = self._parts()
         try:
             for key, part in parts.items():
-                self.__dict__[key] = WeightInUse.of(part.quantized_weight(), key, part.quantized_input)
+                self.__dict__[key] = WeightInUse.of(
+                    part.quantized_weight(), key, part.quantized_input, cast(OwnWeight, part)._seen
+                )
                 held.append(key)
             if not torch.compiler.is_compiling():  # a recording sees what reads the others
                 for weight in OwnWeights.weights(self):

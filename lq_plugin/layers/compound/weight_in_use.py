@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from lq_plugin.layers.compound.products_in_code import FACTORS, SAME, TURNED
+from lq_plugin.layers.compound.routed_inputs import Experts, selected
 
 Read = Callable[[Tensor], Tensor]
+#: Told of each product: the input as it is read, `[..., in]`, the experts that it meets, and where grouped rows end.
+Seen = Callable[[Tensor, Experts, "Tensor | None"], None]
 _MOE = "transformers.integrations.moe"
 #: Other names of the same operations.
 _SYNONYMS = {"grouped_mm_fallback": "grouped_mm", "linalg_matmul": "matmul"}
@@ -33,22 +36,30 @@ class WeightInUse(Tensor):
     Attributes:
         weight_name: of the weight in its module.
         read: what the other factor of its products goes through.
+        seen: what is told of each product; None: nothing.
+        experts: those that it holds.
     """
 
     weight_name: str = ""
     read: Read
+    seen: Seen | None = None
+    experts: Experts = None
 
     @classmethod
-    def of(cls, weight: Tensor, name: str, read: Read) -> Tensor:
+    def of(cls, weight: Tensor, name: str, read: Read, seen: Seen | None = None, experts: Experts = None) -> Tensor:
         """Returns a weight as its module's code may read it.
 
         Args:
             weight: as the forward pass uses it.
             name: of the weight in its module.
             read: what the other factor of its products goes through.
+            seen: what is told of each product.
+            experts: those that it holds, of the whole stack.
         """
         marked = weight.as_subclass(cls)
         marked.weight_name, marked.read = name, read
+        if seen is not None:
+            marked.seen, marked.experts = seen, experts
         return marked
 
     @classmethod
@@ -68,7 +79,9 @@ class WeightInUse(Tensor):
             args, kwargs = _product(name, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        return _marked(result, weight) if weight is not None and name in _KEEPS else result
+        if weight is None or name not in _KEEPS:
+            return result
+        return _marked(result, weight, name, args)
 
 
 def _name_of(func: Any) -> str:
@@ -111,11 +124,19 @@ def _weights(value: Any) -> Iterator[WeightInUse]:
         yield from _weights(list(value.values()))
 
 
-def _marked(result: Any, weight: WeightInUse) -> Any:
+def _marked(result: Any, weight: WeightInUse, name: str, args: tuple[Any, ...]) -> Any:
+    """Returns a view or selection of a weight, or several, each as the weight itself."""
     if isinstance(result, Tensor):
-        return WeightInUse.of(result, weight.weight_name, weight.read)
+        experts = None if weight.seen is None else selected(weight.experts, name, args)
+        return WeightInUse.of(result, weight.weight_name, weight.read, weight.seen, experts)
     if isinstance(result, (list, tuple)):
-        return type(result)([_marked(item, weight) for item in result])
+        # `for w in stack` is `stack.unbind(0)`.
+        each = weight.seen is not None and name == "unbind" and weight.experts is None
+        held = range(len(result)) if each else [weight.experts] * len(result)
+        parts = zip(result, held, strict=True)
+        return type(result)([
+            WeightInUse.of(item, weight.weight_name, weight.read, weight.seen, experts) for item, experts in parts
+        ])  # fmt: skip
     return result
 
 
@@ -131,8 +152,12 @@ def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
         if _is_activation(factor) and weight_in_use(other) is not None:
             holder, key = places[index]
             # A matrix on the right is summed over its rows.
-            rows = index == 1 and factor.dim() > 1
-            holder[key] = _along(factor, -2 if rows else -1, cast(WeightInUse, other).read)
+            axis = -2 if index == 1 and factor.dim() > 1 else -1
+            weight = cast(WeightInUse, other)
+            holder[key] = _along(factor, axis, weight.read)
+            if weight.seen is not None:
+                offs = named.get("offs", given[2] if name == "grouped_mm" and len(given) > 2 else None)
+                weight.seen(holder[key].movedim(axis, -1), weight.experts, offs)
     return tuple(given), named
 
 
@@ -153,7 +178,21 @@ def _einsum(args: tuple[Any, ...]) -> tuple[Any, ...]:
             ]
             if index != place and summed and _is_activation(factor):
                 operands[index] = _along(factor, _axis(labels[index], summed[-1]), weight.read)
+                if weight.seen is not None:
+                    _tell(weight, operands[index], labels[index], labels[place], summed)
     return (args[0], operands) if listed else (args[0], *operands)
+
+
+def _tell(weight: WeightInUse, x: Tensor, mine: list[str], others: list[str], summed: list[str]) -> None:
+    """Tells of an einsum whose labels are all written, and in which one is summed over."""
+    known = len(mine) == len(others) == len(summed) == 1
+    stacked = known and len(others[0]) == 3 and others[0][0] in mine[0]
+    outer = [label for label in mine[0] if label not in summed and not (stacked and label == others[0][0])]
+    order = [*([others[0][0]] if stacked else []), *outer, *summed] if known else []
+    rows = x.permute([mine[0].index(label) for label in order]) if known else x
+    if known:
+        rows = rows.reshape(rows.shape[0], -1, rows.shape[-1]) if stacked else rows.reshape(-1, rows.shape[-1])
+    cast(Seen, weight.seen)(rows, weight.experts if known else "part", None)
 
 
 def _axis(parts: list[str], label: str) -> int:

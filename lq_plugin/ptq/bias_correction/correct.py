@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, raise_all
-from lq_plugin.layers import CompoundWeight, QuantizedLayer
+from lq_plugin.layers import CompoundWeight, OwnWeight, QuantizedLayer
 from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import Recording, record, without_compile
@@ -207,6 +207,8 @@ def _targets(
 
 
 def _layer_fault(model: nn.Module, layer: QuantizedLayer) -> str | None:
+    if isinstance(layer, OwnWeight):
+        return "its module's own code adds what biases there are"
     if isinstance(layer, CompoundWeight):
         return f"its sum is made inside the kernel of {owner_name(model, layer)!r} and not seen"
     kind = float_class(layer)

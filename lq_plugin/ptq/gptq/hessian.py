@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from lq_plugin.functional.unfold import unfold_columns
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import OwnWeight, QuantizedLayer
 from lq_plugin.layers.base import scales_output
 from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.ranks import average
@@ -19,7 +19,7 @@ _CHUNK = 2**24
 
 
 class InputHessian:
-    """Sums 2 X Xᵀ over the inputs of one linear or convolution, as its input quantizer gives them.
+    """Sums 2 X Xᵀ over the inputs of one linear, convolution or stack of experts, as its input quantizer gives them.
 
     A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows
     of X belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no
@@ -37,7 +37,9 @@ class InputHessian:
 
     def __init__(self, layer: QuantizedLayer, asymmetric: bool = False) -> None:
         self.layer = layer
-        self.groups = int(getattr(layer, "groups", 1))
+        # Each expert of a stack has inputs of its own.
+        stacked = layer.experts if isinstance(layer, OwnWeight) else None
+        self.groups = stacked or int(getattr(layer, "groups", 1))
         columns = type(layer).canonical(layer, layer.weight)[0].numel()
         self.count = 0
         self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))
@@ -61,6 +63,18 @@ class InputHessian:
             self.total.baddbmm_(columns, columns.mT, alpha=2.0)
             if self.mixed is not None and floats is not None:
                 self.mixed.baddbmm_(self._columns(floats[index].double()), columns.mT, alpha=2.0)
+
+    def add_rows(self, group: int, x: Tensor) -> None:
+        """Add inputs of one matrix of a stack.
+
+        Args:
+            group: number of the matrix.
+            x: `[rows, in]` as its input quantizer gives them.
+        """
+        for rows in x.detach().to(_device(x)).split(max(1, _CHUNK // x.shape[1])):
+            columns = rows.double()
+            self.count += len(columns)
+            self.total[group].addmm_(columns.t(), columns, alpha=2.0)
 
     def mean_over_ranks(self) -> tuple[Tensor, Tensor | None]:
         """Returns H and 2 (X̃ - X) Xᵀ, or None, as means over all processes, `[groups, columns, columns]`."""

@@ -32,7 +32,7 @@ from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.gptaq import asymmetric_target
 from lq_plugin.functional.gptq import gptq_round, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.layers import CompoundWeight
+from lq_plugin.layers import CompoundWeight, OwnWeight, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
@@ -200,8 +200,9 @@ class _GPTQ:
     def _round_units(self, norms: _BatchNorms, floats: FloatInputs | None, result: GPTQResult) -> None:
         replay = self.walk.replay("quantized")
         for unit in self.walk.units:
-            if not any(name in result.skipped for name in unit.layers):
-                result.layers[unit.name] = self._round_layer(unit.name, replay, norms, floats)
+            for name in unit.layers:
+                if name not in result.skipped:
+                    result.layers[name] = self._round_layer(name, replay, norms, floats)
             replay.finish(unit.layers)
 
     def _refused(self) -> dict[str, str]:
@@ -215,17 +216,28 @@ class _GPTQ:
         layer = self.layers[name]
         quantizer = layer.weight_quantizer
         assert quantizer is not None
-        if isinstance(layer, CompoundWeight):
+        own = isinstance(layer, OwnWeight)
+        if own and self.asymmetric:
+            return "GPTAQ would need the float model's inputs of each product in its module's code: use GPTQ"
+        if isinstance(layer, CompoundWeight) and not own:
             return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
         if (fault := rounding_fault(layer)) is not None:
             return fault
         if not quantizer.is_enabled:
             return "its weight quantizer is switched off"
-        return why_no_hessian(layer) or sharing_fault(self.model, [f"{name}.weight" if name else "weight"], readers)
+        if own:
+            return sharing_fault(self.model, [weight_key(name, layer)], {})
+        return why_no_hessian(layer) or sharing_fault(self.model, [weight_key(name, layer)], readers)
 
     def _inputs(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> InputHessian:
         inputs = InputHessian(self.layers[name], floats is not None)
         calls = len(self.walk.recording.calls_of(name))
+        if isinstance(layer := self.layers[name], OwnWeight):
+            with layer.watching(inputs.add_rows):
+                for index in range(self.walk.count):
+                    norms.start_quantized_batch(index)
+                    replay.run_through(index)
+            return inputs
         for index in range(self.walk.count):
             norms.start_quantized_batch(index)
             for call, (args, kwargs) in enumerate(replay.inputs_of(name, index, calls)):
@@ -254,7 +266,8 @@ class _GPTQ:
         whole, before, after = (
             output_errors(difference, hessian) for difference in (weight, weight - nearest, weight - solved)
         )
-        worse = before < after
+        # An expert without tokens has no columns to choose by.
+        worse = (before < after) | (hessian.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) == 0)
         solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
         self.snapshots.append(Snapshot({name: layer}))
         write_rounded(layer, solved.reshape(canonical.shape).to(canonical.device), levels)

@@ -68,6 +68,16 @@ class Replay:
         self._drop_inner(batch)
         return captured
 
+    def run_through(self, batch: int) -> None:
+        """Runs the model on one batch, skipping what is done.
+
+        Args:
+            batch: number of the batch.
+        """
+        with torch.no_grad(), self._skipping(None, batch, 0, []):
+            self.run(self.cache.get(("batch", batch)))
+        self._drop_inner(batch)
+
     def keep_output(self, name: str, batch: int, call: int, output: Any) -> None:
         """Keep an output that was computed outside; it is used once the module is done.
 
@@ -83,7 +93,7 @@ class Replay:
         self.cache.drop_where(lambda key: key[0] == self.kind)
 
     @contextmanager
-    def _skipping(self, target: str, batch: int, calls: int, captured: list[Arguments]) -> Iterator[None]:
+    def _skipping(self, target: str | None, batch: int, calls: int, captured: list[Arguments]) -> Iterator[None]:
         counts: Counter[str] = Counter()
         replaced = []
 
@@ -109,7 +119,7 @@ class Replay:
             replaced.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = forward
 
-        for name in {*self._finished, target}:
+        for name in {*self._finished, *([] if target is None else [target])}:
             intercept(name, self.modules[name])
         try:
             yield

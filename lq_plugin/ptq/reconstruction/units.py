@@ -75,11 +75,14 @@ def find_units(
     """
     # By layer: the module that is called for it.
     owners = {
-        name: owner_name(model, layer) or name
+        name: name if (owner := owner_name(model, layer)) is None else owner
         for name, layer in quantized_layers(model)
         if layer.weight_quantizer is not None
     }
     first = {call.name: call.position for call in reversed(recording.calls) if call.kind == "module"}
+    first |= {
+        call.name.rpartition(".")[0]: call.position for call in reversed(recording.calls) if call.kind == "weight"
+    }
     called = [name for name, owner in owners.items() if owner in first]
     if by == "layer":
         roots = []
@@ -101,7 +104,7 @@ def find_units(
 
 
 def owner_name(model: nn.Module, layer: nn.Module) -> str | None:
-    """Name of the LSTM or attention that a weight belongs to; None for a layer that is a module of its own."""
+    """Name of the module that a weight belongs to, of an LSTM, say; None for a layer that is a module of its own."""
     owner = layer.owner if isinstance(layer, CompoundWeight) else None
     return (
         next((name for name, module in model.named_modules() if module is owner), None) if owner is not None else None
