@@ -89,6 +89,13 @@ def for_layer(layer: LayerInfo, slot: str, spec: QuantSpec) -> QuantSpec:
     return spec.replace(granularity=PerMatrix(layer.matrix_rows)) if stacked and free else spec  # type: ignore[arg-type]
 
 
+def as_written(spec: QuantSpec | None) -> QuantSpec | None:
+    """Returns a layer's spec as rules for any layer write it: the inverse of `for_layer`."""
+    if spec is None or not isinstance(spec.granularity, PerMatrix):
+        return spec
+    return spec.replace(granularity=PerTensor())
+
+
 def layer_faults(layer: LayerInfo, plan: LayerPlan) -> list[str]:
     """Returns a message for everything in the plan, any stage of it, that the layer cannot take."""
     faults = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.functional.grouping import blocks
-from lq_plugin.intent.spec import IntegerGrid, PerGroup, QuantSpec
+from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerMatrix, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.ranges import Histogram, Sample, compare_ranges, summarize
@@ -62,9 +62,12 @@ def weight_view(layer: QuantizedLayer, before: Tensor | None = None) -> TensorVi
     if spec.is_uniform and not isinstance(spec.granularity, PerGroup):
         grouped = blocks(type(layer).canonical(layer, layer.weight).detach().float(), spec.granularity)
         scale, zero_point = (value.detach().float().cpu().reshape(-1) for value in quantizer.qparams(grouped))
-        row = int(weight.flatten(1).abs().amax(1).argmax()) if len(scale) > 1 else 0
-        part = weight[row] if len(scale) > 1 else weight
-        what = f"channel {row} of {len(weight)}" if len(scale) > 1 else "whole tensor"
+        # One part for each scale: rows, matrices of a stack, or the whole.
+        parts = blocks(weight, spec.granularity) if isinstance(spec.granularity, PerMatrix) else weight
+        row = int(parts.flatten(1).abs().amax(1).argmax()) if len(scale) > 1 else 0
+        part = parts[row] if len(scale) > 1 else weight
+        kind = "matrix" if isinstance(spec.granularity, PerMatrix) else "channel"
+        what = f"{kind} {row} of {len(parts)}" if len(scale) > 1 else "whole tensor"
         return _grid_view("weight", spec, what, summarize(part.reshape(1, -1)), (scale[row], zero_point[row]))
     row = int(weight.flatten(1).abs().amax(1).argmax())
     sample = summarize(weight[row].reshape(1, -1))

@@ -9,13 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import lq_plugin
-from lq_plugin import QuantPlan, Rule
+from lq_plugin import PerMatrix, PerTensor, QuantPlan, Rule
 from lq_plugin.errors import ExportError, PlanError
 from lq_plugin.export import export_model, load_packed, save_packed
 from lq_plugin.layers import register_products
 from lq_plugin.layers.compound.products_in_code import products_in_code
 from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.graph.record import record
+from lq_plugin.model.survey import Survey
+from lq_plugin.report import model_report
+from lq_plugin.search.space.space import Space
 
 EXPERTS, INPUTS, HIDDEN, TOKENS = 4, 32, 48, 10
 
@@ -347,6 +350,23 @@ def test_named_operations_beside_own_weights():
     lq_plugin.remove(model)
     assert torch.equal(model(x), expected)
     assert type(model) is Mixture
+
+
+def test_a_report_and_a_search_space_know_matrices():
+    model, x = mixture(), tokens()
+    choices = ["int4 per_tensor", "int8 per_tensor"]
+    bound = Space(weight=choices, input=["int8"]).bind(Survey.of(model).infos())
+    params = bound.params(QuantPlan.parse("int4 per_tensor / int8"))
+    plans = bound.layer_plans(params)
+    assert bound.params(bound.plan(params)) == params
+    assert plans["up"].weight.granularity == PerMatrix(HIDDEN)
+    assert isinstance(plans["router"].weight.granularity, PerTensor)
+    lq_plugin.prepare(model, "int4 per_tensor mse / uint8 affine")
+    lq_plugin.calibrate(model, [x])
+    report = model_report(model, run=lambda: model(x))
+    views = {layer.name: layer.views[0].what for layer in report.model.layers}
+    assert views["up"].startswith("matrix ")
+    assert views["up"].endswith(f" of {EXPERTS}")
 
 
 def test_onnx_refuses_stacks_of_matrices(tmp_path):

@@ -17,6 +17,7 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from lq_plugin.errors import PlanError
+from lq_plugin.intent.layer_plan import as_written, for_layer
 from lq_plugin.intent.plan import FLOAT, LayerInfo, LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import QuantSpec
 
@@ -153,12 +154,13 @@ class BoundSpace:
 
     def _layer_plans(self, values: frozenset[tuple[str, Any]]) -> dict[str, LayerPlan]:
         params = dict(values)
-        chosen: dict[str, dict[str, QuantSpec]] = {layer.name: {} for layer in self.layers}
+        infos = {layer.name: layer for layer in self.layers}
+        chosen: dict[str, dict[str, QuantSpec]] = {name: {} for name in infos}
         for unit in self.units:
             choice = unit.choice(params)
             if isinstance(choice, QuantSpec):
                 for name in unit.layers:
-                    chosen[name][unit.slot] = choice
+                    chosen[name][unit.slot] = for_layer(infos[name], unit.slot, choice)
         return {name: LayerPlan(**cast(dict[str, Any], specs)) for name, specs in chosen.items()}
 
     def plan(self, params: Mapping[str, Any]) -> QuantPlan:
@@ -174,7 +176,7 @@ class BoundSpace:
         layer_plans = plan.resolve(self.layers, self.others)
         values: Params = {}
         for unit in self.units:
-            wanted: set[Choice] = {getattr(layer_plans[name], unit.slot) or FLOAT for name in unit.layers}
+            wanted: set[Choice] = {as_written(getattr(layer_plans[name], unit.slot)) or FLOAT for name in unit.layers}
             if len(wanted) > 1:
                 raise PlanError(
                     f"{unit.name} ties {', '.join(unit.layers)}, the plan gives them "
