@@ -269,6 +269,18 @@ def test_tied_heads(rules, tmp_path):
     assert "model.embed_tokens.weight" in keys
 
 
+def test_quantized_experts_are_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+    prepare(model, "int4 group32")
+    calibrate(model, [TOKENS])
+    wanted = r"experts\.gate_up_proj\.weight .*: weights of linear layers are held, not those of a MixtralExperts"
+    with pytest.raises(ExportError, match=wanted):
+        export_model(model, tmp_path / "model", target=NAME)
+    assert not (tmp_path / "model").exists()
+
+
 def test_experts_stay_float(tmp_path):
     """Transformers holds the experts of a layer as parameters of three dims; in the file each is on its own again."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}

@@ -89,7 +89,7 @@ def must_be_dequantized(source: nn.Module) -> bool:
 
 
 def experts_of(source: nn.Module) -> list[str]:
-    """Returns the parameters that hold the weights of several experts, which are no layers: they stay float."""
+    """Returns the parameters that hold the weights of several experts, which a folder holds as float."""
     return [name for name, weight in source.named_parameters() if weight.ndim == 3]
 
 

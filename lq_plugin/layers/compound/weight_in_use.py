@@ -124,18 +124,25 @@ def _weights(value: Any) -> Iterator[WeightInUse]:
         yield from _weights(list(value.values()))
 
 
+def _watcher(weight: WeightInUse) -> Seen | None:
+    """Returns what is told of products of a weight; in compiled code nothing is."""
+    return None if torch.compiler.is_compiling() else weight.seen
+
+
 def _marked(result: Any, weight: WeightInUse, name: str, args: tuple[Any, ...]) -> Any:
     """Returns a view or selection of a weight, or several, each as the weight itself."""
+    seen = _watcher(weight)
     if isinstance(result, Tensor):
-        experts = None if weight.seen is None else selected(weight.experts, name, args)
-        return WeightInUse.of(result, weight.weight_name, weight.read, weight.seen, experts)
+        experts = None if seen is None else selected(weight.experts, name, args)
+        return WeightInUse.of(result, weight.weight_name, weight.read, seen, experts)
     if isinstance(result, (list, tuple)):
         # `for w in stack` is `stack.unbind(0)`.
-        each = weight.seen is not None and name == "unbind" and weight.experts is None
-        held = range(len(result)) if each else [weight.experts] * len(result)
+        before = None if seen is None else weight.experts
+        each = seen is not None and name == "unbind" and before is None
+        held = range(len(result)) if each else [before] * len(result)
         parts = zip(result, held, strict=True)
         return type(result)([
-            WeightInUse.of(item, weight.weight_name, weight.read, weight.seen, experts) for item, experts in parts
+            WeightInUse.of(item, weight.weight_name, weight.read, seen, experts) for item, experts in parts
         ])  # fmt: skip
     return result
 
@@ -155,9 +162,9 @@ def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
             axis = -2 if index == 1 and factor.dim() > 1 else -1
             weight = cast(WeightInUse, other)
             holder[key] = _along(factor, axis, weight.read)
-            if weight.seen is not None:
+            if (seen := _watcher(weight)) is not None:
                 offs = named.get("offs", given[2] if name == "grouped_mm" and len(given) > 2 else None)
-                weight.seen(holder[key].movedim(axis, -1), weight.experts, offs)
+                seen(holder[key].movedim(axis, -1), weight.experts, offs)
     return tuple(given), named
 
 
@@ -178,12 +185,12 @@ def _einsum(args: tuple[Any, ...]) -> tuple[Any, ...]:
             ]
             if index != place and summed and _is_activation(factor):
                 operands[index] = _along(factor, _axis(labels[index], summed[-1]), weight.read)
-                if weight.seen is not None:
-                    _tell(weight, operands[index], labels[index], labels[place], summed)
+                if (seen := _watcher(weight)) is not None:
+                    _tell(seen, weight, operands[index], labels[index], labels[place], summed)
     return (args[0], operands) if listed else (args[0], *operands)
 
 
-def _tell(weight: WeightInUse, x: Tensor, mine: list[str], others: list[str], summed: list[str]) -> None:
+def _tell(seen: Seen, weight: WeightInUse, x: Tensor, mine: list[str], others: list[str], summed: list[str]) -> None:
     """Tells of an einsum whose labels are all written, and in which one is summed over."""
     known = len(mine) == len(others) == len(summed) == 1
     stacked = known and len(others[0]) == 3 and others[0][0] in mine[0]
@@ -192,7 +199,7 @@ def _tell(weight: WeightInUse, x: Tensor, mine: list[str], others: list[str], su
     rows = x.permute([mine[0].index(label) for label in order]) if known else x
     if known:
         rows = rows.reshape(rows.shape[0], -1, rows.shape[-1]) if stacked else rows.reshape(-1, rows.shape[-1])
-    cast(Seen, weight.seen)(rows, weight.experts if known else "part", None)
+    seen(rows, weight.experts if known else "part", None)
 
 
 def _axis(parts: list[str], label: str) -> int:
