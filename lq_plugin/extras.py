@@ -10,12 +10,15 @@ from importlib.util import find_spec
 
 from lq_plugin.errors import MissingPackageError
 
-#: What `pip install "lq_plugin[<name>]"` brings for exports, runtimes and pictures, by the names that Python imports.
+#: What `pip install "lq_plugin[<name>]"` brings for exports, runtimes, pictures and loggers, by the names that Python
+#: imports.
 EXTRAS = {
     "compressed-tensors": ("compressed_tensors", "transformers"),
+    "dashboard": ("optuna_dashboard",),
     "executorch": ("executorch",),
     "gguf": ("gguf",),
     "litert": ("ai_edge_litert", "litert_torch"),
+    "mlflow": ("mlflow",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "plots": ("matplotlib", "PIL"),

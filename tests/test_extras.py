@@ -11,7 +11,7 @@ from lq_plugin.extras import EXTRAS, need_packages
 
 ROOT = Path(__file__).parent.parent
 #: Packages that are imported by another name.
-IMPORTED = {"pillow": "PIL"}
+IMPORTED = {"pillow": "PIL", "mlflow-skinny": "mlflow"}
 
 
 def test_the_extras_are_those_of_the_project():

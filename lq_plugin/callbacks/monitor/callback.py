@@ -36,7 +36,8 @@ class QuantMonitor(Callback):
     that take them, at the start and at the end only:
 
     * `WandbLogger`: tables, pictures, the plan in the config, and one artifact with all files and the report page;
-    * `TensorBoardLogger`: pictures, and the plan and the ledger as text;
+    * `TensorBoardLogger`: pictures, the plan and the ledger as text, and a row of HParams with the plan and the scores;
+    * `MLFlowLogger`: files, pictures and the report page as artifacts in `quant/`;
     * `CSVLogger`: files and the report page in `<log_dir>/quant`.
 
     Weights are measured as they are. Activations are measured on a batch that runs anyway: the last before the
@@ -224,7 +225,13 @@ class QuantMonitor(Callback):
         if shown and moment != "scalars":
             pl_module.print(state.text(moment, metrics))
         if moment != "scalars":
-            report = replace(report, plan=state.callback.plan, tables=state.tables(), final=moment != "start")
+            report = replace(
+                report,
+                plan=state.callback.plan,
+                tables=state.tables(),
+                final=moment != "start",
+                metrics=metrics | state.totals(),
+            )
             if self.images:
                 pictures = state.pictures(self.max_layers, activations=moment != "end")
                 report = replace(report, pictures=list(pictures))

@@ -13,13 +13,14 @@ import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lq_plugin.intent.flat_keys import layer_keys
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.files import file_name, temporary_folder, write_file
 from lq_plugin.utilities.lightning_packages import either
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
     from PIL.Image import Image
 
 Rows = Sequence[Mapping[str, Any]]
@@ -62,6 +63,7 @@ class Report:
         plan: the plan in force.
         final: the last report of a run; files that are kept for good are written now.
         pages: further files of the last report, by name.
+        metrics: what the model scores and takes, in the last report.
     """
 
     step: int
@@ -71,6 +73,7 @@ class Report:
     plan: QuantPlan | None = None
     final: bool = False
     pages: Mapping[str, bytes] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """Plan and tables as files, by name."""
@@ -88,6 +91,8 @@ def report_to(logger: Logger, report: Report) -> None:
         _to_wandb(logger, report)
     elif isinstance(logger, either("loggers.TensorBoardLogger")):
         _to_tensorboard(logger, report)
+    elif isinstance(logger, either("loggers.MLFlowLogger")):
+        _to_mlflow(logger, report)
     elif isinstance(logger, either("loggers.CSVLogger")):
         _to_files(logger, report)
 
@@ -132,6 +137,39 @@ def _to_tensorboard(logger: TensorBoardLogger, report: Report) -> None:
         writer.add_text(f"quant/{name}", _markdown(rows), report.step)
     for picture in report.pictures:
         writer.add_image(f"quant/{picture.path}", np.asarray(picture.image()), report.step, dataformats="HWC")
+    if report.final and report.plan is not None and report.metrics:
+        add_hparams(logger, "quant", layer_keys(report.plan), report.metrics)
+
+
+def add_hparams(logger: TensorBoardLogger, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Write a row of TensorBoard's HParams, as a run of its own under the logger's: of a run the first row counts.
+
+    Args:
+        logger: whose run it is under.
+        name: of the run.
+        params: numbers and texts.
+        metrics: that can be compared; those that are not finite are left out.
+    """
+    writer = logger.experiment
+    # TensorBoardX, which Lightning takes where there is no tensorboard, has another word for it.
+    key = "name" if type(writer).__module__.startswith("tensorboardX") else "run_name"
+    finite = {metric: value for metric, value in metrics.items() if isfinite(value)}
+    writer.add_hparams(dict(params), finite, **{key: name})
+
+
+def _to_mlflow(logger: MLFlowLogger, report: Report) -> None:
+    files = report.files()
+    for picture in report.pictures:
+        files[f"step_{report.step:06d}/{picture.file}.png"] = picture.png
+    if not files:
+        return
+    with temporary_folder("artifact") as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        # Files of the same names take the place of those of the report before.
+        logger.experiment.log_artifacts(logger.run_id, folder, "quant")
 
 
 def _to_files(logger: CSVLogger, report: Report) -> None:

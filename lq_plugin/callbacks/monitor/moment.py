@@ -151,6 +151,11 @@ class MonitoredModel:
 
         return once
 
+    def totals(self) -> dict[str, float]:
+        """Returns what the model takes, by name of the scalar."""
+        found = {f"quant/{name}": value for name, value in self.priced.totals().items()}
+        return {name: float(value) for name, value in found.items() if value is not None and isfinite(value)}
+
     def scalars(self) -> dict[str, float]:
         chosen = quantizers(self.model)
         active = sum(q.is_enabled and not q.lacks_range for q in chosen)
@@ -158,7 +163,7 @@ class MonitoredModel:
             **{f"quant/{name}": value for name, value in self.callback.ledger.coverages().items()},
             "quant/active": active / len(chosen) if chosen else 0.0,
         }
-        values |= {f"quant/{name}": value for name, value in self.priced.totals().items()}
+        values |= self.totals()
         for layer in self.priced:
             for name in ("weight_bits", "effective_bits", "input_bits"):
                 values[f"quant/{layer.name}/{name}"] = getattr(layer, name)

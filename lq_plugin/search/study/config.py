@@ -98,6 +98,8 @@ class SearchConfig:
         score: `"file"` writes each plan of the front for `target` at the end, into `output_dir`, and evaluates the
             model computed by the file: its metrics, bytes and milliseconds stand beside those of the trial. `"model"`:
             no files.
+        dashboard: write notes and artifacts for optuna-dashboard: of each trial its plan, of the study its page
+            (`lq_plugin.search.study.dashboard`); needs `output_dir`.
         on_trial: called after each trial of this process with the `SearchResult` so far, such as
             `lq_plugin.search.StudyLogs(loggers).update`.
         trainer, calibration_batches, phases, dataloader: see `lq_plugin.search.Evaluator`.
@@ -143,6 +145,7 @@ class SearchConfig:
     progress: bool = True
     target: str | None = None
     score: str = "model"
+    dashboard: bool = False
     on_trial: Callable[[SearchResult], object] | None = field(default=None, repr=False)
     trainer: Callable[..., Trainer] | None = None
     calibration_batches: int = 8
@@ -169,6 +172,11 @@ class SearchConfig:
 
         if self.output_dir is not None:
             need_packages("search(output_dir=...), which draws the front,", "matplotlib")
+        if self.dashboard is True:
+            need_packages("dashboard=True", "optuna_dashboard")
+            faults += [] if self.output_dir is not None else ["dashboard=True needs output_dir, a folder for artifacts"]
+        elif self.dashboard is not False:
+            faults.append(f"dashboard is True or False, got {self.dashboard!r}")
         if self.mode not in ("max", "min"):
             faults.append(f"mode is 'max' or 'min', got {self.mode!r}")
         costs: tuple[str, ...] = ()

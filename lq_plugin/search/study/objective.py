@@ -11,6 +11,7 @@ from optuna import Trial, TrialPruned
 from optuna.trial import FrozenTrial, TrialState
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.search.evaluation.costs import COSTS, unknown_costs
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.space.bound import as_plan
@@ -74,6 +75,8 @@ class Objective:
         self.interrupted: Trial | None = None
         #: Called once a trial runs.
         self.begun: Callable[[], object] = lambda: None
+        #: Called with each evaluated trial, its plan and what it scored.
+        self.evaluated: Callable[[Trial, QuantPlan, Mapping[str, float]], object] = lambda trial, plan, metrics: None
         read(evaluator.float_metrics, metric)
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
@@ -101,6 +104,7 @@ class Objective:
             values = tuple(read(metrics, name) for name in (self.metric, *self.costs))
             noted[METRICS] = metrics
             self._check(trial, metrics)
+            self.evaluated(trial, as_plan(layer_plans, space.target), metrics)
         except TrialPruned:
             reached = trial.user_attrs.get(LEVELS)
             noted[METRICS] = reached[-1] if reached else costs

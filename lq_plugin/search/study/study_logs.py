@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from lq_plugin import plots
-from lq_plugin.callbacks.monitor.loggers import Picture, Report, report_to
+from lq_plugin.callbacks.monitor.loggers import Picture, Report, add_hparams, report_to
+from lq_plugin.intent.flat_keys import layer_keys
 from lq_plugin.report import render
 from lq_plugin.report.provenance import provenance
 from lq_plugin.search.study.candidates import Candidate
@@ -32,7 +33,8 @@ class StudyLogs:
     TensorBoard also get the front as table and picture while the search goes on.
 
     Args:
-        loggers: of Lightning; W&B's gets a run for each trial also where `trial_runs` says so.
+        loggers: of Lightning; W&B's gets a run for each trial also, and TensorBoard's a row of HParams, where
+            `trial_runs` says so.
         trial_runs: whether it does.
         every: seconds between two pictures of the front, at least.
     """
@@ -76,6 +78,9 @@ class StudyLogs:
                     logger.experiment.summary.update(summary | {"search/best/trial": best.number})
                 if self.trial_runs:
                     log_trials(logger, result)
+            elif isinstance(logger, either("loggers.TensorBoardLogger")) and self.trial_runs:
+                for c in result.candidates:
+                    add_hparams(logger, f"trial_{c.number:04d}", layer_keys(c.plan), c.metrics)
         self.close("success")
 
     def close(self, status: str) -> None:

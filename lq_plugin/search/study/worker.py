@@ -23,6 +23,7 @@ from lq_plugin.search.shared.storage import open_study
 from lq_plugin.search.space.bound import BoundSpace
 from lq_plugin.search.space.constraint import Constraint, largest
 from lq_plugin.search.study.config import SearchConfig
+from lq_plugin.search.study.dashboard import Dashboard
 from lq_plugin.search.study.file_scores import score_files
 from lq_plugin.search.study.latency import measure_front, share_latency
 from lq_plugin.search.study.loop import Loop
@@ -66,6 +67,7 @@ class StudyWorker:
         if config.output_dir is not None:
             make_folder(config.output_dir)
             self.storage = self.storage or f"sqlite:///{Path(config.output_dir).resolve() / 'study.db'}"
+        self.dashboard: Dashboard | None = None
         self._unit_costs: dict[str, tuple[float, Table]] = {}
         self.evaluator = Evaluator(
             config.model,
@@ -108,6 +110,10 @@ class StudyWorker:
             log.info("left out for %s: %s", tensor, "; ".join(reasons))
         self.float_bytes = evaluator.cost({}).bytes
         self.objective = Objective(evaluator, config.metric, config.costs, config.limits)
+        if config.dashboard:
+            assert config.output_dir is not None
+            self.dashboard = Dashboard(config.output_dir, config.metric, config.costs)
+            self.objective.evaluated = self.dashboard.trial
         if config.levels:
             self.objective.ladder = Ladder(
                 evaluator,
@@ -199,6 +205,8 @@ class StudyWorker:
         while written != len((latest := self.result()).candidates):
             latest.write(self.config.output_dir)
             written = len(latest.candidates)
+        if self.dashboard is not None and latest.candidates:
+            self.dashboard.study(latest, Path(self.config.output_dir) / "report.html")
 
     def result(self) -> SearchResult:
         """Returns what the study has found so far; `open` comes first."""
