@@ -38,6 +38,7 @@ def test_the_configs_themselves_have_no_faults(name):
     [
         ("train", ["experiment=digits_qat", "logger=wandb"]),
         ("train", ["experiment=digits_ptq", "logger=tensorboard"]),
+        ("train", ["experiment=digits_ptq", "logger=mlflow"]),
         ("search", ["experiment=digits_search", "logger=csv"]),
         ("search", []),
         ("sensitivity", ["experiment=digits_search"]),
