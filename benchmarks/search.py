@@ -1,7 +1,10 @@
 """Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours against plain TPE, NSGA-II, greedy and uniform
-plans.
+plans; and of small networks whose true front is known.
 
     python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
+    python -m benchmarks.search --space affine --methods ours fixed --json out.json  # weights may have zero points
+    python -m benchmarks.search --enumerated --json out.json  # three networks of 512 plans, all known
+    python -m benchmarks.search --deep --json out.json        # 60 layers
     python -m benchmarks.search --faults --json out.json # 4 workers on PostgreSQL, one killed every 20 s
 
 Plans are scored on train images 1,024 to 3,024, which neither calibrate nor were used to choose a recipe; then the best
@@ -33,6 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks import common
+from benchmarks.search_fronts import METHODS as FRONT_METHODS, deep, enumerated
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.search import Evaluator, search
@@ -43,6 +47,11 @@ from lq_plugin.search.study.seeds import greedy_path, unit_costs
 SPACE: dict[str, Any] = {
     "weight": {"bit_widths": [2, 3, 4, 5, 6, 7, 8], "granularities": ["per_channel"], "ranges": ["mse"]},
     "input": "uint8 affine mse",
+}
+#: Of weights: symmetric alone, or each also with zero points.
+SPACES = {
+    "symmetric": SPACE,
+    "affine": SPACE | {"weight": [SPACE["weight"] | {"affine": True}, SPACE["weight"]]},
 }
 #: What plans are compared by: bits of a weight of the layers that a plan can change.
 BITS = "quantizable_effective_bits"
@@ -125,6 +134,7 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
+        self.space = SPACES[options.space]
         self.net = load_resnet(options.data / "resnet_cifar10" / "resnet20_jpeg.safetensors", 20)
         self.data = Images(options.data, options.images)
         images, self.test_labels = load_images(options.data, "test")
@@ -132,7 +142,7 @@ class Comparison:
         self.plans: dict[str, list[tuple[float, float, Any]]] = {}
         self.results: dict[str, Any] = {
             "images": options.images,
-            "space": SPACE,
+            "space": self.space,
             "reference": REFERENCE,
             "hypervolume": {},
             "curves": {},
@@ -158,7 +168,7 @@ class Comparison:
             result = search(
                 Classifier(self.net),
                 self.data,
-                SPACE,
+                self.space,
                 "val/acc",
                 n_trials,
                 cost=BITS,
@@ -189,7 +199,7 @@ class Comparison:
     def fixed_plans(self) -> None:
         """Uniform plans and the greedy path; and what an evaluation forward pass takes."""
         with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
-            space = evaluator.calibrate(SPACE)
+            space = evaluator.calibrate(self.space)
             table = measure_sensitivity(evaluator)
             base, costs = unit_costs(evaluator, BITS)
             path = [params for _, params in greedy_path(space, table.values, costs, base)]
@@ -219,7 +229,7 @@ class Comparison:
         """Test accuracy of the best plan of each size."""
         self.results["best_at"] = {}
         with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
-            evaluator.calibrate(SPACE)
+            evaluator.calibrate(self.space)
             for budget in BUDGETS:
                 row: dict[str, Any] = {}
                 for name in ("ours", "uniform", "greedy"):
@@ -330,6 +340,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     message = "what to run (default: all); fixed are the uniform plans and the greedy path"
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=message)
+    parser.add_argument(
+        "--space",
+        choices=[*SPACES],
+        default="symmetric",
+        help="weights of ResNet-20 (default: symmetric); affine: or with zero points",
+    )
+    parser.add_argument("--enumerated", action="store_true", help="three networks of 512 plans instead")
+    parser.add_argument("--deep", action="store_true", help="a network of 60 layers instead")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="with --enumerated (default: 3)")
+    message = "with --enumerated and --deep (default: all)"
+    parser.add_argument(
+        "--methods-of-fronts", nargs="+", choices=[*FRONT_METHODS], default=[*FRONT_METHODS], help=message
+    )
+    message = "with --enumerated and --deep: keep the scores of plans here, for the next run"
+    parser.add_argument("--scores", type=Path, metavar="FOLDER", help=message)
     parser.add_argument("--faults", action="store_true", help="kill workers instead")
     parser.add_argument(
         "--kill-every", type=float, default=20.0, metavar="SECONDS", help="in the fault run (default: 20)"
@@ -346,7 +371,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.worker is not None:
         work(options.worker_url, options.worker, options)
         return {}
-    results = faults(options, console) if options.faults else Comparison(options, console).run()
+    if options.enumerated or options.deep:
+        results = (enumerated(options, console) if options.enumerated else {}) | (
+            deep(options, console) if options.deep else {}
+        )
+    else:
+        results = faults(options, console) if options.faults else Comparison(options, console).run()
     common.write_json(options.json, results, ("optuna",))
     return results
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lq_plugin.search.study.result import SearchResult as SearchResult
     from lq_plugin.search.study.search import search as search
     from lq_plugin.search.study.study_logs import StudyLogs as StudyLogs
+    from lq_plugin.search.surrogate.sampler import Problem as Problem, SurrogateSampler as SurrogateSampler
     from lq_plugin.search.sweep.job import current_trial as current_trial
     from lq_plugin.search.sweep.trial_report import TrialReport as TrialReport
 

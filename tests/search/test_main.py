@@ -166,7 +166,7 @@ def test_no_file_and_no_word_holds_the_password_of_a_storage(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("space", ["weights", "weights_and_inputs"])
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["surrogate", "tpe", "nsga2", "gp", "random"])
 def test_every_space_and_sampler_of_the_configs_is_readable(tmp_path: Path, space: str, sampler: str) -> None:
     from hydra.utils import instantiate
 

@@ -23,6 +23,7 @@ from lq_plugin.search.space.bound import BoundSpace, Params, as_plan
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, REPEATS
 from lq_plugin.search.study.refine import Point, Refiner
+from lq_plugin.search.surrogate.sampler import SurrogateSampler
 
 #: Proposals in a row that may break a constraint before the search gives up.
 _PATIENCE = 1000
@@ -36,9 +37,9 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 class Proposer(BaseSampler):
     """Puts the proposals of a sampler into the study's queue.
 
-    The sampler works on a copy of the study in memory, which takes up what all workers have found. A proposal that
-    breaks a constraint on the cost becomes a pruned trial of the study, which the sampler learns from, and is never
-    evaluated.
+    A `SurrogateSampler` reads the study itself. Any other works on a copy of it in memory, which takes up what all
+    workers have found. A proposal that breaks a constraint on the cost becomes a pruned trial of the study, which the
+    sampler learns from, and is never evaluated.
 
     It is also the shared study's own sampler: if another worker has taken what was published, the trial that Optuna
     then makes gets the values of a further proposal.
@@ -63,6 +64,7 @@ class Proposer(BaseSampler):
         self.study, self.evaluator, self.space = study, evaluator, evaluator.space
         costs = evaluator.costs({})
         self.constraints = [constraint for constraint in constraints if constraint.name in costs]
+        self._surrogate = sampler if isinstance(sampler, SurrogateSampler) else None
         with quiet():
             self._memory = optuna.create_study(directions=study.directions, sampler=sampler)
         self._seen: set[int] = set()
@@ -88,6 +90,9 @@ class Proposer(BaseSampler):
 
     def _propose(self) -> FrozenTrial:
         """Returns a proposal that no worker has yet, as far as the sampler finds one."""
+        if self._surrogate is not None:
+            params = self._surrogate.propose(self.study)
+            return waiting_trial(self.space, params, self.evaluator, self.constraints)
         taken = set()
         for known in self.study.get_trials(deepcopy=False):
             taken.add(frozenset(known.params.items()))

@@ -34,6 +34,7 @@ from lq_plugin.search.study.proposer import Proposer, waiting_trial
 from lq_plugin.search.study.refine import Refiner
 from lq_plugin.search.study.result import SearchResult
 from lq_plugin.search.study.seeds import Seed, Table, distinct, make_seeds, smallest_cost, unit_costs
+from lq_plugin.search.surrogate.sampler import Problem, SurrogateSampler
 from lq_plugin.utilities.files import make_folder
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,12 @@ class StudyWorker:
             StudyError: too many failed trials, or constraints that leave hardly any plan.
         """
         config = self.config
-        proposer = Proposer(self.study, self.sampler, self.evaluator, config.limits, self._refiner())
+        refiner = None
+        if isinstance(self.sampler, SurrogateSampler):
+            self.sampler.attach(self._problem())
+        else:
+            refiner = self._refiner()
+        proposer = Proposer(self.study, self.sampler, self.evaluator, config.limits, refiner)
         self.study.sampler = proposer
         bar = SearchProgress(config.n_trials, config.metric, config.maximize) if config.progress else nullcontext()
         loop = Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop)
@@ -223,6 +229,15 @@ class StudyWorker:
         size = self.config.size
         base, costs = self._costs_of_choices(size)
         return Refiner(self.space, known, base, costs, largest(self.config.limits, size), self._refiner_seed)
+
+    def _problem(self) -> Problem:
+        """Returns what is known of the space before any trial."""
+        config = self.config
+        timed = self.evaluator.latency is not None
+        known = [limit for limit in config.limits if limit.name in COUNTED or (timed and limit.name == LATENCY)]
+        limits = [(limit, *self._costs_of_choices(limit.name)) for limit in known]
+        costs = [self._costs_of_choices(cost) for cost in config.costs]
+        return Problem(self.space, self.study.user_attrs.get(SENSITIVITY, {}), costs, limits)
 
     def _costs_of_choices(self, cost: str) -> tuple[float, Table]:
         """Returns `unit_costs`, computed once for each cost."""

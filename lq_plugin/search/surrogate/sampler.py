@@ -1,0 +1,343 @@
+"""An Optuna sampler that looks for the front with a surrogate of the metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from lq_plugin.errors import QuantizationError
+from lq_plugin.search.space.bound import BoundSpace, Params, Unit
+from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.surrogate.candidates import Price, around, everything, solved, steps, swaps
+from lq_plugin.search.surrogate.improvement import Front
+from lq_plugin.search.surrogate.regression import Features, Floats, Ints, Prior, Regression, likeliest
+from lq_plugin.search.surrogate.transform import TRANSFORMS, Transform
+
+#: Harm or cost by unit and choice (as text).
+Table = Mapping[str, Mapping[str, float]]
+#: Finished trials before there is a surrogate.
+_FIRST = 4
+#: The prior is chosen anew when there are so many times more trials.
+_GROWTH = 1.15
+#: Draws of a random plan before the search for a new one ends.
+_DRAWS = 200
+#: The largest cost that counts lies so far beyond that of the space, as a share of its span.
+_BEYOND = 0.02
+
+
+class Problem:
+    """What a `SurrogateSampler` knows before any trial.
+
+    Args:
+        space: of the study.
+        sensitivity: harm of each choice of each unit; where a unit is missing, 4^-bits stands for it.
+        costs: for each objective after the metric, the cost of the plan of first choices and what each choice adds, see
+            `lq_plugin.search.study.seeds.unit_costs`.
+        limits: the same for each cost that is bounded, with the constraint.
+    """
+
+    def __init__(
+        self,
+        space: BoundSpace,
+        sensitivity: Table,
+        costs: Sequence[tuple[float, Table]],
+        limits: Sequence[tuple[Constraint, float, Table]] = (),
+    ) -> None:
+        self.space = space
+        self.units = [unit for unit in space.units if len(unit.choices) > 1]
+        self.sizes = [len(unit.choices) for unit in self.units]
+        self.features = Features([_harms(unit, sensitivity) for unit in self.units])
+        self.costs = [Price(*self._priced(base, table)) for base, table in costs]
+        self.limits = []
+        #: Constraints that are known before a plan is evaluated.
+        self.known = {str(constraint) for constraint, *_ in limits}
+        for constraint, base, table in limits:
+            most, least = (constraint.bound, -np.inf) if constraint.relation == "<=" else (np.inf, constraint.bound)
+            self.limits.append(Price(*self._priced(base, table), most, least))
+        self.everything = everything(self.sizes)
+        if self.everything is not None:
+            self.everything = self.everything[self.allowed(self.everything)]
+
+    def _priced(self, base: float, table: Table) -> tuple[float, list[Floats]]:
+        rows = [np.array([table[unit.name][str(choice)] for choice in unit.choices]) for unit in self.units]
+        # Units with one choice add what it costs.
+        fixed = sum(sum(table.get(u.name, {}).values()) for u in self.space.units if len(u.choices) == 1)
+        return base + fixed, rows
+
+    def allowed(self, plans: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Returns which plans keep the bounds on their costs."""
+        found = np.ones(len(plans), dtype=bool)
+        for limit in self.limits:
+            found &= limit.keeps(plans)
+        return found
+
+    def indices(self, params: Mapping[str, Any]) -> tuple[int, ...]:
+        """Returns a plan as the index of each unit's choice."""
+        return tuple(unit.choices.index(unit.choice(params)) for unit in self.units)
+
+    def params(self, plan: Sequence[int] | Ints) -> Params:
+        """Returns the values of the parameters for a plan: the inverse of `indices`."""
+        found: Params = {}
+        for unit, index in zip(self.units, plan, strict=True):
+            found |= unit.params(unit.choices[int(index)])
+        return found
+
+
+def _harms(unit: Unit, sensitivity: Table) -> Floats:
+    row = sensitivity.get(unit.name, {})
+    return np.array([row.get(str(c), 0.0 if isinstance(c, str) else 4.0**-c.bit_width) for c in unit.choices])
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Finished trials as arrays."""
+
+    plans: Ints
+    values: Floats
+    costs: Floats
+    #: By how much each constraint that is no cost is broken, by name.
+    excess: dict[str, Floats]
+    pending: Ints
+
+    @property
+    def feasible(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        kept = np.ones(len(self.plans), dtype=bool)
+        for values in self.excess.values():
+            kept &= values <= 0
+        return kept
+
+
+class SurrogateSampler(BaseSampler):
+    """Proposes the plan that is expected to add most to the front, by a regression over all finished trials.
+
+    `lq_plugin.search.surrogate.regression` predicts a plan's metric and how uncertain that is, its costs are known;
+    `improvement` has the expected hypervolume improvement, on a logarithmic scale of the costs. In a space that is
+    small enough to be predicted whole every second proposal is the plan that most probably is on the front, so that
+    points of little volume are found as well. Plans that other workers evaluate count as if they scored what is
+    predicted. Nothing is kept but what the study's storage has: any number of workers may share it, and a study goes on
+    as if it had never stopped.
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._problem: Problem | None = None
+        self._independent = RandomSampler(seed=self.seed)
+        self._fitted: tuple[int, Transform, Prior] | None = None
+
+    def attach(self, problem: Problem) -> None:
+        """Tell the sampler what it samples for; a search does it."""
+        self._problem, self._fitted = problem, None
+
+    @property
+    def problem(self) -> Problem:
+        """What `attach` told.
+
+        Raises:
+            QuantizationError: before that.
+        """
+        if self._problem is None:
+            raise QuantizationError(
+                "a SurrogateSampler knows costs and sensitivities: it is for lq_plugin.search.search and lq-search; "
+                "elsewhere call attach(Problem(space, sensitivity, costs)) first"
+            )
+        return self._problem
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self.problem.space.distributions)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> Params:
+        return self.propose(study, trial.number)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Take another seed."""
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self._independent.reseed_rng()
+
+    def propose(self, study: Study, asking: int | None = None) -> Params:
+        """Returns the parameters of a plan that no trial of the study has, as far as there is one.
+
+        Args:
+            study: with all that is known.
+            asking: number of a trial that runs already and whose plan this will be.
+        """
+        problem = self.problem
+        trials = study.get_trials(deepcopy=False)
+        names = problem.space.distributions.keys()
+        known = [t for t in trials if t.number != asking and t.params.keys() == names]
+        taken = {problem.indices(trial.params) for trial in known}
+        rng = np.random.default_rng([self.seed, len(known)])
+        done = self._read(study, known)
+        if len(done.plans) < _FIRST or np.ptp(done.values) == 0:
+            return problem.params(self._random(rng, taken))
+        return problem.params(self._best(study, done, taken, rng))
+
+    def _read(self, study: Study, trials: Sequence[FrozenTrial]) -> _Trials:
+        problem = self.problem
+        number = 1 + len(problem.costs)
+        complete = [
+            t
+            for t in trials
+            if t.state == TrialState.COMPLETE and len(t.values) == number and all(map(math.isfinite, t.values))
+        ]
+        waiting = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+        names = {name for t in complete for name in t.constraints} - problem.known
+        values = np.array([t.values for t in complete], dtype=np.float64).reshape(-1, number)
+        return _Trials(
+            _plans(problem, complete),
+            values[:, 0],
+            values[:, 1:],
+            {name: np.array([t.constraints.get(name, 0.0) for t in complete]) for name in sorted(names)},
+            _plans(problem, waiting),
+        )
+
+    def _random(self, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> Ints:
+        """Returns a new plan that keeps the bounds, if a few draws find one."""
+        problem = self.problem
+        if problem.everything is not None:
+            new = np.array([tuple(plan) not in taken for plan in problem.everything.tolist()], dtype=bool)
+            pool = problem.everything[new] if new.any() else problem.everything
+            if len(pool):
+                found: Ints = pool[rng.integers(len(pool))]
+                return found
+        drawn = rng.integers(0, problem.sizes, size=(_DRAWS, len(problem.sizes)))
+        good = problem.allowed(drawn) & np.array([tuple(plan) not in taken for plan in drawn.tolist()])
+        found = drawn[int(good.argmax())]
+        return found
+
+    def _best(self, study: Study, done: _Trials, taken: set[tuple[int, ...]], rng: np.random.Generator) -> Ints:
+        problem, features = self.problem, self.problem.features
+        sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+        transform, prior = self._fit(done, sign)
+        targets = sign * transform.apply(done.values)
+        model = Regression(features, done.plans, targets, prior)
+        if len(done.pending):
+            # What others evaluate, as if it scored what is predicted: the next plan lies elsewhere.
+            expected, _ = model.predict(done.pending)
+            plans = np.concatenate([done.plans, done.pending])
+            model = Regression(features, plans, np.concatenate([targets, expected]), prior)
+        bounds = [
+            Regression(features, done.plans, excess, Prior())
+            for excess in done.excess.values()
+            if (excess > 0).any() and np.ptp(excess) > 0
+        ]
+        kept = done.feasible
+        front = self._front(targets[kept], done.costs[kept], float(targets.min() - 0.1 * targets.std()))
+        by_probability = problem.everything is not None and len(taken) % 2 == 1
+
+        def worth(plans: Ints) -> Floats:
+            mean, deviation = model.predict(plans)
+            # Of what a trial will show, its luck included.
+            deviation = np.hypot(deviation, model.noise)
+            costs = np.column_stack([price.of(plans) for price in problem.costs] or [np.empty((len(plans), 0))])
+            costs = _logs(costs)
+            gain = (front.probability if by_probability else front.improvement)(mean, deviation, costs)
+            for bound in bounds:
+                excess, spread = bound.predict(plans)
+                gain = gain * ndtr(-excess / np.hypot(spread, bound.noise))
+            return gain
+
+        def new(plans: Ints) -> Ints:
+            plans = np.unique(plans, axis=0)
+            fresh = np.array([tuple(plan) not in taken for plan in plans.tolist()], dtype=bool)
+            found: Ints = plans[problem.allowed(plans) & fresh]
+            return found
+
+        if problem.everything is not None:
+            pool = new(problem.everything)
+            return _largest(pool, worth(pool)) if len(pool) else self._random(rng, taken)
+        shown = _nondominated(targets, done.costs, kept)
+        pool = new(self._large(done, shown, model, rng))
+        if not len(pool):
+            return self._random(rng, taken)
+        best = _largest(pool, worth(pool))
+        # From there on uphill, once: two changes away from a front is not far in a large space.
+        further = new(np.concatenate([steps(best, problem.sizes), swaps(best, problem.sizes, rng), best[None]]))
+        return _largest(further, worth(further))
+
+    def _large(self, done: _Trials, shown: Ints, model: Regression, rng: np.random.Generator) -> Ints:
+        """Returns candidates of a space that is too large to look at all plans."""
+        problem = self.problem
+        front = done.plans[shown] if len(shown) else done.plans
+        pool = [around(front, problem.sizes, rng)]
+        prices = problem.costs or problem.limits
+        if prices:
+            price = prices[int(rng.integers(len(prices)))]
+            start = front[int(rng.integers(len(front)))]
+            ends = np.sort(price.of(front))
+            here = int(np.searchsorted(ends, price.of(start[None])[0]))
+            low, high = ends[max(here - 1, 0)], ends[min(here + 1, len(ends) - 1)]
+            budget = float(low + rng.random() * (high - low))
+            pool.append(solved(start, model.predict, price, budget, problem.limits, rng))
+        return np.concatenate(pool)
+
+    def _front(self, targets: Floats, costs: Floats, worst: float) -> Front:
+        problem = self.problem
+        most = []
+        for price in problem.costs:
+            high = price.base + sum(float(table.max()) for table in price.tables)
+            low = price.base + sum(float(table.min()) for table in price.tables)
+            ends = _logs(np.array([[low], [high]]))[:, 0]
+            most.append(float(ends[1] + _BEYOND * (ends[1] - ends[0])))
+        return Front(targets, _logs(costs), worst, np.array(most))
+
+    def _fit(self, done: _Trials, sign: float) -> tuple[Transform, Prior]:
+        """Returns transform and prior by marginal likelihood, of the first trials at certain numbers of them."""
+        number = _FIRST
+        while (further := math.ceil(number * _GROWTH)) <= len(done.plans):
+            number = further
+        if self._fitted is None or self._fitted[0] != number:
+            plans, values = done.plans[:number], done.values[:number]
+            found = []
+            for transform in TRANSFORMS:
+                if transform.fits(done.values) and np.ptp(targets := sign * transform.apply(values)) > 0:
+                    prior = likeliest(self.problem.features, plans, targets)
+                    model = Regression(self.problem.features, plans, targets, prior)
+                    # The density of the values themselves.
+                    found.append((model.evidence + float(transform.log_slope(values).sum()), transform, prior))
+            _, best, chosen = max(found, key=lambda entry: entry[0])
+            self._fitted = number, best, chosen
+        return self._fitted[1:]
+
+
+def _plans(problem: Problem, trials: Sequence[FrozenTrial]) -> Ints:
+    rows = [problem.indices(trial.params) for trial in trials]
+    return np.array(rows, dtype=np.int64).reshape(-1, len(problem.units))
+
+
+def _largest(plans: Ints, gains: Floats) -> Ints:
+    found: Ints = plans[int(gains.argmax())]
+    return found
+
+
+def _logs(costs: Floats) -> Floats:
+    """Returns logarithms of costs: half the size is as much worth everywhere. Costs are positive."""
+    return np.log(np.maximum(costs, 1e-300))
+
+
+def _nondominated(targets: Floats, costs: Floats, kept: np.ndarray[Any, np.dtype[np.bool_]]) -> Ints:
+    """Returns the trials that no other one is better than in the metric and all costs."""
+    losses = np.column_stack([-targets, costs])
+    found = [
+        i
+        for i in np.flatnonzero(kept)
+        if not ((losses[kept] <= losses[i]).all(1) & (losses[kept] < losses[i]).any(1)).any()
+    ]
+    return np.array(found, dtype=np.int64)
