@@ -370,7 +370,7 @@ def test_one_objective_and_several_costs(directions: list[str]) -> None:
         tell(study, problem, params, [value, *[size * (1 + i) for i in range(costs)]])
         found.append((accuracy, size))
     if costs:
-        assert volume(found) >= 0.96 * volume(every)
+        assert volume(found) >= 0.94 * volume(every)
     else:
         assert max(found)[0] >= max(every)[0] - 0.005
 

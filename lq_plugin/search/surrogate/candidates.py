@@ -22,9 +22,9 @@ NDBool = NDArray[np.bool_]
 #: Spaces of so many plans are predicted whole.
 ENUMERATED = 8192
 #: Swaps (one unit gets less, another one more) of each plan of the front that is looked at.
-_SWAPS = 384
+_SWAPS = 256
 #: Plans of the front whose neighbours are looked at.
-_AROUND = 4
+_AROUND = 3
 #: Seconds after which an integer program's best plan so far is taken.
 _SECONDS = 0.2
 

@@ -72,8 +72,7 @@ class Front:
             for dim, (edges, ends) in enumerate(zip(self._edges, self._ends, strict=True))
         ]
         volumes = reduce(lambda a, b: (a[:, :, None] * b[:, None]).reshape(len(a), -1), widths, np.ones((len(mean), 1)))
-        by_level = np.zeros_like(expected)
-        np.add.at(by_level.T, where.ravel(), volumes.T)
+        by_level = volumes @ (where.ravel()[:, None] == np.arange(len(levels)))
         found: Floats = (by_level * expected).sum(1)
         return found
 

@@ -18,7 +18,7 @@ pairs is ((Σ k_u)² - Σ k_u²) / 2. The prior's variances maximize the margina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -103,26 +103,25 @@ class Features:
             prior: for what choices have in common.
         """
         alike = block_diag(*self.alike(prior))
-        mine, theirs = self._chosen(one), self._chosen(other)
         my_shares, their_shares = self.shares(one)[1], self.shares(other)[1]
+        ones = np.ones_like(my_shares), np.ones_like(their_shares)
+        roots = np.sqrt(my_shares), np.sqrt(their_shares)
 
-        def product(weigh: Callable[[Floats], Floats], between: Floats) -> Floats:
+        def product(mine: Floats, theirs: Floats, between: Floats) -> Floats:
             # Products of matrices: many times faster than unit by unit.
-            left, right = mine.copy(), theirs.copy()
-            left[left > 0], right[right > 0] = weigh(my_shares).ravel(), weigh(their_shares).ravel()
-            return left @ (between @ right.T)
+            found: Floats = self._chosen(one, mine) @ (between @ self._chosen(other, theirs).T)
+            return found
 
-        single = product(np.ones_like, alike) / len(self.harms)
-        share = product(lambda r: r, alike)
-        linear, square = product(np.sqrt, alike), product(lambda r: r, alike**2)
-        return single, share, 2.0 * (linear**2 - square)
+        single = product(*ones, alike) / len(self.harms)
+        share, square = product(my_shares, their_shares, alike), product(my_shares, their_shares, alike**2)
+        return single, share, 2.0 * (product(*roots, alike) ** 2 - square)
 
-    def _chosen(self, plans: Ints) -> Floats:
-        """Returns a row for each plan, with a 1 for each choice that it makes."""
+    def _chosen(self, plans: Ints, weights: Floats) -> Floats:
+        """Returns a row for each plan, with a weight `[plans, units]` for each choice that it makes."""
         sizes = [len(row) for row in self.harms]
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         found = np.zeros((len(plans), sum(sizes)))
-        found[np.arange(len(plans))[:, None], starts + plans] = 1.0
+        found[np.arange(len(plans))[:, None], starts + plans] = weights
         return found
 
     def kernel(self, one: Ints, other: Ints, prior: Prior) -> Floats:

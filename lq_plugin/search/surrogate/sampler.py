@@ -64,6 +64,8 @@ class Problem:
         for constraint, base, table in limits:
             most, least = (constraint.bound, -np.inf) if constraint.relation == "<=" else (np.inf, constraint.bound)
             self.limits.append(Price(*self._priced(base, table), most, least))
+        # The same trials are read before each proposal.
+        self._indices: dict[frozenset[tuple[str, Any]], tuple[int, ...]] = {}
         self.everything = everything(self.sizes)
         if self.everything is not None:
             self.everything = self.everything[self.allowed(self.everything)]
@@ -83,7 +85,10 @@ class Problem:
 
     def indices(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns a plan as the index of each unit's choice."""
-        return tuple(unit.choices.index(unit.choice(params)) for unit in self.units)
+        key = frozenset(params.items())
+        if key not in self._indices:
+            self._indices[key] = tuple(unit.choices.index(unit.choice(params)) for unit in self.units)
+        return self._indices[key]
 
     def params(self, plan: Sequence[int] | Ints) -> Params:
         """Returns the values of the parameters for a plan: the inverse of `indices`."""
@@ -255,10 +260,9 @@ class SurrogateSampler(BaseSampler):
             return gain
 
         def new(plans: Ints) -> Ints:
-            plans = np.unique(plans, axis=0)
-            fresh = np.array([tuple(plan) not in taken for plan in plans.tolist()], dtype=bool)
-            found: Ints = plans[problem.allowed(plans) & fresh]
-            return found
+            fresh = {key: row for row, plan in enumerate(plans.tolist()) if (key := tuple(plan)) not in taken}
+            found: Ints = plans[list(fresh.values())]
+            return found[problem.allowed(found)]
 
         if problem.everything is not None:
             pool = new(problem.everything)
