@@ -262,7 +262,8 @@ class SurrogateSampler(BaseSampler):
         def new(plans: Ints) -> Ints:
             fresh = {key: row for row, plan in enumerate(plans.tolist()) if (key := tuple(plan)) not in taken}
             found: Ints = plans[list(fresh.values())]
-            return found[problem.allowed(found)]
+            found = found[problem.allowed(found)]
+            return found
 
         if problem.everything is not None:
             pool = new(problem.everything)
