@@ -375,6 +375,28 @@ def test_one_objective_and_several_costs(directions: list[str]) -> None:
         assert max(found)[0] >= max(every)[0] - 0.005
 
 
+def test_costs_that_do_not_add_up_are_priced_one_by_one() -> None:
+    """The size is a product over two groups of units, of which the tables know the changes from the first plan only."""
+    world = World(3)
+    table = {u.name: {str(c): 60.0 * (c.bit_width / 2 - 1) for c in CHOICES} for u in world.space.units}
+
+    def product_of(params: dict[str, Any]) -> list[float]:
+        bits = [unit.choice(params).bit_width for unit in world.space.units]  # type: ignore[union-attr]
+        return [float(np.prod(bits))]
+
+    problem = Problem(world.space, world.sensitivity, [(8.0, table)], (), product_of)
+    study, sampler = in_memory(), SurrogateSampler(0)
+    sampler.attach(problem)
+    every = {p: (world.score(p)[0], product_of(problem.params(p))[0]) for p in product(range(8), repeat=3)}
+    found = []
+    for _ in range(60):
+        params = sampler.propose(study)
+        found.append(every[problem.indices(params)])
+        tell(study, problem, params, list(found[-1]))
+    front = front_of(list(every.values()))
+    assert len(set(found) & front) >= 0.5 * len(front)
+
+
 def test_it_is_a_sampler_for_optuna_itself() -> None:
     world = World(3)
     problem, sampler = world.problem(), SurrogateSampler(2)

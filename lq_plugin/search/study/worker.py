@@ -20,7 +20,7 @@ from lq_plugin.search.sensitivity.measure import measure_sensitivity
 from lq_plugin.search.shared.database import locked, quiet
 from lq_plugin.search.shared.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.shared.storage import open_study
-from lq_plugin.search.space.bound import BoundSpace
+from lq_plugin.search.space.bound import BoundSpace, Params
 from lq_plugin.search.space.constraint import Constraint, largest
 from lq_plugin.search.study.config import SearchConfig
 from lq_plugin.search.study.dashboard import Dashboard
@@ -237,7 +237,12 @@ class StudyWorker:
         known = [limit for limit in config.limits if limit.name in COUNTED or (timed and limit.name == LATENCY)]
         limits = [(limit, *self._costs_of_choices(limit.name)) for limit in known]
         costs = [self._costs_of_choices(cost) for cost in config.costs]
-        return Problem(self.space, self.study.user_attrs.get(SENSITIVITY, {}), costs, limits)
+
+        def exact(params: Params) -> list[float]:
+            found = self.evaluator.costs(self.space.layer_plans(params))
+            return [found[cost] for cost in config.costs]
+
+        return Problem(self.space, self.study.user_attrs.get(SENSITIVITY, {}), costs, limits, exact)
 
     def _costs_of_choices(self, cost: str) -> tuple[float, Table]:
         """Returns `unit_costs`, computed once for each cost."""

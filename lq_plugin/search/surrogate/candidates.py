@@ -25,8 +25,8 @@ ENUMERATED = 8192
 _SWAPS = 256
 #: Plans of the front whose neighbours are looked at.
 _AROUND = 3
-#: Seconds after which an integer program's best plan so far is taken.
-_SECONDS = 0.2
+#: Nodes after which an integer program's best plan so far is taken. A limit of time would make a seed irreproducible.
+_NODES = 100
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def around(front: Ints, sizes: Sequence[int], rng: np.random.Generator) -> Ints:
 
 
 def cheapest_harm(harms: Sequence[Floats], price: Price, budget: float, others: Sequence[Price] = ()) -> Ints | None:
-    """Returns the plan of least summed harm that costs at most `budget`; None where there is none in time.
+    """Returns the plan of least summed harm that costs at most `budget`; None where none is found.
 
     min Σ h(u, c) x(u, c) with one choice c for each unit u: the multiple-choice knapsack problem, by HiGHS.
 
@@ -132,7 +132,7 @@ def cheapest_harm(harms: Sequence[Floats], price: Price, budget: float, others: 
         limits.append(LinearConstraint(flat[None] / scale, *bounds))
     harm = np.concatenate(list(harms))
     harm = harm / (float(np.abs(harm).max()) or 1.0)
-    options = {"time_limit": _SECONDS, "mip_rel_gap": 1e-3}
+    options = {"node_limit": _NODES, "mip_rel_gap": 1e-3}
     result = milp(harm, constraints=limits, integrality=np.ones(len(harm)), bounds=Bounds(0, 1), options=options)
     if result.x is None:
         return None

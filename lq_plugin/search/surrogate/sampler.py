@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ _GROWTH = 1.15
 _DRAWS = 200
 #: The largest cost that counts lies so far beyond that of the space, as a share of its span.
 _BEYOND = 0.02
+#: Candidates that are priced one by one where costs do not add up.
+_PRICED = 64
 
 
 class Problem:
@@ -44,6 +46,8 @@ class Problem:
         costs: for each objective after the metric, the cost of the plan of first choices and what each choice adds, see
             `lq_plugin.search.study.seeds.unit_costs`.
         limits: the same for each cost that is bounded, with the constraint.
+        exact: from a plan's parameters to its costs, for those that do not add up over units (bit operations multiply
+            the bits of weight and input); the best candidates are priced by it.
     """
 
     def __init__(
@@ -52,8 +56,9 @@ class Problem:
         sensitivity: Table,
         costs: Sequence[tuple[float, Table]],
         limits: Sequence[tuple[Constraint, float, Table]] = (),
+        exact: Callable[[Params], Sequence[float]] | None = None,
     ) -> None:
-        self.space = space
+        self.space, self.exact = space, exact
         self.units = [unit for unit in space.units if len(unit.choices) > 1]
         self.sizes = [len(unit.choices) for unit in self.units]
         self.features = Features([_harms(unit, sensitivity) for unit in self.units])
@@ -82,6 +87,22 @@ class Problem:
         for limit in self.limits:
             found &= limit.keeps(plans)
         return found
+
+    def prices(self, plans: Ints) -> Floats:
+        """Returns the costs of plans, `[plans, costs]`, as sums over units."""
+        rows = [price.of(plans) for price in self.costs]
+        # A sum that is none in truth may end below 0.
+        floors = [
+            1e-3 * max(price.base, float(row.max(initial=0.0))) for price, row in zip(self.costs, rows, strict=True)
+        ]
+        return np.column_stack(
+            [np.maximum(r, f) for r, f in zip(rows, floors, strict=True)] or [np.empty((len(plans), 0))]
+        )
+
+    def exact_prices(self, plans: Ints) -> Floats:
+        """Returns the costs of plans, priced one by one."""
+        assert self.exact is not None
+        return np.array([self.exact(self.params(plan)) for plan in plans], dtype=np.float64).reshape(len(plans), -1)
 
     def indices(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns a plan as the index of each unit's choice."""
@@ -247,17 +268,25 @@ class SurrogateSampler(BaseSampler):
         front = self._front(targets[kept], done.costs[kept], float(targets.min() - 0.1 * targets.std()))
         by_probability = problem.everything is not None and len(taken) % 2 == 1
 
-        def worth(plans: Ints) -> Floats:
+        adds_up = np.allclose(problem.prices(done.plans), done.costs, rtol=1e-6)
+
+        def gains(plans: Ints, costs: Floats) -> Floats:
             mean, deviation = model.predict(plans)
             # Of what a trial will show, its luck included.
             deviation = np.hypot(deviation, model.noise)
-            costs = np.column_stack([price.of(plans) for price in problem.costs] or [np.empty((len(plans), 0))])
-            costs = _logs(costs)
-            gain = (front.probability if by_probability else front.improvement)(mean, deviation, costs)
+            gain = (front.probability if by_probability else front.improvement)(mean, deviation, _logs(costs))
             for bound in bounds:
                 excess, spread = bound.predict(plans)
                 gain = gain * ndtr(-excess / np.hypot(spread, bound.noise))
             return gain
+
+        def best_of(plans: Ints) -> Ints:
+            gain = gains(plans, problem.prices(plans))
+            if not adds_up and problem.exact is not None:
+                plans = plans[np.argsort(-gain, kind="stable")[:_PRICED]]
+                gain = gains(plans, problem.exact_prices(plans))
+            found: Ints = plans[int(gain.argmax())]
+            return found
 
         def new(plans: Ints) -> Ints:
             fresh = {key: row for row, plan in enumerate(plans.tolist()) if (key := tuple(plan)) not in taken}
@@ -267,15 +296,15 @@ class SurrogateSampler(BaseSampler):
 
         if problem.everything is not None:
             pool = new(problem.everything)
-            return _largest(pool, worth(pool)) if len(pool) else self._random(rng, taken)
+            return best_of(pool) if len(pool) else self._random(rng, taken)
         shown = _nondominated(targets, done.costs, kept)
         pool = new(self._large(done, shown, model, rng))
         if not len(pool):
             return self._random(rng, taken)
-        best = _largest(pool, worth(pool))
+        best = best_of(pool)
         # From there on uphill, once: two changes away from a front is not far in a large space.
         further = new(np.concatenate([steps(best, problem.sizes), swaps(best, problem.sizes, rng), best[None]]))
-        return _largest(further, worth(further))
+        return best_of(further)
 
     def _large(self, done: _Trials, shown: Ints, model: Regression, rng: np.random.Generator) -> Ints:
         """Returns candidates of a space that is too large to look at all plans."""
@@ -299,6 +328,7 @@ class SurrogateSampler(BaseSampler):
         for price in problem.costs:
             high = price.base + sum(float(table.max()) for table in price.tables)
             low = price.base + sum(float(table.min()) for table in price.tables)
+            low = max(low, 1e-3 * high)
             ends = _logs(np.array([[low], [high]]))[:, 0]
             most.append(float(ends[1] + _BEYOND * (ends[1] - ends[0])))
         return Front(targets, _logs(costs), worst, np.array(most))
@@ -325,11 +355,6 @@ class SurrogateSampler(BaseSampler):
 def _plans(problem: Problem, trials: Sequence[FrozenTrial]) -> Ints:
     rows = [problem.indices(trial.params) for trial in trials]
     return np.array(rows, dtype=np.int64).reshape(-1, len(problem.units))
-
-
-def _largest(plans: Ints, gains: Floats) -> Ints:
-    found: Ints = plans[int(gains.argmax())]
-    return found
 
 
 def _logs(costs: Floats) -> Floats:
