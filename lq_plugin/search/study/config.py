@@ -27,7 +27,6 @@ from lq_plugin.search.shared.database import HEARTBEAT, quiet
 from lq_plugin.search.space.constraint import Constraint, parse_constraints
 from lq_plugin.search.space.space import Space
 from lq_plugin.search.study.latency import latency_options
-from lq_plugin.search.surrogate.sampler import SurrogateSampler
 from lq_plugin.utilities.lightning_packages import either
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
@@ -69,8 +68,9 @@ class SearchConfig:
         output_dir: folder for `front.csv`, `plans/*.yaml`, `pareto.png` and the report, written also when the search is
             interrupted.
         sampler: an Optuna sampler, or a class or function that makes one from `seed`, which differs between runs and
-            workers. The default is `lq_plugin.search.SurrogateSampler`. Of any other, with seeds and one cost, comes
-            every fourth plan, and the rest fill the gaps of the front (`lq_plugin.search.study.refine`).
+            workers. `lq_plugin.search.SurrogateSampler` proposes all plans after the first ones. Of any other, with
+            seeds and one cost, comes every fourth plan, and the rest fill the gaps of the front
+            (`lq_plugin.search.study.refine`).
         seed: of the sampler and of the order of calibration data, 0 to 2^32 - 1.
         worker: number of this process among those on the same study, from 0.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
@@ -129,7 +129,7 @@ class SearchConfig:
     study_name: str = "lq_search"
     storage: BaseStorage | str | None = field(default=None, repr=False)  # a URL may have a password
     output_dir: str | Path | None = None
-    sampler: Sampler = SurrogateSampler
+    sampler: Sampler = tpe
     seed: int = 0
     worker: int = 0
     uniform: bool = True
