@@ -13,15 +13,18 @@ from optuna._hypervolume import compute_hypervolume
 from optuna.trial import TrialState, create_trial
 from scipy.stats import multivariate_normal
 
+from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.search import Problem, SurrogateSampler
+from lq_plugin.search import Problem, SurrogateSampler, search as run
 from lq_plugin.search.shared.database import quiet
 from lq_plugin.search.space.bound import BoundSpace, Unit
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.surrogate.candidates import Price, cheapest_harm, everything, steps, swaps
 from lq_plugin.search.surrogate.improvement import Front
 from lq_plugin.search.surrogate.regression import Features, Prior, Regression, likeliest
+
+from .conftest import CPU
 
 BITS = (2, 3, 4, 8)
 CHOICES = tuple(QuantSpec.parse(f"int{bits} {how}") for how in ("per_channel mse", "per_tensor") for bits in BITS)
@@ -429,3 +432,31 @@ def test_without_a_problem_it_says_where_it_belongs() -> None:
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=SurrogateSampler(0))
     with pytest.raises(QuantizationError, match=r"it is for lq_plugin.search.search and lq-search"):
         study.ask()
+
+
+def test_a_search_with_it_finds_more_and_goes_on(model: DigitsCNN, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "space": {
+            "weight": {"bit_widths": [2, 4, 8], "ranges": ["mse"]},
+            "input": ["uint4 affine mse", "uint8 affine mse"],
+        },
+        "metric": "val/acc",
+        "cost": "bops",
+        "constraints": ["bytes <= 5000", "val/acc >= 0.3"],
+        "sampler": SurrogateSampler,
+        "trainer": CPU,
+        "calibration_batches": 2,
+        "uniform": False,
+        "seeds": 3,
+        "sensitivity_batches": 1,
+        "progress": False,
+        "output_dir": tmp_path,
+    }
+    run(model, DigitsDataModule(batch_size=120), n_trials=7, **given)
+    result = run(model, DigitsDataModule(batch_size=120), n_trials=10, **given)
+    assert result.study.sampler.__class__ is SurrogateSampler
+    complete = result.study.get_trials(states=(TrialState.COMPLETE,))
+    assert len(complete) == 10
+    assert len({frozenset(trial.params.items()) for trial in complete}) == 10
+    assert all(trial.user_attrs["metrics"]["bytes"] <= 5000 for trial in complete)
+    assert all(c.cost == c.metrics["bops"] and c.metric >= 0.3 for c in result.candidates)
