@@ -431,7 +431,7 @@ def test_without_a_problem_it_says_where_it_belongs() -> None:
     with quiet():
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=SurrogateSampler(0))
     with pytest.raises(QuantizationError, match=r"it is for lq_plugin.search.search and lq-search"):
-        study.ask()
+        study.ask().suggest_int("x", 0, 1)  # Optuna asks the sampler as late as here
 
 
 def test_a_search_with_it_finds_more_and_goes_on(model: DigitsCNN, tmp_path: Path) -> None:

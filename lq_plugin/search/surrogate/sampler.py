@@ -106,7 +106,7 @@ class Problem:
 
     def indices(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns a plan as the index of each unit's choice."""
-        key = frozenset(params.items())
+        key = frozenset((name, params[name]) for name in self.space.distributions)
         if key not in self._indices:
             self._indices[key] = tuple(unit.choices.index(unit.choice(params)) for unit in self.units)
         return self._indices[key]
@@ -207,7 +207,7 @@ class SurrogateSampler(BaseSampler):
         problem = self.problem
         trials = study.get_trials(deepcopy=False)
         names = problem.space.distributions.keys()
-        known = [t for t in trials if t.number != asking and t.params.keys() == names]
+        known = [t for t in trials if t.number != asking and names <= t.params.keys()]
         taken = {problem.indices(trial.params) for trial in known}
         rng = np.random.default_rng([self.seed, len(known)])
         done = self._read(study, known)
