@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import FakeQuantizeKernels, takes_types
+from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
 from lq_plugin.native.layouts import Layout, layout_of
 
 
@@ -83,11 +83,7 @@ def masked_gradient(
         dtype: of the masked tensor, which the result has also; None: the gradient's.
     """
     dtype = grad.dtype if dtype is None else dtype
-    if (
-        (torch.is_grad_enabled() and grad.requires_grad)
-        or type(grad) is not Tensor
-        or not takes_types(dtype, grad.dtype)
-    ):
+    if (torch.is_grad_enabled() and grad.requires_grad) or type(grad) is not Tensor or (dtype, grad.dtype) not in TYPES:
         # A second derivative, or what cannot be taken by its address.
         return grad.masked_fill(~ops.unpacked(mask, layout, grad.shape, strides), 0.0).to(dtype)
     # Never in place: the gradient may belong to someone else as well.

@@ -27,7 +27,7 @@ from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.affine_kernels import native_layout
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import takes_types
+from lq_plugin.native.kernels import TYPES
 
 Band = Literal["paper", "rounded"]
 
@@ -160,7 +160,7 @@ class _NativeLearned(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         needs_x, needs_scale, needs_zero_point, *_ = ctx.needs_input_grad
         watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        known = type(grad) is Tensor and takes_types(x.dtype, grad.dtype)
+        known = type(grad) is Tensor and (x.dtype, grad.dtype) in TYPES
         if watched or not known or ops.kernels_for(x) is None:
             # A second derivative, or what cannot be taken by its address.
             return *_LearnedFakeQuantize.backward(ctx, grad.to(x.dtype)), None, None, None

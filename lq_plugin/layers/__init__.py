@@ -32,6 +32,7 @@ from lq_plugin.layers.compound.base import (
 from lq_plugin.layers.compound.own_weights import (
     OwnWeight as OwnWeight,
     OwnWeights as OwnWeights,
+    UnseenExpertsError as UnseenExpertsError,
     own_weights as own_weights,
 )
 from lq_plugin.layers.compound.products_in_code import register_products as register_products

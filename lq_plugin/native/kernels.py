@@ -17,8 +17,8 @@ from lq_plugin.native.layouts import BlockLayout, Layout, new_mask
 
 #: Variants of the kernels, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
-#: Types of an operand and of its result, by the number that the C++ side gives them.
-_TYPES = {
+#: Types of an operand and of its result (or of a gradient), by the number that the C++ side gives them.
+TYPES = {
     (torch.float32, torch.float32): 0,
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.float16, torch.float16): 2,
@@ -206,7 +206,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
         self._fake_quantize(
-            _types(x, y),
+            TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
             learned,
             self._number, torch.get_num_threads(),
@@ -226,7 +226,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, Layout(1, 1, x.numel(), 1), masked)
         self._observed(
-            _types(x, y),
+            TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
             low.data_ptr(), high.data_ptr(), self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -246,7 +246,7 @@ class Kernels:
         if masked:
             mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         self._rows(
-            _types(x, y),
+            TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
             zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -266,7 +266,7 @@ class Kernels:
         """
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout.mask, masked)
         self._blocks(
-            _types(x, y),
+            TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -304,7 +304,7 @@ class Kernels:
         scale, zero_point = qparams or (None, None)
         ranges = 2 if scale is None else int(scale.numel() > 1)
         found = self._lookup(
-            _types(table, y),
+            TYPES[table.dtype, y.dtype],
             table.data_ptr(), index.data_ptr(), y.data_ptr(), _address(mask), _address(scale), _address(zero_point),
             rows, index.numel(), parts, length // parts, ranges, *bounds, affine, learned, self._number,
             torch.get_num_threads(),
@@ -317,7 +317,7 @@ class Kernels:
         """Returns the extremes, float32 `[rows]`, of each of the `rows` equal parts of contiguous `x`; a NaN stays."""
         low, high = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
         self._row_extremes(
-            _types(x, x),
+            TYPES[x.dtype, x.dtype],
             x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number,
             torch.get_num_threads()
         )  # fmt: skip
@@ -326,7 +326,7 @@ class Kernels:
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
         result = torch.empty_like(gradient, dtype=dtype)
         self._mask_gradient(
-            _types(result, gradient),
+            TYPES[result.dtype, gradient.dtype],
             gradient.data_ptr(), result.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads()
         )  # fmt: skip
         return result
@@ -344,7 +344,7 @@ class Kernels:
         """
         result = torch.empty_like(x)
         self._passed_gradient(
-            _types(x, gradient), x.data_ptr(), gradient.data_ptr(), result.data_ptr(), scale.data_ptr(),
+            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), result.data_ptr(), scale.data_ptr(),
             zero_point.data_ptr(), x.numel(), *bounds, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result
@@ -358,7 +358,7 @@ class Kernels:
         slope = torch.empty(layout.outer, dtype=torch.float64)
         shift = torch.empty_like(slope) if needs_zero_point else None
         self._learned_backward(
-            _types(x, gradient),
+            TYPES[x.dtype, gradient.dtype],
             x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(),
             slope.data_ptr(),
             _address(shift), *layout[:3], *bounds, rounded, self._number, torch.get_num_threads(),
@@ -368,12 +368,3 @@ class Kernels:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def takes_types(x: torch.dtype, y: torch.dtype) -> bool:
-    """Returns whether the kernels read and write operands and results, or their gradients, of these dtypes."""
-    return (x, y) in _TYPES
-
-
-def _types(x: Tensor, y: Tensor) -> int:
-    return _TYPES[x.dtype, y.dtype]

@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import FakeQuantizeKernels, takes_types
+from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
 from lq_plugin.native.layouts import Layout, accepts
 from lq_plugin.native.switch import active
 
@@ -18,7 +18,7 @@ def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> FakeQuantizeKern
     They may not where operations on it are watched, on an empty tensor, where `accepts` says no, and where they do not
     write results of this dtype (None: that of `x`).
     """
-    if dtype is not None and not takes_types(x.dtype, dtype):
+    if dtype is not None and (x.dtype, dtype) not in TYPES:
         return None
     if is_watched(x) or not x.numel() or (found := active(x.device.type)) is None:
         return None
@@ -43,7 +43,7 @@ def _compiled_here() -> bool:
 
 def traceable(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Returns True if, under torch.compile, the operators may give `x` quantized in a dtype (None: its own)."""
-    if not takes_types(x.dtype, dtype or x.dtype) or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
+    if (x.dtype, dtype or x.dtype) not in TYPES or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
         return False
     return (
         x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -105,8 +105,8 @@ def test_options_and_order_are_checked_everywhere(phase):
 def test_map_names_every_phase_and_its_code_runs():
     page = (Path(lq_plugin.ptq.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == [
-        "reestimate_batch_norm", "fold_batch_norm", "equalize", "smooth_quant", "calibrate", "correct_batch_norm",
-        "bias_correct", "gptq", "reconstruct", "share_grids", "round_biases",
+        "reestimate_batch_norm", "fold_batch_norm", "equalize", "rotate", "smooth_quant", "calibrate",
+        "correct_batch_norm", "bias_correct", "gptq", "reconstruct", "share_grids", "round_biases",
     ]  # fmt: skip
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(PHASES)
     model, batches = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), [torch.randn(16, 4)]

@@ -22,7 +22,7 @@ from lq_plugin.layers.integer import (
 )
 from lq_plugin.layers.integer.arithmetic import arithmetic_on
 from lq_plugin.model import quantizers
-from lq_plugin.native import kernels as native_kernels, switch as switch_module, use_native
+from lq_plugin.native import switch as switch_module, use_native
 from tests.layers.test_integer import W8A8, assert_close, prepared
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
@@ -40,7 +40,6 @@ def triton_everywhere(monkeypatch):
     fake, integer = TritonKernels(), TritonArithmetic()
     monkeypatch.setattr(switch_module, "_compiled", lambda: fake)
     monkeypatch.setattr("lq_plugin.layers.integer.forward.arithmetic_on", lambda device: integer)
-    monkeypatch.setitem(native_kernels.DTYPES, "cpu", native_kernels.DTYPES["cuda"])
     switch_module.active.cache_clear()
     yield
     switch_module.active.cache_clear()

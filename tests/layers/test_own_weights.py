@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import lq_plugin
-from lq_plugin import PerMatrix, PerTensor, QuantPlan, Rule
+from lq_plugin import PerMatrix, PerTensor, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError, PlanError
 from lq_plugin.export import export_model, load_packed, save_packed
 from lq_plugin.layers import register_products
 from lq_plugin.layers.compound.products_in_code import products_in_code
 from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.graph.record import record
+from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.survey import Survey
 from lq_plugin.report import model_report
 from lq_plugin.search.space.space import Space
@@ -386,3 +387,132 @@ def test_torch_compile(way):
     lq_plugin.calibrate(model, [x])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
+
+
+class _Case(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.u = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+
+class Recomputed(_Case):
+    def part(self, x):
+        return torch.relu(x @ self.w) @ self.u
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+
+class Updated(_Case):
+    def forward(self, x):
+        y = x @ self.w.t()
+        with torch.no_grad():
+            self.w.mul_(0.9)
+            self.u[0] += 1.0
+        return y @ self.u
+
+
+class Renormed(_Case):
+    def forward(self, x):
+        self.w.data = torch.renorm(self.w.data, 2, 0, 1.0)
+        return F.linear(x, self.w)
+
+
+class Codebook(_Case):
+    def forward(self, x):
+        return self.w[(x @ self.w.t()).argmax(-1)]
+
+
+class TiedTable(_Case):
+    def forward(self, x):
+        return self.norm(self.linear(self.w[x.argmax(-1)])) @ self.w.t()
+
+
+class Returned(_Case):
+    def forward(self, x):
+        return x @ self.w, self.w
+
+
+class Kept(_Case):
+    def forward(self, x):
+        self.last = self.w.detach()
+        return x @ self.w
+
+
+class Handed(_Case):
+    def forward(self, x):
+        queries = self.linear(self.w)
+        return F.softmax(queries @ x.mT, -1) @ x
+
+
+class Merged(_Case):
+    def forward(self, x):
+        return F.linear(x, self.linear.weight + self.w @ self.u)
+
+
+class Method(_Case):
+    def encode(self, x):
+        return self.linear(x) @ self.w
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+class Memory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.keys, self.values = nn.Parameter(torch.randn(10, 16)), nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, x):
+        return F.softmax(self.linear(x) @ self.keys.t(), -1) @ self.values
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Recomputed, Updated, Renormed, Codebook, TiedTable, Returned, Kept, Handed, Merged, Method, Memory],
+)
+def test_parameters_that_are_more_than_factors_of_products_stay_float(kind: type[nn.Module]) -> None:
+    """An alias of the quantized values would leave the product, or a write be lost."""
+    x = torch.randn(8, 16)
+    net, other = kind(), kind()
+    other.load_state_dict(net.state_dict())
+    prepare(net, "int8 / uint8 affine")
+    own = {"w", "u", "keys", "values"}
+    assert own.isdisjoint(name for name, _ in quantized_layers(net))
+    calibrate(net, [x])
+    other(x)  # as the calibration did
+    for _ in range(2):
+        net(x)
+        other(x)
+    for name in own & dict(net.named_parameters()).keys():
+        torch.testing.assert_close(net.get_parameter(name), other.get_parameter(name))
+    copy.deepcopy(net)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x, again=True):
+        y = x @ self.w
+        return y + self(x.flip(0), False) @ self.w if again else y
+
+
+def test_a_module_that_calls_itself() -> None:
+    net, x = Twice(), torch.randn(8, 16)
+    prepare(net, "int8")
+    (layer,) = (layer for _, layer in quantized_layers(net))
+    w = layer.quantized_weight()
+    torch.testing.assert_close(net(x), x @ w + (x.flip(0) @ w) @ w)
+
+
+def test_exports_that_would_lose_an_input_are_refused() -> None:
+    net, x = Twice(), torch.randn(8, 16)
+    prepare(net, "w8a8")
+    calibrate(net, [x])
+    with pytest.raises(Exception, match="torch.export does not see the quantized inputs of w"):
+        torch.export.export(net.eval(), (x, False), strict=False)

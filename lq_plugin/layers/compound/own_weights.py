@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import ExportError, QuantizationError
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.compound.base import (
     CompoundWeight,
@@ -31,6 +31,16 @@ from lq_plugin.layers.compound.weight_in_use import Seen, WeightInUse, know_kern
 from lq_plugin.layers.registry import register_layer
 
 _DIMS = (2, 3)
+
+
+class UnseenExpertsError(QuantizationError):
+    """Which expert of a stack multiplies what cannot be told from the calls of its module's code."""
+
+
+def _exports() -> bool:
+    """Returns whether torch.export runs the model (torch 2.6 does not tell)."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return ask is not None and bool(ask())
 
 
 class OwnWeight(CompoundWeight):
@@ -64,7 +74,7 @@ class OwnWeight(CompoundWeight):
             see: gets them, the rows `[rows, in]` as the input quantizer gives them.
 
         Raises:
-            QuantizationError: in the forward pass, where the code does not show which expert multiplies what.
+            UnseenExpertsError: in the forward pass, where the code does not show which expert multiplies what.
         """
 
         def seen(x: Tensor, experts: Experts, offs: Tensor | None) -> None:
@@ -75,7 +85,7 @@ class OwnWeight(CompoundWeight):
                 for expert, rows in rows_of_experts(x, experts, self.experts, offs):
                     see(expert, rows)
             except ValueError as error:
-                raise QuantizationError(f"{self.key}: {error}") from error
+                raise UnseenExpertsError(f"{self.key}: {error}") from error
 
         self._seen = seen
         try:
@@ -131,8 +141,15 @@ class OwnWeights(QuantizedCompound):
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        held: list[str] = []
         parts = self._parts()
+        if _exports() and any(part.input_quantizer is not None for part in parts.values()):
+            raise ExportError(
+                f"torch.export does not see the quantized inputs of {', '.join(parts)}, which the code of "
+                f"{type(self).__name__} multiplies: leave them float (input='float'), or use torch.compile"
+            )
+        # A module that calls itself has its aliases already.
+        before = {key: value for key, value in self.__dict__.items() if isinstance(value, WeightInUse)}
+        held: list[str] = []
         try:
             for key, part in parts.items():
                 self.__dict__[key] = WeightInUse.of(
@@ -147,7 +164,8 @@ class OwnWeights(QuantizedCompound):
             return type(self).float_class.forward(self, *args, **kwargs)
         finally:
             for key in held:
-                del self.__dict__[key]
+                self.__dict__.pop(key, None)
+            self.__dict__.update(before)
 
 
 def own_weights(module: nn.Module) -> list[OwnWeight]:

@@ -3,13 +3,16 @@
 `F.linear(x, self.w[e])`, `torch.bmm(x, self.w)`, `x @ self.w.mT`, `torch.einsum("ecd,edh->ech", x, self.w)`,
 `F.grouped_mm(x, self.w, offs=...)`: a weight is followed through names, views, selections of experts and casts, and
 into the functions that it is handed to. What this does not see, `register_products` says.
+
+A parameter counts only if products (and its shape) are all that the code reads it for. What is also returned, stored,
+written to, looked up in, handed to another module or multiplied by another method stays as it is: an alias of its
+quantized values would leave the product, or a write would be lost.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -31,10 +34,24 @@ SAME = frozenset(
 )
 #: Views that exchange the last two dims.
 TURNED = frozenset(("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "adjoint"))
-#: Names of the two factors.
+#: What may be asked of a weight that is no product.
+_ABOUT = frozenset(("shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad"))
+#: Recomputes the forward pass in the backward pass, where no alias is in place.
+_CHECKPOINTS = frozenset(("checkpoint", "checkpoint_sequential", "_gradient_checkpointing_func"))
+#: Methods that are run before or beside the forward pass.
+_SETUP = ("__", "_init", "init", "reset", "extra_repr")
+#: Names that a container of layers has for itself.
+_TAKEN = frozenset(dir(nn.ModuleDict))
 _KEYWORDS = ({"input", "mat1", "mat_a", "batch1", "vec1"}, {"weight", "mat2", "mat_b", "batch2", "other"})
 _DEPTH = 4
 _LIBRARIES = ("torch.", "lq_plugin.", "lightning.", "pytorch_lightning.")
+#: Base classes whose methods read no parameter of a subclass.
+_BASES = (
+    "transformers.modeling_utils.",
+    "transformers.generation.",
+    "transformers.integrations.",
+    "transformers.utils.",
+)
 _REGISTERED: dict[type[nn.Module], dict[str, bool]] = {}
 _FOUND: dict[type[nn.Module], dict[str, bool]] = {}
 #: A parameter's name, and whether its last dims are exchanged on the way; None for exchanges of other dims.
@@ -81,7 +98,30 @@ def _found(kind: type[nn.Module]) -> dict[str, bool]:
         return {}
     code = _Code(kind)
     code.function(forward, {}, 0)
-    return {name: ways.pop() for name, ways in code.reads.items() if len(ways) == 1 and None not in ways}  # type: ignore[misc]
+    if code.recomputes:
+        return {}
+    kept = {
+        name: ways.copy().pop()
+        for name, ways in code.reads.items()
+        if len(ways) == 1 and None not in ways and name not in code.others | _TAKEN
+    }
+    elsewhere = _read_elsewhere(kind, code.seen) if kept else set()
+    return {name: way for name, way in kept.items() if name not in elsewhere and way is not None}
+
+
+def _read_elsewhere(kind: type[nn.Module], seen: set[FunctionType]) -> set[str]:
+    """Returns the attributes that methods which the forward pass does not run multiply or hand on."""
+    found: set[str] = set()
+    for name in {name for parent in kind.__mro__ for name in vars(parent)}:
+        method = inspect.getattr_static(kind, name)
+        plain = inspect.unwrap(method) if callable(method) else None
+        if not isinstance(plain, FunctionType) or plain in seen or name.startswith(_SETUP):
+            continue
+        if not f"{plain.__module__}.".startswith((*_LIBRARIES, *_BASES)):
+            code = _Code(kind)
+            code.function(plain, {}, 0)
+            found |= code.reads.keys() | code.others
+    return found
 
 
 class _Code:
@@ -90,46 +130,88 @@ class _Code:
     def __init__(self, kind: type[nn.Module]) -> None:
         self.kind = kind
         self.reads: dict[str, set[bool | None]] = {}
+        #: Attributes that are read for something else than a product, or written.
+        self.others: set[str] = set()
+        #: Whether something is computed anew in the backward pass.
+        self.recomputes = False
+        self.seen: set[FunctionType] = set()
 
     def function(self, function: FunctionType, weights: Mapping[str, _Read], depth: int, owner: bool = True) -> None:
         """Reads a function, some of whose arguments are weights; without an `owner` it is no method."""
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        except (OSError, TypeError, SyntaxError, IndexError):
-            return  # no source: made by exec, or in C
-        if isinstance(tree, ast.FunctionDef):
+        tree = _tree(function)
+        self.seen.add(function)
+        if tree is not None:
             names = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
             this = names[0] if owner and names else ""
             visitor = _Function(self, function, this, dict(weights), depth)
             for statement in tree.body:
                 visitor.visit(statement)
+        else:
+            self.others |= {name for name, _ in weights.values()}
+
+
+def _tree(function: FunctionType) -> ast.FunctionDef | None:
+    """Returns the definition of a function; None without source: made by exec, or in C."""
+    try:
+        source = inspect.getsource(function)
+        # Not dedented: a comment may begin at the left margin.
+        block = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    tree = block.body[0] if isinstance(block, ast.If) else block
+    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 class _Function(ast.NodeVisitor):
+    """Visits the nodes of a function, whose first argument `this` is the module where it is a method."""
+
     def __init__(self, code: _Code, function: FunctionType, this: str, weights: dict[str, _Read], depth: int) -> None:
         self.code, self.function, self.this, self.weights, self.depth = code, function, this, weights, depth
+        #: Weights of which a node further out has said what they are read for.
+        self._known: set[ast.expr] = set()
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.expr) and node not in self._known and (read := self._weight(node)) is not None:
+            self.code.others.add(read[0])
+            self._allow(node)
+        return super().visit(node)
+
+    def _allow(self, *nodes: ast.expr | None) -> None:
+        """Takes weights, with the expressions that they are views or selections of, for read as they may be."""
+        for node in nodes:
+            while node is not None and self._weight(node) is not None:
+                self._known.add(node)
+                node = self.inner(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._allow_bound(target, node.value)
         self.visit(node.value)
         for target in node.targets:
+            self._written(target)
             self._bind(target, node.value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
+            self._allow_bound(node.target, node.value)
             self.visit(node.value)
+            self._written(node.target)
             self._bind(node.target, node.value)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self._allow_bound(node.target, node.value)
         self.visit(node.value)
         self._bind(node.target, node.value)
 
     def visit_For(self, node: ast.For) -> None:
+        self._allow_each(node.iter)
         self.visit(node.iter)
         self._bind_each(node.target, node.iter)
         for statement in (*node.body, *node.orelse):
             self.visit(statement)
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._allow_each(node.iter)
         self.visit(node.iter)
         self._bind_each(node.target, node.iter)
 
@@ -140,16 +222,26 @@ class _Function(ast.NodeVisitor):
     visit_GeneratorExp = visit_ListComp  # type: ignore[assignment]
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        self.generic_visit(node)
         if isinstance(node.op, ast.MatMult):
             self._product([node.left, node.right])
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in _ABOUT:
+            self._allow(node.value)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            self._allow(node.left)
+        self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        self.generic_visit(node)
         name = _last(node.func).strip("_")
+        self.code.recomputes |= name in _CHECKPOINTS or _last(node.func) in _CHECKPOINTS
         if name == "einsum":
             self._einsum(node)
-        elif name in FACTORS:
+        elif name in FACTORS and not self._is_own_call(node.func, name):
             first, second = FACTORS[name]
             given: list[ast.expr | None] = list(node.args)
             if isinstance(node.func, ast.Attribute) and self._weight(node.func.value) is not None:
@@ -162,14 +254,26 @@ class _Function(ast.NodeVisitor):
                     if keyword.arg in names:
                         given[place] = keyword.value
             self._product([given[first], given[second]], is_linear=name == "linear")
+        elif name == "len" and isinstance(node.func, ast.Name):
+            self._allow(*node.args)
         else:
             self._follow(node)
+        self.generic_visit(node)
+
+    def _is_own_call(self, called: ast.expr, name: str) -> bool:
+        """Returns whether a method or a layer with the name of a product is called: `self.linear(x)`."""
+        if not isinstance(called, ast.Attribute) or self._is_library(called.value):
+            return False
+        return name == "linear" or (isinstance(called.value, ast.Name) and called.value.id == self.this)
 
     def _product(self, factors: Sequence[ast.expr | None], is_linear: bool = False) -> None:
-        for place, factor in enumerate(factors):
-            read = None if factor is None else self._weight(factor)
-            if read is not None:
+        reads = [None if factor is None else self._weight(factor) for factor in factors]
+        if None not in reads:
+            return  # of two weights: no input goes through their quantizers
+        for place, (factor, read) in enumerate(zip(factors, reads, strict=True)):
+            if read is not None and not (is_linear and place == 0):
                 self._note(read, place == 1 and not is_linear)
+                self._allow(factor)
 
     def _einsum(self, node: ast.Call) -> None:
         equation = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
@@ -178,9 +282,12 @@ class _Function(ast.NodeVisitor):
         for place, factor in enumerate(node.args[1:]):
             if (read := self._weight(factor)) is not None:
                 self._note(read, inputs_first(equation, place))
+                self._allow(factor)
 
     def _note(self, read: _Read, inputs_before_outputs: bool | None) -> None:
         name, turned = read
+        if self.depth and self.this and not self.function.__name__.startswith("_"):
+            self.code.others.add(name)  # somebody may call this method, and no alias would be in place
         known = turned is not None and inputs_before_outputs is not None
         self.code.reads.setdefault(name, set()).add(inputs_before_outputs ^ turned if known else None)  # type: ignore[operator]
 
@@ -201,6 +308,7 @@ class _Function(ast.NodeVisitor):
             if isinstance(value, ast.expr) and (read := self._weight(value)) is not None
         }
         if owner or weights:
+            self._allow(*(value for name, value in bound.arguments.items() if name in weights))
             self.code.function(called, weights, self.depth + 1, owner)
 
     def _called(self, node: ast.expr) -> tuple[FunctionType | None, bool]:
@@ -215,6 +323,26 @@ class _Function(ast.NodeVisitor):
         found = inspect.unwrap(found) if callable(found) else None
         known = isinstance(found, FunctionType) and not f"{found.__module__}.".startswith(_LIBRARIES)
         return (found if known else None), owner
+
+    def _allow_bound(self, target: ast.expr, value: ast.expr) -> None:
+        """Allows a weight to get names; what these are read for is seen where they are."""
+        if isinstance(target, ast.Name):
+            self._allow(value)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
+                for inner, given in zip(target.elts, value.elts, strict=True):
+                    self._allow_bound(inner, given)
+            elif all(isinstance(inner, ast.Name) for inner in target.elts):
+                self._allow(value)
+
+    def _allow_each(self, values: ast.expr) -> None:
+        inside = isinstance(values, ast.Call) and _last(values.func) in ("enumerate", "zip")
+        self._allow(*(values.args if isinstance(values, ast.Call) and inside else [values]))
+
+    def _written(self, target: ast.expr) -> None:
+        for inner in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+            if not isinstance(inner, ast.Name):
+                self.visit(inner)
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
@@ -236,6 +364,18 @@ class _Function(ast.NodeVisitor):
                 self._bind_each(inner, given)
         else:
             self._bind(target, values)
+
+    def inner(self, node: ast.expr) -> ast.expr | None:
+        """Returns what a weight's expression is a view or a selection of; None where it is the parameter or a name."""
+        if isinstance(node, (ast.Subscript, ast.NamedExpr)):
+            return node.value
+        if isinstance(node, ast.IfExp):
+            return node.body if self._weight(node.body) is not None else node.orelse
+        if isinstance(node, ast.Attribute):
+            return None if isinstance(node.value, ast.Name) and node.value.id == self.this else node.value
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return node.args[0] if self._is_library(node.func.value) else node.func
+        return None
 
     def _weight(self, node: ast.expr) -> _Read | None:
         """Returns the parameter that an expression is, or is a view or a selection of."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: What of a stack a tensor holds: all experts, one, or several in an order; `"part"` where it is not known.
 Experts = int | Tensor | str | None
+#: Functions that may take experts out of a stack.
+_SELECT = ("getitem", "select", "index_select", "narrow", "split", "chunk", "tensor_split", "unsafe_chunk")
 
 
 def selected(experts: Experts, name: str, arguments: tuple[Any, ...]) -> Experts:
@@ -20,16 +22,27 @@ def selected(experts: Experts, name: str, arguments: tuple[Any, ...]) -> Experts
         name: of the function.
         arguments: of the function, the tensor first.
     """
-    if experts is not None or name not in ("getitem", "select", "index_select"):
+    if experts is not None or name not in _SELECT:
         return experts
+    if name not in ("getitem", "select", "index_select") or len(arguments) < (2 if name == "getitem" else 3):
+        return "part" if _along_experts(name, arguments) else experts
     index = arguments[1] if name == "getitem" else arguments[2]
     if name != "getitem" and arguments[1] != 0:
         return experts
+    if isinstance(index, tuple) and index and all(isinstance(rest, slice) for rest in index[1:]):
+        index = index[0]
     if isinstance(index, int):
         return index
     if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.dim() < 2:
         return int(index) if index.dim() == 0 else index
     return "part"
+
+
+def _along_experts(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Returns whether experts may be taken apart: unless another dim is given by place."""
+    place = 1 if name == "narrow" else 2
+    dim = arguments[place] if len(arguments) > place else 0
+    return not (isinstance(dim, int) and dim % 3)
 
 
 def rows_of_experts(

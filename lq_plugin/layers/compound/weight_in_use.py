@@ -137,7 +137,7 @@ def _marked(result: Any, weight: WeightInUse, name: str, args: tuple[Any, ...]) 
         return WeightInUse.of(result, weight.weight_name, weight.read, seen, experts)
     if isinstance(result, (list, tuple)):
         # `for w in stack` is `stack.unbind(0)`.
-        before = None if seen is None else weight.experts
+        before = None if seen is None else selected(weight.experts, name, args)
         each = seen is not None and name == "unbind" and before is None
         held = range(len(result)) if each else [before] * len(result)
         parts = zip(result, held, strict=True)

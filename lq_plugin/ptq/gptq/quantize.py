@@ -32,7 +32,7 @@ from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.gptaq import asymmetric_target
 from lq_plugin.functional.gptq import gptq_round, output_errors
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.layers import CompoundWeight, OwnWeight, weight_key
+from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
@@ -202,7 +202,10 @@ class _GPTQ:
         for unit in self.walk.units:
             for name in unit.layers:
                 if name not in result.skipped:
-                    result.layers[name] = self._round_layer(name, replay, norms, floats)
+                    try:
+                        result.layers[name] = self._round_layer(name, replay, norms, floats)
+                    except UnseenExpertsError as error:
+                        result.skipped[name] = str(error)
             replay.finish(unit.layers)
 
     def _refused(self) -> dict[str, str]:
