@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lq_plugin.utilities.passwords import masked
+from lq_plugin.utilities.passwords import MASK, masked_words
 
 #: Packages whose versions decide about numbers.
 PACKAGES = ("lq_plugin", "torch", "lightning", "pytorch-lightning", "optuna")
@@ -38,19 +39,35 @@ def provenance(data: str = "", seed: int | None = None) -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """Returns a command line without the folders of its programs, and without passwords.
+    """Returns a command line without the folders of its programs, passwords, keys, and the name of the home folder.
 
     >>> command(["/home/me/env/bin/python", "/home/me/env/bin/lq-train", "experiment=my qat"])
     "lq-train 'experiment=my qat'"
     >>> command(["/usr/bin/python3", "-m", "lq_plugin.demo"])
     'python3 -m lq_plugin.demo'
+    >>> command(["lq-train", "--api-key", "s3cret", f"data.root={Path.home() / 'sets'}"])
+    'lq-train --api-key *** data.root=~/sets'
     """
     words = list(arguments)
     if len(words) > 1 and not words[1].startswith("-"):
         words = words[1:]
     words = [Path(word).name if index == 0 else word for index, word in enumerate(words)]
-    text = str(masked(shlex.join(words)))
+    text = " ".join(_quoted(_without_home(word)) for word in masked_words(words))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _without_home(word: str) -> str:
+    """Returns a word with `~` in place of the home folder, which holds the name of its user."""
+    for home in {str(Path.home()), os.path.realpath(Path.home())}:
+        if len(Path(home).parts) > 1:
+            word = re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", word)
+    return word
+
+
+def _quoted(word: str) -> str:
+    """Returns a word as a shell takes it; what stands in for something else needs no quotes."""
+    plain = word.replace(MASK, "x").replace("~", "x")
+    return word if shlex.quote(plain) == plain else shlex.quote(word)
 
 
 def _versions() -> list[str]:

@@ -12,6 +12,8 @@ from lq_plugin.report.data import Score, digits
 CONFIDENCE = 0.95
 #: Names of metrics that may be a share of samples: `val/acc`, `top5`, `test_accuracy`, `error_rate`.
 _SHARES = re.compile(r"(^|[/_.])(acc|accuracy|top_?\d+|error|error_rate)($|[/_.])")
+#: Above so many samples the last digit of a float32 stands for more than a quarter of a sample.
+_MOST = 4_000_000
 #: Names of what was not scored on the samples of an evaluation.
 _TRAINING = re.compile(r"(^|[/_.])train")
 
@@ -22,7 +24,8 @@ def make_scores(
     """Returns a score for each variant and metric, those of one metric together, in the order of the first variant.
 
     A share of samples (an accuracy: k of n are right) has Wilson's interval of 95 %. A metric counts as one when its
-    name says so and k is a whole number; others have no interval.
+    name says so and k is a whole number; others have no interval, nor have those of more than four million samples,
+    where a float32 metric does not tell whole numbers from others.
 
     Args:
         by_variant: metrics by name, by variant: `{"float": {"val/acc": 0.98}, "QAT": {"val/acc": 0.97}}`.
@@ -58,8 +61,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 def _right(name: str, value: float, count: int) -> int | None:
     """Returns how many samples are right, where the metric is a share of them."""
-    if not _SHARES.search(name) or not 0 <= value <= 1 or count < 1:
+    if not _SHARES.search(name) or not 0 <= value <= 1 or not 1 <= count <= _MOST:
         return None
     right = value * count
     # Metrics are float32, of which the last digit is 6e-8.
-    return round(right) if abs(right - round(right)) <= max(1e-3, 1e-6 * count) else None
+    return round(right) if abs(right - round(right)) <= max(1e-3, 6e-8 * count) else None

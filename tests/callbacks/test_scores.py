@@ -76,21 +76,65 @@ def test_a_short_sanity_check_is_no_score(tmp_path: Path) -> None:
     assert [(s.variant, s.samples) for s in found] == [("QAT", 3 * DigitsDataModule().batch_size)]
 
 
+class Logging(DigitsCNN):
+    """Logs an accuracy of its training under the name of one of an evaluation, and a constant in both."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log_dict({"acc": 1.0, "both_acc": 0.25}, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("both_acc", 0.25)
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_what_the_training_logs_is_no_score(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="run", version="only")
+    monitor = QuantMonitor(images=False)
+    trainer = Trainer(max_epochs=2, limit_train_batches=2, callbacks=[QAT("w2"), monitor], logger=logger, **QUIET)
+    trainer.fit(Logging(width=4), datamodule=DigitsDataModule())
+    assert float(trainer.callback_metrics["acc"]) == 1
+    assert "acc" not in monitor.scoreboard.by_variant["QAT"]
+    assert {"val/acc", "both_acc"} <= set(monitor.scoreboard.by_variant["QAT"])
+    assert monitor.scoreboard.samples["both_acc"] == 360
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_before_its_schedule_starts_a_qat_is_the_float_model(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    model = DigitsCNN(width=8)
+    (alone,) = Trainer(logger=False, **QUIET).validate(
+        copy.deepcopy(model), datamodule=DigitsDataModule(), verbose=False
+    )
+    monitor = QuantMonitor(images=False)
+    plan = {
+        "rules": [{"match": "*", "weight": "int2", "input": "uint2 affine"}],
+        "schedule": {"weights_start": "epoch 1", "activations_start": "epoch 1"},
+    }
+    for epochs, wanted in ((1, {"float"}), (2, {"float", "QAT"})):
+        trainer = Trainer(
+            max_epochs=epochs, limit_train_batches=2, callbacks=[QAT(plan), monitor], num_sanity_val_steps=-1,
+            logger=CSVLogger(tmp_path, name="run", version=str(epochs)), **QUIET,
+        )  # fmt: skip
+        trainer.fit(copy.deepcopy(model), datamodule=DigitsDataModule())
+        assert set(monitor.scoreboard.by_variant) == wanted
+        assert monitor.scoreboard.by_variant["float"]["val/acc"] == pytest.approx(alone["val/acc"], abs=1e-6)
+
+
 def test_several_loaders_have_no_count_and_odd_scores_are_refused() -> None:
     board = Scoreboard({"float": {"val/acc": 1}})
-    board.start()
-    board.see(torch.zeros(4, 2), 0)
-    board.see(torch.zeros(4, 2), 1)
 
     class Run:
-        sanity_checking, num_sanity_val_steps, world_size, callback_metrics = (
-            False,
-            2,
-            1,
-            {"val/acc": torch.tensor(0.5)},
-        )
+        sanity_checking, num_sanity_val_steps, world_size, lightning_module = False, 2, 1, torch.nn.Linear(2, 2)
 
-    board.end(Run(), PTQ("w8"))  # type: ignore[arg-type]
+    run: Any = Run()
+    run.callback_metrics = {"acc": torch.tensor(1.0)}
+    board.start(run)
+    board.see(torch.zeros(4, 2), 0)
+    board.see(torch.zeros(4, 2), 1)
+    run.callback_metrics["val/acc"] = torch.tensor(0.5)
+    board.end(run, PTQ("w8"))
     assert board.by_variant == {"float": {"val/acc": 1.0}, "PTQ": {"val/acc": 0.5}}
     assert board.samples == {}
     with pytest.raises(QuantizationError, match="scores are metrics by variant"):

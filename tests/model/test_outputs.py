@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lq_plugin
-from lq_plugin.model.measure.outputs import output_errors
+from lq_plugin.model.measure.outputs import MAX_ELEMENTS, output_errors
 from lq_plugin.model.prepare import quantized_layers
 
 
@@ -90,3 +90,21 @@ def test_what_is_called_twice_counts_twice_and_what_is_called_otherwise_is_left_
     found = output_errors(net, lambda: net(x))
     assert list(found) == ["twice"]
     assert found["twice"].alone.elements == found["twice"].along.elements == 2 * 16 * 8
+
+
+def test_a_large_output_is_not_judged_by_some_of_its_channels() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 512)), torch.randn(8 * MAX_ELEMENTS // 512, 64)
+    with torch.no_grad():
+        # One scale for all channels rounds each eighth one to zero: of every 8th element nothing would be left.
+        net[0].weight[::8] *= 0.01
+        net[0].bias.zero_()
+    weight = net[0].weight.detach().double().numpy()
+    lq_plugin.prepare(net, {"rules": [{"match": "*", "weight": "int4 per_tensor"}]})
+    state = torch.get_rng_state()
+    errors = output_errors(net, lambda: net(x))["0"]
+    assert torch.equal(torch.get_rng_state(), state)
+    low, y = net[0].quantized_weight().detach().double().numpy(), x[:4096].double().numpy()
+    assert errors.alone.sqnr_db == errors.along.sqnr_db
+    assert errors.alone.elements == MAX_ELEMENTS
+    assert errors.alone.sqnr_db == pytest.approx(decibel(y @ weight.T, y @ low.T), abs=0.1)

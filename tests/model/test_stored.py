@@ -10,6 +10,7 @@ import lq_plugin
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.graph.record import record
+from lq_plugin.model.graph.recording import Call, Recording, Source
 from lq_plugin.model.measure.activation_memory import activation_bytes
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.measure.stored import stored_bytes
@@ -70,3 +71,26 @@ def test_the_fullest_moment_of_a_residual_block() -> None:
     # The sum reads y in float, so that 8 bits of b's input save nothing of y; those of the head save of the sum.
     assert activation_bytes(recording, {"b": eight}) == 3 * size * 4
     assert activation_bytes(recording, {"b": eight, "head": eight}) == 2 * size * 4 + size
+
+
+def test_the_fullest_moment_of_a_dense_block_and_of_a_long_chain() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(3 * index + 5, 3) for index in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = torch.cat([x, layer(x)], dim=1)
+            return x
+
+    net, x = Dense(), torch.randn(4, 5)
+    recording = record(net, lambda: net(x), samples=4)
+    # The last one: what came before it (20 numbers), the layer's three, and both together.
+    assert activation_bytes(recording) == 4 * (20 + 3 + 23)
+    calls = tuple(
+        Call(now, "other", f"mul_{now}", "mul", 0, (Source((8,), now - 1 if now else None, 0, True),), ((8,),))
+        for now in range(100_000)
+    )
+    # Each reads the one before it: looking through all tensors at each call would take half an hour.
+    assert activation_bytes(Recording(calls, samples=1)) == 2 * 8 * 4

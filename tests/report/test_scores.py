@@ -32,7 +32,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-@pytest.mark.parametrize(("right", "n"), [(353, 360), (0, 10), (10, 10), (7602, 10_000), (38_412, 50_000)])
+@pytest.mark.parametrize(
+    ("right", "n"), [(353, 360), (0, 10), (10, 10), (7602, 10_000), (38_412, 50_000), (777_777, 1_000_003)]
+)
 def test_an_accuracy_has_wilsons_interval(right: int, n: int) -> None:
     value = float(torch.tensor(right / n, dtype=torch.float32))
     (score,) = make_scores({"QAT": {"val/acc": value}}, n)
@@ -49,6 +51,9 @@ def test_what_is_no_share_of_samples_has_none() -> None:
     )
     assert [(s.metric, s.low) for s in found] == [("val/loss", None), ("val/acc", None), ("val/f1", None)]
     assert make_scores({"PTQ": {"val/acc": 0.5}})[0].low is None
+    # Half a sample of a million is none, and above four million float32 does not tell.
+    for right, count, has in ((600_000, 1_000_000, True), (600_000.5, 1_000_000, False), (3_000_000, 5_000_000, False)):
+        assert (make_scores({"PTQ": {"acc": right / count}}, count)[0].low is not None) is has
     both = make_scores({"float": {"acc": 0.5, "loss": 1.0}, "QAT": {"acc": 0.25}}, {"acc": 4})
     assert [(s.variant, s.metric, s.samples) for s in both] == [
         ("float", "acc", 4),
@@ -121,3 +126,13 @@ def test_provenance_names_what_made_it_and_no_password(monkeypatch: pytest.Monke
     assert provenance(seed=3)["seed"] == "3"
     told = command(["/env/bin/python", "/env/bin/lq-search", "search.storage=postgresql://me:s3cret@host/db"])
     assert told == "lq-search search.storage=postgresql://me:***@host/db"
+
+
+def test_a_command_shows_no_key_and_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jane")
+    words = ["lq-train", "--wandb-api-key=abc", "logger.token=s3cret", "--api_key", "hunter2", "trainer.max_epochs=3"]
+    assert command(words) == "lq-train --wandb-api-key=*** logger.token=*** --api_key *** trainer.max_epochs=3"
+    told = command(
+        ["python", "lq-train", "data.root=/home/jane/sets", "/home/jane", "/home/janet/x", "--out=/home/jane/a b"]
+    )
+    assert told == "lq-train data.root=~/sets ~ /home/janet/x '--out=~/a b'"

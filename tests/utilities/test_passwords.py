@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from lq_plugin.utilities.hydra_files import hide_passwords, storage_passwords
-from lq_plugin.utilities.passwords import masked, passwords_in, without
+from lq_plugin.utilities.passwords import masked, masked_words, passwords_in, without
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ from lq_plugin.utilities.passwords import masked, passwords_in, without
             {"connect_args": {"password": 12345, "p": 1}, "pin": [12345]},
             {"connect_args": {"password": "***", "p": 1}, "pin": ["***"]},
         ),
+        ({"wandb": {"api_key": "abc", "n": 1}, "token": 3}, {"wandb": {"api_key": "***", "n": 1}, "token": 3}),
         (
             {"db_password": "s3cret", "url": "postgresql://me:s3cret@h/d"},
             {"db_password": "***", "url": "postgresql://me:***@h/d"},
@@ -55,6 +56,26 @@ def test_passwords_are_found_and_masked(given: Any, wanted: Any) -> None:
 def test_what_is_no_password_stays(given: Any) -> None:
     assert passwords_in(given) == set()
     assert masked(given) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--wandb-api-key=abc", "-v"], ["--wandb-api-key=***", "-v"]),
+        (["--api-key", "-x1", "--hf-token", "a b"], ["--api-key", "***", "--hf-token", "***"]),
+        (["--use-key", "--lr", "3"], ["--use-key", "--lr", "3"]),
+        (["WANDB_API_KEY=a=b,c", "+logger.secret=x y"], ["WANDB_API_KEY=***", "+logger.secret=***"]),
+        (["aws.credentials.id=me", "--DB-PASSWORD", "pw"], ["aws.credentials.id=***", "--DB-PASSWORD", "***"]),
+        (["l={api_key: 'abc', n: 1}", "url=https://h/?token=abc&n=1"],
+         ["l={api_key: '***', n: 1}", "url=https://h/?token=***&n=1"]),
+        (["token=long-secret", "name=long-secret"], ["token=***", "name=***"]),
+        (["storage=postgresql://me:s3cret@host/db"], ["storage=postgresql://me:***@host/db"]),
+        (["max_tokens=12", "tokenizer=bert", "pad_token_id=0", "seed=1"],
+         ["max_tokens=12", "tokenizer=bert", "pad_token_id=0", "seed=1"]),
+    ],
+)  # fmt: skip
+def test_words_of_a_command_lose_keys_and_tokens(given: list[str], wanted: list[str]) -> None:
+    assert masked_words(given) == wanted
 
 
 def test_short_passwords_leave_other_words_alone() -> None:

@@ -165,7 +165,7 @@ class QuantMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == dataloader_idx == 0:
-            self.scoreboard.start()
+            self.scoreboard.start(trainer)
             if trainer.state.fn != "fit":
                 self._start_watching(trainer, pl_module)
 

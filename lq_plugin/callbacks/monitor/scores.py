@@ -10,6 +10,7 @@ from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.ptq import PTQ
 from lq_plugin.errors import QuantizationError
 from lq_plugin.model.graph.tensor_identity import leading_size
+from lq_plugin.model.prepare import quantizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -48,14 +49,16 @@ class Scoreboard:
         self.by_variant = checked(given)
         self.samples: dict[str, int] = {}
         self._count: int | None = 0
+        self._before: dict[str, Any] = {}
 
     def add(self, variant: str, metrics: Metrics) -> None:
         """Keep the metrics of a variant; later ones of the same names replace earlier ones."""
         self.by_variant.setdefault(variant, {}).update(checked({variant: metrics})[variant])
 
-    def start(self) -> None:
+    def start(self, trainer: Trainer) -> None:
         """An evaluation begins."""
         self._count = 0
+        self._before = dict(trainer.callback_metrics)
 
     def see(self, batch: Any, loader: int) -> None:
         """A batch was evaluated; with several loaders nobody knows which metric is of which."""
@@ -63,14 +66,29 @@ class Scoreboard:
         self._count = None if size is None or loader or self._count is None else self._count + size
 
     def end(self, trainer: Trainer, callback: QuantizationCallback) -> None:
-        """The evaluation is over: its metrics are those of the model as it is.
+        """The evaluation is over: what it logged are metrics of the model as it is.
 
-        Before the first step of a QAT that is PTQ: `Trainer(num_sanity_val_steps=-1)` evaluates it on all samples.
+        Before the first step of a QAT that is PTQ: `Trainer(num_sanity_val_steps=-1)` evaluates it on all samples. It
+        is the float model where the schedule has not switched any quantizer on yet; an evaluation in such a part of the
+        training is of none of the three variants, and not kept.
         """
         if trainer.sanity_checking and trainer.num_sanity_val_steps != inf:
             return
-        variant = "PTQ" if trainer.sanity_checking or isinstance(callback, PTQ) else "QAT"
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.add(variant, metrics)
+        chosen = quantizers(trainer.lightning_module)
+        if isinstance(callback, PTQ) or not chosen or any(quantizer.is_enabled for quantizer in chosen):
+            variant = "PTQ" if trainer.sanity_checking or isinstance(callback, PTQ) else "QAT"
+        elif trainer.sanity_checking:
+            variant = "float"
+        else:
+            return
+        # The Trainer keeps metrics of the training there also. What was logged since the start is another tensor, even
+        # where the number is the same.
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if value is not self._before.get(name)
+        }
+        if metrics:
+            self.add(variant, metrics)
         if self._count:
             self.samples |= dict.fromkeys(metrics, self._count * trainer.world_size)

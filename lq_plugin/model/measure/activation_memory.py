@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -63,12 +64,13 @@ def activation_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None
             for index, shape in enumerate(call.output_shapes):
                 if (tensor := _Tensor(call.position, index)) not in made_of:
                     sizes[tensor] = prod(shape)
-    held = {tensor: size * bits.get(tensor, FLOAT_BITS) / 8 for tensor, size in sizes.items()}
-    moments = [
-        sum(size for tensor, size in held.items() if tensor.producer <= now <= last.get(tensor, tensor.producer))
-        for now in range(len(recording.calls))
-    ]
-    return round(max(moments, default=0) / recording.samples)
+    # Bits that each call adds to those held; what it reads last goes before the next one.
+    changes = [0] * (len(recording.calls) + 1)
+    for tensor, size in sizes.items():
+        held = size * bits.get(tensor, FLOAT_BITS)
+        changes[tensor.producer] += held
+        changes[last.get(tensor, tensor.producer) + 1] -= held
+    return round(max(accumulate(changes)) / 8 / recording.samples)
 
 
 def _input_bits(call: Call, plans: Mapping[str, LayerPlan]) -> int:

@@ -22,7 +22,7 @@ from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.measure.fidelity import Errors
 from lq_plugin.model.prepare import quantized_layers, quantizers
 
-#: Elements of one output that are compared, evenly spread: float outputs of all layers are kept for one pass.
+#: Elements of one output that are compared, drawn at random: float outputs of all layers are kept for one pass.
 MAX_ELEMENTS = 2**20
 
 #: What a hook is told of a call: name and layer, arguments and keywords, output.
@@ -141,14 +141,22 @@ def _weights(
 
 
 def _values(output: Any) -> Tensor:
-    """Returns the numbers of an output, `[elements]`, as a copy: the next layer may work in place."""
+    """Returns the numbers of an output, `[elements]`, as a copy: the next layer may work in place.
+
+    Of a large output those at `MAX_ELEMENTS` random positions, the same ones for every output of that size.
+    """
     parts = [
         leaf.detach().flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
     if not parts:
         return torch.zeros(0)
     values = torch.cat(parts)
-    return values[:: max(1, -(-len(values) // MAX_ELEMENTS))].float().clone()
+    if len(values) <= MAX_ELEMENTS:
+        return values.float().clone()
+    # Not every k-th element: where k and the number of channels share a factor, those are of some channels alone.
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(values), (MAX_ELEMENTS,), generator=generator, device="cpu")
+    return values[chosen.to(values.device)].float()
 
 
 def _add(errors: Errors, wanted: Tensor, got: Tensor) -> None:
