@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lq_plugin import CalibrationError, PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare
+from lq_plugin import PTQ, CalibrationError, PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare, remove
 from lq_plugin.ptq import run_phases
 from lq_plugin.ptq.rotation.rotate import HeadPair, Stream, rotate
 
@@ -237,25 +241,175 @@ def test_what_would_change_the_function_is_refused(reason: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
+class Attention(L.LightningModule):
+    """Its heads lie side by side, or every other channel is one head; its step only logs."""
+
+    def __init__(self, interleaved: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(SIZE, SIZE) for _ in range(4))
+        self.head, self.interleaved = nn.Linear(SIZE, 4), interleaved
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [part(x) for part in (self.q, self.k, self.v)]
+        if self.interleaved:
+            q, k, v = (part.unflatten(2, (-1, HEADS)).permute(0, 3, 1, 2) for part in parts)
+            return self.head(self.out(F.scaled_dot_product_attention(q, k, v).permute(0, 2, 3, 1).flatten(2)))
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in parts)
+        return self.head(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("loss", self(batch[0]).square().mean())
+
+
+RETURNED: dict[str, Callable[[Tensor], Any]] = {
+    "the outputs": lambda y: y,
+    "a loss": lambda y: y.square().mean(),
+    "integers": lambda y: y.argmax(-1),
+    "nothing": lambda y: None,
+}
+
+
 @torch.no_grad()
-def test_a_layout_of_heads_that_the_batch_disproves_is_put_back() -> None:
-    class Interleaved(nn.Module):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("returned", RETURNED)
+def test_a_layout_of_heads_that_the_batch_disproves_is_put_back(returned: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x = Attention(interleaved=True).to(dtype).eval(), torch.randn(3, 5, SIZE, dtype=dtype)
+    state = copy.deepcopy(net.state_dict())
+    result = rotate(net, x, lambda batch: RETURNED[returned](net(batch)))
+    assert not result.heads
+    assert not result.matrices
+    (refusal,) = result.refused
+    assert refusal.name == "v"
+    assert "the outputs of the recorded batch would differ by" in refusal.reason
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    right = Attention(interleaved=False).to(dtype).eval()
+    expected = right(x)
+    assert rotate(right, x, lambda batch: RETURNED[returned](right(batch))).heads == (HeadPair("v", "out", 8),)
+    assert (right(x) - expected).norm() < (1e-5 if dtype is torch.float32 else 5e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_step_that_only_logs_proves_it_too(interleaved: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Attention(interleaved).eval(), torch.randn(8, 5, SIZE)
+    data = DataLoader(TensorDataset(x), batch_size=4)
+    state, expected = copy.deepcopy(net.state_dict()), net(x).detach()
+    callback = PTQ("w8a8", phases=["rotate", "calibrate"], dataloader=data)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+    )  # fmt: skip
+    trainer.validate(net, data, verbose=False)
+    remove(net)
+    changed = {key for key, value in net.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed == (set() if interleaved else {"v.weight", "v.bias", "out.weight"})
+    assert torch.allclose(net.eval()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class NormOfSequences(RootMean):
+    """Of sequences it takes the largest channel instead, which trying it out on single tokens does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax(-1, keepdim=True) * self.weight if x.dim() == 3 else super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("returned", RETURNED)
+def test_a_wrong_stream_is_put_back_whatever_the_run_returns(returned: str) -> None:
+    net, tokens = replaced(norm1=NormOfSequences(SIZE))
+    state = copy.deepcopy(net.state_dict())
+    result = rotate(net, tokens, lambda batch: RETURNED[returned](net(batch)), heads=False)
+    assert not result.streams
+    (refusal,) = result.refused
+    assert "the outputs of the recorded batch would differ by" in refusal.reason
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_without_anything_to_compare_it_is_refused() -> None:
+    """A reader of the norm that also writes the stream is turned with it, and nothing else reads the norm."""
+
+    class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.v, self.out = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 4)
+            self.embed, self.norm, self.mlp = nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 8)
 
-        def forward(self, x: Tensor) -> Tensor:
-            # A head is every other channel.
-            q, v = (part(x).unflatten(2, (-1, HEADS)).permute(0, 3, 1, 2) for part in (self.q, self.v))
-            return self.out(F.scaled_dot_product_attention(q, q, v).permute(0, 2, 3, 1).flatten(2))
+        def forward(self, x: Tensor) -> None:
+            x = self.embed(x)
+            x + self.mlp(self.norm(x))
+
+    net = Written().eval()
+    state = copy.deepcopy(net.state_dict())
+    result = rotate(net, torch.randn(4, 3))
+    assert not result.streams
+    assert "nothing shows that the function stays" in result.refused[0].reason
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_infinite_outputs_that_stay_are_no_change() -> None:
+    net, tokens = net_of(nn.RMSNorm)
+    net.head.bias[0] = -torch.inf
+    net.head.bias[1] = torch.nan
+    result = rotate(nn.ModuleDict({"net": net}), tokens, net)
+    assert "not floating point, or holds NaN or Inf" in result.refused[0].reason
+    assert len(result.heads) == 2
+    assert result.change < 1e-5
+
+
+@torch.no_grad()
+def test_values_that_overflow_put_earlier_parts_back() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Net(nn.RMSNorm), Net(nn.RMSNorm)
+            self.b.norm.weight.fill_(1e25)
+            self.b.head.weight.fill_(1e25)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.a(tokens)
+            self.b(tokens)
+            return y
 
     torch.manual_seed(0)
-    net, x = Interleaved().eval(), torch.randn(3, 5, SIZE)
+    net, tokens = Two().eval(), torch.randint(0, 11, (6, 5))
     state = copy.deepcopy(net.state_dict())
-    result = rotate(net, x)
-    assert not result.heads
-    assert "the outputs of the recorded batch would differ by" in str(result.refused[0])
+    with pytest.raises(QuantizationError, match=r"'b.head.weight': rotated values are not finite in torch.float32"):
+        rotate(net, tokens)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@torch.no_grad()
+def test_what_the_proving_run_raises_puts_all_back() -> None:
+    """A run that is interrupted, at each of its calls in turn: no value stays changed, no hook stays."""
+    net, tokens = net_of(nn.RMSNorm)
+    state = copy.deepcopy(net.state_dict())
+    changed_before = 0
+    for last in range(100):
+        calls = 0
+
+        def run(batch: Tensor, last: int = last) -> Tensor:
+            nonlocal calls, changed_before
+            if calls == last:
+                changed_before += not all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+                raise Interrupted
+            calls += 1
+            result: Tensor = net(batch)
+            return result
+
+        try:
+            assert len(rotate(net, tokens, run).heads) == 2
+        except Interrupted:
+            assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+            assert not any(module._forward_hooks for module in net.modules())
+        else:
+            break
+    assert changed_before >= 3  # of the stream and of both pairs
 
 
 @torch.no_grad()

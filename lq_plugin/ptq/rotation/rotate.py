@@ -12,7 +12,8 @@ norms (SliceGPT and QuaRot make them RMSNorms). Between the values of attention 
 channels are only summed over tokens: there each head is rotated by an R of its own size, W_v ← Rᵀ W_v, W_o ← W_o R.
 
 Lifecycle: one batch is recorded; parameters get new values, objects and keys stay; the batch runs again, and what is
-returned must be what it was, or everything is put back and refused. Rotate before ranges are found, and before
+returned, and what the layers put out that undo the rotation (proof.py), must be what it was, or the values are put back
+and the part refused. After an exception all values are those before. Rotate before ranges are found, and before
 SmoothQuant, which writes into the norms.
 
 Reference: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024 (arXiv 2404.00456),
@@ -22,7 +23,7 @@ sections 3 and 4, stage 1; Liu et al., "SpinQuant: LLM Quantization with Learned
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +33,19 @@ from torch import Tensor, nn
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.functional.rotation import hadamard, random_rotation
 from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
-from lq_plugin.model.graph.record import record, without_compile
-from lq_plugin.model.graph.tensor_identity import tensors_of
+from lq_plugin.model.graph.record import Recording, record, without_compile
 from lq_plugin.ptq.rotation.heads import HeadPair, find_head_pairs
+from lq_plugin.ptq.rotation.proof import Seen, watch, watched_layers
 from lq_plugin.ptq.rotation.streams import Stream, Unrotated, find_streams, is_leaf, is_linear
 from lq_plugin.ptq.smooth_quant.groups import input_dim
 
 __all__ = ["HeadPair", "Rotation", "Stream", "Unrotated", "rotate"]
 
-#: How far, relative to their norm, outputs may move by rounding; a wrong rotation moves them by about 1.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_TOLERANCE = 5e-2
+
+_NO_PROOF = (
+    "nothing shows that the function stays: no layer that reads it gave a floating-point tensor in the recorded batch, "
+    "and the run returned none but scalars; a run that returns the model's output shows it"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class Rotation:
         heads: pairs of layers whose heads are.
         matrices: Q or R, float64, of each stream (by its first writer) and pair (by its value projection).
         refused: what stays as it is, with the reason.
-        change: ‖y' - y‖ / ‖y‖ of what the model returned for the recorded batch, before and after.
+        change: largest ‖y' - y‖ / ‖y‖ of what the run returned for the recorded batch and of the layers compared.
     """
 
     streams: tuple[Stream, ...]
@@ -79,14 +82,15 @@ def rotate(
     Args:
         model: float or prepared, without ranges.
         batch: one batch of data, which is recorded and proves the result.
-        run: runs the model on it; `model(batch)` when None.
+        run: runs the model on it; `model(batch)` when None. It may return nothing, as steps of training do.
         kind: "hadamard", "orthogonal" (uniformly random), or None: Hadamard of the sizes that have one here.
         seed: of the random signs or matrices.
         heads: rotate the heads between value and output projections also.
 
     Raises:
         CalibrationError: quantizers have ranges already. They would be those of other weights.
-        QuantizationError: impossible options, or values that overflow their dtype. Nothing is changed then.
+        QuantizationError: impossible options, or values that overflow their dtype. After these, and after whatever
+            the run raises, nothing is changed.
 
     >>> _ = torch.manual_seed(0)
     >>> class Block(nn.Module):
@@ -105,7 +109,6 @@ def rotate(
     run = run or model
     with evaluating(model), float_forward(model), torch.no_grad(), without_compile():
         recording = record(model, lambda: run(batch), is_leaf=is_leaf)
-        before = _outputs(run(batch))
         streams, refused = find_streams(model, recording)
         pairs, unpaired = find_head_pairs(model, recording) if heads else ([], [])
         refused += unpaired
@@ -115,35 +118,69 @@ def rotate(
             unknown = {name: size for name, size in sizes.items() if hadamard(size) is None}
             faults = [f"{name!r}: no Hadamard matrix of size {size} is known here" for name, size in unknown.items()]
             raise_all(QuantizationError, "cannot rotate", faults)
-        generator = torch.Generator().manual_seed(seed)
         values = _Values(model)
-        matrices: dict[str, Tensor] = {}
-        done: list[Stream | HeadPair] = []
-        for part in parts:
-            keeps_mean = isinstance(part, Stream) and part.keeps_mean
-            matrix = random_rotation(part.size, generator, kind, keeps_mean)
-            if isinstance(part, Stream):
-                values.rotate_stream(part, matrix)
-            else:
-                values.rotate_heads(part, matrix)
-            originals = values.write()
-            if (change := _change(before, _outputs(run(batch)))) > _tolerance(before):
-                for parameter, original in originals:
-                    parameter.copy_(original)
-                refused.append(
-                    Unrotated(_name(part), f"the outputs of the recorded batch would differ by {change:.2g}")
-                )
-                continue
-            done.append(part)
-            matrices[_name(part)] = matrix
-        change = _change(before, _outputs(run(batch)))
+        try:
+            done, unproven, change = _rotate_proven(values, recording, parts, lambda: run(batch), kind, seed)
+        except BaseException:  # an interrupt too would leave a rotation that nothing has proven
+            values.restore()
+            raise
     return Rotation(
-        tuple(part for part in done if isinstance(part, Stream)),
-        tuple(part for part in done if isinstance(part, HeadPair)),
-        matrices,
-        tuple(refused),
+        tuple(part for part, _ in done if isinstance(part, Stream)),
+        tuple(part for part, _ in done if isinstance(part, HeadPair)),
+        {_name(part): matrix for part, matrix in done},
+        (*refused, *unproven),
         change,
     )
+
+
+def _rotate_proven(
+    values: _Values,
+    recording: Recording,
+    parts: Sequence[Stream | HeadPair],
+    run: Callable[[], Any],
+    kind: str | None,
+    seed: int,
+) -> tuple[list[tuple[Stream | HeadPair, Tensor]], list[Unrotated], float]:
+    """Returns the parts that are rotated with their matrices, those put back with the reason, and the largest change.
+
+    Args:
+        values: of the model's parameters.
+        recording: of one float pass.
+        parts: streams, then pairs.
+        run: runs the model on the recorded batch.
+        kind: as of `rotate`.
+        seed: as of `rotate`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    done: list[tuple[Stream | HeadPair, Tensor]] = []
+    refused: list[Unrotated] = []
+    largest = 0.0
+    returned = watch(values.model, (), run).returned
+    # A stream turns the output projections that the proof of the heads looks at, so those are seen after the streams.
+    groups: list[list[Stream | HeadPair]] = [[part] for part in parts if isinstance(part, Stream)]
+    if pairs := [part for part in parts if isinstance(part, HeadPair)]:
+        groups.append([*pairs])
+    for group in groups:
+        layers = watched_layers(values.model, recording, group)
+        before = Seen(returned, watch(values.model, layers, run).layers)
+        for part in group:
+            keeps_mean = isinstance(part, Stream) and part.keeps_mean
+            matrix = random_rotation(part.size, generator, kind, keeps_mean)
+            if not before.holds_proof(part):
+                refused.append(Unrotated(_name(part), _NO_PROOF))
+                continue
+            values.rotate(part, matrix)
+            originals = values.write()
+            change = before.change(watch(values.model, layers, run))
+            if change > before.tolerance():
+                for parameter, original in originals:
+                    parameter.copy_(original)
+                reason = f"the outputs of the recorded batch would differ by {change:.2g}"
+                refused.append(Unrotated(_name(part), reason))
+                continue
+            largest = max(largest, change)
+            done.append((part, matrix))
+    return done, refused, largest
 
 
 def check_rotation(kind: str | None = None, seed: int = 0, heads: bool = True) -> None:
@@ -166,24 +203,6 @@ def _name(part: Stream | HeadPair) -> str:
     return part.writers[0] if isinstance(part, Stream) else part.value
 
 
-def _outputs(result: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors_of(result) if tensor.is_floating_point()]
-
-
-def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """Returns the largest relative distance of two lists of outputs; NaN and Inf count as they are."""
-    changes = [0.0]
-    for a, b in zip(before, after, strict=True):
-        size = float(a.double().norm())
-        distance = float((a.double() - b.double()).norm())
-        changes.append(distance / size if size else distance)
-    return max(changes) if all(change == change for change in changes) else float("inf")
-
-
-def _tolerance(outputs: list[Tensor]) -> float:
-    return max((_TOLERANCE.get(tensor.dtype, _HALF_TOLERANCE) for tensor in outputs), default=0.0)
-
-
 class _Values:
     """New values of parameters, float64, until a rotation's are all known."""
 
@@ -191,6 +210,14 @@ class _Values:
         self.model = model
         self.modules = dict(model.named_modules())
         self.new: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+
+    def rotate(self, part: Stream | HeadPair, matrix: Tensor) -> None:
+        """Rotate a part by its matrix."""
+        if isinstance(part, Stream):
+            self.rotate_stream(part, matrix)
+        else:
+            self.rotate_heads(part, matrix)
 
     def rotate_stream(self, stream: Stream, q: Tensor) -> None:
         """Norms into their readers, then Q into writers and readers."""
@@ -249,9 +276,16 @@ class _Values:
             for name, (parameter, value) in zip(self.new, changes, strict=True)
             if not value.to(parameter.dtype).isfinite().all()
         ]
-        self.new = {}
+        names, self.new = list(self.new), {}
         raise_all(QuantizationError, "cannot rotate", faults)
         originals: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t, _ in changes]
+        for name, (_, original) in zip(names, originals, strict=True):
+            self.first.setdefault(name, original)
         for parameter, value in changes:
             parameter.copy_(value)
         return originals
+
+    def restore(self) -> None:
+        """Give the parameters the values that they had before the first write."""
+        for name, original in self.first.items():
+            self.model.get_parameter(name).copy_(original)
