@@ -38,6 +38,7 @@ def hparams(folder: Path) -> tuple[dict[str, Any], dict[str, float], list[str]]:
 
 
 # MLflow's own use of SQLAlchemy 2.1.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::sqlalchemy.exc.SADeprecationWarning"
 )

@@ -237,7 +237,7 @@ def test_sensitivities_are_those_of_the_search(opened: Callable[..., Page], repo
     assert "KL divergence" in page.inner_text("[data-figure=sensitivity] figcaption")
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 400])
 def test_the_focus_is_never_in_a_clipped_place(opened: Callable[..., Page], width: int) -> None:
     window = opened(width)
     page = window.page

@@ -285,6 +285,7 @@ def test_it_finds_the_front_of_an_enumerable_space(seed: int) -> None:
     assert volume(found) >= 0.995 * volume(list(every.values()))
 
 
+@pytest.mark.slow
 def test_it_goes_far_ahead_of_random_plans_in_a_large_space() -> None:
     world = World(24)
     found = search(world, 50)
