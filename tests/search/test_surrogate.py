@@ -94,6 +94,12 @@ def in_memory(*directions: str, storage: Any = None) -> optuna.Study:
         return optuna.create_study(directions=list(directions or ("maximize", "minimize")), storage=storage)
 
 
+def propose(sampler: SurrogateSampler, study: optuna.Study) -> dict[str, Any]:
+    params = sampler.propose(study)
+    assert params is not None, "there is a new plan"
+    return dict(params)
+
+
 def search(
     world: World, n_trials: int, seed: int = 0, problem: Problem | None = None, costs: int = 1
 ) -> list[tuple[int, ...]]:
@@ -103,7 +109,7 @@ def search(
     sampler.attach(problem)
     found = []
     for _ in range(n_trials):
-        params = sampler.propose(study)
+        params = propose(sampler, study)
         plan = problem.indices(params)
         accuracy, size = world.score(plan)
         tell(study, problem, params, [accuracy, *[size] * costs])
@@ -309,7 +315,7 @@ def test_a_seed_repeats_and_a_study_goes_on_as_if_it_had_not_stopped(tmp_path: P
             study = optuna.load_study(study_name=study.study_name, storage=url)
             sampler = SurrogateSampler(seed=4)
             sampler.attach(problem)
-        params = sampler.propose(study)
+        params = propose(sampler, study)
         assert problem.indices(params) == whole[number]
         tell(study, problem, params, list(world.score(whole[number])))
 
@@ -322,7 +328,7 @@ def test_what_others_evaluate_is_not_proposed_again() -> None:
         tell(study, problem, problem.params(plan), list(world.score(plan)))
     for worker in workers * 8:
         worker.attach(problem)
-        tell(study, problem, worker.propose(study), None)
+        tell(study, problem, propose(worker, study), None)
     waiting = [problem.indices(t.params) for t in study.get_trials(states=(TrialState.WAITING,))]
     assert len(set(waiting)) == 24
     # They spread: no two thirds of them at one end of the sizes.
@@ -347,7 +353,7 @@ def test_bounds_on_metrics_are_learned() -> None:
     sampler.attach(problem)
     kept = []
     for _ in range(60):
-        params = sampler.propose(study)
+        params = propose(sampler, study)
         accuracy, size = world.score(problem.indices(params))
         tell(study, problem, params, [accuracy, size], constraints={"accuracy >= 0.7": 0.7 - accuracy})
         kept.append(accuracy >= 0.7)
@@ -361,13 +367,19 @@ def test_bounds_on_metrics_are_learned() -> None:
 def test_one_objective_and_several_costs(directions: list[str]) -> None:
     world = World(3)
     costs = len(directions) - 1
-    problem, study, sampler = world.problem(costs), in_memory(*directions), SurrogateSampler(0)
+    base, table = world.tables
+    scaled = [
+        (base * i, {name: {c: i * more for c, more in row.items()} for name, row in table.items()})
+        for i in range(1, costs + 1)
+    ]
+    problem = Problem(world.space, world.sensitivity, scaled)
+    study, sampler = in_memory(*directions), SurrogateSampler(0)
     sampler.attach(problem)
     sign = 1 if directions[0] == "maximize" else -1
     every = [world.score(plan) for plan in product(range(8), repeat=3)]
     found = []
     for _ in range(30):
-        params = sampler.propose(study)
+        params = propose(sampler, study)
         accuracy, size = world.score(problem.indices(params))
         # A loss is no share: between 1 and 8.
         value = accuracy if sign > 0 else 8 - 8 * accuracy
@@ -394,7 +406,7 @@ def test_costs_that_do_not_add_up_are_priced_one_by_one() -> None:
     every = {p: (world.score(p)[0], product_of(problem.params(p))[0]) for p in product(range(8), repeat=3)}
     found = []
     for _ in range(60):
-        params = sampler.propose(study)
+        params = propose(sampler, study)
         found.append(every[problem.indices(params)])
         tell(study, problem, params, list(found[-1]))
     front = front_of(list(every.values()))
@@ -423,9 +435,98 @@ def test_nothing_new_and_nothing_different_is_no_fault() -> None:
     table = {u.name: {str(c): float(c.bit_width) for c in CHOICES[:2]} for u in units}
     problem, study, sampler = Problem(space, {}, [(0.0, table)]), in_memory(), SurrogateSampler(0)
     sampler.attach(problem)
-    for _ in range(6):
-        tell(study, problem, sampler.propose(study), [0.5, 3.0])
+    for _ in range(4):
+        tell(study, problem, propose(sampler, study), [0.5, 3.0])
     assert len({problem.indices(t.params) for t in study.trials}) == 4
+    assert sampler.propose(study) is None
+    # Optuna itself has to have some plan.
+    with quiet():
+        study.sampler = sampler
+        assert problem.space.suggest(study.ask()).keys() == problem.space.distributions.keys()
+
+
+@pytest.mark.parametrize("units", [3, 6])
+def test_it_says_when_no_plan_that_keeps_a_bound_is_left(units: int) -> None:
+    world = World(units)
+    # The sizes of plans with all units at 2 bits, and the next larger ones.
+    least = sum(float(row.min()) for row in world.price)
+    step = sorted(float(np.sort(row)[1] - row.min()) for row in world.price)
+    bound = f"size <= {least + step[1] * 1.0001}"
+    problem, study, sampler = world.problem(limits=(bound,)), in_memory(), SurrogateSampler(0)
+    sampler.attach(problem)
+    while (params := sampler.propose(study)) is not None:
+        tell(study, problem, params, list(world.score(problem.indices(params))))
+        assert len(study.trials) < 50
+    every = np.array(list(product([0, 4], repeat=units)))
+    price = sum(np.array(row)[every[:, u]] for u, row in enumerate(world.price))
+    fits = {tuple(plan) for plan in every[price <= least + step[1] * 1.0001].tolist()}
+    assert {problem.indices(t.params) for t in study.trials} == fits
+    assert len(fits) >= 3
+
+
+@pytest.mark.parametrize("first", [[0.9] * 7 + [0.8], [3.0] * 9 + [2.0], [1.0, 1.0, 1.0, 1.0, 0.0]])
+def test_first_trials_that_tie_are_no_fault(first: list[float]) -> None:
+    world = World(3)
+    problem, study, sampler = world.problem(), in_memory(), SurrogateSampler(0)
+    sampler.attach(problem)
+    for value in first:
+        params = propose(sampler, study)
+        tell(study, problem, params, [value, world.score(problem.indices(params))[1]])
+    assert problem.indices(propose(sampler, study)) not in {problem.indices(t.params) for t in study.trials}
+
+
+def test_a_loss_of_0_after_logarithms_is_no_fault() -> None:
+    """Losses over many powers of ten are fitted as logarithms; a later one is 0 before the next fit."""
+    world = World(3)
+    problem, sampler = world.problem(), SurrogateSampler(0)
+    sampler.attach(problem)
+    rng = np.random.default_rng(1)
+    plans, losses = rng.permutation(problem.everything)[:14], 3 * np.exp(2 * rng.normal(size=13))  # type: ignore[arg-type]
+    study = in_memory("minimize", "minimize")
+    for plan, loss in zip(plans[:13], losses, strict=True):
+        tell(study, problem, problem.params(plan), [float(loss), world.score(tuple(plan))[1]])
+    propose(sampler, study)
+    assert sampler._fitted is not None
+    assert sampler._fitted[1].name == "log"
+    tell(study, problem, problem.params(plans[13]), [0.0, world.score(tuple(plans[13]))[1]])
+    propose(sampler, study)  # warnings are errors: log(0) is one
+    assert sampler._fitted[1].name == "plain"
+
+
+@pytest.mark.parametrize("bits", [(2, 4, 8), (8, 4, 2), (4, 8, 2)])
+@pytest.mark.parametrize("layers", [2, 6])
+def test_bounds_on_bit_operations_are_kept(layers: int, bits: tuple[int, ...]) -> None:
+    """Bit operations multiply the bits of weight and input: sums over units are too small or too large."""
+    choices = {
+        "weight": tuple(QuantSpec.parse(f"int{b} mse") for b in bits),
+        "input": tuple(QuantSpec.parse(f"uint{b} affine mse") for b in bits),
+    }
+    units = [Unit(f"l{i}.{slot}", slot, (f"l{i}",), choices[slot]) for i in range(layers) for slot in choices]
+    space = BoundSpace(tuple(units), ())
+
+    def widths(params: dict[str, Any]) -> list[int]:
+        return [unit.choice(params).bit_width for unit in units]  # type: ignore[union-attr]
+
+    def bops(params: dict[str, Any]) -> list[float]:
+        each = widths(params)
+        return [float(sum(w * a for w, a in zip(each[::2], each[1::2], strict=True)))]
+
+    first = {name: value for unit in units for name, value in unit.params(unit.choices[0]).items()}
+    base = bops(first)[0]
+    table = {u.name: {str(c): bops(first | u.params(c))[0] - base for c in u.choices} for u in units}
+    most = 20 * layers
+    bound = (Constraint.parse(f"bops <= {most}"), base, table)
+    problem = Problem(space, {}, [(base, table)], [bound], bops, bops)
+    assert problem.most[0] >= 64 * layers, "the largest plan counts"
+    study, sampler = in_memory(), SurrogateSampler(0)
+    sampler.attach(problem)
+    for _ in range(30):
+        if (params := sampler.propose(study)) is None:
+            break
+        assert bops(params)[0] <= most
+        tell(study, problem, params, [1 - sum(4.0**-b for b in widths(params)) / len(units), *bops(params)])
+    kept = sum(bops(problem.params(p))[0] <= most for p in product(range(3), repeat=4)) if layers == 2 else 30
+    assert len({problem.indices(t.params) for t in study.trials}) == min(30, kept)
 
 
 def test_without_a_problem_it_says_where_it_belongs() -> None:
@@ -461,3 +562,23 @@ def test_a_search_with_it_finds_more_and_goes_on(model: DigitsCNN, tmp_path: Pat
     assert len({frozenset(trial.params.items()) for trial in complete}) == 10
     assert all(trial.user_attrs["metrics"]["bytes"] <= 5000 for trial in complete)
     assert all(c.cost == c.metrics["bops"] and c.metric >= 0.3 for c in result.candidates)
+
+
+def test_a_search_ends_when_all_plans_that_keep_the_constraints_are_tried(model: DigitsCNN) -> None:
+    given: dict[str, Any] = {
+        "space": {"weight": {"bit_widths": [2, 8], "ranges": ["mse"]}},
+        "metric": "val/acc",
+        "constraints": ["effective_bits <= 4.5"],
+        "sampler": SurrogateSampler,
+        "trainer": CPU,
+        "calibration_batches": 1,
+        "seeds": 0,
+        "progress": False,
+    }
+    result = run(model, DigitsDataModule(batch_size=240), n_trials=40, **given)
+    trials = result.study.get_trials(deepcopy=False)
+    kept = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert 0 < len(kept) < 40
+    # No plan is pruned for being another's; only seeds break the bound.
+    assert all("repeats" not in trial.user_attrs for trial in trials)
+    assert len({frozenset(trial.params.items()) for trial in kept}) == len(kept)

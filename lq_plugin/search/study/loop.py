@@ -40,6 +40,8 @@ class Loop:
         self.study, self.objective, self.proposer = study, objective, proposer
         self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
         self.failed: list[FrozenTrial] = []
+        #: Whether the proposer has no new plan.
+        self._ended = False
         self.shown: Any = None
         #: Called after each trial.
         self.after: Callable[[], object] = lambda: None
@@ -48,7 +50,7 @@ class Loop:
         self.others = OtherWorkers(study)
 
     def run(self, bar: AbstractContextManager[Any]) -> None:
-        """Evaluate trials until the study has enough, every plan is tried, too many fail, or a signal asks to stop."""
+        """Evaluate trials until the study has enough, no plan is new, too many fail, or a signal asks to stop."""
         with bar as self.shown, quiet():
             self._show(None)
             while self._missing() > 0:
@@ -73,8 +75,10 @@ class Loop:
 
     def _one_trial(self) -> None:
         self.others.go_on()
-        if not self._count(_WAITING):
-            self.proposer.publish()
+        if not self._count(_WAITING) and not self.proposer.publish():
+            log.warning("no new plan keeps the constraints: the search ends with %d trials", self._count(_COMPLETE))
+            self._ended = True
+            return
         try:
             self.study.optimize(self.objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
         except KeyboardInterrupt:
@@ -99,7 +103,9 @@ class Loop:
         return True
 
     def _exhausted(self) -> bool:
-        """Returns whether every plan of the space has been tried."""
+        """Returns whether every plan of the space has been tried, or the proposer has no new one."""
+        if self._ended:
+            return True
         size = self.proposer.space.size
         if size > 10_000:
             return False

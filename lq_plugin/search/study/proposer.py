@@ -72,27 +72,38 @@ class Proposer(BaseSampler):
         self._refiner = refiner
         self._asked = 0
 
-    def publish(self) -> None:
-        """Put one more plan into the queue.
+    def publish(self) -> bool:
+        """Put one more plan into the queue; returns False where the sampler knows that there is no new one.
 
         Raises:
             StudyError: the constraints leave hardly any plan.
         """
         for _ in range(_PATIENCE):
             trial = self._propose()
+            if trial is None:
+                self._check_any()
+                return False
             self.study.add_trial(trial)
             if trial.state == TrialState.WAITING:
-                return
+                return True
         names = " and ".join(map(str, self.constraints))
         raise StudyError(
             f"{_PATIENCE} proposals in a row broke {names}; widen the space towards fewer bits, or the constraint"
         )
 
-    def _propose(self) -> FrozenTrial:
-        """Returns a proposal that no worker has yet, as far as the sampler finds one."""
+    def _check_any(self) -> None:
+        """Refuse constraints that no plan of the study has kept."""
+        if all(trial.state == TrialState.PRUNED for trial in self.study.get_trials(deepcopy=False)):
+            names = " and ".join(map(str, self.constraints))
+            raise StudyError(f"no plan found that keeps {names}; widen the space, or the constraint")
+
+    def _propose(self) -> FrozenTrial | None:
+        """Returns a proposal that no worker has yet, as far as the sampler finds one; None if it says there is none."""
         if self._surrogate is not None:
-            params = self._surrogate.propose(self.study)
-            return waiting_trial(self.space, params, self.evaluator, self.constraints)
+            new = self._surrogate.propose(self.study)
+            if new is None:
+                return None
+            return waiting_trial(self.space, new, self.evaluator, self.constraints)
         taken = set()
         for known in self.study.get_trials(deepcopy=False):
             taken.add(frozenset(known.params.items()))
@@ -143,7 +154,13 @@ class Proposer(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         if not self._params:
-            self._params = dict(self._propose().params)
+            proposed = self._propose()
+            if proposed is not None:
+                self._params = dict(proposed.params)
+            else:
+                # Another worker has taken the last plan; this trial is pruned, as one that repeats another's.
+                assert self._surrogate is not None
+                self._params = self._surrogate.repeated(study)
         return self._params[param_name]
 
 

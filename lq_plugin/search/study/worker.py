@@ -242,7 +242,12 @@ class StudyWorker:
             found = self.evaluator.costs(self.space.layer_plans(params))
             return [found[cost] for cost in config.costs]
 
-        return Problem(self.space, self.study.user_attrs.get(SENSITIVITY, {}), costs, limits, exact)
+        def exact_limits(params: Params) -> list[float]:
+            found = self.evaluator.costs(self.space.layer_plans(params))
+            return [found[limit.name] for limit in known]
+
+        harm = self.study.user_attrs.get(SENSITIVITY, {})
+        return Problem(self.space, harm, costs, limits, exact, exact_limits)
 
     def _costs_of_choices(self, cost: str) -> tuple[float, Table]:
         """Returns `unit_costs`, computed once for each cost."""

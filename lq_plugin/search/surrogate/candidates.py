@@ -53,7 +53,10 @@ class Price:
 
     def keeps(self, plans: Ints) -> NDBool:
         """Returns which plans keep the bounds."""
-        cost = self.of(plans)
+        return self.holds(self.of(plans))
+
+    def holds(self, cost: Floats) -> NDBool:
+        """Returns which costs are within the bounds."""
         slack = 1e-9 * np.maximum(np.abs(cost), 1e-300)
         found: NDBool = (cost <= self.most + slack) & (cost >= self.least - slack)
         return found

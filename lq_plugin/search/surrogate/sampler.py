@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.surrogate.candidates import Price, around, everything, solved, steps, swaps
 from lq_plugin.search.surrogate.improvement import Front
 from lq_plugin.search.surrogate.regression import Features, Floats, Ints, Prior, Regression, likeliest
-from lq_plugin.search.surrogate.transform import TRANSFORMS, Transform
+from lq_plugin.search.surrogate.transform import PLAIN, TRANSFORMS, Transform
 
 #: Harm or cost by unit and choice (as text).
 Table = Mapping[str, Mapping[str, float]]
@@ -29,8 +29,8 @@ Table = Mapping[str, Mapping[str, float]]
 _FIRST = 4
 #: The prior is chosen anew when there are so many times more trials.
 _GROWTH = 1.15
-#: Draws of a random plan before the search for a new one ends.
-_DRAWS = 200
+#: Draws of random plans, and how often so many are drawn for a new one.
+_DRAWS, _ROUNDS = 200, 20
 #: The largest cost that counts lies so far beyond that of the space, as a share of its span.
 _BEYOND = 0.02
 #: Candidates that are priced one by one where costs do not add up.
@@ -48,6 +48,7 @@ class Problem:
         limits: the same for each cost that is bounded, with the constraint.
         exact: from a plan's parameters to its costs, for those that do not add up over units (bit operations multiply
             the bits of weight and input); the best candidates are priced by it.
+        exact_limits: the same for the costs of `limits`; without it they are taken to add up.
     """
 
     def __init__(
@@ -57,20 +58,28 @@ class Problem:
         costs: Sequence[tuple[float, Table]],
         limits: Sequence[tuple[Constraint, float, Table]] = (),
         exact: Callable[[Params], Sequence[float]] | None = None,
+        exact_limits: Callable[[Params], Sequence[float]] | None = None,
     ) -> None:
-        self.space, self.exact = space, exact
+        self.space, self.exact, self._exact_limits = space, exact, exact_limits
         self.units = [unit for unit in space.units if len(unit.choices) > 1]
         self.sizes = [len(unit.choices) for unit in self.units]
         self.features = Features([_harms(unit, sensitivity) for unit in self.units])
         self.costs = [Price(*self._priced(base, table)) for base, table in costs]
-        self.limits = []
+        limited = []
         #: Constraints that are known before a plan is evaluated.
         self.known = {str(constraint) for constraint, *_ in limits}
         for constraint, base, table in limits:
             most, least = (constraint.bound, -np.inf) if constraint.relation == "<=" else (np.inf, constraint.bound)
-            self.limits.append(Price(*self._priced(base, table), most, least))
+            limited.append(Price(*self._priced(base, table), most, least))
         # The same trials are read before each proposal.
         self._indices: dict[frozenset[tuple[str, Any]], tuple[int, ...]] = {}
+        self._kept: dict[tuple[int, ...], bool] = {}
+        summed = self._add_up(limited)
+        #: Limits on costs that add up, and by their place in `limits` those on costs that do not.
+        self.limits = [limit for limit, adds in zip(limited, summed, strict=True) if adds]
+        self.inexact = {i: limit for i, (limit, adds) in enumerate(zip(limited, summed, strict=True)) if not adds}
+        #: The costs of the reference point.
+        self.most = self._most()
         self.everything = everything(self.sizes)
         if self.everything is not None:
             self.everything = self.everything[self.allowed(self.everything)]
@@ -81,8 +90,52 @@ class Problem:
         fixed = sum(sum(table.get(u.name, {}).values()) for u in self.space.units if len(u.choices) == 1)
         return base + fixed, rows
 
+    def _add_up(self, limits: Sequence[Price]) -> list[bool]:
+        """Returns for each limit whether its tables give what plans cost, by some plans drawn at random."""
+        if self._exact_limits is None or not limits:
+            return [True] * len(limits)
+        drawn = np.random.default_rng(0).integers(0, self.sizes, size=(_PRICED, len(self.sizes)))
+        true = np.array([self._exact_limits(self.params(plan)) for plan in drawn], dtype=np.float64)
+        return [np.allclose(limit.of(drawn), true[:, i], rtol=1e-6) for i, limit in enumerate(limits)]
+
+    def _most(self) -> Floats:
+        """Returns what plans cost at most, `[costs]`."""
+        found = []
+        for i, price in enumerate(self.costs):
+            high = price.base + sum(float(table.max()) for table in price.tables)
+            if self.exact is not None:
+                # The changes from a plan of few bits are small, those of all units together are not.
+                largest = np.array([[int(table.argmax()) for table in price.tables]], dtype=np.int64)
+                high = max(high, float(self.exact_prices(largest)[0, i]))
+            found.append(high)
+        return np.array(found, dtype=np.float64)
+
+    def first_kept(self, plans: Ints) -> Ints:
+        """Returns plans that keep all limits, of the first `_PRICED` ones of which any does: none if none does.
+
+        Args:
+            plans: `allowed` ones, the best first.
+        """
+        if not self.inexact:
+            return plans
+        for start in range(0, len(plans), _PRICED):
+            some = plans[start : start + _PRICED]
+            kept: Ints = some[np.array([self._keeps(plan) for plan in some], dtype=bool)]
+            if len(kept):
+                return kept
+        return plans[:0]
+
+    def _keeps(self, plan: Ints) -> bool:
+        """Returns whether a plan keeps the limits on costs that do not add up."""
+        key = tuple(plan.tolist())
+        if key not in self._kept:
+            assert self._exact_limits is not None
+            costs = self._exact_limits(self.params(plan))
+            self._kept[key] = all(limit.holds(np.array([costs[i]]))[0] for i, limit in self.inexact.items())
+        return self._kept[key]
+
     def allowed(self, plans: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Returns which plans keep the bounds on their costs."""
+        """Returns which plans keep the bounds on their costs that add up."""
         found = np.ones(len(plans), dtype=bool)
         for limit in self.limits:
             found &= limit.keeps(plans)
@@ -185,7 +238,7 @@ class SurrogateSampler(BaseSampler):
         return dict(self.problem.space.distributions)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> Params:
-        return self.propose(study, trial.number)
+        return self.propose(study, trial.number) or self.repeated(study)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -197,8 +250,15 @@ class SurrogateSampler(BaseSampler):
         self.seed = int(np.random.SeedSequence().generate_state(1)[0])
         self._independent.reseed_rng()
 
-    def propose(self, study: Study, asking: int | None = None) -> Params:
-        """Returns the parameters of a plan that no trial of the study has, as far as there is one.
+    def repeated(self, study: Study) -> Params:
+        """Returns any plan's parameters, for a trial that needs some where `propose` finds no new plan."""
+        rng = np.random.default_rng([self.seed, len(study.get_trials(deepcopy=False))])
+        return self.problem.params(rng.integers(0, self.problem.sizes))
+
+    def propose(self, study: Study, asking: int | None = None) -> Params | None:
+        """Returns the parameters of a plan that no trial of the study has and that keeps all limits on its costs.
+
+        None where there is no such plan; in a space too large to look at all plans, where many draws find none.
 
         Args:
             study: with all that is known.
@@ -212,8 +272,10 @@ class SurrogateSampler(BaseSampler):
         rng = np.random.default_rng([self.seed, len(known)])
         done = self._read(study, known)
         if len(done.plans) < _FIRST or np.ptp(done.values) == 0:
-            return problem.params(self._random(rng, taken))
-        return problem.params(self._best(study, done, taken, rng))
+            found = self._random(rng, taken)
+        else:
+            found = self._best(study, done, taken, rng)
+        return problem.params(found) if found is not None else None
 
     def _read(self, study: Study, trials: Sequence[FrozenTrial]) -> _Trials:
         problem = self.problem
@@ -234,21 +296,34 @@ class SurrogateSampler(BaseSampler):
             _plans(problem, waiting),
         )
 
-    def _random(self, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> Ints:
-        """Returns a new plan that keeps the bounds, if a few draws find one."""
+    def _random(self, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> Ints | None:
+        """Returns a new plan that keeps the bounds; None where there is none, or many draws find none."""
         problem = self.problem
         if problem.everything is not None:
-            new = np.array([tuple(plan) not in taken for plan in problem.everything.tolist()], dtype=bool)
-            pool = problem.everything[new] if new.any() else problem.everything
+            pool = self._new(problem.everything, taken)
+            pool = problem.first_kept(rng.permutation(pool)) if problem.inexact else pool
+            return np.asarray(pool[rng.integers(len(pool))], dtype=np.int64) if len(pool) else None
+        bounded = [*problem.limits, *problem.inexact.values()]
+        for share in np.linspace(0, 1, _ROUNDS):
+            drawn = rng.integers(0, problem.sizes, size=(_DRAWS, len(problem.sizes)))
+            if bounded:
+                # A tight bound leaves few plans: ever more units get the choice that is safest for one of the bounds.
+                limit = bounded[int(rng.integers(len(bounded)))]
+                safest = [int((t if math.isfinite(limit.most) else -t).argmin()) for t in limit.tables]
+                drawn = np.where(rng.random(drawn.shape) < share, safest, drawn)
+            pool = problem.first_kept(self._new(drawn, taken))
             if len(pool):
-                found: Ints = pool[rng.integers(len(pool))]
-                return found
-        drawn = rng.integers(0, problem.sizes, size=(_DRAWS, len(problem.sizes)))
-        good = problem.allowed(drawn) & np.array([tuple(plan) not in taken for plan in drawn.tolist()])
-        found = drawn[int(good.argmax())]
+                return _first(pool)
+        return None
+
+    def _new(self, plans: Ints, taken: set[tuple[int, ...]]) -> Ints:
+        """Returns the allowed ones of some plans, each once and none that is taken."""
+        fresh = {key: row for row, plan in enumerate(plans.tolist()) if (key := tuple(plan)) not in taken}
+        found: Ints = plans[list(fresh.values())]
+        found = found[self.problem.allowed(found)]
         return found
 
-    def _best(self, study: Study, done: _Trials, taken: set[tuple[int, ...]], rng: np.random.Generator) -> Ints:
+    def _best(self, study: Study, done: _Trials, taken: set[tuple[int, ...]], rng: np.random.Generator) -> Ints | None:
         problem, features = self.problem, self.problem.features
         sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
         transform, prior = self._fit(done, sign)
@@ -280,38 +355,33 @@ class SurrogateSampler(BaseSampler):
                 gain = gain * ndtr(-excess / np.hypot(spread, bound.noise))
             return gain
 
-        def best_of(plans: Ints) -> Ints:
+        def best_of(plans: Ints) -> Ints | None:
             gain = gains(plans, problem.prices(plans))
-            if not adds_up and problem.exact is not None:
-                plans = plans[np.argsort(-gain, kind="stable")[:_PRICED]]
-                gain = gains(plans, problem.exact_prices(plans))
-            found: Ints = plans[int(gain.argmax())]
-            return found
-
-        def new(plans: Ints) -> Ints:
-            fresh = {key: row for row, plan in enumerate(plans.tolist()) if (key := tuple(plan)) not in taken}
-            found: Ints = plans[list(fresh.values())]
-            found = found[problem.allowed(found)]
+            plans = problem.first_kept(plans[np.argsort(-gain, kind="stable")])
+            if not len(plans) or adds_up or problem.exact is None:
+                return _first(plans)
+            plans = plans[:_PRICED]
+            found: Ints = plans[int(gains(plans, problem.exact_prices(plans)).argmax())]
             return found
 
         if problem.everything is not None:
-            pool = new(problem.everything)
-            return best_of(pool) if len(pool) else self._random(rng, taken)
+            return best_of(self._new(problem.everything, taken))
         shown = _nondominated(targets, done.costs, kept)
-        pool = new(self._large(done, shown, model, rng))
-        if not len(pool):
+        best = best_of(self._new(self._large(done, shown, model, rng), taken))
+        if best is None:
             return self._random(rng, taken)
-        best = best_of(pool)
         # From there on uphill, once: two changes away from a front is not far in a large space.
-        further = new(np.concatenate([steps(best, problem.sizes), swaps(best, problem.sizes, rng), best[None]]))
-        return best_of(further)
+        further = np.concatenate([steps(best, problem.sizes), swaps(best, problem.sizes, rng), best[None]])
+        return best_of(self._new(further, taken))
 
     def _large(self, done: _Trials, shown: Ints, model: Regression, rng: np.random.Generator) -> Ints:
         """Returns candidates of a space that is too large to look at all plans."""
         problem = self.problem
         front = done.plans[shown] if len(shown) else done.plans
         pool = [around(front, problem.sizes, rng)]
-        prices = problem.costs or problem.limits
+        # The sums of costs that do not add up show a direction only.
+        unbounded = [replace(limit, most=np.inf, least=-np.inf) for limit in problem.inexact.values()]
+        prices = problem.costs or problem.limits or unbounded
         if prices:
             price = prices[int(rng.integers(len(prices)))]
             start = front[int(rng.integers(len(front)))]
@@ -325,8 +395,8 @@ class SurrogateSampler(BaseSampler):
     def _front(self, targets: Floats, costs: Floats, worst: float) -> Front:
         problem = self.problem
         most = []
-        for price in problem.costs:
-            high = price.base + sum(float(table.max()) for table in price.tables)
+        for i, (price, high) in enumerate(zip(problem.costs, problem.most.tolist(), strict=True)):
+            high = max(high, float(costs[:, i].max(initial=0.0)))
             low = price.base + sum(float(table.min()) for table in price.tables)
             low = max(low, 1e-3 * high)
             ends = _logs(np.array([[low], [high]]))[:, 0]
@@ -338,7 +408,8 @@ class SurrogateSampler(BaseSampler):
         number = _FIRST
         while (further := math.ceil(number * _GROWTH)) <= len(done.plans):
             number = further
-        if self._fitted is None or self._fitted[0] != number:
+        # A later value may be none of the transform's, such as a loss of 0 after logarithms.
+        if self._fitted is None or self._fitted[0] != number or not self._fitted[1].fits(done.values):
             plans, values = done.plans[:number], done.values[:number]
             found = []
             for transform in TRANSFORMS:
@@ -347,9 +418,15 @@ class SurrogateSampler(BaseSampler):
                     model = Regression(self.problem.features, plans, targets, prior)
                     # The density of the values themselves.
                     found.append((model.evidence + float(transform.log_slope(values).sum()), transform, prior))
+            if not found:  # these tie, later ones do not
+                return PLAIN, Prior()
             _, best, chosen = max(found, key=lambda entry: entry[0])
             self._fitted = number, best, chosen
         return self._fitted[1:]
+
+
+def _first(plans: Ints) -> Ints | None:
+    return np.asarray(plans[0], dtype=np.int64) if len(plans) else None
 
 
 def _plans(problem: Problem, trials: Sequence[FrozenTrial]) -> Ints:
