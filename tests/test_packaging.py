@@ -119,6 +119,7 @@ def test_what_hydra_imports_at_each_start_is_light(module, heavy):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_quantizing_draws_nothing():
     """matplotlib and Pillow are imported where a picture is made (torchmetrics looks for them by itself)."""
     code = """

@@ -39,6 +39,7 @@ def test_the_project_does_not_know_the_library():
             assert not re.search(r"lq|quant", path.read_text()), path
 
 
+@pytest.mark.slow
 def test_the_config_shows_the_callback():
     job = yaml.safe_load(script("train.py", "+lq=qat", "quantization=w4a4", "--cfg", "job"))
     assert job["callbacks"]["lq_qat"]["_target_"] == "lq_plugin.QAT"

@@ -97,6 +97,7 @@ def test_costs_and_constraints_where_the_task_returns_one_number(tmp_path):
             assert trial.values == [metrics["val/acc"], metrics["effective_bits"]]
 
 
+@pytest.mark.slow
 def test_without_the_callback_it_is_refused(tmp_path):
     arguments = [argument for argument in command(tmp_path) if argument not in ("+lq=qat", "~callbacks.lq_monitor")]
     done = subprocess.run(arguments, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)

@@ -30,6 +30,7 @@ def test_plans_leave_out_what_a_runtime_computes_otherwise():
     assert rules["onnx", "openvino"] == ["*"]
 
 
+@pytest.mark.slow
 def test_a_row_is_measured(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(targets, "ROUNDS", 3)

@@ -48,6 +48,7 @@ def test_ptq_with_learned_rounding(example: Load) -> None:
     assert scores["BRECQ"] > scores["nearest"]
 
 
+@pytest.mark.slow
 def test_a_sweep_on_one_machine_goes_on(example: Load, tmp_path: Path) -> None:
     script = example("sweep_one_machine")
     first = script.main(["--output", str(tmp_path), "--trials", "8", "--float-epochs", "2"])

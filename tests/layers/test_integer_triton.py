@@ -266,6 +266,7 @@ def test_a_trial_chooses():
 
 
 @pytest.mark.usefixtures("triton_everywhere")
+@pytest.mark.slow
 def test_a_trainer_trains_as_with_fake_quantization(tmp_path):
     outcomes = []
     for forward in ("fake_quantize", "integer_always"):

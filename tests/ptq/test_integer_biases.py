@@ -77,6 +77,7 @@ def test_what_has_no_integer_sum_is_left_alone():
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_file_reads_the_same_in_every_layer(tmp_path):
     """Without it single outputs round to the next level, and the differences grow from layer to layer."""
     pytest.importorskip("onnxruntime")

@@ -116,6 +116,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path, database: Path) -> None:
         load_report(foreign, "a")
 
 
+@pytest.mark.slow
 def test_the_command(small: ReportData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = small.save(tmp_path / "run" / "report.json")
     assert lq_report([str(path.parent)]) == 0
@@ -134,6 +135,7 @@ def test_the_command(small: ReportData, tmp_path: Path, capsys: pytest.CaptureFi
         lq_report(["a", "b", "c"])
 
 
+@pytest.mark.slow
 def test_pictures_of_every_figure(small: ReportData, tmp_path: Path) -> None:
     study = study_report(large_study(trials=12, layers=4))
     written = write_pictures(ReportData("both", small.model, study.study), tmp_path, max_layers=1)

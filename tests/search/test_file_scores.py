@@ -41,6 +41,7 @@ def check_that_ptq_scores_the_same(model: DigitsCNN, result: Any, folder: Path) 
     assert metrics["val/acc"] == candidate.metric
 
 
+@pytest.mark.slow
 def test_each_plan_of_the_front_has_a_file_and_its_scores(model: DigitsCNN, tmp_path: Path) -> None:
     result = run(model, tmp_path)
     check_that_ptq_scores_the_same(copy.deepcopy(model), result, tmp_path)

@@ -93,6 +93,7 @@ def test_a_stop_leaves_as_itself_with_the_loggers_closed(tmp_path: Path, monkeyp
     assert [len(list(tmp_path.rglob(name))) for name in ("hparams.yaml", "front.csv")] == [1, 2 * (when == "run")]
 
 
+@pytest.mark.slow
 def test_wandb_gets_a_run_for_each_trial_and_one_for_the_study(tmp_path: Path) -> None:
     result = run(
         composed(tmp_path, "search.n_trials=3", "logger=wandb", "+logger.wandb.group=mine", "+logger.wandb.tags=[tag]")

@@ -454,6 +454,7 @@ except KeyboardInterrupt:
     assert done.stdout.endswith("interrupted\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_trial_and_writes_what_there_is(tmp_path: Path) -> None:
     interrupted("Evaluator.evaluate_layers", 3, "signal.SIGINT", 20, tmp_path)
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")

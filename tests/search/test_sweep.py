@@ -95,6 +95,7 @@ def test_job_numbers_are_trial_numbers_and_the_study_goes_on(sweeps):
     assert len(sweeps.trials()) == 6
 
 
+@pytest.mark.slow
 def test_failures_are_recorded_and_the_sweep_goes_on(sweeps):
     def task(cfg: dict[str, str]) -> Any:
         return {
