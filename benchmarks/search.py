@@ -27,16 +27,16 @@ from typing import Any
 
 import optuna
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningDataModule, Trainer
 from optuna.samplers import NSGAIISampler, TPESampler
 from optuna.trial import TrialState
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks import common
 from benchmarks.search_fronts import METHODS as FRONT_METHODS, deep, enumerated
+from benchmarks.search_nets import Classifier
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
 from lq_plugin.search import Evaluator, search
@@ -60,24 +60,6 @@ BUDGETS = (4.0, 3.5, 3.0)
 REFERENCE = (0.1, 8.2)
 METHODS = ("ours", "fixed", "tpe", "nsga2")
 CPU = partial(Trainer, accelerator="cpu", devices=1)
-
-
-class Classifier(LightningModule):
-    """Validates a network by its accuracy."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.accuracy = net, MulticlassAccuracy(10, average="micro")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.accuracy(self(batch[0]), batch[1])
-        self.log("val/acc", self.accuracy, on_epoch=True, on_step=False)
 
 
 class Images(LightningDataModule):

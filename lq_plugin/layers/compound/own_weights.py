@@ -37,6 +37,12 @@ class UnseenExpertsError(QuantizationError):
     """Which expert of a stack multiplies what cannot be told from the calls of its module's code."""
 
 
+def _is_matrix(module: nn.Module, name: str) -> bool:
+    """Returns whether an attribute is a parameter of floats, a matrix or a stack of them."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.dim() in _DIMS and parameter.is_floating_point()
+
+
 def _exports() -> bool:
     """Returns whether torch.export runs the model (torch 2.6 does not tell)."""
     ask = getattr(torch.compiler, "is_exporting", None)
@@ -132,13 +138,8 @@ class OwnWeights(QuantizedCompound):
     @staticmethod
     def weights(module: nn.Module) -> list[CompoundWeight]:
         kind = getattr(type(module), "float_class", type(module))
-        return [
-            OwnWeight(module, name, inputs_first)
-            for name, inputs_first in products_in_code(kind).items()
-            if (parameter := module._parameters.get(name)) is not None
-            and parameter.dim() in _DIMS
-            and parameter.is_floating_point()
-        ]
+        found = products_in_code(kind).items()
+        return [OwnWeight(module, name, inputs_first) for name, inputs_first in found if _is_matrix(module, name)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = self._parts()
@@ -157,10 +158,10 @@ class OwnWeights(QuantizedCompound):
                 )
                 held.append(key)
             if not torch.compiler.is_compiling():  # a recording sees what reads the others
-                for weight in OwnWeights.weights(self):
-                    if weight.key not in parts:
-                        self.__dict__[weight.key] = WeightInUse.of(weight.weight, weight.key, unchanged)
-                        held.append(weight.key)
+                for key in products_in_code(type(self).float_class):
+                    if key not in parts and _is_matrix(self, key):
+                        self.__dict__[key] = WeightInUse.of(cast(Tensor, self._parameters[key]), key, unchanged)
+                        held.append(key)
             return type(self).float_class.forward(self, *args, **kwargs)
         finally:
             for key in held:

@@ -52,8 +52,10 @@ class Unrotated:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Returns whether recordings for rotations do not look into a module: norms of transformers have classes of their
-    own, whose forward is arithmetic."""
+    """Returns whether recordings for rotations do not look into a module.
+
+    Norms of transformers have classes of their own, whose forward is arithmetic.
+    """
     return default_is_leaf(module) or is_norm(module)
 
 
