@@ -1,5 +1,5 @@
-"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours against plain TPE, NSGA-II, greedy and uniform
-plans; and of small networks whose true front is known.
+"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours, with its default sampler and with the
+surrogate, against plain TPE, NSGA-II, greedy and uniform plans; and of small networks whose true front is known.
 
     python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
     python -m benchmarks.search --space affine --methods ours fixed --json out.json  # weights may have zero points
@@ -39,7 +39,7 @@ from benchmarks.search_fronts import METHODS as FRONT_METHODS, deep, enumerated
 from benchmarks.search_nets import Classifier
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
-from lq_plugin.search import Evaluator, search
+from lq_plugin.search import Evaluator, SurrogateSampler, search
 from lq_plugin.search.sensitivity.measure import measure_sensitivity
 from lq_plugin.search.shared.interrupt import stop_on_signal
 from lq_plugin.search.study.seeds import greedy_path, unit_costs
@@ -58,7 +58,7 @@ BITS = "quantizable_effective_bits"
 CALIBRATION, IMAGES = 1024, 2000
 BUDGETS = (4.0, 3.5, 3.0)
 REFERENCE = (0.1, 8.2)
-METHODS = ("ours", "fixed", "tpe", "nsga2")
+METHODS = ("ours", "surrogate", "fixed", "tpe", "nsga2")
 CPU = partial(Trainer, accelerator="cpu", devices=1)
 
 
@@ -132,9 +132,11 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        if "ours" in options.methods:
-            with tempfile.TemporaryDirectory() as folder:
-                self.method("ours", options.trials, storage=f"sqlite:///{folder}/study.db")
+        ours: dict[str, dict[str, Any]] = {"ours": {}, "surrogate": {"sampler": SurrogateSampler}}
+        for name, given in ours.items():
+            if name in options.methods:
+                with tempfile.TemporaryDirectory() as folder:
+                    self.method(name, options.trials, storage=f"sqlite:///{folder}/study.db", **given)
         if "fixed" in options.methods:
             self.fixed_plans()
         if self.plans:
@@ -214,7 +216,7 @@ class Comparison:
             evaluator.calibrate(self.space)
             for budget in BUDGETS:
                 row: dict[str, Any] = {}
-                for name in ("ours", "uniform", "greedy"):
+                for name in ("ours", "surrogate", "uniform", "greedy"):
                     plan = best_plan(self.plans.get(name, []), budget)
                     if plan is not None:
                         evaluator.apply(evaluator.layer_plans(plan))
@@ -312,7 +314,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})"
     )
-    parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours (default: 200)")
+    parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours and the surrogate (default: 200)")
     parser.add_argument(
         "--trials-plain",
         type=int,

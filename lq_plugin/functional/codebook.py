@@ -47,7 +47,7 @@ ITERATIONS = 100
 #: Summary points of a row that `exact` solves for; a row with no more distinct weights is solved as it is.
 MAX_POINTS = 4096
 #: Values of a long row that have one sum.
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 def codebook_kmeans(

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lq_plugin.functional.pieces import AT_A_TIME
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -45,13 +47,20 @@ def exact_centroids(ordered: Tensor, levels: int, max_points: int = 4096) -> tup
     results, optimal = [], True
     for row in ordered.cpu().numpy():
         # No copy of a long row in float64: eight bytes a weight, and as many again to find what is distinct.
-        if 1 + np.count_nonzero(row[1:] != row[:-1]) > max_points:
+        if _distinct(row) > max_points:
             points, counts, optimal = *summary(row, max_points), False
         else:
             points, counts = np.unique(row.astype(np.float64), return_counts=True)
         found = weighted_kmeans(points, counts, min(levels, len(points)))
         results.append(np.pad(found, (0, levels - len(found)), mode="edge"))
     return torch.from_numpy(np.stack(results)).float().to(ordered.device), optimal
+
+
+def _distinct(ordered: NDArray[np.floating[Any]]) -> int:
+    """Returns the number of distinct values of an ascending row, a piece at a time."""
+    starts = range(0, len(ordered) - 1, AT_A_TIME)
+    pieces = (ordered[start : start + AT_A_TIME + 1] for start in starts)
+    return 1 + sum(int(np.count_nonzero(piece[1:] != piece[:-1])) for piece in pieces)
 
 
 def summary(ordered: NDArray[np.floating[Any]], max_points: int) -> tuple[Floats, Ints]:
