@@ -236,6 +236,17 @@ def test_the_step_table_is_that_of_the_benchmark() -> None:
             assert numbers(cell) == ([] if ratio is None else [round(ratio, 2)]), (name, model)
 
 
+def test_the_table_under_autocast_is_that_of_the_benchmark() -> None:
+    measured = {(r["model"], r["setting"], r["implementation"]): r for r in result("qat_step_bf16")["results"]}
+    rows = table("### Under bf16 autocast")[1:]
+    assert len(rows) == 8
+    for setting, name, *cells in rows:
+        for model, cell in zip(("r20", "r18", "encoder"), cells, strict=True):
+            row = measured.get((model, setting, STEPS.get(name, name)), {})
+            said = [] if row.get("ratio") is None else [round(row["ratio"], 2), round(row["saved_mb"])]
+            assert numbers(cell) == said, (setting, name, model)
+
+
 def test_the_table_of_exported_models_is_that_of_the_benchmark() -> None:
     measured = {(r["case"], r["runtime"], r["setting"]): r["over_best_float"] for r in result("deploy")["results"]}
     columns = [
