@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,11 +27,13 @@ from lq_plugin.export.request import Request
 from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.layers import CONTAINER, QuantizedLayer, weight_key
 from lq_plugin.model.calibrate import evaluating
+from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.operations.quantized import operations_in, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.prepare import prepare, quantized_layers, remove
+from lq_plugin.model.raw_reads import noting_raw_reads
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import WeightQuantizer
 from lq_plugin.utilities.files import replacing
@@ -38,7 +41,7 @@ from lq_plugin.utilities.files import replacing
 log = logging.getLogger(__name__)
 
 
-def save_packed(model: nn.Module, path: str | Path) -> int:
+def save_packed(model: nn.Module, path: str | Path, inputs: Sequence[Any] | None = None) -> int:
     """Writes a prepared and calibrated model to a packed file.
 
     Args:
@@ -46,6 +49,9 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
             model's own code reads a weight past its layer (`F.linear(x, self.embedding.weight)`), the file holds its
             float values as well, which a warning says.
         path: of the file, usually `.safetensors`.
+        inputs: positional arguments of its forward, as an example. The model runs on them, so that a weight is also
+            found to be read past its layer by a name made at run time, out of a list, or by compiled code; `calibrate`
+            has looked at its first batch in the same way.
 
     Returns:
         The size of the file, in bytes.
@@ -69,6 +75,9 @@ def save_packed(model: nn.Module, path: str | Path) -> int:
     raise_all(
         ExportError, "cannot pack the model", shared_faults(Request(path=Path(path), model=model, settled="ranges"))
     )
+    if inputs is not None:
+        with torch.no_grad(), evaluating(model), without_compile(), noting_raw_reads(model):
+            model(*inputs)
     layers = quantized_layers(model)
     silent = unreached(model)
     plans = {name: layer.layer_plan for name, layer in layers if name not in silent}

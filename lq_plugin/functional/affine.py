@@ -5,7 +5,9 @@ Shapes: `scale` and `zero_point` broadcast against `x` (`[]`, `[C, 1, 1, 1]`, `[
 so that results agree with them bit for bit.
 
 Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv 1712.05877); Krishnamoorthi (arXiv 1806.08342).
+Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv 1712.05877), eqs. 1 and 12; Krishnamoorthi, "Quantizing deep
+convolutional networks for efficient inference" (arXiv 1806.08342), section 2.2 for grids without a zero point and
+section 2.4 for the gradient.
 """
 
 from __future__ import annotations

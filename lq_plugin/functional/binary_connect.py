@@ -8,7 +8,7 @@ Backward (both):    ∂b/∂x = 1 where |x| ≤ 1, else 0             (BNN's har
 BinaryConnect passes the gradient on everywhere (`sign identity`) and keeps its weights in [-1, 1] by clipping them
 after each update; inside that interval the two agree. `sign:t` has the deterministic threshold t in place of 0.
 
-Reference: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015 (arXiv 1511.00363), section 2;
+Reference: Courbariaux, Bengio, David, "BinaryConnect", NIPS 2015 (arXiv 1511.00363), eqs. 1-3;
 Hubara et al., "Binarized Neural Networks", NIPS 2016 (arXiv 1602.02830), eqs. 1-4.
 """
 

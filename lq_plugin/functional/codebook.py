@@ -24,8 +24,8 @@ same.
 
 n weights take n · b bits and 32 · k for the codebook.
 
-Reference: Han, Mao, Dally, "Deep Compression", ICLR 2016 (arXiv 1510.00149), section 3; it finds `linear` best for
-accuracy after fine-tuning. Arthur, Vassilvitskii, "k-means++", SODA 2007.
+Reference: Han, Mao, Dally, "Deep Compression", ICLR 2016 (arXiv 1510.00149), section 3, eqs. 2 and 3; it finds
+`linear` best for accuracy after fine-tuning. Arthur, Vassilvitskii, "k-means++", SODA 2007.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ What is inside is the `band`: `paper` is Q_n - z < v / s < Q_p - z (eqs. 3 and 5
 not leave the grid of, half a step more on both sides, as in torch's `_fake_quantize_learnable_per_tensor_affine`.
 
 Reference: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153), eqs. 1-3 and 5;
-the learned zero point follows LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576).
+the learned zero point follows LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576), section 3.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Rounding is half to even. Values beyond the largest one saturate, infinities too
 E4M3 is the variant without infinities ("fn"). INT8 is the 8-bit integer over 64: -127..127 by steps of 2^-6 are the
 values of a float with one exponent bit. Its code -128 is not used.
 
-Reference: Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv 2209.05433); Open Compute Project, "Microscaling
-Formats (MX) Specification" v1.0, 2023, section 5.3.
+Reference: Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv 2209.05433), section 3; Open Compute Project,
+"Microscaling Formats (MX) Specification" v1.0, 2023, section 5.3.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ round up to infinity.
 MXINT8 does not use -128 (-2.0), so that its levels are symmetric.
 
 Reference: Open Compute Project, "Microscaling Formats (MX) Specification" v1.0, 2023, sections 5 and 6.3;
-Rouhani et al., "Microscaling Data Formats for Deep Learning" (arXiv 2310.10537).
+Rouhani et al., "Microscaling Data Formats for Deep Learning" (arXiv 2310.10537), algorithm 1.
 """
 
 from __future__ import annotations

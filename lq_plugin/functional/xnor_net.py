@@ -12,7 +12,7 @@ Backward, two choices (g = ∂C/∂W̃):
 Inputs: I ∗ W ≈ (sign(I) ∗ sign(W)) ⊙ K·α, where K holds, for each output pixel, the mean magnitude of the window
 it sees: K = A ∗ box / (w·h), A = mean over channels of |I| (eq. 11). The authors' released code leaves K out.
 
-Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279).
+Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), eqs. 5 and 6 for α.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ class QuantizedLayer(nn.Module):
     _shared_input: SharedInput | None = None
     #: Whether a stage of its input has a format that scales the output.
     _scales_output: bool = False
+    #: The operation that was seen to read its weight past it, see `lq_plugin.model.raw_reads`.
+    read_past_by: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -279,6 +281,7 @@ def detach_quantizers(layer: QuantizedLayer) -> None:
     layer.__dict__.pop("_shared_input", None)
     layer.__dict__.pop("_scales_output", None)
     layer.__dict__.pop("_left_out", None)
+    layer.__dict__.pop("read_past_by", None)
     cast(nn.Module, layer).__class__ = _float_class(layer)
 
 

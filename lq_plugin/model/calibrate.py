@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lq_plugin.functional.grouping import blocks
 from lq_plugin.layers import weight_of
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.raw_reads import noting_raw_reads
 from lq_plugin.model.unreached import settle, unreached
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from lq_plugin.ranges import Histogram, Sample
@@ -93,7 +94,8 @@ def collect_statistics(
             # A compiled model would be compiled anew, in pieces, for the collectors.
             with without_compile():
                 for batch in batches:
-                    (run or model)(batch)
+                    with nullcontext() if count else noting_raw_reads(model):
+                        (run or model)(batch)
                     count += 1
             statistics = {q.name: q.collector for q in watched if q.collector is not None}
         finally:

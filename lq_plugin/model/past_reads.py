@@ -2,8 +2,8 @@
 
 Found in the code of the model without running it, so that a file can hold what the model computes with. What such code
 only asks of a weight, its dtype, device or shape, is no read of its values. Where the code does not say of which layer
-a weight is (`layers[i].weight`), it may be any one below. Not seen: names made at run time (`getattr(layer, name)`),
-and what compiled extensions do.
+a weight is (`layers[i].weight`), it may be any one below. Names made at run time (`getattr(layer, name)`), weights kept
+in lists and compiled code do not show there: `raw_reads` sees them while the model runs on a batch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ _LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.", "lq_plugin.")
 
 
 def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
-    """Keys (in the state dict) of quantized weights that the model's code reads past their layers, and where.
+    """Returns keys (in the state dict) of quantized weights that are read past their layers, and where.
+
+    Those that the model's code reads, and those that `raw_reads` has seen an operation read.
 
     >>> import lq_plugin
     >>> __name__ = "my_project"  # the code of libraries is not looked at
@@ -58,11 +60,14 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
     {'encoder.weight': 'Tied.forward'}
     """
     owners: dict[tuple[int, str], str] = {}
+    noted: dict[str, str] = {}
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
             key = weight_key(name, layer)
             holding, _, attribute = key.rpartition(".")
             owners[id(model.get_submodule(holding)), attribute] = key
+            if layer.read_past_by is not None:
+                noted[key] = layer.read_past_by
     attributes = {attribute for _, attribute in owners}
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -81,7 +86,7 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
                         holder == id(owner) if path is not None else holder in below and holder != id(module)
                     ):
                         found.setdefault(key, f"{type(module).__name__}.{function.__name__}")
-    return found
+    return noted | found
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:

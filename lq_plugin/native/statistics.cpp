@@ -21,6 +21,8 @@ constexpr int HALVES = 1 << 16, SIGN = 1 << 15;
 constexpr int64_t MOST = int64_t{1} << 30;
 // Numbers of kept bins that are computed first, to have a divergence that others can be dropped against.
 constexpr int64_t SCOUTS = 16;
+// Levels that are summed up before their sum is compared with the least one.
+constexpr int64_t UNCHECKED = 8;
 
 inline double x_log_x(double x) { return x > 0.0 ? x * std::log(x) : 0.0; }
 
@@ -54,18 +56,27 @@ struct Divergence {
         return x_log_x(last + outliers) - x_log_x(last) - outliers * std::log(level) - total * std::log(total / inside);
     }
 
-    // Sum of both parts, or infinity as soon as it is above `most`: no level makes it smaller.
-    double at(int64_t kept, double clipping, double most) const {
+    // What spreading the mass of one level evenly over its bins costs; never below 0.
+    double of_level(int64_t begin, int64_t end) const {
+        const double mass = cumulated[end] - cumulated[begin];
+        return mass > 0.0 ? entropy[end] - entropy[begin] - mass * std::log(mean(begin, end)) : 0.0;
+    }
+
+    // Sum of both parts, or infinity as soon as it is above `most`: no level makes it smaller. `cost(longer, begin, end)`: of one level.
+    template <class Cost>
+    double at(int64_t kept, double clipping, double most, Cost cost) const {
         const int64_t whole = kept / levels, rest = kept % levels;
         double sum = clipping;
         // Bin j belongs to level floor(j * levels / kept): the next one begins at the first bin that is not below its edge.
-        for (int64_t begin = 0, carry = 0, level = 0; level < levels; ++level) {
-            int64_t end = begin + whole;
-            if ((carry += rest) > 0) carry -= levels, ++end;
-            const double mass = cumulated[end] - cumulated[begin];
-            if (mass > 0.0) sum += entropy[end] - entropy[begin] - mass * std::log(mean(begin, end));
+        for (int64_t begin = 0, carry = 0, level = 0; level < levels;) {
+            for (const int64_t stop = std::min(level + UNCHECKED, levels); level < stop; ++level) {
+                carry += rest;
+                const int64_t longer = carry > 0, end = begin + whole + longer;
+                carry -= longer * levels;
+                sum += cost(longer, begin, end);
+                begin = end;
+            }
             if (sum > most) return INFINITE;
-            begin = end;
         }
         return sum;
     }
@@ -77,11 +88,32 @@ struct Divergence {
         for (int64_t kept = first; kept <= bins; ++kept) value[kept - first] = of_clipping(kept);
         const double tie = TIE * total;
         double least = INFINITE;
+        const auto computed = [this](int64_t, int64_t begin, int64_t end) { return of_level(begin, end); };
         const int64_t step = std::max<int64_t>((bins - first) / SCOUTS, 1);
-        for (int64_t kept = bins; kept >= first; kept -= step) least = std::min(least, at(kept, value[kept - first], least));
+        for (int64_t kept = bins; kept >= first; kept -= step)
+            least = std::min(least, at(kept, value[kept - first], least, computed));
+        // Levels have one of two lengths, the same ones for as many numbers of bins as there are levels: with many levels it takes less
+        // to compute all of a length, wherever they begin, than each as it comes.
+        const bool tables = (bins / levels + 2) * bins < (bins - first) * levels;
+        std::vector<double> costs(tables ? 2 * bins : 0);
+        int64_t length = -1;
+        const auto looked_up = [&costs, this](int64_t longer, int64_t begin, int64_t) { return costs[longer * bins + begin]; };
         for (int64_t kept = bins; kept >= first; --kept) {
             double& found = value[kept - first];
-            found = at(kept, found, least + tie);
+            const double most = least + tie;
+            if (found > most) {
+                found = INFINITE;
+                continue;
+            }
+            if (tables && kept / levels != length) {
+                const bool next = length == kept / levels + 1;  // its shorter levels are the longer ones now
+                if (next) std::copy_n(costs.begin(), bins, costs.begin() + bins);
+                length = kept / levels;
+                for (int64_t longer = 0; longer < (next ? 1 : 2); ++longer)
+                    for (int64_t begin = 0; begin + length + longer <= kept; ++begin)
+                        costs[longer * bins + begin] = of_level(begin, begin + length + longer);
+            }
+            found = tables ? at(kept, found, most, looked_up) : at(kept, found, most, computed);
             least = std::min(least, found);
         }
         int64_t kept = bins;
@@ -91,17 +123,27 @@ struct Divergence {
 };
 
 // How many of x: [n] have each upper half of their bits.
-template <int TABLES_USED>
 std::vector<uint32_t> counted(const float* x, int64_t n) {
-    std::vector<uint32_t> tables(TABLES_USED * HALVES);
-    for (int64_t i = 0; i < n; i += TABLES_USED) {
-        uint32_t bits[TABLES_USED];
-        const int used = static_cast<int>(std::min<int64_t>(TABLES_USED, n - i));
-        std::memcpy(bits, x + i, sizeof(float) * used);
-        for (int table = 0; table < used; ++table) ++tables[table * HALVES + (bits[table] >> 16)];
+    // Few numbers are not worth several tables.
+    const int64_t whole = n < HALVES ? 0 : n - n % TABLES;
+    std::vector<uint32_t> tables((whole ? TABLES : 1) * HALVES);
+    for (int64_t i = 0; i < whole; i += TABLES) {
+        uint64_t pairs[TABLES / 2];
+        std::memcpy(pairs, x + i, sizeof pairs);
+        for (int pair = 0; pair < TABLES / 2; ++pair) {
+            // The order of two numbers in a pair does not matter: both halves are upper ones of either byte order.
+            ++tables[(2 * pair) * HALVES + (pairs[pair] >> 48)];
+            ++tables[(2 * pair + 1) * HALVES + (pairs[pair] >> 16 & (HALVES - 1))];
+        }
     }
-    for (int table = 1; table < TABLES_USED; ++table)
-        for (int half = 0; half < HALVES; ++half) tables[half] += tables[table * HALVES + half];
+    for (int64_t i = whole; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        ++tables[bits >> 16];
+    }
+    if (whole)
+        for (int half = 0; half < HALVES; ++half)
+            for (int table = 1; table < TABLES; ++table) tables[half] += tables[table * HALVES + half];
     return tables;
 }
 
@@ -121,7 +163,7 @@ int64_t lq_count_bins(const float* x, int64_t n, int64_t* counts, int64_t bins, 
     int64_t zeros = 0;
     for (int64_t first = 0; first < n; first += MOST) {
         const int64_t size = std::min(MOST, n - first);
-        const std::vector<uint32_t> halves = size < HALVES ? counted<1>(x + first, size) : counted<TABLES>(x + first, size);
+        const std::vector<uint32_t> halves = counted(x + first, size);
         zeros += halves[0] + halves[SIGN];
         for (int64_t half = 1; half < SIGN; ++half) {
             const int64_t bin = std::min(std::max<int64_t>(half - lowest, 0), bins - 1);

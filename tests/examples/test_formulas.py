@@ -56,6 +56,27 @@ def test_a_row_is_true(row: list[str]) -> None:
         assert number in text, f"{path} does not name {number}"
     if "GTC" in source:
         assert "GTC 2017" in text
+    for place in places(source):  # in the paper
+        assert place in places(inspect.getsource(module)), f"{path} does not name {place[0]} {place[1]}"
+
+
+def places(text: str) -> set[tuple[str, str]]:
+    """Equations, sections and algorithms that a text names, each as kind and number; "eqs. 1-3 and 5" are four."""
+    kinds = {"eq": "equation", "equation": "equation", "section": "section", "algorithm": "algorithm"}
+    several = r"\d+(?:\.\d+)*(?:(?:-| and |, )\d+(?:\.\d+)*)*"
+    found = set()
+    for kind, numbers in re.findall(rf"\b(eq|equation|section|algorithm)s?\.? ({several})", text):
+        for first, last in re.findall(r"(\d+(?:\.\d+)*)(?:-(\d+))?", numbers):
+            whole = [str(number) for number in range(int(first), int(last) + 1)] if last else [first]
+            found |= {(kinds[kind], number) for number in whole}
+    return found
+
+
+def test_places_are_read() -> None:
+    assert places("eqs. 1-3 and 5, section 2.1; (eq. 6)") == {
+        *(("equation", number) for number in "12356"),
+        ("section", "2.1"),
+    }
 
 
 @pytest.mark.parametrize("plan", sorted({match[1] for row in ROWS if (match := re.fullmatch(r"`(.+)`", row[0]))}))

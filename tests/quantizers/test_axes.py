@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lq_plugin import PlanError, QuantizationError, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
 from lq_plugin.model import quantizers
+from lq_plugin.model.graph.record import record
 
 
 def case(kind: str, batched: bool) -> tuple[nn.Module, Tensor, int]:
@@ -102,3 +103,71 @@ def test_a_packed_file_says_what_axis_it_keeps(tmp_path: Path) -> None:
     for shape in ((5, 6), (3, 6, 5)):
         with pytest.raises(QuantizationError, match=r"0\.input.*6 channels on axis 2, got a tensor of shape \["):
             loaded(torch.randn(shape))
+
+
+@pytest.mark.parametrize("axis", [1, 2, 7, -3, -4])
+@pytest.mark.parametrize("spec", ["int8", "uint8 affine ema", "int4 lsq", "int8 mse"])
+def test_an_output_keeps_its_channel_axis_or_is_refused(axis: int, spec: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 10)), torch.randn(4, 6)
+
+    def run() -> Tensor:
+        prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", output=f"{spec} per_channel:{axis}")]))
+        calibrate(net, [x])
+        return net(x)
+
+    if axis == 1:
+        assert run().shape == (4, 10)
+        return
+    with pytest.raises(QuantizationError, match=f"axis {axis}"):
+        run()
+
+
+class Products(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+
+@pytest.mark.parametrize("spec", ["int8 per_channel:7", "uint8 affine per_channel:-9", "int8 per_channel:2"])
+def test_an_operand_s_axis_that_is_not_there_is_refused(spec: str) -> None:
+    """Products of two activations: the layer is an operation, found in a recorded batch."""
+    net, x, y = Products(), torch.randn(4, 6), torch.randn(6, 5)
+    recording = record(net, lambda: net(x, y))
+
+    def run() -> None:
+        prepare(net, QuantPlan([Rule("matmul_0", input=spec)]), recording)
+        calibrate(net, [(x, y)], run=lambda batch: net(*batch))
+        net(x, y)
+
+    with pytest.raises(QuantizationError, match=r"per_channel|axis"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("int8 dynamic", "uint8 affine per_token dynamic", "int8 group4 dynamic", "int8 group4:8", "mx6", "mxfp8"),
+        *("nvfp4", "fp8", "fp8 group4 dynamic", "sign"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 4, 8), (1, 2, 3, 8), (0, 8)])
+def test_inputs_have_any_number_of_dims(spec: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 3)), torch.randn(shape)
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input=spec)]))
+    calibrate(net, [torch.randn(4, 8)])
+    y = net(x)
+    assert y.shape == (*shape[:-1], 3)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(1, (8,)), (2, (4, 8)), (1, (4, 8, 8)), (0, (4, 8))])
+def test_a_dynamic_axis_that_is_not_there_is_refused(axis: int, shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(8, 3))
+    prepare(net, QuantPlan([Rule("*", weight="int8 per_channel", input=f"int8 per_channel:{axis} dynamic")]))
+    calibrate(net, [])
+    if axis == 1 and len(shape) == 3:
+        assert net(torch.randn(shape)).shape == (4, 8, 3)  # of another axis with as many elements, as it is written
+        return
+    with pytest.raises(QuantizationError, match=f"axis {axis}"):
+        net(torch.randn(shape))

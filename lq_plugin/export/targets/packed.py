@@ -23,7 +23,7 @@ class Packed(Target):
         from lq_plugin.export.packed import save_packed
 
         assert request.path is not None
-        return save_packed(request.model, request.path)
+        return save_packed(request.model, request.path, request.inputs)
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.packed import load_packed

@@ -16,7 +16,7 @@ exactly Laplace (24 dB where 35 are possible at 8 bits), and the authors' code t
 thresholds on the data and takes the one with the smaller error.
 
 Reference: Banner, Nahshan, Soudry, "Post training 4-bit quantization of convolutional networks for
-rapid-deployment", NeurIPS 2019 (arXiv 1810.05723).
+rapid-deployment", NeurIPS 2019 (arXiv 1810.05723), eq. 6.
 """
 
 from __future__ import annotations

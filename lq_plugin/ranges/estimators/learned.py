@@ -1,7 +1,7 @@
 """`lsq` and `pact`: the start of learned ranges.
 
-References: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153); Bhalgat et
-al., "LSQ+", CVPRW 2020 (arXiv 2004.09576); Choi et al., "PACT", 2018 (arXiv 1805.06085).
+References: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153), section 2.1; Bhalgat et
+al., "LSQ+", CVPRW 2020 (arXiv 2004.09576); Choi et al., "PACT", 2018 (arXiv 1805.06085), section 3.
 """
 
 from __future__ import annotations

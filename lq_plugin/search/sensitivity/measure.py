@@ -12,7 +12,8 @@ tensors at once (`learned_step`)::
                  (arXiv 2210.08502)
     first_order  E[(gᵀΔW)²], the mean squared error of the loss by its first-order expansion, which adds up over layers
                  where their errors are uncorrelated: Markovich-Golan et al., 2025 (arXiv 2505.13060)
-    hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852)
+    hessian      Tr(H) / n · ‖ΔW‖² by Hutchinson's estimator: HAWQ-V2, Dong et al., NeurIPS 2020 (arXiv 1911.03852),
+                 eq. 10
     learned_step the step size that a quantizer learns: LIMPQ, Tang et al., ECCV 2022 (arXiv 2203.08368)
 
 z are logits, g is a sample's gradient. All are estimates of one kind: larger is worse, and the harm of a plan is taken
