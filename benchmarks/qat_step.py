@@ -42,7 +42,7 @@ from benchmarks import common
 from benchmarks.earlier import StepOf, tree_of
 from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import CLOCKS, MODELS, PRECISIONS, Step, float_step, in_precision
-from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, PEERS, Unavailable
+from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, PEERS, TOLD, Unavailable
 
 SETTINGS = ("W8A8", "W4A8", "W4A4", "LSQ")
 #: Also: on processors without VNNI instructions, 7 bits are what an integer forward pass can take.
@@ -89,10 +89,9 @@ def started(name: str, model: str, setting: str, options: argparse.Namespace) ->
         Unavailable: it has no such setting; or, of other libraries, with the error that it raises in this precision.
     """
     make, precision = IMPLEMENTATIONS[name], options.precision
-    if name in PEERS:
-        step = make(model, setting, options.device, precision)
-    else:
-        step = in_precision(make(model, setting, options.device), precision)
+    step = make(model, setting, options.device, *([precision] if name in TOLD else []))
+    if name not in PEERS:
+        step = in_precision(step, precision)
     try:
         step.seconds(options.clock)
     except Exception as error:

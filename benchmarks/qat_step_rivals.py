@@ -93,8 +93,8 @@ def native(name: str, setting: str, device: str) -> Step:
     return step
 
 
-def integer(name: str, setting: str, device: str) -> Step:
-    """Integer products in the forward pass, as the callback sets them up."""
+def integer(name: str, setting: str, device: str, precision: str = "32-true") -> Step:
+    """Integer products in the forward pass, as the callback sets them up: layers are tried in this precision."""
     from lightning import LightningModule, Trainer
 
     class Module(LightningModule):
@@ -112,12 +112,15 @@ def integer(name: str, setting: str, device: str) -> Step:
             return torch.optim.SGD(self.net.parameters(), 0.0)
 
     model, batch = load(name, device)
+    if precision == "bf16-true":
+        batch = batch[0].to(torch.bfloat16), batch[1]
     accelerator = "gpu" if device.startswith("cuda") else "cpu"
     options: Any = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "precision": precision,
     }
     callback = QAT(
         plan_of(setting), forward="integer", calibration_step=lambda module, data: module.net(module.data[0])
@@ -295,6 +298,8 @@ def _quiet() -> Any:
 
 #: Those that run in a process of their own, in a precision that they are told.
 PEERS = ("brevitas collecting", "brevitas learned")
+#: Those that are told the precision.
+TOLD = (*PEERS, "lq integer")
 IMPLEMENTATIONS: dict[str, Callable[..., Step | PeerStep]] = {
     "lq pure": pure,
     "lq native": native,

@@ -23,7 +23,7 @@ class Peer:
     Attributes:
         requirements: what pip installs beside torch and `SHARED`.
         rounding: name of its rows.
-        default_iterations: what it does a layer unless told otherwise, below 8 bits.
+        default_iterations: what it does a layer unless told otherwise, below 8 bits; 0: it is no peer of accuracies.
         range: how it finds the ranges of weights.
         input_range: how it finds those of activations.
     """
@@ -37,6 +37,7 @@ class Peer:
 
 PEERS = {
     "aimet": Peer(("aimet-torch==2.42.0", "torchvision"), "aimet adaround", 15_000, "tf_enhanced", "tf_enhanced"),
+    "llmcompressor": Peer(("llmcompressor==0.14.0.1", "rich"), "llm-compressor gptq", 0, "minmax", "none"),
     "brevitas": Peer(
         ("brevitas==0.13.4", "accelerate", "tqdm"), "brevitas learned round", 1_000, "max", "percentile_99.999"
     ),

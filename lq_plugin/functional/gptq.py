@@ -19,12 +19,15 @@ Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native.gptq import GPTQKernels, gptq_kernels
 
 
 @torch.no_grad()
@@ -88,6 +91,37 @@ def gptq_round(
     Raises:
         CalibrationError: NaN or Inf, or a Hessian that is not positive definite, dampened as asked.
     """
+    options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
+    return gptq_round_measured(weight, hessian, levels, **options)[0]
+
+
+@torch.no_grad()
+def gptq_round_measured(
+    weight: Tensor,
+    hessian: Tensor,
+    levels: FixedLevels,
+    *,
+    dampening: float = 0.01,
+    act_order: bool = True,
+    block_columns: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `gptq_round` gives, and the `output_errors` of it, which the solver knows.
+
+    With D = W - Ŵ and the errors e of the columns, D = e U, so that D (H + λ I) Dᵀ = e U (UᵀU)⁻¹ Uᵀ eᵀ = e eᵀ.
+
+    Args:
+        weight, hessian, levels, dampening, act_order, block_columns: see `gptq_round`.
+
+    Raises:
+        CalibrationError: see `gptq_round`.
+
+    >>> weight, inputs = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 1.0], [1.0, 0.9]])
+    >>> hessian = 2.0 * inputs.T @ inputs
+    >>> levels = IntegerLevels(torch.tensor(1.0), torch.tensor(0.0), False, IntegerGrid(-2, 1))
+    >>> rounded, errors = gptq_round_measured(weight, hessian, levels)
+    >>> torch.allclose(errors, output_errors(weight - rounded, hessian))
+    True
+    """
     if not bool(hessian.isfinite().all() & weight.isfinite().all()):
         raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
     shape = weight.shape
@@ -101,10 +135,17 @@ def gptq_round(
         order = damped.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         damped = damped.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
         w, levels = w.take_along_dim(order.unsqueeze(-1), -2), _in_order(levels, order)
-    done = _solve(w.clone(), inverse_factor(damped, dampening), levels, block_columns)
+    added = damped.diagonal(dim1=-2, dim2=-1).clone()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
+    added -= diagonal if order is None else diagonal.take_along_dim(order, -1)
+    factor = inverse_factor(damped, dampening)
+    del damped
+    done, errors = _solve(w.clone(), factor, levels, block_columns)
+    # What was added to the diagonal is no error.
+    errors -= (w.sub_(done).square_() * added.unsqueeze(-1)).sum(-2)
     if order is not None:
         done = done.take_along_dim(order.argsort(dim=-1).unsqueeze(-1), -2)
-    return done.mT.contiguous()
+    return done.mT.contiguous(), errors.clamp_(min=0.0)
 
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -174,18 +215,45 @@ def _column(levels: FixedLevels, j: int) -> FixedLevels:
     return levels.mapped(lambda t: t[..., j, :])
 
 
-def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -> Tensor:
-    """Returns quantized columns, float32; all but the factor are `[..., columns, rows]`. Overwrites `w`."""
+def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -> tuple[Tensor, Tensor]:
+    """Returns quantized columns, float32, and the sums of squared errors of each row, float64 `[..., rows]`.
+
+    All but the factor are `[..., columns, rows]`; `w` is overwritten.
+    """
     columns = w.shape[-2]
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    kernels = gptq_kernels(w) if type(levels) is IntegerLevels else None
+    total = torch.zeros(w[..., 0, :].shape, dtype=torch.float64, device=w.device)
+    block = _block if kernels is None else functools.partial(_compiled_block, kernels)
     for start in range(0, columns, block_columns):
         end = min(start + block_columns, columns)
-        errors = torch.empty_like(w[..., start:end, :])
-        for j in range(start, end):
-            column = w[..., j, :]
-            done[..., j, :] = _column(levels, j).nearest(column.float())
-            error = (column - done[..., j, :]) / factor[..., j, j, None]
-            errors[..., j - start, :] = error
-            w[..., j + 1 : end, :] -= factor[..., j, j + 1 : end, None] * error.unsqueeze(-2)
-        w[..., end:, :] -= factor[..., start:end, end:].mT @ errors
-    return done
+        here = slice(start, end)
+        within = levels.mapped(lambda t, here=here: t[..., here, :])
+        errors = block(w[..., here, :], done[..., here, :], factor[..., here, here], within)
+        w[..., end:, :] -= factor[..., here, end:].mT @ errors
+        total += errors.square().sum(-2)
+    return done, total
+
+
+def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
+    """Writes the rounded columns of a block into `done`, overwrites `w`, and returns the columns' errors."""
+    errors = torch.empty_like(w)
+    for j in range(w.shape[-2]):
+        column = w[..., j, :]
+        done[..., j, :] = _column(levels, j).nearest(column.float())
+        error = (column - done[..., j, :]) / factor[..., j, j, None]
+        errors[..., j, :] = error
+        w[..., j + 1 :, :] -= factor[..., j, j + 1 :, None] * error.unsqueeze(-2)
+    return errors
+
+
+def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
+    """The same by the kernels; `w` stays as it is."""
+    if w.ndim > 2:  # groups of a convolution
+        parts = [levels.mapped(lambda t, group=group: t[group]) for group in range(len(w))]
+        return torch.stack([_compiled_block(kernels, *part) for part in zip(w, done, factor, parts, strict=True)])
+    assert isinstance(levels, IntegerLevels)
+    bounds = levels.grid.quant_min, levels.grid.quant_max
+    scale, zero_point = (t.float().contiguous() for t in (levels.scale, levels.zero_point))
+    factor = factor if factor.stride(1) == 1 else factor.contiguous()
+    return kernels.block(w.contiguous(), done, factor, scale, zero_point, bounds)

@@ -17,22 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.affine import MIN_SCALE, fake_quantize
+from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native import ops
+from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.layouts import Layout, layout_of
+from lq_plugin.native.trained import TrainedKernels, trained_kernels
 
 
-def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int) -> Tensor:
+def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int, dtype: torch.dtype | None = None) -> Tensor:
     """Clips to `[0, α]` and quantizes to `levels` values.
 
     Args:
         x: float tensor of any shape.
         alpha: float32, broadcastable to `x`.
         levels: 2^k.
+        dtype: of the result, if not that of `x`; the arithmetic is float32, and rounded once.
 
     >>> fake_quantize_pact(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor([3.0]), 4)
     tensor([0., 0., 3.])
     """
-    y: Tensor = _Pact.apply(x, alpha, levels)
-    return y
+    kernels = trained_kernels(x, dtype)
+    layout = None if kernels is None or alpha.dtype != torch.float32 else layout_of(x, alpha)
+    y: Tensor
+    if kernels is not None and layout is not None and layout.inner == 1:
+        y = _NativePact.apply(x, alpha, levels, layout, kernels, dtype)
+        return y
+    y = _Pact.apply(x, alpha, levels)
+    return y.to(dtype or x.dtype)
 
 
 class _Pact(torch.autograd.Function):
@@ -47,5 +59,32 @@ class _Pact(torch.autograd.Function):
         x, alpha = ctx.saved_tensors
         above = x >= alpha
         grad_x = grad.masked_fill((x < 0).logical_or_(above), 0.0) if ctx.needs_input_grad[0] else None
-        grad_alpha = grad.float().masked_fill(~above, 0.0).sum_to_size(alpha.shape) if ctx.needs_input_grad[1] else None
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            grad_alpha = grad.masked_fill(~above, 0.0).double().sum_to_size(alpha.shape).float()
         return grad_x, grad_alpha, None
+
+
+class _NativePact(torch.autograd.Function):
+    """PACT by the kernels: one pass forward, one backward for both gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, levels: Any, layout: Layout, kernels: TrainedKernels, dtype: Any
+    ) -> Any:
+        ctx.save_for_backward(x, alpha)
+        ctx.of = layout, kernels
+        scale = alpha.detach().clamp(min=MIN_SCALE) / (levels - 1)
+        return fake_quantize(x.detach(), scale, torch.zeros_like(scale), IntegerGrid(0, levels - 1), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, alpha = ctx.saved_tensors
+        layout, kernels = ctx.of
+        watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
+        if watched or type(grad) is not Tensor or (x.dtype, grad.dtype) not in TYPES:
+            # A second derivative, or what cannot be taken by its address.
+            return *_Pact.backward(ctx, grad.to(x.dtype)), None, None, None
+        needs_x, needs_alpha, *_ = ctx.needs_input_grad
+        inside, slope = kernels.pact_backward(x, ops.laid_out(grad, x.stride()), alpha.detach(), layout, needs_x)
+        return inside, slope.float().view(alpha.shape) if needs_alpha else None, *(None,) * 4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lq_plugin.layers.base import Operation, QuantizedLayer, ShadowedForward, scales_output
 from lq_plugin.layers.integer.forward import integer_forward
+from lq_plugin.layers.kept_input import product_of_kept_input
 from lq_plugin.layers.registry import register_layer
 
 
@@ -41,9 +42,10 @@ class _QuantizedConv(QuantizedLayer):
             return self.quantized_output(y)
         scale = self.output_scale(input) if self._scales_output else None
         if scale is None:
-            return self.quantized_output(
-                self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-            )
+            kept = product_of_kept_input(self, input)
+            if kept is None:
+                kept = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+            return self.quantized_output(kept)
         y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), None) * scale
         return self.quantized_output(
             y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1))

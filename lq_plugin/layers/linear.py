@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lq_plugin.layers.base import QuantizedLayer, scales_output
 from lq_plugin.layers.integer.forward import integer_forward
+from lq_plugin.layers.kept_input import product_of_kept_input
 from lq_plugin.layers.parametrized import weight_of
 from lq_plugin.layers.registry import register_layer, register_layer_name
 
@@ -31,7 +32,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             return self.quantized_output(y)
         scale = self.output_scale(input) if self._scales_output else None
         if scale is None:
-            return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+            kept = product_of_kept_input(self, input)
+            if kept is None:
+                kept = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+            return self.quantized_output(kept)
         y = F.linear(self.quantized_input(input), self.quantized_weight()) * scale
         return self.quantized_output(y if self.bias is None else y + self.bias)
 

@@ -35,7 +35,7 @@ class NativeError(QuantizationError):
 
 @functools.cache
 def library(name: str, folder: Path = FOLDER) -> ctypes.CDLL:
-    """Returns the compiled and loaded `name.cpp`, which may include headers of its folder.
+    """Returns the compiled and loaded `name.cpp`, which may include headers of its folder and of this one.
 
     Raises:
         NativeError: without a C++ compiler, saying so; with what the compiler says.
@@ -73,7 +73,9 @@ def compiled(source: Path, folder: Path) -> Path:
     if torch.backends.openmp.is_available():
         command.append("-fopenmp")
     parts = [shlex.join(command).encode(), platform.platform().encode()]
-    parts += [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    # Sources of other folders include headers of this one.
+    headers = {*source.parent.glob("*.h"), *FOLDER.glob("*.h")}
+    parts += [path.read_bytes() for path in (source, *sorted(headers))]
     name = f"{source.stem}-{_hash(b'|'.join(parts))}"
     sweep(folder)
     for kept in sorted(folder.glob(f"{name}-*.so")):

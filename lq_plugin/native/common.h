@@ -46,6 +46,10 @@ enum Types { FLOATS = 0, BFLOATS = 1, HALVES = 2, FLOAT_TO_BFLOAT = 3, FLOAT_TO_
 struct Levels {
     float inverse, low, high, scale;
 };
+struct Table {
+    const float *inverse, *low, *high, *scale;
+    Levels at(int64_t k) const { return {inverse[k], low[k], high[k], scale[k]}; }
+};
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -100,6 +104,8 @@ inline void narrowed(float x, Half& y) {
     }
     y.bits = static_cast<uint16_t>(sign | result);
 }
+// Of a whole number of 8 bits, signed or not: its byte is the same.
+inline void narrowed(float x, uint8_t& y) { y = static_cast<uint8_t>(x != x ? 0 : static_cast<int>(x)); }
 
 // qparams_from_bounds of lq_plugin/functional/affine.py.
 inline float scale_of(float minimum, float maximum, int quant_min, int quant_max, bool affine, float& zero_point) {

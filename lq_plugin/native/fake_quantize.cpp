@@ -12,11 +12,6 @@
 
 namespace {
 
-struct Table {
-    const float *inverse, *low, *high, *scale;
-    Levels at(int64_t k) const { return {inverse[k], low[k], high[k], scale[k]}; }
-};
-
 struct Shape {
     int64_t repeats, outer, run, inner;
 };
@@ -143,9 +138,21 @@ void lq_row_extremes(int types, const void* x, float* low, float* high, int64_t 
     LQ_DISPATCH(row_extremes(types, x, low, high, rows, n, threads));
 }
 
+// errors: [rows][candidates], the sums over each row of x: [rows][n] of (clip(round(x · inverse), low, high) - x · inverse)², for as
+// many grids a row, all of which have a level of 0.
+void lq_grid_errors(const float* x, const float* inverse, const float* low, const float* high, double* errors, int64_t rows, int64_t n,
+                    int64_t candidates, int variant, int threads) {
+    LQ_DISPATCH(grid_errors(x, inverse, low, high, errors, rows, n, candidates, threads));
+}
+
 // result = gradient where the bit is 1, else 0; the gradient is of y's type, the result of x's.
 void lq_mask_gradient(int types, const void* gradient, void* result, const uint16_t* mask, int64_t runs, int64_t n, int variant, int threads) {
     LQ_DISPATCH(mask_gradient(types, gradient, result, mask, runs, n, threads));
+}
+
+// gradient = 0 where the bit is 0, in place; the gradient is of y's type.
+void lq_keep(int types, void* gradient, const uint16_t* mask, int64_t runs, int64_t n, int variant, int threads) {
+    LQ_DISPATCH(keep_gradient(types, gradient, mask, runs, n, threads));
 }
 
 // result = gradient where x: [n] is not clipped with one scale, else 0.

@@ -37,6 +37,17 @@ inline void store(Half* p, const V& v) {
     _mm_storeu_si128(at, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(at + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
 }
+inline V load(const uint8_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
+}
+inline void store(uint8_t* p, const V& v) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    const __m256i a = _mm256_and_si256(_mm256_cvtps_epi32(v.a), byte), b = _mm256_and_si256(_mm256_cvtps_epi32(v.b), byte);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline V set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline __m256 half(__m256 x, __m256 inverse, __m256 low, __m256 high, __m256 scale, unsigned& bits) {
     const __m256 r = _mm256_round_ps(_mm256_mul_ps(x, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -51,6 +62,8 @@ inline V quantized(const V& x, const Q& q, unsigned& bits) {
     bits = first | second << 8;
     return y;
 }
+inline V plus(const V& a, const V& b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+inline V times(const V& a, const V& b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
 inline V lower(const V& a, const V& b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
 inline V upper(const V& a, const V& b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
 inline bool unordered(const V& x) { return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q)) != 0; }
@@ -99,6 +112,16 @@ template <bool SHIFT, bool ROUNDED>
 inline V learned(const V& x, const V& g, const Q& q, Totals& totals) {
     const __m256 a = learned_half<SHIFT, ROUNDED>(x.a, g.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, totals.scale, totals.zero_point);
     return {a, learned_half<SHIFT, ROUNDED>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
+}
+inline __m256 error_of_half(__m256 x, __m256 inverse, __m256 low, __m256 high) {
+    const __m256 ratio = _mm256_mul_ps(x, inverse);
+    const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 off = _mm256_sub_ps(_mm256_min_ps(high, _mm256_max_ps(low, rounded)), ratio);
+    return _mm256_mul_ps(off, off);
+}
+inline void squared_error(const V& x, const Q& q, Totals& totals) {
+    add(totals.scale, error_of_half(x.a, q.inverse.a, q.low.a, q.high.a));
+    add(totals.scale + 2, error_of_half(x.b, q.inverse.b, q.low.b, q.high.b));
 }
 inline Spread spread(const V& low, const V& high, bool nan) {
     float a[8], b[8];

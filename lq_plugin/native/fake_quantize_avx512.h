@@ -22,12 +22,20 @@ inline V load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinter
 inline void store(Half* p, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline V load(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void store(uint8_t* p, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 inline V set(float x) { return _mm512_set1_ps(x); }
 inline V quantized(V x, const Q& q, unsigned& bits) {
     const V r = _mm512_roundscale_ps(_mm512_mul_ps(x, q.inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     bits = static_cast<unsigned>(_mm512_cmp_ps_mask(r, q.low, _CMP_NLT_UQ) & _mm512_cmp_ps_mask(r, q.high, _CMP_NGT_UQ));
     return _mm512_mul_ps(_mm512_min_ps(q.high, _mm512_max_ps(q.low, r)), q.scale);
 }
+inline V plus(V a, V b) { return _mm512_add_ps(a, b); }
+inline V times(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V lower(V a, V b) { return _mm512_min_ps(a, b); }
 inline V upper(V a, V b) { return _mm512_max_ps(a, b); }
 inline bool unordered(V x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
@@ -62,6 +70,12 @@ inline V learned(V x, V g, const Q& q, Totals& totals) {
     add(totals.scale, _mm512_mul_ps(g, _mm512_mask_mov_ps(_mm512_sub_ps(level, ratio), outside, level)));
     if (SHIFT) add(totals.zero_point, _mm512_maskz_mul_ps(outside, g, _mm512_sub_ps(_mm512_set1_ps(-0.0f), q.scale)));
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~outside), g);
+}
+inline void squared_error(V x, const Q& q, Totals& totals) {
+    const V ratio = _mm512_mul_ps(x, q.inverse);
+    const V rounded = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V off = _mm512_sub_ps(_mm512_min_ps(q.high, _mm512_max_ps(q.low, rounded)), ratio);
+    add(totals.scale, _mm512_mul_ps(off, off));
 }
 inline Spread spread(V low, V high, bool nan) {
     return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), nan};

@@ -1,14 +1,16 @@
 // The loops of fake_quantize.cpp, compiled once for each instruction set: included in a namespace of its own that has defined
 //
 //   V                      16 floats
-//   load, store            unaligned, from and to elements of each type
+//   load, store            unaligned, from and to elements of each type, and of whole numbers as bytes
 //   set(float)             the same in all lanes
 //   quantized(x, q, bits)  clip(round(x · inverse), low, high) · scale; bit i is 1 where nothing was clipped
+//   plus(a, b), times     rounded each
 //   lower(a, b), upper     of two, a NaN in `a` passed over
 //   unordered(x)           whether any lane is a NaN
 //   kept(x, bits)          x where the bit is 1, else 0
 //   keep(x, y, bits)       the same from 16 elements of 16 bits to others, in memory
 //   learned(...), Totals   LSQ's backward pass; what passes is what lies strictly between low and high, or ROUNDED: rounds to within
+//   squared_error(...)     what rounding does to a value, for a sum of squares
 //   spread(low, high, nan) over the lanes
 
 // The last elements of a run, n < 16; what lies behind them is 0.
@@ -124,6 +126,15 @@ inline void masked(const Y* gradient, X* result, const uint16_t* mask, int64_t n
     if (i < n) store_part(result + i, kept(load_part(gradient + i, n - i), mask[i / 16]), n - i);
 }
 
+// The same in place: where nothing was clipped nothing is read or written.
+template <class Y>
+inline void cleared(Y* gradient, const uint16_t* mask, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const int64_t size = std::min<int64_t>(16, n - i);
+        if (mask[i / 16] != bits_part(0xFFFFu, size)) masked(gradient + i, gradient + i, mask + i / 16, size);
+    }
+}
+
 template <class X, class Y>
 inline void passed(const X* x, const Y* gradient, X* result, int64_t n, const Levels& levels) {
     const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(levels.scale)};
@@ -137,6 +148,17 @@ inline void passed(const X* x, const Y* gradient, X* result, int64_t n, const Le
         quantized(load_part(x + i, n - i), q, bits);
         store_part(result + i, kept(load_part(gradient + i, n - i), bits), n - i);
     }
+}
+
+// The sum over n elements of (clip(round(x · inverse), low, high) - x · inverse)², in double.
+inline double error_of_grid(const float* x, int64_t n, const Levels& levels) {
+    const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(1.0f)};
+    Totals totals;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) squared_error(load(x + i), q, totals);
+    // Of the padding nothing is added: zero is a level.
+    if (i < n) squared_error(load_part(x + i, n - i), q, totals);
+    return totals.sum().scale;
 }
 
 // LSQ's backward pass over n elements that share a scale; result may be null. Sums in double, 16 lanes, then lane by lane.

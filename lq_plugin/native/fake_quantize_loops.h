@@ -120,6 +120,14 @@ inline void row_extremes(int types, const void* x, float* low, float* high, int6
     LQ_BY_TYPES(types, row_extremes_of, x, low, high, rows, n, threads);
 }
 
+inline void grid_errors(const float* x, const float* inverse, const float* low, const float* high, double* errors, int64_t rows,
+                        int64_t n, int64_t candidates, int threads) {
+    LQ_PARALLEL(rows * n * candidates)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = row * candidates; k < (row + 1) * candidates; ++k)
+            errors[k] = error_of_grid(x + row * n, n, {inverse[k], low[k], high[k], 1.0f});
+}
+
 template <class X, class Y>
 inline void mask_gradient_of(const void* gradient_at, void* result_at, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
     const Y* gradient = static_cast<const Y*>(gradient_at);
@@ -133,6 +141,20 @@ inline void mask_gradient_of(const void* gradient_at, void* result_at, const uin
 }
 inline void mask_gradient(int types, const void* gradient, void* result, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
     LQ_BY_TYPES(types, mask_gradient_of, gradient, result, mask, runs, n, threads);
+}
+
+template <class X, class Y>
+inline void keep_gradient_of(void* gradient_at, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+    Y* gradient = static_cast<Y*>(gradient_at);
+    const int64_t parts = pieces(n, CHUNK), words = pieces(n, 16);
+    LQ_PARALLEL(runs * n)
+    for (int64_t unit = 0; unit < runs * parts; ++unit) {
+        const int64_t row = unit / parts, first = unit % parts * CHUNK;
+        cleared(gradient + row * n + first, mask + row * words + first / 16, std::min(CHUNK, n - first));
+    }
+}
+inline void keep_gradient(int types, void* gradient, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
+    LQ_BY_TYPES(types, keep_gradient_of, gradient, mask, runs, n, threads);
 }
 
 template <class X, class Y>

@@ -31,6 +31,16 @@ inline V quantized(const V& x, const Q& q, unsigned& bits) {
     }
     return y;
 }
+inline V plus(const V& a, const V& b) {
+    V v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+    return v;
+}
+inline V times(const V& a, const V& b) {
+    V v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] * b.lane[i];
+    return v;
+}
 inline V lower(const V& a, const V& b) {
     V v;
     for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
@@ -76,6 +86,14 @@ inline V learned(const V& x, const V& gradient, const Q& q, Totals& totals) {
         inside.lane[i] = outside ? 0.0f : g;
     }
     return inside;
+}
+// The square of what rounding does to x · inverse, added to `totals.scale`.
+inline void squared_error(const V& x, const Q& q, Totals& totals) {
+    for (int i = 0; i < 16; ++i) {
+        const float ratio = x.lane[i] * q.inverse.lane[i];
+        const float off = at_most(at_least(std::nearbyintf(ratio), q.low.lane[i]), q.high.lane[i]) - ratio;
+        totals.scale[i] += off * off;
+    }
 }
 inline Spread spread(const V& low, const V& high, bool nan) {
     return {*std::min_element(low.lane, low.lane + 16), *std::max_element(high.lane, high.lane + 16), nan};

@@ -136,6 +136,15 @@ class FakeQuantizeKernels(Protocol):
             dtype: of the masked tensor and of the result: that of `gradient` (None), or float32.
         """
 
+    def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
+        """Puts 0 where a bit of `mask` is 0, in place: `mask_gradient` without another tensor.
+
+        Args:
+            gradient: laid out in memory as the masked tensor.
+            mask: from the forward pass.
+            layout: of the mask.
+        """
+
     def learned_backward(
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
         layout: Layout,
@@ -178,6 +187,8 @@ class Kernels:
             "lq_row_extremes": [number, *[pointer] * 3, size, size, number, number],
             "lq_passed_gradient": [number, *[pointer] * 5, size, *[number] * 4],
             "lq_mask_gradient": [number, *[pointer] * 3, size, size, number, number],
+            "lq_grid_errors": [*[pointer] * 5, *[size] * 3, number, number],
+            "lq_keep": [number, *[pointer] * 2, size, size, number, number],
             "lq_learned_backward": [number, *[pointer] * 7, *[size] * 3, *[number] * 5],
         }  # fmt: skip
         for name, signature in signatures.items():
@@ -191,6 +202,8 @@ class Kernels:
         self._row_extremes = compiled.lq_row_extremes
         self._passed_gradient = compiled.lq_passed_gradient
         self._mask_gradient = compiled.lq_mask_gradient
+        self._keep = compiled.lq_keep
+        self._grid_errors = compiled.lq_grid_errors
         self._learned_backward = compiled.lq_learned_backward
 
     def fake_quantize(
@@ -323,6 +336,21 @@ class Kernels:
         )  # fmt: skip
         return low, high
 
+    def grid_errors(self, x: Tensor, inverse: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Returns the sums of (clip(round(x · inverse), low, high) - x · inverse)², float64 `[rows, candidates]`.
+
+        Args:
+            x: float32 `[rows, n]`, contiguous.
+            inverse, low, high: of the grids that are tried on each row, float32 `[rows, candidates]`, contiguous; each
+                has a level of 0.
+        """
+        errors = torch.empty(inverse.shape, dtype=torch.float64)
+        self._grid_errors(
+            x.data_ptr(), inverse.data_ptr(), low.data_ptr(), high.data_ptr(), errors.data_ptr(), *x.shape,
+            inverse.shape[1], self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return errors
+
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
         result = torch.empty_like(gradient, dtype=dtype)
         self._mask_gradient(
@@ -330,6 +358,12 @@ class Kernels:
             gradient.data_ptr(), result.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads()
         )  # fmt: skip
         return result
+
+    def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
+        self._keep(
+            TYPES[gradient.dtype, gradient.dtype],
+            gradient.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads(),
+        )  # fmt: skip
 
     def passed_gradient(
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]

@@ -280,6 +280,13 @@ class TritonKernels:
             )
         return result
 
+    def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
+        programs, parts, rows, columns = tile_sizes(layout)
+        with device_of(gradient):
+            mask_gradient[programs,](
+                gradient, gradient, mask, *layout.rows, parts, ROWS=rows, COLUMNS=columns, **_OPTIONS
+            )
+
     def learned_backward(
         self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
         layout: Layout,

@@ -183,12 +183,7 @@ class ActivationQuantizer(Quantizer):
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
         """Returns `forward(x)`, or what another quantizer with the same qparams made of the same tensor."""
-        self.follow_buffers()
-        if (
-            not (self._calibrated and self._enabled and x.numel() and self._is_plain())
-            or self._forward_hooks
-            or self._forward_pre_hooks
-        ):
+        if not self.rounds_plainly(x):
             y: Tensor = self(x)
             return y
         watches, grid, dtype = self._watches, self.spec.grid, self.result_dtype(x)
@@ -203,6 +198,17 @@ class ActivationQuantizer(Quantizer):
         if watches:
             self.take_in(low, high)
         return y
+
+    def rounds_plainly(self, x: Tensor) -> bool:
+        """Returns True where a call is `fake_quantize` with one scale and nobody watches it."""
+        self.follow_buffers()
+        if not (self._calibrated and self._enabled and x.numel()) or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        return self._is_plain()
+
+    def watched_extremes(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the batch's extremes, to be widened in place by what this call sees; None where it notes none."""
+        return (self.batch_min, self.batch_max) if self._watches else None
 
     def take_in(self, low: Tensor, high: Tensor) -> None:
         """Extends the extremes `[C]` of the batch so far by others."""

@@ -102,7 +102,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
         return alpha / self.spec.grid.quant_max, torch.zeros_like(alpha)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        return fake_quantize_pact(x, self._view(self.alpha, x), self.spec.grid.levels)
+        return fake_quantize_pact(x, self._view(self.alpha, x), self.spec.grid.levels, self.result_dtype(x))
 
     def _store(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional import ttq, twn
-from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.affine import MIN_SCALE, extremes
 from lq_plugin.functional.fixed_levels import FixedLevels, TableLevels
-from lq_plugin.functional.grouping import blocks, reduced_dims, to_rows, unblocks
+from lq_plugin.functional.grouping import blocks, to_rows, unblocks
 from lq_plugin.functional.twn import ternary_signs
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
@@ -94,11 +94,14 @@ class TTQWeightQuantizer(WeightQuantizer):
 
     def threshold(self, w: Tensor) -> Tensor:
         """Returns Δ of the weight's blocks."""
-        return self.factor * w.detach().float().abs().amax(reduced_dims(self.scale_shape), keepdim=True)
+        low, high = extremes(w, self.scale_shape)
+        return self.factor * torch.maximum(-low, high).float()
 
     def quantize_values(self, x: Tensor) -> Tensor:
         w = blocks(x, self.spec.granularity)
-        y = ttq.ternarize_learned(w, self.threshold(w), self.positive, self.negative, self.gradient_factor)
+        y = ttq.ternarize_learned(
+            w, self.threshold(w), self.positive, self.negative, self.gradient_factor, self.result_dtype(x)
+        )
         return unblocks(y, self.shape, self.spec.granularity)
 
     def calibrate(self, weight: Tensor) -> None:

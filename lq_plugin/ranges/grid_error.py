@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lq_plugin.functional.affine import bounds_from_qparams
 from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native import ops
+from lq_plugin.native.kernels import Kernels
 from lq_plugin.ranges.magnitudes import clips_negative, clips_positive
 from lq_plugin.ranges.sample import Sample
 
@@ -41,8 +43,7 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
         mass = None if sample.mass is None else sample.mass[:, bins:]
         # Zero is always a level, so the zeros that a histogram usually counts separately have no error.
         if sample.edges is None or bool((points != 0).any()):
-            for part in _candidates(scale.shape[1], points.numel()):
-                total[:, part] += _point_error(points, mass, scale[:, part], low[:, part], high[:, part])
+            total += _point_errors(points, mass, scale, low, high)
     return total / sample.total().clamp(min=1e-300).unsqueeze(1)
 
 
@@ -89,12 +90,25 @@ def _candidates(count: int, elements_each: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, count, step)]
 
 
+def _point_errors(points: Tensor, mass: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    kernels = ops.kernels_for(points) if mass is None and points.dtype == torch.float32 else None
+    if isinstance(kernels, Kernels):
+        inverse, low, high = (t.float().expand(scale.shape).contiguous() for t in (scale.reciprocal(), low, high))
+        return kernels.grid_errors(points.contiguous(), inverse, low, high) * scale.double().square()
+    parts = _candidates(scale.shape[1], points.numel())
+    return torch.cat([_point_error(points, mass, scale[:, p], low[:, p], high[:, p]) for p in parts], dim=1)
+
+
 def _point_error(points: Tensor, mass: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     t = points.unsqueeze(1) * scale.reciprocal().unsqueeze(2)
     q = _clip(t.round(), low, high)
     squares = q.sub_(t).square_()
-    summed = squares.sum(2) if mass is None else torch.matmul(squares, mass.to(squares).unsqueeze(2)).squeeze(2)
-    return summed.double() * scale.double().square()
+    if mass is None:
+        # As the kernels sum, so that they choose the same candidate.
+        summed = squares.sum(2, dtype=torch.float64)
+    else:
+        summed = torch.matmul(squares, mass.to(squares).unsqueeze(2)).squeeze(2).double()
+    return summed * scale.double().square()
 
 
 def _clip(q: Tensor, low: Tensor, high: Tensor) -> Tensor:

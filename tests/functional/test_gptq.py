@@ -9,9 +9,12 @@ from torch.nn import functional as F
 
 from lq_plugin import CalibrationError
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
-from lq_plugin.functional.gptq import gptq_quantize, output_errors
+from lq_plugin.functional.fixed_levels import IntegerLevels
+from lq_plugin.functional.gptq import gptq_quantize, gptq_round_measured, output_errors
 from lq_plugin.functional.unfold import unfold_columns
 from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.native import available, gptq as gptq_module, use_native
+from lq_plugin.native.gptq import GPTQKernels
 
 GRID = IntegerGrid(-4, 3)
 AFFINE = IntegerGrid(0, 7, affine=True)
@@ -74,6 +77,41 @@ def test_it_equals_the_explicit_inverse(grid, kind, act_order):
     assert not np.allclose(want, fake_quantize(weight, scale, zero_point, grid).numpy(), atol=1e-3), (
         "not what rounding to nearest gives"
     )
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("block", [1, 7, 24, 128])
+def test_kernels_give_what_torch_gives(kind, block, monkeypatch):
+    """Bit for bit, in every variant that runs here, for numbers of rows that no register divides."""
+    if not available():
+        pytest.skip("no C++ compiler")
+    for rows, grid in ((1, GRID), (16, GRID), (37, AFFINE)):
+        weight, x = problem(rows=rows)
+        hessian, levels = 2.0 * x.T @ x, qparams(weight, grid, kind)
+        with use_native(False):
+            want = gptq_quantize(weight, hessian, *levels, grid, block_columns=block)
+        for variant in GPTQKernels().variants:
+            monkeypatch.setattr(gptq_module, "_compiled", lambda variant=variant: GPTQKernels(variant))
+            with use_native(True):
+                assert torch.equal(gptq_quantize(weight, hessian, *levels, grid, block_columns=block), want)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dampening", [1e-6, 0.01, 1.0])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_solver_knows_its_error(dampening, act_order, native):
+    """As the products with the inputs show it, also of columns that are always zero."""
+    if native and not available():
+        pytest.skip("no C++ compiler")
+    weight, x = problem(rows=9)
+    x[:, [3, 11]] = 0.0
+    scale, zero_point = qparams(weight, GRID)
+    levels = IntegerLevels(scale, zero_point, False, GRID)
+    options = {"dampening": dampening, "act_order": act_order, "block_columns": 7}
+    with use_native(native):
+        got, errors = gptq_round_measured(weight, 2.0 * x.T @ x, levels, **options)
+    want = 2.0 * ((weight.double() - got.double()).numpy() @ x.double().numpy().T) ** 2
+    np.testing.assert_allclose(errors.numpy(), want.sum(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(20))

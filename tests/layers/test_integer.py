@@ -141,12 +141,14 @@ def test_padding_stands_for_zero():
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "grid", [IntegerGrid(0, 255, True), IntegerGrid(-128, 127), IntegerGrid(-7, 7), IntegerGrid(0, 3, True)]
 )
-def test_kernels_for_all_processors_agree(grid):
+def test_kernels_for_all_processors_agree(grid, dtype):
+    """With each other and with torch, for lengths that no register divides."""
     torch.manual_seed(0)
-    x = torch.randn(100_003) * 2
+    x = (torch.randn(100_003) * 2).to(dtype)
     x[7], x[11], x[200] = torch.inf, -torch.inf, 0.0
     z = 3.0 if grid.affine else 0.0
     found = []
@@ -158,12 +160,88 @@ def test_kernels_for_all_processors_agree(grid):
         kernels.keep(gradient, mask)
         rows = x[:99_990].nan_to_num(posinf=0.5, neginf=0.0).view(3, -1)
         scale = torch.empty(3)
-        found.append([q, mask, *extremes, kernels.dequantize(q, 0.013, z), gradient])
+        found.append([q, mask, *extremes, kernels.dequantize(q, 0.013, z, dtype), gradient])
         found[-1] += [kernels.quantize_weight(rows, scale, IntegerGrid(-7, 7), True), scale]
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+    assert torch.equal(found[0][4], ((found[0][0].float() - z) * torch.tensor(0.013)).to(dtype))
+    rows = x[:99_990].float().nan_to_num(posinf=0.5, neginf=0.0).view(3, -1)
+    scale = torch.maximum(rows.amax(1) / 7, rows.amin(1) / -7)
+    assert torch.equal(found[0][7], scale)
+    assert torch.equal(found[0][6].float(), (rows * scale.reciprocal()[:, None]).round().clamp(-7, 7))
+    x = x.float()
     r = torch.round(x * torch.tensor(0.013).reciprocal()) + z
     assert torch.equal(found[0][0].float() + grid.quant_min, r.clamp(grid.quant_min, grid.quant_max))
     assert torch.equal(found[0][5].bool(), (r >= grid.quant_min) & (r <= grid.quant_max))
+
+
+NARROW = [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16), ("bf16-true", torch.bfloat16)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("precision", "dtype"), NARROW)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_narrow_precisions_against_float64(kind, wide, precision, dtype):
+    """The output is the exact one, rounded once; gradients are those of the levels, in the dtype of the output."""
+    torch.manual_seed(0)
+    module = nn.Linear(24, 7) if kind == "linear" else nn.Conv2d(8, 6, 3, padding=1)
+    x = (torch.randn(5, 24) if kind == "linear" else torch.randn(2, 8, 6, 5)) + 0.3
+    model = prepared(nn.Sequential(module), f"int{BITS} per_channel / uint8 affine ema", x)
+    if precision == "bf16-true":
+        model.bfloat16()
+    x = (x * 1.3).to(torch.float32 if wide and precision != "bf16-true" else dtype)
+    layer = model[0]
+    w = layer.quantized_weight().detach().double()
+    if precision == "bf16-true":  # the levels before they are rounded to the weight's dtype
+        with torch.no_grad():
+            w = layer.weight_quantizer(layer.weight.float()).double()
+    grid, (scale, zero_point) = layer.input_quantizer.spec.grid, layer.input_quantizer.qparams()
+    q = (x.float() * scale.reciprocal()).round() + zero_point
+    inside = (q >= grid.quant_min) & (q <= grid.quant_max)
+    levels = (q.clamp(grid.quant_min, grid.quant_max) - zero_point).double() * scale.double()
+    product = F.linear if kind == "linear" else lambda *operands: F.conv2d(*operands, padding=1)
+    exact = product(levels, w, layer.bias.detach().double())
+    enable_integer_forward(model, True)
+    given = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=precision.endswith("mixed")):
+        y = model(given)
+    assert integer_report(model) == {"0": "integer"}
+    assert y.dtype == dtype
+    step = torch.finfo(dtype).eps
+    assert ((y.detach().double() - exact).abs() <= 0.51 * step * exact.abs() + 1e-5).all()
+    upstream = torch.randn(y.shape).to(dtype)
+    y.backward(upstream)
+    v, u = levels.to(dtype).double().requires_grad_(), w.to(dtype).double().requires_grad_()
+    product(v, u, None).backward(upstream.double())
+    for mine, wanted in ((given.grad, torch.where(inside, v.grad, 0.0)), (layer.weight.grad, u.grad)):
+        assert ((mine.double() - wanted).abs() <= 2 * step * wanted.abs().max()).all()
+    assert given.grad.dtype == x.dtype
+    assert (given.grad == 0)[~inside].all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("precision", "dtype"), NARROW)
+def test_narrow_precisions_beside_fake_quantization(precision, dtype):
+    """A network's step: the same extremes, and differences no larger than the dtype's rounding makes them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+    x = torch.randn(8, 8, 6, 6)
+    model = prepared(net, W8A8, x)
+    if precision == "bf16-true":
+        model, x = model.bfloat16(), x.bfloat16()
+    other = copy.deepcopy(model)
+    enable_integer_forward(other, True)
+    with torch.autocast("cpu", dtype, enabled=precision.endswith("mixed")):
+        (y, gradients, seen), (y2, gradients2, seen2) = step(model, x), step(other, x)
+    assert set(integer_report(other).values()) == {"integer"}
+    assert y.dtype == y2.dtype == dtype
+    assert_close(y2.float(), y.float(), 4 * torch.finfo(dtype).eps)
+    for name, gradient in gradients.items():
+        assert gradients2[name].dtype == gradient.dtype
+        assert_close(gradients2[name].float(), gradient.float(), 8 * torch.finfo(dtype).eps)
+    # The extremes of the second layer's input are those of what the first one gives.
+    assert all(map(torch.equal, seen2[:2], seen[:2]))
+    assert_close(torch.stack(seen2), torch.stack(seen), 4 * torch.finfo(dtype).eps)
 
 
 @needs_kernels
@@ -257,9 +335,8 @@ def test_calls_that_are_not_covered_are_named():
     with use_native(False):
         assert torch.equal(model(x).detach(), expected)
     assert "switched off" in integer_report(model)["0"]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
-    assert "autocast" in integer_report(model)["0"]
+    assert model.double()(x.double()).dtype == torch.float64
+    assert "it is in torch.float64" in integer_report(model.float())["0"]
     model[0].input_quantizer.set_enabled(False)
     disabled = model(x)
     assert_close(disabled.detach(), F.linear(x, model[0].quantized_weight(), model[0].bias).detach())

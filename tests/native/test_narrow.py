@@ -126,6 +126,22 @@ def test_every_number_of_16_bits_is_read(variant, dtype):
     assert same(Kernels(variant).mask_gradient(every, mask, layout), every)
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF])
+@pytest.mark.parametrize(("runs", "length"), [(1, 70_003), (5, 33), (3, 16), (2, 7)])
+def test_gradients_are_masked_in_place(variant, dtype, runs, length):
+    layout = Layout(runs, 1, length, 1)
+    bits = torch.rand(runs, length, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.5, 1.0])[:, None, None]
+    for inside in bits:
+        padded = torch.nn.functional.pad(inside.int(), (0, -length % 16)).view(runs, -1, 16)
+        words = (padded << torch.arange(16)).sum(-1)
+        mask = torch.where(words > 2**15 - 1, words - 2**16, words).to(torch.int16).flatten()
+        gradient = numbers((runs, length), dtype, special=False)
+        wanted = torch.where(inside, gradient, 0.0).to(dtype)
+        assert same(Kernels(variant).mask_gradient(gradient, mask, layout), wanted)
+        Kernels(variant).keep(gradient, mask, layout)
+        assert same(gradient, wanted)
+
+
 def both(function, x, pair, *others):
     """Value and gradients of each tensor, with kernels and without."""
     results = []

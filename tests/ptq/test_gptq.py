@@ -21,7 +21,11 @@ from lq_plugin import CalibrationError, QuantizationError, QuantPlan, Rule, cali
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.functional.gptq import gptq_quantize
 from lq_plugin.ptq.batch_norm.correct import correct_batch_norm
+from lq_plugin.ptq.gptq import quantize as quantize_module
+from lq_plugin.ptq.gptq.hessian import InputHessian
 from lq_plugin.ptq.gptq.quantize import gptq
+from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
+from lq_plugin.ptq.layerwise.walk import UnitWalk
 
 SPECS = [
     "int3 per_channel mse",
@@ -243,6 +247,64 @@ def test_what_it_cannot_do_is_listed_with_reasons() -> None:
         key for key, value in net.state_dict().items() if key not in before or not torch.equal(value, before[key])
     }
     assert {key.split(".")[0] for key in changed} == {"fc", "last"}
+
+
+class Reader(nn.Module):
+    """Queries, keys and values of one tensor, a gate and its partner of another, and a layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 8), nn.Linear(12, 8, bias=False), nn.Linear(12, 6)
+        self.gate, self.up, self.down = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.softplus(x)
+        y = torch.tanh(self.q(x) * self.k(x)).mean(-1, keepdim=True) * self.v(x)
+        return self.down(torch.sigmoid(self.gate(y)) * self.up(y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["int3 per_channel mse", "int3 group4", "mxfp4"])
+def test_layers_that_read_one_tensor_are_solved_for_as_one(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights that each gets by itself, and of a pass of the inputs for each tensor."""
+    torch.manual_seed(0)
+    x, net = correlated(96, 12), Reader()
+    net = prepared(net, [x], spec)
+    alone, sums = copy.deepcopy(net), []
+    add = InputHessian.add
+    monkeypatch.setattr(InputHessian, "add", lambda self, *args: sums.append(self) or add(self, *args))
+    result = gptq(net, [x[:50], x[50:]])
+    assert len(sums) == 2 * 3
+    assert list(result.layers) == ["q", "k", "v", "gate", "up", "down"]
+    monkeypatch.setattr(quantize_module._GPTQ, "_tensor_read", lambda *args: None)
+    separate = gptq(alone, [x[:50], x[50:]])
+    assert len(sums) == 2 * 3 + 2 * 6
+    for name, fit in separate.layers.items():
+        assert torch.equal(net.get_submodule(name).weight, alone.get_submodule(name).weight)
+        found = result.layers[name]
+        assert (found.before, found.after) == pytest.approx((fit.before, fit.after), rel=1e-6)
+        assert (found.samples, found.nearest_rows, found.dead) == (fit.samples, fit.nearest_rows, fit.dead)
+
+
+@torch.no_grad()
+def test_layers_with_inputs_of_their_own_are_not_joined() -> None:
+    """Quantized inputs have ranges of their own; views of one tensor are other tensors."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            return self.first(y[:, :6]) + self.second(y[:, 6:])
+
+    x = correlated(64, 12)
+    for net, inputs in ((Views(), None), (Reader(), "uint8 affine")):
+        walk = UnitWalk(prepared(net, [x], inputs=inputs), [x], net, ActivationCache(), "layer")
+        options = {"dampening": 0.01, "act_order": True, "block_columns": 128}
+        rounding = quantize_module._GPTQ(walk, options, False)
+        assert {rounding._tensor_read(unit, {}, None) for unit in walk.units} == {None}
 
 
 @torch.no_grad()

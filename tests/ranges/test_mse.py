@@ -6,6 +6,8 @@ import torch
 
 from lq_plugin.functional.affine import fake_quantize, qparams_from_bounds
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
+from lq_plugin.native import available, switch as switch_module, use_native
+from lq_plugin.native.kernels import Kernels
 from lq_plugin.ranges import Histogram, Sample, estimate_range, summarize
 from lq_plugin.ranges.estimators.mse import _descending_errors
 from lq_plugin.ranges.grid_error import clipped_share, clipping_error, mean_squared_error
@@ -174,3 +176,26 @@ def test_degenerate_rows(spec):
     single = estimate_range("mse", Sample.from_tensor(torch.tensor([[-3.0]])), grid)
     if grid.signed or grid.affine:
         assert measured(torch.tensor([[-3.0]]), grid, single).item() < 1e-11
+
+
+@pytest.mark.parametrize("n", [1, 16, 37, 128, 5000])
+@pytest.mark.parametrize("grid", [IntegerGrid(-8, 7), IntegerGrid(0, 15, True), IntegerGrid(0, 3), IntegerGrid(-1, 1)], ids=str)
+def test_errors_by_the_kernels_are_those_of_numpy(n, grid, monkeypatch):
+    """In every variant that runs here: squares of float32, summed in float64."""
+    if not available():
+        pytest.skip("no C++ compiler")
+    generator = torch.Generator().manual_seed(n)
+    x, scale = torch.randn(5, n, generator=generator), torch.rand(5, 9, generator=generator) * 0.5 + 0.01
+    zero_point = torch.full((5, 9), 2.0 if grid.affine else 0.0)
+    sample = Sample(x, None, x.amin(1), x.amax(1))
+    t = x.numpy()[:, None] * (np.float32(1) / scale.numpy())[:, :, None]
+    low, high = (np.float32(bound) - zero_point.numpy()[:, :, None] for bound in (grid.quant_min, grid.quant_max))
+    off = np.clip(np.rint(t), low, high) - t
+    want = np.square(off).astype(np.float64).mean(2) * np.square(scale.numpy().astype(np.float64))
+    for variant in Kernels().variants:
+        monkeypatch.setattr(switch_module, "_compiled", lambda variant=variant: Kernels(variant))
+        with use_native(True):
+            found = mean_squared_error(sample, scale, zero_point, grid)
+        np.testing.assert_allclose(found.numpy(), want, rtol=1e-12)
+    with use_native(False):
+        np.testing.assert_allclose(mean_squared_error(sample, scale, zero_point, grid).numpy(), want, rtol=1e-12)

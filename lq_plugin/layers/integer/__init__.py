@@ -3,9 +3,10 @@
 Products of 8-bit integers stand in for float ones: by oneDNN on CPUs, by int8 tensor cores through Triton on NVIDIA
 GPUs (compute capability 8.0 and later).
 
-On GPUs tensors may be float32, float16 or bfloat16, under autocast or not; all arithmetic but the sums is float32. A
-NaN in the input makes all of the layer's output NaN there, one in a row of the weight that row's channel: to look for
-it would wait for the device.
+Tensors may be float32, float16 or bfloat16, under autocast or not; all arithmetic but the sums is float32, and the
+output is rounded once, to autocast's dtype under autocast. The backward pass is in the output's dtype. On GPUs a NaN in
+the input makes all of the layer's output NaN, one in a row of the weight that row's channel: to look for it would wait
+for the device.
 
 Without a Trainer, on a prepared and calibrated model:
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.integer.function import Convolution, Levels, Operands, onednn_product
 from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
+from lq_plugin.native.layouts import DTYPES
 
 #: Of a GPU with the tensor cores that Triton's int8 products are made for (Ampere).
 CAPABILITY = (8, 0)
@@ -78,7 +79,7 @@ class Arithmetic(Protocol):
 
 
 class OneDnnArithmetic:
-    """On CPUs, in float32; see `Arithmetic`."""
+    """On CPUs; see `Arithmetic`."""
 
     grouped = True
 
@@ -94,10 +95,9 @@ class OneDnnArithmetic:
         )
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on"
-        if any(value.dtype != torch.float32 for value in (x, weight, *(() if bias is None else (bias,)))):
-            return f"it is in {x.dtype if x.dtype != torch.float32 else weight.dtype}"
+        dtypes = {value.dtype for value in (x, weight, *(() if bias is None else (bias,)))}
+        if not dtypes <= set(DTYPES["cpu"]) or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
+            return f"it is in {', '.join(sorted(map(str, dtypes)))}"
         return None if weight.is_contiguous() else "its weight is not contiguous"
 
     def levels(
@@ -122,12 +122,12 @@ class OneDnnArithmetic:
     def product(
         self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
     ) -> Tensor:
-        return onednn_product(operands, bias, convolution)
+        return onednn_product(operands, bias, convolution, dtype)
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
         assert not isinstance(scale, Tensor)
         assert not isinstance(zero_point, Tensor)
-        return self._kernels.dequantize(q, scale, zero_point)
+        return self._kernels.dequantize(q, scale, zero_point, dtype)
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         self._kernels.keep(gradient, mask)

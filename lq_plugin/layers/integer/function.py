@@ -10,7 +10,6 @@ bit an element for what was not clipped, and q_w.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lq_plugin.intent.spec import IntegerGrid
+from lq_plugin.layers.product import Convolution, product_gradients
 from lq_plugin.native.ops import laid_out
-
-
-class Convolution(NamedTuple):
-    """Geometry of a 2-d convolution; padding is with zeros on both sides."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
 
 
 class Levels(NamedTuple):
@@ -92,9 +83,11 @@ class IntegerProduct(torch.autograd.Function):
         x = arithmetic.dequantize(q, ctx.scale, ctx.zero_point, grad.dtype) if needs_weight else None
         shape = [-1, *[1] * (q_weight.ndim - 1)]
         w = q_weight.float().mul_(weight_scale.view(shape)).to(grad.dtype) if needs_x else None
-        backward: Callable[..., Any] = _linear_backward if ctx.convolution is None else _convolution_backward
-        x_grad, weight_grad, bias_grad = backward(
-            grad, q, x, q_weight, w, ctx.convolution, (needs_x, needs_weight, needs_bias)
+        # What is not wanted is not read: only its shape is.
+        x = torch.empty_strided(q.shape, q.stride(), dtype=grad.dtype, device=q.device) if x is None else x
+        w = torch.empty_like(q_weight, dtype=grad.dtype) if w is None else w
+        x_grad, weight_grad, bias_grad = product_gradients(
+            grad, x, w, ctx.convolution, (needs_x, needs_weight, needs_bias)
         )
         if x_grad is not None:
             x_grad = laid_out(x_grad, ctx.strides)
@@ -105,12 +98,21 @@ class IntegerProduct(torch.autograd.Function):
         return x_grad, weight_grad, bias_grad, None, None, None
 
 
-def onednn_product(operands: Operands, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
-    """On a CPU, float32."""
+def onednn_product(
+    operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
+) -> Tensor:
+    """Returns the product on a CPU, rounded once to `dtype`.
+
+    Args:
+        operands: integers of input and weight.
+        bias: float.
+        convolution: its geometry; None: a linear layer.
+        dtype: float32, bfloat16 or float16.
+    """
     (q, _, scale, zero_point), q_weight, scales = operands.levels, operands.q_weight, operands.weight_scale
     none = torch.zeros(scales.shape, dtype=torch.int32)
-    after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-    bias = None if bias is None else bias.detach()
+    after: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
+    bias = None if bias is None else bias.detach().float()
     if convolution is None:
         packed = torch.ops.onednn.qlinear_prepack(q_weight, list(q.shape))
         y: Tensor = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, packed, scales, none, bias, *after)
@@ -118,23 +120,3 @@ def onednn_product(operands: Operands, bias: Tensor | None, convolution: Convolu
     packed = torch.ops.onednn.qconv_prepack(q_weight, scales, scale, zero_point, *convolution, list(q.shape))
     y = torch.ops.onednn.qconv2d_pointwise(q, scale, zero_point, packed, scales, none, bias, *convolution, *after)
     return y
-
-
-def _convolution_backward(
-    grad: Tensor, q: Any, x: Tensor, q_weight: Any, w: Tensor, convolution: Any, wanted: Any
-) -> Any:
-    # What is not wanted is not read: only its shape is.
-    x = torch.empty_strided(q.shape, q.stride(), dtype=grad.dtype, device=q.device) if x is None else x
-    w = torch.empty_like(q_weight, dtype=grad.dtype) if w is None else w
-    stride, padding, dilation, groups = convolution
-    sizes = [q_weight.shape[0]] if wanted[2] else None
-    return torch.ops.aten.convolution_backward(
-        grad, x, w, sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted)
-    )
-
-
-def _linear_backward(grad: Tensor, q: Any, x: Tensor, q_weight: Any, w: Tensor, convolution: Any, wanted: Any) -> Any:
-    rows = grad.reshape(-1, grad.shape[-1])
-    x_grad = (rows @ w).view(q.shape) if wanted[0] else None
-    weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
-    return x_grad, weight_grad, rows.sum(0) if wanted[2] else None

@@ -1,4 +1,4 @@
-"""`integer.cpp` for tensors: dense float32 on the CPU; addresses are taken without further checks."""
+"""`integer.cpp` for tensors: dense float32, bfloat16 or float16 on the CPU; addresses are taken without further checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.build import NativeError, library
-from lq_plugin.native.kernels import VARIANTS
+from lq_plugin.native.kernels import TYPES, VARIANTS, Kernels
+from lq_plugin.native.layouts import Layout
 
 #: Two products of a byte and a weight up to this fit in 16 bits.
 LARGEST_EXACT = 64
@@ -31,10 +32,12 @@ class IntegerKernels:
         compiled = library("integer", Path(__file__).parent)
         pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         signatures = {
-            "quantize": ([*[pointer] * 3, size, real, real, number, number, pointer, pointer, number, number], number),
-            "quantize_rows": ([*[pointer] * 3, size, size, *[number] * 5], number),
-            "dequantize": ([pointer, pointer, size, real, real, number, number], None),
-            "keep": ([pointer, pointer, size, number, number], None),
+            "quantize": (
+                [number, *[pointer] * 3, size, real, real, number, number, pointer, pointer, number, number],
+                number,
+            ),
+            "quantize_rows": ([number, *[pointer] * 3, size, size, *[number] * 5], number),
+            "dequantize": ([number, pointer, pointer, size, real, real, number, number], None),
         }
         self._functions = {}
         for name, (arguments, result) in signatures.items():
@@ -46,6 +49,7 @@ class IntegerKernels:
         if self.variant not in self.variants:
             raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
         self._number = VARIANTS.index(self.variant)
+        self._masks = Kernels(self.variant)
 
     def quantize(
         self,
@@ -72,7 +76,7 @@ class IntegerKernels:
         mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
         nan = self._functions["quantize"](
-            x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point,
+            _type(x), x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point,
             grid.quant_min,
             grid.quant_max, low, high, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -93,25 +97,34 @@ class IntegerKernels:
         q = torch.empty_like(w, dtype=torch.int8)
         rows = scale.numel()
         bad = self._functions["quantize_rows"](
-            w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min, grid.quant_max, live,
-            self._number,
-            torch.get_num_threads(),
+            _type(w), w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min,
+            grid.quant_max, live, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return None if bad else q
 
-    def dequantize(self, q: Tensor, scale: float, zero_point: float) -> Tensor:
-        """(q - zero_point) · scale, laid out as `q`."""
-        y = torch.empty_strided(q.shape, q.stride(), dtype=torch.float32)
+    def dequantize(
+        self, q: Tensor, scale: float, zero_point: float, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Returns (q - zero_point) · scale, laid out as `q`.
+
+        Args:
+            q: uint8.
+            scale, zero_point: of the whole tensor.
+            dtype: of the result, which is rounded to it once.
+        """
+        y = torch.empty_strided(q.shape, q.stride(), dtype=dtype)
         self._functions["dequantize"](
-            q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads()
+            _type(y), q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads()
         )
         return y
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
-        self._functions["keep"](
-            gradient.data_ptr(), mask.data_ptr(), gradient.numel(), self._number, torch.get_num_threads()
-        )
+        self._masks.keep(gradient, mask, Layout(1, 1, gradient.numel(), 1))
+
+
+def _type(x: Tensor) -> int:
+    return TYPES[x.dtype, x.dtype]
 
 
 @functools.cache

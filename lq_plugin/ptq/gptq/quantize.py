@@ -2,7 +2,9 @@
 
 Lifecycle: batches go into a cache; for each layer in the order in which they run, the Hessian of its inputs is summed
 over the batches, the weight is solved for (`lq_plugin.functional.gptq`), and its values on the grid are written into
-`layer.weight`, with the calibrated scale for good. An error puts every weight back. GPTQ is greedy: a row of a weight
+`layer.weight`, with the calibrated scale for good. Linear layers next to each other that read one tensor (queries, keys
+and values) share the Hessian and are solved for as one. The weights from before wait on disk: an error puts every
+weight back. GPTQ is greedy: a row of a weight
 that comes out worse than by rounding to nearest is rounded to nearest.
 
 GPTAQ (`asymmetric`) takes the float model's inputs of every layer first, one pass that fills the cache, and rounds a
@@ -21,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,10 +31,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
-from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.gptaq import asymmetric_target
-from lq_plugin.functional.gptq import gptq_round, output_errors
-from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.functional.gptq import gptq_round_measured, output_errors
 from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
@@ -40,12 +41,12 @@ from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.batch_norm.reestimate import MomentPool, ReestimatedBatchNorms
 from lq_plugin.ptq.gptq.float_inputs import FloatInputs
 from lq_plugin.ptq.gptq.hessian import InputHessian, why_no_hessian
+from lq_plugin.ptq.gptq.problem import Problem, joined, stacked
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES, ActivationCache
 from lq_plugin.ptq.layerwise.replay import Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
-from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
-from lq_plugin.ptq.reconstruction.units import owner_name
-from lq_plugin.quantizers import WeightQuantizer
+from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault
+from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 
 
 @dataclass(frozen=True)
@@ -199,14 +200,30 @@ class _GPTQ:
 
     def _round_units(self, norms: _BatchNorms, floats: FloatInputs | None, result: GPTQResult) -> None:
         replay = self.walk.replay("quantized")
-        for unit in self.walk.units:
-            for name in unit.layers:
-                if name not in result.skipped:
-                    try:
-                        result.layers[name] = self._round_layer(name, replay, norms, floats)
-                    except UnseenExpertsError as error:
-                        result.skipped[name] = str(error)
-            replay.finish(unit.layers)
+        keys = {unit.name: self._tensor_read(unit, result.skipped, floats) or (unit.name,) for unit in self.walk.units}
+        for _, found in groupby(self.walk.units, key=lambda unit: keys[unit.name]):
+            units = list(found)
+            names = [name for unit in units for name in unit.layers if name not in result.skipped]
+            for together in [names] if len(units) > 1 else [[name] for name in names]:
+                try:
+                    result.layers |= self._round_layers(together, replay, norms, floats)
+                except UnseenExpertsError as error:
+                    result.skipped[together[0]] = str(error)
+            replay.finish([name for unit in units for name in unit.layers])
+
+    def _tensor_read(self, unit: Unit, skipped: dict[str, str], floats: FloatInputs | None) -> tuple[int, int] | None:
+        """Returns the tensor that a linear layer reads, as the recorded pass shows it: others may read the same.
+
+        Layers next to each other that do (queries, keys and values; a gate and its partner) have one Hessian, which is
+        summed and factorized once. None: the layer is rounded alone.
+        """
+        name, *others = unit.layers
+        layer, calls = self.layers[name], self.walk.recording.calls_of(name)
+        alone = bool(others) or floats is not None or name in skipped or layer.input_quantizer is not None
+        if alone or not isinstance(layer, nn.Linear) or len(calls) != 1:
+            return None
+        source = calls[0].inputs[0]
+        return None if source.producer is None or not source.direct else (source.producer, source.output)
 
     def _refused(self) -> dict[str, str]:
         """Returns the layers that keep nearest rounding, and why."""
@@ -248,38 +265,40 @@ class _GPTQ:
                 inputs.add(x, floats.take(name, index, call, x) if floats is not None else None)
         return inputs
 
-    def _round_layer(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> GPTQFit:
-        layer, inputs = self.layers[name], self._inputs(name, replay, norms, floats)
+    def _round_layers(
+        self, names: list[str], replay: Replay, norms: _BatchNorms, floats: FloatInputs | None
+    ) -> dict[str, GPTQFit]:
+        """Rounds layers that multiply one and the same input."""
+        inputs = self._inputs(names[0], replay, norms, floats)
         hessian, difference = inputs.mean_over_ranks()
-        quantizer = layer.weight_quantizer
-        assert quantizer is not None
-        canonical = type(layer).canonical(layer, layer.weight)
-        levels = quantizer.fixed_levels(blocks(canonical.detach().float(), quantizer.spec.granularity))
-        weight, nearest = (
-            inputs.to_matrix(canonical.to(hessian.device)),
-            inputs.to_matrix(quantizer(canonical).to(hessian)),
-        )
-        of_each = _elementwise(levels, quantizer, canonical).mapped(lambda t: inputs.to_matrix(t.to(hessian.device)))
-        try:
-            if difference is not None:
-                weight = asymmetric_target(weight, hessian, difference, self.options["dampening"])
-            solved = gptq_round(weight, hessian, of_each, **self.options)
-        except CalibrationError as error:
-            raise CalibrationError(f"GPTQ of {name!r}: {error}") from error
-        whole, before, after = (
-            output_errors(difference, hessian) for difference in (weight, weight - nearest, weight - solved)
-        )
-        # An expert without tokens has no columns to choose by.
-        worse = (before < after) | (hessian.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) == 0)
-        solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
-        self.snapshots.append(Snapshot({name: layer}))
-        write_rounded(layer, solved.reshape(canonical.shape).to(canonical.device), levels)
-        norm = max(float(whole.sum()), 1e-300)
-        dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
-        rows = float(worse.double().mean())
-        return GPTQFit(
-            inputs.count, float(before.sum()) / norm, float(torch.minimum(before, after).sum()) / norm, rows, dead
-        )
+        problems = [Problem.of(self.layers[name], inputs, hessian.device) for name in names]
+        fits = {}
+        for found in joined(problems):
+            of = [names[problems.index(problem)] for problem in found]
+            weight, nearest, levels = stacked(found)
+            try:
+                if difference is not None:
+                    weight = asymmetric_target(weight, hessian, difference, self.options["dampening"])
+                solved, after = gptq_round_measured(weight, hessian, levels, **self.options)
+            except CalibrationError as error:
+                raise CalibrationError(f"GPTQ of {' and '.join(map(repr, of))}: {error}") from error
+            whole, before = (output_errors(w, hessian) for w in (weight, weight - nearest.to(hessian)))
+            # An expert without tokens has no columns to choose by.
+            worse = (before < after) | (hessian.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) == 0)
+            solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
+            dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
+            rows = [problem.weight.shape[-2] for problem in found]
+            parts = (torch.split(t, rows, -1) for t in (whole, before, torch.minimum(before, after), worse.double()))
+            for name, problem, values, whole, before, after, worse in zip(
+                of, found, torch.split(solved, rows, -2), *parts, strict=True
+            ):
+                self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
+                problem.write(values)
+                norm = max(float(whole.sum()), 1e-300)
+                fits[name] = GPTQFit(
+                    inputs.count, float(before.sum()) / norm, float(after.sum()) / norm, float(worse.mean()), dead
+                )
+        return fits
 
     def _correct(self, norms: _BatchNorms) -> ReestimatedBatchNorms:
         norms.forget_quantized()
@@ -290,13 +309,6 @@ class _GPTQ:
         return ReestimatedBatchNorms(
             self.walk.count, shifts, tuple(name for name in norms.watches if name not in shifts), norms.without
         )
-
-
-def _elementwise(levels: FixedLevels, quantizer: WeightQuantizer, weight: Tensor) -> FixedLevels:
-    """Returns the levels with a scale for each element, of the canonical weight's shape."""
-    granularity = quantizer.spec.granularity
-    shape = blocks(torch.empty(weight.shape, device="meta"), granularity).shape
-    return levels.mapped(lambda t: unblocks(t.expand(shape), weight.shape, granularity))
 
 
 class _BatchNorms:

@@ -47,11 +47,17 @@ class ActivationCache:
         """Count bytes that are held elsewhere into the budget; a negative number frees them again."""
         self.in_memory += size
 
-    def put(self, key: Hashable, value: Any) -> None:
-        """Keep a copy of `value`, instead of the key's former one."""
+    def put(self, key: Hashable, value: Any, on_disk: bool = False) -> None:
+        """Keep a copy of `value`, instead of the key's former one.
+
+        Args:
+            key: to get it by.
+            value: nested tensors.
+            on_disk: not in memory, whatever the budget has left.
+        """
         self.drop(key)
         size = tree_bytes(value)
-        if self.in_memory + size <= self.budget:
+        if not on_disk and self.in_memory + size <= self.budget:
             self._held[key] = (_map(value, lambda t: (t.device, t.detach().to("cpu", copy=True))), size)
             self.in_memory += size
             return

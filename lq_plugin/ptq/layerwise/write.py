@@ -10,6 +10,7 @@ from torch import Tensor
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.layers import COMPUTED, QuantizedLayer, weight_is_computed
+from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 
 
 def rounding_fault(layer: QuantizedLayer) -> str | None:
@@ -54,13 +55,17 @@ class Snapshot:
     Args:
         layers: by name.
         biases: further tensors.
+        cache: keeps weights and biases on disk, so that a large model is not held twice; None: they stay in memory.
     """
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer], biases: Sequence[Tensor] = ()) -> None:
-        self.layers = layers
-        self.tensors: list[tuple[Tensor, Tensor]] = [
-            (t, t.detach().clone()) for t in (*writable_weights(layers.values()), *biases)
-        ]
+    def __init__(
+        self, layers: Mapping[str, QuantizedLayer], biases: Sequence[Tensor] = (), cache: ActivationCache | None = None
+    ) -> None:
+        self.layers, self._cache = layers, cache
+        self.tensors = [*writable_weights(layers.values()), *biases]
+        self._copies = [] if cache is not None else [t.detach().clone() for t in self.tensors]
+        if cache is not None:
+            cache.put(self._key, self.tensors, on_disk=True)
         self.states = [
             (quantizer, {key: value.clone() for key, value in quantizer.state_dict().items()})
             for layer in layers.values()
@@ -68,10 +73,15 @@ class Snapshot:
             if quantizer is not None
         ]
 
+    @property
+    def _key(self) -> tuple[str, ...]:
+        return ("before", *self.layers)
+
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back; the cache is still open."""
+        copies = self._copies if self._cache is None else self._cache.get(self._key)
         with torch.no_grad():
-            for tensor, value in self.tensors:
+            for tensor, value in zip(self.tensors, copies, strict=True):
                 tensor.copy_(value)
             for quantizer, state in self.states:
                 quantizer.load_state_dict(state)

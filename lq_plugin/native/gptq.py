@@ -1,0 +1,68 @@
+"""`gptq.cpp` for tensors: the columns of a block, one after the other."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.kernels import VARIANTS
+from lq_plugin.native.ops import is_watched
+from lq_plugin.native.switch import active
+
+
+class GPTQKernels:
+    """The compiled library.
+
+    Args:
+        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+
+    Raises:
+        NativeError: it cannot be compiled, or the processor does not run the variant.
+    """
+
+    def __init__(self, variant: str | None = None) -> None:
+        compiled = library("gptq")
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._block = compiled.lq_gptq_block
+        self._block.argtypes = [*[pointer] * 4, size, pointer, pointer, size, size, *[number] * 4]
+        self._block.restype = None
+        self.variants = VARIANTS[: compiled.lq_gptq_best() + 1]
+        self.variant = self.variants[-1] if variant is None else variant
+        if self.variant not in self.variants:
+            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
+        self._number = VARIANTS.index(self.variant)
+
+    def block(
+        self, w: Tensor, done: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]
+    ) -> Tensor:
+        """Rounds the columns of a block and returns their errors, float64 `[columns, rows]`.
+
+        Args:
+            w: the weights when the block's turn comes, float64 `[columns, rows]`, contiguous; it stays as it is.
+            done: takes the rounded weights, float32, likewise.
+            factor: the block of the upper triangular factor, float64 `[columns, columns]`, its rows contiguous.
+            scale, zero_point: float32 `[columns, rows]`, contiguous.
+            bounds: quant_min and quant_max.
+        """
+        errors = torch.empty_like(w)
+        self._block(
+            w.data_ptr(), done.data_ptr(), errors.data_ptr(), factor.data_ptr(), factor.stride(0), scale.data_ptr(),
+            zero_point.data_ptr(), *w.shape, *bounds, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return errors
+
+
+def gptq_kernels(x: Tensor) -> GPTQKernels | None:
+    """Returns the kernels where they may stand in for torch operations on `x`; None elsewhere."""
+    if x.device.type != "cpu" or is_watched(x) or active() is None:
+        return None
+    return _compiled()
+
+
+@functools.cache
+def _compiled() -> GPTQKernels:
+    return GPTQKernels()

@@ -1,0 +1,117 @@
+"""`trained.cpp` for tensors: passes of formats with trained levels, PACT and TTQ."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.kernels import TYPES, VARIANTS
+from lq_plugin.native.layouts import Layout, accepts
+from lq_plugin.native.ops import is_watched
+from lq_plugin.native.switch import active
+
+#: Δ, Wp and Wn of each row, float32 `[rows]`.
+Ternary = tuple[Tensor, Tensor, Tensor]
+
+
+class TrainedKernels:
+    """The compiled library; addresses are taken without more checks, see `trained_kernels`.
+
+    Args:
+        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+
+    Raises:
+        NativeError: it cannot be compiled, or the processor does not run the variant.
+    """
+
+    def __init__(self, variant: str | None = None) -> None:
+        compiled = library("trained")
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._pact_backward = compiled.lq_pact_backward
+        self._pact_backward.argtypes = [number, *[pointer] * 5, *[size] * 3, number, number]
+        self._ternary, self._ternary_backward = compiled.lq_ternary, compiled.lq_ternary_backward
+        self._ternary.argtypes = [number, *[pointer] * 5, size, size, number, number]
+        self._ternary_backward.argtypes = [number, *[pointer] * 8, size, size, number, number]
+        for function in (self._pact_backward, self._ternary, self._ternary_backward):
+            function.restype = None
+        self.variants = VARIANTS[: compiled.lq_trained_best() + 1]
+        self.variant = self.variants[-1] if variant is None else variant
+        if self.variant not in self.variants:
+            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
+        self._number = VARIANTS.index(self.variant)
+
+    def pact_backward(
+        self, x: Tensor, gradient: Tensor, alpha: Tensor, layout: Layout, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Returns PACT's gradients of `x` and, float64 `[outer]`, of alpha.
+
+        Args:
+            x: dense.
+            gradient: laid out in memory as `x`.
+            alpha: float32, contiguous, `[outer]` elements.
+            layout: of alpha along `x`; `inner` is 1.
+            needs_x: else that of `x` is None.
+        """
+        result = torch.empty_like(x) if needs_x else None
+        slope = torch.empty(layout.outer, dtype=torch.float64)
+        self._pact_backward(
+            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(),
+            None if result is None else result.data_ptr(), alpha.data_ptr(), slope.data_ptr(), *layout[:3],
+            self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return result, slope
+
+    def ternary(self, x: Tensor, levels: Ternary, dtype: torch.dtype) -> Tensor:
+        """Returns -Wn, 0 or +Wp, shaped like `x`.
+
+        Args:
+            x: contiguous.
+            levels: of its rows, equal parts of it.
+            dtype: of the result.
+        """
+        y, rows = torch.empty_like(x, dtype=dtype), levels[0].numel()
+        self._ternary(
+            TYPES[x.dtype, dtype], x.data_ptr(), y.data_ptr(), *(t.data_ptr() for t in levels), rows,
+            x.numel() // rows, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def ternary_backward(
+        self, x: Tensor, gradient: Tensor, levels: Ternary, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Returns TTQ's gradient of `x`, and the sums of the gradient above Δ and below -Δ, float64 `[rows]` each.
+
+        Args:
+            x, gradient: contiguous.
+            levels: of the rows.
+            needs_x: else that of `x` is None.
+        """
+        result, rows = torch.empty_like(x) if needs_x else None, levels[0].numel()
+        above, below = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
+        self._ternary_backward(
+            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(),
+            None if result is None else result.data_ptr(), *(t.data_ptr() for t in levels), above.data_ptr(),
+            below.data_ptr(), rows, x.numel() // rows, self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return result, above, below
+
+
+def trained_kernels(x: Tensor, dtype: torch.dtype | None = None) -> TrainedKernels | None:
+    """Returns the kernels where they may stand in for torch operations on `x`; None elsewhere.
+
+    Args:
+        x: what is quantized.
+        dtype: of the result; None: that of `x`.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_watched(x) or not x.numel() or not accepts(x):
+        return None
+    return None if (x.dtype, dtype or x.dtype) not in TYPES or active() is None else _compiled()
+
+
+@functools.cache
+def _compiled() -> TrainedKernels:
+    return TrainedKernels()
