@@ -246,7 +246,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--depth", type=int, default=20, help="layers of the ResNet that the weights are for (default: 20)"
     )
     parser.add_argument(
-        "--peers", nargs="+", choices=[n for n, peer in PEERS.items() if peer.default_iterations], default=[], help="other libraries beside; see benchmarks.peers"
+        "--peers",
+        nargs="+",
+        choices=[n for n, peer in PEERS.items() if peer.default_iterations],
+        default=[],
+        help="other libraries beside; see benchmarks.peers",
     )
     parser.add_argument(
         "--peer-default", action="store_true", help="peers at their own default of iterations as well: slow"

@@ -134,7 +134,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         task = {"size": size, "spec": options.spec, "threads": options.threads, "steps": options.steps}
         found = in_a_process(["-m", "benchmarks.scale", "--one", json.dumps(task)], options.threads, peer=False)
         for name in options.peers:
-            theirs = in_a_process([f"benchmarks/peers/{name}_scale.py", size, str(options.threads)], options.threads, True)
+            theirs = in_a_process(
+                [f"benchmarks/peers/{name}_scale.py", size, str(options.threads)], options.threads, True
+            )
             found[name] = theirs
             if "gptq" in found["steps"]:
                 mine = found["steps"]["gptq"]

@@ -1,4 +1,4 @@
-"""Llama-like models of any size with random weights, for `benchmarks.scale` and its peers, and what is read off a run."""
+"""Llama-like models of any size with random weights, and what is read off a run: `benchmarks.scale` and its peers."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def make(size: Size) -> nn.Module:
     with torch.no_grad():
         for module in model.model.layers.modules():
             if isinstance(module, nn.Linear):
-                rows, columns = module.weight.shape
+                columns = module.weight.shape[1]
                 factors = torch.exp(0.5 * torch.randn(columns, generator=generator))
-                module.weight.normal_(0.0, columns**-0.5, generator=generator).mul_(factors / factors.square().mean().sqrt())
+                module.weight.normal_(0.0, columns**-0.5, generator=generator).mul_(
+                    factors / factors.square().mean().sqrt()
+                )
     return model
 
 

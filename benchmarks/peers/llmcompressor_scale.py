@@ -1,4 +1,4 @@
-"""GPTQ of llm-compressor on a model of `benchmarks.scale`: its scheme W4A16, in the sequential pipeline, one line of JSON.
+"""GPTQ of llm-compressor on a model of `benchmarks.scale`: scheme W4A16, sequential pipeline, one line of JSON.
 
 `python benchmarks/peers/llmcompressor_scale.py SIZE THREADS`, in its own environment.
 """

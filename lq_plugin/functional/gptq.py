@@ -20,6 +20,7 @@ Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -91,8 +92,9 @@ def gptq_round(
     Raises:
         CalibrationError: NaN or Inf, or a Hessian that is not positive definite, dampened as asked.
     """
-    options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
-    return gptq_round_measured(weight, hessian, levels, **options)[0]
+    return gptq_round_measured(
+        weight, hessian, levels, dampening=dampening, act_order=act_order, block_columns=block_columns
+    )[0]
 
 
 @torch.no_grad()
@@ -211,8 +213,8 @@ def _in_order(levels: FixedLevels, order: Tensor) -> FixedLevels:
     return levels.mapped(lambda t: t.take_along_dim(order.unsqueeze(-1), -2))
 
 
-def _column(levels: FixedLevels, j: int) -> FixedLevels:
-    return levels.mapped(lambda t: t[..., j, :])
+def _columns(levels: FixedLevels, at: int | slice) -> FixedLevels:
+    return levels.mapped(lambda t: t[..., at, :])
 
 
 def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -> tuple[Tensor, Tensor]:
@@ -228,8 +230,7 @@ def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -
     for start in range(0, columns, block_columns):
         end = min(start + block_columns, columns)
         here = slice(start, end)
-        within = levels.mapped(lambda t, here=here: t[..., here, :])
-        errors = block(w[..., here, :], done[..., here, :], factor[..., here, here], within)
+        errors = block(w[..., here, :], done[..., here, :], factor[..., here, here], _columns(levels, here))
         w[..., end:, :] -= factor[..., here, end:].mT @ errors
         total += errors.square().sum(-2)
     return done, total
@@ -240,7 +241,7 @@ def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tens
     errors = torch.empty_like(w)
     for j in range(w.shape[-2]):
         column = w[..., j, :]
-        done[..., j, :] = _column(levels, j).nearest(column.float())
+        done[..., j, :] = _columns(levels, j).nearest(column.float())
         error = (column - done[..., j, :]) / factor[..., j, j, None]
         errors[..., j, :] = error
         w[..., j + 1 :, :] -= factor[..., j, j + 1 :, None] * error.unsqueeze(-2)
@@ -250,8 +251,10 @@ def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tens
 def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
     """The same by the kernels; `w` stays as it is."""
     if w.ndim > 2:  # groups of a convolution
-        parts = [levels.mapped(lambda t, group=group: t[group]) for group in range(len(w))]
-        return torch.stack([_compiled_block(kernels, *part) for part in zip(w, done, factor, parts, strict=True)])
+        parts = zip(w, done, factor, levels.scale, levels.zero_point, strict=True)
+        return torch.stack(
+            [_compiled_block(kernels, *part, replace(levels, scale=s, zero_point=z)) for *part, s, z in parts]
+        )
     assert isinstance(levels, IntegerLevels)
     bounds = levels.grid.quant_min, levels.grid.quant_max
     scale, zero_point = (t.float().contiguous() for t in (levels.scale, levels.zero_point))

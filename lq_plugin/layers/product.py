@@ -29,9 +29,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolu
     """
     if convolution is None:
         return F.linear(x, weight, bias)
-    return torch.convolution(
-        x, weight, bias, *convolution[:3], False, [0] * (x.ndim - 2), convolution.groups
-    )
+    return torch.convolution(x, weight, bias, *convolution[:3], False, [0] * (x.ndim - 2), convolution.groups)
 
 
 def product_gradients(

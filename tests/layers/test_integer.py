@@ -222,7 +222,10 @@ def test_narrow_precisions_against_float64(kind, wide, precision, dtype):
 @needs_kernels
 @pytest.mark.parametrize(("precision", "dtype"), NARROW)
 def test_narrow_precisions_beside_fake_quantization(precision, dtype):
-    """A network's step: the same extremes, and differences no larger than the dtype's rounding makes them."""
+    """A network's step: the same extremes, and differences no larger than the dtype's rounding makes them.
+
+    A ReLU's input that is rounded to the other side of zero changes single gradients: whole tensors are compared.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
     x = torch.randn(8, 8, 6, 6)
@@ -238,7 +241,7 @@ def test_narrow_precisions_beside_fake_quantization(precision, dtype):
     assert_close(y2.float(), y.float(), 4 * torch.finfo(dtype).eps)
     for name, gradient in gradients.items():
         assert gradients2[name].dtype == gradient.dtype
-        assert_close(gradients2[name].float(), gradient.float(), 8 * torch.finfo(dtype).eps)
+        assert (gradients2[name] - gradient).float().norm() <= 8 * torch.finfo(dtype).eps * gradient.float().norm()
     # The extremes of the second layer's input are those of what the first one gives.
     assert all(map(torch.equal, seen2[:2], seen[:2]))
     assert_close(torch.stack(seen2), torch.stack(seen), 4 * torch.finfo(dtype).eps)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lq_plugin.intent.spec import IntegerGrid
-from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels, Operands
+from lq_plugin.layers.integer.function import IntegerProduct, Levels, Operands
 from lq_plugin.layers.integer.kernels import IntegerKernels
+from lq_plugin.layers.product import Convolution
 from lq_plugin.native import NativeError
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")

@@ -170,7 +170,9 @@ def test_what_is_frozen_gets_no_gradient(kind, frozen):
     x.requires_grad_(frozen != "input")
     wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
     with use_native(True):
-        mine, theirs = (torch.autograd.grad(f(x).square().sum(), wanted) for f in (layer, lambda v: by_autograd(layer, v)))
+        mine, theirs = (
+            torch.autograd.grad(f(x).square().sum(), wanted) for f in (layer, lambda v: by_autograd(layer, v))
+        )
     assert all(map(torch.equal, mine, theirs))
 
 

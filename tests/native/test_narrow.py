@@ -130,7 +130,9 @@ def test_every_number_of_16_bits_is_read(variant, dtype):
 @pytest.mark.parametrize(("runs", "length"), [(1, 70_003), (5, 33), (3, 16), (2, 7)])
 def test_gradients_are_masked_in_place(variant, dtype, runs, length):
     layout = Layout(runs, 1, length, 1)
-    bits = torch.rand(runs, length, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.5, 1.0])[:, None, None]
+    bits = (
+        torch.rand(runs, length, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.5, 1.0])[:, None, None]
+    )
     for inside in bits:
         padded = torch.nn.functional.pad(inside.int(), (0, -length % 16)).view(runs, -1, 16)
         words = (padded << torch.arange(16)).sum(-1)

@@ -264,7 +264,7 @@ class Reader(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["int3 per_channel mse", "int3 group4", "mxfp4"])
+@pytest.mark.parametrize("spec", ["int3 per_channel mse", "int3 group4 ragged", "mxfp4"])
 def test_layers_that_read_one_tensor_are_solved_for_as_one(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the weights that each gets by itself, and of a pass of the inputs for each tensor."""
     torch.manual_seed(0)

@@ -179,7 +179,9 @@ def test_degenerate_rows(spec):
 
 
 @pytest.mark.parametrize("n", [1, 16, 37, 128, 5000])
-@pytest.mark.parametrize("grid", [IntegerGrid(-8, 7), IntegerGrid(0, 15, True), IntegerGrid(0, 3), IntegerGrid(-1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntegerGrid(-8, 7), IntegerGrid(0, 15, True), IntegerGrid(0, 3), IntegerGrid(-1, 1)], ids=str
+)
 def test_errors_by_the_kernels_are_those_of_numpy(n, grid, monkeypatch):
     """In every variant that runs here: squares of float32, summed in float64."""
     if not available():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
-from lq_plugin.layers.integer.function import Convolution, Levels, Operands, onednn_product
+from lq_plugin.layers.integer.function import Levels, Operands, onednn_product
 from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, integer_kernels, sums_exactly
+from lq_plugin.layers.product import Convolution
 from lq_plugin.native.layouts import DTYPES
 
 #: Of a GPU with the tensor cores that Triton's int8 products are made for (Ampere).

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from lq_plugin.intent.spec import IntegerGrid, PerChannel, PerTensor
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.integer.arithmetic import Arithmetic, arithmetic_on
-from lq_plugin.layers.integer.function import Convolution, IntegerProduct, Levels
+from lq_plugin.layers.integer.function import IntegerProduct, Levels
 from lq_plugin.layers.integer.state import WORTH, WORTH_ON_GPU, IntegerForward
+from lq_plugin.layers.product import Convolution
 from lq_plugin.native.ops import kernels_for
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer
 

@@ -1,4 +1,4 @@
-"""`integer.cpp` for tensors: dense float32, bfloat16 or float16 on the CPU; addresses are taken without further checks."""
+"""`integer.cpp` for dense tensors on the CPU; addresses are taken without further checks."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ class IntegerKernels:
         mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
         nan = self._functions["quantize"](
-            _type(x), x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale, zero_point,
-            grid.quant_min,
-            grid.quant_max, low, high, self._number, torch.get_num_threads(),
+            _type(x), x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale,
+            zero_point, grid.quant_min, grid.quant_max, low, high, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return None if nan else (q, mask)
 
@@ -102,9 +101,7 @@ class IntegerKernels:
         )  # fmt: skip
         return None if bad else q
 
-    def dequantize(
-        self, q: Tensor, scale: float, zero_point: float, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def dequantize(self, q: Tensor, scale: float, zero_point: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns (q - zero_point) · scale, laid out as `q`.
 
         Args:

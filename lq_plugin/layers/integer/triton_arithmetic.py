@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.integer import triton_kernels as kernels
-from lq_plugin.layers.integer.function import Convolution, Levels, Operands
+from lq_plugin.layers.integer.function import Levels, Operands
+from lq_plugin.layers.product import Convolution
 from lq_plugin.native.layouts import DTYPES, Layout
 from lq_plugin.native.triton_kernels import device_of, mask_gradient, tile_sizes
 

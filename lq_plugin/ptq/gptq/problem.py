@@ -72,9 +72,7 @@ def stacked(problems: Sequence[Problem]) -> tuple[Tensor, Tensor, FixedLevels]:
         return first.weight, first.nearest, first.of_each
     weight, nearest, scale, zero_point = (
         torch.cat(parts, dim=-2)
-        for parts in zip(
-            *((p.weight, p.nearest, p.of_each.scale, p.of_each.zero_point) for p in problems), strict=True
-        )
+        for parts in zip(*((p.weight, p.nearest, p.of_each.scale, p.of_each.zero_point) for p in problems), strict=True)
     )
     return weight, nearest, replace(first.of_each, scale=scale, zero_point=zero_point)
 
