@@ -251,10 +251,9 @@ def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tens
 def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
     """The same by the kernels; `w` stays as it is."""
     if w.ndim > 2:  # groups of a convolution
-        parts = zip(w, done, factor, levels.scale, levels.zero_point, strict=True)
-        return torch.stack(
-            [_compiled_block(kernels, *part, replace(levels, scale=s, zero_point=z)) for *part, s, z in parts]
-        )
+        each = [replace(levels, scale=s, zero_point=z) for s, z in zip(levels.scale, levels.zero_point, strict=True)]
+        parts = zip(w, done, factor, each, strict=True)
+        return torch.stack([_compiled_block(kernels, *part) for part in parts])
     assert isinstance(levels, IntegerLevels)
     bounds = levels.grid.quant_min, levels.grid.quant_max
     scale, zero_point = (t.float().contiguous() for t in (levels.scale, levels.zero_point))
