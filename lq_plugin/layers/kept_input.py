@@ -105,24 +105,26 @@ def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     kernels = kernels_for(x)
     if kernels is None or torch._C._len_torch_function_stack() or not type(layer).casts_operands(layer):
         return None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else layer.weight.dtype
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        return None
     shared = layer._shared_input is not None and layer._shared_input.takes(x)
-    if x.dtype != dtype or shared or not inputs.rounds_plainly(x):
+    if shared or not inputs.rounds_plainly(x):
         return None
     convolution = None
     if isinstance(layer, nn.modules.conv._ConvNd):
         convolution = _geometry(layer, x)
         if convolution is None:
             return None
+    # Asked for once: a parametrization computes it anew each time.
     weight, bias = layer.quantized_weight(), cast(Any, layer).bias
-    if type(weight) not in (Tensor, nn.Parameter):
-        return None
+    if torch.is_autocast_enabled(device):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != x.dtype:
+        return product(layer.quantized_input(x), weight, bias, convolution)
     qparams = inputs.scale.detach().clone(), inputs.zero_point.detach().clone()
     rounding = _Rounding(*qparams, inputs.spec.grid, inputs.watched_extremes(), kernels)
-    # As autocast would cast them.
-    bias = None if bias is None else bias.to(dtype)
-    y: Tensor = _Product.apply(x, weight.to(dtype), bias, rounding, convolution)
+    y: Tensor = _Product.apply(x, weight, bias, rounding, convolution)
     return y
 
 

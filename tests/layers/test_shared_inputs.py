@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare, remove
-from lq_plugin.layers import unshare_inputs
+from lq_plugin.layers import kept_input, unshare_inputs
 from lq_plugin.layers.integer import enable_integer_forward
 from lq_plugin.layers.integer.kernels import IntegerKernels, integer_kernels
 from lq_plugin.model.prepare import quantized_layers, quantizers
@@ -99,6 +99,13 @@ def counted(monkeypatch):
         return rounded(self, x, *args)
 
     monkeypatch.setattr(base.Quantizer, "rounded", counting_rounded)
+    once = kept_input._Rounding.once
+
+    def counting_once(self, x, *args):
+        calls.count += 1
+        return once(self, x, *args)
+
+    monkeypatch.setattr(kept_input._Rounding, "once", counting_once)
     return calls
 
 
