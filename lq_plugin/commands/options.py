@@ -60,7 +60,7 @@ TRAIN = _TRAINED | {
 SEARCHED = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name", "uniform", "seeds", "sensitivity",
     "sensitivity_batches", "latency", "heartbeat", "max_failures", "fidelity", "promote_within", "promote_first",
-    "pruner", "calibration_batches", "phases", "target", "score", "dashboard",
+    "pruner", "confirm", "calibration_batches", "phases", "target", "score", "dashboard",
 )  # fmt: skip
 SEARCH = _TRAINED | {
     "seed": SEED, "worker": integer(0), "search.space": NODE, "search.sampler": NODE, "search.storage": ANY,

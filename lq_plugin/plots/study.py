@@ -24,6 +24,8 @@ def pareto(
     size: str = "effective bits a parameter",
     title: str = "Search: quality over size",
     seeds: Sequence[Point] = (),
+    bounds: Sequence[float] | None = None,
+    intervals: Sequence[tuple[float, float, float]] = (),
 ) -> Figure:
     """Returns a figure of all plans of a search, with the front and named plans.
 
@@ -37,6 +39,8 @@ def pareto(
         metric: its name.
         maximize: whether more is better.
         seeds: those of the points that were made from sensitivities, before anything was searched.
+        bounds: by which the front is chosen, one a point; None: by the metrics.
+        intervals: `(size, low, high)` of metrics that are known so well.
 
     Raises:
         ValueError: when there are no points or one is not finite.
@@ -46,7 +50,8 @@ def pareto(
         raise ValueError("no points to draw")
     if not np.isfinite([*points, *named.values()]).all():
         raise ValueError("points must be finite: leave failed trials out")
-    front = [points[i] for i in pareto_front(points, maximize)]
+    sure = points if bounds is None else [(point[0], bound) for point, bound in zip(points, bounds, strict=True)]
+    front = [points[i] for i in pareto_front(sure, maximize)]
     figure, axes = new_figure(8.0, 5.0)
     xs = [p[0] for p in (*points, *named.values())]
     margin = 0.06 * (max(xs) - min(xs) or 1.0)
@@ -59,6 +64,8 @@ def pareto(
     axes.scatter(
         all_x, all_y, 20, SKY, edgecolors="white", linewidths=0.4, alpha=0.75, zorder=2, label=f"{len(points)} trials"
     )
+    for at_size, worst, best in intervals:
+        axes.vlines(at_size, worst, best, color=BLUE, linewidth=1.2, alpha=0.8, zorder=3)
     front_x, front_y = zip(*front, strict=True)
     axes.step(front_x, front_y, where="post", color=BLUE, linewidth=1.4, alpha=0.7, zorder=3)
     axes.scatter(

@@ -183,7 +183,18 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """A complete trial; the front is made of `cost` and `metric`."""
+    """A complete trial; the front is made of `cost` and `bound`, or `metric` where no plan was scored again.
+
+    Args:
+        number: of the trial.
+        metric, cost: that it has.
+        origin: where its plan comes from.
+        seconds: that it took.
+        numbers: all that it logged, and its costs.
+        front: whether it is on the front.
+        mean, low, high, looks: of its scores after it was chosen, and their number; None where there are none.
+        bound: what its metric is at least (or at most), as far as is known.
+    """
 
     number: int
     metric: float
@@ -192,6 +203,11 @@ class TrialReport:
     seconds: float
     numbers: dict[str, float]
     front: bool = False
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    looks: int | None = None
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +233,7 @@ class StudyReport:
         importance: of each parameter for the metric, largest first.
         hypervolume: of the trials so far, 0..1 of the box between the worst and the best values; one number a trial.
         parameters: value of the most important parameters, by name, one a trial.
+        confidence: level of the trials' intervals; None where no plan was scored again.
     """
 
     name: str
@@ -232,6 +249,7 @@ class StudyReport:
     importance: dict[str, float] = field(default_factory=dict)
     hypervolume: list[float] = field(default_factory=list)
     parameters: dict[str, list[Any]] = field(default_factory=dict)
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

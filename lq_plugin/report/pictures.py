@@ -272,13 +272,22 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
 
 
 def _pareto(study: StudyReport) -> Figure:
-    points = [(t.cost, t.metric) for t in study.trials]
-    uniform = {t.origin: (t.cost, t.metric) for t in study.trials if t.origin.startswith("uniform")}
-    seeds = [
-        (t.cost, t.metric) for t in study.trials if t.origin not in ("sampled", "refined") and t.origin not in uniform
-    ]
-    title, cost = f"{study.name}: {study.metric}", study.cost.replace("_", " ")
-    return plots.pareto(points, uniform, study.float_metric, study.metric, study.maximize, cost, title, seeds)
+    points = [(t.cost, t.metric if t.mean is None else t.mean) for t in study.trials]
+    named = list(zip(study.trials, points, strict=True))
+    uniform = {t.origin: point for t, point in named if t.origin.startswith("uniform")}
+    seeds = [point for t, point in named if t.origin not in ("sampled", "refined") and t.origin not in uniform]
+    return plots.pareto(
+        points,
+        uniform,
+        study.float_metric,
+        study.metric,
+        study.maximize,
+        study.cost.replace("_", " "),
+        f"{study.name}: {study.metric}",
+        seeds,
+        bounds=[t.metric if t.bound is None else t.bound for t in study.trials],
+        intervals=[(t.cost, t.low, t.high) for t in study.trials if t.low is not None and t.high is not None],
+    )
 
 
 @styled

@@ -9,8 +9,8 @@ from math import prod
 from typing import NamedTuple
 
 from lq_plugin.intent.plan import LayerPlan
-from lq_plugin.model.graph.recording import Call, Recording
-from lq_plugin.model.measure.cost import FLOAT_BITS
+from lq_plugin.model.graph.recording import Recording
+from lq_plugin.model.measure.energy import FLOAT_BITS
 
 
 class _Tensor(NamedTuple):
@@ -18,13 +18,70 @@ class _Tensor(NamedTuple):
     output: int
 
 
-def activation_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None = None) -> int:
-    """Returns the bytes of activations of one input sample at the fullest moment of a pass.
+class ActivationMemory:
+    """Sizes and lives of the activations of one recorded pass, for many plans.
 
     A tensor is alive from the call that makes it to the last one that reads it. An activation function works in place
     where nothing else reads its input, as runtimes fuse it. An element takes the bits of the widest input that reads
     it: 32 of a layer whose input is float, of any other operation, and of what the model returns. The model's own input
     is not counted.
+
+    Args:
+        recording: of one batch.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._samples, self._calls = recording.samples, len(recording.calls)
+        #: Elements, the calls from and to which it lives, and the names of the calls that read it.
+        self._tensors: list[tuple[int, int, int, tuple[str, ...]]] = []
+        readers = Counter(
+            _Tensor(s.producer, s.output) for c in recording.calls for s in c.inputs if s.producer is not None
+        )
+        made_of: dict[_Tensor, _Tensor] = {}
+        last: dict[_Tensor, int] = {}
+        read_by: dict[_Tensor, list[str]] = {}
+        sizes: dict[_Tensor, int] = {}
+        for call in recording.calls:
+            for source in call.inputs:
+                if source.producer is None:
+                    continue
+                tensor = _Tensor(source.producer, source.output)
+                tensor = made_of.get(tensor, tensor)
+                last[tensor] = call.position
+                if call.is_activation and readers[_Tensor(source.producer, source.output)] == 1:
+                    made_of[_Tensor(call.position, 0)] = tensor
+                elif not call.passthrough:
+                    read_by.setdefault(tensor, []).append(call.name)
+            if call.kind != "output" and not call.passthrough:
+                for index, shape in enumerate(call.output_shapes):
+                    if (tensor := _Tensor(call.position, index)) not in made_of:
+                        sizes[tensor] = prod(shape)
+        for tensor, size in sizes.items():
+            end = last.get(tensor, tensor.producer)
+            self._tensors.append((size, tensor.producer, end, tuple(dict.fromkeys(read_by.get(tensor, ())))))
+
+    def bytes(self, plans: Mapping[str, LayerPlan] | None = None) -> int:
+        """Returns the bytes of one input sample at the fullest moment.
+
+        Args:
+            plans: of the layers, by name; None: everything is float.
+        """
+        return round(max(self.held(plans), default=0) / 8 / self._samples)
+
+    def held(self, plans: Mapping[str, LayerPlan] | None = None) -> list[int]:
+        """Returns the bits that are alive at each call, of all samples together."""
+        plans = plans or {}
+        # Bits that each call adds to those held; what it reads last goes before the next one.
+        changes = [0] * (self._calls + 1)
+        for size, start, end, readers in self._tensors:
+            bits = size * max((_input_bits(plans.get(name)) for name in readers), default=FLOAT_BITS)
+            changes[start] += bits
+            changes[end + 1] -= bits
+        return list(accumulate(changes))
+
+
+def activation_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None = None) -> int:
+    """Returns the bytes of activations of one input sample at the fullest moment of a pass, see `ActivationMemory`.
 
     Args:
         recording: of one batch.
@@ -41,38 +98,8 @@ def activation_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None
     >>> activation_bytes(recording, {"2": LayerPlan(input=QuantSpec.parse("uint8"))})
     140
     """
-    plans = plans or {}
-    readers = Counter(
-        _Tensor(s.producer, s.output) for c in recording.calls for s in c.inputs if s.producer is not None
-    )
-    made_of: dict[_Tensor, _Tensor] = {}
-    last: dict[_Tensor, int] = {}
-    bits: dict[_Tensor, int] = {}
-    sizes: dict[_Tensor, int] = {}
-    for call in recording.calls:
-        for source in call.inputs:
-            if source.producer is None:
-                continue
-            tensor = _Tensor(source.producer, source.output)
-            tensor = made_of.get(tensor, tensor)
-            last[tensor] = call.position
-            if call.is_activation and readers[_Tensor(source.producer, source.output)] == 1:
-                made_of[_Tensor(call.position, 0)] = tensor
-            elif not call.passthrough:
-                bits[tensor] = max(bits.get(tensor, 0), _input_bits(call, plans))
-        if call.kind != "output" and not call.passthrough:
-            for index, shape in enumerate(call.output_shapes):
-                if (tensor := _Tensor(call.position, index)) not in made_of:
-                    sizes[tensor] = prod(shape)
-    # Bits that each call adds to those held; what it reads last goes before the next one.
-    changes = [0] * (len(recording.calls) + 1)
-    for tensor, size in sizes.items():
-        held = size * bits.get(tensor, FLOAT_BITS)
-        changes[tensor.producer] += held
-        changes[last.get(tensor, tensor.producer) + 1] -= held
-    return round(max(accumulate(changes)) / 8 / recording.samples)
+    return ActivationMemory(recording).bytes(plans)
 
 
-def _input_bits(call: Call, plans: Mapping[str, LayerPlan]) -> int:
-    plan = plans.get(call.name)
+def _input_bits(plan: LayerPlan | None) -> int:
     return FLOAT_BITS if plan is None or plan.input is None else plan.input.bit_width

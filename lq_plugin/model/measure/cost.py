@@ -11,7 +11,8 @@ All counts follow from shapes and specs, so a plan is priced before anything is 
 
 In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. Bit
 operations (BOPs) are MACs · b_w · b_a, 32 bits of a float operand, as in Baskin et al., "UNIQ", 2018 (arXiv
-1804.10969), without the accumulator term.
+1804.10969), without the accumulator term. `energy` is an estimate in microjoules, by the table of
+`lq_plugin.model.measure.energy`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from lq_plugin.functional.grouping import scale_shape
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_key, weight_of, weight_parts
-from lq_plugin.model.graph.recording import Call, Recording
+from lq_plugin.model.graph.recording import Recording
+from lq_plugin.model.measure.energy import FLOAT_BITS as FLOAT_BITS, mac_energy, read_energy
+from lq_plugin.model.measure.other_work import other_work
 from lq_plugin.model.operations.quantized import inner_operations, operations_of, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
@@ -40,7 +43,6 @@ from lq_plugin.quantizers import Quantizer, make_activation_quantizer
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.shown import Shown, new_table, short_number
 
-FLOAT_BITS = 32
 #: What the table of a packed file takes, about: the file's own head, each quantized weight, each other tensor.
 _TABLE, _TABLE_WEIGHT, _TABLE_TENSOR = 450, 55, 12
 
@@ -143,7 +145,7 @@ class Cost(Shown):
         other_bytes: everything else that is saved: biases, norms, other layers, persistent buffers.
         other_parameters, other_parameter_bits: how many parameters there are outside of the rows, and what they take.
         table_bytes: about what a packed file needs to say where everything is; 0 of a float model.
-        other_macs, other_bops: outside the rows, those of functional calls above all.
+        other_macs, other_bops, other_energy: outside the rows, those of functional calls above all.
     """
 
     rows: tuple[CostRow, ...]
@@ -153,6 +155,7 @@ class Cost(Shown):
     table_bytes: int = 0
     other_macs: int | None = None
     other_bops: int | None = None
+    other_energy: float | None = None
 
     def __iter__(self) -> Iterator[CostRow]:
         return iter(self.rows)
@@ -206,6 +209,14 @@ class Cost(Shown):
     def bops(self) -> int | None:
         """Bit operations for one input sample, float operations as 32 x 32 bit; None without a recording."""
         return None if self.other_bops is None else self.other_bops + sum(row.bops or 0 for row in self.rows)
+
+    @property
+    def energy(self) -> float | None:
+        """Microjoules for one input sample, see `lq_plugin.model.measure.energy`; None without a recording."""
+        if self.other_energy is None:
+            return None
+        work = sum((row.macs or 0) * mac_energy(row.weight_bits, row.input_bits) for row in self.rows)
+        return work + self.other_energy + read_energy(sum(row.storage_bits for row in self.rows))
 
     def table(self) -> Table:
         """Returns the rows as a table, the totals of the whole model below them."""
@@ -348,29 +359,17 @@ def _price(
         )
     quantized = sum(row.quantized for row in rows)
     table = _TABLE + _TABLE_WEIGHT * quantized + _TABLE_TENSOR * rest.tensors if any(plans.values()) else 0
+    work = None if recording is None else other_work(survey, plans, recording)
     return Cost(
-        tuple(rows), rest.bytes, rest.parameters, rest.parameter_bits, table, *_other_work(survey, plans, recording)
+        tuple(rows),
+        rest.bytes,
+        rest.parameters,
+        rest.parameter_bits,
+        table,
+        None if work is None else sum(product.macs for product in work),
+        None if work is None else sum(product.bops for product in work),
+        None if work is None else sum(product.energy for product in work),
     )
-
-
-def _other_work(
-    survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording | None
-) -> tuple[int | None, int | None]:
-    """MACs and BOPs outside of the layers that can hold quantizers."""
-    if recording is None:
-        return None, None
-    macs = bops = 0
-    for name, work in recording.sample_macs.items():
-        if name not in survey.candidates:
-            macs += work
-            bops += work * prod(_factor_bits(recording.calls_of(name)[0], plans.get(name, LayerPlan())))
-    return macs, bops
-
-
-def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
-    """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
-    bits = plan.input.bit_width if plan.input and (call.operands or call.kind == "module") else FLOAT_BITS
-    return bits, bits if call.fully_quantizable else FLOAT_BITS
 
 
 def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:

@@ -1,15 +1,17 @@
 "use strict";
 // The trials of a search by cost and metric: the front, the plan that was trained, and what it scores after training.
-const LABELS = { effective_bits: "effective bits a parameter", quantizable_effective_bits: "effective bits of quantizable layers", bytes: "bytes", bops: "bit operations a sample", batch_bops: "bit operations of a batch", latency: "milliseconds a sample" };
+const LABELS = { effective_bits: "effective bits a parameter", quantizable_effective_bits: "effective bits of quantizable layers", bytes: "bytes", bops: "bit operations a sample", batch_bops: "bit operations of a batch", energy: "microjoules a sample, by Horowitz's table", activation_memory: "bytes of activations a sample at most", latency: "milliseconds a sample" };
 const isBits = (name) => name.endsWith("effective_bits");
 const axisLabel = (name) => LABELS[name] ?? name;
 const number = (study, t, name) => (name === study.metric ? t.metric : name === study.cost ? t.cost : (t.numbers ?? {})[name]);
+// Its looks say more of a plan than its trial.
+const score = (t) => t.mean ?? t.metric;
 const SHAPES = { uniform: ["diamond", 2], sensitivity: ["triangle", 3] };
 
 function frontOf(study, name) {
-  const sign = study.maximize ? 1 : -1, sorted = [...study.trials].filter((t) => number(study, t, name) != null).sort((a, b) => number(study, a, name) - number(study, b, name) || sign * (b.metric - a.metric));
+  const sure = (t) => (study.maximize ? 1 : -1) * (t.bound ?? t.metric), sorted = [...study.trials].filter((t) => number(study, t, name) != null).sort((a, b) => number(study, a, name) - number(study, b, name) || sure(b) - sure(a));
   let best = -Infinity;
-  return sorted.filter((t) => sign * t.metric > best && ((best = sign * t.metric), true));
+  return sorted.filter((t) => sure(t) > best && ((best = sure(t)), true));
 }
 // What the model of the same report scores on the metric of the search: its own score, not that of another variant.
 function ownScore(run) {
@@ -34,6 +36,7 @@ function frontFigure(runs, show) {
   const entries = runs.flatMap(({ label, study }, k) => { const name = label ? `${label}: ` : ""; return [[`${name}front of ${study.trials.length} trials`, color(k ? 1 : 0), "line"], ...(kinds.has("sampled") ? [[`${name}${runs[0].kinds.sampled}`, color(k ? 1 : 0), "dot"]] : []), ...(kinds.has("refined") ? [[`${name}${runs[0].kinds.refined}`, color(k ? 1 : 0), "ring"]] : [])]; });
   for (const [kind, [shape, paint]] of Object.entries(SHAPES)) if (kinds.has(kind)) entries.push([runs[0].kinds[kind], color(paint), shape]);
   if (runs.some(({ study }) => study.float_metric != null)) entries.push(["float model", "var(--ink)", "dashes"]);
+  if (runs.some(({ study }) => study.trials.some((t) => t.low != null))) entries.push([`interval of ${Math.round(100 * (first.confidence ?? 0.95))} % of plans that were scored again; the front joins their means and is chosen by their worse ends`, color(0), "line"]);
   if (runs.some((r) => r.trained != null)) entries.push(["plan of this page's model", "var(--ink)", "ring"]);
   const owns = [...new Set(runs.filter((r) => ownCost(r, first.cost) != null).map((r) => ownScore(r)?.variant).filter(Boolean))];
   for (const own of owns) entries.push([own === "QAT" ? "that plan after QAT, with its interval of 95 %" : own, "var(--c5)", "square"]);
@@ -43,22 +46,22 @@ function frontFigure(runs, show) {
 function limits(runs, cost, all) {
   const sign = runs[0].study.maximize ? 1 : -1, xs = [], ys = [];
   const trials = runs.flatMap(({ study }) => study.trials.filter((t) => number(study, t, cost) != null).map((t) => [study, t]));
-  const sorted = trials.map(([, t]) => sign * t.metric).sort((a, b) => b - a), top = sorted[0], middle = sorted[Math.floor(sorted.length / 2)];
+  const sorted = trials.map(([, t]) => sign * score(t)).sort((a, b) => b - a), top = sorted[0], middle = sorted[Math.floor(sorted.length / 2)];
   const least = top - Math.max(3 * (top - middle), 0.02 * Math.abs(top));
-  const shown = all ? trials : runs.flatMap(({ study }) => { const front = frontOf(study, cost), good = front.filter((t) => sign * t.metric >= least); return (good.length ? good : front).map((t) => [study, t]); });
-  for (const [study, t] of shown) { xs.push(number(study, t, cost)); ys.push(t.metric); }
+  const shown = all ? trials : runs.flatMap(({ study }) => { const front = frontOf(study, cost), good = front.filter((t) => sign * score(t) >= least); return (good.length ? good : front).map((t) => [study, t]); });
+  for (const [study, t] of shown) { xs.push(number(study, t, cost)); ys.push(score(t), ...(t.low == null ? [] : [t.low, t.high])); }
   for (const run of runs) {
     if (run.study.float_metric != null) ys.push(run.study.float_metric);
     const own = ownScore(run), at = ownCost(run, cost), trained = run.study.trials.find((t) => t.number === run.trained);
     if (own && at != null) { xs.push(at); ys.push(own.value, ...(own.low == null ? [] : [own.low, own.high])); }
-    if (trained) { xs.push(number(run.study, trained, cost)); ys.push(trained.metric); }
+    if (trained) { xs.push(number(run.study, trained, cost)); ys.push(score(trained)); }
   }
   return { x: padded(extent(xs), 0.08), y: padded(extent(ys), 0.1), trials };
 }
 function drawFront(runs, cost, all, show, width) {
   const { x, y, trials } = limits(runs, cost, all);
   const f = frame({ width, height: Math.min(430, Math.max(300, width * 0.5)), x, y, xLabel: axisLabel(cost), yLabel: runs[0].study.metric, left: 60, xFormat: isBits(cost) ? undefined : big });
-  const inside = (study, t) => { const a = f.x(number(study, t, cost)), b = f.y(t.metric); return a >= f.left - 1 && a <= f.right + 1 && b >= f.top - 1 && b <= f.bottom + 1; };
+  const inside = (study, t) => { const a = f.x(number(study, t, cost)), b = f.y(score(t)); return a >= f.left - 1 && a <= f.right + 1 && b >= f.top - 1 && b <= f.bottom + 1; };
   const clip = "clip" + Math.random().toString(36).slice(2);
   put(f.root, svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", { x: f.left - 8, y: f.top - 6, width: f.right - f.left + 16, height: f.bottom - f.top + 12 }))));
   f.plot.setAttribute("clip-path", `url(#${clip})`);
@@ -66,13 +69,14 @@ function drawFront(runs, cost, all, show, width) {
   for (const { study } of runs) if (study.float_metric != null) put(f.plot, svg("line", { x1: f.left, x2: f.right, y1: f.y(study.float_metric), y2: f.y(study.float_metric), stroke: "var(--ink)", "stroke-dasharray": "6 4" }));
   runs.forEach((run, k) => {
     const { label, study } = run, paint = color(k ? 1 : 0), front = frontOf(study, cost), onFront = new Set(front);
-    put(f.plot, svg("path", { d: path(front.map((t) => [f.x(number(study, t, cost)), f.y(t.metric)]), true), fill: "none", stroke: paint, "stroke-width": 1.8 }));
+    put(f.plot, svg("path", { d: path(front.map((t) => [f.x(number(study, t, cost)), f.y(score(t))]), true), fill: "none", stroke: paint, "stroke-width": 1.8 }));
     for (const t of [...study.trials.filter((t) => !onFront.has(t)), ...front]) {
       const value = number(study, t, cost);
       // What is outside of the picture cannot be reached by keys either.
       if (value == null || !inside(study, t)) continue;
-      const px = f.x(value), py = f.y(t.metric), best = onFront.has(t), [shape, tint] = SHAPES[t.kind] ?? ["dot"];
-      const lines = () => [`${label ? label + ", " : ""}trial ${t.number}: ${t.origin}`, `${study.metric} ${fmt(t.metric, 5)}`, `${axisLabel(cost)} ${fmt(value)}`, ...(t.number === run.trained ? ["the plan of this page's model"] : [])];
+      const px = f.x(value), py = f.y(score(t)), best = onFront.has(t), [shape, tint] = SHAPES[t.kind] ?? ["dot"];
+      const lines = () => [`${label ? label + ", " : ""}trial ${t.number}: ${t.origin}`, `${study.metric} ${fmt(t.metric, 5)}`, ...(t.low == null ? [] : [`looked at again: ${fmt(t.mean, 5)}, ${fmt(t.low)} … ${fmt(t.high)}`]), `${axisLabel(cost)} ${fmt(value)}`, ...(t.number === run.trained ? ["the plan of this page's model"] : [])];
+      if (best && t.low != null) put(f.plot, svg("g", { class: "interval", "data-trial": t.number, "pointer-events": "none" }, svg("line", { x1: px, x2: px, y1: f.y(t.low), y2: f.y(t.high), stroke: paint, "stroke-width": 1.4 }), [t.low, t.high].map((v) => svg("line", { x1: px - 4, x2: px + 4, y1: f.y(v), y2: f.y(v), stroke: paint, "stroke-width": 1.4 }))));
       const mark = shape === "diamond" ? svg("path", { d: `M${px},${py - 7}L${px + 7},${py}L${px},${py + 7}L${px - 7},${py}Z`, fill: color(tint), stroke: "var(--paper)" })
         : shape === "triangle" ? svg("path", { d: `M${px},${py - 6.5}L${px + 6.5},${py + 5}L${px - 6.5},${py + 5}Z`, fill: color(tint), stroke: "var(--paper)" })
         : t.kind === "refined" ? svg("circle", { cx: px, cy: py, r: best ? 4.5 : 3, fill: "var(--paper)", "fill-opacity": 0.6, stroke: paint, "stroke-width": best ? 2.4 : 1.2 })
@@ -109,7 +113,7 @@ function drawFront(runs, cost, all, show, width) {
 // The plan that was trained, and the trained model above or below it.
 function drawOwn(f, run, cost) {
   const { study } = run, trial = study.trials.find((t) => t.number === run.trained), own = ownScore(run), at = ownCost(run, cost);
-  const from = trial && number(study, trial, cost) != null ? [f.x(number(study, trial, cost)), f.y(trial.metric)] : null;
+  const from = trial && number(study, trial, cost) != null ? [f.x(number(study, trial, cost)), f.y(score(trial))] : null;
   if (own && at != null) {
     const px = f.x(at), py = f.y(own.value), paint = "var(--c5)", g = svg("g", { "data-own": own.variant, "data-value": own.value });
     if (from) put(g, svg("line", { x1: from[0], y1: from[1], x2: px, y2: py, stroke: paint, "stroke-dasharray": "3 3" }));

@@ -89,9 +89,10 @@ let trialPanel = null;
 function showTrial(study, t) {
   hideTip();
   const plan = study.best.find((b) => b.number === t.number), run = studies.find((r) => r.study === study);
-  const numbers = Object.entries({ [study.metric]: t.metric, ...t.numbers });
+  const again = t.low == null ? {} : { [`${study.metric}, looked at again`]: t.mean, "interval from": t.low, "interval to": t.high, looks: t.looks };
+  const numbers = Object.entries({ [study.metric]: t.metric, ...again, ...t.numbers });
   trialPanel.replaceChildren(html("h3", { id: "trial-title", tabindex: "-1" }, `${run.label ? run.label + ", " : ""}Trial ${t.number}: ${t.origin}`),
-    html("dl", { class: "facts" }, [...numbers.map(([k, v]) => [k, k === "bytes" ? bytes(v) : k === "bops" ? big(v) : fmt(v, 5)]), ["seconds", fmt(t.seconds, 3)]].map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v)))),
+    html("dl", { class: "facts" }, [...numbers.map(([k, v]) => [k, k === "bytes" || k === "activation_memory" ? bytes(v) : k === "bops" ? big(v) : fmt(v, 5)]), ["seconds", fmt(t.seconds, 3)]].map(([k, v]) => html("div", {}, html("dt", {}, k), html("dd", {}, v)))),
     plan ? copyable(plan.plan, `plan of trial ${t.number}`) : html("p", { class: "muted" }, "Plans are kept of the front's trials only."));
   trialPanel.hidden = false;
   trialPanel.scrollIntoView({ block: "nearest" });
@@ -153,7 +154,7 @@ function build() {
   document.documentElement.dataset.ready = "true";
 }
 function trialTable(study) {
-  const columns = [["trial", (t) => t.number], [study.metric, (t) => t.metric], ...study.costs.map((c) => [c, (t) => number(study, t, c), isBits(c) ? undefined : big]), ["from", (t) => t.origin], ["front", (t) => (t.front ? "front" : "")], ["seconds", (t) => t.seconds]];
+  const columns = [["trial", (t) => t.number], [study.metric, (t) => t.metric], ...(study.trials.some((t) => t.low != null) ? [["looked at again", (t) => t.mean], ["from", (t) => t.low], ["to", (t) => t.high]] : []), ...study.costs.map((c) => [c, (t) => number(study, t, c), isBits(c) ? undefined : big]), ["from", (t) => t.origin], ["front", (t) => (t.front ? "front" : "")], ["seconds", (t) => t.seconds]];
   return dataTable("trials", columns, study.trials, { open: (t) => showTrial(study, t) });
 }
 build();

@@ -5,7 +5,7 @@ whatever the batch size and however much of a model can hold quantizers. `effect
 a parameter, so that the packed file takes about 4.5 bits for each; experts, norms or tables of positions that stay
 float count with the bits of their dtype, and where they are too many no plan keeps the bound, which is said before the
 first trial. `quantizable_effective_bits` leaves them out: the mean over the weights that a plan can change. See
-`lq_plugin.model.measure.cost` for the definitions.
+`lq_plugin.model.measure.cost` for the definitions, `energy` and `activation_memory` there for those.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from lq_plugin.errors import did_you_mean
 from lq_plugin.model.measure.cost import Cost
 
 #: Totals of the cost model.
-COUNTED = ("effective_bits", "quantizable_effective_bits", "bytes", "bops")
+COUNTED = ("effective_bits", "quantizable_effective_bits", "bytes", "bops", "energy")
+#: Bytes of activations of one sample at the fullest moment of a pass.
+ACTIVATION_MEMORY = "activation_memory"
 #: Milliseconds a sample on the target runtime, from a table that is measured first.
 LATENCY = "latency"
 #: All of them.
-COSTS = (*COUNTED, LATENCY)
+COSTS = (*COUNTED, ACTIVATION_MEMORY, LATENCY)
+#: Those that the specs of a plan give, without a measurement.
+PRICED = (*COUNTED, ACTIVATION_MEMORY)
 #: Their names on an axis.
 LABELS = {
     "effective_bits": "effective bits a parameter",
     "quantizable_effective_bits": "effective bits of quantizable layers",
     "bytes": "bytes",
     "bops": "bit operations a sample",
+    "energy": "microjoules a sample, by Horowitz's table",
+    ACTIVATION_MEMORY: "bytes of activations a sample at most",
     LATENCY: "milliseconds a sample",
 }
 #: What costs are of, for the fingerprint of a study: trials that counted something else cannot be compared.

@@ -30,6 +30,7 @@ from lq_plugin.layers import QuantizedLayer, attach_quantizers
 from lq_plugin.model.copies import copy_model
 from lq_plugin.model.digest import digest
 from lq_plugin.model.graph.record import Recording
+from lq_plugin.model.measure.activation_memory import ActivationMemory
 from lq_plugin.model.measure.cost import Cost, plan_cost
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.survey import Survey
@@ -37,7 +38,7 @@ from lq_plugin.ptq.phases import PhaseContext, check_phases, names_and_options
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer
 from lq_plugin.ranges import Sample
 from lq_plugin.search.evaluation.calibration import Calibration, OnCalibrationData
-from lq_plugin.search.evaluation.costs import LATENCY, cost_totals
+from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY, LATENCY, cost_totals
 from lq_plugin.search.evaluation.setup_once import SetUpOnce
 from lq_plugin.search.shared.interrupt import interrupts_kept
 from lq_plugin.search.space.bound import BoundSpace, as_plan
@@ -123,11 +124,15 @@ class Evaluator:
         self.latency: Callable[[Mapping[str, LayerPlan]], float] | None = None
         #: Batches of a validation, of the longest loader.
         self.batches: float = 0
+        #: The same of each loader.
+        self.loader_batches: tuple[float, ...] = ()
         self._float_state: dict[str, torch.Tensor] = {}
         self._samples: dict[tuple[str, Granularity], Sample] = {}
         self._quantizers: dict[tuple[str, str, QuantSpec], Quantizer] = {}
         self._layers: dict[str, QuantizedLayer] = {}
         self._survey: Survey | None = None
+        #: Of activations, of one pass through the model.
+        self.memory: ActivationMemory | None = None
         #: A trial's plan is priced when it is proposed; until it is evaluated few others are.
         self._price = lru_cache(maxsize=64)(self._plan_cost)
         self._data = SetUpOnce(datamodule)
@@ -182,7 +187,8 @@ class Evaluator:
         """
         self.float_metrics = self.validate()
         loop: Any = self.trainer.validate_loop
-        self.batches = max(loop.max_batches, default=0)
+        self.loader_batches = tuple(loop.max_batches)
+        self.batches = max(self.loader_batches, default=0)
         self._float_state = {
             name: tensor.clone() for name, tensor in self.model.state_dict().items() if isinstance(tensor, torch.Tensor)
         }
@@ -205,6 +211,7 @@ class Evaluator:
             )
             self.run(ptq)
             self.recording = self.recording or ptq.recording
+            self.memory = None if self.recording is None else ActivationMemory(self.recording)
             self._keep_samples(ptq)
         self._layers = dict(quantized_layers(self.model))
         self._survey = Survey.of(self.model)
@@ -270,6 +277,8 @@ class Evaluator:
     def costs(self, layer_plans: Mapping[str, LayerPlan]) -> dict[str, float]:
         """Returns the totals of a plan by name without evaluating it, with its latency once latency is measured."""
         totals = cost_totals(self.cost(layer_plans))
+        if self.memory is not None:
+            totals[ACTIVATION_MEMORY] = self.memory.bytes(layer_plans)
         return totals if self.latency is None else totals | {LATENCY: self.latency(layer_plans)}
 
     def evaluate(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Evaluation:

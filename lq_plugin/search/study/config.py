@@ -26,6 +26,7 @@ from lq_plugin.search.shared.build import build
 from lq_plugin.search.shared.database import HEARTBEAT, quiet
 from lq_plugin.search.space.constraint import Constraint, parse_constraints
 from lq_plugin.search.space.space import Space
+from lq_plugin.search.study.confidence import Confirm, check_confirm
 from lq_plugin.search.study.latency import latency_options
 from lq_plugin.utilities.lightning_packages import either
 from lq_plugin.utilities.passwords import masked, passwords_in, without
@@ -59,8 +60,8 @@ class SearchConfig:
             `fidelity` count also.
         mode: `"max"` or `"min"` of the metric.
         cost: the other objectives, minimized: `"effective_bits"`, `"quantizable_effective_bits"`, `"bytes"`, `"bops"`,
-            `"latency"` (milliseconds), several of them, or None for the metric alone; see
-            `lq_plugin.search.evaluation.costs` for what they count.
+            `"energy"` (microjoules), `"activation_memory"` (bytes), `"latency"` (milliseconds), several of them, or
+            None for the metric alone; see `lq_plugin.search.evaluation.costs` for what they count.
         constraints: what a plan must keep: `"effective_bits <= 4.5"`, `"val/acc >= 0.9"`. A plan whose cost is too high
             is not evaluated.
         study_name: name of the study; one that exists is continued.
@@ -99,6 +100,10 @@ class SearchConfig:
         score: `"file"` writes each plan of the front for `target` at the end, into `output_dir`, and evaluates the
             model computed by the file: its metrics, bytes and milliseconds stand beside those of the trial. `"model"`:
             no files.
+        confirm: score the plans near the front again, `{"looks": 8}`, on validation batches that trials do not read
+            (`limit_val_batches`), or on parts of those that they read, and with other seeds
+            (`lq_plugin.search.study.confidence.Confirm`). The front and `best` then go by the lower bound of each
+            plan's interval. None: each plan is scored once.
         dashboard: write notes and artifacts for optuna-dashboard: of each trial its plan, of the study its page
             (`lq_plugin.search.study.dashboard`); needs `output_dir`.
         on_trial: called after each trial of this process with the `SearchResult` so far, such as
@@ -108,6 +113,7 @@ class SearchConfig:
     Attributes:
         costs: names of the costs that are minimized.
         limits: the constraints.
+        confirming: how plans are scored again; None: not at all.
         levels: of evaluation; empty where there is one way to evaluate.
         pruning: the pruner; one that never prunes when none is given.
         timing: where latency is measured; None: nowhere.
@@ -146,6 +152,7 @@ class SearchConfig:
     progress: bool = True
     target: str | None = None
     score: str = "model"
+    confirm: Confirm | Mapping[str, Any] | None = None
     dashboard: bool = False
     on_trial: Callable[[SearchResult], object] | None = field(default=None, repr=False)
     trainer: Callable[..., Trainer] | None = None
@@ -154,6 +161,7 @@ class SearchConfig:
     dataloader: Iterable[Any] | None = field(default=None, repr=False)
     costs: tuple[str, ...] = field(init=False, repr=False, default=())
     limits: tuple[Constraint, ...] = field(init=False, repr=False, default=())
+    confirming: Confirm | None = field(init=False, repr=False, default=None)
     levels: tuple[Level, ...] = field(init=False, repr=False, default=())
     pruning: BasePruner = field(init=False, repr=False, default_factory=NopPruner)
     timing: LatencyOptions | None = field(init=False, repr=False, default=None)
@@ -192,6 +200,7 @@ class SearchConfig:
         if self.target is not None:
             read(lambda: known_target(self.target))
         faults += self._score_faults()
+        confirming = read(lambda: check_confirm(self.confirm))
         levels: tuple[Level, ...] = ()
         if (fidelity := self.fidelity) is not None:
             levels = read(lambda: parse_levels(fidelity), ())
@@ -208,6 +217,7 @@ class SearchConfig:
         timing = read(lambda: latency_options(self.latency)) if timed and "latency" not in wrong else None
         raise_all(QuantizationError, "cannot search", faults)
         derived = {"costs": costs, "limits": limits, "levels": levels, "pruning": pruning, "timing": timing}
+        derived["confirming"] = confirming
         for name, value in (derived | {"space": Space.parse(self.space)}).items():
             object.__setattr__(self, name, value)
 

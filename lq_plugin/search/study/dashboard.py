@@ -59,6 +59,8 @@ class Dashboard:
 
         best = result.best()
         numbers = ", ".join(f"{name} {best.metrics[name]:.5g}" for name in (self.metric, *self.costs))
+        if (sure := best.interval) is not None:
+            numbers += f" (in {sure.looks} looks {sure.mean:.5g}, from {sure.low:.5g} to {sure.high:.5g})"
         known = result.float_metrics.get(self.metric)
         baseline = "" if known is None else f"; the float model has {self.metric} {known:.5g}"
         front = ", ".join(str(c.number) for c in result.front)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import product
@@ -69,6 +70,22 @@ def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -
         log.warning("latency: %s counts as float: %s", name, reason)
     evaluator.latency = table.predict
     return table
+
+
+def smallest_latency(evaluator: Evaluator) -> float:
+    """Returns the milliseconds that no plan is faster than: of each layer the fastest pair of specs.
+
+    Args:
+        evaluator: calibrated, with latency.
+    """
+    assert evaluator.space is not None
+    assert evaluator.latency is not None
+    floating = evaluator.latency({})
+    gains: dict[str, float] = {}
+    for plans in pairs(evaluator.space):
+        (name,) = plans
+        gains[name] = min(gains.get(name, math.inf), evaluator.latency(plans) - floating)
+    return floating + sum(gains.values())
 
 
 def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:

@@ -10,7 +10,9 @@ from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.report.data import BestPlan, ReportData, Sensitivity, StudyReport, TrialReport, digits
+from lq_plugin.search.evaluation.costs import PRICED
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
+from lq_plugin.search.study.confidence import CONFIRM
 from lq_plugin.search.study.objective import MEASURE, SENSITIVITY
 from lq_plugin.utilities.front import pareto_front
 
@@ -31,6 +33,7 @@ def study_report(result: StudyCandidates, title: str | None = None) -> ReportDat
     """
     candidates = result.candidates
     front = {c.number for c in result.front}
+    confirmed = result.study.user_attrs.get(CONFIRM)
     trials = [
         TrialReport(
             number=c.number,
@@ -40,10 +43,11 @@ def study_report(result: StudyCandidates, title: str | None = None) -> ReportDat
             seconds=digits(c.seconds, 3),
             numbers={name: digits(value, 6) for name, value in c.metrics.items()},
             front=c.number in front,
+            **_again(c, confirmed),
         )
         for c in candidates
     ]
-    best = sorted(result.front, key=lambda c: c.metric, reverse=result.maximize)[:MAX_BEST]
+    best = sorted(result.front, key=lambda c: c.bound, reverse=result.maximize)[:MAX_BEST]
     layers = list(dict.fromkeys(rule.match for c in best for rule in c.plan.rules))
     importance = parameter_importance(result)
     chosen = list(importance)[:MAX_PARAMETERS]
@@ -65,8 +69,20 @@ def study_report(result: StudyCandidates, title: str | None = None) -> ReportDat
         importance={name: digits(value) for name, value in list(importance.items())[:MAX_IMPORTANCE]},
         hypervolume=hypervolume([(c.cost, c.metric) for c in candidates], result.maximize),
         parameters={name: [values.get(name) for values in params] for name in chosen},
+        confidence=None if confirmed is None else confirmed["level"],
     )
     return ReportData(title or result.study.study_name, study=report, sensitivity=_sensitivity(result.study.user_attrs))
+
+
+def _again(candidate: Candidate, confirmed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the fields of a trial in a study whose plans were scored again."""
+    if confirmed is None:
+        return {}
+    known, bound = candidate.interval, {"bound": digits(candidate.bound, 6)}
+    if known is None:
+        return bound
+    numbers = {"mean": known.mean, "low": known.low, "high": known.high}
+    return {name: digits(value, 6) for name, value in numbers.items()} | bound | {"looks": known.looks}
 
 
 def _sensitivity(attributes: Mapping[str, Any]) -> Sensitivity | None:
@@ -80,7 +96,7 @@ def _sensitivity(attributes: Mapping[str, Any]) -> Sensitivity | None:
 def _costs(result: StudyCandidates) -> list[str]:
     """Returns the costs, next to the metric, that all trials have."""
     shared = set.intersection(*(set(c.metrics) for c in result.candidates)) if result.candidates else set()
-    usual = [name for name in ("effective_bits", "quantizable_effective_bits", "bytes", "bops") if name in shared]
+    usual = [name for name in PRICED if name in shared]
     return list(dict.fromkeys([result.cost, *usual, *sorted(name for name in shared if "latency" in name)]))
 
 

@@ -39,9 +39,11 @@ class SearchResult(Shown, StudyCandidates):
         """Returns a figure of metric over cost with every trial, the front, the uniform plans and the float model."""
         size = LABELS[self.cost]
         return plots.pareto(
-            [(c.cost, c.metric) for c in self.candidates],
-            references={c.origin: (c.cost, c.metric) for c in self.candidates if kind_of(c.origin) == "uniform"},
-            seeds=[(c.cost, c.metric) for c in self.candidates if kind_of(c.origin) == "sensitivity"],
+            [(c.cost, c.estimate) for c in self.candidates],
+            references={c.origin: (c.cost, c.estimate) for c in self.candidates if kind_of(c.origin) == "uniform"},
+            seeds=[(c.cost, c.estimate) for c in self.candidates if kind_of(c.origin) == "sensitivity"],
+            bounds=[c.bound for c in self.candidates],
+            intervals=[(c.cost, c.interval.low, c.interval.high) for c in self.candidates if c.interval is not None],
             float_metric=self.float_metrics.get(self.metric),
             metric=short(self.metric, 60),
             maximize=self.maximize,
@@ -59,12 +61,14 @@ class SearchResult(Shown, StudyCandidates):
         latencies = ("latency ms/sample", "measured ms/sample") if timed else ()
         files = self.study.user_attrs.get(FILES, {})
         of_files = (f"file {self.metric}", "file bytes", "file ms/sample") if files else ()
-        for column in ("trial", self.metric, "effective bits", "bytes", *latencies, *of_files, "plan from"):
+        again = ("confirmed",) if any(c.interval is not None for c in self.candidates) else ()
+        for column in ("trial", self.metric, *again, "effective bits", "bytes", *latencies, *of_files, "plan from"):
             table.add_column(Text(column), justify="left" if column == "plan from" else "right")
         float_bytes = "" if self.float_bytes is None else f"{self.float_bytes:,}"
         timing = self.study.user_attrs.get(TABLE)
         float_ms = None if timing is None else timing["float_model"] / timing["options"]["batch"]
-        row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}", "32.00", float_bytes]
+        row = ["float", f"{self.float_metrics.get(self.metric, float('nan')):.4f}"]
+        row += [*[""] * len(again), "32.00", float_bytes]
         # The float model's time is a measured one.
         table.add_row(
             *map(Text, [*row, *(["", _milliseconds(float_ms)] if timed else []), *[""] * len(of_files), ""]),
@@ -72,7 +76,8 @@ class SearchResult(Shown, StudyCandidates):
         )
         measured = self.study.user_attrs.get(MEASURED, {})
         for c in reversed(self.front):
-            row = [str(c.number), f"{c.metric:.4f}", f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
+            row = [str(c.number), f"{c.metric:.4f}", *[_interval(c)] * len(again)]
+            row += [f"{c.effective_bits:.2f}", f"{int(c.metrics['bytes']):,}"]
             times = [c.metrics.get(LATENCY), measured.get(str(c.number))] if timed else []
             scores = _file_cells(files.get(str(c.number)), self.metric) if files else []
             table.add_row(*map(Text, [*row, *map(_milliseconds, times), *scores, told(c.origin)]))
@@ -85,9 +90,8 @@ class SearchResult(Shown, StudyCandidates):
         for c in self.front:
             latency = {"measured_latency": measured[str(c.number)]} if str(c.number) in measured else {}
             rest = {"origin": c.origin, "seconds": round(c.seconds, 4), "plan": c.file_name}
-            found.append(
-                {"trial": c.number, **c.metrics, **latency, **files.get(str(c.number), {}), **_levels(c), **rest}
-            )
+            scores = {**c.metrics, **c.confirmed, **latency, **files.get(str(c.number), {}), **_levels(c)}
+            found.append({"trial": c.number, **scores, **rest})
         return found
 
     def to_csv(self) -> str:
@@ -105,7 +109,8 @@ class SearchResult(Shown, StudyCandidates):
         plans = make_folder(folder / "plans")
         wanted = {c.file_name: c for c in self.front}
         for name, c in wanted.items():
-            scores = f"{self.metric} {c.metric:.6g}, {c.effective_bits:.4f} effective bits"
+            sure = "" if c.interval is None else f", {_interval(c)} in {c.interval.looks} looks"
+            scores = f"{self.metric} {c.metric:.6g}{sure}, {c.effective_bits:.4f} effective bits"
             comment = f"# Trial {c.number} of {self.study.study_name}: {scores}\n"
             write_file(plans / name, comment + c.plan.to_yaml())
         for path in plans.glob("plan_*bits.yaml"):
@@ -118,6 +123,11 @@ class SearchResult(Shown, StudyCandidates):
             write_file(folder / "report.json", report.to_json())
             write_file(folder / "report.html", render(report))
         return folder
+
+
+def _interval(candidate: Candidate) -> str:
+    known = candidate.interval
+    return "" if known is None else f"{known.mean:.4f} [{known.low:.4f}, {known.high:.4f}]"
 
 
 def _milliseconds(value: float | None) -> str:

@@ -8,15 +8,18 @@ from the widest plan on, always the step that harms least for what it saves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.model.measure.energy import FLOAT_BITS
+from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.space.bound import BoundSpace, Choice, Params
+from lq_plugin.search.space.bound import BoundSpace, Choice, Params, Unit
 
 #: By unit and choice (as text): a sensitivity, or a cost.
 Table = Mapping[str, Mapping[str, float]]
@@ -38,8 +41,10 @@ class Seed:
 def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[str, float]]]:
     """Returns the cost of the plan of first choices, and the difference that each choice of each unit makes to it.
 
-    Exact for effective bits and `bytes`, which are sums over layers. `bops` multiplies the bits of weight and input of
-    a layer, so they are exact where one of the two is fixed; so are those of `latency`.
+    Exact for effective bits and `bytes`, which are sums over layers. `bops` and `energy` multiply the bits of weight
+    and input of a layer, so they are exact where one of the two is fixed; so are those of `latency`.
+    `activation_memory` is a largest sum: for it stands the mean over all moments of a pass, on a scale that is right
+    for the smallest and the largest plan.
 
     Args:
         evaluator: calibrated.
@@ -50,14 +55,45 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     """
     space = evaluator.space
     assert space is not None
-    first = {name: value for unit in space.units for name, value in unit.params(unit.choices[0]).items()}
+    first = _together(space, lambda unit: unit.choices[0])
+    memory = evaluator.memory if cost == ACTIVATION_MEMORY else None
+
+    def exact(params: Params) -> float:
+        return evaluator.costs(space.layer_plans(params))[cost]
 
     def total(params: Params) -> float:
-        return evaluator.costs(space.layer_plans(params))[cost]
+        return exact(params) if memory is None else float(sum(memory.held(space.layer_plans(params))))
 
     base = total(first)
     costs = {unit.name: {str(c): total(first | unit.params(c)) - base for c in unit.choices} for unit in space.units}
-    return base, costs
+    if memory is None:
+        return base, costs
+    small, large = (_together(space, lambda unit, pick=pick: pick(unit.choices, key=_bits)) for pick in (min, max))
+    span = total(large) - total(small)
+    scale = (exact(large) - exact(small)) / span if span else 0.0
+    return exact(small) + scale * (base - total(small)), {
+        name: {choice: scale * value for choice, value in row.items()} for name, row in costs.items()
+    }
+
+
+def smallest_plan(space: BoundSpace, costs: Table) -> Params:
+    """Returns the cheapest plan, for a cost that no wider choice makes smaller, as all but `latency` are.
+
+    Its units have the choices that are cheapest beside the first ones, of equally cheap ones the narrowest.
+
+    Args:
+        space: what may be chosen.
+        costs: of each choice, see `unit_costs`.
+    """
+    return _together(space, lambda unit: min(unit.choices, key=lambda c: (costs[unit.name][str(c)], _bits(c))))
+
+
+def _together(space: BoundSpace, choose: Callable[[Unit], Choice]) -> Params:
+    return {name: value for unit in space.units for name, value in unit.params(choose(unit)).items()}
+
+
+def _bits(choice: Choice) -> int:
+    return choice.bit_width if isinstance(choice, QuantSpec) else FLOAT_BITS
 
 
 def smallest_cost(base: float, costs: Table) -> float:

@@ -73,14 +73,15 @@ class StudyLogs:
             if isinstance(logger, either("loggers.WandbLogger")):
                 if result.candidates:
                     best = result.best()
-                    summary: dict[str, Any] = {f"search/{name}": value for name, value in best.metrics.items()}
+                    numbers = {**best.metrics, **best.confirmed}
+                    summary: dict[str, Any] = {f"search/{name}": value for name, value in numbers.items()}
                     # Without it a summary holds the values of the last trial.
                     logger.experiment.summary.update(summary | {"search/best/trial": best.number})
                 if self.trial_runs:
                     log_trials(logger, result)
             elif isinstance(logger, either("loggers.TensorBoardLogger")) and self.trial_runs:
                 for c in result.candidates:
-                    add_hparams(logger, f"trial_{c.number:04d}", layer_keys(c.plan), c.metrics)
+                    add_hparams(logger, f"trial_{c.number:04d}", layer_keys(c.plan), {**c.metrics, **c.confirmed})
         self.close("success")
 
     def close(self, status: str) -> None:
@@ -108,7 +109,7 @@ def _last_report(result: SearchResult) -> Report:
     page = replace(study_report(result), provenance=provenance())
     tables: Mapping[str, Any] = {
         "front": result.rows(),
-        "trials": [{"trial": c.number, **c.metrics, "origin": c.origin} for c in result.candidates],
+        "trials": [{"trial": c.number, **c.metrics, **c.confirmed, "origin": c.origin} for c in result.candidates],
     }
     return Report(
         result.candidates[-1].number,

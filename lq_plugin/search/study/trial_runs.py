@@ -57,6 +57,6 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
         try:
             for level in candidate.lower:
                 run.log(dict(level))
-            run.log({**candidate.metrics, "seconds": candidate.seconds})
+            run.log({**candidate.metrics, **candidate.confirmed, "seconds": candidate.seconds})
         finally:
             run.finish()

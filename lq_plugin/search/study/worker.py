@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -14,18 +15,22 @@ from optuna import Study
 from optuna.samplers import BaseSampler
 
 from lq_plugin.errors import QuantizationError, raise_all
-from lq_plugin.search.evaluation.costs import COUNTED, COUNTS, LATENCY
+from lq_plugin.search.evaluation.costs import COUNTS, LATENCY, PRICED
 from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.evaluation.looks import Looks
 from lq_plugin.search.sensitivity.measure import measure_sensitivity
 from lq_plugin.search.shared.database import locked, quiet
 from lq_plugin.search.shared.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.shared.storage import open_study
 from lq_plugin.search.space.bound import BoundSpace, Params
 from lq_plugin.search.space.constraint import Constraint, largest
+from lq_plugin.search.study.candidates import Candidate
+from lq_plugin.search.study.confidence import LEAST
 from lq_plugin.search.study.config import SearchConfig
+from lq_plugin.search.study.confirmation import Confirmation
 from lq_plugin.search.study.dashboard import Dashboard
 from lq_plugin.search.study.file_scores import score_files
-from lq_plugin.search.study.latency import measure_front, share_latency
+from lq_plugin.search.study.latency import measure_front, share_latency, smallest_latency
 from lq_plugin.search.study.loop import Loop
 from lq_plugin.search.study.objective import MEASURE, ORIGIN, SENSITIVITY, Objective
 from lq_plugin.search.study.progress import SearchProgress
@@ -33,8 +38,9 @@ from lq_plugin.search.study.promotion import Ladder
 from lq_plugin.search.study.proposer import Proposer, waiting_trial
 from lq_plugin.search.study.refine import Refiner
 from lq_plugin.search.study.result import SearchResult
-from lq_plugin.search.study.seeds import Seed, Table, distinct, make_seeds, smallest_cost, unit_costs
-from lq_plugin.search.surrogate.sampler import Problem, SurrogateSampler
+from lq_plugin.search.study.seeds import Seed, Table, distinct, make_seeds, smallest_plan, unit_costs
+from lq_plugin.search.surrogate.problem import Problem
+from lq_plugin.search.surrogate.sampler import SurrogateSampler
 from lq_plugin.utilities.files import make_folder
 
 log = logging.getLogger(__name__)
@@ -69,6 +75,8 @@ class StudyWorker:
             make_folder(config.output_dir)
             self.storage = self.storage or f"sqlite:///{Path(config.output_dir).resolve() / 'study.db'}"
         self.dashboard: Dashboard | None = None
+        self.confirmation: Confirmation | None = None
+        self._trials = 0
         self._unit_costs: dict[str, tuple[float, Table]] = {}
         self.evaluator = Evaluator(
             config.model,
@@ -125,7 +133,7 @@ class StudyWorker:
                 config.promote_within,
                 config.promote_first,
             )
-        self._check_reachable(limit for limit in config.limits if limit.name in COUNTED)
+        self._check_reachable(limit for limit in config.limits if limit.name in PRICED)
         self.study = open_study(
             config.study_name,
             self.storage,
@@ -140,6 +148,7 @@ class StudyWorker:
             with locked(self.storage):
                 share_latency(evaluator, self.study, config.timing)
             self._check_reachable(limit for limit in config.limits if limit.name == LATENCY)
+        self.confirmation = self._confirmation()
         # With the same seed again a sampler would propose the same plans again.
         entropy = np.random.SeedSequence([config.seed, config.worker, len(self.study.get_trials(deepcopy=False))])
         first, self._refiner_seed = entropy.generate_state(2).tolist()
@@ -180,19 +189,25 @@ class StudyWorker:
             StudyError: too many failed trials, or constraints that leave hardly any plan.
         """
         config = self.config
-        refiner = None
+        refiner = problem = None
         if isinstance(self.sampler, SurrogateSampler):
-            self.sampler.attach(self._problem())
+            problem = self._problem()
+            self.sampler.attach(problem)
         else:
             refiner = self._refiner()
         proposer = Proposer(self.study, self.sampler, self.evaluator, config.limits, refiner)
         self.study.sampler = proposer
         bar = SearchProgress(config.n_trials, config.metric, config.maximize) if config.progress else nullcontext()
         loop = Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop)
-        if config.on_trial is not None:
-            tell = config.on_trial
-            loop.after = lambda: tell(self.result())
+        if (confirmation := self.confirmation) is not None:
+            proposer.means = confirmation.means
+            if problem is not None:
+                problem.means = confirmation.means
+        loop.after = self._after
         loop.run(bar)
+        if confirmation is not None:
+            with locked(self.storage):
+                confirmation.finish(self.result(), lambda: stop.received is not None)
         if config.timing is not None and stop.received is None:
             with locked(self.storage):
                 measure_front(self.evaluator, self.result(), config.timing)
@@ -221,6 +236,30 @@ class StudyWorker:
             self.study, config.metric, config.costs, config.maximize, self.evaluator.float_metrics, self.float_bytes
         )
 
+    def _after(self) -> None:
+        """Look again at a plan near the front, every few trials, and tell the results so far."""
+        config = self.config
+        self._trials += 1
+        if self.confirmation is not None and (every := self.confirmation.options.every) and not self._trials % every:
+            self.confirmation.step(self.result())
+        if config.on_trial is not None:
+            config.on_trial(self.result())
+
+    def _confirmation(self) -> Confirmation | None:
+        """Returns what scores plans again, where that is asked for."""
+        config, evaluator = self.config, self.evaluator
+        if config.confirming is None:
+            return None
+        looks = Looks(evaluator, config.confirming.looks, LEAST, config.levels[-1] if config.levels else None)
+        if not looks.fresh:
+            log.info("confirm: trials read all validation data, so looks are parts of it")
+
+        def take(candidate: Candidate, look: int) -> float | None:
+            score = looks.take(evaluator.layer_plans(candidate.plan), look).get(config.metric, float("nan"))
+            return score if math.isfinite(score) else None
+
+        return Confirmation(self.study, looks, take, config.confirming, config.n_trials)
+
     def _refiner(self) -> Refiner | None:
         """Returns what fills the gaps of the front, where sensitivity is known and there is one cost."""
         known = self.study.user_attrs.get(SENSITIVITY)
@@ -234,7 +273,7 @@ class StudyWorker:
         """Returns what is known of the space before any trial."""
         config = self.config
         timed = self.evaluator.latency is not None
-        known = [limit for limit in config.limits if limit.name in COUNTED or (timed and limit.name == LATENCY)]
+        known = [limit for limit in config.limits if limit.name in PRICED or (timed and limit.name == LATENCY)]
         limits = [(limit, *self._costs_of_choices(limit.name)) for limit in known]
         costs = [self._costs_of_choices(cost) for cost in config.costs]
 
@@ -260,10 +299,17 @@ class StudyWorker:
         faults = []
         for limit in limits:
             if limit.relation == "<=":
-                smallest = smallest_cost(*self._costs_of_choices(limit.name))
+                smallest = self._smallest(limit.name)
                 if smallest > limit.bound * (1 + 1e-9):
                     faults.append(f"no plan of the space keeps '{limit}': the smallest has {smallest:.6g}")
         raise_all(QuantizationError, "cannot search", faults)
+
+    def _smallest(self, cost: str) -> float:
+        """Returns a cost that no plan of the space is below."""
+        if cost == LATENCY:
+            return smallest_latency(self.evaluator)
+        plan = smallest_plan(self.space, self._costs_of_choices(cost)[1])
+        return self.evaluator.costs(self.space.layer_plans(plan))[cost]
 
     def _fingerprint(self) -> dict[str, Any]:
         """Returns what the trials of one study have in common, as plain values."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lq_plugin.utilities.lazy import attributes
 
 if TYPE_CHECKING:
-    from lq_plugin.search.surrogate.sampler import Problem as Problem, SurrogateSampler as SurrogateSampler
+    from lq_plugin.search.surrogate.problem import Problem as Problem
+    from lq_plugin.search.surrogate.sampler import SurrogateSampler as SurrogateSampler
 
 __getattr__, __dir__, __all__ = attributes(__name__, __file__)

@@ -1,0 +1,50 @@
+"""Products of a pass that belong to no layer that can hold quantizers: attention, functional calls, other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.recording import Call, Recording
+from lq_plugin.model.measure.energy import FLOAT_BITS, mac_energy
+from lq_plugin.model.survey import Survey
+
+
+class Product(NamedTuple):
+    """Multiply-accumulates of one input sample, with the bits of both factors."""
+
+    macs: int
+    left: int
+    right: int
+
+    @property
+    def bops(self) -> int:
+        """Bit operations."""
+        return self.macs * self.left * self.right
+
+    @property
+    def energy(self) -> float:
+        """Microjoules."""
+        return self.macs * mac_energy(self.left, self.right)
+
+
+def other_work(survey: Survey, plans: Mapping[str, LayerPlan], recording: Recording) -> list[Product]:
+    """Returns the products outside of the layers that can hold quantizers.
+
+    Args:
+        survey: of the model.
+        plans: by name of layer or recorded operation.
+        recording: of one batch.
+    """
+    return [
+        Product(work, *_factor_bits(recording.calls_of(name)[0], plans.get(name, LayerPlan())))
+        for name, work in recording.sample_macs.items()
+        if name not in survey.candidates
+    ]
+
+
+def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
+    """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
+    bits = plan.input.bit_width if plan.input and (call.operands or call.kind == "module") else FLOAT_BITS
+    return bits, bits if call.fully_quantizable else FLOAT_BITS

@@ -1,0 +1,151 @@
+"""Scores the plans near a front again, look by look, until it is clear which of them are on it or the looks are spent.
+
+The next look goes to a plan that may be on the front: its score, noise included, is not below that of a plan which
+costs no more. Of those the one with the fewest looks is next, then the one that is nearest to the front. A plan that
+another one beats for sure gets no more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from optuna import Study
+
+from lq_plugin.search.shared.database import StudyError
+from lq_plugin.search.study.candidates import Candidate, StudyCandidates
+from lq_plugin.search.study.confidence import (
+    CONFIRM,
+    Confirm,
+    Scores,
+    better,
+    look_key,
+    looks_in,
+    quantile,
+    spread_of_differences,
+)
+
+log = logging.getLogger(__name__)
+
+#: Degrees of freedom that the noise of differences is taken to have: many.
+_MANY = 1000
+
+
+class Source(Protocol):
+    """What scores plans again, such as `lq_plugin.search.evaluation.looks.Looks`."""
+
+    number: int
+    share: float
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Confirmation:
+    """Takes looks at the plans of a study, and keeps them in it; workers share them.
+
+    Args:
+        study: with finished trials.
+        source: of the looks.
+        take: scores a plan in one look, from the plan and the look's number; None where the score is no number.
+        options: how many looks, and how sure.
+        most: looks of all plans together.
+
+    Raises:
+        StudyError: the study has looks of another kind.
+    """
+
+    def __init__(
+        self, study: Study, source: Source, take: Callable[[Candidate, int], float | None], options: Confirm, most: int
+    ) -> None:
+        self.study, self.source, self.take, self.options = study, source, take, options
+        self.most = most if options.most is None else options.most
+        known = study.user_attrs.get(CONFIRM)
+        looks = source.describe()
+        if known is not None and known["looks"] != looks:
+            raise StudyError(
+                f"confirm: study '{study.study_name}' has looks of another kind ({known['looks']}, now {looks}): ask "
+                "for the same looks and validation data, or take another study_name"
+            )
+        definition = {"looks": looks, "level": options.level}
+        if known != definition:
+            study.set_user_attr(CONFIRM, definition)
+
+    def scores(self) -> dict[int, dict[int, float | None]]:
+        """Returns all looks so far, by trial and look."""
+        return looks_in(self.study.user_attrs)
+
+    def means(self) -> dict[int, float]:
+        """Returns what trials score by their looks, where all of them are numbers."""
+        return {
+            trial: float(np.mean([score for score in scores.values() if score is not None]))
+            for trial, scores in self.scores().items()
+            if None not in scores.values()
+        }
+
+    def step(self, result: StudyCandidates) -> bool:
+        """Takes one look, and returns False where no plan needs one, or the looks are spent."""
+        wanted = self.next(result)
+        if wanted is None:
+            return False
+        candidate, look = wanted
+        score = self.take(candidate, look)
+        self.study.set_user_attr(look_key(candidate.number, look), score)
+        log.info("confirm: trial %d, look %d: %s", candidate.number, look, score)
+        return True
+
+    def next(self, result: StudyCandidates) -> tuple[Candidate, int] | None:
+        """Returns the plan that is to be scored next and the number of its look; None where none is."""
+        scores = self.scores()
+        if sum(map(len, scores.values())) >= self.most or not result.candidates:
+            return None
+        sign = 1.0 if result.maximize else -1.0
+        signed: dict[int, Scores] = {
+            trial: {look: None if score is None else sign * score for look, score in each.items()}
+            for trial, each in scores.items()
+        }
+        # What scored no number is not looked at again.
+        sound = [c for c in result.candidates if None not in scores.get(c.number, {}).values()]
+        if not sound:
+            return None
+        gaps, cheaper = _gaps(sound, signed, sign)
+        difference = spread_of_differences([each for each in signed.values() if None not in each.values()])
+        margin = 0.0
+        if difference is not None:
+            margin = quantile(_MANY, self.options.level) * difference * self.source.share**0.5
+        near = [i for i in range(len(sound)) if gaps[i] <= margin]
+        looked = [signed.get(c.number, {}) for c in sound]
+        level = self.options.level
+        wanted = [
+            (len(looked[i]), float(gaps[i]), sound[i].number, i)
+            for i in near
+            if len(looked[i]) < self.source.number
+            and not any(cheaper[i, j] and better(looked[j], looked[i], level) for j in near if j != i)
+        ]
+        if not wanted:
+            return None
+        *_, chosen = min(wanted)
+        look = next(look for look in range(self.source.number) if look not in looked[chosen])
+        return sound[chosen], look
+
+    def finish(self, result: StudyCandidates, stopped: Callable[[], bool]) -> None:
+        """Takes looks at the plans of a study until none is needed, or `stopped` says so."""
+        while not stopped() and self.step(result):
+            pass
+
+
+def _gaps(candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns by how much each candidate is behind the best one that costs no more, and which cost no more than which.
+
+    Args:
+        candidates: of the study.
+        looks: by trial; larger is better.
+        sign: 1 where the metric is maximized, else -1.
+    """
+    known = [[score for score in looks.get(c.number, {}).values() if score is not None] for c in candidates]
+    score = np.array([np.mean(each) if each else sign * c.metric for c, each in zip(candidates, known, strict=True)])
+    costs = np.array([c.values[1:] for c in candidates], dtype=np.float64).reshape(len(candidates), -1)
+    cheaper = (costs[None, :, :] <= costs[:, None, :]).all(-1)
+    best = np.where(cheaper, score[None, :], -np.inf).max(1)
+    return best - score, cheaper
