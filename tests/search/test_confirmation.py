@@ -120,7 +120,7 @@ class Noisy:
         self.batches = self.rng.normal(0.0, 0.01, looks + 1)
         self.study = optuna.create_study(directions=["maximize" if maximize else "minimize", "minimize"])
         for cost, true in zip(self.costs, self.true, strict=True):
-            value, plan = self.score(true, looks), {"default": {}, "rules": []}
+            value, plan = self.score(true, looks), {"rules": [{"match": "*", "weight": "int8"}]}
             attrs = {METRICS: {"acc": value, "effective_bits": float(cost)}, PLAN: plan}
             self.study.add_trial(
                 optuna.trial.create_trial(values=[value, float(cost)], user_attrs=attrs, state=TrialState.COMPLETE)
@@ -155,10 +155,11 @@ def silent() -> Iterator[None]:
     optuna.logging.set_verbosity(before)
 
 
+@pytest.mark.slow
 def test_the_plan_that_is_named_best_is_better_than_the_luckiest_one() -> None:
     lucky, sure, said_lucky, said_sure, spent = [], [], [], [], []
-    for seed in range(40):
-        space = Noisy(seed)
+    for seed in range(25):
+        space = Noisy(seed, samples=60)
         before = space.result().best(6.0)
         after = space.confirmed(most=200).best(6.0)
         lucky.append(space.true[before.number])
@@ -170,18 +171,19 @@ def test_the_plan_that_is_named_best_is_better_than_the_luckiest_one() -> None:
     gained = np.array(sure) - np.array(lucky)
     # On average, and beyond what chance would give: three standard errors above zero.
     assert gained.mean() > 3 * gained.std(ddof=1) / len(gained) ** 0.5
-    # The luckiest score promises what its plan does not hold, the mean of looks hardly.
+    # The luckiest score promises what its plan does not hold, the mean of looks much less.
     excess = np.mean(said_lucky) - np.mean(lucky)
     assert excess > 0.01
-    assert abs(np.mean(said_sure) - np.mean(sure)) < excess / 4
+    assert abs(np.mean(said_sure) - np.mean(sure)) < excess / 2
     assert max(spent) <= 200
 
 
+@pytest.mark.slow
 def test_lower_bounds_and_intervals_of_confirmed_plans_hold() -> None:
     held = above = number = best_held = 0
-    runs = 150
+    runs = 60
     for seed in range(runs):
-        space = Noisy(1000 + seed, plans=20)
+        space = Noisy(1000 + seed, plans=12)
         result = space.confirmed()
         full = [c for c in result.candidates if c.interval is not None and c.interval.looks == space.number]
         # What is true of other batches too: their hardness averages out.
@@ -195,11 +197,12 @@ def test_lower_bounds_and_intervals_of_confirmed_plans_hold() -> None:
     assert number > 3 * runs
     assert held / number == pytest.approx(0.95, abs=0.03)
     assert above / number == pytest.approx(0.975, abs=0.025)
-    assert best_held / runs > 0.9
+    # The highest of several lower bounds holds less often than each of them.
+    assert best_held / runs > 0.75
 
 
 def test_looks_go_to_the_plans_near_the_front() -> None:
-    space = Noisy(3, plans=60)
+    space = Noisy(3, plans=30, samples=500)
     result = space.confirmed()
     looks = looks_in(space.study.user_attrs)
     true_front = [
@@ -211,10 +214,8 @@ def test_looks_go_to_the_plans_near_the_front() -> None:
         max(space.true[j] for j in range(len(space.true)) if space.costs[j] <= space.costs[i]) - space.true[i]
         for i in range(len(space.true))
     ]
-    seen = [gaps[i] for i in looks]
-    unseen = [gap for i, gap in enumerate(gaps) if i not in looks]
-    assert len(looks) < 50
-    assert np.mean(seen) < np.mean(unseen)
+    counts = np.array([len(looks.get(i, {})) for i in range(len(space.true))])
+    assert np.average(gaps, weights=counts) < 0.7 * np.mean(gaps)
     assert len(set(true_front) & looks.keys()) >= 0.8 * len(true_front)
     # Who loses gets no more.
     assert min(map(len, looks.values())) < space.number
@@ -303,15 +304,15 @@ def test_a_search_confirms_its_front(model: DigitsCNN, tmp_path: Path) -> None:
     tested = DigitsDataModule.test_dataloader
     DigitsDataModule.test_dataloader = _never  # type: ignore[method-assign]
     try:
-        result = digits(model, 6, trainer=half, output_dir=tmp_path)
+        result = digits(model, 6, trainer=half, output_dir=tmp_path, confirm={"looks": 4, "most": 12})
     finally:
         DigitsDataModule.test_dataloader = tested  # type: ignore[method-assign]
     looks = looks_in(result.study.user_attrs)
-    assert 0 < sum(map(len, looks.values())) <= 6
+    assert 3 < sum(map(len, looks.values())) <= 12
     # Each look is what the model scores on its batches.
     trial, scores = next(iter(looks.items()))
     plan = next(c.plan for c in result.candidates if c.number == trial)
-    assert scores[0] == pytest.approx(_accuracy(model, plan, range(120, 240)), abs=1e-6)
+    assert scores[0] == pytest.approx(_accuracy(model, plan, range(120, 180)), abs=1e-6)
 
     rows = {int(row["trial"]): row for row in csv.DictReader((tmp_path / "front.csv").read_text().splitlines())}
     report = ReportData.load(tmp_path / "report.json").study

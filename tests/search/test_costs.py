@@ -61,7 +61,7 @@ def run(model: DigitsCNN, n_trials: int, **options: Any) -> SearchResult:
 )
 def test_activation_memory_is_what_hands_count(evaluator: Evaluator, inputs: dict[str, int], expected: int) -> None:
     rules = [{"match": name, "input": f"uint{bits} affine mse"} for name, bits in inputs.items()]
-    plans = evaluator.layer_plans({"rules": rules})
+    plans = evaluator.layer_plans({"rules": rules or [{"match": "*", "weight": "float"}]})
     assert evaluator.costs(plans)["activation_memory"] == expected
 
 
@@ -69,7 +69,7 @@ def test_energy_is_what_hands_count(evaluator: Evaluator) -> None:
     macs = {"stem.0": 9 * 8 * 64, "down.0": 72 * 16 * 16, "mix.0": 144 * 16 * 4, "head.2": 160}
     macs |= {"block.conv1": 144 * 16 * 16, "block.conv2": 144 * 16 * 16}
     weights = {"stem.0": 72, "down.0": 72 * 16, "block.conv1": 2304, "block.conv2": 2304, "mix.0": 2304, "head.2": 160}
-    plans = evaluator.layer_plans({"default": {"weight": "int2 per_channel mse", "input": "uint4 affine mse"}})
+    plans = evaluator.layer_plans("int2 per_channel mse / uint4 affine mse")
     channels = 8 + 4 * 16 + 10
     reads = 2 * sum(weights.values()) + 32 * channels
     expected = sum(macs.values()) * (0.2 * 2 * 4 / 64 + 0.1) + reads * 1950 / 64

@@ -38,6 +38,19 @@ class Numbers(Dataset[Tensor]):
         return torch.full((4,), float(index))
 
 
+class Plain:
+    """A loader that is none of torch's."""
+
+    def __init__(self, loader: Any) -> None:
+        self.batches = list(loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 class Endless(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return (torch.full((4,), float(index)) for index in range(10**6))
@@ -70,11 +83,11 @@ class Reader(LightningModule):
         return result
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        batch = batch[0] if isinstance(batch, (list, tuple)) else batch
+        batch = batch[0] if isinstance(batch, tuple | list) else batch
         SEEN.append((dataloader_idx, batch[:, 0].tolist()))
         DRAWN.append(float(torch.rand(())))
         self(batch)
-        self.log("mean", batch[:, 0].mean(), add_dataloader_idx=False)
+        self.log("mean", batch[:, 0].mean())
 
 
 def looks_of(loaders: Callable[[], Any], count: int, level: Level | None = None, **trainer: Any) -> Iterator[Any]:
@@ -125,7 +138,7 @@ def test_the_rest_is_divided_where_it_is_smaller() -> None:
         assert {len(part) for part in read} == {2, 4}
 
 
-@pytest.mark.parametrize("wrap", [lambda loader: loader, lambda loader: list(loader)])
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Plain])
 def test_looks_are_parts_of_what_trials_read_where_that_is_all(wrap: Callable[[Any], Any]) -> None:
     for looks, evaluator in looks_of(lambda: wrap(DataLoader(Numbers(24), batch_size=2)), 5):
         assert (looks.number, looks.fresh, looks.share) == (5, False, pytest.approx(0.2))

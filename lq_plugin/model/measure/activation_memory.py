@@ -21,10 +21,10 @@ class _Tensor(NamedTuple):
 class ActivationMemory:
     """Sizes and lives of the activations of one recorded pass, for many plans.
 
-    A tensor is alive from the call that makes it to the last one that reads it. An activation function works in place
-    where nothing else reads its input, as runtimes fuse it. An element takes the bits of the widest input that reads
-    it: 32 of a layer whose input is float, of any other operation, and of what the model returns. The model's own input
-    is not counted.
+    A tensor is alive from the call that makes it to the last one that reads it. An activation function or a batch norm
+    works in place where nothing else reads its input, as runtimes fuse it. An element takes the bits of the widest
+    input that reads it: 32 of a layer whose input is float, of any other operation, and of what the model returns. The
+    model's own input is not counted.
 
     Args:
         recording: of one batch.
@@ -48,7 +48,8 @@ class ActivationMemory:
                 tensor = _Tensor(source.producer, source.output)
                 tensor = made_of.get(tensor, tensor)
                 last[tensor] = call.position
-                if call.is_activation and readers[_Tensor(source.producer, source.output)] == 1:
+                in_place = call.is_activation or call.op.startswith("BatchNorm")
+                if in_place and readers[_Tensor(source.producer, source.output)] == 1:
                     made_of[_Tensor(call.position, 0)] = tensor
                 elif not call.passthrough:
                     read_by.setdefault(tensor, []).append(call.name)

@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 from scipy.special import stdtrit
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
@@ -130,11 +131,12 @@ def interval(scores: Sequence[float], level: float) -> Interval | None:
     """
     if len(scores) < 2:
         return None
-    mean, deviation = float(np.mean(scores)), float(np.std(scores, ddof=1))
+    mean, deviation = fmean(scores), stdev(scores)
     half = quantile(len(scores) - 1, level) * deviation / math.sqrt(len(scores))
     return Interval(mean, mean - half, mean + half, len(scores))
 
 
+@lru_cache(maxsize=256)
 def quantile(freedom: int, level: float) -> float:
     """Returns how many deviations an interval reaches to each side."""
     return float(stdtrit(freedom, (1 + level) / 2))
@@ -178,7 +180,7 @@ def _pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
     freedom = sum(len(group) - 1 for group in counted)
     if not freedom:
         return None
-    squares = sum(float(np.var(group, ddof=1)) * (len(group) - 1) for group in counted)
+    squares = sum((value - mean) ** 2 for group in counted for mean in [fmean(group)] for value in group)
     return math.sqrt(squares / freedom), freedom
 
 

@@ -1,14 +1,15 @@
 """Scores the plans near a front again, look by look, until it is clear which of them are on it or the looks are spent.
 
 The next look goes to a plan that may be on the front: its score, noise included, is not below that of a plan which
-costs no more. Of those the one with the fewest looks is next, then the one that is nearest to the front. A plan that
-another one beats for sure gets no more.
+costs no more. Of those one with too few looks for an interval is next, then the one with the fewest looks, then the one
+that is nearest to the front. A plan that another one beats for sure gets no more.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from lq_plugin.search.shared.database import StudyError
 from lq_plugin.search.study.candidates import Candidate, StudyCandidates
 from lq_plugin.search.study.confidence import (
     CONFIRM,
+    LEAST,
     Confirm,
     Scores,
     better,
@@ -79,7 +81,7 @@ class Confirmation:
     def means(self) -> dict[int, float]:
         """Returns what trials score by their looks, where all of them are numbers."""
         return {
-            trial: float(np.mean([score for score in scores.values() if score is not None]))
+            trial: fmean(score for score in scores.values() if score is not None)
             for trial, scores in self.scores().items()
             if None not in scores.values()
         }
@@ -117,22 +119,25 @@ class Confirmation:
         near = [i for i in range(len(sound)) if gaps[i] <= margin]
         looked = [signed.get(c.number, {}) for c in sound]
         level = self.options.level
-        wanted = [
-            (len(looked[i]), float(gaps[i]), sound[i].number, i)
-            for i in near
-            if len(looked[i]) < self.source.number
-            and not any(cheaper[i, j] and better(looked[j], looked[i], level) for j in near if j != i)
-        ]
-        if not wanted:
-            return None
-        *_, chosen = min(wanted)
-        look = next(look for look in range(self.source.number) if look not in looked[chosen])
-        return sound[chosen], look
+        wanted = sorted((_turn(len(looked[i])), float(gaps[i]), sound[i].number, i) for i in near)
+        for *_, chosen in wanted:
+            if len(looked[chosen]) >= self.source.number:
+                continue
+            # Last, as it takes longest.
+            if not any(cheaper[chosen, j] and better(looked[j], looked[chosen], level) for j in near if j != chosen):
+                look = next(look for look in range(self.source.number) if look not in looked[chosen])
+                return sound[chosen], look
+        return None
 
     def finish(self, result: StudyCandidates, stopped: Callable[[], bool]) -> None:
         """Takes looks at the plans of a study until none is needed, or `stopped` says so."""
         while not stopped() and self.step(result):
             pass
+
+
+def _turn(looks: int) -> int:
+    """Returns when a plan with so many looks has its turn: what was begun is brought to an interval first."""
+    return 0 if 0 < looks < LEAST else max(looks, 1)
 
 
 def _gaps(candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: float) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +149,7 @@ def _gaps(candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: fl
         sign: 1 where the metric is maximized, else -1.
     """
     known = [[score for score in looks.get(c.number, {}).values() if score is not None] for c in candidates]
-    score = np.array([np.mean(each) if each else sign * c.metric for c, each in zip(candidates, known, strict=True)])
+    score = np.array([fmean(each) if each else sign * c.metric for c, each in zip(candidates, known, strict=True)])
     costs = np.array([c.values[1:] for c in candidates], dtype=np.float64).reshape(len(candidates), -1)
     cheaper = (costs[None, :, :] <= costs[:, None, :]).all(-1)
     best = np.where(cheaper, score[None, :], -np.inf).max(1)
