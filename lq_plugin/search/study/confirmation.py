@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna import Study
 
 from lq_plugin.search.shared.database import StudyError
@@ -140,7 +141,9 @@ def _turn(looks: int) -> int:
     return 0 if 0 < looks < LEAST else max(looks, 1)
 
 
-def _gaps(candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: float) -> tuple[np.ndarray, np.ndarray]:
+def _gaps(
+    candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Returns by how much each candidate is behind the best one that costs no more, and which cost no more than which.
 
     Args:
@@ -151,6 +154,6 @@ def _gaps(candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: fl
     known = [[score for score in looks.get(c.number, {}).values() if score is not None] for c in candidates]
     score = np.array([fmean(each) if each else sign * c.metric for c, each in zip(candidates, known, strict=True)])
     costs = np.array([c.values[1:] for c in candidates], dtype=np.float64).reshape(len(candidates), -1)
-    cheaper = (costs[None, :, :] <= costs[:, None, :]).all(-1)
+    cheaper = np.asarray((costs[None, :, :] <= costs[:, None, :]).all(-1))
     best = np.where(cheaper, score[None, :], -np.inf).max(1)
     return best - score, cheaper

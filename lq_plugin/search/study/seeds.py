@@ -68,7 +68,8 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     costs = {unit.name: {str(c): total(first | unit.params(c)) - base for c in unit.choices} for unit in space.units}
     if memory is None:
         return base, costs
-    small, large = (_together(space, lambda unit, pick=pick: pick(unit.choices, key=_bits)) for pick in (min, max))
+    small = _together(space, lambda unit: min(unit.choices, key=_bits))
+    large = _together(space, lambda unit: max(unit.choices, key=_bits))
     span = total(large) - total(small)
     scale = (exact(large) - exact(small)) / span if span else 0.0
     return exact(small) + scale * (base - total(small)), {
