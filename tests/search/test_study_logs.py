@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.search import SearchResult, StudyLogs, search
@@ -97,6 +98,32 @@ def test_the_front_is_drawn_while_the_search_goes_on(model: DigitsCNN, tmp_path:
     # One for each front that differs from the one before, and the last one.
     assert len(events.Images("quant/pareto")) == changes + 1
     assert [event.step for event in events.Scalars("search/val/acc")] == [0, 1, 2]
+
+
+def test_trials_are_rows_of_hparams(model: DigitsCNN, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="study", version="only")
+    result = run(model, 3)
+    StudyLogs([logger]).finish(result)
+    folders = {path.name: path for path in (tmp_path / "study" / "only").iterdir() if path.is_dir()}
+    assert folders.keys() == {f"trial_{c.number:04d}" for c in result.candidates}
+    for c in result.candidates:
+        events = EventAccumulator(str(folders[f"trial_{c.number:04d}"]))
+        events.Reload()
+        content = events.summary_metadata
+        start = metadata.parse_session_start_info_plugin_data(
+            content[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        )
+        params = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+        # The bits of each layer as the plan has them, under a name of its own.
+        weights = {f"bits.{rule.match}": rule.weight.bit_width for rule in c.plan.rules if rule.weight is not None}
+        assert len(weights) == 6
+        assert {name: params[name] for name in weights} == weights
+        scalars = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+        assert scalars["val/acc"] == pytest.approx(c.metric, abs=1e-6)
+        assert scalars["effective_bits"] == pytest.approx(c.effective_bits, rel=1e-6)
+    other = TensorBoardLogger(tmp_path, name="study", version="other")
+    StudyLogs([other], trial_runs=False).finish(result)
+    assert not [path for path in (tmp_path / "study" / "other").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("maximize", [True, False])

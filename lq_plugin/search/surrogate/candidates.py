@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from lq_plugin.search.surrogate.knapsack import walk
 from lq_plugin.search.surrogate.regression import Floats, Ints
 
 NDBool = NDArray[np.bool_]
@@ -25,6 +26,8 @@ ENUMERATED = 8192
 _SWAPS = 256
 #: Plans of the front whose neighbours are looked at.
 _AROUND = 3
+#: How much more than the least harm, as a share of it, counts as the least.
+_GAP = 1e-3
 #: Nodes after which an integer program's best plan so far is taken. A limit of time would make a seed irreproducible.
 _NODES = 100
 
@@ -113,35 +116,55 @@ def around(front: Ints, sizes: Sequence[int], rng: np.random.Generator) -> Ints:
     return np.concatenate([part for i in chosen for part in (steps(front[i], sizes), swaps(front[i], sizes, rng))])
 
 
-def cheapest_harm(harms: Sequence[Floats], price: Price, budget: float, others: Sequence[Price] = ()) -> Ints | None:
+def cheapest_harm(
+    harms: Sequence[Floats], price: Price, budget: float, others: Sequence[Price] = (), gap: float = _GAP
+) -> Ints | None:
     """Returns the plan of least summed harm that costs at most `budget`; None where none is found.
 
-    min Σ h(u, c) x(u, c) with one choice c for each unit u: the multiple-choice knapsack problem, by HiGHS.
+    min Σ h(u, c) x(u, c) with one choice c for each unit u: the multiple-choice knapsack problem, by its relaxation
+    where that is close enough and there is one cost, else by HiGHS.
 
     Args:
         harms: of each choice of each unit.
         price: what the budget is of.
         budget: of the whole plan.
         others: further costs, whose bounds are kept.
+        gap: share of the least harm, counted from that without a budget, that the plan may have more before HiGHS is
+            asked.
     """
+    most = min(budget, price.most)
+    if price.least == -np.inf and all(_implied(other, price, most) for other in others):
+        walked = walk(harms, price.tables, most - price.base + 1e-9 * max(abs(most), abs(price.base)))
+        if walked is None:
+            return None
+        plan, excess = walked
+        above = sum(float(row[choice] - row.min()) for row, choice in zip(harms, plan, strict=True)) - excess
+        if not excess or excess <= gap * max(above, 1e-3 * sum(float(np.ptp(row)) for row in harms)):
+            return plan
     sizes = [len(row) for row in harms]
     owner = np.repeat(np.arange(len(sizes)), sizes)
     limits = [LinearConstraint((owner[None] == np.arange(len(sizes))[:, None]).astype(float), 1.0, 1.0)]
     # Scaled, since the solver's tolerances are absolute.
-    for cost, most in [(price, min(budget, price.most)), *((other, other.most) for other in others)]:
+    for cost, bound in [(price, most), *((other, other.most) for other in others)]:
         flat = np.concatenate(list(cost.tables))
         scale = float(np.abs(flat).max()) or 1.0
-        bounds = (cost.least - cost.base) / scale, (most - cost.base) / scale + 1e-9
+        bounds = (cost.least - cost.base) / scale, (bound - cost.base) / scale + 1e-9
         limits.append(LinearConstraint(flat[None] / scale, *bounds))
     harm = np.concatenate(list(harms))
     harm = harm / (float(np.abs(harm).max()) or 1.0)
-    options = {"node_limit": _NODES, "mip_rel_gap": 1e-3}
+    options = {"node_limit": _NODES, "mip_rel_gap": _GAP}
     result = milp(harm, constraints=limits, integrality=np.ones(len(harm)), bounds=Bounds(0, 1), options=options)
     if result.x is None:
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     parts = [result.x[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     return np.array([int(part.argmax()) for part in parts], dtype=np.int64)
+
+
+def _implied(other: Price, price: Price, most: float) -> bool:
+    """Returns whether a plan that costs at most `most` keeps the bound on another cost, because it is the same one."""
+    same = other.base == price.base and all(map(np.array_equal, other.tables, price.tables))
+    return same and other.least == -np.inf and other.most >= most
 
 
 def solved(
@@ -154,6 +177,7 @@ def solved(
 ) -> Ints:
     """Returns what the integer program makes of the surrogate around a plan, `[plans, units]`: none, one or two.
 
+    With one cost it is solved by its relaxation, to one unit's step: what is proposed of it is searched further.
     The second one is given the losses as they may be, drawn from the surrogate's uncertainty.
 
     Args:
@@ -169,7 +193,7 @@ def solved(
     for spread in (0.0, 1.0):
         losses = iter(here - mean - spread * deviation * rng.standard_normal(len(mean)))
         harms = [np.array([0.0 if c == plan[u] else next(losses) for c in range(size)]) for u, size in enumerate(sizes)]
-        made = cheapest_harm(harms, price, budget, others)
+        made = cheapest_harm(harms, price, budget, others, np.inf)
         if made is not None:
             found.append(made)
     return np.array(found, dtype=np.int64).reshape(-1, len(sizes))

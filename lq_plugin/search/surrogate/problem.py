@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lq_plugin.errors import QuantizationError
 from lq_plugin.search.space.bound import BoundSpace, Params, Unit
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.surrogate.candidates import Price, everything
@@ -157,4 +159,10 @@ class Problem:
 
 def _harms(unit: Unit, sensitivity: Table) -> Floats:
     row = sensitivity.get(unit.name, {})
+    odd = [choice for choice in map(str, unit.choices) if not math.isfinite(row.get(choice, 0.0))]
+    if odd:
+        raise QuantizationError(
+            f"sensitivities are finite numbers: that of {unit.name}, {odd[0]} is {row[odd[0]]}"
+            + f" ({len(odd)} such choices)" * (len(odd) > 1)
+        )
     return np.array([row.get(str(c), 0.0 if isinstance(c, str) else 4.0**-c.bit_width) for c in unit.choices])

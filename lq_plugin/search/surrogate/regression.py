@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import block_diag, solve_triangular
 
+from lq_plugin.errors import QuantizationError
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -74,10 +76,18 @@ class Features:
 
     Args:
         harms: of each choice of each unit; a plan is an index into each of them.
+
+    Raises:
+        QuantizationError: a harm that is no finite number.
     """
 
     def __init__(self, harms: Sequence[Floats]) -> None:
         self.harms = [np.asarray(row, dtype=np.float64) for row in harms]
+        odd = [unit for unit, row in enumerate(self.harms) if not np.isfinite(row).all()]
+        if odd:
+            raise QuantizationError(
+                f"harms are finite numbers, those of unit {odd[0]} are {self.harms[odd[0]].tolist()}"
+            )
         largest = max((float(row.max()) for row in self.harms), default=0.0) or 1.0
         self.harms = [np.maximum(row, _LEAST * largest) for row in self.harms]
 

@@ -299,10 +299,11 @@ def _logs(costs: Floats) -> Floats:
 
 def _nondominated(targets: Floats, costs: Floats, kept: np.ndarray[Any, np.dtype[np.bool_]]) -> Ints:
     """Returns the trials that no other one is better than in the metric and all costs."""
-    losses = np.column_stack([-targets, costs])
-    found = [
-        i
-        for i in np.flatnonzero(kept)
-        if not ((losses[kept] <= losses[i]).all(1) & (losses[kept] < losses[i]).any(1)).any()
-    ]
-    return np.array(found, dtype=np.int64)
+    rows = np.flatnonzero(kept)
+    losses = np.column_stack([-targets, costs])[rows]
+    no_worse = np.ones((len(rows), len(rows)), dtype=bool)
+    equal = no_worse.copy()
+    for column in losses.T:
+        no_worse &= column[None] <= column[:, None]
+        equal &= column[None] == column[:, None]
+    return np.asarray(rows[~(no_worse & ~equal).any(1)], dtype=np.int64)
