@@ -179,6 +179,13 @@ def test_numbers_in_sentences() -> None:
     assert f"has {page['bytes'] / 1e6:.1f} MB and is written in {page['seconds']:.1f} s" in text
     passes = results("ptq_accuracy")["calibration"]["all_estimators_over_forward_pass"]["ratio"]
     assert f"of {passes:.1f} forward passes" in text
+    ratios = {
+        kind: [row["ratio"] for row in results("ranges")["rows"] if f": {kind} " in row["name"]]
+        for kind in ("count", "activation", "weight")
+    }
+    count, activation, weight = (f"{min(found):.2f} to {max(found):.2f}" for found in ratios.values())
+    assert f"takes {count}, a range of an activation {activation}, the ranges" in text
+    assert f"64 channels {weight}." in text
     uniform, greedy = (
         results("search")["hypervolume"]["uniform"]["7"],
         results("search")["hypervolume"]["greedy"]["115"],
