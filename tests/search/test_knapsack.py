@@ -90,6 +90,8 @@ def test_a_proposal_makes_few_predictions_and_no_integer_program(units: int, mon
     predict, likeliest = Regression.predict, sampler_module.likeliest
 
     def counted(self: Regression, plans: Any) -> Any:
+        if len(plans) > 512:
+            return predict(self, plans)  # part by part, each of which comes here
         rows.append(len(plans))
         return predict(self, plans)
 
@@ -103,8 +105,7 @@ def test_a_proposal_makes_few_predictions_and_no_integer_program(units: int, mon
     propose(made, study)
     # Neighbours of three plans of the front and of the best one, and those of the integer program's plan.
     choices = units * (len(CHOICES) - 1)
-    assert len(rows) <= 4
-    assert sum(rows) <= 5 * choices + 4 * 256 + 10
+    assert sum(rows) <= choices + 4 * (min(choices, 1024) + 256) + 10
     assert not fits
 
 

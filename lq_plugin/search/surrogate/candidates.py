@@ -22,6 +22,8 @@ NDBool = NDArray[np.bool_]
 
 #: Spaces of so many plans are predicted whole.
 ENUMERATED = 8192
+#: Changes of one unit of each plan that are looked at, at most.
+STEPS = 1024
 #: Swaps (one unit gets less, another one more) of each plan of the front that is looked at.
 _SWAPS = 256
 #: Plans of the front whose neighbours are looked at.
@@ -79,9 +81,9 @@ def everything(sizes: Sequence[int]) -> Ints | None:
 def steps(plan: Ints, sizes: Sequence[int]) -> Ints:
     """Returns all plans that differ from one in one unit, `[plans, units]`."""
     places = [(unit, choice) for unit, size in enumerate(sizes) for choice in range(size) if choice != plan[unit]]
+    units, choices = np.array(places, dtype=np.int64).reshape(-1, 2).T
     found = np.repeat(plan[None], len(places), 0)
-    for row, (unit, choice) in enumerate(places):
-        found[row, unit] = choice
+    found[np.arange(len(places)), units] = choices
     return found
 
 
@@ -104,6 +106,20 @@ def swaps(plan: Ints, sizes: Sequence[int], rng: np.random.Generator, count: int
     return found
 
 
+def near(plan: Ints, sizes: Sequence[int], rng: np.random.Generator) -> Ints:
+    """Returns neighbours of a plan: those that differ in one unit, at most `STEPS` of them, and some in two or three.
+
+    Args:
+        plan: to start from.
+        sizes: number of choices of each unit.
+        rng: of the draws.
+    """
+    single = steps(plan, sizes)
+    if len(single) > STEPS:
+        single = single[rng.choice(len(single), STEPS, replace=False)]
+    return np.concatenate([single, swaps(plan, sizes, rng)])
+
+
 def around(front: Ints, sizes: Sequence[int], rng: np.random.Generator) -> Ints:
     """Returns neighbours of some plans of a front, the front's ends and gaps drawn at random.
 
@@ -113,7 +129,7 @@ def around(front: Ints, sizes: Sequence[int], rng: np.random.Generator) -> Ints:
         rng: of the draws.
     """
     chosen = rng.choice(len(front), min(_AROUND, len(front)), replace=False)
-    return np.concatenate([part for i in chosen for part in (steps(front[i], sizes), swaps(front[i], sizes, rng))])
+    return np.concatenate([near(front[i], sizes, rng) for i in chosen])
 
 
 def cheapest_harm(

@@ -35,6 +35,8 @@ Ints = NDArray[np.int64]
 _WIDE = 100.0
 #: The least harm of a choice, as a share of the largest in its table: exact choices have log s = -∞.
 _LEAST = 1e-5
+#: Plans that are predicted at once: their features stay in the caches.
+_ROWS = 512
 #: Added to the diagonal, for a kernel matrix that is positive in float64 as well.
 _JITTER = 1e-8
 
@@ -105,26 +107,29 @@ class Features:
             found.append((1 - prior.own) * np.exp(-0.5 * apart**2) + prior.own * np.eye(len(row)))
         return found
 
-    def products(self, one: Ints, other: Ints, prior: Prior) -> tuple[Floats, ...]:
+    def products(self, one: Ints, other: Ints, prior: Prior, sides: Sequence[Floats] = ()) -> tuple[Floats, ...]:
         """Returns the sums over products of features `[one, other]` of α, θ and ρ, for weights of unit variance.
 
         Args:
             one, other: plans, `[plans, units]`.
             prior: for what choices have in common.
+            sides: what `sides` gives for `other`, where it is at hand.
+        """
+        ones, shares, roots = sides or self.sides(other, prior)
+        mine = self.shares(one)[1]
+        single = self._chosen(one, np.ones_like(mine)) @ ones / len(self.harms)
+        share, square = np.hsplit(self._chosen(one, mine) @ shares, 2)
+        return single, share, 2.0 * ((self._chosen(one, np.sqrt(mine)) @ roots) ** 2 - square)
+
+    def sides(self, plans: Ints, prior: Prior) -> tuple[Floats, Floats, Floats]:
+        """Returns what the features of other plans are multiplied by, `[choices, plans]`; of shares two side by side.
+
+        Products of matrices: many times faster than unit by unit.
         """
         alike = block_diag(*self.alike(prior))
-        my_shares, their_shares = self.shares(one)[1], self.shares(other)[1]
-        ones = np.ones_like(my_shares), np.ones_like(their_shares)
-        roots = np.sqrt(my_shares), np.sqrt(their_shares)
-
-        def product(mine: Floats, theirs: Floats, between: Floats) -> Floats:
-            # Products of matrices: many times faster than unit by unit.
-            found: Floats = self._chosen(one, mine) @ (between @ self._chosen(other, theirs).T)
-            return found
-
-        single = product(*ones, alike) / len(self.harms)
-        share, square = product(my_shares, their_shares, alike), product(my_shares, their_shares, alike**2)
-        return single, share, 2.0 * (product(*roots, alike) ** 2 - square)
+        theirs = self.shares(plans)[1]
+        ones, shares, roots = (self._chosen(plans, each).T for each in (np.ones_like(theirs), theirs, np.sqrt(theirs)))
+        return alike @ ones, np.hstack([alike @ shares, alike**2 @ shares]), alike @ roots
 
     def _chosen(self, plans: Ints, weights: Floats) -> Floats:
         """Returns a row for each plan, with a weight `[plans, units]` for each choice that it makes."""
@@ -134,9 +139,9 @@ class Features:
         found[np.arange(len(plans))[:, None], starts + plans] = weights
         return found
 
-    def kernel(self, one: Ints, other: Ints, prior: Prior) -> Floats:
-        """Returns the prior covariance of what two lists of plans score, without noise."""
-        parts = self.products(one, other, prior)
+    def kernel(self, one: Ints, other: Ints, prior: Prior, sides: Sequence[Floats] = ()) -> Floats:
+        """Returns the prior covariance of what two lists of plans score, without noise; see `products`."""
+        parts = self.products(one, other, prior, sides)
         return self.combined(one, other, parts, prior)
 
     def combined(self, one: Ints, other: Ints, parts: Sequence[Floats], prior: Prior) -> Floats:
@@ -171,7 +176,8 @@ class Regression:
         self.features, self.plans, self.prior = features, plans, prior
         self._center, self._scale = float(targets.mean()), float(targets.std()) or 1.0
         self._targets = (targets - self._center) / self._scale
-        kernel = features.kernel(plans, plans, prior)
+        self._sides = features.sides(plans, prior)
+        kernel = features.kernel(plans, plans, prior, self._sides)
         self._root = _root(kernel, prior)
         inverse_root = solve_triangular(self._root, np.eye(len(kernel)), lower=True)
         self._inverse: Floats = inverse_root.T @ inverse_root
@@ -188,7 +194,11 @@ class Regression:
         Args:
             plans: `[plans, units]`.
         """
-        cross = self.features.kernel(plans, self.plans, self.prior)
+        if len(plans) > _ROWS:
+            parts = [self.predict(plans[start : start + _ROWS]) for start in range(0, len(plans), _ROWS)]
+            means, deviations = zip(*parts, strict=True)
+            return np.concatenate(means), np.concatenate(deviations)
+        cross = self.features.kernel(plans, self.plans, self.prior, self._sides)
         mean = cross @ self._weights
         variance = self.features.variance(plans, self.prior) - ((cross @ self._inverse) * cross).sum(1)
         deviation = np.sqrt(np.maximum(variance, _JITTER))

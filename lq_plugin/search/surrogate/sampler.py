@@ -17,7 +17,7 @@ from scipy.special import ndtr
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search.space.bound import Params
-from lq_plugin.search.surrogate.candidates import around, solved, steps, swaps
+from lq_plugin.search.surrogate.candidates import around, near, solved
 from lq_plugin.search.surrogate.improvement import Front
 from lq_plugin.search.surrogate.problem import PRICED, Problem
 from lq_plugin.search.surrogate.regression import Floats, Ints, Prior, Regression, likeliest
@@ -229,7 +229,7 @@ class SurrogateSampler(BaseSampler):
         if best is None:
             return self._random(rng, taken)
         # From there on uphill, once: two changes away from a front is not far in a large space.
-        further = np.concatenate([steps(best, problem.sizes), swaps(best, problem.sizes, rng), best[None]])
+        further = np.concatenate([near(best, problem.sizes, rng), best[None]])
         return best_of(self._new(further, taken))
 
     def _large(self, done: _Trials, shown: Ints, model: Regression, rng: np.random.Generator) -> Ints:
