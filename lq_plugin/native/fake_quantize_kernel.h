@@ -129,9 +129,17 @@ inline void masked(const Y* gradient, X* result, const uint16_t* mask, int64_t n
 // The same in place: where nothing was clipped nothing is read or written.
 template <class Y>
 inline void cleared(Y* gradient, const uint16_t* mask, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) {
+    int64_t i = 0;
+    while (i < n) {
+        uint64_t four = 0;
+        if (i + 64 <= n) std::memcpy(&four, mask + i / 16, sizeof four);
+        if (four == ~uint64_t{0}) {
+            i += 64;
+            continue;
+        }
         const int64_t size = std::min<int64_t>(16, n - i);
         if (mask[i / 16] != bits_part(0xFFFFu, size)) masked(gradient + i, gradient + i, mask + i / 16, size);
+        i += 16;
     }
 }
 
