@@ -15,18 +15,22 @@ def main(size: str, threads: str) -> dict[str, Any]:
     import torch
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
+    from tokenizers import Tokenizer, models
     from torch.utils.data import DataLoader
+    from transformers import PreTrainedTokenizerFast
 
     from benchmarks.scale_models import SIZES, Size, decibels, hidden_states, make, measured, sequences, status
 
     torch.set_num_threads(int(threads))
+    # It asks for one, though the batches are tokens already.
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
 
     def quantize(model: Any, sized: Size) -> None:
         batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in sequences(sized)]
         recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], dampening_frac=0.01)
         loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         oneshot(
-            model=model, dataset=loader, recipe=recipe, num_calibration_samples=sized.sequences,
+            model=model, processor=words, dataset=loader, recipe=recipe, num_calibration_samples=sized.sequences,
             max_seq_length=sized.tokens, pipeline="sequential",
         )  # fmt: skip
 
