@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from typing import Any
 
 
-def main(size: str, threads: str) -> dict[str, Any]:
+def main(size: str, threads: str, folder: str) -> dict[str, Any]:
     import torch
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
@@ -28,6 +29,9 @@ def main(size: str, threads: str) -> dict[str, Any]:
     def quantize(model: Any, sized: Size) -> None:
         batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in sequences(sized)]
         recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], dampening_frac=0.01)
+        # It reads the configuration from where the model came from.
+        model.config.save_pretrained(folder)
+        model.name_or_path = model.config._name_or_path = folder
         loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         oneshot(
             model=model, processor=words, dataset=loader, recipe=recipe, num_calibration_samples=sized.sequences,
@@ -55,4 +59,5 @@ if __name__ == "__main__":
     # Libraries print on stdout, too: that goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
-        answer.write(json.dumps(main(*sys.argv[1:])) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            answer.write(json.dumps(main(*sys.argv[1:], folder)) + "\n")
