@@ -254,6 +254,18 @@ def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 
 
+def qparams_of(x: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point, float32 `[1]`, whose levels cover all of `x`, as `qparams_from_bounds` has them.
+
+    >>> qparams_of(torch.tensor([[1.0, -2.0]]), IntegerGrid(-2, 1))
+    (tensor([1.]), tensor([0.]))
+    """
+    x = x.detach()
+    if not torch.compiler.is_compiling() and isinstance(found := ops.kernels_for(x), Kernels):
+        return found.qparams(x, (grid.quant_min, grid.quant_max), grid.affine)
+    return qparams_from_bounds(x.amin().view(1), x.amax().view(1), grid)
+
+
 def fake_quantize_to_extremes(
     x: Tensor, scale_shape: tuple[int, ...], grid: IntegerGrid, dtype: torch.dtype | None = None
 ) -> Tensor:

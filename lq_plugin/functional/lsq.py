@@ -27,7 +27,8 @@ from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.affine_kernels import native_layout
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
+from lq_plugin.native.layouts import Layout
 
 Band = Literal["paper", "rounded"]
 
@@ -107,27 +108,76 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, factor, by_rounded = ctx.constants
-        step = scale.abs().clamp(min=MIN_SCALE)
-        shift = zero_point.round().clamp(quant_min, quant_max)
-        ratio = x.float() * step.reciprocal()
-        rounded = ratio.round()
-        low, high = quant_min - shift, quant_max - shift
-        level = torch.clamp(rounded, low, high)
-        # A NaN is outside.
-        outside = level != rounded if by_rounded else ~((ratio > low) & (ratio < high))
-        grad32 = grad.float()
-        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
-        grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            # Inside: round(v/s) - v/s. Outside only the clipped level is left.
-            per_element = grad32 * torch.where(outside, level, level - ratio)
-            grad_scale = _summed(per_element, scale) * (factor * torch.where(scale < 0, -1.0, 1.0))
-        if ctx.needs_input_grad[2]:
-            per_element = (grad32 * -step).masked_fill(~outside, 0.0)
-            grad_zero_point = _summed(per_element, zero_point) * factor
-        return grad_x, grad_scale, grad_zero_point, *(None,) * 4
+        return *_gradients(*ctx.saved_tensors, grad, ctx.constants, ctx.needs_input_grad[:3]), *(None,) * 4
+
+
+def _gradients(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, constants: Any, needs: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    quant_min, quant_max, factor, by_rounded = constants
+    step = scale.abs().clamp(min=MIN_SCALE)
+    shift = zero_point.round().clamp(quant_min, quant_max)
+    ratio = x.float() * step.reciprocal()
+    rounded = ratio.round()
+    low, high = quant_min - shift, quant_max - shift
+    level = torch.clamp(rounded, low, high)
+    # A NaN is outside.
+    outside = level != rounded if by_rounded else ~((ratio > low) & (ratio < high))
+    grad32 = grad.float()
+    grad_x = grad.masked_fill(outside, 0.0) if needs[0] else None
+    grad_scale = grad_zero_point = None
+    if needs[1]:
+        # Inside: round(v/s) - v/s. Outside only the clipped level is left.
+        per_element = grad32 * torch.where(outside, level, level - ratio)
+        grad_scale = _summed(per_element, scale) * (factor * torch.where(scale < 0, -1.0, 1.0))
+    if needs[2]:
+        per_element = (grad32 * -step).masked_fill(~outside, 0.0)
+        grad_zero_point = _summed(per_element, zero_point) * factor
+    return grad_x, grad_scale, grad_zero_point
+
+
+def learned_gradients(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grad: Tensor,
+    constants: tuple[int, int, float, bool],
+    layout: Layout,
+    needs: tuple[bool, bool, bool],
+    kernels: FakeQuantizeKernels,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the gradients of x, scale and zero point, in one pass where the kernels can take the tensors.
+
+    Args:
+        x, scale, zero_point: of the forward pass.
+        grad: of its result.
+        constants: quant_min, quant_max, gradient_factor, and whether the band is the rounded one.
+        layout: of the scales along `x`.
+        needs: which of the three gradients; the others are None.
+        kernels: of the forward pass.
+    """
+    watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
+    known = type(grad) is Tensor and (x.dtype, grad.dtype) in TYPES
+    if watched or not known or ops.kernels_for(x) is None:
+        # A second derivative, or what cannot be taken by its address.
+        return _gradients(x, scale, zero_point, grad.to(x.dtype), constants, needs)
+    *bounds, factor, rounded = constants
+    inside, slope, shift = kernels.learned_backward(
+        x,
+        ops.laid_out(grad, x.stride()),
+        scale,
+        zero_point,
+        (bounds[0], bounds[1]),
+        rounded,
+        layout,
+        needs[0],
+        needs[2],
+    )
+    return (
+        inside,
+        _of_scale(slope, scale, factor) if needs[1] else None,
+        shift.float().view(zero_point.shape) * factor if shift is not None else None,
+    )
 
 
 class _NativeLearned(torch.autograd.Function):
@@ -157,25 +207,10 @@ class _NativeLearned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, scale, zero_point = ctx.saved_tensors
-        needs_x, needs_scale, needs_zero_point, *_ = ctx.needs_input_grad
-        watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        known = type(grad) is Tensor and (x.dtype, grad.dtype) in TYPES
-        if watched or not known or ops.kernels_for(x) is None:
-            # A second derivative, or what cannot be taken by its address.
-            return *_LearnedFakeQuantize.backward(ctx, grad.to(x.dtype)), None, None, None
-        quant_min, quant_max, factor, rounded = ctx.constants
-        grad = ops.laid_out(grad, x.stride())
-        bounds = quant_min, quant_max
-        inside, slope, shift = ctx.kernels.learned_backward(
-            x, grad, scale, zero_point, bounds, rounded, ctx.layout, needs_x, needs_zero_point
+        found = learned_gradients(
+            *ctx.saved_tensors, grad, ctx.constants, ctx.layout, ctx.needs_input_grad[:3], ctx.kernels
         )
-        return (
-            inside,
-            _of_scale(slope, scale, factor) if needs_scale else None,
-            shift.float().view(zero_point.shape) * factor if shift is not None else None,
-            *(None,) * 7,
-        )
+        return *found, *(None,) * 7
 
 
 class _TracedLearned(torch.autograd.Function):

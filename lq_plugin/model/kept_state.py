@@ -12,8 +12,9 @@
 Everything keeps its identity, and what has not changed is not touched. Parameters, statistics of batch norms,
 quantizers and submodules stay as the code left them: calibration changes these on purpose. So do objects that hold more
 than values: those of the standard library, of torch and Lightning (Trainers, loggers, optimizers, loader processes), of
-experiment trackers, and global variables. Not entered are the elements of containers with more than 10,000. Writes
-through `.data` go unseen.
+experiment trackers, and global variables. Not entered are the elements of containers with more than 10,000; beyond
+`MOST` objects, those nearest to the module first, a warning says that the others stay as they are left. Writes through
+`.data` go unseen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import functools
 import operator
 import sys
 import types
-from collections import OrderedDict, deque
+import warnings
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +40,8 @@ from lq_plugin.quantizers import Quantizer
 
 #: Elements of containers with more are data.
 LARGE = 10_000
+#: So many objects are looked at: a second or so.
+MOST = 200_000
 
 _NOTHING: Any = object()
 _LEAVES = frozenset(
@@ -76,23 +80,32 @@ class KeptState:
         self.weights = {storage_of(parameter)[0] for module in modules for parameter in module.parameters()}
         self._restores: list[Restore] = []
         self._unwraps: list[Restore] = []
+        self._plain: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         seen: dict[int, Any] = {}
-        waiting: list[Any] = []
+        waiting: deque[Any] = deque()
         for root in roots:
             # What is asked for is entered, whatever it is.
-            waiting += _attributes(root, self) if _is_opaque(root) and not isinstance(root, nn.Module) else [root]
+            waiting.extend(_attributes(root, self) if _is_opaque(root) and not isinstance(root, nn.Module) else [root])
         while waiting:
-            value = waiting.pop()
-            if type(value) in _LEAVES or id(value) in seen or _is_plain_row(value):
+            value = waiting.popleft()
+            kind = type(value)
+            if kind in _LEAVES or id(value) in seen or _is_plain_row(value):
                 continue
+            if len(seen) == MOST:
+                _warn_of_others(seen.values())
+                break
             seen[id(value)] = value
-            waiting += _keep(value, self)
-            if isinstance(value, _CONTAINERS) and type(value) not in _CONTAINERS and not _is_opaque(value):
-                waiting += _attributes(value, self)
+            waiting.extend(_attributes(value, self) if _is_plain_class(kind) else _keep(value, self))
+            if isinstance(value, _CONTAINERS) and kind not in _CONTAINERS and not _is_opaque(value):
+                waiting.extend(_attributes(value, self))
 
     def on_restore(self, restore: Restore) -> None:
         """Called by `restore`."""
         self._restores.append(restore)
+
+    def on_restore_items(self, value: dict[Any, Any], before: dict[Any, Any]) -> None:
+        """Has `restore` put the items of a dict back; data comes with one for each sample."""
+        self._plain.append((value, before))
 
     def watch_iterators(self, items: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], object]) -> dict[Any, Any]:
         """The items, with recorded iterators in the place of others; `put` writes an item where it came from."""
@@ -114,6 +127,8 @@ class KeptState:
         with torch.no_grad():
             for restore in self._restores:
                 restore()
+        for value, before in self._plain:
+            _restore_items(value, before)
         for iterator in self.iterators.values():
             iterator.rewind()
 
@@ -136,6 +151,24 @@ def state_kept(*roots: Any, values: bool = True) -> Iterator[None]:
 
 def _unwrap(put: Callable[[Any, Any], object], key: Any, recorded: Recorded) -> None:
     put(key, recorded.unwrapped)
+
+
+def _warn_of_others(seen: Iterable[Any]) -> None:
+    (kind, count), *_ = Counter(map(type, seen)).most_common(1)
+    warnings.warn(
+        f"the module and its data hold more than {MOST:,} Python objects, {count:,} of the first of them of class "
+        f"{kind.__module__}.{kind.__qualname__}: what calibration's steps change in the others stays changed. Hold "
+        f"data in tensors, arrays or plain values; a container of more than {LARGE:,} elements is not entered",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _restore_items(value: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(value) != len(before) or not (_is_same(value, before) and _is_same(value.values(), before.values())):
+        base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+        base.clear(value)
+        base.update(value, before)
 
 
 def _holds_leaves(items: Iterable[Any]) -> bool:
@@ -166,6 +199,13 @@ def _is_opaque_class(kind: type) -> bool:
         if base.__module__.partition(".")[0] in _OPAQUE and not name.startswith(_DATA_OF_TORCH):
             return True
     return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_plain_class(kind: type) -> bool:
+    """Returns whether an object of this class is its attributes; asked once a class, for objects come by the million."""
+    known = (_keep, rewinder)
+    return not _is_opaque_class(kind) and all(way.dispatch(kind) is way.dispatch(object) for way in known)
 
 
 @functools.singledispatch
@@ -261,20 +301,18 @@ def _keep_items(value: dict[Any, Any], state: KeptState, taken: tuple[Mapping[st
     items = {key: item for key, item in value.items() if key not in hidden} if hidden else value
     plain = len(items) > LARGE or _holds_leaves(items.values())
     before = dict(items) if plain else state.watch_iterators(list(items.items()), value.__setitem__)
-    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
 
     def restore() -> None:
-        if hidden:
-            for key in [key for key in value if key not in before and key not in hidden]:
-                del value[key]
-            for key, item in before.items():
-                if value.get(key, _NOTHING) is not item and not any(key in others for others in taken):
-                    value[key] = item
-        elif len(value) != len(before) or not (_is_same(value, before) and _is_same(value.values(), before.values())):
-            base.clear(value)
-            base.update(value, before)
+        for key in [key for key in value if key not in before and key not in hidden]:
+            del value[key]
+        for key, item in before.items():
+            if value.get(key, _NOTHING) is not item and not any(key in others for others in taken):
+                value[key] = item
 
-    state.on_restore(restore)
+    if hidden:
+        state.on_restore(restore)
+    else:
+        state.on_restore_items(value, before)
     return () if plain else before.values()
 
 

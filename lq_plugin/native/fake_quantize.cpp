@@ -145,6 +145,20 @@ void lq_grid_errors(const float* x, const float* inverse, const float* low, cons
     LQ_DISPATCH(grid_errors(x, inverse, low, high, errors, rows, n, candidates, threads));
 }
 
+// scale[0], zero_point[0]: those of the extremes of x: [n].
+void lq_qparams(int types, const void* x, float* scale, float* zero_point, int64_t n, int quant_min, int quant_max, int affine, int variant,
+                int threads) {
+    std::vector<Spread> found(static_cast<size_t>(pieces(n, CHUNK)));
+    LQ_DISPATCH(parts_extremes(types, x, found.data(), n, threads));
+    Spread all = found[0];
+    for (const Spread& part : found) {
+        all.low = std::min(all.low, part.low);
+        all.high = std::max(all.high, part.high);
+        all.nan |= part.nan;
+    }
+    *scale = scale_of(all.nan ? NAN : all.low, all.nan ? NAN : all.high, quant_min, quant_max, affine != 0, *zero_point);
+}
+
 // result = gradient where the bit is 1, else 0; the gradient is of y's type, the result of x's.
 void lq_mask_gradient(int types, const void* gradient, void* result, const uint16_t* mask, int64_t runs, int64_t n, int variant, int threads) {
     LQ_DISPATCH(mask_gradient(types, gradient, result, mask, runs, n, threads));

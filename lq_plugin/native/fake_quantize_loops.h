@@ -129,6 +129,19 @@ inline void grid_errors(const float* x, const float* inverse, const float* low, 
 }
 
 template <class X, class Y>
+inline void parts_extremes_of(const void* x, Spread* found, int64_t n, int threads) {
+    const int64_t parts = pieces(n, CHUNK);
+    LQ_PARALLEL(n)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * CHUNK;
+        found[part] = extremes(static_cast<const X*>(x) + first, std::min(CHUNK, n - first));
+    }
+}
+inline void parts_extremes(int types, const void* x, Spread* found, int64_t n, int threads) {
+    LQ_BY_TYPES(types, parts_extremes_of, x, found, n, threads);
+}
+
+template <class X, class Y>
 inline void mask_gradient_of(const void* gradient_at, void* result_at, const uint16_t* mask, int64_t runs, int64_t n, int threads) {
     const Y* gradient = static_cast<const Y*>(gradient_at);
     X* result = static_cast<X*>(result_at);

@@ -185,6 +185,7 @@ class Kernels:
             "lq_fake_quantize_rows": [number, *[pointer] * 5, size, size, *[number] * 5],
             "lq_fake_quantize_lookup": [number, *[pointer] * 6, *[size] * 4, *[number] * 7],
             "lq_row_extremes": [number, *[pointer] * 3, size, size, number, number],
+            "lq_qparams": [number, *[pointer] * 3, size, *[number] * 5],
             "lq_passed_gradient": [number, *[pointer] * 5, size, *[number] * 4],
             "lq_mask_gradient": [number, *[pointer] * 3, size, size, number, number],
             "lq_grid_errors": [*[pointer] * 5, *[size] * 3, number, number],
@@ -200,6 +201,7 @@ class Kernels:
         self._lookup = compiled.lq_fake_quantize_lookup
         self._lookup.restype = number
         self._row_extremes = compiled.lq_row_extremes
+        self._qparams = compiled.lq_qparams
         self._passed_gradient = compiled.lq_passed_gradient
         self._mask_gradient = compiled.lq_mask_gradient
         self._keep = compiled.lq_keep
@@ -350,6 +352,22 @@ class Kernels:
             inverse.shape[1], self._number, torch.get_num_threads(),
         )  # fmt: skip
         return errors
+
+    def qparams(self, x: Tensor, bounds: tuple[int, int], affine: bool) -> tuple[Tensor, Tensor]:
+        """Returns scale and zero point, float32 `[1]`, from the extremes of `x`.
+
+        Args:
+            x: that `accepts` holds for.
+            bounds: quant_min and quant_max.
+            affine: with a zero point.
+        """
+        scale, zero_point = torch.empty(1, dtype=torch.float32), torch.empty(1, dtype=torch.float32)
+        self._qparams(
+            TYPES[x.dtype, x.dtype],
+            x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds, affine, self._number,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return scale, zero_point
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
         result = torch.empty_like(gradient, dtype=dtype)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.grouping import blocks, has_row_scales, unblocks
-from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
+from lq_plugin.functional.lookup import (
+    Reading,
+    fake_quantize_learned_rows,
+    fake_quantize_rows,
+    read_rows,
+    scales_of_rows,
+)
 from lq_plugin.functional.lsq import Band, fake_quantize_learned, gradient_scale
 from lq_plugin.functional.pact import fake_quantize_pact
 from lq_plugin.intent.spec import QuantSpec
@@ -55,6 +61,20 @@ class LSQWeightQuantizer(WeightQuantizer):
         if not torch.is_grad_enabled():
             qparams, group = (self.scale, self.zero_point), self.spec.granularity
             done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading, learned=True)
+            if done is not None:
+                return done
+        else:
+            done = fake_quantize_learned_rows(
+                weight,
+                index,
+                self.scale,
+                self.zero_point,
+                self.spec.grid,
+                self.spec.granularity,
+                self.gradient_factor,
+                _band(self.spec),
+                reading,
+            )
             if done is not None:
                 return done
         rows = read_rows(weight, index.reshape(-1), reading)

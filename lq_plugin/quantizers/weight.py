@@ -11,6 +11,7 @@ from lq_plugin.functional.affine import (
     extremes,
     fake_quantize_to_extremes,
     qparams_from_bounds,
+    qparams_of,
     zero_point_from,
 )
 from lq_plugin.functional.block_kernel import fake_quantize_blocks, vector_rule
@@ -29,6 +30,7 @@ from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
 from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerMatrix, PerTensor, QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Quantizer, float32
+from lq_plugin.quantizers.sparse_rows import RowExtremes
 from lq_plugin.ranges import Sample, estimate_range, summarize
 from lq_plugin.ranges.estimators.mse import best_multiples
 
@@ -71,9 +73,11 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("fixed", torch.zeros(1, dtype=torch.bool), persistent=False)
         self._fixed = False
         self._last: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._rows: RowExtremes | None = None
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
         self._from_extremes = self.takes_kernels and self.live and self._rounds_to_nearest and spec.has_grid
+        self._by_rows = self.takes_kernels and has_row_scales(spec.granularity)
         self._grid = cast(IntegerGrid, spec.grid if spec.has_grid else None)
         self.scale_shape = scale_shape(self.shape, spec.granularity)
         self.needs_calibration = not self.live
@@ -197,8 +201,7 @@ class WeightQuantizer(Quantizer):
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
 
     def _rows_are_independent(self) -> bool:
-        drawn = self.spec.stochastic and self.training
-        return self.takes_kernels and has_row_scales(self.spec.granularity) and not drawn
+        return self._by_rows and not (self._rounds_at_random and self.training)
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
         """Returns `quantize_values(weight)[index]` from the rows that are read alone, where `takes_rows` is True.
@@ -212,9 +215,10 @@ class WeightQuantizer(Quantizer):
         if not self.live or self._fixed:
             qparams = self.scale, self.zero_point
         elif isinstance(group, PerTensor):
-            qparams = self._qparams_of(weight)
+            qparams = self._qparams_of(weight, index, reading)
         if self.takes_kernels and self.rounds_to_nearest:
-            done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading)
+            covered = self.live and not self._fixed
+            done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered)
             if done is not None:
                 return done
         rows = read_rows(weight, index.reshape(-1), reading)
@@ -225,23 +229,35 @@ class WeightQuantizer(Quantizer):
             scale, zero_point = (scales_of_rows(value, index) for value in qparams)
         return unblocks(self.rounded(w, scale, zero_point), rows.shape, group).view(*index.shape, -1)
 
-    def _qparams_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the qparams of a live range; in evaluation, kept while nothing writes to the weight."""
+    def _qparams_of(self, weight: Tensor, index: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Returns the one scale of a live range; in evaluation, kept while nothing writes to the table."""
         # In compiled code nothing can be remembered from call to call.
-        if self.training or torch.compiler.is_compiling() or weight.is_inference():
+        if torch.compiler.is_compiling() or weight.is_inference():
             return self.qparams(weight)
+        if self.training:
+            if not self.takes_kernels:
+                return self.qparams(weight)
+            if not (reading.sparse and weight.is_leaf and torch.is_grad_enabled()):
+                return self._shaped(qparams_of(weight, self._grid))
+            if self._rows is None or not self._rows.is_of(weight):
+                self._rows = RowExtremes(weight)
+            return self._shaped(qparams_from_bounds(*self._rows.of(weight, index.reshape(-1)), self._grid))
         state = weight.data_ptr(), weight._version
         if self._last is None or self._last[0] != state:
             with torch.inference_mode(False):  # of use outside of it also
                 self._last = state, self.qparams(weight)
         return self._last[1]
 
+    def _shaped(self, qparams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        scale, zero_point = qparams
+        return scale.view(self.scale_shape), zero_point.view(self.scale_shape)
+
     def forget_switches(self) -> None:
         super().forget_switches()
-        self._last = None
+        self._last = self._rows = None
 
     def train(self, mode: bool = True) -> WeightQuantizer:
-        self._last = None
+        self._last = self._rows = None
         super().train(mode)
         return self
 

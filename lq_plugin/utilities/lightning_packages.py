@@ -7,8 +7,12 @@ imported is used; where nothing is yet, `lightning` is imported.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 #: Modules with the same content in both packages.
@@ -63,8 +67,8 @@ else:
 class Callback(_Callback):
     """A callback for Trainers of both packages.
 
-    A Trainer calls whatever is in its list of callbacks. But a single callback (`Trainer(callbacks=QAT("w4a8"))`) and
-    one in the config of LightningCLI must be an instance of the package's own class.
+    A Trainer calls whatever is in its list of callbacks. But a single callback (`Trainer(callbacks=QAT("w4a8"))`) must
+    be an instance of the package's own class, and one in the config of LightningCLI a subclass before there is one.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
@@ -77,4 +81,24 @@ def _join_packages() -> None:
     Callback.__bases__ += tuple(base for base in either("Callback") if not issubclass(Callback, base))
 
 
+class _JoinLater(MetaPathFinder):
+    """Joins a package that is imported after this module."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in PACKAGES else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _join_packages()
+
+        vars(spec.loader)["exec_module"] = exec_module
+        return spec
+
+
 _join_packages()
+sys.meta_path.insert(0, _JoinLater())

@@ -2,6 +2,7 @@
 included."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from lq_plugin import CalibrationError, calibrate, prepare
 from lq_plugin.functional.lookup import Reading
 from lq_plugin.native import use_native
+from lq_plugin.quantizers import sparse_rows
 from lq_plugin.quantizers.base import Suspension
 
 BY_ROWS = [
@@ -194,3 +196,69 @@ def test_second_derivatives():
         outcomes.append(torch.autograd.grad(first.square().sum(), net[0].weight)[0])
     torch.testing.assert_close(*outcomes)
     assert outcomes[0].any()
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.3),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, 0.3, foreach=True),
+    "SparseAdam": lambda p: torch.optim.SparseAdam(p, 0.2),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.2),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, 0.3, momentum=0.9),
+}
+
+
+def sparse_step(net, optimizer, seed):
+    """A step that reads four rows; what was computed, and what the whole table would have given."""
+    index = torch.randint(0, 20, (2, 2), generator=torch.Generator().manual_seed(seed))
+    y, wanted = net(index), net[0].quantized_weight()[index]
+    optimizer.zero_grad()
+    (y.square().sum() * (-1) ** seed).backward()
+    optimizer.step()
+    return torch.equal(y, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # of torch's Adagrad
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("spec", ["int8", "uint4 affine"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_scale_of_a_table_follows_the_rows_that_sparse_steps_write_to(name, spec, native, monkeypatch):
+    """Also where the row that held an extreme lets go of it; the whole table is looked at once alone."""
+    looked, extremes = [], sparse_rows.extremes
+    monkeypatch.setattr(sparse_rows, "extremes", lambda x, shape: looked.append(len(x)) or extremes(x, shape))
+    net = table(spec, sparse=True).train()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    with use_native(None if native else False):
+        assert all(sparse_step(net, optimizer, seed) for seed in range(40))
+    assert looked.count(20) == (40 if "momentum" in name else 1)
+
+
+def test_one_scale_of_a_table_follows_whatever_else_writes_to_it():
+    net = table("int8", sparse=True).train()
+    weight, other = net[0].weight, torch.nn.Parameter(torch.ones(1))
+    optimizer, second = torch.optim.SGD(net.parameters(), 0.3), torch.optim.SGD([other], 0.3)
+
+    def beside_another_step():
+        with torch.enable_grad():
+            other.square().sum().backward()
+        weight.clamp_(-0.5, 0.5)
+        second.step()
+
+    writes = [
+        lambda: weight.mul_(1.5),
+        lambda: weight[5].mul_(40),
+        lambda: weight[5].zero_(),
+        lambda: net.load_state_dict({**net.state_dict(), "0.weight": torch.randn(20, 12)}),
+        lambda: setattr(weight, "data", torch.randn(20, 12)),
+        lambda: (net.eval(), weight.data[7].mul_(30), net.train()),
+        lambda: weight.data.div_(weight.data.norm(dim=1, keepdim=True)),
+        beside_another_step,
+    ]
+    for seed, write in enumerate(writes):
+        assert sparse_step(net, optimizer, seed)
+        with torch.no_grad():
+            write()
+        assert sparse_step(net, optimizer, seed + 100)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin[0].weight_quantizer._rows is None
+        assert sparse_step(twin, torch.optim.SGD(twin.parameters(), 0.3), 1)
+    assert sparse_step(net, optimizer, 2)

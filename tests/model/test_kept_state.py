@@ -281,6 +281,30 @@ def test_a_large_list_is_not_entered():
     assert len(module.data) == LARGE + 1
 
 
+def test_what_is_nearest_is_kept_where_there_is_too_much(monkeypatch):
+    """Objects of objects without end: those nearest to the module are as before, and the rest is said."""
+    monkeypatch.setattr(kept_state, "MOST", 100)
+    module = Module()
+    module.samples = [Meter() for _ in range(200)]
+    module.deeper = [[Meter()]]
+    with pytest.warns(
+        RuntimeWarning, match=r"more than 100 Python objects, \d+ of the first of them of class .*Meter: "
+    ):
+        state = KeptState(module)
+    module.meter.add(1.0)
+    module.samples[0].add(1.0)
+    module.samples.reverse()
+    module.deeper[0][0].add(1.0)
+    state.restore()
+    assert module.meter.total == 0
+    assert module.samples[0].total == 0
+    assert module.deeper[0][0].total == 1
+    monkeypatch.setattr(kept_state, "MOST", 1000)
+    with state_kept(module):
+        module.deeper[0][0].add(1.0)
+    assert module.deeper[0][0].total == 1
+
+
 def test_long_chains_need_no_recursion():
     module = Module()
     module.chain = None

@@ -1,0 +1,122 @@
+"""Extremes of a table that optimizers write to row by row: after a step the rows of its gradient are looked at alone.
+
+Of a sparse gradient some optimizers of torch write to no row but those that it names. What else writes to the table
+counts its version up by one more, and the whole table is looked at again. Writes through `.data` go unseen until
+`train()` or `eval()` is called, but for those that change one of the rows that are read next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lq_plugin.functional.affine import extremes
+
+#: Rows, of those that are read, that are compared with what is known of them.
+COMPARED = 64
+
+
+class RowExtremes:
+    """The smallest and the largest value of each row of a table, and of all.
+
+    Copies and pickles of it are None: the table of a copy is another one.
+
+    Args:
+        table: `[rows, columns]`, a leaf.
+    """
+
+    low: Tensor
+    high: Tensor
+    bounds: tuple[Tensor, Tensor]
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = weakref.ref(table)
+        self._state: tuple[int, int] | None = None
+        _FOLLOWED.add(self)
+        _watch_steps()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def is_of(self, table: Tensor) -> bool:
+        """Returns True if it follows this very tensor."""
+        return self._table() is table
+
+    @torch.no_grad()
+    def of(self, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the extremes of the table now, each of no dims.
+
+        Args:
+            table: that it follows.
+            index: of the rows that are read, one-dimensional.
+        """
+        if self._state != _state(table) or not self._knows(table, index[:COMPARED]):
+            self.low, self.high = _extremes(table)
+            self.bounds = self.low.amin(), self.high.amax()
+            self._state = _state(table)
+        return self.bounds
+
+    def _knows(self, table: Tensor, index: Tensor) -> bool:
+        low, high = _extremes(table[index])
+        return torch.equal(low, self.low[index]) and torch.equal(high, self.high[index])
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Looks at the rows that a step has written to, if it is known which."""
+        table = self._table()
+        if table is None or self._state is None or (gradient := table.grad) is None or not gradient.is_sparse:
+            return
+        place, version = self._state
+        if _state(table) != (place, version + 1) or not _writes_rows_alone(optimizer, table):
+            return
+        rows = gradient._indices()[0]
+        old_low, old_high = self.low[rows], self.high[rows]
+        self.low[rows], self.high[rows] = low, high = _extremes(table[rows])
+        lowest, highest = self.bounds
+        # Where a row that held an extreme (or a NaN) has let go of it, all rows are asked.
+        let_go = ~(old_low > lowest) & ~(low <= lowest), ~(old_high < highest) & ~(high >= highest)
+        some_low, some_high = torch.stack([part.any() for part in let_go]).tolist()
+        self.bounds = (
+            self.low.amin() if some_low else torch.minimum(lowest, low.amin()),
+            self.high.amax() if some_high else torch.maximum(highest, high.amax()),
+        )
+        self._state = place, version + 1
+
+
+#: Those that live.
+_FOLLOWED: weakref.WeakSet[RowExtremes] = weakref.WeakSet()
+_HOOKS: list[Any] = []
+
+
+def _watch_steps() -> None:
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for followed in list(_FOLLOWED):
+        followed.after_step(optimizer)
+
+
+def _writes_rows_alone(optimizer: Optimizer, table: Tensor) -> bool:
+    """Returns whether a step writes to the rows of the table's sparse gradient and to no other, in one operation."""
+    for group in optimizer.param_groups:
+        if any(parameter is table for parameter in group["params"]):
+            # With momentum a row goes on moving that was read earlier.
+            plain = type(optimizer) is SGD and not group["momentum"] and not group["weight_decay"]
+            return plain or type(optimizer) in (SparseAdam, Adagrad)
+    return False
+
+
+def _state(table: Tensor) -> tuple[int, int]:
+    return table.data_ptr(), table._version
+
+
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = extremes(rows, (rows.shape[0], 1))
+    return low.view(-1), high.view(-1)
