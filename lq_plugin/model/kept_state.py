@@ -203,7 +203,7 @@ def _is_opaque_class(kind: type) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_plain_class(kind: type) -> bool:
-    """Returns whether an object of this class is its attributes; asked once a class, for objects come by the million."""
+    """Returns whether an object of this class is its attributes alone; asked once a class."""
     known = (_keep, rewinder)
     return not _is_opaque_class(kind) and all(way.dispatch(kind) is way.dispatch(object) for way in known)
 
