@@ -171,19 +171,23 @@ class _LearnedLookedUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, *values = ctx.saved_tensors
-        held = ctx.held
+        table, scale, zero_point = held = ctx.held
         if torch.is_grad_enabled() and (grad.requires_grad or any(tensor.requires_grad for tensor in held)):
             # The values that were read then, with the way back to where they come from.
-            values = [value + (now - now.detach()) for value, now in zip(values, _taken(*held, index), strict=True)]
+            now = _taken(table, scale, zero_point, index)
+            values = [value + (fresh - fresh.detach()) for value, fresh in zip(values, now, strict=True)]
         padding_idx, by_frequency, sparse = ctx.reading
         if padding_idx is not None:
             grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0.0)
+        rows, scales, zero_points = values
+        constants, layout = ctx.of
+        needs = ctx.needs_input_grad[:3]
         found = learned_gradients(
-            *values, grad.reshape(values[0].shape), *ctx.of, ctx.needs_input_grad[:3], ctx.kernels
+            rows, scales, zero_points, grad.reshape(rows.shape), constants, layout, needs, ctx.kernels
         )
         grads: list[Tensor | None] = []
         for tensor, gradient in zip(held, found, strict=True):
-            if gradient is not None and (tensor is held[0] or tensor.numel() > 1):
+            if gradient is not None and (tensor is table or tensor.numel() > 1):
                 # Dense, of scales: the optimizer that adopts them may be none for sparse ones.
                 gradient = torch.ops.aten.embedding_backward(
                     gradient.view(*index.shape, -1),
@@ -191,7 +195,7 @@ class _LearnedLookedUp(torch.autograd.Function):
                     len(tensor),
                     -1 if padding_idx is None else padding_idx,
                     by_frequency,
-                    sparse and tensor is held[0],
+                    sparse and tensor is table,
                 )
             grads.append(gradient if gradient is None or gradient.is_sparse else gradient.view(tensor.shape))
         return *grads, *(None,) * 5

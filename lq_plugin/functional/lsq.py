@@ -108,7 +108,8 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_gradients(*ctx.saved_tensors, grad, ctx.constants, ctx.needs_input_grad[:3]), *(None,) * 4
+        x, scale, zero_point = ctx.saved_tensors
+        return *_gradients(x, scale, zero_point, grad, ctx.constants, ctx.needs_input_grad[:3]), *(None,) * 4
 
 
 def _gradients(
@@ -207,9 +208,9 @@ class _NativeLearned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        found = learned_gradients(
-            *ctx.saved_tensors, grad, ctx.constants, ctx.layout, ctx.needs_input_grad[:3], ctx.kernels
-        )
+        x, scale, zero_point = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        found = learned_gradients(x, scale, zero_point, grad, ctx.constants, ctx.layout, needs, ctx.kernels)
         return *found, *(None,) * 7
 
 

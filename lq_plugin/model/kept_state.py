@@ -88,7 +88,7 @@ class KeptState:
             waiting.extend(_attributes(root, self) if _is_opaque(root) and not isinstance(root, nn.Module) else [root])
         while waiting:
             value = waiting.popleft()
-            kind = type(value)
+            kind: Any = type(value)
             if kind in _LEAVES or id(value) in seen or _is_plain_row(value):
                 continue
             if len(seen) == MOST:
