@@ -39,7 +39,8 @@ def import_torchvision() -> None:
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @dataclass
@@ -142,7 +143,7 @@ def chemprop(folder: Path) -> Result:
 
 
 def anomalib(folder: Path) -> Result:
-    """`lightning`; its own Engine around the Trainer, two optimizers by hand, pre- and post-processing inside."""
+    """`lightning`; its own Engine around the Trainer, two optimizers by hand, pre- and post-processing in the module."""
     from anomalib.data import Folder
     from anomalib.engine import Engine
     from anomalib.models import Ganomaly
