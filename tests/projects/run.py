@@ -143,7 +143,7 @@ def chemprop(folder: Path) -> Result:
 
 
 def anomalib(folder: Path) -> Result:
-    """`lightning`; its own Engine around the Trainer, two optimizers by hand, pre- and post-processing in the module."""
+    """`lightning`; its own Engine around the Trainer, two optimizers by hand, pre- and post-processing inside."""
     from anomalib.data import Folder
     from anomalib.engine import Engine
     from anomalib.models import Ganomaly
