@@ -19,28 +19,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # The package index has it for CUDA: beside a CPU build of torch it cannot load its own operators, which no project
+    # here calls. But it wants to know of them, or is not imported, nor is torchmetrics.
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import lightning.pytorch as pl
 
 from lq_plugin import PTQ, QAT
 from lq_plugin.model.prepare import quantized_layers, quantizers
 
 RESULTS = Path(__file__).with_name("results.md")
-PLAN = "w8a8"
+PLAN, LEARNED = "w8a8", "w8 lsq a8 lsq"
 STEPS = 20
-
-
-def import_torchvision() -> None:
-    """The package index has torchvision for CUDA: beside a CPU build of torch it cannot load its own operators.
-
-    No project here calls them; but it wants to know of one, or is not imported.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @dataclass
@@ -84,9 +81,9 @@ def neuralforecast(folder: Path) -> Result:
         return forecast, forecast.models[0]
 
     forecast, model = trained(QAT(PLAN))
-    # The callback that ran is that of the Trainer of the fit.
-    trainer, loss = model.trainer, model.metrics["train_loss"].item()
+    loss = model.metrics["train_loss"].item()
     finite = np.isfinite(forecast.predict()["NHITS"].to_numpy()).all()
+    trainer = model.trainer  # of the forecast, with the callback of the fit
     float_forecast, float_model = trained()
     wanted = float_forecast.predict()["NHITS"].to_numpy()
     float_model.trainer_kwargs["callbacks"] = [PTQ(PLAN)]
@@ -222,11 +219,13 @@ def timm(folder: Path) -> Result:
     for schedule in ("cosine", "tanh", "step", "multistep", "plateau", "poly"):
         torch.manual_seed(0)
         model, rates = Classifier(schedule), Rates()
-        trainer = pl.Trainer(callbacks=[QAT("w8 lsq a8 lsq"), rates], **options)
+        trainer = pl.Trainer(callbacks=[QAT(LEARNED), rates], **options)
         trainer.fit(model, loader)
         if len(rates.seen) < 4:
             raise AssertionError(f"{schedule}: the rates do not change")
-    evaluated = pl.Trainer(callbacks=[PTQ(PLAN)], **options).validate(Classifier("step"), loader, verbose=False)
+    evaluated = pl.Trainer(callbacks=[PTQ(PLAN, dataloader=loader)], **options).validate(
+        Classifier("step"), loader, verbose=False
+    )
     loss = float(trainer.callback_metrics["loss"])
     after = f"6 schedulers, PTQ val_loss {evaluated[0]['val_loss']:.3f}"
     return Result("images, ResNet with LSQ, groups by layer", trainer, model, loss, after)
@@ -254,9 +253,7 @@ def row(name: str, folder: Path) -> tuple[bool, str]:
     ledger = next(callback.ledger for callback in result.trainer.callbacks if isinstance(callback, QAT))
     total, quantized = len(ledger), len(ledger.quantized)
     passed = bool(np.isfinite(result.loss)) and quantized > 0 and all(q.is_calibrated for q in quantizers(result.model))
-    outcome = (
-        f"{'ok' if passed else 'FAILED'}, {result.trainer.global_step} steps, loss {result.loss:.3f}, {result.after}"
-    )
+    outcome = f"{'ok' if passed else 'FAILED'}, {STEPS} steps, loss {result.loss:.3f}, {result.after}"
     shares = " | ".join(
         "" if share is None else f"{share:.1%}" for share in (ledger.weight_coverage, ledger.compute_coverage)
     )
@@ -273,12 +270,11 @@ def main() -> int:
         parser.error(f"unknown projects {', '.join(unknown)}")
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    import_torchvision()
     rows = []
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(name, Path(folder)))
-    head = f"Plan `{PLAN}`; torch {version('torch')}, lightning {version('lightning')}. Made by `make test-projects`.\n"
+    head = f"Plan `{PLAN}`, timm with `{LEARNED}`; torch {version('torch')}, lightning {version('lightning')}. Made by `make test-projects`.\n"
     columns = (
         "| project | version | task | layers quantized | weights | compute | result |\n|---|---|---|---|---|---|---|"
     )
