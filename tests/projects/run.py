@@ -274,7 +274,8 @@ def main() -> int:
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(name, Path(folder)))
-    head = f"Plan `{PLAN}`, timm with `{LEARNED}`; torch {version('torch')}, lightning {version('lightning')}. Made by `make test-projects`.\n"
+    versions = f"torch {version('torch')}, lightning {version('lightning')}"
+    head = f"Plan `{PLAN}`, timm with `{LEARNED}`; {versions}. Made by `make test-projects`.\n"
     columns = (
         "| project | version | task | layers quantized | weights | compute | result |\n|---|---|---|---|---|---|---|"
     )
