@@ -40,6 +40,11 @@ class CoverageError(QuantizationError):
 def did_you_mean(got: object, valid: Iterable[str], limit: int = 3) -> str:
     """Return `" Did you mean 'x', 'y'?"`, or an empty string when nothing is near.
 
+    Args:
+        got: the unknown name.
+        valid: the known names.
+        limit: how many are shown at most.
+
     >>> did_you_mean("minmx", ["minmax", "mse"])
     " Did you mean 'minmax'?"
     """
@@ -55,6 +60,11 @@ def raise_all(kind: type[QuantizationError], title: str, faults: list[str]) -> N
     """Raises one `kind` that lists every fault; does nothing when there is none.
 
     Of very many faults it shows the first ones and their number.
+
+    Args:
+        kind: class of the error.
+        title: before the faults.
+        faults: a sentence each.
     """
     half = SHOWN_CHARACTERS // 2
     shown = [

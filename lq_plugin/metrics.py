@@ -49,7 +49,7 @@ class SQNR(_Comparison):
     r"""Signal to quantization noise ratio in dB: :math:`10 \log_{10} \frac{\sum x^2}{\sum (x - \hat x)^2}`.
 
     `target` is x, `preds` is x̂, both of any one shape, over everything seen since the last reset. Equal
-    tensors, all-zero ones too, give inf; noise on an all-zero signal gives -inf; NaN in the data gives NaN.
+    tensors, also all-zero ones, give inf; noise on an all-zero signal gives -inf; NaN in the data gives NaN.
 
     Raises:
         QuantizationError: when the shapes differ, and from `compute` when nothing was seen.

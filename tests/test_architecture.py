@@ -114,3 +114,51 @@ def test_the_core_does_not_import_lightning():
     core = "lq_plugin, lq_plugin.intent.plan, lq_plugin.ranges, lq_plugin.model"
     code = f"import sys, {core}; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+#: Rooms' files whose functions take pointers and constants of a GPU kernel, named where their wrappers hand them over.
+KERNELS_OF_GPUS = {"layers/integer/triton_kernels.py", "native/triton_kernels.py"}
+#: A summary that begins with these is no phrase that stands alone in an editor's hover.
+NO_SUMMARY = ("What", "Which", "How", "Whether", "Where", "The same")
+
+
+def documented(path: Path) -> list[tuple[str, ast.AST, str]]:
+    """Name, node and docstring of a file and of its classes and functions; overrides without one have their base's."""
+    found: list[tuple[str, ast.AST, str]] = []
+
+    def visit(node: ast.AST, owner: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = f"{owner}.{child.name}".strip(".") if hasattr(child, "name") else owner
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(child)):
+                found.append((name, child, text))
+            if not isinstance(child, ast.FunctionDef):  # what is inside of a function is its own affair
+                visit(child, name)
+
+    if text := ast.get_docstring(tree(path)):
+        found.append(("", tree(path), text))
+    visit(tree(path), "")
+    return found
+
+
+def test_summaries_stand_alone():
+    wrong = [
+        f"{path.relative_to(PACKAGE)}: {name}: {text.splitlines()[0]}"
+        for path in FILES
+        for name, _, text in documented(path)
+        if text.startswith(tuple(f"{word} " for word in NO_SUMMARY))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_three_parameters_or_more_are_described():
+    wrong = []
+    for path in FILES:
+        for name, node, text in documented(path):
+            private = any(part.startswith("_") for part in name.split("."))
+            if private or not isinstance(node, ast.FunctionDef) or str(path.relative_to(PACKAGE)) in KERNELS_OF_GPUS:
+                continue
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in ("self", "cls") for argument in taken)
+            if count >= 3 and "Args:" not in text:
+                wrong.append(f"{path.relative_to(PACKAGE)}: {name} takes {count}")
+    assert not wrong, "\n".join(wrong)

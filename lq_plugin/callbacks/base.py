@@ -52,8 +52,8 @@ class QuantizationCallback(Callback):
     Args:
         plan: anything `QuantPlan.parse` reads.
         min_coverage: smallest share of the model that must be quantized, 0..1; below it the run fails before any work.
-            A number bounds the share of weights that are quantized and the share of MACs whose operands are, weight and
-            input alike; `{"weights": 0.9, "compute": 0.5}` bounds each, or one of them.
+            A number is the least share of weights that are quantized and of MACs whose operands are, weight and input
+            alike; `{"weights": 0.9, "compute": 0.5}` sets each, or one of them.
         dataloader: calibration data; the datamodule's train dataloader when None.
         calibration_step: runs the model on a batch; its own `validation_step` (else test, predict or training step)
             when None.

@@ -26,7 +26,7 @@ from lq_plugin.callbacks.trainer.sharding import average_gradients, whole_weight
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
 from lq_plugin.errors import PlanError
 from lq_plugin.intent.plan import QuantPlan
-from lq_plugin.intent.schedule import Phase, Schedule
+from lq_plugin.intent.schedule import Schedule, Switches
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.layers.integer import (
     disable_integer_forward,
@@ -104,7 +104,7 @@ class QAT(QuantizationCallback):
         self.distill = Distillation.parse(distill)
         self.teacher: Teacher | None = None
         self.teacher_state: Mapping[str, Tensor] | None = None
-        self.phase: Phase | None = None
+        self.switches: Switches | None = None
         self.unreached: dict[str, list[Quantizer]] = {}
         self.resumed = False
         self.float_checkpoint: dict[str, Any] | None = None
@@ -291,8 +291,8 @@ class QAT(QuantizationCallback):
 
     def _apply_schedule(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
         """Bring all switches to where the schedule has them at an epoch and optimizer step."""
-        self.phase = phase = self.plan.schedule.at(*moment)
-        if phase.freeze_batch_norm:
+        self.switches = switches = self.plan.schedule.at(*moment)
+        if switches.freeze_batch_norm:
             # Again at each batch: model.train() after a validation switches it back on.
             self.frozen = self.frozen or freeze_batch_norm(pl_module)
             self.frozen.apply()
@@ -301,27 +301,27 @@ class QAT(QuantizationCallback):
         for quantizer in quantizers(pl_module):
             # Frozen ranges are those that there are: what a batch reaches later still gets its first.
             quantizer.observing = isinstance(quantizer, ActivationQuantizer) and (
-                phase.observe or not quantizer.is_calibrated
+                switches.observe or not quantizer.is_calibrated
             )
             if id(quantizer) not in silent:
-                self._switch(quantizer, phase)
+                self._switch(quantizer, switches)
 
     @staticmethod
-    def _switch(quantizer: Quantizer, phase: Phase) -> None:
-        """Switch a quantizer on or off as the phase wants it."""
-        quantizer.set_enabled(phase.weights if isinstance(quantizer, WeightQuantizer) else phase.activations)
+    def _switch(quantizer: Quantizer, switches: Switches) -> None:
+        """Switch a quantizer on or off as the schedule wants it."""
+        quantizer.set_enabled(switches.weights if isinstance(quantizer, WeightQuantizer) else switches.activations)
 
     def _wait_for_unreached(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
         """Let what no batch has reached gather a first range in training."""
-        phase = self.plan.schedule.at(*moment)
+        switches = self.plan.schedule.at(*moment)
         # Without first batches nothing was missed before the schedule begins.
-        self.unreached = unreached(pl_module) if self.init_batches or phase.weights or phase.activations else {}
+        self.unreached = unreached(pl_module) if self.init_batches or switches.weights or switches.activations else {}
         for quantizer in (quantizer for group in self.unreached.values() for quantizer in group):
             quantizer.waiting = True
 
     def _settle_unreached(self, pl_module: LightningModule) -> None:
         """Switch on what a batch has reached for the first time; make float what still misses its range."""
-        assert self.phase is not None
+        assert self.switches is not None
         if not reached_any(pl_module):
             return  # an empty batch tells nothing about any layer
         before = self.unreached
@@ -332,7 +332,7 @@ class QAT(QuantizationCallback):
             for quantizer in group:
                 quantizer.waiting = name in self.unreached
                 if not quantizer.waiting:
-                    self._switch(quantizer, self.phase)
+                    self._switch(quantizer, self.switches)
         self.ledger.note_unreached(self.unreached, REASON)
         for name in before.keys() - self.unreached.keys():
             rank_zero_info(f"QAT: a batch has reached {name}, it is quantized from now on")

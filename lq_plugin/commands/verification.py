@@ -1,4 +1,4 @@
-"""Verification of `lq-export`: its options, the certificate beside the file, and metrics of model and file."""
+"""Verification of `lq-export`: its options, the certificate next to the file, and metrics of model and file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Verify(NamedTuple):
     """Options of a verification.
 
     Args:
-        run: the file is run beside the model.
+        run: the file is run next to the model.
         min_agreement: share of samples with the model's class, 0..1, below which the command fails; None: it never
             does.
     """
@@ -38,12 +38,12 @@ class Verify(NamedTuple):
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Verify:
-        """Reads `verify`: true or false, or a mapping; a bound asks for a verification."""
+        """Reads `verify`: true or false, or a mapping; a least agreement asks for a verification."""
         given: Any = plain(cfg.verify)
         if isinstance(given, bool):
             return cls(given)
-        bound = given.get("min_agreement")
-        return cls(bool(given.get("run")) or bound is not None, bound)
+        least = given.get("min_agreement")
+        return cls(bool(given.get("run")) or least is not None, least)
 
 
 def is_verify(value: Any) -> bool:
@@ -52,9 +52,9 @@ def is_verify(value: Any) -> bool:
         return True
     if not isinstance(value, Mapping) or not value.keys() <= set(Verify._fields):
         return False
-    bound = value.get("min_agreement")
-    number = isinstance(bound, int | float) and not isinstance(bound, bool) and 0 <= bound <= 1
-    return isinstance(value.get("run", False), bool) and (bound is None or number)
+    least = value.get("min_agreement")
+    number = isinstance(least, int | float) and not isinstance(least, bool) and 0 <= least <= 1
+    return isinstance(value.get("run", False), bool) and (least is None or number)
 
 
 def verify_file(
@@ -65,7 +65,7 @@ def verify_file(
     inputs: Sequence[Tensor],
     datamodule: LightningDataModule | None,
 ) -> Certificate:
-    """Runs a file beside its model, writes the certificate next to it (`model.onnx.certificate.json`), and logs both.
+    """Runs a file next to its model, writes the certificate next to it (`model.onnx.certificate.json`), and logs both.
 
     Args:
         cfg: of the command.
@@ -86,8 +86,8 @@ def verify_file(
     found.write(written)
     log.info("%s", found.summary())
     log.info("certificate written to %s", written)
-    bound = Verify.of(cfg).min_agreement
-    raise_all(ExportError, "verify", [] if bound is None else found.faults(bound))
+    least = Verify.of(cfg).min_agreement
+    raise_all(ExportError, "verify", [] if least is None else found.faults(least))
     return found
 
 

@@ -152,7 +152,14 @@ def main() -> None:
 def trainer(
     max_epochs: int = 1, callbacks: list[Callback] | None = None, logger: WandbLogger | bool = False, **options: Any
 ) -> Trainer:
-    """An ordinary Trainer; a search trial brings its own options."""
+    """An ordinary Trainer; a search trial brings its own options.
+
+    Args:
+        max_epochs: of the run.
+        callbacks: those of the run.
+        logger: where metrics go; False: nowhere.
+        options: others of the Trainer.
+    """
     progress = [RichProgressBar(leave=False)] if options.get("enable_progress_bar", True) else []
     defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 5}
     return Trainer(
@@ -165,14 +172,26 @@ def trainer(
 
 
 def calibrated(model: DigitsCNN, data: DigitsDataModule, plan: str | Path) -> DigitsCNN:
-    """A copy of the float model, calibrated to `plan`."""
+    """A copy of the float model, calibrated to `plan`.
+
+    Args:
+        model: float.
+        data: calibration data.
+        plan: anything `QuantPlan.parse` reads.
+    """
     copied = copy.deepcopy(model)
     trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(copied, datamodule=data, verbose=False)
     return copied
 
 
 def scored(name: str, model: DigitsCNN, data: DigitsDataModule) -> Row:
-    """The row of a quantized model."""
+    """The row of a quantized model.
+
+    Args:
+        name: of the row.
+        model: quantized.
+        data: validation data.
+    """
     price = cost(model)
     widths = {
         layer.input_quantizer.spec.bit_width

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Result of running a file in its runtime beside the model.
+    """Result of running a file in its runtime next to the model.
 
     Args:
         target, runtime: what wrote the file, and what ran it.
@@ -123,7 +123,7 @@ def certify(
     target: str | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Certificate:
-    """Runs an exported file in its runtime beside the model, as a whole and layer by layer where the runtime allows.
+    """Runs an exported file in its runtime next to the model, as a whole and layer by layer where the runtime allows.
 
     Args:
         model: the exported one.
@@ -180,8 +180,7 @@ def _compare_layers(
                 for name, theirs in run(*args).items():
                     if len(mine := seen.get(name, [])) != 1 or mine[0].shape != theirs.shape:
                         continue
-                    quantizer = held[name].input_quantizer
-                    assert quantizer is not None
+                    quantizer = cast(Any, held[name].input_quantizer).current
                     steps = ((mine[0].cpu() - theirs).double().abs() / quantizer.scale.cpu()).nan_to_num(torch.inf)
                     largest[name] = max(largest.get(name, 0.0), float(steps.max()) if steps.numel() else 0.0)
                     count = differing.setdefault(name, [0, 0])

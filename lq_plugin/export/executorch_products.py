@@ -1,4 +1,4 @@
-"""What an ExecuTorch program computes with integers, read from the file itself."""
+"""Products that an ExecuTorch program computes with integers, read from the file itself."""
 
 from __future__ import annotations
 

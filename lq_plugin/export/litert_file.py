@@ -1,4 +1,4 @@
-"""TensorFlow Lite files: every tensor between the quantized layers is a signed byte, inputs and outputs too.
+"""TensorFlow Lite files: every tensor between the quantized layers is a signed byte, inputs and outputs also.
 
 `litert_torch` converts the integer program. Its converter folds a weight's quantize node, makes biases int32 in steps
 of input scale times weight scale, and takes the quantize nodes at the ends into the model's interface.

@@ -36,6 +36,7 @@ from lq_plugin.model.prepare import prepare, quantized_layers, remove
 from lq_plugin.model.raw_reads import noting_raw_reads
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import WeightQuantizer
+from lq_plugin.quantizers.staged import stages_in_force
 from lq_plugin.utilities.files import replacing
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def save_packed(model: nn.Module, path: str | Path, inputs: Sequence[Any] | None
     """Writes a prepared and calibrated model to a packed file.
 
     Args:
-        model: prepared and calibrated; it is not changed. The file holds the quantized weights of evaluation. Where the
-            model's own code reads a weight past its layer (`F.linear(x, self.embedding.weight)`), the file holds its
-            float values as well, which a warning says.
+        model: prepared and calibrated; it is not changed. The file holds the quantized weights of evaluation, and where
+            specs change in training those in force. Where the model's own code reads a weight past its layer
+            (`F.linear(x, self.embedding.weight)`), the file holds its float values as well, which a warning says.
         path: of the file, usually `.safetensors`.
         inputs: positional arguments of its forward, as an example. The model runs on them, so that a weight is also
             found to be read past its layer by a name made at run time, out of a list, or by compiled code; `calibrate`
@@ -78,6 +79,11 @@ def save_packed(model: nn.Module, path: str | Path, inputs: Sequence[Any] | None
     if inputs is not None:
         with torch.no_grad(), evaluating(model), without_compile(), noting_raw_reads(model):
             model(*inputs)
+    with stages_in_force(model):
+        return _save(model, path)
+
+
+def _save(model: nn.Module, path: str | Path) -> int:
     layers = quantized_layers(model)
     silent = unreached(model)
     plans = {name: layer.layer_plan for name, layer in layers if name not in silent}
@@ -86,7 +92,9 @@ def save_packed(model: nn.Module, path: str | Path, inputs: Sequence[Any] | None
         Rule(name or "*", weight=p.weight or "float", input=p.input, output=p.output) for name, p in plans.items() if p
     ]
     rules += [
-        Rule(name, input=operation.plan.input) for name, operation in quantized_operations(model) if name not in silent
+        Rule(name, input=operation.quantizers()[0].spec)
+        for name, operation in quantized_operations(model)
+        if name not in silent and operation.quantizers()
     ]
     plan, bits = json.dumps(QuantPlan(rules).to_dict(), separators=(",", ":")), cost(model).effective_bits
 

@@ -49,7 +49,13 @@ def specs(slot: str) -> list[QuantSpec]:
 
 
 def held(target: Target, slot: str, spec: QuantSpec) -> list[str]:
-    """Returns the kinds of layers whose tensor a target holds under a spec."""
+    """Returns the kinds of layers whose tensor a target holds under a spec.
+
+    Args:
+        target: that is asked.
+        slot: `"weight"`, `"input"` or `"output"`.
+        spec: of the tensor.
+    """
     kinds = layers()
     possible = [kind for kind in _LAYERS[slot] if _fits(spec, kinds[kind])]
     return [kind for kind in possible if target.refusal(slot, spec, kinds[kind]) is None]

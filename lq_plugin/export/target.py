@@ -33,7 +33,7 @@ class Reader(NamedTuple):
 
 @dataclass(frozen=True)
 class Products:
-    """How a runtime computes a file's matrix products and convolutions: number of each of its operations.
+    """Operations by which a runtime computes a file's matrix products and convolutions, with the number of each.
 
     Args:
         integer: sums of products of integers.
@@ -139,7 +139,13 @@ class Target(ABC):
         return spec
 
     def nearest(self, slot: str, spec: QuantSpec, layer: Any) -> QuantSpec | None:
-        """Returns the spec among those in `takes` that the layer's tensor can have and that is nearest to `spec`."""
+        """Returns the spec among those in `takes` that the layer's tensor can have and that is nearest to `spec`.
+
+        Args:
+            slot: `"weight"`, `"input"` or `"output"`.
+            spec: that the target does not take.
+            layer: float or quantized.
+        """
         return nearest_spec(self.takes.get(slot, ()), spec, lambda other: self.refusal(slot, other, layer))
 
     @abstractmethod

@@ -104,7 +104,13 @@ def why_not(layer: QuantizedLayer) -> str | None:
 
 
 def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
-    """Returns why torchao has no integers for a tensor under a spec; see `Target.spec_fault`."""
+    """Returns why torchao has no integers for a tensor under a spec; see `Target.spec_fault`.
+
+    Args:
+        slot: `"weight"`, `"input"` or `"output"`.
+        spec: of the tensor.
+        layer: float or quantized.
+    """
     kind = quantized_class(layer)
     if kind is None or not issubclass(kind, QuantizedLinear):
         return f"{type(layer).__name__} has none, linear layers do"

@@ -95,6 +95,13 @@ def verify(
 def arguments(model: nn.Module, batch: Any, count: int | None, tensors: int | None, where: str) -> list[Any]:
     """Returns the positional inputs that a batch begins with: `count` of them, those with so many `tensors`, or all.
 
+    Args:
+        model: that takes them.
+        batch: of a loader.
+        count: number of inputs; None: see `tensors`.
+        tensors: number of tensors in the inputs; None: all inputs are taken.
+        where: the batch's place, for messages.
+
     Raises:
         ExportError: they are no tensors, not enough, or not what the model takes.
     """

@@ -39,17 +39,17 @@ def least_error(
     if len(candidates) == 1:
         return candidates[0]
     x = x.detach().float()
-    best, unit = candidates[0], scaling(candidates[0])[1]
-    least = _error(x, *scaling(best), unit, element)
+    best, weight = candidates[0], scaling(candidates[0])[1]
+    least = _error(x, *scaling(best), weight, element)
     for candidate in candidates[1:]:
-        error = _error(x, *scaling(candidate), unit, element)
+        error = _error(x, *scaling(candidate), weight, element)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best
 
 
-def _error(x: Tensor, scale: Tensor, inverse: Tensor, unit: Tensor, element: Minifloat) -> Tensor:
-    e = round_to_minifloat(x * inverse, element).mul_(scale).sub_(x).mul_(unit).square_()
+def _error(x: Tensor, scale: Tensor, inverse: Tensor, weight: Tensor, element: Minifloat) -> Tensor:
+    e = round_to_minifloat(x * inverse, element).mul_(scale).sub_(x).mul_(weight).square_()
     while (half := e.shape[2] // 2) > 0:
         e = e[:, :, :half] + e[:, :, half:]
     return e

@@ -44,7 +44,7 @@ class FixedLevels:
 
     @property
     def step(self) -> Tensor:
-        """What a level is multiplied by."""
+        """Factor of the levels."""
         return self.scale
 
     def neighbours(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ With M mantissa bits and the exponent bias b, for every float32 x:
     e = max(floor(log2|x|), 1 - b)                      (below 2^(1-b): subnormals)
     cast(x) = clip(2^(e-M) · round(x / 2^(e-M)), -max, max)
 
-Rounding is half to even. Values beyond the largest one saturate, infinities too; NaN stays NaN.
+Rounding is half to even. Values beyond the largest one saturate, infinities also; NaN stays NaN.
 
 | format | exponent bits | M | b | max | smallest | floor(log2 max) |
 |---|---|---|---|---|---|---|
@@ -110,7 +110,7 @@ def round_to_minifloat(x: Tensor, fmt: Minifloat) -> Tensor:
         fmt: the format.
 
     Returns:
-        Float32, the shape of `x`; exact for every float32, subnormal ones too.
+        Float32, the shape of `x`; exact for every float32, subnormal ones also.
 
     >>> round_to_minifloat(torch.tensor([0.2, 0.25, 2.5, -3.6, 100.0]), E2M1)
     tensor([ 0.,  0.,  2., -4.,  6.])

@@ -75,6 +75,7 @@ declare_format(
         "weights",
         (1,),
         choices=(),
+        signs=True,
         options=(("float_eval",),),
         number=("threshold", -1.0, 1.0),
         check=_sign_faults,
@@ -89,6 +90,7 @@ declare_format(
         (1,),
         choices=(),
         slots=("input",),
+        signs=True,
         scales_output=True,
         defaults=(),
     ),
@@ -101,6 +103,7 @@ declare_format(
         PerChannel(),
         scale_bits=32,
         slots=("weight",),
+        signs=True,
         options=(("plain", "paper"),),
     ),
 )

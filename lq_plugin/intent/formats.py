@@ -15,7 +15,6 @@ from typing import Any
 from lq_plugin.errors import SpecError, did_you_mean
 from lq_plugin.intent.granularity import Granularity, PerTensor
 from lq_plugin.intent.ranges import (
-    LEARNED_RANGES as LEARNED_RANGES,
     RANGES as RANGES,
     name_fault as name_fault,
     range_fault as range_fault,
@@ -63,14 +62,14 @@ class Format:
         choices: fields of a spec that a plan may set, next to the bit-width: `granularity`, `signed`, `affine`,
             `narrow_range`, `range`. The others have their default values.
         uniform: the values are `(level - zero_point) · scale` with the levels of `QuantSpec.grid`, and the range is
-            estimated: what reports, exporters and PTQ passes do to integers they do to this format too.
+            estimated: what reports, exporters and PTQ passes do to integers they also do to this format.
         sign_magnitude: integer levels without the most negative one.
         grid: the integer levels of a spec; None: those of two's complement.
-        scale_bits: bits stored for each unit of the granularity. None: any float scale, 32 bits, and the zero point;
+        scale_bits: bits stored for each scale of the granularity. None: any float scale, 32 bits, and the zero point;
             then groups may have integer scales, and the optimizer may train them.
-        code_bits: bits stored for each element, where they are not those of its levels: 0 where whole units of the
-            granularity are stored, and `scale_bits` counts them.
-        codebook: a table of float numbers, one for each level, is stored for each unit.
+        code_bits: bits stored for each element, where they are not those of its levels: 0 where the elements of a
+            scale are stored together, and `scale_bits` counts them.
+        codebook: a table of float numbers, one for each level, is stored in the place of each scale.
         groups: group-wise granularity is possible.
         blocks: a scale for each square of a weight is possible (`block128`).
         dynamic: ranges of activations may be found at run time (`dynamic`).
@@ -81,6 +80,8 @@ class Format:
         roundings, gradients: names in `ROUNDINGS` and `GRADIENTS` that the spec may choose.
         learned: the optimizer trains its scales or levels.
         learns_range: the range `lsq` is a choice, though its values are not those of integers.
+        signs: values are -1 or +1 times a scale, by the sign alone, and stored weights have the code 1 for +1: products
+            of two such tensors can be counted in bits.
         scales_output: a scale taken from the input is multiplied to the output, which plain linear operations allow.
         check: returns the faults of a spec in this format that the other arguments do not cover.
         examples: spellings that messages list; by default the name, with the widest bits where there are several.
@@ -108,6 +109,7 @@ class Format:
     gradients: tuple[str, ...] = ("clipped",)
     learned: bool = False
     learns_range: bool = False
+    signs: bool = False
     scales_output: bool = False
     check: Callable[[Any], list[str]] | None = None
     examples: tuple[str, ...] = ()

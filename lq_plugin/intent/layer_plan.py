@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lq_plugin.intent.formats import SLOTS
+from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.schedule import Moment
 from lq_plugin.intent.spec import PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken, QuantSpec
 
@@ -83,7 +84,13 @@ def layer_plan(name: str, chosen: Mapping[str, list[Stage]], faults: list[str]) 
 
 
 def for_layer(layer: LayerInfo, slot: str, spec: QuantSpec) -> QuantSpec:
-    """Returns a rule's spec as a layer has it: of a stack of matrices each has the scale that a tensor would have."""
+    """Returns a rule's spec as a layer has it: of a stack of matrices each has the scale that a tensor would have.
+
+    Args:
+        layer: that the rule matches.
+        slot: `"weight"`, `"input"` or `"output"`.
+        spec: of the rule.
+    """
     stacked = slot == "weight" and layer.matrix_rows is not None and isinstance(spec.granularity, PerTensor)
     free = "granularity" in spec.kind.choices
     return spec.replace(granularity=PerMatrix(layer.matrix_rows)) if stacked and free else spec  # type: ignore[arg-type]
@@ -111,6 +118,8 @@ def _spec_faults(layer: LayerInfo, slot: str, spec: QuantSpec) -> list[str]:
     if slot == "weight":
         return _weight_faults(layer, spec)
     faults = []
+    if slot not in range_kind(spec.range_name).slots:
+        faults.append(f"{where}: range {spec.range!r} is for weights; activations take ema, minmax, mse, lsq, ...")
     if spec.kind.scales_output and not layer.plain:
         faults.append(
             f"{layer.name}: input '{spec}' scales the output of plain Linear and Conv layers without groups, got "
@@ -165,7 +174,7 @@ def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
             f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels; "
             f"'{group} ragged' allows a shorter last group"
         )
-    if spec.range_name in ("ema", "pact", "dynamic"):
+    if "weight" not in range_kind(spec.range_name).slots:
         faults.append(
             f"{layer.name}: weight range {spec.range!r} is for activations; weights take minmax, mse, octav, lsq, ..."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lq_plugin.errors import SpecError, did_you_mean
 
@@ -24,11 +25,19 @@ class RangeKind:
         option: checks the text after the colon; None: the range takes no option.
         compared: `compare_ranges` and the report show it next to the other estimators.
         count_all: calibration counts every element and not a sample, because few values far out decide.
+        slots: the tensors it is for.
+        learned: its bounds are parameters, which the optimizer trains.
+        non_negative: it is of values from 0 on, under `uint` without `affine`.
+        check: returns the faults of a spec with this range that the other arguments do not cover.
     """
 
     option: OptionCheck | None = None
     compared: bool = True
     count_all: bool = False
+    slots: tuple[str, ...] = ("weight", "input", "output")
+    learned: bool = False
+    non_negative: bool = False
+    check: Callable[[Any], list[str]] | None = None
 
 
 #: Every way to find a clipping range, with the line that error messages and docs show. `declare_range` adds to it.
@@ -90,6 +99,11 @@ def range_kind(name: str) -> RangeKind:
     return _KINDS[name]
 
 
+def is_learned(name: str) -> bool:
+    """Returns True if the optimizer trains a range, named without its option."""
+    return name in _KINDS and _KINDS[name].learned
+
+
 def range_fault(text: str) -> str | None:
     """Returns the fault of a range and its option, or None.
 
@@ -123,21 +137,28 @@ def name_fault(what: str, got: str, valid: Iterable[str]) -> str:
     return f"unknown {what} {got!r}; valid: {', '.join(names)}.{did_you_mean(got, names)}"
 
 
+def _lsq_faults(spec: Any) -> list[str]:
+    if spec.bit_width == 1 and spec.signed:
+        return ["range 'lsq' needs a positive level: int1 has none, use uint1 or at least int2"]
+    return []
+
+
 def _momentum(text: str) -> str | None:
     return number_in(0.0, 1.0)(text.removesuffix(":constant"))
 
 
+_ACTIVATIONS = ("input", "output")
 declare_range("minmax", "smallest and largest value")
 declare_range(
     "ema",
     "moving average of each batch's min and max; ema:0.99 sets the momentum it grows to, ema:0.99:constant has it at "
     "once",
-    RangeKind(_momentum, compared=False),  # equal to minmax on one sample
+    RangeKind(_momentum, compared=False, slots=_ACTIVATIONS),  # equal to minmax on one sample
 )
 declare_range(
     "dynamic",
     "smallest and largest value of the present tensor, found at run time",
-    RangeKind(compared=False),  # equal to minmax on one sample
+    RangeKind(compared=False, slots=_ACTIVATIONS),  # equal to minmax on one sample
 )
 declare_range(
     "percentile",
@@ -161,9 +182,10 @@ declare_range("octav", "Newton iteration on the clipping MSE")
 declare_range(
     "lsq",
     "learned step size; lsq:rounded lets the gradient pass where the rounded value is on the grid",
-    RangeKind(one_of("rounded"), compared=False),
+    RangeKind(one_of("rounded"), compared=False, learned=True, check=_lsq_faults),
 )
-declare_range("pact", "learned upper bound of a non-negative activation", RangeKind(compared=False))
-
-#: Ranges whose bounds are parameters trained by the optimizer.
-LEARNED_RANGES = frozenset({"lsq", "pact"})
+declare_range(
+    "pact",
+    "learned upper bound of a non-negative activation",
+    RangeKind(compared=False, slots=_ACTIVATIONS, learned=True, non_negative=True),
+)

@@ -50,8 +50,8 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """The switches at one point of the run."""
+class Switches:
+    """Switches of all quantizers and batch norms at one moment of the run."""
 
     weights: bool
     activations: bool
@@ -71,7 +71,7 @@ class Schedule:
 
     >>> schedule = Schedule(activations_start="epoch 1", batch_norm_freeze="step 900")
     >>> schedule.at(epoch=0, step=10)
-    Phase(weights=True, activations=False, observe=True, freeze_batch_norm=False)
+    Switches(weights=True, activations=False, observe=True, freeze_batch_norm=False)
     """
 
     weights_start: Moment | str | int = 0
@@ -91,13 +91,13 @@ class Schedule:
                 faults.append(f"{f.name}: {error}")
         raise_all(PlanError, "impossible schedule", faults)
 
-    def at(self, epoch: int, step: int) -> Phase:
+    def at(self, epoch: int, step: int) -> Switches:
         """Returns the switches at this epoch and optimizer step."""
 
         def reached(moment: Moment | str | int | None) -> bool:
             return isinstance(moment, Moment) and moment.reached(epoch, step)
 
-        return Phase(
+        return Switches(
             weights=reached(self.weights_start),
             activations=reached(self.activations_start),
             observe=not reached(self.observer_freeze),

@@ -15,6 +15,7 @@ from typing import Any
 from lq_plugin.errors import PlanError, QuantizationError
 from lq_plugin.intent.formats import RANGES
 from lq_plugin.intent.layer_plan import LayerInfo, LayerPlan, layer_faults
+from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.spec import QuantSpec
 
 #: `QuantSpec`s by the tensors of a layer.
@@ -108,16 +109,16 @@ def _spec(head: str, words: Sequence[str]) -> QuantSpec | None:
         return None
     if not bits.isdecimal():
         raise PlanError(f"{head!r}: {head[0]!r} is followed by a number of bits; words stand apart: '{head[0]}4 mse'")
+    named = [name for word in words if (name := word.partition(":")[0]) in RANGES]
     if kind == "w":
         words = [
             f"int{bits}",
             *([] if any(word.startswith(("per_", "group")) for word in words) else ["per_channel"]),
             *words,
         ]
-    elif "pact" in words:  # its zero is fixed
+    elif any(range_kind(name).non_negative for name in named):  # its zero is fixed
         words = [f"uint{bits}", *words]
     else:
         # Asymmetric and unsigned: the one grid that fits ReLU outputs and signed inputs alike.
-        named = any(word.partition(":")[0] in RANGES for word in words)
         words = [f"uint{bits}", *([] if "affine" in words else ["affine"]), *([] if named else ["ema"]), *words]
     return QuantSpec.parse(" ".join(words), written=written)

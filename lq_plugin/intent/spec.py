@@ -38,7 +38,7 @@ from lq_plugin.intent.formats import (
     spelled_format,
 )
 from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken
-from lq_plugin.intent.ranges import LEARNED_RANGES, RANGES, name_fault, range_fault
+from lq_plugin.intent.ranges import RANGES, is_learned, name_fault, range_fault, range_kind
 
 __all__ = [
     "MX_FORMATS",
@@ -164,7 +164,7 @@ class QuantSpec:
 
     def _rounding_faults(self, kind: Format) -> list[str]:
         faults = []
-        learned = isinstance(self.range, str) and self.range_name in LEARNED_RANGES
+        learned = isinstance(self.range, str) and is_learned(self.range_name)
         if fault := rounding_fault(str(self.rounding), kind, self.format) or gradient_fault(
             str(self.gradient), kind, self.format
         ):
@@ -204,7 +204,7 @@ class QuantSpec:
         faults = []
         name = self.range_name
         learnable = self.has_free_scales or self.kind.learns_range
-        if name in LEARNED_RANGES and "range" in self.kind.choices and not learnable:
+        if is_learned(name) and "range" in self.kind.choices and not learnable:
             faults.append(f"range {self.range!r} learns float scales, {self.format} has scales of its own")
         if self.dynamic and "range" in self.kind.choices:
             if not self.kind.dynamic:
@@ -217,13 +217,10 @@ class QuantSpec:
                 f"per_token has a scale for each row of a tensor, found at run time: write 'per_token dynamic', got "
                 f"{self.range!r}"
             )
-        if name == "pact" and (self.signed or self.affine):
-            faults.append(
-                "range 'pact' learns the upper bound of a non-negative activation: use it with uint, without affine"
-            )
-        if name == "lsq" and isinstance(self.bit_width, int) and self.bit_width == 1 and self.signed:
-            faults.append("range 'lsq' needs a positive level: int1 has none, use uint1 or at least int2")
-        return faults
+        kind = range_kind(name)
+        if kind.non_negative and (self.signed or self.affine):
+            faults.append(f"range {name!r} is of non-negative values: use it with uint, without affine")
+        return faults + (kind.check(self) if kind.check is not None else [])
 
     @property
     def format_name(self) -> str:
@@ -293,7 +290,7 @@ class QuantSpec:
     @property
     def learned(self) -> bool:
         """True if the optimizer trains the range or the levels."""
-        return self.range_name in LEARNED_RANGES or self.kind.learned
+        return is_learned(self.range_name) or self.kind.learned
 
     @property
     def grid(self) -> IntegerGrid:

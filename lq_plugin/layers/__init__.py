@@ -4,6 +4,7 @@ from lq_plugin.layers.base import (
     QuantizedLayer as QuantizedLayer,
     ShadowedForward as ShadowedForward,
     attach_quantizers as attach_quantizers,
+    current_weight_quantizer as current_weight_quantizer,
     detach_quantizers as detach_quantizers,
     leave_out as leave_out,
     put_back as put_back,

@@ -25,6 +25,8 @@ from lq_plugin.quantizers import (
     ActivationQuantizer,
     Quantizer,
     SharedInput,
+    SlotQuantizer,
+    StagedQuantizer,
     WeightQuantizer,
     in_stages,
     make_activation_quantizer,
@@ -64,9 +66,9 @@ class QuantizedLayer(nn.Module):
     _is_canonical: ClassVar[bool] = True
 
     weight: Tensor
-    weight_quantizer: WeightQuantizer | None
-    input_quantizer: ActivationQuantizer | None
-    output_quantizer: ActivationQuantizer | None
+    weight_quantizer: WeightQuantizer | StagedQuantizer | None
+    input_quantizer: ActivationQuantizer | StagedQuantizer | None
+    output_quantizer: ActivationQuantizer | StagedQuantizer | None
     #: How its training forward pass is computed where not by fake quantization, see `lq_plugin.layers.integer`.
     _integer_state: IntegerForward | None = None
     #: Quantizers, by slot, that are out because the file it was loaded from is older than they are.
@@ -95,7 +97,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def casts_operands(self) -> bool:
-        """Whether under autocast its input and its weight are cast before anything reads them.
+        """Returns True if under autocast its input and its weight are cast before anything reads them.
 
         Then their quantizers write them in autocast's dtype, which saves a pass over each.
         """
@@ -170,15 +172,16 @@ class QuantizedLayer(nn.Module):
         stages = [
             Stage(slot, start, stage.spec if isinstance(stage, Quantizer) else None)
             for slot, quantizer in chosen.items()
-            for start, stage in zip(quantizer.starts, quantizer.stages(), strict=False)
+            if isinstance(quantizer, StagedQuantizer)
+            for start, stage in zip(quantizer.starts, quantizer.stages(), strict=True)
         ]
         return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items()}, stages=tuple(stages))
 
 
-def scales_output(quantizer: ActivationQuantizer | None) -> bool:
+def scales_output(quantizer: nn.Module | None) -> bool:
     """Returns whether an input is quantized now in a format that the output makes up for (XNOR-Net)."""
     # Something else may stand in for a quantizer while roundings are learned.
-    current = quantizer.current if isinstance(quantizer, Quantizer) else None
+    current = quantizer.current if isinstance(quantizer, SlotQuantizer) else None
     return (
         isinstance(current, ActivationQuantizer)
         and current.scales_output
@@ -186,6 +189,12 @@ def scales_output(quantizer: ActivationQuantizer | None) -> bool:
         and current.collector is None
         and not current.is_suspended
     )
+
+
+def current_weight_quantizer(layer: QuantizedLayer) -> WeightQuantizer | None:
+    """Returns the quantizer of a layer's weight that is in force; None where its weight is float."""
+    quantizer = layer.weight_quantizer
+    return None if quantizer is None else cast("WeightQuantizer | None", quantizer.current)
 
 
 class ShadowedForward(nn.Module):
@@ -224,7 +233,13 @@ class ShadowedForward(nn.Module):
 
 
 def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None:
-    """Give a layer (whose class is swapped already) the quantizers its plan asks for."""
+    """Give a layer (whose class is swapped already) the quantizers its plan asks for.
+
+    Args:
+        layer: whose class is a quantized one.
+        plan: the specs of its tensors.
+        name: of the layer, for messages.
+    """
     layer.weight_quantizer = layer.input_quantizer = layer.output_quantizer = None
     c_in, c_out = type(layer).channels(layer)
     weight, trained = weight_of(layer), any(source.requires_grad for source in weight_sources(layer))

@@ -15,7 +15,7 @@ from lq_plugin.layers.registry import register_layer
 
 
 class _QuantizedConv(QuantizedLayer):
-    """y = Q(W) ∗ Q(x) + b. `input_axis` is counted from the end, so that unbatched inputs work too.
+    """y = Q(W) ∗ Q(x) + b. `input_axis` is counted from the end, so that unbatched inputs work also.
 
     Input `[N, C_in, *spatial]` or `[C_in, *spatial]`, weight `[C_out, C_in / groups, *kernel]`.
     """

@@ -7,9 +7,9 @@ stay; swapping `module.__class__` in place turns one into the other, and back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.intent.formats import SLOTS
@@ -23,6 +23,7 @@ from lq_plugin.layers.parametrized import (
     weight_sources,
 )
 from lq_plugin.layers.swapped_class import swapped_class
+from lq_plugin.quantizers import StagedQuantizer
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
 _BY_NAME: dict[str, type[QuantizedLayer]] = {}
@@ -96,9 +97,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Returns the shape `[C_out, C_in / groups, *kernel]` of the weight of a layer, float or quantized."""
     quantizer = getattr(layer, "weight_quantizer", None)
     if quantizer is not None:  # a strategy may hold the weight in shards
-        return tuple(quantizer.shape)
-    kind: Any = quantized_class(layer)
-    return tuple(kind.canonical(layer, weight_of(layer)).shape)
+        return tuple(cast(Any, quantizer.last if isinstance(quantizer, StagedQuantizer) else quantizer).shape)
+    return tuple(canonical_of(layer, weight_of(layer)).shape)
 
 
 def operation_of(module: nn.Module) -> Operation | None:
@@ -118,6 +118,37 @@ def known_operation(module: nn.Module) -> Operation | None:
     parent = next((parent for parent in kind.__mro__ if parent in _REGISTRY), kind)
     inherited = parent in _REGISTRY and kind.forward is parent.forward
     return operation_of(module) if inherited or _name(kind) in _BY_NAME else None
+
+
+def layer_channels(layer: nn.Module) -> tuple[int, int]:
+    """Returns the channels of the input and of the output of a layer, float or prepared."""
+    found: tuple[int, int] = _declared(layer).channels(layer)
+    return found
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Returns the axis of the channels in what a layer, float or prepared, reads and makes, from the end."""
+    axis: int = _declared(layer).input_axis
+    return axis
+
+
+def canonical_of(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Returns the weight of a layer, or what is shaped like it, as `[C_out, C_in / groups, *kernel]`."""
+    found: Tensor = _declared(layer).canonical(layer, weight)
+    return found
+
+
+def from_canonical_of(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Inverse of `canonical_of`."""
+    found: Tensor = _declared(layer).from_canonical(layer, weight)
+    return found
+
+
+def _declared(layer: nn.Module) -> Any:
+    """Returns the class that says these; on a float layer also, of which they read attributes of the float class."""
+    kind = quantized_class(layer)
+    assert kind is not None, f"{type(layer).__name__} is no known layer"
+    return kind
 
 
 def _name(kind: type[nn.Module]) -> str:

@@ -11,6 +11,11 @@ def swapped_class(mixins: tuple[type, ...], kind: type, content: dict[str, Any])
     Python turns them where both classes have their `__dict__` from the same base, and a class has its own from its
     first base. That is `nn.Module` nearly always, but not in `class Encoder(ABC, nn.LSTM)`: there `kind` itself becomes
     the first base.
+
+    Args:
+        mixins: classes that come first.
+        kind: class of the objects.
+        content: attributes of the new class.
     """
     name, bases = f"Quantized{kind.__name__}", (*mixins, kind)
     if _dict_from(mixins[0]) is _dict_from(kind):

@@ -74,7 +74,11 @@ def collect_statistics(
     run: Callable[[Any], Any] | None = None,
     merge: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
-    """The first half of `calibrate`: gather statistics, change nothing."""
+    """The first half of `calibrate`: gather statistics, change nothing.
+
+    Args:
+        model, batches, run, merge: as in `calibrate`.
+    """
     if not quantizers(model):
         raise CalibrationError("the model has no quantized layers: prepare it first (lq_plugin.prepare)")
     # Before the pass, which would name the first activation that they spoil.
@@ -117,6 +121,11 @@ def load_statistics(model: nn.Module, statistics: Statistics, missing_only: bool
     """The second half of `calibrate`: set each range (or only those that are not there yet) by its spec's estimator.
 
     A layer or operation that no batch reached stays float, see `lq_plugin.model.unreached`.
+
+    Args:
+        model: prepared.
+        statistics: by the names of its activation quantizers.
+        missing_only: leave the ranges that are there.
     """
     before = unreached(model)
     for _, layer in quantized_layers(model):
@@ -175,7 +184,7 @@ def weight_samples(model: nn.Module) -> dict[str, Sample]:
     """The values of each quantized weight, one row for each scale, by the name of its quantizer."""
     layers = (layer for _, layer in quantized_layers(model))
     return {
-        q.name: q.sample(type(layer).canonical(layer, weight_of(layer)))
+        q.name: q.stages()[-1].sample(type(layer).canonical(layer, weight_of(layer)))
         for layer in layers
         if (q := layer.weight_quantizer) is not None
     }

@@ -203,7 +203,7 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
 
 def is_quantized(state: Mapping[str, Any]) -> bool:
     """Returns whether a state dict is of a quantized model."""
-    return any(key.endswith("_quantizer.calibrated") for key in state)
+    return any(key.endswith(("_quantizer.calibrated", "_quantizer.last.calibrated")) for key in state)
 
 
 def _saved_plan(content: Mapping[str, Any], path: Path) -> QuantPlan:

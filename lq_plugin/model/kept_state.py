@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.model.graph.tensor_identity import storage_of, version_of
 from lq_plugin.model.rewind import Recorded, Restore, is_read_once, rewinder
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import SlotQuantizer
 
 #: Elements of containers with more are data.
 LARGE = 10_000
@@ -260,7 +260,7 @@ def _restore_slot(slot: types.MemberDescriptorType, value: Any, before: Any) -> 
 
 @_keep.register
 def _(value: nn.Module, state: KeptState) -> Iterable[Any]:
-    if isinstance(value, Quantizer):
+    if isinstance(value, SlotQuantizer):
         return ()
     found: list[Any] = [module for module in value._modules.values() if module is not None]
     found += _keep_items(vars(value), state, taken=(value._modules, value._parameters, value._buffers))

@@ -177,13 +177,13 @@ class Ledger(Shown):
                 entry.reached, entry.reason = True, self._other_reasons.pop(entry.name, None)
 
     def require(self, min_coverage: float | Mapping[str, float] | None) -> None:
-        """Refuse a model of which too little is quantized; a bound on compute needs a recording.
+        """Refuse a model of which too little is quantized; a limit on compute needs a recording.
 
         Args:
             min_coverage: see `least_coverage`.
 
         Raises:
-            CoverageError: naming each share that is below its bound, with the largest float parts.
+            CoverageError: naming each share that is below its limit, with the largest float parts.
         """
         faults = []
         for what, least in least_coverage(min_coverage).items():
@@ -206,7 +206,7 @@ class Ledger(Shown):
                 )
         if faults and not isinstance(min_coverage, Mapping):
             faults.append(
-                'a number bounds both shares; for one of them write min_coverage={"weights": 0.9} or {"compute": 0.9}'
+                'a number sets both shares; for one of them write min_coverage={"weights": 0.9} or {"compute": 0.9}'
             )
         if faults:
             raise CoverageError("\n".join(faults))
@@ -250,15 +250,15 @@ class Ledger(Shown):
         return f"{len(self.quantized)} quantized, {float_}; coverage {self.weight_coverage:.1%} of weights{compute}"
 
 
-#: What `min_coverage` can bound.
+#: What `min_coverage` can limit.
 COVERAGES = ("weights", "compute")
 
 
 def least_coverage(min_coverage: float | Mapping[str, float] | None) -> dict[str, float]:
-    """The bounds that `min_coverage` sets, by `COVERAGES`.
+    """The least shares that `min_coverage` sets, by `COVERAGES`.
 
     Args:
-        min_coverage: shares in 0..1, `{"weights": 0.9, "compute": 0.5}` or one of the two; a number bounds both alike.
+        min_coverage: shares in 0..1, `{"weights": 0.9, "compute": 0.5}` or one of the two; a number is both.
 
     Raises:
         PlanError: anything else.
@@ -268,18 +268,18 @@ def least_coverage(min_coverage: float | Mapping[str, float] | None) -> dict[str
     """
     if min_coverage is None:
         return {}
-    bounds = dict(min_coverage) if isinstance(min_coverage, Mapping) else dict.fromkeys(COVERAGES, min_coverage)
+    least = dict(min_coverage) if isinstance(min_coverage, Mapping) else dict.fromkeys(COVERAGES, min_coverage)
     faults = [
         f"unknown share {key!r}; valid: {', '.join(COVERAGES)}.{did_you_mean(str(key), COVERAGES)}"
-        for key in bounds
+        for key in least
         if key not in COVERAGES
     ]
     faults += [
-        f"{key} is a share in 0..1, got {value!r}" for key, value in bounds.items()
+        f"{key} is a share in 0..1, got {value!r}" for key, value in least.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
     ]  # fmt: skip
     raise_all(PlanError, "min_coverage", faults)
-    return bounds
+    return least
 
 
 def _share(parts: Iterable[tuple[int, bool]]) -> float:

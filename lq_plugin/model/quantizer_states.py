@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import SlotQuantizer
 
 
 def quantizer_states(model: nn.Module) -> dict[str, Tensor]:
     """Returns the quantizers' part of `model.state_dict()`: ranges, learned scales, switches."""
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer))
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SlotQuantizer))
     return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
 
 
@@ -24,7 +24,7 @@ def load_missing_states(model: nn.Module, kept: Mapping[str, Tensor], loaded: Ma
         loaded: the checkpoint's own state dict.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Quantizer):
+        if isinstance(module, SlotQuantizer):
             state = {key.removeprefix(f"{name}."): tensor for key, tensor in kept.items() if key.startswith(f"{name}.")}
             if any(f"{name}.{key}" not in loaded for key in state):
                 module.load_state_dict(state)

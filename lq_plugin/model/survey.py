@@ -26,7 +26,7 @@ from lq_plugin.layers import (
 from lq_plugin.layers.base import ShadowedForward
 from lq_plugin.model.aside import set_aside
 from lq_plugin.model.operations.quantized import OperationQuantizers
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import SlotQuantizer
 
 #: Modules that compute with their children's parameters without calling the children.
 OPAQUE = (nn.MultiheadAttention,)
@@ -66,7 +66,7 @@ class Survey:
         for name, module in model.named_modules():
             if f"{name}.".startswith(inside):
                 continue
-            if isinstance(module, (Quantizer, OperationQuantizers)):
+            if isinstance(module, (SlotQuantizer, OperationQuantizers)):
                 inside += (f"{name}.",)
                 continue
             kinds[name] = float_class(module).__name__

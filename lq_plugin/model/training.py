@@ -13,7 +13,7 @@ from lq_plugin.intent.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import Statistics
 from lq_plugin.model.operations.quantized import QuantizedOperation
-from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, StagedQuantizer, WeightQuantizer
 
 
 def commit_observers(
@@ -113,12 +113,17 @@ def enter_stage(
     Returns:
         Names of the tensors that changed.
     """
-    changed = [q.name for operation in operations for q in operation.quantizers() if q.set_stage(epoch, step)]
+    changed = [
+        quantizer.name
+        for operation in operations
+        for quantizer in operation.quantizers()
+        if isinstance(quantizer, StagedQuantizer) and quantizer.set_stage(epoch, step)
+    ]
     begun = []
     for layer in layers:
         for slot in SLOTS:
             quantizer = getattr(layer, f"{slot}_quantizer")
-            if quantizer is None or not quantizer.set_stage(epoch, step):
+            if not isinstance(quantizer, StagedQuantizer) or not quantizer.set_stage(epoch, step):
                 continue
             changed.append(quantizer.name)
             if isinstance(current := quantizer.current, WeightQuantizer):

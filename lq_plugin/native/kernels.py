@@ -154,7 +154,14 @@ class FakeQuantizeKernels(Protocol):
 
         `layout.inner` is 1. The gradient has the dtype that `fake_quantize` gave to its result.
 
-        `rounded`: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
+        Args:
+            x: that was quantized.
+            gradient: of the result.
+            scale, zero_point: as the layout says.
+            bounds: outermost levels.
+            rounded: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
+            layout: of scales along `x`.
+            needs_x, needs_zero_point: whether these gradients are wanted.
         """
 
 

@@ -1,4 +1,4 @@
-"""How scales, blocks and masks lie along a tensor in memory, as kernels see it."""
+"""Layouts of scales, blocks and masks along a tensor in memory, as kernels see it."""
 
 from __future__ import annotations
 

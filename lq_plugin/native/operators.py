@@ -42,7 +42,15 @@ def fake_quantize(
     learned: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns `Kernels.fake_quantize` of `x` with one scale."""
+    """Returns `Kernels.fake_quantize` of `x` with one scale.
+
+    Args:
+        x: dense, in any layout.
+        scale, zero_point: float32 `[1]`.
+        quant_min, quant_max: outermost levels.
+        learned: the scale is a parameter, and no mask is kept.
+        dtype: of the result; None: that of `x`.
+    """
     x = _dense(x)
     layout = layout_of(x, scale)
     assert layout is not None
@@ -67,7 +75,14 @@ def fake_quantize_observed(
     quant_max: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `fake_quantize` of `x` without a mask, and its smallest and its largest value, float32 `[1]` each."""
+    """Returns `fake_quantize` of `x` without a mask, and its smallest and its largest value, float32 `[1]` each.
+
+    Args:
+        x: dense, in any layout.
+        scale, zero_point: float32 `[1]`.
+        quant_min, quant_max: outermost levels.
+        dtype: of the result; None: that of `x`.
+    """
     x, bounds = _dense(x), (quant_min, quant_max)
     low, high = scale.new_full((1,), torch.inf), scale.new_full((1,), -torch.inf)
     y, _ = _kernels().fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False, dtype=dtype)
@@ -83,7 +98,14 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: A
 def passed_gradient(
     gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Returns the gradient where x was not clipped, with one scale, else 0."""
+    """Returns the gradient where x was not clipped, with one scale, else 0.
+
+    Args:
+        gradient: of the result.
+        x: that was quantized.
+        scale, zero_point: float32 `[1]`.
+        quant_min, quant_max: outermost levels.
+    """
     x, bounds, kernels = _dense(x), (quant_min, quant_max), _kernels()
     assert isinstance(kernels, Kernels)
     return kernels.passed_gradient(x, laid_out(gradient, x.stride()), scale, zero_point, bounds)
@@ -98,7 +120,15 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min:
 def learned_backward(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `Kernels.learned_backward` with one scale."""
+    """Returns `Kernels.learned_backward` with one scale.
+
+    Args:
+        x: that was quantized.
+        gradient: of the result.
+        scale, zero_point: float32 `[1]`.
+        quant_min, quant_max: outermost levels.
+        rounded: see `Kernels.learned_backward`.
+    """
     x = _dense(x)
     layout = Layout(1, 1, x.numel(), 1)
     gradient = laid_out(gradient, x.stride())

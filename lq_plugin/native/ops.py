@@ -1,4 +1,4 @@
-"""Where the kernels may stand for torch operations, and what their callers need of gradients and masks."""
+"""Conditions under which kernels may stand for torch operations, and what their callers need of gradients and masks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ def _compiled_here() -> bool:
 
 
 def traceable(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Returns True if, under torch.compile, the operators may give `x` quantized in a dtype (None: its own)."""
+    """Returns True if, under torch.compile, the operators may give `x` quantized in a dtype (None: its own).
+
+    Args:
+        x: that is quantized.
+        scale: of the quantization.
+        dtype: of the result; None: that of `x`.
+    """
     if (x.dtype, dtype or x.dtype) not in TYPES or x.device.type != "cpu" or scale.numel() != 1 or not x.numel():
         return False
     return (

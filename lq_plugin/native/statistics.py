@@ -47,6 +47,11 @@ class StatisticsKernels:
 
         The bin is the upper half of the bits of the magnitude, less `lowest`; smaller ones fall into the first bin.
 
+        Args:
+            x: contiguous, float32.
+            counts: int64 `[2, bins]`, written to.
+            lowest: subtracted from the number of a bin.
+
         Returns:
             How many are zero in that half: these are not counted.
         """

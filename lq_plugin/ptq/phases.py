@@ -136,7 +136,7 @@ def _smooth_quant(context: PhaseContext) -> Smoothing:
     check_rotation,
     before={
         **_NO_RANGES,
-        "smooth_quant": "it puts the weights of norms into the layers after, smoothing's factors too",
+        "smooth_quant": "it puts the weights of norms into the layers after, smoothing's factors also",
     },
 )
 def _rotate(context: PhaseContext) -> Rotation:
@@ -182,11 +182,11 @@ def _reconstruct(context: PhaseContext) -> Reconstruction:
     with context.passes():
         result = reconstruct(context.model, context.batches, context.run, by, chosen, on_step=on_step)
     _warn_of_nearest(context, result.skipped)
-    for unit, fit in result.units.items():
+    for unit, learned in result.units.items():
         context.say(
-            f"reconstructed {unit}: error {fit.before:.3g} -> {fit.after:.3g} of the variation, {fit.iterations} "
-            f"iterations, {fit.undecided:.1%} undecided"
-            f"{'' if fit.kept else '; nearest rounding was better and stays'}"
+            f"reconstructed {unit}: error {learned.before:.3g} -> {learned.after:.3g} of the variation, "
+            f"{learned.iterations} iterations, {learned.undecided:.1%} undecided"
+            f"{'' if learned.kept else '; nearest rounding was better and stays'}"
         )
     return result
 

@@ -45,8 +45,6 @@ class ActivationQuantizer(Quantizer):
         channel_axis: the layer's channel axis of this activation.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     running_min: Tensor
     running_max: Tensor
     batches: Tensor
@@ -71,9 +69,9 @@ class ActivationQuantizer(Quantizer):
         self.pending: Histogram | None = None
         momentum, _, constant = (spec.range_option or "").partition(":") if self.moving else ("", "", "")
         self.momentum, self.ramps = float(momentum or DEFAULT_MOMENTUM), not constant
-        self._make_qparams()
+        self.make_qparams()
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.register_buffer("scale", float32(1.0, (self.channels,)))
         self.register_buffer("zero_point", float32(0.0, (self.channels,)))
         if self.moving:
@@ -88,7 +86,7 @@ class ActivationQuantizer(Quantizer):
         """True if the layer's output is multiplied by a scale of its input, see `QuantizedLayer.output_scale`."""
         return self.spec.kind.scales_output
 
-    def _view(self, per_channel: Tensor, x: Tensor) -> Tensor:
+    def broadcastable(self, per_channel: Tensor, x: Tensor) -> Tensor:
         """Returns values `[C]` in the shape that broadcasts against an activation."""
         if not self.per_channel:
             return per_channel
@@ -117,11 +115,11 @@ class ActivationQuantizer(Quantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         scale, zero_point = self.qparams()
-        return self.rounded(x, self._view(scale, x), self._view(zero_point, x))
+        return self.rounded(x, self.broadcastable(scale, x), self.broadcastable(zero_point, x))
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         found = super().levels()
-        return found if x is None or found is None else Levels(*(self._view(value, x) for value in found))
+        return found if x is None or found is None else Levels(*(self.broadcastable(value, x) for value in found))
 
     def draw_key(self, x: Tensor) -> str:
         # Of the rank, and of the values: another call gets other numbers, the same one again, as gradient checkpointing
@@ -153,14 +151,12 @@ class ActivationQuantizer(Quantizer):
                 self.running_min.copy_(minimum)
                 self.running_max.copy_(maximum)
                 self.batches.fill_(CALIBRATED)
-        self._store(minimum, maximum)
+        self.store_bounds(minimum, maximum)
         self.set_calibrated()
 
-    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
-        scale, zero_point = self.bounds_to_qparams(minimum, maximum)
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
+    def store_bounds(self, minimum: Tensor, maximum: Tensor) -> None:
+        """Keeps clipping bounds `[C]`, in place."""
+        self.store_qparams(*self.bounds_to_qparams(minimum, maximum))
 
     def observe(self, x: Tensor) -> None:
         if not self.moving:
@@ -224,7 +220,7 @@ class ActivationQuantizer(Quantizer):
     def _is_plain(self) -> bool:
         """Returns True where a forward pass is `fake_quantize` with one scale and nothing else."""
         plain = self.takes_kernels and not self.per_channel
-        return plain and self.rounds_to_nearest and self.collector is None and not self.starts and not self.is_suspended
+        return plain and self.rounds_to_nearest and self.collector is None and not self.is_suspended
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
         """Folds one batch's extremes `[C]` (over all ranks) into the moving range and empties the batch buffers.
@@ -246,7 +242,7 @@ class ActivationQuantizer(Quantizer):
             else:
                 self.running_min.copy_(batch_min)
                 self.running_max.copy_(batch_max)
-            self._store(self.running_min, self.running_max)
+            self.store_bounds(self.running_min, self.running_max)
             self.batch_min.fill_(torch.inf)
             self.batch_max.fill_(-torch.inf)
         self.set_calibrated()

@@ -12,21 +12,18 @@ Four attributes steer it in one process only: `collector` (calibration in progre
 pass on), `observing` (training: keep a running range, committed once a batch), `waiting` (training: gather a first
 range although disabled, for a layer that no batch has reached) and `suspension` (a run has not found the ranges yet).
 
-Where a plan lowers the precision step by step, the quantizer of the last stage holds those of the `earlier`
-ones. All of them watch the data, one quantizes; its index is in the `state_dict`.
+Where a plan lowers the precision step by step, a `StagedQuantizer` stands in its place and holds one for each stage.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lq_plugin.errors import CalibrationError
+from lq_plugin.errors import CalibrationError, QuantizationError
 from lq_plugin.functional.affine import (
     bounds_from_qparams,
     fake_quantize,
@@ -35,12 +32,10 @@ from lq_plugin.functional.affine import (
 )
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
-from lq_plugin.intent.schedule import Moment
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
+from lq_plugin.quantizers.slot import SlotQuantizer
 from lq_plugin.ranges import Histogram, Sample
 
-#: Buffers that say what a quantizer does, of which it keeps Python copies.
-_SWITCHES = ("enabled", "calibrated", "stage", "draws", "fixed")
 #: Rounding to nearest, by the spec's gradient where that is not `clipped`.
 _WITH_GRADIENT = {"mad": fake_quantize_mad, "identity": fake_quantize_identity}
 
@@ -66,7 +61,7 @@ class Suspension:
         return self
 
 
-class Quantizer(nn.Module):
+class Quantizer(SlotQuantizer):
     """Base class of quantizers; a subclass defines `quantize_values`, `qparams` and `load_sample`.
 
     Args:
@@ -77,8 +72,9 @@ class Quantizer(nn.Module):
     enabled: Tensor
     calibrated: Tensor
     draws: Tensor
-    stage: Tensor
-    earlier: nn.ModuleList
+    scale: Tensor
+    zero_point: Tensor
+    switches: ClassVar[tuple[str, ...]] = ("enabled", "calibrated", "draws")
     #: Whether it must be calibrated before it can quantize.
     needs_calibration = True
     #: Whether in training nothing reads its result but an operation that autocast casts, see `result_dtype`.
@@ -97,17 +93,14 @@ class Quantizer(nn.Module):
         self.suspension: Suspension | None = None
         self.waiting = False
         self.collector: Histogram | None = None
-        self.starts: tuple[Moment | None, ...] = ()
         if spec.stochastic:
             self.register_buffer("draws", torch.zeros(1, dtype=torch.int64))
         self._draws = 0
         # Tensors of shape [1], not Python flags: they travel with the state_dict, and sharding refuses 0-dim.
         self.register_buffer("enabled", torch.ones(1, dtype=torch.bool))
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
-        # Python copies: reading a tensor would synchronize the device at every call.
         self._enabled = True
         self._calibrated = False
-        self._written: int | None = None
 
     def quantize_values(self, x: Tensor) -> Tensor:
         """Returns fake-quantized `x`, of the same shape and dtype."""
@@ -116,6 +109,20 @@ class Quantizer(nn.Module):
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the scale and zero point in force, broadcastable against the blocks of the tensor."""
         raise NotImplementedError
+
+    def make_qparams(self) -> None:
+        """Makes the buffers or parameters that the range is kept in; a learned range has parameters of its own."""
+        raise NotImplementedError
+
+    def store_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Keeps a scale and zero point, in place.
+
+        Args:
+            scale, zero_point: float32, shaped like those of `qparams`.
+        """
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
 
     def bounds_to_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Returns scale and zero point of clipping bounds; a format with scales of its own overrides this."""
@@ -146,43 +153,17 @@ class Quantizer(nn.Module):
             self._calibrated = calibrated
             self._write("calibrated", calibrated)
 
-    def _write(self, switch: str, value: int) -> None:
-        self._buffers[switch].fill_(value)  # type: ignore[union-attr]
-        self._written = None if self._written is None else self._written + 1
-
-    def follow_buffers(self) -> None:
-        """Reads the switches again if somebody has written to them in place, such as a weight average.
-
-        Asks no device where nobody has. What `.data` was written to shows with the next `eval()` only. In compiled code
-        the switches are those of the last call outside of it.
-        """
-        if torch.compiler.is_compiling():
-            return
-        buffers, written = self._buffers, None
-        with suppress(RuntimeError):  # made in inference mode, where torch does not count
-            written = sum([buffer._version for name in _SWITCHES if (buffer := buffers.get(name)) is not None])
-        if (written is None or written != self._written) and not self.enabled.is_meta:
-            self._read_switches()
-            self._written = written
-
     def _read_switches(self) -> None:
         self._enabled = bool(self.enabled)
         self._calibrated = bool(self.calibrated)
         self._draws = int(self.draws) if self._rounds_at_random else 0
-        self._stage = int(self.stage) if self.starts else 0
-
-    def forget_switches(self) -> None:
-        """Has the switches read again at the next call."""
-        self._written = None
-
-    def train(self, mode: bool = True) -> Any:
-        if not mode:
-            self.forget_switches()
-        return super().train(mode)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.get("starts"):
+            raise QuantizationError(
+                f"{state['name']} was pickled with its stages by an earlier version: keep its state_dict instead"
+            )
         super().__setstate__(state)
-        self.forget_switches()  # a copy's tensors are counted anew
 
     @property
     def is_enabled(self) -> bool:
@@ -213,19 +194,12 @@ class Quantizer(nn.Module):
         if (
             self._enabled
             and (self._calibrated or not self.needs_calibration)
-            and not (self.starts or self.observing or self.collector is not None)
+            and not (self.observing or self.collector is not None)
             and not (self.suspension is not None and self.suspension.active)
         ):
             return self.quantize_values(x)
-        if not self.starts:
-            self.watch(x)
-            return self.apply_to(x)
-        stages = list(self.stages())
-        for stage in stages:
-            stage.watch(x)
-        for index, stage in enumerate(stages):
-            x = stage.apply_to(x) if index == self._stage else stage.pass_on(x)
-        return x
+        self.watch(x)
+        return self.apply_to(x)
 
     def watch(self, x: Tensor) -> None:
         """Gathers statistics for ranges: always in a calibration, in training where that is switched on."""
@@ -235,7 +209,7 @@ class Quantizer(nn.Module):
         elif self.training:
             if self.observing:
                 self.observe(x)
-            if (self._enabled or self.waiting) and self.needs_calibration and not self._calibrated:
+            if (self._enabled or self.waiting) and self.lacks_range:
                 self.collect_first(x)
 
     def apply_to(self, x: Tensor) -> Tensor:
@@ -244,7 +218,7 @@ class Quantizer(nn.Module):
             return x
         if not self._enabled:
             return self.pass_on(x)
-        if self.needs_calibration and not self._calibrated:
+        if self.lacks_range:
             if self.training:
                 return self.pass_on(x)
             raise CalibrationError(
@@ -311,39 +285,12 @@ class Quantizer(nn.Module):
             self._draws += 1
             self._write("draws", self._draws)
 
-    def add_earlier(self, earlier: Sequence[Quantizer | Unquantized], starts: Sequence[Moment | None]) -> None:
-        """Makes this the last of several stages.
-
-        Args:
-            earlier: what comes before, in order.
-            starts: the moment each stage begins, this one last; None: from the beginning.
-        """
-        self.earlier = nn.ModuleList(earlier)
-        self.starts = tuple(starts)
-        self._stage = len(earlier)
-        self.register_buffer("stage", torch.full((1,), self._stage, dtype=torch.int64))
-
-    def stages(self) -> Iterator[Any]:
-        """Yields the quantizers of all stages, this one last."""
-        yield from self.earlier if self.starts else ()
-        yield self
-
-    def set_stage(self, epoch: int, step: int) -> bool:
-        """Goes to the stage of this moment; returns True if that is another one."""
-        self.follow_buffers()
-        reached = [index for index, start in enumerate(self.starts) if start is None or start.reached(epoch, step)]
-        if not reached or reached[-1] == self._stage:
-            return False
-        self._stage = reached[-1]
-        self._write("stage", self._stage)
-        return True
+    def stages(self) -> tuple[Any, ...]:
+        return (self,)
 
     @property
     def current(self) -> Any:
-        """Quantizer in force: itself unless an earlier stage is; None where that one is float."""
-        self.follow_buffers()
-        stage = self.earlier[self._stage] if self.starts and self._stage < len(self.earlier) else self
-        return stage if isinstance(stage, Quantizer) else None
+        return self
 
     def collect(self, x: Tensor) -> None:
         """Adds a batch to the collector (calibration)."""
@@ -362,7 +309,6 @@ class Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.forget_switches()  # other tensors, with counts of their own
         found: Quantizer = super()._apply(keep_dtype, recurse)
         return found
 
@@ -391,21 +337,6 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}{'' if self._calibrated else ', not calibrated'}{'' if self._enabled else ', disabled'}"
-
-
-class Unquantized(nn.Module):
-    """Stage that leaves the tensor float."""
-
-    scales_output = False
-
-    def watch(self, x: Tensor) -> None:
-        """Does nothing."""
-
-    def apply_to(self, x: Tensor) -> Tensor:
-        """Returns `x` itself."""
-        return x
-
-    pass_on = apply_to
 
 
 def float32(value: float, shape: tuple[int, ...]) -> Tensor:

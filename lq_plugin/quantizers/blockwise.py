@@ -143,8 +143,8 @@ class NVFP4WeightQuantizer(BlockWeightQuantizer):
     tensor_scale: Tensor
     fixed_buffers: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "tensor_scale")
 
-    def _make_qparams(self) -> None:
-        super()._make_qparams()
+    def make_qparams(self) -> None:
+        super().make_qparams()
         self.register_buffer("tensor_scale", float32(1.0, (1,)), persistent=False)
 
     def fixed_levels(self, w: Tensor) -> FixedLevels:
@@ -214,7 +214,7 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
     def levels(self, x: Tensor | None = None) -> None:
         return None
 
-    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+    def store_bounds(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():
             self.scale.copy_(nvfp4_scale_above(self.spec, torch.maximum(-minimum, maximum)))
 

@@ -30,12 +30,12 @@ class CodebookWeightQuantizer(WeightQuantizer):
     no_weight_decay = ("centroids",)
     indices: Tensor
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.needs_calibration = True
-        units = torch.Size(self.scale_shape).numel()
-        self.centroids = nn.Parameter(float32(0.0, (units, 2**self.spec.bit_width)))
-        members = torch.Size(self.shape).numel() // units
-        self.register_buffer("indices", torch.zeros(units, members, dtype=torch.uint8))
+        tables = torch.Size(self.scale_shape).numel()
+        self.centroids = nn.Parameter(float32(0.0, (tables, 2**self.spec.bit_width)))
+        members = torch.Size(self.shape).numel() // tables
+        self.register_buffer("indices", torch.zeros(tables, members, dtype=torch.uint8))
         words = self.spec.format_options
         self.method = cast(Method, next((word for word in words if word in CODEBOOK_METHODS), "exact"))
         self.gradient: Gradient = "sum" if "sum" in words else "mean"

@@ -21,7 +21,7 @@ class DynamicActivationQuantizer(ActivationQuantizer):
 
     needs_calibration = False
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.set_calibrated()
 
     def bounds_to_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def fp8_element(spec: QuantSpec) -> Minifloat:
 
 
 class FP8:
-    """What FP8 computes of bounds, scales and values, for any quantizer (see `lq_plugin.functional.fp8`)."""
+    """Bounds, scales and values of FP8, for any quantizer (see `lq_plugin.functional.fp8`)."""
 
     spec: QuantSpec
 
@@ -75,7 +75,7 @@ class FP8ActivationQuantizer(FP8, ActivationQuantizer):
 
     def levels(self, x: Tensor | None = None) -> Levels:
         scale, _ = self.qparams()
-        return _levels(self, scale if x is None else self._view(scale, x))
+        return _levels(self, scale if x is None else self.broadcastable(scale, x))
 
 
 class FP8DynamicQuantizer(FP8, DynamicActivationQuantizer):

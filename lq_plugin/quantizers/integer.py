@@ -16,24 +16,21 @@ from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.dynamic import DynamicActivationQuantizer
-from lq_plugin.quantizers.learned import LSQActivationQuantizer, LSQWeightQuantizer, PACTActivationQuantizer
+from lq_plugin.quantizers.learned_ranges import learned_activation, learned_weight
 from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.vector import VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer
 
-_LEARNED_ACTIVATIONS = {"lsq": LSQActivationQuantizer, "pact": PACTActivationQuantizer}
-
 
 def integer_weight(spec: QuantSpec, name: str, shape: tuple[int, ...]) -> WeightQuantizer:
-    """Returns the quantizer of an integer weight: with a learned step size, or with a range from statistics.
+    """Returns the quantizer of an integer weight: with a learned range, or with one from statistics.
 
     Args:
         spec: of the weight.
         name: for messages.
         shape: of the weight.
     """
-    kind = LSQWeightQuantizer if spec.range_name == "lsq" else WeightQuantizer
-    return kind(spec, name, shape)
+    return (learned_weight(spec) or WeightQuantizer)(spec, name, shape)
 
 
 def integer_activation(spec: QuantSpec, name: str, channels: int, channel_axis: int) -> ActivationQuantizer:
@@ -48,7 +45,7 @@ def integer_activation(spec: QuantSpec, name: str, channels: int, channel_axis: 
     if spec.dynamic:
         return DynamicActivationQuantizer(spec, name, channels, channel_axis)
     plain = VectorActivationQuantizer if isinstance(spec.granularity, PerGroup) else ActivationQuantizer
-    return _LEARNED_ACTIVATIONS.get(spec.range_name, plain)(spec, name, channels, channel_axis)
+    return (learned_activation(spec) or plain)(spec, name, channels, channel_axis)
 
 
 def integer_container(spec: QuantSpec, values: Values) -> Container:

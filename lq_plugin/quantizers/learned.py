@@ -21,6 +21,7 @@ from lq_plugin.functional.pact import fake_quantize_pact
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.base import float32
+from lq_plugin.quantizers.learned_ranges import give_quantizers
 from lq_plugin.quantizers.weight import WeightQuantizer
 
 
@@ -29,7 +30,7 @@ class LSQWeightQuantizer(WeightQuantizer):
 
     no_weight_decay = ("scale", "zero_point")
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, self.scale_shape))
         self.zero_point = _zero_point(self, self.scale_shape)
         numel = torch.Size(self.shape).numel()
@@ -91,7 +92,7 @@ class LSQActivationQuantizer(ActivationQuantizer):
 
     no_weight_decay = ("scale", "zero_point")
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, (self.channels,)))
         self.zero_point = _zero_point(self, (self.channels,))
 
@@ -102,7 +103,7 @@ class LSQActivationQuantizer(ActivationQuantizer):
         # N counts the features of one sample that share the scale: the batch size must not change the step.
         features = x.numel() // max(x.shape[0], 1) // self.channels
         factor = gradient_scale(features, self.spec.grid)
-        scale, zero_point = self._view(self.scale, x), self._view(self.zero_point, x)
+        scale, zero_point = self.broadcastable(self.scale, x), self.broadcastable(self.zero_point, x)
         return fake_quantize_learned(
             x, scale, zero_point, self.spec.grid, factor, _band(self.spec), self.result_dtype(x)
         )
@@ -114,7 +115,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
     Weight decay reaches α on purpose: the paper regularises it with the network's own.
     """
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.alpha = nn.Parameter(float32(1.0, (self.channels,)))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -122,11 +123,15 @@ class PACTActivationQuantizer(ActivationQuantizer):
         return alpha / self.spec.grid.quant_max, torch.zeros_like(alpha)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        return fake_quantize_pact(x, self._view(self.alpha, x), self.spec.grid.levels, self.result_dtype(x))
+        return fake_quantize_pact(x, self.broadcastable(self.alpha, x), self.spec.grid.levels, self.result_dtype(x))
 
-    def _store(self, minimum: Tensor, maximum: Tensor) -> None:
+    def store_bounds(self, minimum: Tensor, maximum: Tensor) -> None:
         with torch.no_grad():
             self.alpha.copy_(maximum)
+
+
+give_quantizers("lsq", LSQWeightQuantizer, LSQActivationQuantizer)
+give_quantizers("pact", None, PACTActivationQuantizer)
 
 
 def _zero_point(quantizer: nn.Module, shape: tuple[int, ...]) -> Tensor:

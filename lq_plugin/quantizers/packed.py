@@ -18,7 +18,7 @@ class PackedWeightQuantizer(WeightQuantizer):
     needs_calibration = False
     values: Tensor
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.needs_calibration = False
         self.set_calibrated()
 

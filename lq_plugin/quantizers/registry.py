@@ -213,7 +213,7 @@ def register_format(
             "for them"
         )
     if onnx is not None and storage is None:
-        faults.append("the container of ONNX is made of the parts of a stored weight: give storage too")
+        faults.append("the container of ONNX is made of the parts of a stored weight: give storage also")
     if name in _CODE and _names(_CODE[name]) != _names(code):
         faults.append(f"the name is taken by {_names(_CODE[name])}")
     raise_all(SpecError, f"cannot register format {name!r}", faults)

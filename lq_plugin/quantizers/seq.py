@@ -74,11 +74,11 @@ class SEQWeightQuantizer(WeightQuantizer):
 
 
 class SEQLearnedWeightQuantizer(SEQWeightQuantizer):
-    """The same with a trained α; it starts as the one with the least squared error."""
+    """SEQ with a trained α; it starts as the one with the least squared error."""
 
     no_weight_decay = ("scale",)
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, self.scale_shape))
         self.register_buffer("zero_point", float32(0.0, self.scale_shape), persistent=False)
         self.gradient_factor = (torch.Size(self.shape).numel() / max(self.scale.numel(), 1)) ** -0.5

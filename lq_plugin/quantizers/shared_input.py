@@ -43,7 +43,11 @@ class SharedInput:
             self._packing = _packing()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends a call of the module, also after an exception."""
+        """Ends a call of the module, also after an exception.
+
+        Args:
+            module, args, output: as torch gives them to a forward hook.
+        """
         if not torch.compiler.is_compiling():
             self._depth = max(self._depth - 1, 0)
             self._entry = None

@@ -72,7 +72,7 @@ class TTQWeightQuantizer(WeightQuantizer):
 
     no_weight_decay = ("positive", "negative")
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.needs_calibration = True
         self.positive = nn.Parameter(float32(1.0, self.scale_shape))
         self.negative = nn.Parameter(float32(1.0, self.scale_shape))

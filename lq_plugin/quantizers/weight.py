@@ -53,9 +53,8 @@ class WeightQuantizer(Quantizer):
         shape: shape of the weight.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     fixed: Tensor
+    switches = (*Quantizer.switches, "fixed")
     #: The weight itself is kept in ±this while it is trained, where a format asks for it.
     latent_bound: float | None = None
     #: Whether kernels that find the range and round in one pass may stand for its methods.
@@ -81,9 +80,9 @@ class WeightQuantizer(Quantizer):
         self._grid = cast(IntegerGrid, spec.grid if spec.has_grid else None)
         self.scale_shape = scale_shape(self.shape, spec.granularity)
         self.needs_calibration = not self.live
-        self._make_qparams()
+        self.make_qparams()
 
-    def _make_qparams(self) -> None:
+    def make_qparams(self) -> None:
         self.register_buffer("scale", float32(1.0, self.scale_shape), persistent=not self.live)
         self.register_buffer("zero_point", float32(0.0, self.scale_shape), persistent=not self.live)
 
@@ -95,9 +94,7 @@ class WeightQuantizer(Quantizer):
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
         """Sets the qparams, shaped like `self.scale`, for good: `calibrate` no longer changes them."""
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
+        self.store_qparams(scale, zero_point)
         self._set_fixed(True)
         self.set_calibrated()
 
@@ -193,9 +190,9 @@ class WeightQuantizer(Quantizer):
     def takes_rows(self, reading: Reading) -> bool:
         """Returns True where `quantize_rows` may replace a call: each row depends on itself and known qparams only."""
         self.follow_buffers()
-        if self.starts or self.collector is not None or not self._enabled or self.is_suspended:
+        if self.collector is not None or not self._enabled or self.is_suspended:
             return False
-        if self._forward_hooks or self._forward_pre_hooks or (self.needs_calibration and not self._calibrated):
+        if self._forward_hooks or self._forward_pre_hooks or self.lacks_range:
             return False
         # What trains a scale is what trains its rows, before it is divided by how often they are read.
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
@@ -295,13 +292,6 @@ class WeightQuantizer(Quantizer):
     def load_sample(self, sample: Sample) -> None:
         if not self.live and not self._fixed:
             minimum, maximum = estimate_range(self.spec.range, sample, self.range_grid())
-            self._store(minimum, maximum, sample)
+            shape = self.scale_shape
+            self.store_qparams(*self._from_bounds(minimum.reshape(shape), maximum.reshape(shape), sample))
         self.set_calibrated()
-
-    def _store(self, minimum: Tensor, maximum: Tensor, sample: Sample) -> None:
-        scale, zero_point = self._from_bounds(
-            minimum.reshape(self.scale_shape), maximum.reshape(self.scale_shape), sample
-        )
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)

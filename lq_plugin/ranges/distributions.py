@@ -1,4 +1,4 @@
-"""Gauss and Laplace fitted to a sample, and the expected error of a grid on the better fit.
+"""Gauss and Laplace fitted to a sample, and the expected error of a grid on the likelier of the two.
 
 Everything is in closed form. With levels l_0 < ... < l_L, spaced s, and t_j the midpoints between
 neighbours, rounding to the nearest level has the error
@@ -30,16 +30,16 @@ _CELLS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class FittedDistributions:
     """Both distributions fitted to each row by maximum likelihood. All tensors `[rows]`, float64.
 
     Attributes:
-        one_sided: the row lies on one side of zero; the fit is to its values that are not zero.
+        one_sided: the row lies on one side of zero; the distributions are those of its values that are not zero.
         mirrored: that side is below zero.
         centre: the mean, or 0 for a one-sided row.
         laplace_spread: b, the mean absolute deviation from the centre.
         gauss_spread: sigma, the root mean square deviation from the centre.
-        share: of the elements, that which the fit describes; the rest is exactly zero.
+        share: of the elements, those that the distributions describe; the rest is exactly zero.
     """
 
     one_sided: Tensor
@@ -74,13 +74,13 @@ class Fit:
             for name, spread in (("gauss", self.gauss_spread), ("laplace", self.laplace_spread)):
                 rows = (self.one_sided == one_sided) & (self.prefers_laplace == (name == "laplace"))
                 if bool(rows.any()):
-                    unit = spread[rows].clamp(min=1e-150)
-                    error = expected_error(name, scale[rows] / unit, top[rows] / unit, grid.levels, one_sided)
-                    mse[rows] = error * unit.square()
+                    width = spread[rows].clamp(min=1e-150)
+                    error = expected_error(name, scale[rows] / width, top[rows] / width, grid.levels, one_sided)
+                    mse[rows] = error * width.square()
         return mse.clamp(min=0.0) * self.share
 
 
-def fit_distributions(sample: Sample) -> Fit:
+def fit_distributions(sample: Sample) -> FittedDistributions:
     """Fits Gauss and Laplace to each row; one-sided rows by the values that are not zero."""
     x, mass = sample.values, sample.weights().double()
     one_sided = (sample.minimum >= 0) | (sample.maximum <= 0)
@@ -93,7 +93,9 @@ def fit_distributions(sample: Sample) -> Fit:
     laplace = (deviation.abs() * described).sum(1) / count
     gauss = ((deviation.square() * described).sum(1) / count).sqrt()
     share = described.sum(1) / mass.sum(1).clamp(min=1e-300)
-    return Fit(one_sided, one_sided & (sample.maximum <= 0) & (sample.minimum < 0), centre, laplace, gauss, share)
+    return FittedDistributions(
+        one_sided, one_sided & (sample.maximum <= 0) & (sample.minimum < 0), centre, laplace, gauss, share
+    )
 
 
 def expected_error(name: str, scale: Tensor, top: Tensor, levels: int, one_sided: bool = False) -> Tensor:

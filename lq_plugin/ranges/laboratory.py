@@ -17,7 +17,7 @@ from torch import Tensor
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.intent.ranges import RANGES, range_kind
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
-from lq_plugin.ranges.distributions import Fit, fit_distributions
+from lq_plugin.ranges.distributions import FittedDistributions, fit_distributions
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
 from lq_plugin.ranges.registry import estimate_range, registered_ranges
 from lq_plugin.ranges.sample import Sample
@@ -67,7 +67,7 @@ class RangeTable:
         predicted_mse, measured_mse, clipped: `[len(ranges), rows]`, float64.
         power: E[x^2] of each row, float64 `[rows]`.
         elements: number of elements of each row, `[rows]`.
-        fit: the fitted distributions.
+        fitted: the fitted distributions.
     """
 
     grid: IntegerGrid
@@ -78,7 +78,7 @@ class RangeTable:
     clipped: Tensor
     power: Tensor
     elements: Tensor
-    fit: Fit
+    fitted: FittedDistributions
 
     @property
     def best(self) -> str:
@@ -87,8 +87,8 @@ class RangeTable:
 
     @property
     def distribution(self) -> str:
-        """The distribution that fits most rows."""
-        return Counter(self.fit.names()).most_common(1)[0][0]
+        """The distribution that is the likelier one of most rows."""
+        return Counter(self.fitted.names()).most_common(1)[0][0]
 
     def entries(self) -> list[RangeEntry]:
         """Returns one entry per estimator, over all rows."""
@@ -116,7 +116,7 @@ class RangeTable:
         """Returns one entry for each row and estimator, row by row."""
         winners = self.measured_mse.argmin(dim=0).tolist()
         predicted, measured, clipped = (v.T.tolist() for v in (self.predicted_mse, self.measured_mse, self.clipped))
-        power, distributions = self.power.tolist(), self.fit.names()
+        power, distributions = self.power.tolist(), self.fitted.names()
         low = torch.stack([self.bounds[name][0] for name in self.ranges], dim=1).tolist()
         high = torch.stack([self.bounds[name][1] for name in self.ranges], dim=1).tolist()
         return [
@@ -168,14 +168,14 @@ def compare_ranges(
     names = compared if ranges is None else list(ranges)
     bounds = {name: estimate_range(name, sample, levels) for name in names}
     # Errors on the normalized sample cannot overflow; they scale with its square.
-    unit, factor = sample.normalized()
-    fit = fit_distributions(unit)
+    normal, factor = sample.normalized()
+    fitted = fit_distributions(normal)
     predicted, measured, clipped = [], [], []
     for low, high in bounds.values():
         scale, zero_point = qparams_from_bounds(low / factor, high / factor, levels)
-        predicted.append(fit.expected_mse(scale, zero_point, levels))
-        measured.append(mean_squared_error(unit, scale.unsqueeze(1), zero_point.unsqueeze(1), levels).squeeze(1))
-        clipped.append(clipped_share(unit, scale, zero_point, levels))
+        predicted.append(fitted.expected_mse(scale, zero_point, levels))
+        measured.append(mean_squared_error(normal, scale.unsqueeze(1), zero_point.unsqueeze(1), levels).squeeze(1))
+        clipped.append(clipped_share(normal, scale, zero_point, levels))
     square = factor.double().square()
     return RangeTable(
         levels,
@@ -184,9 +184,9 @@ def compare_ranges(
         torch.stack(predicted) * square,
         torch.stack(measured).clamp(min=0.0) * square,
         torch.stack(clipped),
-        unit.average(unit.values.double().square()) * square,
+        normal.average(normal.values.double().square()) * square,
         sample.total(),
-        fit,
+        fitted,
     )
 
 

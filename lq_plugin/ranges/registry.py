@@ -100,6 +100,11 @@ def estimate_range(spec_range: str, sample: Sample, grid: IntegerGrid) -> tuple[
     return torch.cat(low), torch.cat(high)
 
 
+def range_function(name: str) -> RangeFunction:
+    """Returns the estimator of a registered range, for `Sample`s whose rows are normalized."""
+    return _ESTIMATORS[name]
+
+
 def registered_ranges() -> list[str]:
     """Returns the names that `estimate_range` knows, in order of registration."""
     return list(_ESTIMATORS)

@@ -96,7 +96,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Phase:
+class ScheduledChange:
     """A moment of the schedule: `unit` is epoch or step."""
 
     label: str
@@ -115,7 +115,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Score:
-    """What a variant of the model (`float`, `PTQ`, `QAT`) scores.
+    """Metrics of a variant of the model (`float`, `PTQ`, `QAT`).
 
     Args:
         variant: its name.
@@ -174,7 +174,7 @@ class ModelReport:
     compute_coverage: float | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    schedule: list[Phase] = field(default_factory=list)
+    schedule: list[ScheduledChange] = field(default_factory=list)
     training: list[Series] = field(default_factory=list)
     epoch_steps: int | None = None
     scores: list[Score] = field(default_factory=list)

@@ -22,7 +22,7 @@ from lq_plugin.model.operations.quantized import inner_operations, operations_of
 from lq_plugin.model.operations.rules import resolve_operations, split
 from lq_plugin.model.prepare import ledger_of
 from lq_plugin.model.survey import Survey
-from lq_plugin.report.data import Phase
+from lq_plugin.report.data import ScheduledChange
 from lq_plugin.report.model import moments
 from lq_plugin.utilities.shown import Shown, as_html, as_text, new_table, short_number
 
@@ -38,7 +38,7 @@ class Explanation(Shown):
         layers: specs by layer.
         cost: of the model under it.
         ledger: what would be quantized, and why the rest stays float.
-        schedule: moments at which something changes, see `Phase`.
+        schedule: moments at which something changes, see `ScheduledChange`.
         recording: of the model on one batch; None: it was not run.
     """
 
@@ -46,7 +46,7 @@ class Explanation(Shown):
     layers: dict[str, LayerPlan]
     cost: Cost
     ledger: Ledger
-    schedule: list[Phase]
+    schedule: list[ScheduledChange]
     recording: Recording | None = field(default=None, repr=False)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -134,15 +134,15 @@ class Explanation(Shown):
 
     def timeline(self) -> Text:
         """Returns the schedule, a line for each moment; epochs and optimizer steps have axes of their own."""
-        moments = [phase for phase in self.schedule if phase.count]
-        at_once = [phase for phase in self.schedule if not phase.count]
-        lines = [f"from the start: {', '.join(dict.fromkeys(phase.label for phase in at_once)) or 'float'}"]
+        moments = [change for change in self.schedule if change.count]
+        at_once = [change for change in self.schedule if not change.count]
+        lines = [f"from the start: {', '.join(dict.fromkeys(change.label for change in at_once)) or 'float'}"]
         for unit in ("epoch", "step"):
-            own = [phase for phase in moments if phase.unit == unit]
-            last = max((phase.count for phase in own), default=0)
-            for phase in own:
-                place = round(_WIDTH * 0.8 * phase.count / last)
-                lines.append(f"{'─' * place}●{'═' * (_WIDTH - place)}▶  {unit} {phase.count}: {phase.label}")
+            own = [change for change in moments if change.unit == unit]
+            last = max((change.count for change in own), default=0)
+            for change in own:
+                place = round(_WIDTH * 0.8 * change.count / last)
+                lines.append(f"{'─' * place}●{'═' * (_WIDTH - place)}▶  {unit} {change.count}: {change.label}")
         return Text("\n".join(lines), no_wrap=True)
 
 

@@ -10,7 +10,7 @@ from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.graph.recording import Call
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import SlotQuantizer
 from lq_plugin.report.data import Flow, Node
 
 
@@ -66,10 +66,10 @@ def _quantizer(module: Any, slot: str, spec: QuantSpec, plan: LayerPlan, column:
     if len(stages) > 1:
         details += [f"from {start or 'the start'}: {stage or 'float'}" for start, stage in stages]
     quantizer = getattr(module, f"{slot}_quantizer", None) if isinstance(module, QuantizedLayer) else None
-    if isinstance(quantizer, Quantizer):
-        if not quantizer.is_enabled:
+    if isinstance(quantizer, SlotQuantizer) and (current := quantizer.current) is not None:
+        if not current.is_enabled:
             details.append("switched off now")
-        elif quantizer.lacks_range:
+        elif current.lacks_range:
             details.append("no range yet")
     return Node(f"{slot}_quantizer", str(spec), "quantizer", "; ".join(details), column, row)
 

@@ -25,10 +25,10 @@ from lq_plugin.model.measure.outputs import OutputErrors, output_errors
 from lq_plugin.model.measure.stored import stored_bytes
 from lq_plugin.model.prepare import prepare
 from lq_plugin.model.survey import Survey
-from lq_plugin.ptq.reconstruction.learn import Fit
+from lq_plugin.ptq.reconstruction.learn import UnitResult
 from lq_plugin.ptq.reconstruction.reconstruct import Reconstruction
 from lq_plugin.quantizers import ActivationQuantizer
-from lq_plugin.report.data import LayerReport, ModelReport, Phase, ReportData, Series, TensorView, digits
+from lq_plugin.report.data import LayerReport, ModelReport, ReportData, ScheduledChange, Series, TensorView, digits
 from lq_plugin.report.flow import flow
 from lq_plugin.report.scores import make_scores
 from lq_plugin.report.tensors import activation_view, weight_view
@@ -114,12 +114,12 @@ def model_report(
                 layer_plan = LayerPlan() if layer is None else layer.layer_plan
                 details["flow"] = flow(row.name, module, row.kind, layer_plan, recording, reason)
                 if layer is not None:
-                    unit, fit = _unit_of(row.name, reconstruction)
+                    unit, learned = _unit_of(row.name, reconstruction)
                     before = (float_weights or {}).get(row.name)
                     details |= {
                         "boxes": boxes(layer, before),
                         "error": error_map(layer, before),
-                        "rounding": rounding(layer, before, unit, fit),
+                        "rounding": rounding(layer, before, unit, learned),
                     }
                     details["views"] = _views(layer, statistics, before)
             numbers: dict[str, Any] = {
@@ -169,7 +169,7 @@ def plan_of(survey: Survey) -> QuantPlan:
     return QuantPlan(rules or [Rule("*", weight="float")])
 
 
-def moments(plan: QuantPlan) -> list[Phase]:
+def moments(plan: QuantPlan) -> list[ScheduledChange]:
     """Returns the moments of a run at which something changes, the earliest first; epochs and steps are kept apart."""
     labels = {
         "weights_start": "weights are quantized",
@@ -178,12 +178,14 @@ def moments(plan: QuantPlan) -> list[Phase]:
         "batch_norm_freeze": "batch norms freeze",
     }
     moments = ((label, getattr(plan.schedule, key)) for key, label in labels.items())
-    found = [Phase(label, moment.unit, moment.count) for label, moment in moments if isinstance(moment, Moment)]
+    found = [
+        ScheduledChange(label, moment.unit, moment.count) for label, moment in moments if isinstance(moment, Moment)
+    ]
     for rule in plan.rules:
         if isinstance(rule.start, Moment):
             what = ", ".join(f"{slot} {getattr(rule, slot)}" for slot in SLOTS if getattr(rule, slot) is not None)
-            found.append(Phase(f"{rule.match}: {what}", rule.start.unit, rule.start.count))
-    return sorted(found, key=lambda phase: (phase.count > 0, phase.unit, phase.count))
+            found.append(ScheduledChange(f"{rule.match}: {what}", rule.start.unit, rule.start.count))
+    return sorted(found, key=lambda change: (change.count > 0, change.unit, change.count))
 
 
 def _layer(
@@ -237,12 +239,12 @@ def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None)
     return [view for view in views if view is not None]
 
 
-def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, Fit | None]:
+def _unit_of(name: str, reconstruction: Reconstruction | None) -> tuple[str, UnitResult | None]:
     """Returns the unit that a layer was reconstructed in: the layer, or the innermost module around it."""
     units = (
         {}
         if reconstruction is None
-        else {title.split(" + ")[0]: (title, fit) for title, fit in reconstruction.units.items()}
+        else {title.split(" + ")[0]: (title, result) for title, result in reconstruction.units.items()}
     )
     while name and name not in units:
         name = name.rpartition(".")[0]

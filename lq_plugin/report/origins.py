@@ -1,4 +1,4 @@
-"""Where the plan of a trial comes from, in the words that legends, captions and tables share."""
+"""Origins of the plans of trials, in the words that legends, captions and tables share."""
 
 from __future__ import annotations
 

@@ -257,11 +257,15 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
         for color, series in zip(PALETTE, shown, strict=False):
             label = series.name.removeprefix("quant/").rpartition("/")[0] or series.name
             axes.plot(series.steps, series.values, color=color, linewidth=1.2, label=short(label, 24))
-        for phase in model.schedule:
+        for change in model.schedule:
             step = (
-                phase.count if phase.unit == "step" else phase.count * model.epoch_steps if model.epoch_steps else None
+                change.count
+                if change.unit == "step"
+                else change.count * model.epoch_steps
+                if model.epoch_steps
+                else None
             )
-            if phase.count and step is not None:
+            if change.count and step is not None:
                 axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":")
         more = f" ({len(found) - len(shown)} more are not shown)" if len(found) > len(shown) else ""
         axes.set_title(name.replace("_", " ") + more, fontweight="normal")

@@ -24,8 +24,8 @@ def make_scores(
     """Returns a score for each variant and metric, those of one metric together, in the order of the first variant.
 
     A share of samples (an accuracy: k of n are right) has Wilson's interval of 95 %. A metric counts as one when its
-    name says so and k is a whole number; others have no interval, nor have those of more than four million samples,
-    where a float32 metric does not tell whole numbers from others.
+    name says so and k is an integer; others have no interval, nor have those of more than four million samples,
+    where a float32 metric does not tell integers from others.
 
     Args:
         by_variant: metrics by name, by variant: `{"float": {"val/acc": 0.98}, "QAT": {"val/acc": 0.97}}`.

@@ -1,4 +1,4 @@
-"""What a report has of one tensor: distribution, criteria, channels, errors by place, roundings."""
+"""Part of a report about one tensor: distribution, criteria, channels, errors by place, roundings."""
 
 from __future__ import annotations
 

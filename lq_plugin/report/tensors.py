@@ -113,15 +113,15 @@ def _view(
 
 def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Mark:
     low, high = (float(((bound - zero_point) * scale)[0]) for bound in (grid.quant_min, grid.quant_max))
-    unit, factor = sample.normalized()
+    normal, factor = sample.normalized()
     square = factor.double().square()
     error = (
-        mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)[0, 0].clamp(min=0.0)
+        mean_squared_error(normal, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)[0, 0].clamp(min=0.0)
         * square[0]
     )
-    power = float((unit.average(unit.values.double().square()) * square)[0])
+    power = float((normal.average(normal.values.double().square()) * square)[0])
     sqnr = float("inf") if float(error) == 0 else 10 * float(np.log10(max(power, 1e-300) / float(error)))
-    clipped = float(clipped_share(unit, scale / factor, zero_point, grid)[0])
+    clipped = float(clipped_share(normal, scale / factor, zero_point, grid)[0])
     return Mark("in force", digits(low), digits(high), digits(sqnr), digits(clipped, 3))
 
 
@@ -162,15 +162,15 @@ def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
         grid: of integers.
         points: number of bounds.
     """
-    unit, factor = sample.normalized()
+    normal, factor = sample.normalized()
     share = torch.linspace(0.02, 1.26, points)
-    low, high = unit.minimum.clamp(max=0.0) * share, unit.maximum.clamp(min=0.0) * share
+    low, high = normal.minimum.clamp(max=0.0) * share, normal.maximum.clamp(min=0.0) * share
     scale, zero_point = qparams_from_bounds(low, high, grid)
     error = (
-        mean_squared_error(unit, scale.unsqueeze(0), zero_point.unsqueeze(0), grid)[0].clamp(min=0.0)
+        mean_squared_error(normal, scale.unsqueeze(0), zero_point.unsqueeze(0), grid)[0].clamp(min=0.0)
         * factor.double().square()
     )
-    bound = high if float(unit.maximum) > 0 else low
+    bound = high if float(normal.maximum) > 0 else low
     pairs = sorted(zip((bound * factor).tolist(), error.tolist(), strict=True))
     return Curve([digits(x) for x, _ in pairs], [digits(y) for _, y in pairs])
 
@@ -185,8 +185,8 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
         grid: of integers.
         points: number of bounds.
     """
-    unit, factor = sample.normalized()
-    folded = fold(unit, grid)
+    normal, factor = sample.normalized()
+    folded = fold(normal, grid)
     levels = int(folded.levels[0])
     bins, few = _KL_BINS, sample.edges is None and sample.values.shape[1] < VALUES_EACH * levels
     if levels > MOST_LEVELS or few or not float(folded.total()):
@@ -202,7 +202,7 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
     found = []
     for threshold, value in zip(thresholds, divergence.tolist(), strict=True):
         low, high = folded.bounds(threshold.reshape(1))
-        bound = high if float(unit.maximum) > 0 else low
+        bound = high if float(normal.maximum) > 0 else low
         if np.isfinite(value):
             found.append((float(bound * factor), max(value, 0.0)))
     found.sort()

@@ -15,7 +15,7 @@ from lq_plugin.functional.grouping import blocks
 from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.model.measure.fidelity import weight_bounds
-from lq_plugin.ptq.reconstruction.learn import Fit
+from lq_plugin.ptq.reconstruction.learn import UnitResult
 from lq_plugin.quantizers import make_weight_quantizer
 from lq_plugin.report.data import Boxes, ErrorMap, Rounding, digits
 
@@ -125,17 +125,19 @@ def error_map(layer: QuantizedLayer, before: Tensor | None = None) -> ErrorMap |
     return ErrorMap(rows, columns, cells)
 
 
-def rounding(layer: QuantizedLayer, before: Tensor | None, unit: str = "", fit: Fit | None = None) -> Rounding | None:
+def rounding(
+    layer: QuantizedLayer, before: Tensor | None, unit: str = "", result: UnitResult | None = None
+) -> Rounding | None:
     """Returns how often a learned rounding differs from rounding to nearest.
 
     Args:
         layer: reconstructed; its weights lie on their levels.
         before: the weight as it was before, shaped like the layer's; None: only the errors are told.
-        unit, fit: what the layer was reconstructed in, and how that went.
+        unit, result: what the layer was reconstructed in, and how that went.
     """
     told: dict[str, Any] = {}
-    if fit is not None:
-        told = {"unit": unit, "before": digits(fit.before), "after": digits(fit.after), "kept": fit.kept}
+    if result is not None:
+        told = {"unit": unit, "before": digits(result.before), "after": digits(result.after), "kept": result.kept}
     quantizer = in_force(layer)
     if before is None or quantizer is None or not quantizer.spec.is_uniform:
         return Rounding(0, 0, 0, **told) if told else None

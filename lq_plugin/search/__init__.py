@@ -7,10 +7,10 @@ from lq_plugin.utilities.lazy import attributes
 if TYPE_CHECKING:
     from lq_plugin.search.evaluation.costs import COSTS as COSTS
     from lq_plugin.search.evaluation.evaluator import Evaluation as Evaluation, Evaluator as Evaluator
-    from lq_plugin.search.evaluation.levels import Level as Level, evaluate_at as evaluate_at
+    from lq_plugin.search.evaluation.rungs import Rung as Rung, evaluate_at as evaluate_at
     from lq_plugin.search.shared.database import StudyError as StudyError
     from lq_plugin.search.shared.dominance import DominancePruner as DominancePruner
-    from lq_plugin.search.space.bound import BoundSpace as BoundSpace, Unit as Unit
+    from lq_plugin.search.space.model_space import ModelSpace as ModelSpace, Unit as Unit
     from lq_plugin.search.space.space import Space as Space, SpaceRule as SpaceRule, parse_choices as parse_choices
     from lq_plugin.search.study.candidates import Candidate as Candidate
     from lq_plugin.search.study.confidence import Confirm as Confirm, Interval as Interval

@@ -14,6 +14,11 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], lineterminator: str = "\r\n") -> str:
     """Returns rows as CSV text with a header; cells without a value are empty.
 
+    Args:
+        rows: mappings of columns to values.
+        columns: in this order.
+        lineterminator: after each row.
+
     >>> print(to_csv([{"layer": "=1+1", "sqnr": -3.5}, {"layer": "conv"}], ["layer", "sqnr"], "\\n"), end="")
     layer,sqnr
     '=1+1,-3.5

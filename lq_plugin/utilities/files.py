@@ -103,7 +103,13 @@ def named_faults(path: str | Path, error: type[QuantizationError]) -> Iterator[l
 
 
 def write_file(path: str | Path, content: str | bytes, error: type[QuantizationError] = QuantizationError) -> None:
-    """Writes a whole file, text as UTF-8, see `replacing`."""
+    """Writes a whole file, text as UTF-8, see `replacing`.
+
+    Args:
+        path: of the file.
+        content: text, or bytes.
+        error: class of the error where it cannot be written.
+    """
     with replacing(path, error) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 

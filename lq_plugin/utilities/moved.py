@@ -48,6 +48,8 @@ MOVED = {
         "report.main": "commands.report",
         "report.study": "search.study.report",
         "search.costs": "search.evaluation.costs",
+        "search.evaluation.levels": "search.evaluation.rungs",
+        "search.space.bound": "search.space.model_space",
         "search.dominance": "search.shared.dominance",
         "search.evaluator": "search.evaluation.evaluator",
         "search.interrupt": "search.shared.interrupt",
@@ -57,17 +59,25 @@ MOVED = {
     }.items()
 }
 
-#: Documented names that are in another module since 0.2, while the one that had them stayed.
-MOVED_NAMES = {"lq_plugin.report.study_report": "lq_plugin.search.study.report"}
+#: Public names that are in another module since 0.2, or have another name, while the package that had them stayed.
+MOVED_NAMES = {
+    f"lq_plugin.{old}": f"lq_plugin.{new}"
+    for old, new in {
+        "report.study_report": "search.study.report.study_report",
+        "search.BoundSpace": "search.space.model_space.ModelSpace",
+        "search.Level": "search.evaluation.rungs.Rung",
+    }.items()
+}
 
 
 def moved_name(package: str, name: str) -> object | None:
     """Returns what a package had under this name before it moved, with a `DeprecationWarning`; None: nothing did."""
-    home = MOVED_NAMES.get(f"{package}.{name}")
-    if home is None:
+    new = MOVED_NAMES.get(f"{package}.{name}")
+    if new is None:
         return None
-    warnings.warn(f"{package}.{name} is {home}.{name} now", DeprecationWarning, stacklevel=3)
-    found: object = getattr(import_module(home), name)
+    warnings.warn(f"{package}.{name} is {new} now", DeprecationWarning, stacklevel=3)
+    home, _, present = new.rpartition(".")
+    found: object = getattr(import_module(home), present)
     return found
 
 

@@ -70,14 +70,31 @@ def test_a_new_stage_takes_its_range_from_the_weight_of_that_moment(trainer, dat
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             quantizer = pl_module.net.conv.weight_quantizer
-            if quantizer.current is quantizer and self.scale is None:
-                self.scale, self.weight = quantizer.scale.detach().clone(), pl_module.net.conv.weight.detach().clone()
+            if quantizer.current is quantizer.last and self.scale is None:
+                self.scale = quantizer.last.scale.detach().clone()
+                self.weight = pl_module.net.conv.weight.detach().clone()
 
     watch = AtTheSwitch()
     plan = QuantPlan([Rule("net.conv", weight="int8"), Rule("net.conv", weight="int4 lsq", start="step 5")])
     trainer(QAT(plan), watch, max_epochs=2).fit(Module(), datamodule=data)
     # LSQ's own start: 2 E|v| / sqrt(Q_p).
     torch.testing.assert_close(watch.scale.flatten(), (2 * watch.weight.abs().mean() / 7**0.5).reshape(1))
+
+
+def test_learned_ranges_of_all_stages_get_no_weight_decay(trainer, data):
+    class Decaying(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-3, weight_decay=0.1)
+
+    module, plan = (
+        Decaying(),
+        [Rule("net.conv", weight="int8 lsq"), Rule("net.conv", weight="int4 lsq", start="step 5")],
+    )
+    fit = trainer(QAT(QuantPlan(plan)), max_epochs=1)
+    fit.fit(module, datamodule=data)
+    decay = {id(p): group["weight_decay"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert [decay[id(stage.scale)] for stage in module.net.conv.weight_quantizer.stages()] == [0, 0]
+    assert decay[id(module.net.conv.weight)] == 0.1
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")

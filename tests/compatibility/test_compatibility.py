@@ -27,6 +27,7 @@ from lq_plugin import PTQ, QuantPlan, load_checkpoint
 from lq_plugin.commands.report_sources import load_report
 from lq_plugin.export import load_packed
 from lq_plugin.model.measure.cost import cost
+from lq_plugin.quantizers.staged import present_keys
 from lq_plugin.report import ReportData, render
 from lq_plugin.report.data import VERSION
 from tests.compatibility.families import FAMILIES, Data, Module, Searched, evaluated, resume, state_of, train, trainer
@@ -59,15 +60,23 @@ class Written:
     def checkpoint(self, family: str) -> Path:
         return self.folder / "checkpoints" / f"{family}.ckpt"
 
-    def state(self, family: str) -> dict[str, Tensor]:
+    def _stored_state(self, family: str) -> dict[str, Tensor]:
         return torch.load(self.checkpoint(family), weights_only=True)["state_dict"]
+
+    def state(self, family: str) -> dict[str, Tensor]:
+        """The checkpoint's tensors by the names that they have today."""
+        stored = self._stored_state(family)
+        present = present_keys(list(stored))
+        return {present[key]: value for key, value in stored.items()}
 
     def expected(self, family: str, part: str = "") -> dict[str, Tensor]:
         """Tensors of one part, without its name; of all that `evaluated` gives where there is none."""
         found = load_file(self.folder / "expected" / f"{family}.safetensors")
         if not part:
             return {key: value for key, value in found.items() if key.startswith(("weight/", "output/"))}
-        return {key.removeprefix(f"{part}/"): value for key, value in found.items() if key.startswith(f"{part}/")}
+        values = {key.removeprefix(f"{part}/"): value for key, value in found.items() if key.startswith(f"{part}/")}
+        present = present_keys(list(self._stored_state(family)))
+        return {present.get(key, key): value for key, value in values.items()}
 
 
 def cases(kind: str) -> list[Any]:

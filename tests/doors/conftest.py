@@ -5,7 +5,7 @@ import pytest
 from lq_plugin.intent import ranges as range_names
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.layers import registry as layers
-from lq_plugin.quantizers import registry as formats
+from lq_plugin.quantizers import learned_ranges, registry as formats
 from lq_plugin.ranges import registry as ranges
 from lq_plugin.report import registry as pictures
 
@@ -21,6 +21,7 @@ def registries_as_they_were(monkeypatch):
         range_names.RANGES,
         range_names._KINDS,
         ranges._ESTIMATORS,
+        learned_ranges._LEARNED,
         layers._REGISTRY,
         layers._SHADOWED,
         pictures.PICTURES,

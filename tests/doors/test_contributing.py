@@ -27,6 +27,7 @@ def test_every_door_is_shown() -> None:
         "format",
         "layer",
         "range",
+        "learned_range",
         "phase",
         "target",
         "picture",

@@ -233,7 +233,7 @@ def test_what_a_format_has_no_code_for_is_refused_before_any_work(tmp_path):
         ("wide", Format("", (4, 32)), {}, r"bit_widths must be 1\.\.16"),
         ("other", Format("", (4,), slots=("input",)), {}, "weight is <class .*: a format for weights"),
         ("other", Format("", (4,)), {"activation": None}, "a format for inputs or outputs has a maker for them"),
-        ("other", Format("", (4,)), {"onnx": lambda spec, values: None}, "give storage too"),
+        ("other", Format("", (4,)), {"onnx": lambda spec, values: None}, "give storage also"),
         ("pot", Format("", (4,)), {"weight": HalfSteps}, r"the name is taken by \["),
     ],
 )

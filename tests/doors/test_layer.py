@@ -7,12 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lq_plugin import calibrate, prepare
+from lq_plugin import QuantPlan, QuantSpec, Rule, calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
+from lq_plugin.export.xnor.layers import spec_fault, use_xnor
 from lq_plugin.layers import QuantizedLayer, register_layer
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.measure.cost import cost
+from lq_plugin.ptq.batch_norm.fold import find_batch_norm_pairs, fold_batch_norm
 from lq_plugin.ptq.bias_correction import bias_correct
+from lq_plugin.ptq.equalization.equalize import equalize
 from lq_plugin.ptq.equalization.pairs import find_equalization_pairs
 from lq_plugin.ptq.gptq.quantize import gptq
 from lq_plugin.ptq.smooth_quant.smooth import smooth_quant
@@ -133,13 +136,43 @@ def test_smoothing_does_to_it_what_it_does_to_torchs_linear():
     torch.testing.assert_close(nets[0](data()), before, rtol=1e-4, atol=1e-5)
 
 
-def test_equalization_lists_it():
-    net, _ = twins()
-    pairs, refused = find_equalization_pairs(net, record(net, lambda: net(data())))
-    assert pairs == []
-    assert {layer.layer: layer.reason for layer in refused} == dict.fromkeys(
-        ("1", "3"), "Turned is none of torch's own layers"
-    )
+def test_equalization_does_to_it_what_it_does_to_torchs_linear():
+    nets = twins()
+    before = nets[0](data())
+    results = [equalize(net, record(net, lambda net=net: net(data()))) for net in nets]
+    assert [(pair.producer, pair.consumer) for pair in results[0].pairs] == [("1", "3")]
+    assert results[0].pairs == results[1].pairs
+    assert torch.equal(results[0].factors["1"], results[1].factors["1"])
+    assert not torch.allclose(results[0].factors["1"], torch.ones(10, dtype=torch.float64))
+    same(*nets)
+    torch.testing.assert_close(nets[0](data()), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_is_folded_into_it_as_into_torchs_linear():
+    folded = []
+    for layer in (net[1] for net in twins()):
+        torch.manual_seed(0)
+        net = nn.Sequential(layer, nn.BatchNorm1d(10))
+        net(data())  # running statistics
+        net.eval()
+        before = net(data())
+        pairs, refused = find_batch_norm_pairs(net, record(net, lambda net=net: net(data())))
+        assert ([(pair.producer, pair.batch_norm) for pair in pairs], refused) == ([("0", "1")], [])
+        fold_batch_norm(net, pairs)
+        torch.testing.assert_close(net(data()), before, rtol=1e-4, atol=1e-5)
+        folded.append(layer)
+    torch.testing.assert_close(folded[0].weight.t(), folded[1].weight, rtol=1e-6, atol=1e-7)
+
+
+def test_its_bits_are_counted_as_those_of_torchs_linear():
+    nets = twins()
+    for net in nets:
+        prepare(net, QuantPlan([Rule("1", weight="bwn", input="sign")]))
+        calibrate(net, [data()])
+        fake = net.eval()(data())
+        assert use_xnor(net, native=False) == ["1"]
+        torch.testing.assert_close(net(data()), fake, rtol=1e-5, atol=1e-5)
+    assert torch.equal(nets[0][1].words, nets[1][1].words)
 
 
 def test_a_subclass_with_its_own_forward_is_quantized_and_left_alone_by_the_passes():
@@ -150,6 +183,9 @@ def test_a_subclass_with_its_own_forward_is_quantized_and_left_alone_by_the_pass
     assert bool((net.eval()(data()) >= 0).all())
     assert "forward of its own" in gptq(copy.deepcopy(net), [data()]).skipped["0"]
     assert "forward of its own" in bias_correct(net, [data()]).skipped["0"]
+    _, refused = find_equalization_pairs(net, record(net, lambda: net(data())))
+    assert [str(layer) for layer in refused] == ["'0': Shifted has a forward of its own"]
+    assert "has no kernel" in spec_fault("weight", QuantSpec.parse("bwn"), net[0])
 
 
 def test_a_layer_that_declares_no_operation_is_refused_by_the_passes_in_words(tmp_path):

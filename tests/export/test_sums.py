@@ -127,7 +127,7 @@ def test_int2_container(tmp_path):
 def test_an_old_onnx_has_no_int2(tmp_path, monkeypatch):
     from lq_plugin.export.onnx_file import graph
 
-    monkeypatch.setitem(graph._TYPES, (2, True), None)
+    monkeypatch.setitem(graph.TYPES, (2, True), None)
     net, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
     quantized(net, x, "int2 per_channel", None)
     with pytest.raises(

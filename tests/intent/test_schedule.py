@@ -3,21 +3,21 @@
 import pytest
 
 from lq_plugin import PlanError, Schedule
-from lq_plugin.intent.schedule import Phase
+from lq_plugin.intent.schedule import Switches
 
 
 def test_phases_follow_epoch_and_step():
     schedule = Schedule(
         weights_start="step 5", activations_start="epoch 2", observer_freeze="step 20", batch_norm_freeze=30
     )
-    assert schedule.at(0, 4) == Phase(weights=False, activations=False, observe=True, freeze_batch_norm=False)
-    assert schedule.at(0, 5) == Phase(weights=True, activations=False, observe=True, freeze_batch_norm=False)
-    assert schedule.at(2, 19) == Phase(weights=True, activations=True, observe=True, freeze_batch_norm=False)
-    assert schedule.at(2, 30) == Phase(weights=True, activations=True, observe=False, freeze_batch_norm=True)
+    assert schedule.at(0, 4) == Switches(weights=False, activations=False, observe=True, freeze_batch_norm=False)
+    assert schedule.at(0, 5) == Switches(weights=True, activations=False, observe=True, freeze_batch_norm=False)
+    assert schedule.at(2, 19) == Switches(weights=True, activations=True, observe=True, freeze_batch_norm=False)
+    assert schedule.at(2, 30) == Switches(weights=True, activations=True, observe=False, freeze_batch_norm=True)
 
 
 def test_default_quantizes_at_once_and_never_freezes():
-    assert Schedule().at(0, 0) == Schedule().at(10**6, 10**9) == Phase(True, True, True, False)
+    assert Schedule().at(0, 0) == Schedule().at(10**6, 10**9) == Switches(True, True, True, False)
 
 
 def test_only_differences_are_written():

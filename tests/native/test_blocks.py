@@ -34,7 +34,7 @@ def quantizer_of_inputs(spec: str, channels: int, axis: int = 1, top: float = 2.
     """Calibrated: γ, or the tensor's scale, is that of a range up to `top`."""
     quantizer = make_activation_quantizer(QuantSpec.parse(spec), "input", channels, axis)
     if quantizer.needs_calibration:
-        quantizer._store(torch.tensor([-top]), torch.tensor([top]))
+        quantizer.store_bounds(torch.tensor([-top]), torch.tensor([top]))
     quantizer.set_calibrated()
     return quantizer
 

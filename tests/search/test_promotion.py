@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lq_plugin.commands.search import run as run_config
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search import Evaluator, Level, SearchResult, StudyError, evaluate_at
+from lq_plugin.search import Evaluator, Rung, SearchResult, StudyError, evaluate_at
 from lq_plugin.search.study.progress import SearchProgress
 from lq_plugin.search.study.promotion import Ladder
 from lq_plugin.search.study.trial_runs import log_trials
@@ -26,7 +26,7 @@ from .test_main import ROOT, composed
 from .test_study import SPACE, interrupted, run
 
 #: Its 2-bit plans that are scaled by tensor are hopeless: they cost about what those by channel do.
-LEVELS = [{"batches": 1}, {}, {"reconstruct": {"iterations": 4}}]
+RUNGS = [{"batches": 1}, {}, {"reconstruct": {"iterations": 4}}]
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def by_state(result: SearchResult, state: TrialState) -> list[FrozenTrial]:
 def test_only_what_is_near_the_front_climbs_and_the_rest_costs_the_subset(
     model: DigitsCNN, storage: InMemoryStorage, validated: list[int], tmp_path: Path
 ) -> None:
-    result = run(model, 12, fidelity=LEVELS, storage=storage, promote_within=0.02, promote_first=3, output_dir=tmp_path)
+    result = run(model, 12, fidelity=RUNGS, storage=storage, promote_within=0.02, promote_first=3, output_dir=tmp_path)
     complete, stopped = by_state(result, TrialState.COMPLETE), by_state(result, TrialState.PRUNED)
     assert len(complete) + len(stopped) == 12, "both kinds count as tried"
     assert [trial.number for trial in complete[:3]] == [0, 1, 2], "the first ones climb in any case"
     assert {len(trial.user_attrs["levels"]) for trial in stopped} >= {1}
     assert result.held_back == len(stopped) > 2
-    assert f"{len(stopped)} more stopped below the top level" in str(result.table().title)
+    assert f"{len(stopped)} more stopped below the top rung" in str(result.table().title)
 
     # Float validation and calibration read all three batches.
     expected = [3, 3]
@@ -87,7 +87,7 @@ def test_only_what_is_near_the_front_climbs_and_the_rest_costs_the_subset(
             and theirs[number]["effective_bits"] <= mine["effective_bits"]
         ]
         assert better
-        assert trial.user_attrs["held_back"].startswith(f"level {number}: val/acc {mine['val/acc']:.6g}; trial ")
+        assert trial.user_attrs["held_back"].startswith(f"rung {number}: val/acc {mine['val/acc']:.6g}; trial ")
         assert trial.user_attrs["metrics"] == mine
 
     assert {c.number for c in result.candidates} == {trial.number for trial in complete}
@@ -103,7 +103,7 @@ def test_only_what_is_near_the_front_climbs_and_the_rest_costs_the_subset(
     with Evaluator(model, DigitsDataModule(batch_size=120), trainer=CPU, calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
         for number, metrics in enumerate([*best.lower, best.metrics]):
-            alone = evaluate_at(evaluator, best.plan, Level.parse(LEVELS[number]))
+            alone = evaluate_at(evaluator, best.plan, Rung.parse(RUNGS[number]))
             assert alone == {name: metrics[name] for name in alone}
 
 
@@ -126,18 +126,18 @@ def test_without_a_margin_of_its_own_a_level_takes_the_searchs_or_a_twentieth(
 
 
 def test_a_wide_margin_lets_all_climb(model: DigitsCNN) -> None:
-    result = run(model, 6, fidelity=LEVELS[:2], promote_within=1.0, promote_first=0)
+    result = run(model, 6, fidelity=RUNGS[:2], promote_within=1.0, promote_first=0)
     assert [t.state for t in result.study.trials] == [TrialState.COMPLETE] * 6
     assert all(len(t.user_attrs["levels"]) == 2 for t in result.study.trials)
 
 
 def test_a_subset_that_is_no_subset_is_named(model: DigitsCNN, caplog: Any) -> None:
     run(model, 1, fidelity=[{"batches": 3}, {}])
-    assert "level 0 reads 3 batches: the validation has no more than 3" in caplog.text
+    assert "rung 0 reads 3 batches: the validation has no more than 3" in caplog.text
 
 
 def test_a_loss_is_better_when_it_is_smaller(model: DigitsCNN) -> None:
-    result = run(model, 8, fidelity=LEVELS[:2], metric="val/loss", mode="min", promote_within=0.0, promote_first=1)
+    result = run(model, 8, fidelity=RUNGS[:2], metric="val/loss", mode="min", promote_within=0.0, promote_first=1)
     stopped = by_state(result, TrialState.PRUNED)
     assert stopped
     for trial in stopped:
@@ -151,7 +151,7 @@ def test_a_pruner_decides_with_one_objective_also_about_trials_of_another_worker
     model: DigitsCNN, tmp_path: Path
 ) -> None:
     pruner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3}
-    options: dict[str, Any] = {"cost": None, "fidelity": LEVELS[:2], "promote_within": 10.0, "output_dir": tmp_path}
+    options: dict[str, Any] = {"cost": None, "fidelity": RUNGS[:2], "promote_within": 10.0, "output_dir": tmp_path}
     first = run(model, 3, **options, pruner=pruner)
     assert [t.state for t in first.study.trials] == [TrialState.COMPLETE] * 3
     assert [sorted(t.intermediate_values) for t in first.study.trials] == [[0, 1]] * 3
@@ -170,12 +170,12 @@ def test_a_pruner_decides_with_one_objective_also_about_trials_of_another_worker
 
 def test_without_a_pruner_none_decides(model: DigitsCNN) -> None:
     """Optuna's default is the median pruner."""
-    result = run(model, 8, cost=None, fidelity=LEVELS[:2], promote_within=10.0)
+    result = run(model, 8, cost=None, fidelity=RUNGS[:2], promote_within=10.0)
     assert {t.state for t in result.study.trials} == {TrialState.COMPLETE}
 
 
 def test_levels_are_part_of_what_a_study_was_made_for(model: DigitsCNN, storage: InMemoryStorage) -> None:
-    run(model, 2, storage=storage, fidelity=LEVELS[:2])
+    run(model, 2, storage=storage, fidelity=RUNGS[:2])
     with pytest.raises(StudyError, match=r"fidelity: only in the study \{'batches': 1\}; only now \{'batches': 2\}"):
         run(model, 3, storage=storage, fidelity=[{"batches": 2}, {}])
     with pytest.raises(StudyError, match="fidelity: only in the study: "):
@@ -184,7 +184,7 @@ def test_levels_are_part_of_what_a_study_was_made_for(model: DigitsCNN, storage:
 
 
 def test_a_plan_that_was_stopped_is_not_tried_again(model: DigitsCNN, storage: InMemoryStorage) -> None:
-    options: dict[str, Any] = {"storage": storage, "fidelity": LEVELS[:2], "promote_within": 0.0, "promote_first": 1}
+    options: dict[str, Any] = {"storage": storage, "fidelity": RUNGS[:2], "promote_within": 0.0, "promote_first": 1}
     result = run(model, 8, **options)
     stopped = by_state(result, TrialState.PRUNED)[0]
     twin = optuna.create_trial(state=TrialState.WAITING, params=stopped.params, distributions=stopped.distributions)
@@ -198,7 +198,7 @@ def test_a_plan_that_was_stopped_is_not_tried_again(model: DigitsCNN, storage: I
 
 def test_constraints_go_with_levels(model: DigitsCNN) -> None:
     limits = ["quantizable_effective_bits <= 4", "val/acc >= 0.5"]
-    result = run(model, 10, fidelity=LEVELS[:2], promote_within=0.02, promote_first=1, constraints=limits)
+    result = run(model, 10, fidelity=RUNGS[:2], promote_within=0.02, promote_first=1, constraints=limits)
     stopped = [t for t in by_state(result, TrialState.PRUNED) if "levels" in t.user_attrs]
     assert stopped
     for trial in [*stopped, *by_state(result, TrialState.COMPLETE)]:
@@ -216,7 +216,7 @@ def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monke
         return original(self) | ({"val/acc": float("nan")} if len(calls) == 3 else {})
 
     monkeypatch.setattr(Evaluator, "validate", nan)
-    result = run(model, 2, fidelity=LEVELS[:2])
+    result = run(model, 2, fidelity=RUNGS[:2])
     (failed,) = by_state(result, TrialState.FAIL)
     assert "metric 'val/acc' is nan" in failed.user_attrs["error"]
     assert "levels" not in failed.user_attrs
@@ -224,9 +224,9 @@ def test_a_metric_that_is_nan_at_a_level_fails_the_trial(model: DigitsCNN, monke
 
 @pytest.mark.slow
 def test_an_interrupted_trial_goes_on_at_its_level(tmp_path: Path, monkeypatch: Any) -> None:
-    # Float validation, calibration, three levels of the first trial; the second one is stopped at its second level.
+    # Float validation, calibration, three rungs of the first trial; the second one is stopped at its second rung.
     interrupted(
-        "Evaluator.validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={LEVELS!r}, promote_first=9"
+        "Evaluator.validate", 7, "signal.SIGINT, signal.SIGINT", 4, tmp_path, f"fidelity={RUNGS!r}, promote_first=9"
     )
     study = optuna.load_study(study_name="lq_search", storage=f"sqlite:///{tmp_path}/study.db")
     (lost,) = study.get_trials(states=(TrialState.FAIL,))
@@ -235,11 +235,11 @@ def test_an_interrupted_trial_goes_on_at_its_level(tmp_path: Path, monkeypatch: 
     original, calls = Evaluator.validate, []
     monkeypatch.setattr(Evaluator, "validate", lambda self: calls.append(0) or original(self))
     torch.manual_seed(0)
-    result = run(DigitsCNN(width=4), 3, output_dir=tmp_path, fidelity=LEVELS, promote_first=9)
+    result = run(DigitsCNN(width=4), 3, output_dir=tmp_path, fidelity=RUNGS, promote_first=9)
     (retried,) = [t for t in result.study.trials if t.user_attrs.get("retries") == lost.number]
     assert retried.state == TrialState.COMPLETE
     assert retried.user_attrs["levels"][0] == lost.user_attrs["levels"][0]
-    # Float validation, calibration, three levels of the plan that waited, and the two that were missing.
+    # Float validation, calibration, three rungs of the plan that waited, and the two that were missing.
     assert len(calls) == 2 + 3 + 2
 
 
@@ -286,7 +286,7 @@ def test_levels_in_yaml(tmp_path: Path, capsys: Any) -> None:
     assert len(result.candidates) + result.held_back == 3
     assert all(len(c.lower) == 1 for c in result.candidates)
     assert "front of" in capsys.readouterr().out
-    with pytest.raises(QuantizationError, match="level 0: unknown option 'epochs' of qat"):
+    with pytest.raises(QuantizationError, match="rung 0: unknown option 'epochs' of qat"):
         run_config(composed(tmp_path, "search.fidelity=[{qat: {epochs: 1, max_epochs: 1}}]"))
     pruner = "search.pruner={_target_: optuna.pruners.MedianPruner}"
     with pytest.raises(QuantizationError, match="a pruner decides about one objective"):
@@ -306,7 +306,7 @@ def test_the_bar_counts_trials_that_stopped(capsys: Any) -> None:
 def test_a_wandb_run_has_a_step_for_each_level(model: DigitsCNN, monkeypatch: Any) -> None:
     import wandb
 
-    result = run(model, 2, fidelity=LEVELS[:2])
+    result = run(model, 2, fidelity=RUNGS[:2])
     logged: list[dict[str, float]] = []
 
     class Run:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.search.space.bound import BoundSpace, Unit
+from lq_plugin.search.space.model_space import ModelSpace, Unit
 from lq_plugin.search.study import refine
 from lq_plugin.search.study.refine import Point, Refiner, front_of
 
 BITS = (2, 3, 4, 8)
 CHOICES = tuple(QuantSpec.parse(f"int{bits} per_channel mse") for bits in BITS)
 UNITS = tuple(Unit(f"layer{index}.weight", "weight", (f"layer{index}",), CHOICES) for index in range(4))
-SPACE = BoundSpace(UNITS, ())
+SPACE = ModelSpace(UNITS, ())
 #: Layers differ in size and in how much they suffer from few bits.
 SIZES, HARMS = (1.0, 2.0, 4.0, 8.0), (8.0, 1.0, 3.0, 0.5)
 COSTS = {

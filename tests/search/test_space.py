@@ -13,7 +13,7 @@ from lq_plugin.errors import PlanError, QuantizationError, SpecError
 from lq_plugin.intent.plan import LayerInfo, QuantPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search import Space, SpaceRule, parse_choices
-from lq_plugin.search.space.bound import Unit
+from lq_plugin.search.space.model_space import Unit
 
 CONV = ("Conv2d", "_ConvNd")
 LAYERS = [

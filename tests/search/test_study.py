@@ -341,7 +341,7 @@ def test_samplers_come_as_an_object_or_are_made_from_a_seed(model: DigitsCNN) ->
         ({"constraints": [3]}, "a constraint is written"),
         ({"latency": 3}, "latency is a mapping of options or None"),
         ({"latency": {"batch": "x"}}, "options of latency"),
-        ({"fidelity": 3}, "fidelity is a list of levels"),
+        ({"fidelity": 3}, "fidelity is a list of rungs"),
         ({"pruner": 3}, "pruner"),
         ({"phases": 3}, "phases are a list, got 3"),
         ({"phases": [3]}, "a phase is a name or a mapping"),

@@ -18,8 +18,8 @@ from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search import Problem, SurrogateSampler, search as run
 from lq_plugin.search.shared.database import quiet
-from lq_plugin.search.space.bound import BoundSpace, Unit
 from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.space.model_space import ModelSpace, Unit
 from lq_plugin.search.surrogate.candidates import Price, cheapest_harm, everything, steps, swaps
 from lq_plugin.search.surrogate.improvement import Front
 from lq_plugin.search.surrogate.regression import Features, Prior, Regression, likeliest
@@ -30,9 +30,9 @@ BITS = (2, 3, 4, 8)
 CHOICES = tuple(QuantSpec.parse(f"int{bits} {how}") for how in ("per_channel mse", "per_tensor") for bits in BITS)
 
 
-def make_space(units: int) -> BoundSpace:
+def make_space(units: int) -> ModelSpace:
     named = [Unit(f"layer{i}.weight", "weight", (f"layer{i}",), CHOICES) for i in range(units)]
-    return BoundSpace(tuple(named), ())
+    return ModelSpace(tuple(named), ())
 
 
 class World:
@@ -243,7 +243,7 @@ def test_the_improvement_is_the_mean_over_draws(costs: int) -> None:
 
 def test_the_probability_is_that_of_beating_all_that_cost_no_more() -> None:
     front = Front(np.array([0.5, 0.9]), np.array([[2.0], [4.0]]), 0.0, np.array([8.0]))
-    assert front.level(np.array([[1.0], [2.0], [3.9], [4.0], [7.0]])).tolist() == [0.0, 0.5, 0.5, 0.9, 0.9]
+    assert front.height(np.array([[1.0], [2.0], [3.9], [4.0], [7.0]])).tolist() == [0.0, 0.5, 0.5, 0.9, 0.9]
     got = front.probability(np.array([0.5, 0.9, 1.0]), np.full(3, 0.1), np.array([[3.0], [4.0], [5.0]]))
     np.testing.assert_allclose(got, [0.5, 0.5, 0.8413447], rtol=1e-6)
 
@@ -431,7 +431,7 @@ def test_it_is_a_sampler_for_optuna_itself() -> None:
 
 def test_nothing_new_and_nothing_different_is_no_fault() -> None:
     units = make_space(2).units
-    space = BoundSpace(tuple(Unit(u.name, u.slot, u.layers, CHOICES[:2]) for u in units), ())
+    space = ModelSpace(tuple(Unit(u.name, u.slot, u.layers, CHOICES[:2]) for u in units), ())
     table = {u.name: {str(c): float(c.bit_width) for c in CHOICES[:2]} for u in units}
     problem, study, sampler = Problem(space, {}, [(0.0, table)]), in_memory(), SurrogateSampler(0)
     sampler.attach(problem)
@@ -502,7 +502,7 @@ def test_bounds_on_bit_operations_are_kept(layers: int, bits: tuple[int, ...]) -
         "input": tuple(QuantSpec.parse(f"uint{b} affine mse") for b in bits),
     }
     units = [Unit(f"l{i}.{slot}", slot, (f"l{i}",), choices[slot]) for i in range(layers) for slot in choices]
-    space = BoundSpace(tuple(units), ())
+    space = ModelSpace(tuple(units), ())
 
     def widths(params: dict[str, Any]) -> list[int]:
         return [unit.choice(params).bit_width for unit in units]  # type: ignore[union-attr]

@@ -30,7 +30,7 @@ def test_a_config_is_read_once_and_cannot_be_changed(model: DigitsCNN) -> None:
     read = config(model, cost=["bytes", "bops"], constraints="bytes <= 900", fidelity=[{"batches": 1}, {}], mode="min")
     assert (read.costs, read.size, read.directions) == (("bytes", "bops"), "bytes", ["minimize"] * 3)
     assert [str(limit) for limit in read.limits] == ["bytes <= 900"]
-    assert [str(level) for level in read.levels] == ["batches=1", "PTQ"]
+    assert [str(rung) for rung in read.rungs] == ["batches=1", "PTQ"]
     assert isinstance(read.space, Space)
     assert read.timing is None
     with pytest.raises(dataclasses.FrozenInstanceError):

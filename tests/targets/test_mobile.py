@@ -104,7 +104,7 @@ def test_other_operations(suffix, tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("spec", ["twn", "bwn", "uint4 affine", "int7"])
 def test_other_weights_that_are_exact(spec, suffix, tmp_path):
-    """With few levels the stored integers are multiplied, which gives biases finer steps: see `fit_biases`."""
+    """With few levels `settle_weight_scales` multiplies the stored integers, which gives biases finer steps."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     x = torch.randn(16, 3, 8, 8)

@@ -34,7 +34,7 @@ def test_neither_form_of_a_weight_is_read_by_both(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pte", "tflite"])
 def test_a_bias_beyond_int32_is_lost_without_a_word(suffix, monkeypatch, tmp_path):
-    """With weights of 1e-8 a bias of 3 comes out as 0; `fit_biases` keeps it."""
+    """With weights of 1e-8 a bias of 3 comes out as 0; `settle_weight_scales` keeps it."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(16, 3, 8, 8)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_bias_beyond_int32_is_lost_without_a_word(suffix, monkeypatch, tmp_pat
     run = next(target for target in TARGETS.values() if target.suffix == path.suffix).open
     export_model(net, path, (x,), [x])
     assert verify(net, path, [x]).largest_difference < 0.01
-    monkeypatch.setattr(build, "fit_biases", lambda module: None)
+    monkeypatch.setattr(build, "settle_weight_scales", lambda module: None)
     export_model(net, path, (x,), [x])
     assert not run(path, None, None).run(x)[0][:, 0].any()
 
@@ -98,8 +98,8 @@ def test_few_levels_make_wide_steps_of_biases(suffix, monkeypatch, tmp_path):
     x, path, differing = torch.randn(64, 3, 8, 8), tmp_path / f"net.{suffix}", []
     prepare(net, QuantPlan([Rule("*", weight="bwn", input="int8"), Rule("3", output="int8")]))
     calibrate(net, [x])
-    for fit in (build.fit_biases, lambda module: None):
-        monkeypatch.setattr(build, "fit_biases", fit)
+    for settle in (build.settle_weight_scales, lambda module: None):
+        monkeypatch.setattr(build, "settle_weight_scales", settle)
         export_model(net, path, (x,), [x])
         (found,) = next(t for t in TARGETS.values() if t.suffix == path.suffix).open(path, None, None).run(x)
         with torch.no_grad():

@@ -45,7 +45,7 @@ class QuantMonitor(Callback):
     the calibration. No forward pass is added (but by `float_loss`), no random number is drawn, nothing of the Trainer's
     metrics is touched. A compiled model runs that one batch uncompiled.
 
-    Beside them are trained scales (`<layer>/weight_scale_min`, `_scale_max`), and for weights of at most two bits the
+    Next to them are trained scales (`<layer>/weight_scale_min`, `_scale_max`), and for weights of at most two bits the
     share of zeros and the share whose sign flipped since the last log (`<layer>/weight_zeros`, `_flips`). The same
     numbers and the run's own metrics are the curves of the report page.
 

@@ -1,4 +1,4 @@
-"""What the variants of a model score in a run: float, PTQ and QAT, with the samples that were evaluated."""
+"""Metrics of the variants of a model in a run: float, PTQ and QAT, with the samples that were evaluated."""
 
 from __future__ import annotations
 

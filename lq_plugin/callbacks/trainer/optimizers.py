@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ PER_GROUP = (
     "base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums",
     "base_values", "warmup_steps",
 )  # fmt: skip
-#: The `name` of groups of learned ranges, behind that of the group they are cloned from.
+#: The `name` of groups of learned ranges, after that of the group they are cloned from.
 GROUP_NAME = "learned_ranges"
 #: Optimizers, by name, that cannot train a range: Muon turns a matrix orthogonal, SparseAdam takes sparse gradients
 #: alone.
@@ -189,14 +189,23 @@ def _owned(pl_module: LightningModule) -> Iterator[tuple[str, list[Any], Quantiz
     """Every quantizer, its name, and the weights whose optimizer its range belongs to, the nearest first."""
     for name, layer in quantized_layers(pl_module):
         for slot in SLOTS:
-            if (quantizer := getattr(layer, f"{slot}_quantizer")) is not None:
-                yield f"{name}.{slot}_quantizer", weight_sources(layer), quantizer
+            if (held := getattr(layer, f"{slot}_quantizer")) is not None:
+                for path, quantizer in _quantizers_in(held, f"{name}.{slot}_quantizer"):
+                    yield path, weight_sources(layer), quantizer
     for name, operation in quantized_operations(pl_module):
         owner = pl_module.get_submodule(operation.operation.place[0])
         ours = {id(parameter) for parameter in operation.parameters()}
         weights = [parameter for parameter in owner.parameters() if id(parameter) not in ours]
-        for key, quantizer in operation.named_children():
-            yield f"{name}.{key}", weights, cast(Quantizer, quantizer)
+        for key, held in operation.named_children():
+            for path, quantizer in _quantizers_in(held, f"{name}.{key}"):
+                yield path, weights, quantizer
+
+
+def _quantizers_in(held: nn.Module, name: str) -> Iterator[tuple[str, Quantizer]]:
+    """Yields a quantizer, or those of all stages, with their names."""
+    for path, module in held.named_modules(prefix=name):
+        if isinstance(module, Quantizer):
+            yield path, module
 
 
 def _find(optimizers: list[Optimizer], parameter: Any) -> tuple[int, int] | None:
@@ -244,7 +253,7 @@ def _new_name(optimizer: Optimizer, source: str | None) -> str:
 
 
 def _extend(scheduler: Any, source: int, groups: int) -> None:
-    """Repeat element `source` of every per-group list of a scheduler, nested ones too."""
+    """Repeat element `source` of every per-group list of a scheduler, also of nested ones."""
     for inner in getattr(scheduler, "_schedulers", []):
         _extend(inner, source, groups)
     for name in PER_GROUP:

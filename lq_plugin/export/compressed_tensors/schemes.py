@@ -1,4 +1,4 @@
-"""What compressed-tensors holds of a plan: each layer's specs as one of its schemes, or the reason why it has none.
+"""Schemes of compressed-tensors for the specs of layers, or the reason why it has none.
 
 | weight | input | format | in the file |
 |---|---|---|---|

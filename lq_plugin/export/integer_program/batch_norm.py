@@ -1,4 +1,4 @@
-"""Batch norms behind products move into the scales of the weight and into the bias."""
+"""Batch norms after products move into the scales of the weight and into the bias."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _LARGEST = 2.0**30
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-31, 2.0**8
 
 
-def fit_biases(module: GraphModule) -> None:
+def settle_weight_scales(module: GraphModule) -> None:
     """Makes the scales of weights as small as the byte allows, and as large as biases and factors want, in place.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.integer_program.batch_norm import fold_batch_norms
-from lq_plugin.export.integer_program.biases import fit_biases
+from lq_plugin.export.integer_program.biases import settle_weight_scales
 from lq_plugin.export.integer_program.form import IntegerForm
 from lq_plugin.export.integer_program.graph import LOW, Grid, operations, place, put_constant
 from lq_plugin.export.integer_program.pieces import pieces
@@ -49,7 +49,7 @@ def integer_program(
     fold_batch_norms(module)
     settlement = Settlement(module, form)
     settlement.put(_ranges(module, settlement.missing(), inputs, batches, form))
-    fit_biases(module)
+    settle_weight_scales(module)
     if form.float_weights:
         _quantize_weights(module)
     module.graph.eliminate_dead_code()

@@ -21,7 +21,7 @@ MOVES = frozenset({
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """What a runtime computes with integers.
+    """Operations and types that a runtime computes with integers.
 
     Args:
         runtime: its name, for messages.

@@ -87,7 +87,13 @@ def put_constant(module: GraphModule, name: str, value: Tensor) -> Node:
 
 
 def quantize(module: GraphModule, value: Node, grid: Grid) -> Node:
-    """Adds a quantize node where the graph inserts now."""
+    """Adds a quantize node where the graph inserts now.
+
+    Args:
+        module: with the graph.
+        value: what is quantized.
+        grid: its scale, zero point and integers.
+    """
     args = (value, *grid, LOW, HIGH, torch.int8)
     return _call(module, operations().quantize_per_tensor.default, args, value, torch.int8)
 

@@ -53,7 +53,7 @@ class Product:
 
     @property
     def output_scale(self) -> float:
-        """Step of its result, behind the activation that is fused to it."""
+        """Step of its result, after the activation that is fused to it."""
         node = self.node
         while kind(node) != QUANTIZE:
             node = next(iter(node.users))

@@ -1,13 +1,13 @@
 """A grid for every tensor that an integer operation reads or writes.
 
-A plan says what layers read. A runtime computes a convolution with integers only where its result is rounded too, and a
-sum only where both operands and the result are:
+A plan says what layers read. A runtime computes a convolution with integers only where its result is also rounded, and
+a sum only where both operands and the result are:
 
     before   conv ───────────► add ─► relu ─► Q ─► DQ ─► conv
     after    conv ─► Q ─► DQ ─► add ─► relu ─► Q ─► DQ ─► conv
              (shortcut) ─► DQ ─┘
 
-A tensor has one grid: the one that a reader asks for by a quantize node, also behind operations that only move values;
+A tensor has one grid: the one that a reader asks for by a quantize node, also after operations that only move values;
 of several the finest, from which the others are rounded again. Where nobody asks, the range comes from calibration
 data. This may be more rounding than the plan asks for: compare with `lq_plugin.export.verify`, or quantize operands of
 sums and outputs in the plan.
@@ -212,7 +212,7 @@ def _one_reader_each(module: GraphModule) -> None:
 
 
 def _drop_clamps(module: GraphModule) -> None:
-    """Removes activations that clip to the range of the grid that alone reads them: rounding clips there, too."""
+    """Removes activations that clip to the range of the grid that alone reads them: rounding also clips there."""
     for node in list(module.graph.nodes):
         readers = list(node.users)
         if kind(node) not in _CLAMPS or len(readers) != 1 or kind(readers[0]) != QUANTIZE:

@@ -51,7 +51,14 @@ def onnx_faults(
 
 
 def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None:
-    """Returns why a file of that form cannot hold a tensor under a spec; see `Target.spec_fault`."""
+    """Returns why a file of that form cannot hold a tensor under a spec; see `Target.spec_fault`.
+
+    Args:
+        form: of the file.
+        slot: `"weight"`, `"input"` or `"output"`.
+        spec: of the tensor.
+        layer: float or quantized.
+    """
     if slot == "output":
         return "a file has one step between two layers, that of the next one's input: leave the output float"
     if isinstance(layer, OwnWeight) and (layer.experts is not None or layer.inputs_first):

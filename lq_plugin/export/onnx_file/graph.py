@@ -19,33 +19,16 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export.onnx_file.containers import Container, FloatContainer
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.minifloats import put_floats
+from lq_plugin.export.onnx_file.numbers import NEWER, TYPES, constant
 from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read, tensor_type
 from lq_plugin.export.onnx_file.scales import ordinary, times
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
 
-_TYPES = {
-    (2, True): getattr(TensorProto, "INT2", None),
-    (2, False): getattr(TensorProto, "UINT2", None),
-    (4, True): TensorProto.INT4,
-    (4, False): TensorProto.UINT4,
-    (8, True): TensorProto.INT8,
-    (8, False): TensorProto.UINT8,
-    (16, True): TensorProto.INT16,
-    (16, False): TensorProto.UINT16,
-}
 #: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
 _FAST_GROUPS = (128, 64, 32)
 #: Scale of an activation that is 0 everywhere, where any scale would do.
 _SCALE_OF_ZEROS = 2.0**-10
-#: First opset and first format version with a type.
-_NEWER = {
-    **dict.fromkeys((_TYPES[2, True], _TYPES[2, False]), (25, 13)),
-    TensorProto.FLOAT4E2M1: (23, 11),
-    TensorProto.FLOAT8E8M0: (24, 12),
-}
-#: Bits of the types of which several are in a byte.
-_BITS = {kind: bits for (bits, _), kind in _TYPES.items() if bits < 8} | {TensorProto.FLOAT4E2M1: 4}
 
 
 class Graph:
@@ -201,7 +184,13 @@ class Graph:
         return self.node(before, "DequantizeLinear", inputs, f"{name}.weight_dequantized", **place)
 
     def weight_codes(self, name: str, values: NDArray[Any], kind: int) -> str:
-        """Returns the name of a weight's integers, one for tied layers."""
+        """Returns the name of a weight's integers, one for tied layers.
+
+        Args:
+            name: of the layer.
+            values: the integers.
+            kind: their type, of `onnx.TensorProto`.
+        """
         content = (kind, values.shape, hashlib.blake2b(values.tobytes()).digest())
         if content not in self.codes:
             self.codes[content] = self.initializer(name, values, kind)
@@ -217,7 +206,7 @@ class Graph:
         return bool(flags)
 
     def _type(self, bits: int, signed: bool, name: str) -> int:
-        kind = _TYPES[bits, signed]
+        kind = TYPES[bits, signed]
         if kind is None:
             raise ExportError(
                 f"{name}: the installed onnx {onnx.__version__} has no INT{bits}; update it, or say smallest=4"
@@ -260,8 +249,8 @@ class Graph:
             half = self._float_type(source) == TensorProto.FLOAT16
             value = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
             if axis is not None and by_operations:
-                behind = (-axis if axis < 0 else self._rank(source) - axis) - 1
-                value = self._round(added, stem, value, *qparams, grid, behind)
+                dims_after = (-axis if axis < 0 else self._rank(source) - axis) - 1
+                value = self._round(added, stem, value, *qparams, grid, dims_after)
             else:
                 value = self._quantize(added, stem, value, *qparams, grid, axis)
             self.shared[key] = _make(added, "Cast", [value], f"{stem}_half", to=TensorProto.FLOAT16) if half else value
@@ -293,10 +282,10 @@ class Graph:
         scale: NDArray[Any],
         zero_point: NDArray[Any],
         grid: IntegerGrid,
-        behind: int,
+        dims_after: int,
     ) -> str:
         """Returns an activation on its levels by float operations, bit-equal to `fake_quantize`."""
-        shape = [-1, *[1] * behind]
+        shape = [-1, *[1] * dims_after]
         constants = {
             "inverse": np.float32(1) / scale, "low": grid.quant_min - zero_point, "high": grid.quant_max - zero_point,
             "scale": scale,
@@ -398,26 +387,28 @@ class Graph:
         )
 
     def initializer(self, name: str, values: NDArray[Any], kind: int) -> str:
-        """Adds a constant of a type of ONNX; returns its name. Types of less than a byte come as their bits."""
-        self.need(*_NEWER.get(kind, (0, 0)))
-        small = _BITS.get(kind)
-        if small is not None:
-            # The first element in the lowest bits.
-            flat = values.astype(np.uint8).reshape(-1) & (2**small - 1)
-            each = 8 // small
-            flat = np.append(flat, np.zeros(-flat.size % each, np.uint8)).reshape(-1, each)
-            packed = np.bitwise_or.reduce(flat << np.arange(0, 8, small, dtype=np.uint8), axis=1)
-            tensor = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
-        else:
-            tensor = numpy_helper.from_array(
-                np.asarray(values.astype(helper.tensor_dtype_to_np_dtype(kind)), order="C"), name
-            )
-        self.graph.initializer.append(tensor)
+        """Adds a constant of a type of ONNX; returns its name. Types of less than a byte come as their bits.
+
+        Args:
+            name: its name in the graph.
+            values: the constant.
+            kind: its type, of `onnx.TensorProto`.
+        """
+        self.need(*NEWER.get(kind, (0, 0)))
+        self.graph.initializer.append(constant(name, values, kind))
         self.known[name] = self.graph.initializer[-1]
         return name
 
     def node(self, before: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Adds a node before another one; returns its output's name."""
+        """Adds a node before another one; returns its output's name.
+
+        Args:
+            before: the node that it comes before.
+            op_type: its operation.
+            inputs: names of what it reads.
+            output: name of its result.
+            attributes: of the operation.
+        """
         return _make(self.before[before.name], op_type, inputs, output, **attributes)
 
     def finish(self) -> onnx.ModelProto:

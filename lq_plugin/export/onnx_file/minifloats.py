@@ -112,10 +112,10 @@ def _for_each_element(
         ones = [-1 if dim == axis else 1 for dim in range(len(shape))]
         return shaped(scale, "Reshape", ones, "broadcast") if weight.scale.ndim else scale
     count = -(-shape[axis] // weight.block)
-    behind = list(shape[axis + 1 :])
-    value = shaped(scale, "Reshape", [*shape[:axis], count, 1, *behind], "blocks")
-    value = shaped(value, "Expand", [*shape[:axis], count, weight.block, *behind], "repeated")
-    value = shaped(value, "Reshape", [*shape[:axis], count * weight.block, *behind], "elements")
+    after = list(shape[axis + 1 :])
+    value = shaped(scale, "Reshape", [*shape[:axis], count, 1, *after], "blocks")
+    value = shaped(value, "Expand", [*shape[:axis], count, weight.block, *after], "repeated")
+    value = shaped(value, "Reshape", [*shape[:axis], count * weight.block, *after], "elements")
     if shape[axis] % weight.block == 0:
         return value
     ends = {"start": 0, "end": shape[axis], "axis": axis}

@@ -34,6 +34,11 @@ def ordinary(scale: Tensor, q: Tensor, zero_point: Tensor | None) -> Tensor:
 
     There any scale gives the same weights; their own is the smallest possible, and biases are rounded in steps of it.
 
+    Args:
+        scale: `[C_out]`.
+        q: the weight's integers, `[C_out, ...]`.
+        zero_point: `[C_out]`; None: 0.
+
     >>> ordinary(torch.tensor([0.5, 1e-30]), torch.tensor([[1, 2], [0, 0]]), None)
     tensor([0.5000, 0.5000])
     """

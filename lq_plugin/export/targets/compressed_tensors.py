@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Reader, Target, nearest_spec, register_target
+from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.spec import QuantSpec
 
 
@@ -49,7 +50,7 @@ class CompressedTensors(Target):
 
     def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
         # vLLM has not tested zero points of inputs. PACT clips at 0, where it has no use for half of the signed levels.
-        if slot != "input" or not spec.is_uniform or spec.range_name == "pact":
+        if slot != "input" or not spec.is_uniform or range_kind(spec.range_name).non_negative:
             return spec
         # What vLLM finds at run time is max|x| / 127 of a token.
         return spec.replace(signed=True, affine=False, narrow_range=spec.dynamic)

@@ -8,6 +8,7 @@ from typing import Any
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.target import register_target
 from lq_plugin.export.targets.onnx import ONNX
+from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.spec import QuantSpec
 
 
@@ -32,5 +33,5 @@ class TensorRT(ONNX):
 
     def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
         # Signed integers with zero point 0. PACT clips at 0, where half of the signed levels would be of no use.
-        symmetric = slot != "weight" and spec.is_uniform and spec.range_name != "pact"
+        symmetric = slot != "weight" and spec.is_uniform and not range_kind(spec.range_name).non_negative
         return spec.replace(signed=True, affine=False) if symmetric else spec

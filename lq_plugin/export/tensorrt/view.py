@@ -90,7 +90,13 @@ class View:
         return _attribute(node, "block_size", 0)
 
     def output_axis(self, node: onnx.NodeProto, weight: str, dims: int) -> int | None:
-        """Returns the axis of the output channels of a product whose second operand a weight is, else None."""
+        """Returns the axis of the output channels of a product whose second operand a weight is, else None.
+
+        Args:
+            node: of the product.
+            weight: name of the operand.
+            dims: of the weight.
+        """
         if len(node.input) < 2 or node.input[1] != weight:
             return None
         gemm = 0 if _attribute(node, "transB", 0) else 1

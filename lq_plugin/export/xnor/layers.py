@@ -26,16 +26,9 @@ from lq_plugin.export.faults import layers_with_kernel
 from lq_plugin.export.xnor.kernel import Kernel, interleave, kernel, pack_signs, unpack_signs
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.spec import PerGroup, QuantSpec
-from lq_plugin.layers import (
-    QuantizedConv1d,
-    QuantizedConv2d,
-    QuantizedConv3d,
-    QuantizedLayer,
-    QuantizedLinear,
-    quantized_class,
-)
+from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
+from lq_plugin.layers.registry import canonical_of, known_operation, operation_of
 
-_CONV = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -101,13 +94,19 @@ def why_not(layer: QuantizedLayer) -> str | None:
 
 
 def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
-    """Returns why bits of a tensor under a spec cannot be counted; see `Target.spec_fault`."""
-    kind = quantized_class(layer)
-    if kind is None or not issubclass(kind, (QuantizedLinear, *_CONV)):
+    """Returns why bits of a tensor under a spec cannot be counted; see `Target.spec_fault`.
+
+    Args:
+        slot: `"weight"`, `"input"` or `"output"`.
+        spec: of the tensor.
+        layer: float or quantized.
+    """
+    operation = known_operation(layer)
+    if operation not in ("product", "convolution"):
         return f"{type(layer).__name__} has no kernel, linear layers and convolutions do"
     if slot == "output":
         return "its output is quantized"
-    if spec.format_name not in ("sign", "bwn", "xnor"):
+    if not spec.kind.signs:
         return f"its {slot} is '{spec}', not one bit"
     if "float_eval" in spec.format_options:
         return "it is evaluated with float numbers"
@@ -115,7 +114,7 @@ def spec_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
         return "its signs have a threshold other than 0"
     if isinstance(spec.granularity, PerGroup):
         return f"its weight is '{spec}': bits are counted over whole rows"
-    if issubclass(kind, _CONV) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+    if operation == "convolution" and (layer.groups != 1 or layer.padding_mode != "zeros"):
         return f"groups={layer.groups}, padding_mode={layer.padding_mode!r}: only 1 and 'zeros'"
     return None
 
@@ -133,7 +132,7 @@ def _counter(native: bool | None) -> Kernel | None:
 
 
 def _made(layer: QuantizedLayer, counter: Kernel | None) -> XNORLinear | XNORConv:
-    made = XNORLinear(layer, counter) if isinstance(layer, QuantizedLinear) else XNORConv(layer, counter)
+    made = XNORLinear(layer, counter) if operation_of(layer) == "product" else XNORConv(layer, counter)
     return made.train(layer.training)
 
 
@@ -153,7 +152,7 @@ class _XNORLayer(nn.Module):
     def __init__(self, layer: QuantizedLayer, counter: Kernel | None) -> None:
         super().__init__()
         self.counter = counter
-        parts = encode(cast(Any, layer.weight_quantizer).current, layer.weight)
+        parts = encode(current_weight_quantizer(layer), canonical_of(layer, layer.weight))
         signs = parts["codes"].values * 2.0 - 1.0
         self.shape = tuple(signs.shape)
         self.scales_output = cast(Any, layer.input_quantizer).current.spec.kind.scales_output

@@ -14,7 +14,7 @@ Quantize = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttentionQuantizers:
-    """What the operands inside of an attention go through; None: nothing.
+    """Quantizers of the operands inside of an attention; None: they stay float.
 
     Args:
         query, key: the operands of the first product, `[N, heads, L, features]`.

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.registry import names_taken, quantized_class, register_layer
 from lq_plugin.layers.swapped_class import swapped_class
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import Quantizer, SlotQuantizer
 
 #: The submodule that holds the quantizers of each weight.
 CONTAINER = "quantized_weights"
@@ -160,7 +160,7 @@ class QuantizedCompound(nn.Module):
 
     @staticmethod
     def inner_operations(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What the module computes inside that can be quantized: by name, the operation and its operands."""
+        """Returns what is computed inside and can be quantized: by name, the operation and its operands."""
         return {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ class QuantizedCompound(nn.Module):
 
     @staticmethod
     def casts_operands(module: nn.Module) -> bool:
-        """Whether under autocast inputs and weights are cast before anything reads them."""
+        """Returns True if under autocast inputs and weights are cast before anything reads them."""
         return False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,7 @@ class QuantizedCompound(nn.Module):
         return type(self).float_class.forward(self, *args, **kwargs)
 
     def run_inside(self, *args: Any, **kwargs: Any) -> Any:
-        """What `run` computes, with the quantizers of what is computed inside."""
+        """Returns what `run` does, with the quantizers of what is computed inside."""
         raise NotImplementedError
 
     def _parts(self) -> dict[str, QuantizedLayer]:
@@ -214,7 +214,7 @@ class QuantizedCompound(nn.Module):
         return found
 
     def reader(self, key: str) -> Callable[[Tensor], Tensor]:
-        """What the state goes through on its way to the weight `key`."""
+        """Returns the quantizer of a state on its way to the weight `key`."""
         part = self._parts().get(key)
         return unchanged if part is None or part.input_quantizer is None else part.input_quantizer
 
@@ -270,9 +270,11 @@ def unchanged(x: Tensor) -> Tensor:
 
 def _acts(quantizer: nn.Module) -> bool:
     """Returns whether a quantizer would do anything with the tensor that it is given now."""
-    if not isinstance(quantizer, Quantizer) or quantizer._forward_hooks or quantizer._forward_pre_hooks:
+    if not isinstance(quantizer, SlotQuantizer):
         return True
     stages = [stage for stage in quantizer.stages() if isinstance(stage, Quantizer)]
+    if any(each._forward_hooks or each._forward_pre_hooks for each in (quantizer, *stages)):
+        return True
     return any(
         stage.collector is not None
         or (stage.training and (stage.observing or stage.waiting))
@@ -285,7 +287,7 @@ def pass_on(quantizers: list[nn.Module], x: Any) -> Any:
     """Returns `x` unchanged; learned ranges of quantizers that are switched off take part with weight 0."""
     data = x.data if isinstance(x, PackedSequence) else x
     for quantizer in quantizers:
-        for stage in cast(Quantizer, quantizer).stages():
+        for stage in cast(SlotQuantizer, quantizer).stages():
             data = stage.pass_on(data)
     return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
 
@@ -300,7 +302,13 @@ def compound_container(owner: nn.Module, name: str) -> nn.ModuleDict:
 
 
 def leave_compound(owner: nn.Module, name: str, key: str) -> None:
-    """Take an entry out of such a submodule; the owner is of its float class again once nothing is left."""
+    """Take an entry out of such a submodule; the owner is of its float class again once nothing is left.
+
+    Args:
+        owner: the module.
+        name: of the submodule.
+        key: of the entry.
+    """
     held = cast(nn.ModuleDict, owner._modules[name])
     del held[key]
     if not held:

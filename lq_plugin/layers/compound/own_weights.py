@@ -34,7 +34,7 @@ _DIMS = (2, 3)
 
 
 class UnseenExpertsError(QuantizationError):
-    """Which expert of a stack multiplies what cannot be told from the calls of its module's code."""
+    """Raised where the calls of a module's code do not tell which expert of a stack multiplies which rows."""
 
 
 def _is_matrix(module: nn.Module, name: str) -> bool:
@@ -69,7 +69,7 @@ class OwnWeight(CompoundWeight):
 
     @property
     def experts(self) -> int | None:
-        """How many matrices it is a stack of; None for a single one."""
+        """Number of matrices that it is a stack of; None for a single one."""
         return self.weight.shape[0] if self.weight.dim() == 3 else None
 
     @contextmanager

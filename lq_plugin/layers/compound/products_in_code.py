@@ -38,7 +38,7 @@ TURNED = frozenset(("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permut
 _ABOUT = frozenset(("shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad"))
 #: Recomputes the forward pass in the backward pass, where no alias is in place.
 _CHECKPOINTS = frozenset(("checkpoint", "checkpoint_sequential", "_gradient_checkpointing_func"))
-#: Methods that are run before or beside the forward pass.
+#: Methods that are run before or next to the forward pass.
 _SETUP = ("__", "_init", "init", "reset", "extra_repr")
 #: Names that a container of layers has for itself.
 _TAKEN = frozenset(dir(nn.ModuleDict))

@@ -61,7 +61,7 @@ class Recurrence:
     gates: Quantize | None = None
 
     def noting(self, states: list[Tensor]) -> Recurrence:
-        """The same, with a state's weight that gets no gradient, and a list of the states that it multiplies."""
+        """Returns this cell with a state's weight without gradient, and a list of the states that it multiplies."""
 
         def read(h: Tensor) -> Tensor:
             states.append((y := self.read(h)).detach())

@@ -1,4 +1,4 @@
-"""Which rows of an input each expert of a stack multiplies, as a product of the stack is about to run."""
+"""Rows of an input that each expert of a stack multiplies, found as a product of the stack is about to run."""
 
 from __future__ import annotations
 

@@ -31,7 +31,12 @@ class Arithmetic(Protocol):
         """Returns why sums of products of these levels may be inexact; None: they are exact within 32 bits."""
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
-        """Returns why these tensors cannot be computed here; None: they can."""
+        """Returns why these tensors cannot be computed here; None: they can.
+
+        Args:
+            x, weight, bias: the layer's input and parameters.
+            convolution: its options; None: a product of matrices.
+        """
 
     def levels(
         self,
@@ -70,10 +75,23 @@ class Arithmetic(Protocol):
     def product(
         self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
     ) -> Tensor:
-        """The layer's output; images are channels-last."""
+        """The layer's output; images are channels-last.
+
+        Args:
+            operands: integers of input and weight, with their scales.
+            bias: `[C_out]`, or None.
+            convolution: its options; None: a product of matrices.
+            dtype: of the output.
+        """
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """(q - zero_point) · scale, laid out as `q`."""
+        """(q - zero_point) · scale, laid out as `q`.
+
+        Args:
+            q: int8.
+            scale, zero_point: of the tensor.
+            dtype: of the result.
+        """
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
         """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""

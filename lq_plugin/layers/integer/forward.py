@@ -16,7 +16,7 @@ from lq_plugin.layers.integer.function import IntegerProduct, Levels
 from lq_plugin.layers.integer.state import WORTH, WORTH_ON_GPU, IntegerForward
 from lq_plugin.layers.product import Convolution
 from lq_plugin.native.ops import kernels_for
-from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SharedInput, StagedQuantizer, WeightQuantizer
 
 #: Sums of more products of 8 bits could leave 32 bits.
 MAX_PRODUCTS = 2**31 // (255 * 128) - 1
@@ -41,11 +41,9 @@ def why_never(layer: QuantizedLayer) -> str | None:
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     if weight is None or inputs is None:
         return f"its {'weight' if weight is None else 'input'} is float"
-    reason = _why_not_quantizer(weight, WeightQuantizer, "weight") or _why_not_quantizer(
-        inputs, ActivationQuantizer, "input"
-    )
-    if reason is not None:
-        return reason
+    for quantizer, wanted, slot in ((weight, WeightQuantizer, "weight"), (inputs, ActivationQuantizer, "input")):
+        if (reason := _why_not_quantizer(quantizer, wanted, slot)) is not None:
+            return reason
     if weight.spec.grid.affine:
         return "its weight has a zero point"
     granularity = weight.spec.granularity
@@ -74,11 +72,11 @@ def _bias(layer: QuantizedLayer) -> Tensor | None:
     return found
 
 
-def _why_not_quantizer(quantizer: Quantizer, wanted: type[Quantizer], slot: str) -> str | None:
+def _why_not_quantizer(quantizer: Quantizer | StagedQuantizer, wanted: type[Quantizer], slot: str) -> str | None:
+    if isinstance(quantizer, StagedQuantizer):
+        return f"its {slot} is quantized in stages"
     if type(quantizer) is not wanted:  # learned ranges and other formats are subclasses
         return f"its {slot} is quantized by {quantizer.spec}"
-    if quantizer.starts:
-        return f"its {slot} is quantized in stages"
     if quantizer.spec.stochastic or quantizer.spec.gradient != "clipped":
         return f"its {slot}'s rounding is {quantizer.spec}"
     grid = quantizer.spec.grid if quantizer.spec.has_grid else IntegerGrid(0, 2**16)

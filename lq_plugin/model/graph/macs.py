@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isqrt, prod
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lq_plugin.layers.registry import operation_of, quantized_class
+from lq_plugin.layers.registry import layer_channels, operation_of
 from lq_plugin.model.graph.tensor_identity import tensors_of
 
 Shape = tuple[int, ...]
@@ -31,6 +31,10 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
     * ConvTranspose: inputs · out_channels / groups · kernel
     * MultiheadAttention: the four projections, QKᵀ and the product with V
     * RNN, GRU, LSTM and their cells: steps · gates · hidden · (input + state), + the projection
+
+    Args:
+        module: that is called.
+        input_shapes, output_shapes: of its tensors.
     """
     if not input_shapes or not output_shapes:
         return 0
@@ -52,8 +56,7 @@ def module_macs(module: nn.Module, input_shapes: Sequence[Shape], output_shapes:
     if isinstance(module, _ConvNd):
         return outputs * (module.in_channels // module.groups) * prod(module.kernel_size)
     if operation_of(module) == "product":
-        count: int = outputs * cast(Any, quantized_class(module)).channels(module)[0]
-        return count
+        return outputs * layer_channels(module)[0]
     return 0
 
 
@@ -117,7 +120,13 @@ def _attention_macs(batch: int, queries: int, keys: int, extra: int, embed: int,
 
 
 def functional_macs(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> int:
-    """MACs of a functional call by its bare name (`"matmul"`, `"conv2d"`, ...); 0 for an unlisted one."""
+    """MACs of a functional call by its bare name (`"matmul"`, `"conv2d"`, ...); 0 for an unlisted one.
+
+    Args:
+        op: the name, without underscores around it.
+        args, kwargs: of the call.
+        output: its result.
+    """
     count = _FUNCTIONAL.get(op)
     return count(args, kwargs, output) if count else 0
 

@@ -77,7 +77,13 @@ class Numbering:
         return f"{label}_{number}"
 
     def note(self, op: str, in_place: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Learn from a call that has run which tensors are constants."""
+        """Learn from a call that has run which tensors are constants.
+
+        Args:
+            op: name of the call.
+            in_place: it writes into its first input.
+            inputs, outputs: its tensors.
+        """
         made_of_constants = (
             op.startswith("new_") or op.endswith("_like") or all(self._is_constant(tensor) for tensor in inputs)
         )

@@ -46,14 +46,14 @@ from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
 from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, UNARY, normalize
 from lq_plugin.model.graph.recording import Call, Recording, Source
 from lq_plugin.model.graph.tensor_identity import geometry_of, leading_size, storage_of, tensors_of, version_of
-from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers import SlotQuantizer
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
 
 #: Opaque whatever children they carry: parametrizations, quantizers, `out_proj`.
 _OPAQUE = (
     nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
-    _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule, Quantizer,
+    _NormBase, nn.LayerNorm, nn.GroupNorm, torch.jit.ScriptModule, SlotQuantizer,
 )  # fmt: skip
 #: Stands for the enclosing module where there is none: in a training step, say, around the model's own forward.
 OUTSIDE = "outside"

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -32,14 +32,15 @@ from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_a
 from lq_plugin.functional.grouping import scale_shape
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import PerGroup, QuantSpec
-from lq_plugin.layers import QuantizedLayer, quantized_class, weight_is_computed, weight_key, weight_of, weight_parts
+from lq_plugin.layers import QuantizedLayer, weight_is_computed, weight_key, weight_of, weight_parts
+from lq_plugin.layers.registry import canonical_of, layer_channels
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.measure.energy import FLOAT_BITS as FLOAT_BITS, mac_energy, read_energy
 from lq_plugin.model.measure.other_work import other_work
 from lq_plugin.model.operations.quantized import inner_operations, operations_of, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
-from lq_plugin.quantizers import Quantizer, make_activation_quantizer
+from lq_plugin.quantizers import SlotQuantizer, make_activation_quantizer
 from lq_plugin.utilities.csv_text import to_csv
 from lq_plugin.utilities.shown import Shown, new_table, short_number
 
@@ -376,14 +377,13 @@ def _weight_bits(module: nn.Module, spec: QuantSpec | None) -> int:
     weight = weight_of(module)
     if spec is None:
         return weight.numel() * weight.element_size() * 8
-    # On a float module too: `canonical` uses nothing but attributes of the float class.
-    return spec_bits(spec, tuple(cast(Any, quantized_class(module)).canonical(module, weight.detach()).shape))
+    return spec_bits(spec, tuple(canonical_of(module, weight.detach()).shape))
 
 
 def _activation_state(module: nn.Module, plan: LayerPlan) -> tuple[int, int]:
     """Bytes and number of the tensors that the quantizers of input and output hold."""
     size = count = 0
-    for slot, channels in zip(("input", "output"), cast(Any, quantized_class(module)).channels(module), strict=True):
+    for slot, channels in zip(("input", "output"), layer_channels(module), strict=True):
         for _, spec in plan.stages_of(slot):
             if spec is not None:
                 more = _range_state(spec, channels)
@@ -415,7 +415,7 @@ class _Rest:
         """Counts a model's rest; what is `aside` is saved with the model, and is no part of it otherwise."""
         rest, seen = cls(), set(weights)
         for name, module in model.named_modules():
-            if isinstance(module, Quantizer):
+            if isinstance(module, SlotQuantizer):
                 continue
             saved = {
                 key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set

@@ -20,7 +20,7 @@ from lq_plugin.intent.formats import SLOTS
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.calibrate import Statistics, evaluating
 from lq_plugin.model.prepare import quantized_layers, quantizers
-from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SlotQuantizer, StagedQuantizer, WeightQuantizer
 from lq_plugin.quantizers.base import Levels
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
 
@@ -35,7 +35,13 @@ class Errors:
     elements: int = 0
 
     def add(self, signal: Tensor, noise: Tensor, clipped: Tensor, elements: int) -> None:
-        """Add one call. The sums stay on the tensors' device: nothing waits for it."""
+        """Add one call. The sums stay on the tensors' device: nothing waits for it.
+
+        Args:
+            signal, noise: sums of squares of the values and of their errors, `[]`.
+            clipped: number of clipped values, `[]`.
+            elements: number of values.
+        """
         self.signal = self.signal.to(signal.device) + signal
         self.noise = self.noise.to(noise.device) + noise
         self.clipped = self.clipped.to(clipped.device) + clipped
@@ -112,7 +118,7 @@ def layer_fidelity(
         for slot in SLOTS:
             if isinstance(layer, QuantizedLayer) and (quantizer := getattr(layer, f"{slot}_quantizer")) is not None:
                 current = quantizer.current or quantizer
-                errors = weight_errors(layer) if isinstance(quantizer, WeightQuantizer) else known.get(current.name)
+                errors = weight_errors(layer) if slot == "weight" else known.get(current.name)
                 rows.append(_row(name, slot, quantizer, layer, errors))
     return rows
 
@@ -162,15 +168,15 @@ def errors_on_statistics(model: nn.Module, statistics: Statistics) -> Measuremen
             continue  # its levels follow the values, which statistics do not hold
         sample, grid = histogram.sample(), quantizer.spec.grid
         scale, zero_point = (value.detach().float().reshape(-1) for value in quantizer.qparams())
-        unit, factor = sample.normalized()
+        normal, factor = sample.normalized()
         square, total = factor.double().square(), sample.total()
         noise = (
-            mean_squared_error(unit, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)
+            mean_squared_error(normal, (scale / factor).unsqueeze(1), zero_point.unsqueeze(1), grid)
             .squeeze(1)
             .clamp(min=0.0)
         )
-        signal = unit.average(unit.values.double().square())
-        clipped = clipped_share(unit, scale / factor, zero_point, grid)
+        signal = normal.average(normal.values.double().square())
+        clipped = clipped_share(normal, scale / factor, zero_point, grid)
         errors = measured[quantizer.name] = Errors()
         errors.add(
             (signal * square * total).sum(),
@@ -211,7 +217,7 @@ def weight_bounds(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
     return low.amin(1), high.amax(1)
 
 
-def _in_force(quantizer: Quantizer | None) -> Any:
+def _in_force(quantizer: SlotQuantizer | None) -> Any:
     """The quantizer of the current stage, once it has its range."""
     current = None if quantizer is None else quantizer.current
     return None if current is None or current.lacks_range else current
@@ -236,7 +242,7 @@ def _add(errors: Errors, x: Tensor, x_hat: Tensor, grouped: Tensor, levels: Leve
 
 @torch.no_grad()
 def _row(
-    name: str, slot: str, quantizer: ActivationQuantizer | WeightQuantizer, layer: QuantizedLayer, errors: Errors | None
+    name: str, slot: str, quantizer: Quantizer | StagedQuantizer, layer: QuantizedLayer, errors: Errors | None
 ) -> FidelityRow:
     row: dict[str, Any] = {"layer": name, "slot": slot, "spec": str(quantizer.spec)}
     if (current := _in_force(quantizer)) is not None:

@@ -1,4 +1,4 @@
-"""Error of each layer's output: of the layer alone, and with everything before it quantized too.
+"""Error of each layer's output: of the layer alone, and with everything before it quantized also.
 
 The layer alone gets the float model's input; in the whole model it gets what the layers before it made of theirs. Where
 the second number falls below the first, error has accumulated on the way.

@@ -1,4 +1,4 @@
-"""What the bytes of a model hold: codes of weights, their scales, ranges of activations, and what stays float."""
+"""Contents of the bytes of a model: codes of weights, their scales, ranges of activations, and what stays float."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from lq_plugin.model.graph.numbering import OPERATIONS, Numbering, channel_axis
 from lq_plugin.model.graph.op_names import METADATA, normalize
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
-from lq_plugin.quantizers import ActivationQuantizer, in_stages, make_activation_quantizer
+from lq_plugin.quantizers import ActivationQuantizer, StagedQuantizer, in_stages, make_activation_quantizer
 
 #: Operations that only a module of several weights has inside, next to products.
 INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax"})
@@ -115,9 +115,9 @@ class QuantizedOperation(nn.Module):
             quantizer = in_stages(make, f"{operation.name}.input_{index}", plan.stages_of("input"))
             self.add_module(f"input_{index}_quantizer", quantizer)
 
-    def quantizers(self) -> list[ActivationQuantizer]:
+    def quantizers(self) -> list[ActivationQuantizer | StagedQuantizer]:
         """In the order of the operands."""
-        return cast(list[ActivationQuantizer], list(self.children()))
+        return cast("list[ActivationQuantizer | StagedQuantizer]", list(self.children()))
 
     def quantized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the operation with quantized operands; not where results are written."""
@@ -187,7 +187,11 @@ class OperationQuantizers(nn.Module):
             self.calls[-1].depth += 1
 
     def leave_submodule(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook: the submodule has returned, or raised."""
+        """Hook: the submodule has returned, or raised.
+
+        Args:
+            module, args, output: as torch gives them to a forward hook.
+        """
         # One whose own hooks raised before ours has not been entered.
         if self.calls and self.calls[-1].depth:
             self.calls[-1].depth -= 1

@@ -46,6 +46,11 @@ def split(
     """The plan of the rules about layers (None where there are none), and the rules about operations.
 
     A rule that keeps float what is no part of the model (the names `aside`) asks for nothing.
+
+    Args:
+        plan: with all rules.
+        layers: the layers that can hold quantizers.
+        aside: names of what is no part of the model.
     """
     chosen: list[Rule] = []
     others: list[Rule] = []
@@ -58,7 +63,13 @@ def split(
 
 
 def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dict[str, str]:
-    """Modules that cannot hold quantizers although a rule matches them alone, and why."""
+    """Modules that cannot hold quantizers although a rule matches them alone, and why.
+
+    Args:
+        plan: with all rules.
+        layers: the layers that can hold quantizers.
+        survey: of the model.
+    """
     # Nobody reads the reasons of more.
     idle = [rule for rule in plan.rules[:1000] if not _matches_any(rule, layers)]
     return {

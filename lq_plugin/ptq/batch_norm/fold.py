@@ -22,19 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.layers import COMPUTED, weight_is_computed
+from lq_plugin.layers.registry import canonical_of, channel_axis, from_canonical_of, layer_channels, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
-
-#: Their own forwards are known to be linear in the weight, or a batch norm; any other is tried out.
-_KNOWN = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,8 @@ class Refused:
 def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[Pair], list[Refused]]:
     """Returns the batch norms that can be folded into the layer before, and all others with the reason.
 
-    Safe means: a linear, convolution or transposed convolution called once; its output, as it is,
+    Safe means: a layer that computes a product, convolution or transposed convolution
+    (`QuantizedLayer.operation`), called once; its output, as it is,
     read by the batch norm and by nothing else; the batch norm called once, with affine parameters
     and finite running statistics; the channels are the same ones; neither's parameters are shared
     or read elsewhere. Types with a forward of their own are compared on random data.
@@ -121,7 +116,7 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
     if producer_call is None:
         return "its input is not made by a layer"
     producer = modules.get(producer_call.name) if producer_call.kind == "module" else None
-    if not isinstance(producer, (nn.Linear, _ConvNd)):
+    if producer is None or operation_of(producer) is None:
         return f"its input is made by {producer_call.name!r} ({producer_call.op}), not by a linear or convolution"
     title = f"{producer_call.name!r} ({producer_call.op})"
     if (times := len(recording.calls_of(producer_call.name))) != 1:
@@ -131,13 +126,12 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
         return f"the output of {title} has {len(consumers)} consumers: {', '.join(repr(c.name) for c in consumers)}"
     if not call.inputs[0].direct:
         return f"the output of {title} is reshaped, cast or sliced in between"
-    channels = producer.out_features if isinstance(producer, nn.Linear) else producer.out_channels
+    channels = layer_channels(producer)[1]
     if channels != bn.num_features:
         return f"{title} has {channels} output channels, it has {bn.num_features}"
     # Batch norm's channels are dim 1. Those of a linear layer are the last dim, of an unbatched
     # convolution dim 0: equal sizes alone would pair the wrong axes.
-    batched = 2 if isinstance(producer, nn.Linear) else len(producer.kernel_size) + 2
-    if len(producer_call.output_shapes[0]) != batched:
+    if len(producer_call.output_shapes[0]) + channel_axis(producer) != 1:
         return f"the channels of {title} are not dim 1 of its output {list(producer_call.output_shapes[0])}"
     own = producer._parameters.get("weight")
     if not isinstance(own, nn.Parameter) or not own.is_floating_point():
@@ -191,7 +185,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | None:
     """Try folding on double copies where a forward is not torch's own."""
-    suspects = [m for m in (producer, bn) if float_class(m) not in _KNOWN or "forward" in m.__dict__]
+    suspects = [m for m in (producer, bn) if not has_torchs_forward(m)]
     if not suspects:
         return None
     names = ", ".join(dict.fromkeys(float_class(m).__name__ for m in suspects))
@@ -213,27 +207,21 @@ def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | N
     return None if same else f"the forward of {names} computes something else after folding"
 
 
+def has_torchs_forward(module: nn.Module) -> bool:
+    """Returns True for a module of a class of `torch.nn`, float or prepared: its forward is known."""
+    return float_class(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+
+
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def _along_outputs(producer: nn.Module, scale: Tensor) -> Tensor:
-    """`scale` `[C]` shaped to multiply the weight of `producer`.
-
-    Shapes: Linear `[O, I]`, convolution `[O, I / groups, ...]`, transposed convolution
-    `[I, O / groups, ...]`, whose group g of inputs makes the outputs g · O / groups onwards.
-    """
-    weight = _weight(producer)
-    if not isinstance(producer, _ConvTransposeNd):
-        return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    rows = weight.shape[0] // producer.groups
-    return (
-        scale.reshape(producer.groups, -1)
-        .repeat_interleave(rows, 0)
-        .reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
-    )
+def _scaled_weight(producer: nn.Module, scale: Tensor) -> Tensor:
+    """The weight of `producer`, float64, with each output channel multiplied by its element of `scale` `[C]`."""
+    weight = canonical_of(producer, _weight(producer).detach().double())
+    return from_canonical_of(producer, weight * scale.reshape(-1, *[1] * (weight.dim() - 1)))
 
 
 def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
@@ -250,14 +238,14 @@ def _effective(producer: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
     scale, shift = _scale_and_shift(bn)
     bias = producer.bias
     offset = shift + bias.detach().double() * scale if isinstance(bias, Tensor) else shift
-    return _weight(producer).detach().double() * _along_outputs(producer, scale), offset
+    return _scaled_weight(producer, scale), offset
 
 
 def _folded_values(producer: nn.Module, bn: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """`(tensor, new value)` of all that folding changes, the new value in the tensor's dtype."""
     scale, shift = _scale_and_shift(bn)
     weight = _weight(producer)
-    changes = [(weight, weight.detach().double() * _along_outputs(producer, scale))]
+    changes = [(weight, _scaled_weight(producer, scale))]
     if isinstance(producer.bias, Tensor):
         changes.append((producer.bias, producer.bias.detach().double() * scale))
     ones = torch.ones_like(scale)
@@ -361,14 +349,14 @@ def _pair_faults(pair: Pair, modules: dict[str, nn.Module]) -> list[str]:
     if missing:
         return [f"the model has no {name!r}.{did_you_mean(name, modules)}" for name in missing]
     producer, bn = modules[pair.producer], modules[pair.batch_norm]
-    if not isinstance(producer, (nn.Linear, _ConvNd)):
+    if operation_of(producer) is None:
         return [f"{pair.producer!r} is a {type(producer).__name__}, not a linear or convolution"]
     if not isinstance(bn, _BatchNorm):
         return [f"{pair.batch_norm!r} is a {type(bn).__name__}, not a batch norm"]
     if weight_is_computed(producer):
         return [f"{pair.producer!r}: {COMPUTED}"]
     fault = _statistics_fault(bn)
-    channels = producer.out_features if isinstance(producer, nn.Linear) else producer.out_channels
+    channels = layer_channels(producer)[1]
     if fault is None and channels != bn.num_features:
         fault = f"{pair.producer!r} has {channels} output channels, it has {bn.num_features}"
     return [f"{pair.batch_norm!r}: {fault}"] if fault else []

@@ -26,9 +26,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.layers.registry import canonical_of, from_canonical_of, layer_channels
 from lq_plugin.model.calibrate import refuse_ranges
 from lq_plugin.model.graph.record import Recording
 from lq_plugin.ptq.equalization.pairs import EqualizationPair, RefusedLayer, find_equalization_pairs
@@ -155,21 +155,17 @@ def _changes(
 
 
 def _parts(layer: nn.Module) -> Tensor:
-    """The weight, float64, as `[groups, C_out / groups, C_in / groups, kernel elements]`.
-
-    Linear is `[C_out, C_in]`, a convolution `[C_out, C_in / groups, ...]`, a transposed one `[C_in, C_out / groups,
-    ...]`.
-    """
-    assert isinstance(layer, (nn.Linear, _ConvNd))
-    weight, groups = layer.weight.detach().double(), 1 if isinstance(layer, nn.Linear) else layer.groups
-    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return grouped.transpose(1, 2) if isinstance(layer, _ConvTransposeNd) else grouped
+    """The weight, float64, as `[groups, C_out / groups, C_in / groups, kernel elements]`."""
+    weight = canonical_of(layer, cast(Tensor, layer.weight).detach().double())
+    c_out, per_group = weight.shape[:2]
+    groups = layer_channels(layer)[0] // per_group
+    return weight.reshape(groups, c_out // groups, per_group, -1)
 
 
 def _whole(layer: nn.Module, parts: Tensor) -> Tensor:
     """Inverse of `_parts`."""
-    assert isinstance(layer.weight, Tensor)
-    return (parts.transpose(1, 2) if isinstance(layer, _ConvTransposeNd) else parts).reshape(layer.weight.shape)
+    shape = canonical_of(layer, cast(Tensor, layer.weight)).shape
+    return from_canonical_of(layer, parts.reshape(shape))
 
 
 def _magnitudes(layer: nn.Module) -> Tensor:

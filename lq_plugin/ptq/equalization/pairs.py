@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from lq_plugin.layers.registry import known_operation, operation_of
+from lq_plugin.layers.registry import channel_axis, known_operation, layer_channels, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.batch_norm.fold import sharing_fault
+from lq_plugin.ptq.batch_norm.fold import has_torchs_forward, sharing_fault
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 #: f(s · x) = s · f(x) for s > 0, element by element.
 _HOMOGENEOUS = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -76,7 +73,8 @@ def find_equalization_pairs(
 ) -> tuple[list[EqualizationPair], list[RefusedLayer]]:
     """Returns the layers whose output channels can be scaled, and all others with the reason.
 
-    Safe means: both are a plain linear, convolution or transposed convolution (grouped, depthwise) called once; nothing
+    Safe means: both compute a product, convolution or transposed convolution (grouped, depthwise) and nothing else, as
+    their quantized class declares (`QuantizedLayer.operation`), and are called once; nothing
     but the second reads what the first makes; in between stand only folded batch norms, ReLU, leaky ReLU, PReLU,
     dropout, max and average pooling, and `nn.Flatten` inside an `nn.Sequential`: elsewhere a recording cannot tell a
     flatten from a reshape that mixes channels. No weight or bias is shared or read elsewhere.
@@ -92,7 +90,7 @@ def find_equalization_pairs(
     refused: list[RefusedLayer] = []
     search = _Search(model, recording)
     for name, module in search.modules.items():
-        if isinstance(module, (nn.Linear, _ConvNd)) or operation_of(module) is not None:
+        if operation_of(module) is not None:
             found = search.layer_fault(name, ("weight", "bias")) or search.follow(name)
             if isinstance(found, EqualizationPair):
                 pairs.append(found)
@@ -122,10 +120,9 @@ class _Search:
     def layer_fault(self, name: str, keys: Sequence[str]) -> str | None:
         """Returns why the parameters `keys` of a layer cannot be scaled."""
         module = self.modules[name]
-        if float_class(module) not in (*_LAYERS, *_BATCH_NORMS) or "forward" in module.__dict__:
-            kind = float_class(module).__name__
-            own = known_operation(module) is None
-            return f"{kind} has a forward of its own" if own else f"{kind} is none of torch's own layers"
+        known = has_torchs_forward(module) if isinstance(module, _BatchNorm) else known_operation(module) is not None
+        if not known:
+            return f"{float_class(module).__name__} has a forward of its own"
         if (times := len(self.recording.calls_of(name))) != 1:
             return (
                 f"it was called {times} times in the recorded pass"
@@ -144,7 +141,7 @@ class _Search:
     def follow(self, name: str) -> EqualizationPair | str:
         """Returns the pair that begins with a layer, or why there is none."""
         call = self.recording.calls_of(name)[0]
-        at = _Position(call, call.output_shapes[0], _axis(self.modules[name]))
+        at = _Position(call, call.output_shapes[0], channel_axis(self.modules[name]))
         between: list[str] = []
         batch_norms: list[str] = []
         while True:
@@ -161,7 +158,7 @@ class _Search:
             if fault is not None:
                 return f"{title} {fault}"
             module = self.modules[reader.name] if reader.kind == "module" else None
-            if isinstance(module, (nn.Linear, _ConvNd)):
+            if module is not None and operation_of(module) is not None:
                 fault = self.layer_fault(reader.name, ("weight",)) or self._channels_fault(module, at)
                 return (
                     f"{title}: {fault}"
@@ -233,13 +230,11 @@ class _Search:
                 return None if hooked else found
         return None
 
-    def _channels_fault(self, consumer: nn.Linear | _ConvNd, at: _Position) -> str | None:
-        size = consumer.in_features if isinstance(consumer, nn.Linear) else consumer.in_channels
-        if _axis(consumer) == at.axis and at.shape[at.axis] == size:
+    def _channels_fault(self, consumer: nn.Module, at: _Position) -> str | None:
+        size, axis = layer_channels(consumer)[0], channel_axis(consumer)
+        if axis == at.axis and at.shape[at.axis] == size:
             return None
-        return (
-            f"the channels are dim {at.axis} of its input {list(at.shape)}, it reads {size} along dim {_axis(consumer)}"
-        )
+        return f"the channels are dim {at.axis} of its input {list(at.shape)}, it reads {size} along dim {axis}"
 
     def _batch_norm_fault(self, name: str, bn: _BatchNorm, at: _Position) -> str | None:
         if bn.running_mean is None or bn.running_var is None or bn.weight is None:
@@ -252,11 +247,6 @@ class _Search:
                 f"the channels are dim {at.axis} of its input {list(at.shape)}, it shifts {bn.num_features} along dim 1"
             )
         return self.layer_fault(name, ("bias", "weight"))
-
-
-def _axis(layer: nn.Module) -> int:
-    """The dim of the channels, from the end."""
-    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 def _homogeneity_fault(call: Call, module: nn.Module | None, at: _Position) -> str | None:

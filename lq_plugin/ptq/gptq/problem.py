@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.functional.grouping import blocks, unblocks
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
 from lq_plugin.ptq.gptq.hessian import InputHessian
 from lq_plugin.ptq.layerwise.write import write_rounded
 from lq_plugin.quantizers import WeightQuantizer
@@ -42,7 +42,7 @@ class Problem:
             inputs: of the layer.
             device: that is solved on.
         """
-        quantizer = layer.weight_quantizer
+        quantizer = current_weight_quantizer(layer)
         assert quantizer is not None
         canonical = type(layer).canonical(layer, layer.weight)
         levels = quantizer.fixed_levels(blocks(canonical.detach().float(), quantizer.spec.granularity))

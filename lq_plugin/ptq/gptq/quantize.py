@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptaq import asymmetric_target
 from lq_plugin.functional.gptq import gptq_round_measured, output_errors
-from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, weight_key
+from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, current_weight_quantizer, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
@@ -50,7 +50,7 @@ from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 
 
 @dataclass(frozen=True)
-class GPTQFit:
+class RoundedLayer:
     """The error of one layer before and after.
 
     Args:
@@ -77,7 +77,7 @@ class GPTQResult:
         batch_norms: how far statistics moved; None where they were not to be corrected.
     """
 
-    layers: dict[str, GPTQFit] = field(default_factory=dict)
+    layers: dict[str, RoundedLayer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     batch_norms: ReestimatedBatchNorms | None = None
 
@@ -188,7 +188,8 @@ class _GPTQ:
 
     def _refuse_uncalibrated(self) -> None:
         layers = [self.layers[name] for unit in self.walk.units for name in unit.layers]
-        found = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+        held = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+        found = [q.current for q in held if q.current is not None]
         faults = [f"{q.name} ({q.spec}) has no range yet" for q in found if q.is_enabled and q.lacks_range]
         raise_all(CalibrationError, "GPTQ: calibrate first", faults)
 
@@ -234,8 +235,6 @@ class _GPTQ:
 
     def _why_not(self, name: str, readers: dict[str, str]) -> str | None:
         layer = self.layers[name]
-        quantizer = layer.weight_quantizer
-        assert quantizer is not None
         own = isinstance(layer, OwnWeight)
         if own and self.asymmetric:
             return "GPTAQ would need the float model's inputs of each product in its module's code: use GPTQ"
@@ -243,6 +242,8 @@ class _GPTQ:
             return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
         if (fault := rounding_fault(layer)) is not None:
             return fault
+        quantizer = current_weight_quantizer(layer)
+        assert quantizer is not None
         if not quantizer.is_enabled:
             return "its weight quantizer is switched off"
         if own:
@@ -267,7 +268,7 @@ class _GPTQ:
 
     def _round_layers(
         self, names: list[str], replay: Replay, norms: _BatchNorms, floats: FloatInputs | None
-    ) -> dict[str, GPTQFit]:
+    ) -> dict[str, RoundedLayer]:
         """Rounds layers that multiply one and the same input."""
         inputs = self._inputs(names[0], replay, norms, floats)
         hessian, difference = inputs.mean_over_ranks()
@@ -295,7 +296,7 @@ class _GPTQ:
                 self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
                 problem.write(values)
                 norm = max(float(whole.sum()), 1e-300)
-                fits[name] = GPTQFit(
+                fits[name] = RoundedLayer(
                     inputs.count, float(before.sum()) / norm, float(after.sum()) / norm, float(worse.mean()), dead
                 )
         return fits

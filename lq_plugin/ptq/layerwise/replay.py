@@ -88,10 +88,6 @@ class Replay:
         """
         self.cache.put((self.kind, name, batch, call), output)
 
-    def forget(self) -> None:
-        """Drop every output."""
-        self.cache.drop_where(lambda key: key[0] == self.kind)
-
     @contextmanager
     def _skipping(self, target: str | None, batch: int, calls: int, captured: list[Arguments]) -> Iterator[None]:
         counts: Counter[str] = Counter()

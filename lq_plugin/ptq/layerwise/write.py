@@ -9,16 +9,17 @@ from torch import Tensor
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.fixed_levels import FixedLevels
-from lq_plugin.layers import COMPUTED, QuantizedLayer, weight_is_computed
+from lq_plugin.layers import COMPUTED, QuantizedLayer, current_weight_quantizer, weight_is_computed
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 
 
 def rounding_fault(layer: QuantizedLayer) -> str | None:
     """Returns why no rounding of a layer's weight can be chosen; None when one can."""
-    assert layer.weight_quantizer is not None
     if weight_is_computed(layer):
         return COMPUTED
-    quantizer = layer.weight_quantizer
+    quantizer = current_weight_quantizer(layer)
+    if quantizer is None:
+        return "its weight is float at this stage of its plan"
     return None if quantizer.has_fixed_levels else f"{quantizer.spec} has no levels under fixed scales to choose from"
 
 
@@ -33,7 +34,7 @@ def write_rounded(layer: QuantizedLayer, values: Tensor, levels: FixedLevels) ->
     Raises:
         QuantizationError: the quantizer does not return the written weight unchanged.
     """
-    quantizer = layer.weight_quantizer
+    quantizer = current_weight_quantizer(layer)
     assert quantizer is not None
     with torch.no_grad():
         layer.weight.copy_(type(layer).from_canonical(layer, values))

@@ -16,7 +16,7 @@ from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
 
 
 @dataclass(frozen=True)
-class Fit:
+class UnitResult:
     """The result of one unit's optimization.
 
     Args:
@@ -33,7 +33,7 @@ class Fit:
     kept: bool
 
 
-def fit_rounding(
+def learn_rounding(
     soft: SoftUnit,
     draw: Callable[[], tuple[Callable[[], list[Tensor]], list[Tensor]]],
     norms: list[float],

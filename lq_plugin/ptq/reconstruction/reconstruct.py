@@ -36,7 +36,7 @@ from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 from lq_plugin.ptq.layerwise.replay import Arguments, Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import rounding_fault, writable_weights
-from lq_plugin.ptq.reconstruction.learn import Fit, fit_rounding
+from lq_plugin.ptq.reconstruction.learn import UnitResult, learn_rounding
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.samples import Record, Samples, copied, float_leaves, mixed, renewed
 from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
@@ -53,7 +53,7 @@ class Reconstruction:
         skipped: layers that kept nearest rounding, and why.
     """
 
-    units: dict[str, Fit] = field(default_factory=dict)
+    units: dict[str, UnitResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -141,15 +141,17 @@ class _Reconstructor:
         }
         return UnitStore(self.options.folder or "", run)
 
-    def _learned(self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int) -> Fit:
+    def _learned(
+        self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int
+    ) -> UnitResult:
         """Learn a unit and keep it in the store."""
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
-        fit = self._unit(unit, replays[0], replays[1], calls, generator)
+        result = self._unit(unit, replays[0], replays[1], calls, generator)
         if store is not None:
-            store.save(index, str(unit), self._changing(unit), fit)
-        return fit
+            store.save(index, str(unit), self._changing(unit), result)
+        return result
 
-    def _restored(self, unit: Unit, index: int, store: UnitStore | None) -> Fit | None:
+    def _restored(self, unit: Unit, index: int, store: UnitStore | None) -> UnitResult | None:
         """Take a unit from the store, if it is there."""
         if store is None:
             return None
@@ -162,14 +164,14 @@ class _Reconstructor:
     def _changing(self, unit: Unit) -> dict[str, nn.Module]:
         """Returns the modules that learning a unit may change."""
         biases = self._biases(unit)
-        behind = {
+        later = {
             name: m
             for name, m in self.model.named_modules()
             if any(getattr(m, "bias", None) is bias for bias in biases)
         }
         return (
             {name: self.model.get_submodule(name) for name in map(self._owner, unit.layers)}
-            | behind
+            | later
             | self._batch_norms(unit)
         )
 
@@ -208,7 +210,9 @@ class _Reconstructor:
                 hook.remove()
         return counts
 
-    def _unit(self, unit: Unit, float_replay: Replay, replay: Replay, calls: int, generator: torch.Generator) -> Fit:
+    def _unit(
+        self, unit: Unit, float_replay: Replay, replay: Replay, calls: int, generator: torch.Generator
+    ) -> UnitResult:
         module = self.model.get_submodule(unit.name)
 
         def forward(arguments: Arguments) -> list[Tensor]:
@@ -269,7 +273,7 @@ class _Reconstructor:
 
     def _learn(
         self, unit: Unit, samples: Samples, forward: Callable[[Arguments], list[Tensor]], generator: torch.Generator
-    ) -> Fit:
+    ) -> UnitResult:
         options = self.options
         trial = samples.draw(8 * options.batch_size, generator)
 
@@ -298,7 +302,7 @@ class _Reconstructor:
                 self.on_step(unit.name, iteration)
 
         with soft, torch.enable_grad():
-            iterations = fit_rounding(soft, draw, norms, options, str(unit), step)
+            iterations = learn_rounding(soft, draw, norms, options, str(unit), step)
         undecided = soft.undecided_share()
         before = soft.harden()
         learned = error()
@@ -308,7 +312,7 @@ class _Reconstructor:
         relative = [
             sum(e / s for e, s in zip(errors, spread, strict=True)) / len(spread) for errors in (nearest, learned)
         ]
-        return Fit(iterations, relative[0], relative[1], undecided, kept)
+        return UnitResult(iterations, relative[0], relative[1], undecided, kept)
 
     def _batch_norms(self, unit: Unit) -> dict[str, _BatchNorm]:
         """Batch norms with running statistics in the unit and its tail, by name."""

@@ -98,7 +98,10 @@ class SoftInput(nn.Module):
         if self.gain is None:
             y = quantizer(x)
         else:
-            scale, zero_point = quantizer._view(self._scale(), x), quantizer._view(quantizer.zero_point, x)
+            scale, zero_point = (
+                quantizer.broadcastable(self._scale(), x),
+                quantizer.broadcastable(quantizer.zero_point, x),
+            )
             y = fake_quantize_learned(x, scale, zero_point, quantizer.spec.grid)
         if self.drop and torch.is_grad_enabled():
             kept = torch.rand(x.shape, generator=self.generator, device=self.generator.device).to(x.device) < self.drop

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.soft_rounding import SoftInput, SoftRounding
-from lq_plugin.quantizers import ActivationQuantizer
+from lq_plugin.quantizers import ActivationQuantizer, SlotQuantizer
 
 
 class SoftUnit:
@@ -39,13 +39,14 @@ class SoftUnit:
         self.roundings: dict[str, SoftRounding] = {}
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
-            quantizer = layer.weight_quantizer
+            quantizer = current_weight_quantizer(layer)
             if quantizer is not None and quantizer.is_enabled and rounding_fault(layer) is None:
                 self.roundings[name] = SoftRounding(
                     quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
                 )
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
+                held = held.current if isinstance(held, SlotQuantizer) else None
                 if isinstance(held, ActivationQuantizer) and held.is_enabled:
                     learn = options.input_learning_rate > 0 and held.spec.has_free_scales and held.spec.bit_width < 8
                     self.inputs[name, slot] = SoftInput(held, learn, options.drop, generator)

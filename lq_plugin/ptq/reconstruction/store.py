@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lq_plugin.errors import CalibrationError
 from lq_plugin.model.digest import digest
 from lq_plugin.model.ranks import gathered, is_first
-from lq_plugin.ptq.reconstruction.learn import Fit
+from lq_plugin.ptq.reconstruction.learn import UnitResult
 from lq_plugin.utilities.files import make_folder, write_file
 
 _RUN = "run.json"
@@ -50,7 +50,7 @@ class UnitStore:
         elif self.writes:
             write_file(path, json.dumps(dict(run), indent=1), CalibrationError)
 
-    def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> Fit | None:
+    def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> UnitResult | None:
         """Give modules what a unit has learned; None when not every process finds it in the folder.
 
         Args:
@@ -67,7 +67,7 @@ class UnitStore:
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            fit = Fit(**json.loads(metadata["fit"]))
+            result = UnitResult(**json.loads(metadata["fit"]))
             # Units of earlier versions have no checksum.
             if metadata.get("checksum", _checksum(state, metadata)) != _checksum(state, metadata):
                 raise ValueError("its checksum does not fit its content")
@@ -81,15 +81,15 @@ class UnitStore:
                 module.load_state_dict(mine)
             except RuntimeError as error:
                 raise CalibrationError(f"{path} does not fit {name}: {error}") from error
-        return fit
+        return result
 
-    def save(self, index: int, unit: str, modules: Mapping[str, nn.Module], fit: Fit) -> None:
+    def save(self, index: int, unit: str, modules: Mapping[str, nn.Module], result: UnitResult) -> None:
         """Keep what modules have learned; the file appears when it is whole.
 
         Args:
             index, unit: number and name of the unit.
             modules: that learning the unit has changed, by name.
-            fit: the result.
+            result: of its optimization.
         """
         if self.writes:
             state = {
@@ -97,7 +97,7 @@ class UnitStore:
                 for name, module in modules.items()
                 for key, value in module.state_dict().items()
             }
-            metadata = {"unit": unit, "fit": json.dumps(asdict(fit))}
+            metadata = {"unit": unit, "fit": json.dumps(asdict(result))}
             metadata["checksum"] = _checksum(state, metadata)
             write_file(self._path(index), save(state, metadata), CalibrationError)
 

@@ -71,7 +71,7 @@ def find_head_pairs(model: nn.Module, recording: Recording) -> tuple[list[HeadPa
 
 def _fault(recording: Recording, attention: Call, made: Call, output: Call, pair: HeadPair) -> str | None:
     if len(recording.consumers_of(made)) != 1:
-        return "its output is read elsewhere too"
+        return "its output is also read elsewhere"
     if sum(source.producer == made.position for source in attention.inputs) != 1:
         return f"{attention.name!r} reads it as more than the values"
     for call, channels in ((made, made.output_shapes[0][-1]), (output, output.inputs[0].shape[-1])):

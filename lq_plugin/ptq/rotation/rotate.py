@@ -121,7 +121,7 @@ def rotate(
         values = _Values(model)
         try:
             done, unproven, change = _rotate_proven(values, recording, parts, lambda: run(batch), kind, seed)
-        except BaseException:  # an interrupt too would leave a rotation that nothing has proven
+        except BaseException:  # an interrupt also would leave a rotation that nothing has proven
             values.restore()
             raise
     return Rotation(
@@ -185,6 +185,9 @@ def _rotate_proven(
 
 def check_rotation(kind: str | None = None, seed: int = 0, heads: bool = True) -> None:
     """Refuse impossible options.
+
+    Args:
+        kind, seed, heads: as in `rotate`.
 
     Raises:
         QuantizationError: naming them.

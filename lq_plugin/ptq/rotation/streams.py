@@ -242,7 +242,7 @@ def parameters_fault(
 
 def subtracts_mean(norm: nn.Module, size: int) -> bool:
     """Returns whether a norm makes the mean of its input 0, as layer norm does."""
-    y = _unit(norm)(_samples(size) + 3.0)
+    y = _neutral(norm)(_samples(size) + 3.0)
     return bool(y.mean(1).abs().max() < _ROUNDING * y.abs().max())
 
 
@@ -252,11 +252,11 @@ def _norm_behaviour_fault(norm: nn.Module, size: int) -> str | None:
     if any(tensor.numel() != size for tensor in names.values()):
         return f"its weight has {[tensor.numel() for tensor in names.values()]} numbers, the stream has {size} channels"
     try:
-        unit, plain, x = _unit(norm), _double(norm), _samples(size)
+        neutral, plain, x = _neutral(norm), _double(norm), _samples(size)
         q = random_rotation(size, torch.Generator().manual_seed(0), "orthogonal", keep_mean=subtracts_mean(norm, size))
         with torch.no_grad():
-            turned = torch.allclose(unit(x @ q), unit(x) @ q, rtol=_ROUNDING, atol=_ROUNDING)
-            expected = unit(x)
+            turned = torch.allclose(neutral(x @ q), neutral(x) @ q, rtol=_ROUNDING, atol=_ROUNDING)
+            expected = neutral(x)
             for key, parameter in names.items():
                 value = parameter.detach().double().cpu()
                 expected = expected * value if key == "weight" else expected + value
@@ -278,7 +278,7 @@ def _double(norm: nn.Module) -> nn.Module:
     return result
 
 
-def _unit(norm: nn.Module) -> nn.Module:
+def _neutral(norm: nn.Module) -> nn.Module:
     """Returns a copy without what its parameters do."""
     result = _double(norm)
     with torch.no_grad():

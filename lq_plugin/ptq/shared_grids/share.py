@@ -25,7 +25,7 @@ from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.graph.recording import Call, Source
 from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.quantizers import ActivationQuantizer, Quantizer
+from lq_plugin.quantizers import ActivationQuantizer, SlotQuantizer
 
 #: Functions, and torch's modules, whose results are values of what they read, or 0. Views have no call of their own.
 _MOVES = frozenset(
@@ -106,7 +106,7 @@ def _reads(model: nn.Module, recording: Recording) -> Iterator[tuple[ActivationQ
 
 
 def _current(quantizer: Any, source: Source) -> Iterator[tuple[ActivationQuantizer, Source]]:
-    now = quantizer.current if isinstance(quantizer, Quantizer) else None
+    now = quantizer.current if isinstance(quantizer, SlotQuantizer) else None
     if isinstance(now, ActivationQuantizer):
         yield now, source
 

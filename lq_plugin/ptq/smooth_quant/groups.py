@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lq_plugin.layers.registry import known_operation, operation_of, quantized_class
+from lq_plugin.layers.registry import canonical_of, known_operation, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import sharing_fault
@@ -87,7 +86,7 @@ def input_dim(module: nn.Module) -> int:
     """Returns the dim of a reader's weight that runs along its input; HF `Conv1D` has `[C_in, C_out]`."""
     if isinstance(module, nn.MultiheadAttention):
         return 1
-    probe = cast(Any, quantized_class(module)).canonical(module, torch.empty(2, 3, device="meta"))
+    probe = canonical_of(module, torch.empty(2, 3, device="meta"))
     return 1 if probe.shape[1] == 3 else 0
 
 

@@ -134,6 +134,11 @@ def aciq_threshold(name: str, bits: int) -> float:
 def exact_scale(name: str, quant_min: int, quant_max: int, one_sided: bool = False) -> float:
     """Returns the scale with the least error of levels `quant_min..quant_max` on spread 1, with zero at level 0.
 
+    Args:
+        name: `"gauss"` or `"laplace"`.
+        quant_min, quant_max: outermost levels.
+        one_sided: of the distribution of |X|.
+
     >>> round(7 * exact_scale("laplace", -7, 7), 4), round(8 * exact_scale("gauss", -8, 7), 4)
     (4.8199, 2.7089)
     """

@@ -1,1 +1,1 @@
-"""Scores of plans: metric, costs, latency, at one or several levels of fidelity."""
+"""Scores of plans: metric, costs, latency, at one or several rungs of fidelity."""

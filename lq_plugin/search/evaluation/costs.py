@@ -1,9 +1,9 @@
-"""Costs that a search can minimize next to its metric, and that constraints can bound.
+"""Costs that a search can minimize next to its metric, and that constraints can limit.
 
-All of it is of the whole model, what stays float included, and work is that of one input sample: a bound means the same
-whatever the batch size and however much of a model can hold quantizers. `effective_bits <= 4.5` bounds the mean bits of
+All of it is of the whole model, what stays float included, and work is that of one input sample: a limit means the same
+whatever the batch size and however much of a model can hold quantizers. `effective_bits <= 4.5` limits the mean bits of
 a parameter, so that the packed file takes about 4.5 bits for each; experts, norms or tables of positions that stay
-float count with the bits of their dtype, and where they are too many no plan keeps the bound, which is said before the
+float count with the bits of their dtype, and where they are too many no plan keeps the limit, which is said before the
 first trial. `quantizable_effective_bits` leaves them out: the mean over the weights that a plan can change. See
 `lq_plugin.model.measure.cost` for the definitions, `energy` and `activation_memory` there for those.
 """

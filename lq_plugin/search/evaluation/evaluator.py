@@ -41,7 +41,7 @@ from lq_plugin.search.evaluation.calibration import Calibration, OnCalibrationDa
 from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY, LATENCY, cost_totals
 from lq_plugin.search.evaluation.setup_once import SetUpOnce
 from lq_plugin.search.shared.interrupt import interrupts_kept
-from lq_plugin.search.space.bound import BoundSpace, as_plan
+from lq_plugin.search.space.model_space import ModelSpace, as_plan
 from lq_plugin.search.space.space import Space
 from lq_plugin.utilities.lightning_packages import package_of
 
@@ -118,7 +118,7 @@ class Evaluator:
             )
         self.float_metrics: dict[str, float] = {}
         self.weights = ""
-        self.space: BoundSpace | None = None
+        self.space: ModelSpace | None = None
         self.recording: Recording | None = None
         #: Milliseconds of a plan, see `lq_plugin.search.study.latency`.
         self.latency: Callable[[Mapping[str, LayerPlan]], float] | None = None
@@ -176,7 +176,7 @@ class Evaluator:
         self._price.cache_clear()
         self._data.close()
 
-    def calibrate(self, space: Space | Mapping[str, Any]) -> BoundSpace:
+    def calibrate(self, space: Space | Mapping[str, Any]) -> ModelSpace:
         """Validate the float model, fold what can be folded, and gather the statistics that `space` may need.
 
         One pass over the calibration data; a second one only for activations that may be quantized
@@ -340,7 +340,7 @@ class Evaluator:
         # A Trainer on a GPU brings the model back to the CPU after each validation, with what it holds then.
         return self._quantizers[key].to(layer.weight.device)
 
-    def _calibrated(self) -> BoundSpace:
+    def _calibrated(self) -> ModelSpace:
         if self.space is None:
             raise CalibrationError("the evaluator is not calibrated: call calibrate(space) first")
         return self.space
@@ -364,7 +364,7 @@ def logged(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _statistics_plans(space: BoundSpace) -> list[QuantPlan]:
+def _statistics_plans(space: ModelSpace) -> list[QuantPlan]:
     """Returns plans that together gather every statistic; those after the first cover what a tensor may also be."""
     wanted: dict[str, dict[str, list[QuantSpec]]] = {}
     for unit in space.units:

@@ -1,9 +1,9 @@
 """Scores plans again: on validation batches that no trial has seen, or else on parts of them, with other luck.
 
-Where the Trainer's `limit_val_batches`, or the `batches` of a level, leave a part of the validation data out, a look
+Where the Trainer's `limit_val_batches`, or the `batches` of a rung, leave a part of the validation data out, a look
 reads as many of those batches as a trial reads of the others, and other looks read others: its score is what the trial
 would have scored with them. Where trials read everything, looks are equal parts of the same batches: the intervals that
-they give say what other data of the same kind may score, but no longer that the plan was chosen by these. A level that
+they give say what other data of the same kind may score, but no longer that the plan was chosen by these. A rung that
 trains is trained again, with another seed. Data of the test split is never read.
 """
 
@@ -22,7 +22,7 @@ from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.evaluation.levels import Level, evaluate_layers_at
+from lq_plugin.search.evaluation.rungs import Rung, evaluate_layers_at
 from lq_plugin.utilities.lightning_packages import either, is_overridden, package_of
 
 
@@ -33,7 +33,7 @@ class Looks:
         evaluator: calibrated.
         count: looks of a plan, at most.
         least: looks of a plan, at least.
-        level: at which trials are scored; None: PTQ on the validation data.
+        rung: at which trials are scored; None: PTQ on the validation data.
 
     Attributes:
         number: of looks that the data has; `count` at most.
@@ -44,15 +44,15 @@ class Looks:
         QuantizationError: the validation has fewer than `least` batches, or does not say how many.
     """
 
-    def __init__(self, evaluator: Evaluator, count: int, least: int, level: Level | None = None) -> None:
-        self.evaluator, self.level = evaluator, level or Level()
+    def __init__(self, evaluator: Evaluator, count: int, least: int, rung: Rung | None = None) -> None:
+        self.evaluator, self.rung = evaluator, rung or Rung()
         self.number, self.fresh, self.share = count, True, 1.0
         self._parts: list[Callable[[int], tuple[int, int]]] = []
-        if self.level.qat is None:
+        if self.rung.qat is None:
             self._divide(count, least)
 
     def _divide(self, count: int, least: int) -> None:
-        limit = inf if self.level.batches is None else self.level.batches
+        limit = inf if self.rung.batches is None else self.rung.batches
         seen = [min(batches, limit) for batches in self.evaluator.loader_batches]
         lengths = [_length(loader) for loader in self._flattened(self.evaluator.trainer.val_dataloaders)]
         if not seen or inf in seen:
@@ -92,7 +92,7 @@ class Looks:
         evaluator.seed = before + 1 + look
         try:
             with self._only(look), seeded(evaluator.seed):
-                return evaluate_layers_at(evaluator, layer_plans, self.level)
+                return evaluate_layers_at(evaluator, layer_plans, self.rung)
         finally:
             evaluator.seed = before
 

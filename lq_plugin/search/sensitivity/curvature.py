@@ -19,7 +19,7 @@ from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer, computed_faults
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.split import split
-from lq_plugin.search.space.bound import Choice, Unit
+from lq_plugin.search.space.model_space import Choice, Unit
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.curvature import alone, asking
-from lq_plugin.search.space.bound import Params, Unit
+from lq_plugin.search.space.model_space import Params, Unit
 
 #: Rounds, and how far a step can move in one of them, relatively.
 ROUNDS, RATE = 40, 0.05

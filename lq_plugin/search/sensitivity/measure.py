@@ -47,7 +47,7 @@ from lq_plugin.search.sensitivity.curvature import Values, alone, by_gradients
 from lq_plugin.search.sensitivity.learned_steps import by_learned_steps
 from lq_plugin.search.sensitivity.prefix import PrefixCache
 from lq_plugin.search.sensitivity.split import split
-from lq_plugin.search.space.bound import Choice, Params, Unit
+from lq_plugin.search.space.model_space import Choice, Params, Unit
 from lq_plugin.utilities import csv_text
 from lq_plugin.utilities.lightning_packages import Callback, is_overridden
 

@@ -14,12 +14,12 @@ _PATTERN = re.compile(r"\s*(\S+?)\s*(<=|>=)\s*([-+]?\d[\d_]*\.?\d*(?:[eE][-+]?\d
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on a cost or on a logged metric.
+    """A limit of a cost or of a logged metric.
 
     Args:
         name: of the cost or metric.
         relation: `"<="` or `">="`.
-        bound: the value that is still allowed.
+        limit: the value that is still allowed.
 
     >>> limit = Constraint.parse("effective_bits <= 4.5")
     >>> limit.violation({"effective_bits": 5.0}), limit.violation({"effective_bits": 4.0})
@@ -28,7 +28,7 @@ class Constraint:
 
     name: str
     relation: str
-    bound: float
+    limit: float
 
     @classmethod
     def parse(cls, text: str) -> Constraint:
@@ -45,12 +45,12 @@ class Constraint:
         return cls(found[1], found[2], float(found[3]))
 
     def violation(self, values: Mapping[str, float]) -> float:
-        """Returns by how much the value exceeds the bound; 0 or less where the constraint is kept."""
-        excess = values[self.name] - self.bound
+        """Returns by how much the value exceeds the limit; 0 or less where the constraint is kept."""
+        excess = values[self.name] - self.limit
         return excess if self.relation == "<=" else -excess
 
     def __str__(self) -> str:
-        return f"{self.name} {self.relation} {self.bound:g}"
+        return f"{self.name} {self.relation} {self.limit:g}"
 
 
 def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
@@ -71,9 +71,9 @@ def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
 
 
 def largest(limits: Iterable[Constraint], cost: str) -> float:
-    """Returns the most that a plan may cost under these constraints; infinity where none bounds this cost from above.
+    """Returns the most that a plan may cost under these constraints; infinity where none limits this cost from above.
 
     >>> largest(parse_constraints(["bytes <= 900", "bytes <= 800", "val/acc >= 0.9"]), "bytes")
     800.0
     """
-    return min((limit.bound for limit in limits if limit.name == cost and limit.relation == "<="), default=math.inf)
+    return min((one.limit for one in limits if one.name == cost and one.relation == "<="), default=math.inf)

@@ -13,7 +13,7 @@ from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.search.space.bound import Params, Unit
+from lq_plugin.search.space.model_space import Params, Unit
 from lq_plugin.search.space.space import Space, SpaceRule
 
 

@@ -29,7 +29,7 @@ from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import FLOAT, LayerInfo, QuantPlan, Rule, matches
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.graph.recording import Recording
-from lq_plugin.search.space.bound import BoundSpace, Choice, Unit
+from lq_plugin.search.space.model_space import Choice, ModelSpace, Unit
 from lq_plugin.search.space.residual import RESIDUAL, ResidualTies, residual_ties
 
 #: How the choices of one tensor are written.
@@ -159,11 +159,11 @@ class Space:
         recording: Recording | None = None,
         target: str | None = None,
         modules: Mapping[str, Any] | None = None,
-    ) -> BoundSpace:
+    ) -> ModelSpace:
         """Returns the space of one model.
 
         A choice that a layer cannot take (its input channels are no multiple of the group size, say), or that files of
-        the target cannot hold, is left out for that layer, and named in `BoundSpace.excluded`.
+        the target cannot hold, is left out for that layer, and named in `ModelSpace.excluded`.
 
         Args:
             layers: the layers that can hold quantizers.
@@ -210,7 +210,7 @@ class Space:
         if not faults and not any(len(unit.choices) > 1 for unit in units):
             faults.append("there is nothing to choose: every tensor has at most one choice")
         raise_all(PlanError, "search space", faults)
-        return BoundSpace(tuple(units), tuple(layers), dict(others or {}), excluded, target)
+        return ModelSpace(tuple(units), tuple(layers), dict(others or {}), excluded, target)
 
     @property
     def _patterns(self) -> list[str]:

@@ -33,7 +33,7 @@ class Candidate:
         metrics: everything its validation logged, and all costs.
         origin: `"uniform 4 bits"`, or `"sampled"`.
         seconds: that it took.
-        lower: what it scored at each level of fidelity below the top; empty where there is one level.
+        lower: what it scored at each rung of fidelity below the top; empty where there is one rung.
         interval: of its scores after it was chosen, see `lq_plugin.search.study.confidence`; None of a plan that was
             scored once.
         bound: what its metric is at least, or at most where less is better, as far as is known: the interval's end, or
@@ -107,9 +107,9 @@ class StudyCandidates:
         float_bytes: size of the float model.
 
     Attributes:
-        candidates: every complete trial that keeps the constraints, by number; with several levels of fidelity those of
+        candidates: every complete trial that keeps the constraints, by number; with several rungs of fidelity those of
             the top.
-        held_back: number of trials that stopped below the top level.
+        held_back: number of trials that stopped below the top rung.
     """
 
     def __init__(
@@ -187,17 +187,17 @@ def _judged(candidates: Sequence[Candidate], attributes: Mapping[str, Any], maxi
         attributes: of the study, with its looks.
         maximize: whether more of the metric is better.
     """
-    level, share = attributes[CONFIRM]["level"], attributes[CONFIRM]["looks"]["share"]
+    rung, share = attributes[CONFIRM]["rung"], attributes[CONFIRM]["looks"]["share"]
     sign = 1.0 if maximize else -1.0
     looks = looks_in(attributes)
     noise = spread(looks.values())
     # A trial reads more batches than a look.
-    once = 0.0 if noise is None else quantile(noise[1], level) * noise[0] * share**0.5
+    once = 0.0 if noise is None else quantile(noise[1], rung) * noise[0] * share**0.5
     found = []
     for c in candidates:
         scores = list(looks.get(c.number, {}).values())
         numbers = [score for score in scores if score is not None]
-        known = interval(numbers, level) if len(numbers) == len(scores) else None
+        known = interval(numbers, rung) if len(numbers) == len(scores) else None
         if len(numbers) < len(scores):
             bound = -sign * inf  # a plan that may score no number is no good one
         elif known is None:

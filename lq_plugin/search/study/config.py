@@ -20,7 +20,7 @@ from lq_plugin.export.target import TARGETS
 from lq_plugin.extras import need_packages
 from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import LATENCY, unknown_costs
-from lq_plugin.search.evaluation.levels import Level, level_faults, margin_faults, parse_levels
+from lq_plugin.search.evaluation.rungs import Rung, margin_faults, parse_rungs, rung_faults
 from lq_plugin.search.sensitivity.measure import AUTO, MEASURES
 from lq_plugin.search.shared.build import build
 from lq_plugin.search.shared.database import HEARTBEAT, quiet
@@ -56,7 +56,7 @@ class SearchConfig:
         space: what may be chosen for which layer: a `Space`, or a mapping with its fields.
         metric: a name that the module logs in validation.
         n_trials: complete trials that the study shall have in the end, including those of earlier runs and of other
-            workers. There are fewer where the space has fewer plans. Trials that stopped below the top level of
+            workers. There are fewer where the space has fewer plans. Trials that stopped below the top rung of
             `fidelity` count also.
         mode: `"max"` or `"min"` of the metric.
         cost: the other objectives, minimized: `"effective_bits"`, `"quantizable_effective_bits"`, `"bytes"`, `"bops"`,
@@ -85,20 +85,20 @@ class SearchConfig:
         heartbeat: seconds between signs of life of a running trial. A trial that is silent for three times as long,
             because its worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run that may raise before it gives up.
-        fidelity: levels of evaluation, the cheapest first (`lq_plugin.search.evaluation.levels.Level`): `[{"batches":
+        fidelity: rungs of evaluation, the cheapest first (`lq_plugin.search.evaluation.rungs.Rung`): `[{"batches":
             4}, {}, {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}]`. Only trials near the front of
-            their level climb to the next; the front of the search has trials of the top level only. None: one level,
+            their rung climb to the next; the front of the search has trials of the top rung only. None: one rung,
             PTQ on all validation data.
         promote_within: by how much, in the metric's unit, a trial may be worse than another one that costs no more, and
-            still climb. None: a twentieth of what the float model scores. A level may have its own.
-        promote_first: trials at a level that climb in any case.
+            still climb. None: a twentieth of what the float model scores. A rung may have its own.
+        promote_first: trials at a rung that climb in any case.
         pruner: with one objective, also decides which trials climb: an Optuna pruner, or a mapping with its `_target_`.
-            Steps are levels, from 0.
+            Steps are rungs, from 0.
         progress: show a progress bar.
         target: name of the export target that plans are for (`lq_plugin.export.target`): what its files cannot hold is
             no choice, and the others are on its own grid. None: any plan.
         score: `"file"` writes each plan of the front for `target` at the end, into `output_dir`, and evaluates the
-            model computed by the file: its metrics, bytes and milliseconds stand beside those of the trial. `"model"`:
+            model computed by the file: its metrics, bytes and milliseconds stand next to those of the trial. `"model"`:
             no files.
         confirm: score the plans near the front again, `{"looks": 8}`, on validation batches that trials do not read
             (`limit_val_batches`), or on parts of those that they read, and with other seeds
@@ -114,7 +114,7 @@ class SearchConfig:
         costs: names of the costs that are minimized.
         limits: the constraints.
         confirming: how plans are scored again; None: not at all.
-        levels: of evaluation; empty where there is one way to evaluate.
+        rungs: of evaluation; empty where there is one way to evaluate.
         pruning: the pruner; one that never prunes when none is given.
         timing: where latency is measured; None: nowhere.
 
@@ -145,7 +145,7 @@ class SearchConfig:
     latency: Mapping[str, Any] | None = None
     heartbeat: int = HEARTBEAT
     max_failures: int = 10
-    fidelity: Sequence[Level | Mapping[str, Any]] | None = None
+    fidelity: Sequence[Rung | Mapping[str, Any]] | None = None
     promote_within: float | None = None
     promote_first: int = 4
     pruner: BasePruner | Mapping[str, Any] | None = None
@@ -162,7 +162,7 @@ class SearchConfig:
     costs: tuple[str, ...] = field(init=False, repr=False, default=())
     limits: tuple[Constraint, ...] = field(init=False, repr=False, default=())
     confirming: Confirm | None = field(init=False, repr=False, default=None)
-    levels: tuple[Level, ...] = field(init=False, repr=False, default=())
+    rungs: tuple[Rung, ...] = field(init=False, repr=False, default=())
     pruning: BasePruner = field(init=False, repr=False, default_factory=NopPruner)
     timing: LatencyOptions | None = field(init=False, repr=False, default=None)
 
@@ -201,11 +201,11 @@ class SearchConfig:
             read(lambda: known_target(self.target))
         faults += self._score_faults()
         confirming = read(lambda: check_confirm(self.confirm))
-        levels: tuple[Level, ...] = ()
+        rungs: tuple[Rung, ...] = ()
         if (fidelity := self.fidelity) is not None:
-            levels = read(lambda: parse_levels(fidelity), ())
+            rungs = read(lambda: parse_rungs(fidelity), ())
             if not wrong.keys() & {"model", "trainer"}:
-                read(lambda: faults.extend(level_faults(levels, self.model, self.phases, self.trainer)))
+                read(lambda: faults.extend(rung_faults(rungs, self.model, self.phases, self.trainer)))
         pruning = self.pruning
         if self.pruner is not None:
             given = self.pruner
@@ -216,7 +216,7 @@ class SearchConfig:
         timed = self.latency is not None or LATENCY in (*costs, *(limit.name for limit in limits))
         timing = read(lambda: latency_options(self.latency)) if timed and "latency" not in wrong else None
         raise_all(QuantizationError, "cannot search", faults)
-        derived = {"costs": costs, "limits": limits, "levels": levels, "pruning": pruning, "timing": timing}
+        derived = {"costs": costs, "limits": limits, "rungs": rungs, "pruning": pruning, "timing": timing}
         derived["confirming"] = confirming
         for name, value in (derived | {"space": Space.parse(self.space)}).items():
             object.__setattr__(self, name, value)
@@ -244,8 +244,8 @@ class SearchConfig:
             value = given[name]
             number = isinstance(value, int) and not isinstance(value, bool)
             if not number or value < least or (most is not None and value > most):
-                bounds = f"{least} or more" + ("" if most is None else f", {most} at most")
-                faults[name] = f"{name} is an integer, {bounds}, got {value!r}"
+                allowed = f"{least} or more" + ("" if most is None else f", {most} at most")
+                faults[name] = f"{name} is an integer, {allowed}, got {value!r}"
         for name, (kind, fits) in _KINDS.items():
             if not fits(given[name]):
                 faults[name] = f"{name} is {kind}, got {repr(masked(given[name]))[:100]}"
@@ -278,7 +278,7 @@ class SearchConfig:
                 "promote_within"
             )
         if self.fidelity is None:
-            yield "a pruner decides which trials climb to the next level: without fidelity there is one level"
+            yield "a pruner decides which trials climb to the next rung: without fidelity there is one rung"
 
 
 #: Fields that count something: the least and the largest that each may be.

@@ -24,7 +24,7 @@ FOLDER = "artifacts"
 
 
 class Dashboard:
-    """Writes what optuna-dashboard shows beside the numbers.
+    """Writes what optuna-dashboard shows next to the numbers.
 
     Args:
         folder: of the search.
@@ -37,7 +37,13 @@ class Dashboard:
         self.metric, self.costs = metric, costs
 
     def trial(self, trial: Trial, plan: QuantPlan, metrics: Mapping[str, float]) -> None:
-        """Write the note of a trial, with its plan as a table, and the plan as a file."""
+        """Write the note of a trial, with its plan as a table, and the plan as a file.
+
+        Args:
+            trial: that was evaluated.
+            plan: what it tried.
+            metrics: what it scored.
+        """
         from optuna_dashboard import save_note  # not at the top: it is an extra
 
         numbers = ", ".join(f"{name} {metrics[name]:.5g}" for name in (self.metric, *self.costs))

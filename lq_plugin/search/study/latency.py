@@ -19,7 +19,7 @@ from lq_plugin.export.target import TARGETS
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.space.bound import BoundSpace
+from lq_plugin.search.space.model_space import ModelSpace
 from lq_plugin.search.study.result import MEASURED, TABLE, SearchResult
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def example_inputs(evaluator: Evaluator) -> list[Tensor]:
     raise CalibrationError("latency is measured on a batch of validation data, and there is none")
 
 
-def pairs(space: BoundSpace) -> Iterator[dict[str, LayerPlan]]:
+def pairs(space: ModelSpace) -> Iterator[dict[str, LayerPlan]]:
     """Yields every pair of a weight's and an input's specs, layer by layer."""
     choices: dict[str, dict[str, list[QuantSpec | None]]] = {}
     for unit in space.units:

@@ -17,7 +17,7 @@ from lq_plugin.search.shared.database import StudyError, alone_with, has_heartbe
 from lq_plugin.search.shared.interrupt import StopRequest
 from lq_plugin.search.shared.others import TAKEN_FOR_DEAD, OtherWorkers
 from lq_plugin.search.study.objective import ERROR, ORIGIN, PLAN, RETRIES, Objective, held_back
-from lq_plugin.search.study.promotion import LEVELS
+from lq_plugin.search.study.promotion import RUNGS
 from lq_plugin.search.study.proposer import Proposer
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Loop:
         return len(self.study.get_trials(deepcopy=False, states=(state,)))
 
     def _held_back(self) -> int:
-        """Returns the number of trials that stopped below the top level; each of them has cost an evaluation."""
+        """Returns the number of trials that stopped below the top rung; each of them has cost an evaluation."""
         if self.objective.ladder is None:
             return 0
         return len(held_back(self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
@@ -147,7 +147,7 @@ class Loop:
 def _try_again(study: Study, trial: Trial | None) -> None:
     """Enqueue an interrupted trial, so that the next run takes it up."""
     if trial is not None and trial.params:
-        kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN, LEVELS) if name in trial.user_attrs}
+        kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN, RUNGS) if name in trial.user_attrs}
         attrs = kept | {RETRIES: trial.number}
         study.add_trial(
             create_trial(state=_WAITING, params=trial.params, distributions=trial.distributions, user_attrs=attrs)

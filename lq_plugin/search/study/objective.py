@@ -14,9 +14,9 @@ from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.search.evaluation.costs import COSTS, unknown_costs
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.space.bound import as_plan
 from lq_plugin.search.space.constraint import Constraint
-from lq_plugin.search.study.promotion import LEVELS, Ladder, reached_by, read
+from lq_plugin.search.space.model_space import as_plan
+from lq_plugin.search.study.promotion import RUNGS, Ladder, reached_by, read
 
 #: Names of the user attributes of a trial.
 PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", "repeats"
@@ -36,7 +36,7 @@ class Objective:
     Every trial gets the user attributes `plan` (a mapping that `QuantPlan.from_dict` reads), `metrics`
     (all that was logged, and the costs), `seconds`, and `error` (the traceback) when it raised. Two kinds of trials are
     pruned before they are evaluated: one with the parameters of an earlier trial, which `repeats` names, and one whose
-    cost breaks a constraint. With several levels of fidelity a trial that stops below the top is pruned also; its
+    cost breaks a constraint. With several rungs of fidelity a trial that stops below the top is pruned also; its
     attribute `levels` has what it scored at each.
 
     Args:
@@ -44,7 +44,7 @@ class Objective:
         metric: a name that the validation logs.
         costs: some of `COSTS`.
         constraints: on costs and on logged metrics.
-        ladder: where there are several levels of fidelity.
+        ladder: where there are several rungs of fidelity.
 
     Raises:
         QuantizationError: when the float model did not log the metric, or a cost is unknown.
@@ -106,10 +106,10 @@ class Objective:
             self._check(trial, metrics)
             self.evaluated(trial, as_plan(layer_plans, space.target), metrics)
         except TrialPruned:
-            reached = trial.user_attrs.get(LEVELS)
+            reached = trial.user_attrs.get(RUNGS)
             noted[METRICS] = reached[-1] if reached else costs
             if reached:
-                # What it broke at the level where it stopped tells the sampler more than nothing.
+                # What it broke at the rung where it stopped tells the sampler more than nothing.
                 self._check(trial, reached[-1])
             raise
         except BaseException as error:
@@ -133,7 +133,7 @@ class Objective:
 
 
 def held_back(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Returns those of these trials that stopped below the top level."""
+    """Returns those of these trials that stopped below the top rung."""
     return [
         trial
         for trial in trials

@@ -47,7 +47,7 @@ class SearchProgress:
             complete: trials of the study that are over.
             last: the trial that has just ended.
             failed: failed trials of this run.
-            stopped: trials that ended below the top level; they are among the complete ones.
+            stopped: trials that ended below the top rung; they are among the complete ones.
             scores: metrics of all complete trials that keep the constraints.
         """
         text = f"{self.metric} {last.values[0]:.4g} at {last.values[1]:.4g}" if last is not None and last.values else ""

@@ -1,4 +1,4 @@
-"""Decides which trials continue at the next level of fidelity: those near the front of their own level."""
+"""Decides which trials continue at the next rung of fidelity: those near the front of their own rung."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from optuna.trial import FrozenTrial
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.evaluation.levels import Level, evaluate_layers_at
+from lq_plugin.search.evaluation.rungs import Rung, evaluate_layers_at
 
 log = logging.getLogger(__name__)
 
-#: User attribute of a trial: what was logged at each level that it reached, and the costs.
-LEVELS = "levels"
+#: User attribute of a trial: what was logged at each rung that it reached, and the costs.
+RUNGS = "levels"
 #: User attribute of a trial that stopped below the top: why.
 HELD_BACK = "held_back"
 #: Margin as a share of the float model's metric, where none is given.
@@ -26,50 +26,50 @@ _SHARE = 0.05
 
 
 class Ladder:
-    """Evaluates a trial level by level, as long as it is good enough for the next one.
+    """Evaluates a trial rung by rung, as long as it is good enough for the next one.
 
-    It climbs from a level unless another trial of the study, of this or another worker, is better there by more than
-    the margin and costs no more, whatever costs there are; the first trials at a level always do. With one objective
+    It climbs from a rung unless another trial of the study, of this or another worker, is better there by more than
+    the margin and costs no more, whatever costs there are; the first trials at a rung always do. With one objective
     the study's pruner decides as well.
 
     Args:
         evaluator: calibrated.
-        levels: the cheapest first.
+        rungs: the cheapest first.
         metric, costs: the objectives.
         maximize: whether more of the metric is better.
-        promote_within: the margin in the metric's unit, of levels without one of their own; None: a twentieth of what
+        promote_within: the margin in the metric's unit, of rungs without one of their own; None: a twentieth of what
             the float model scores.
-        promote_first: trials at a level that climb in any case.
+        promote_first: trials at a rung that climb in any case.
     """
 
     def __init__(
         self,
         evaluator: Evaluator,
-        levels: Sequence[Level],
+        rungs: Sequence[Rung],
         metric: str,
         costs: Sequence[str],
         maximize: bool,
         promote_within: float | None = None,
         promote_first: int = 4,
     ) -> None:
-        self.evaluator, self.levels, self.metric, self.costs = evaluator, tuple(levels), metric, tuple(costs)
+        self.evaluator, self.rungs, self.metric, self.costs = evaluator, tuple(rungs), metric, tuple(costs)
         self.sign = 1.0 if maximize else -1.0
         margin = _SHARE * abs(read(evaluator.float_metrics, metric)) if promote_within is None else promote_within
-        self.margins = [margin if level.promote_within is None else level.promote_within for level in self.levels]
+        self.margins = [margin if rung.promote_within is None else rung.promote_within for rung in self.rungs]
         self.promote_first = promote_first
-        for number, level in enumerate(self.levels):
-            if level.batches is not None and level.batches >= evaluator.batches:
+        for number, rung in enumerate(self.rungs):
+            if rung.batches is not None and rung.batches >= evaluator.batches:
                 log.warning(
-                    "level %d reads %d batches: the validation has no more than %g",
+                    "rung %d reads %d batches: the validation has no more than %g",
                     number,
-                    level.batches,
+                    rung.batches,
                     evaluator.batches,
                 )
 
     def climb(self, trial: Trial, layer_plans: Mapping[str, LayerPlan], costs: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics of the plan at the top level, and its costs.
+        """Returns the metrics of the plan at the top rung, and its costs.
 
-        Levels that an interrupted trial has completed are not evaluated again by the trial that replaces it.
+        Rungs that an interrupted trial has completed are not evaluated again by the trial that replaces it.
 
         Args:
             trial: running.
@@ -80,29 +80,29 @@ class Ladder:
             TrialPruned: it stops below the top.
             QuantizationError: the metric is not logged, or not a finite number.
         """
-        reached: list[dict[str, float]] = list(trial.user_attrs.get(LEVELS, []))
-        for number, level in enumerate(self.levels):
+        reached: list[dict[str, float]] = list(trial.user_attrs.get(RUNGS, []))
+        for number, rung in enumerate(self.rungs):
             new = number == len(reached)
             if new:
-                reached.append({**evaluate_layers_at(self.evaluator, layer_plans, level), **costs})
+                reached.append({**evaluate_layers_at(self.evaluator, layer_plans, rung), **costs})
             value = read(reached[number], self.metric)
             if new:
-                trial.set_user_attr(LEVELS, reached)
+                trial.set_user_attr(RUNGS, reached)
             alone = len(trial.study.directions) == 1
             if alone:
                 trial.report(value, step=number)
-            if number < len(self.levels) - 1:
+            if number < len(self.rungs) - 1:
                 reason = self._better(trial, number, value, costs)
                 if reason is None and alone and trial.should_prune():
                     reason = "the pruner stopped it"
                 if reason is not None:
-                    reason = f"level {number}: {self.metric} {value:.6g}; {reason}"
+                    reason = f"rung {number}: {self.metric} {value:.6g}; {reason}"
                     trial.set_user_attr(HELD_BACK, reason)
                     raise TrialPruned(reason)
         return reached[-1]
 
     def _better(self, trial: Trial, number: int, value: float, costs: Mapping[str, float]) -> str | None:
-        """Returns a description of another trial that is so much better at this level that climbing is pointless."""
+        """Returns a description of another trial that is so much better at this rung that climbing is pointless."""
         others = [
             t
             for t in trial.study.get_trials(deepcopy=False)
@@ -124,8 +124,8 @@ class Ladder:
 
 
 def reached_by(trial: FrozenTrial) -> list[dict[str, float]]:
-    """Returns the metrics of a trial at each level that it reached; nothing where there is one level."""
-    found: Any = trial.user_attrs.get(LEVELS, [])
+    """Returns the metrics of a trial at each rung that it reached; nothing where there is one rung."""
+    found: Any = trial.user_attrs.get(RUNGS, [])
     return list(found)
 
 

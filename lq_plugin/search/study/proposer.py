@@ -19,8 +19,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.shared.database import StudyError, quiet
-from lq_plugin.search.space.bound import BoundSpace, Params, as_plan
 from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.space.model_space import ModelSpace, Params, as_plan
 from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, REPEATS
 from lq_plugin.search.study.refine import Point, Refiner
 from lq_plugin.search.surrogate.sampler import SurrogateSampler
@@ -168,7 +168,7 @@ class Proposer(BaseSampler):
 
 
 def waiting_trial(
-    space: BoundSpace,
+    space: ModelSpace,
     params: Mapping[str, Any],
     evaluator: Evaluator,
     constraints: Iterable[Constraint] = (),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lq_plugin.search.space.bound import BoundSpace, Params
+from lq_plugin.search.space.model_space import ModelSpace, Params
 from lq_plugin.search.study.seeds import Table
 
 #: Swaps (one tensor gets less, another one more) that are looked at, of each neighbour.
@@ -50,7 +50,7 @@ class Refiner:
     """
 
     def __init__(
-        self, space: BoundSpace, sensitivity: Table, base: float, costs: Table, most: float = np.inf, seed: int = 0
+        self, space: ModelSpace, sensitivity: Table, base: float, costs: Table, most: float = np.inf, seed: int = 0
     ) -> None:
         self.units = [unit for unit in space.units if len(unit.choices) > 1]
         self.harms = [self._values(sensitivity, unit.name, unit.choices) for unit in self.units]

@@ -53,7 +53,7 @@ class SearchResult(Shown, StudyCandidates):
 
     def table(self) -> Table:
         """Returns the float model and the front as a table for a terminal."""
-        stopped = f", {self.held_back} more stopped below the top level" if self.held_back else ""
+        stopped = f", {self.held_back} more stopped below the top rung" if self.held_back else ""
         # As Text: brackets in a name are no markup.
         table = Table(title=Text(f"{self.study.study_name}: front of {len(self.candidates)} trials{stopped}"))
         timed = any(LATENCY in c.metrics for c in self.front)
@@ -84,7 +84,7 @@ class SearchResult(Shown, StudyCandidates):
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the front as plain rows; `plan` names its file, `level0/val/acc` a metric of the lowest level."""
+        """Returns the front as plain rows; `plan` names its file, `level0/val/acc` a metric of the lowest rung."""
         measured, files = (self.study.user_attrs.get(key, {}) for key in (MEASURED, FILES))
         found = []
         for c in self.front:

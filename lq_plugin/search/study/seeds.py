@@ -19,7 +19,7 @@ from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.measure.energy import FLOAT_BITS
 from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.space.bound import BoundSpace, Choice, Params, Unit
+from lq_plugin.search.space.model_space import Choice, ModelSpace, Params, Unit
 
 #: By unit and choice (as text): a sensitivity, or a cost.
 Table = Mapping[str, Mapping[str, float]]
@@ -77,7 +77,7 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     }
 
 
-def smallest_plan(space: BoundSpace, costs: Table) -> Params:
+def smallest_plan(space: ModelSpace, costs: Table) -> Params:
     """Returns the cheapest plan, for a cost that no wider choice makes smaller, as all but `latency` are.
 
     Its units have the choices that are cheapest beside the first ones, of equally cheap ones the narrowest.
@@ -89,7 +89,7 @@ def smallest_plan(space: BoundSpace, costs: Table) -> Params:
     return _together(space, lambda unit: min(unit.choices, key=lambda c: (costs[unit.name][str(c)], _bits(c))))
 
 
-def _together(space: BoundSpace, choose: Callable[[Unit], Choice]) -> Params:
+def _together(space: ModelSpace, choose: Callable[[Unit], Choice]) -> Params:
     return {name: value for unit in space.units for name, value in unit.params(choose(unit)).items()}
 
 
@@ -102,7 +102,7 @@ def smallest_cost(base: float, costs: Table) -> float:
     return base + sum(min(values.values()) for values in costs.values())
 
 
-def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
+def ilp(space: ModelSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
     """Returns the plan of least summed sensitivity whose cost is at most `budget`.
 
     Args:
@@ -133,7 +133,7 @@ def ilp(space: BoundSpace, sensitivity: Table, costs: Table, budget: float, base
     return {name: value for choice, unit in chosen for name, value in unit.params(choice).items()}
 
 
-def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float = 0.0) -> list[tuple[float, Params]]:
+def greedy_path(space: ModelSpace, sensitivity: Table, costs: Table, base: float = 0.0) -> list[tuple[float, Params]]:
     """Returns `(cost, plan)` from the least sensitive plan to one of the smallest, changing one unit at a time.
 
     Args:
@@ -168,7 +168,7 @@ def greedy_path(space: BoundSpace, sensitivity: Table, costs: Table, base: float
 
 
 def make_seeds(
-    space: BoundSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
+    space: ModelSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
 ) -> list[Seed]:
     """Returns up to `count` plans: the best for each of as many budgets, which are denser where they are smaller.
 

@@ -18,7 +18,7 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
     They share project, entity, group, tags and mode of the logger's run; without a group there the study's name is
     theirs. A trial's config holds what each layer got under names of its own (`bits.layer1.0.conv1`), which parallel
     coordinates and the importance of parameters need. A trial has the same id
-    whenever it is written, so that a study that went on does not show its trials twice. With several levels of fidelity
+    whenever it is written, so that a study that went on does not show its trials twice. With several rungs of fidelity
     a run has a step for each.
 
     Args:
@@ -55,8 +55,8 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             settings=settings,
         )
         try:
-            for level in candidate.lower:
-                run.log(dict(level))
+            for rung in candidate.lower:
+                run.log(dict(rung))
             run.log({**candidate.metrics, **candidate.confirmed, "seconds": candidate.seconds})
         finally:
             run.finish()

@@ -22,8 +22,8 @@ from lq_plugin.search.sensitivity.measure import measure_sensitivity
 from lq_plugin.search.shared.database import locked, quiet
 from lq_plugin.search.shared.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.shared.storage import open_study
-from lq_plugin.search.space.bound import BoundSpace, Params
 from lq_plugin.search.space.constraint import Constraint, largest
+from lq_plugin.search.space.model_space import ModelSpace, Params
 from lq_plugin.search.study.candidates import Candidate
 from lq_plugin.search.study.confidence import LEAST
 from lq_plugin.search.study.config import SearchConfig
@@ -62,7 +62,7 @@ class StudyWorker:
     """
 
     #: Set by `open`.
-    space: BoundSpace
+    space: ModelSpace
     study: Study
     objective: Objective
     sampler: BaseSampler
@@ -123,10 +123,10 @@ class StudyWorker:
             assert config.output_dir is not None
             self.dashboard = Dashboard(config.output_dir, config.metric, config.costs)
             self.objective.evaluated = self.dashboard.trial
-        if config.levels:
+        if config.rungs:
             self.objective.ladder = Ladder(
                 evaluator,
-                config.levels,
+                config.rungs,
                 config.metric,
                 config.costs,
                 config.maximize,
@@ -142,7 +142,7 @@ class StudyWorker:
             config.heartbeat,
             names=[config.metric, *config.costs],
         )
-        if config.levels:
+        if config.rungs:
             self.study.pruner = config.pruning
         if config.timing is not None:
             with locked(self.storage):
@@ -250,7 +250,7 @@ class StudyWorker:
         config, evaluator = self.config, self.evaluator
         if config.confirming is None:
             return None
-        looks = Looks(evaluator, config.confirming.looks, LEAST, config.levels[-1] if config.levels else None)
+        looks = Looks(evaluator, config.confirming.looks, LEAST, config.rungs[-1] if config.rungs else None)
         if not looks.fresh:
             log.info("confirm: trials read all validation data, so looks are parts of it")
 
@@ -295,12 +295,12 @@ class StudyWorker:
         return self._unit_costs[cost]
 
     def _check_reachable(self, limits: Iterable[Constraint]) -> None:
-        """Refuse bounds on costs that the smallest plan breaks."""
+        """Refuse limits of costs that the smallest plan breaks."""
         faults = []
         for limit in limits:
             if limit.relation == "<=":
                 smallest = self._smallest(limit.name)
-                if smallest > limit.bound * (1 + 1e-9):
+                if smallest > limit.limit * (1 + 1e-9):
                     faults.append(f"no plan of the space keeps '{limit}': the smallest has {smallest:.6g}")
         raise_all(QuantizationError, "cannot search", faults)
 
@@ -316,8 +316,8 @@ class StudyWorker:
         config, evaluator = self.config, self.evaluator
         # Only where they are asked for: earlier studies have none.
         added: dict[str, Any] = {} if config.timing is None else {"latency": config.timing.place}
-        if config.levels:
-            added["fidelity"] = [level.measures() for level in config.levels]
+        if config.rungs:
+            added["fidelity"] = [rung.measures() for rung in config.rungs]
         return added | {
             "metric": config.metric,
             "mode": config.mode,

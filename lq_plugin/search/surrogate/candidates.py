@@ -41,7 +41,7 @@ class Price:
     Args:
         base: of a plan before its choices are counted.
         tables: what each choice of each unit adds.
-        most, least: bounds of a constraint on it.
+        most, least: limits that a constraint sets it.
     """
 
     base: float
@@ -57,11 +57,11 @@ class Price:
         return total
 
     def keeps(self, plans: Ints) -> NDBool:
-        """Returns which plans keep the bounds."""
+        """Returns which plans keep the limits."""
         return self.holds(self.of(plans))
 
     def holds(self, cost: Floats) -> NDBool:
-        """Returns which costs are within the bounds."""
+        """Returns which costs are within the limits."""
         slack = 1e-9 * np.maximum(np.abs(cost), 1e-300)
         found: NDBool = (cost <= self.most + slack) & (cost >= self.least - slack)
         return found
@@ -144,7 +144,7 @@ def cheapest_harm(
         harms: of each choice of each unit.
         price: what the budget is of.
         budget: of the whole plan.
-        others: further costs, whose bounds are kept.
+        others: further costs, whose limits are kept.
         gap: share of the least harm, counted from that without a budget, that the plan may have more before HiGHS is
             asked.
     """

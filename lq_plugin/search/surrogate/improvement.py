@@ -2,7 +2,7 @@
 
 A front leaves, at each cost c, the best metric t(c) of all its plans that cost no more; t is a step function. A plan of
 cost c₀ that scores m adds the volume ∫_{c ≥ c₀} max(m - t(c), 0) dc, up to the reference point. With m ~ N(μ, σ²) its
-expectation is exact: the sum over the steps of width times expected improvement over the step's level,
+expectation is exact: the sum over the steps of width times expected improvement over the step's height,
 
     EI(t) = (μ - t) Φ(z) + σ φ(z),   z = (μ - t) / σ
 
@@ -25,7 +25,7 @@ _CELLS = 4096
 
 
 class Front:
-    """What finished plans have reached; a larger metric and smaller costs are better.
+    """Front of finished plans; a larger metric and smaller costs are better.
 
     Args:
         metric: of each plan, `[plans]`.
@@ -47,15 +47,15 @@ class Front:
             self._edges.append(np.concatenate([[-np.inf], values]))
             self._ends.append(np.concatenate([values, most[dim : dim + 1]]))
         shape = tuple(len(edges) for edges in self._edges)
-        self.levels = np.full(shape, worst)
+        self.heights = np.full(shape, worst)
         for score, cost in zip(metric, costs, strict=True):
             first = tuple(slice(int(np.searchsorted(e, c)), None) for e, c in zip(self._edges, cost, strict=True))
-            self.levels[first] = np.maximum(self.levels[first], score)
+            self.heights[first] = np.maximum(self.heights[first], score)
 
-    def level(self, costs: Floats) -> Floats:
+    def height(self, costs: Floats) -> Floats:
         """Returns the best metric of the plans that cost no more than each of `costs`, `[plans]`."""
         cell = tuple(np.searchsorted(e, costs[:, dim], side="right") - 1 for dim, e in enumerate(self._edges))
-        found: Floats = self.levels[cell] if cell else np.full(len(costs), float(self.levels))
+        found: Floats = self.heights[cell] if cell else np.full(len(costs), float(self.heights))
         return found
 
     def improvement(self, mean: Floats, deviation: Floats, costs: Floats) -> Floats:
@@ -65,30 +65,39 @@ class Front:
             mean, deviation: of the metric, `[plans]`.
             costs: `[plans, costs]`.
         """
-        levels, where = np.unique(self.levels, return_inverse=True)
-        expected = expected_improvement(mean[:, None], deviation[:, None], levels[None])
+        heights, where = np.unique(self.heights, return_inverse=True)
+        expected = expected_improvement(mean[:, None], deviation[:, None], heights[None])
         widths = [
             np.maximum(ends[None] - np.maximum(edges[None], costs[:, dim, None]), 0.0)
             for dim, (edges, ends) in enumerate(zip(self._edges, self._ends, strict=True))
         ]
         volumes = reduce(lambda a, b: (a[:, :, None] * b[:, None]).reshape(len(a), -1), widths, np.ones((len(mean), 1)))
-        by_level = volumes @ (where.ravel()[:, None] == np.arange(len(levels)))
-        found: Floats = (by_level * expected).sum(1)
+        by_height = volumes @ (where.ravel()[:, None] == np.arange(len(heights)))
+        found: Floats = (by_height * expected).sum(1)
         return found
 
     def probability(self, mean: Floats, deviation: Floats, costs: Floats) -> Floats:
-        """Returns the probability that each plan scores more than all that cost no more."""
-        found: Floats = ndtr((mean - self.level(costs)) / deviation)
+        """Returns the probability that each plan scores more than all that cost no more.
+
+        Args:
+            mean, deviation: of the surrogate's prediction, `[plans]`.
+            costs: `[plans, costs]`.
+        """
+        found: Floats = ndtr((mean - self.height(costs)) / deviation)
         return found
 
 
-def expected_improvement(mean: Floats, deviation: Floats, level: Floats) -> Floats:
-    """Returns E[max(m - level, 0)] of normal m.
+def expected_improvement(mean: Floats, deviation: Floats, height: Floats) -> Floats:
+    """Returns E[max(m - height, 0)] of normal m.
+
+    Args:
+        mean, deviation: of m.
+        height: what is to be exceeded.
 
     >>> import numpy as np
     >>> round(float(expected_improvement(np.array(0.0), np.array(1.0), np.array(0.0))), 4)  # 1 / √(2π)
     0.3989
     """
-    z = (mean - level) / deviation
-    found: Floats = (mean - level) * ndtr(z) + deviation * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+    z = (mean - height) / deviation
+    found: Floats = (mean - height) * ndtr(z) + deviation * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
     return np.maximum(found, 0.0)

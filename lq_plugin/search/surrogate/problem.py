@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.space.bound import BoundSpace, Params, Unit
 from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.space.model_space import ModelSpace, Params, Unit
 from lq_plugin.search.surrogate.candidates import Price, everything
 from lq_plugin.search.surrogate.regression import Features, Floats, Ints
 
@@ -36,7 +36,7 @@ class Problem:
 
     def __init__(
         self,
-        space: BoundSpace,
+        space: ModelSpace,
         sensitivity: Table,
         costs: Sequence[tuple[float, Table]],
         limits: Sequence[tuple[Constraint, float, Table]] = (),
@@ -54,7 +54,7 @@ class Problem:
         #: Constraints that are known before a plan is evaluated.
         self.known = {str(constraint) for constraint, *_ in limits}
         for constraint, base, table in limits:
-            most, least = (constraint.bound, -np.inf) if constraint.relation == "<=" else (np.inf, constraint.bound)
+            most, least = (constraint.limit, -np.inf) if constraint.relation == "<=" else (np.inf, constraint.limit)
             limited.append(Price(*self._priced(base, table), most, least))
         # The same trials are read before each proposal.
         self._indices: dict[frozenset[tuple[str, Any]], tuple[int, ...]] = {}

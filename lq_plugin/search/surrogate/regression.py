@@ -140,12 +140,24 @@ class Features:
         return found
 
     def kernel(self, one: Ints, other: Ints, prior: Prior, sides: Sequence[Floats] = ()) -> Floats:
-        """Returns the prior covariance of what two lists of plans score, without noise; see `products`."""
+        """Returns the prior covariance of what two lists of plans score, without noise; see `products`.
+
+        Args:
+            one, other: plans, `[plans, units]`.
+            prior: the parameters of the covariance.
+            sides: of `products`.
+        """
         parts = self.products(one, other, prior, sides)
         return self.combined(one, other, parts, prior)
 
     def combined(self, one: Ints, other: Ints, parts: Sequence[Floats], prior: Prior) -> Floats:
-        """Returns the covariance from `products`."""
+        """Returns the covariance from `products`.
+
+        Args:
+            one, other: plans, `[plans, units]`.
+            parts: of `products`.
+            prior: the parameters of the covariance.
+        """
         mine, theirs = self.shares(one)[0], self.shares(other)[0]
         single, share, pair = parts
         law = _WIDE * (1.0 + np.outer(mine, theirs))

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search.space.bound import Params
+from lq_plugin.search.space.model_space import Params
 from lq_plugin.search.surrogate.candidates import around, near, solved
 from lq_plugin.search.surrogate.improvement import Front
 from lq_plugin.search.surrogate.problem import PRICED, Problem
@@ -78,7 +78,7 @@ class SurrogateSampler(BaseSampler):
 
     @property
     def problem(self) -> Problem:
-        """What `attach` told.
+        """The problem that `attach` told.
 
         Raises:
             QuantizationError: before that.
@@ -155,18 +155,18 @@ class SurrogateSampler(BaseSampler):
         )
 
     def _random(self, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> Ints | None:
-        """Returns a new plan that keeps the bounds; None where there is none, or many draws find none."""
+        """Returns a new plan that keeps the limits; None where there is none, or many draws find none."""
         problem = self.problem
         if problem.everything is not None:
             pool = self._new(problem.everything, taken)
             pool = problem.first_kept(rng.permutation(pool)) if problem.inexact else pool
             return np.asarray(pool[rng.integers(len(pool))], dtype=np.int64) if len(pool) else None
-        bounded = [*problem.limits, *problem.inexact.values()]
+        limited = [*problem.limits, *problem.inexact.values()]
         for share in np.linspace(0, 1, _ROUNDS):
             drawn = rng.integers(0, problem.sizes, size=(_DRAWS, len(problem.sizes)))
-            if bounded:
-                # A tight bound leaves few plans: ever more units get the choice that is safest for one of the bounds.
-                limit = bounded[int(rng.integers(len(bounded)))]
+            if limited:
+                # A tight limit leaves few plans: ever more units get the choice that is safest for one of the limits.
+                limit = limited[int(rng.integers(len(limited)))]
                 safest = [int((t if math.isfinite(limit.most) else -t).argmin()) for t in limit.tables]
                 drawn = np.where(rng.random(drawn.shape) < share, safest, drawn)
             pool = problem.first_kept(self._new(drawn, taken))
@@ -192,7 +192,7 @@ class SurrogateSampler(BaseSampler):
             expected, _ = model.predict(done.pending)
             plans = np.concatenate([done.plans, done.pending])
             model = Regression(features, plans, np.concatenate([targets, expected]), prior)
-        bounds = [
+        limits = [
             Regression(features, done.plans, excess, Prior())
             for excess in done.excess.values()
             if (excess > 0).any() and np.ptp(excess) > 0
@@ -208,9 +208,9 @@ class SurrogateSampler(BaseSampler):
             # Of what a trial will show, its luck included.
             deviation = np.hypot(deviation, model.noise)
             gain = (front.probability if by_probability else front.improvement)(mean, deviation, _logs(costs))
-            for bound in bounds:
-                excess, spread = bound.predict(plans)
-                gain = gain * ndtr(-excess / np.hypot(spread, bound.noise))
+            for limit in limits:
+                excess, spread = limit.predict(plans)
+                gain = gain * ndtr(-excess / np.hypot(spread, limit.noise))
             return gain
 
         def best_of(plans: Ints) -> Ints | None:
@@ -238,8 +238,8 @@ class SurrogateSampler(BaseSampler):
         front = done.plans[shown] if len(shown) else done.plans
         pool = [around(front, problem.sizes, rng)]
         # The sums of costs that do not add up show a direction only.
-        unbounded = [replace(limit, most=np.inf, least=-np.inf) for limit in problem.inexact.values()]
-        prices = problem.costs or problem.limits or unbounded
+        unlimited = [replace(limit, most=np.inf, least=-np.inf) for limit in problem.inexact.values()]
+        prices = problem.costs or problem.limits or unlimited
         if prices:
             price = prices[int(rng.integers(len(prices)))]
             start = front[int(rng.integers(len(front)))]

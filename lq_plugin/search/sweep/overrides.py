@@ -44,7 +44,7 @@ class Parameter:
 
     def override(self, value: Any) -> str:
         """Returns the override that sets this value."""
-        # By type too: 1 == True.
+        # Also by type: 1 == True.
         texts = [text for choice, text in self.choices if type(choice) is type(value) and choice == value]
         return f"{self.key}={texts[0] if self.choices else repr(value)}"
 

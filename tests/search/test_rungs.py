@@ -12,8 +12,8 @@ from torch import Tensor
 from lq_plugin import PTQ, QAT, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search import Evaluator, Level, Space, evaluate_at, search
-from lq_plugin.search.evaluation.levels import parse_levels
+from lq_plugin.search import Evaluator, Rung, Space, evaluate_at, search
+from lq_plugin.search.evaluation.rungs import parse_rungs
 
 from .conftest import CPU
 from .test_evaluator import Batches, copy_of, quiet_trainer, same
@@ -29,18 +29,18 @@ def states(model: LightningModule) -> dict[str, Tensor]:
 
 
 def test_levels_are_read_from_mappings() -> None:
-    levels = parse_levels(
-        [{"batches": 2}, Level(), {"reconstruct": {"iterations": 5}, "promote_within": 0.1}, {"qat": {"max_steps": 3}}]
+    rungs = parse_rungs(
+        [{"batches": 2}, Rung(), {"reconstruct": {"iterations": 5}, "promote_within": 0.1}, {"qat": {"max_steps": 3}}]
     )
-    assert [str(level) for level in levels] == [
+    assert [str(rung) for rung in rungs] == [
         "batches=2",
         "PTQ",
         "reconstruct={'iterations': 5}",
         "qat={'max_steps': 3}",
     ]
-    assert levels[2].promote_within == 0.1
+    assert rungs[2].promote_within == 0.1
     # The margin decides who climbs, not what is measured.
-    assert Level(batches=2, promote_within=0.5).measures() == Level(batches=2).measures() == {"batches": 2}
+    assert Rung(batches=2, promote_within=0.5).measures() == Rung(batches=2).measures() == {"batches": 2}
 
 
 FAULTS = [
@@ -56,21 +56,21 @@ FAULTS = [
 
 def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(QuantizationError, match="fidelity: 6 faults") as raised:
-        parse_levels(FAULTS)
+        parse_rungs(FAULTS)
     for part in (
-        "level 0: batches is an integer from 1, got 0",
-        "level 1: unknown key 'batchs'; valid: batches, reconstruct, qat, promote_within. Did you mean 'batches'?",
-        "level 2: reconstruct and qat are two levels",
+        "rung 0: batches is an integer from 1, got 0",
+        "rung 1: unknown key 'batchs'; valid: batches, reconstruct, qat, promote_within. Did you mean 'batches'?",
+        "rung 2: reconstruct and qat are two rungs",
         "unknown option 'max_epoch' of qat. Did you mean 'max_epochs'",
         "qat needs max_epochs or max_steps",
-        "level 4: promote_within is a number from 0, got -1",
-        "level 6: 'PTQ' is there twice",
+        "rung 4: promote_within is a number from 0, got -1",
+        "rung 6: 'PTQ' is there twice",
     ):
         assert part in str(raised.value)
-    with pytest.raises(QuantizationError, match="fidelity is a list of levels"):
-        parse_levels({"batches": 1})  # type: ignore[arg-type]
-    with pytest.raises(QuantizationError, match="fidelity is a list of levels"):
-        parse_levels([])
+    with pytest.raises(QuantizationError, match="fidelity is a list of rungs"):
+        parse_rungs({"batches": 1})  # type: ignore[arg-type]
+    with pytest.raises(QuantizationError, match="fidelity is a list of rungs"):
+        parse_rungs([])
 
 
 class NoRate(DigitsCNN):
@@ -95,18 +95,18 @@ def test_what_does_not_fit_the_project_is_told_before_any_work(monkeypatch: Any)
                pruner={"_target_": "optuna.pruners.MedanPruner"}, promote_within=-0.5, promote_first=-1)  # fmt: skip
     for part in (
         "cannot search: 9 faults",
-        "level 0: phase 'reconstruct'",
-        "level 1: ",
-        "level 2: NoRate has no attribute lr or learning_rate that lr could set",
-        "level 3: its strategy would start this search anew for each device; use ddp_spawn",
-        "level 4: ",
+        "rung 0: phase 'reconstruct'",
+        "rung 1: ",
+        "rung 2: NoRate has no attribute lr or learning_rate that lr could set",
+        "rung 3: its strategy would start this search anew for each device; use ddp_spawn",
+        "rung 4: ",
         "pruner: cannot find optuna.pruners.MedanPruner",
         "a pruner decides about one objective (cost=None), here are 2",
         "promote_within is a number from 0, got -0.5",
         "promote_first is an integer, 0 or more, got -1",
     ):
         assert part in str(raised.value)
-    with pytest.raises(QuantizationError, match="without fidelity there is one level"):
+    with pytest.raises(QuantizationError, match="without fidelity there is one rung"):
         search(NoRate(), None, SPACE, "val/acc", cost=None, pruner={"_target_": "optuna.pruners.MedianPruner"})
 
 
@@ -114,7 +114,7 @@ def test_a_subset_is_the_first_batches(model: DigitsCNN, datamodule: DigitsDataM
     batches, fresh = Batches(2), copy_of(model)
     with Evaluator(model, datamodule, trainer=CPU, calibration_batches=2, dataloader=batches) as evaluator:
         evaluator.calibrate(SPACE)
-        found = [evaluate_at(evaluator, PLAN, Level(batches=count)) for count in (1, 2, 1, 100)]
+        found = [evaluate_at(evaluator, PLAN, Rung(batches=count)) for count in (1, 2, 1, 100)]
         whole = evaluator.evaluate(PLAN).metrics
     expected = []
     for count in (1, 2):
@@ -129,7 +129,7 @@ def test_a_subset_is_the_first_batches(model: DigitsCNN, datamodule: DigitsDataM
 def test_a_subset_is_never_more_than_what_the_trainer_reads(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
     with Evaluator(model, datamodule, trainer=partial(CPU, limit_val_batches=0.67), calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
-        found = [evaluate_at(evaluator, PLAN, Level(batches=count)) for count in (1, 3)]
+        found = [evaluate_at(evaluator, PLAN, Rung(batches=count)) for count in (1, 3)]
         assert evaluator.evaluate(PLAN).metrics == found[1] != found[0]
 
 
@@ -140,7 +140,7 @@ def test_learned_rounding_is_that_of_ptq_and_leaves_no_trace(model: DigitsCNN, d
         nearest = evaluator.evaluate(PLAN).metrics
         evaluator.apply({})
         before = states(model)
-        found = [evaluate_at(evaluator, PLAN, Level(reconstruct=options)) for _ in range(2)]
+        found = [evaluate_at(evaluator, PLAN, Rung(reconstruct=options)) for _ in range(2)]
         assert same(states(model), before)
         assert evaluator.evaluate(PLAN).metrics == nearest, "the quantizers are those that were calibrated"
     assert same(states(model), states(fresh))
@@ -162,12 +162,12 @@ def test_a_qat_level_is_a_run_of_a_trainer_on_a_float_copy(model: DigitsCNN, dat
 
     recorded = Recorded(width=8)
     recorded.load_state_dict(fresh.state_dict())
-    level = Level(qat={"max_epochs": 2, "limit_train_batches": 6, "lr": 2e-3, "init_batches": 2})
+    rung = Rung(qat={"max_epochs": 2, "limit_train_batches": 6, "lr": 2e-3, "init_batches": 2})
     with Evaluator(recorded, datamodule, trainer=CPU, calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
         nearest = evaluator.evaluate(PLAN).metrics
         before = states(recorded)
-        found = [evaluate_at(evaluator, PLAN, level) for _ in range(2)]
+        found = [evaluate_at(evaluator, PLAN, rung) for _ in range(2)]
         assert same(states(recorded), before)
         assert evaluator.evaluate(PLAN).metrics == nearest
     assert same(states(recorded), states(fresh))
@@ -188,14 +188,14 @@ def test_a_qat_level_is_a_run_of_a_trainer_on_a_float_copy(model: DigitsCNN, dat
 
 @pytest.mark.slow
 def test_a_qat_level_may_use_several_processes(model: DigitsCNN, datamodule: DigitsDataModule) -> None:
-    level = Level(
+    rung = Rung(
         qat={"max_epochs": 2, "devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu", "num_sanity_val_steps": 0}
     )
     before = states(model)
     with Evaluator(model, datamodule, trainer=partial(Trainer, accelerator="cpu"), calibration_batches=1) as evaluator:
         evaluator.calibrate(SPACE)
         nearest = evaluator.evaluate(PLAN).metrics
-        found = evaluate_at(evaluator, PLAN, level)
+        found = evaluate_at(evaluator, PLAN, rung)
         assert evaluator.evaluate(PLAN).metrics == nearest
     assert found["val/loss"] < 0.9 * nearest["val/loss"]
     assert same(states(model), before)

@@ -104,7 +104,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class BoundSpace:
+class ModelSpace:
     """The space of one model, made by `Space.bind`.
 
     Args:

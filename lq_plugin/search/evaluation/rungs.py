@@ -1,4 +1,4 @@
-"""Levels of fidelity: ways to evaluate a plan, from cheap to expensive.
+"""Rungs of fidelity: ways to evaluate a plan, from cheap to expensive.
 
     fidelity: [{batches: 4}, {}, {reconstruct: {iterations: 100}}, {qat: {max_epochs: 1}}]
 
@@ -28,17 +28,17 @@ from lq_plugin.search.evaluation.calibration import OnCalibrationData
 from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator, logged
 from lq_plugin.search.evaluation.setup_once import without_memory
 from lq_plugin.search.shared.interrupt import interrupts_kept
-from lq_plugin.search.space.bound import as_plan
+from lq_plugin.search.space.model_space import as_plan
 from lq_plugin.utilities.lightning_packages import LOGGERS, any_package, either, package_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Options of a `qat` level that `QAT` takes; those of the Trainer are all others.
+#: Options of a `qat` rung that `QAT` takes; those of the Trainer are all others.
 _QAT = ("schedule", "init_batches", "distill", "forward")
 #: Where a module keeps its learning rate, as Lightning's own tuner looks for it.
 _RATES = ("lr", "learning_rate")
-#: Options of the Trainer that a level may not set.
+#: Options of the Trainer that a rung may not set.
 _OURS = (
     "self",
     "callbacks",
@@ -51,7 +51,7 @@ _OURS = (
 
 
 @dataclass(frozen=True)
-class Level:
+class Rung:
     """One way to score a plan.
 
     Args:
@@ -67,7 +67,7 @@ class Level:
     Raises:
         QuantizationError: listing everything that cannot be.
 
-    >>> print(Level(batches=4, qat={"max_epochs": 1}))
+    >>> print(Rung(batches=4, qat={"max_epochs": 1}))
     batches=4, qat={'max_epochs': 1}
     """
 
@@ -86,7 +86,7 @@ class Level:
             if not isinstance(getattr(self, name), Mapping | None):
                 faults.append(f"{name} is a mapping of options, got {getattr(self, name)!r}")
         if self.reconstruct is not None and self.qat is not None:
-            faults.append("reconstruct and qat are two levels: QAT trains the float weights")
+            faults.append("reconstruct and qat are two rungs: QAT trains the float weights")
         faults += margin_faults(self.promote_within)
         if isinstance(self.qat, Mapping):
             valid = (*_trainer_options(), *_QAT, "lr")
@@ -95,26 +95,26 @@ class Level:
             ]
             if not {"max_epochs", "max_steps"} & set(self.qat):
                 faults.append("qat needs max_epochs or max_steps, which say how short it is")
-        raise_all(QuantizationError, "level", faults)
+        raise_all(QuantizationError, "rung", faults)
 
     @classmethod
-    def parse(cls, value: Level | Mapping[str, Any]) -> Level:
-        """Read a mapping with the fields of a level; a `Level` is returned unchanged.
+    def parse(cls, value: Rung | Mapping[str, Any]) -> Rung:
+        """Read a mapping with the fields of a rung; a `Rung` is returned unchanged.
 
         Raises:
-            QuantizationError: see `Level`; or unknown keys.
+            QuantizationError: see `Rung`; or unknown keys.
         """
-        if isinstance(value, Level):
+        if isinstance(value, Rung):
             return value
         names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
-            raise QuantizationError(f"a level is a mapping of {', '.join(names)}, got {value!r}")
+            raise QuantizationError(f"a rung is a mapping of {', '.join(names)}, got {value!r}")
         unknown = [
             f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
             for key in value
             if key not in names
         ]
-        raise_all(QuantizationError, "level", unknown)
+        raise_all(QuantizationError, "rung", unknown)
         return cls(**{str(key): item for key, item in value.items()})
 
     def measures(self) -> dict[str, Any]:
@@ -128,66 +128,66 @@ class Level:
         return ", ".join(f"{name}={value}" for name, value in self.measures().items()) or "PTQ"
 
 
-def parse_levels(value: Sequence[Level | Mapping[str, Any]]) -> tuple[Level, ...]:
-    """Read the levels of a search, the cheapest first.
+def parse_rungs(value: Sequence[Rung | Mapping[str, Any]]) -> tuple[Rung, ...]:
+    """Read the rungs of a search, the cheapest first.
 
     Raises:
         QuantizationError: listing everything that is wrong in them.
 
-    >>> [str(level) for level in parse_levels([{"batches": 2}, {}])]
+    >>> [str(rung) for rung in parse_rungs([{"batches": 2}, {}])]
     ['batches=2', 'PTQ']
     """
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence) or not value:
-        raise QuantizationError(f"fidelity is a list of levels, as in [{{batches: 4}}, {{}}], got {value!r}")
-    levels: list[Level] = []
+        raise QuantizationError(f"fidelity is a list of rungs, as in [{{batches: 4}}, {{}}], got {value!r}")
+    rungs: list[Rung] = []
     faults: list[str] = []
     for number, entry in enumerate(value):
         try:
-            level = Level.parse(entry)
+            rung = Rung.parse(entry)
         except QuantizationError as error:
-            faults.append(f"level {number}: {str(error).removeprefix('level: ')}")
+            faults.append(f"rung {number}: {str(error).removeprefix('rung: ')}")
             continue
-        if level.measures() in [other.measures() for other in levels]:
-            faults.append(f"level {number}: '{level}' is there twice")
-        levels.append(level)
+        if rung.measures() in [other.measures() for other in rungs]:
+            faults.append(f"rung {number}: '{rung}' is there twice")
+        rungs.append(rung)
     raise_all(QuantizationError, "fidelity", faults)
-    return tuple(levels)
+    return tuple(rungs)
 
 
-def level_faults(
-    levels: Sequence[Level], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
+def rung_faults(
+    rungs: Sequence[Rung], model: LightningModule, phases: Sequence[Any], trainer: Callable[..., Trainer] | None
 ) -> list[str]:
-    """Returns what in the levels does not fit a project: its PTQ phases, its Trainer or its module.
+    """Returns what in the rungs does not fit a project: its PTQ phases, its Trainer or its module.
 
     Args:
-        levels: of the search.
+        rungs: of the search.
         model: of the project; nothing but its class and attributes are read.
         phases: of the calibration.
         trainer: makes the Trainer; None: that of the model's package.
     """
     faults = []
-    for number, level in enumerate(levels):
+    for number, rung in enumerate(rungs):
         try:
-            if level.reconstruct is not None:
-                check_phases(*names_and_options([*phases, {"reconstruct": level.reconstruct}]))
-            if level.qat is not None:
-                options = _Training.of(level.qat)
+            if rung.reconstruct is not None:
+                check_phases(*names_and_options([*phases, {"reconstruct": rung.reconstruct}]))
+            if rung.qat is not None:
+                options = _Training.of(rung.qat)
                 QAT("int8", **options.qat)
                 with _silent():
                     launcher = (trainer or package_of(model).Trainer)(**QUIET, **options.trainer).strategy.launcher
                 if isinstance(launcher, either("strategies.launchers._SubprocessScriptLauncher")):
                     faults.append(
-                        f"level {number}: its strategy would start this search anew for each device; "
+                        f"rung {number}: its strategy would start this search anew for each device; "
                         "use ddp_spawn, ddp_fork or ddp_notebook"
                     )
                 if options.rate is not None and not _rates_of(model):
                     faults.append(
-                        f"level {number}: {type(model).__name__} has no attribute {' or '.join(_RATES)} that lr could "
+                        f"rung {number}: {type(model).__name__} has no attribute {' or '.join(_RATES)} that lr could "
                         "set"
                     )
         # Whatever a Trainer, or a config that makes one, finds wrong is a fault of the setting.
         except Exception as error:
-            faults.append(f"level {number}: {error}")
+            faults.append(f"rung {number}: {error}")
     return faults
 
 
@@ -197,36 +197,34 @@ def margin_faults(margin: Any) -> list[str]:
     return [] if margin is None or (number and margin >= 0) else [f"promote_within is a number from 0, got {margin!r}"]
 
 
-def evaluate_at(
-    evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], level: Level
-) -> dict[str, float]:
-    """Returns everything that a plan logs at one level. The evaluator's module is unchanged afterwards, bit for bit.
+def evaluate_at(evaluator: Evaluator, plan: QuantPlan | str | Path | Mapping[str, Any], rung: Rung) -> dict[str, float]:
+    """Returns everything that a plan logs at one rung. The evaluator's module is unchanged afterwards, bit for bit.
 
     Args:
         evaluator: calibrated.
         plan: anything `QuantPlan.parse` reads.
-        level: how it is scored.
+        rung: how it is scored.
 
     Raises:
         QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
     """
-    return evaluate_layers_at(evaluator, evaluator.layer_plans(plan), level)
+    return evaluate_layers_at(evaluator, evaluator.layer_plans(plan), rung)
 
 
-def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
-    """Returns everything that specs, given by layer name, log at one level.
+def evaluate_layers_at(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], rung: Rung) -> dict[str, float]:
+    """Returns everything that specs, given by layer name, log at one rung.
 
     Args:
         evaluator: calibrated.
         layer_plans: specs by layer name; layers that are left out stay float.
-        level: how they are scored.
+        rung: how they are scored.
     """
-    if level.qat is not None:
-        return _trained(evaluator, layer_plans, level)
-    with evaluator.limited(level.batches):
-        if level.reconstruct is None:
+    if rung.qat is not None:
+        return _trained(evaluator, layer_plans, rung)
+    with evaluator.limited(rung.batches):
+        if rung.reconstruct is None:
             return evaluator.evaluate_layers(layer_plans).metrics
-        return _with_learned_rounding(evaluator, layer_plans, level.reconstruct)
+        return _with_learned_rounding(evaluator, layer_plans, rung.reconstruct)
 
 
 def _with_learned_rounding(
@@ -262,17 +260,17 @@ def _with_learned_rounding(
                     tensor.copy_(before[name])
 
 
-def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: Level) -> dict[str, float]:
+def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], rung: Rung) -> dict[str, float]:
     """Train a float copy of the module with the plan, and validate it.
 
     With several devices their processes end with the fit: what counts is its last validation.
     """
-    assert level.qat is not None
-    options = _Training.of(level.qat)
+    assert rung.qat is not None
+    options = _Training.of(rung.qat)
     module = evaluator.float_copy()
     if options.rate is not None:
         package_of(module).utilities.parsing.lightning_setattr(module, _rates_of(module)[0], options.rate)
-    limit = {} if level.batches is None else {"limit_val_batches": level.batches}
+    limit = {} if rung.batches is None else {"limit_val_batches": rung.batches}
     with _silent(), seeded(evaluator.seed), interrupts_kept():
         trainer = evaluator.make_trainer(**options.trainer, **limit)
         vars(trainer)["callbacks"].append(QAT(as_plan(layer_plans), dataloader=evaluator.dataloader, **options.qat))
@@ -287,7 +285,7 @@ def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], level: 
 
 @dataclass(frozen=True)
 class _Training:
-    """Options of a `qat` level, by what takes them."""
+    """Options of a `qat` rung, by what takes them."""
 
     trainer: dict[str, Any]
     qat: dict[str, Any]
