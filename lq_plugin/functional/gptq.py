@@ -249,7 +249,7 @@ def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tens
 
 
 def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
-    """The same by the kernels; `w` stays as it is."""
+    """Rounds a block by the kernels; `w` stays as it is."""
     if w.ndim > 2:  # groups of a convolution
         each = [replace(levels, scale=s, zero_point=z) for s, z in zip(levels.scale, levels.zero_point, strict=True)]
         parts = zip(w, done, factor, each, strict=True)

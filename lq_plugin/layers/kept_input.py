@@ -29,7 +29,7 @@ from lq_plugin.quantizers import ActivationQuantizer
 
 
 class _Rounding(NamedTuple):
-    """How an input is rounded.
+    """Rounding of an input.
 
     Args:
         scale, zero_point: float32 `[1]`, copies: ranges move on once the batch is over.
