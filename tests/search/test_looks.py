@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search import Evaluator, Level
+from lq_plugin.search import Evaluator, Rung
 from lq_plugin.search.evaluation.looks import Looks
 
 from .conftest import CPU
@@ -90,11 +90,11 @@ class Reader(LightningModule):
         self.log("mean", batch[:, 0].mean())
 
 
-def looks_of(loaders: Callable[[], Any], count: int, level: Level | None = None, **trainer: Any) -> Iterator[Any]:
+def looks_of(loaders: Callable[[], Any], count: int, rung: Rung | None = None, **trainer: Any) -> Iterator[Any]:
     evaluator = Evaluator(Reader(), Data(loaders), trainer=lambda **o: CPU(**trainer, **o), calibration_batches=1)
     with evaluator:
         evaluator.calibrate(SPACE)
-        yield Looks(evaluator, count, 3, level), evaluator
+        yield Looks(evaluator, count, 3, rung), evaluator
 
 
 def read_by(looks: Looks, evaluator: Evaluator, look: int) -> tuple[list[tuple[int, list[float]]], dict[str, float]]:
@@ -166,9 +166,9 @@ def test_an_endless_stream_is_read_from_further_on_and_must_have_a_limit() -> No
         assert [value for _, values in seen for value in values] == list(range(16, 24))
 
 
-def test_a_level_of_some_batches_leaves_the_others() -> None:
-    level = Level(batches=3)
-    for looks, evaluator in looks_of(lambda: DataLoader(Numbers(40), batch_size=2), 3, level):
+def test_a_rung_of_some_batches_leaves_the_others() -> None:
+    rung = Rung(batches=3)
+    for looks, evaluator in looks_of(lambda: DataLoader(Numbers(40), batch_size=2), 3, rung):
         assert looks.fresh
         assert looks.share == 1.0
         seen, _ = read_by(looks, evaluator, 0)

@@ -187,17 +187,17 @@ def _judged(candidates: Sequence[Candidate], attributes: Mapping[str, Any], maxi
         attributes: of the study, with its looks.
         maximize: whether more of the metric is better.
     """
-    rung, share = attributes[CONFIRM]["rung"], attributes[CONFIRM]["looks"]["share"]
+    level, share = attributes[CONFIRM]["level"], attributes[CONFIRM]["looks"]["share"]
     sign = 1.0 if maximize else -1.0
     looks = looks_in(attributes)
     noise = spread(looks.values())
     # A trial reads more batches than a look.
-    once = 0.0 if noise is None else quantile(noise[1], rung) * noise[0] * share**0.5
+    once = 0.0 if noise is None else quantile(noise[1], level) * noise[0] * share**0.5
     found = []
     for c in candidates:
         scores = list(looks.get(c.number, {}).values())
         numbers = [score for score in scores if score is not None]
-        known = interval(numbers, rung) if len(numbers) == len(scores) else None
+        known = interval(numbers, level) if len(numbers) == len(scores) else None
         if len(numbers) < len(scores):
             bound = -sign * inf  # a plan that may score no number is no good one
         elif known is None:

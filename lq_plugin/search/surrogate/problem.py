@@ -28,7 +28,7 @@ class Problem:
         sensitivity: harm of each choice of each unit; where a unit is missing, 4^-bits stands for it.
         costs: for each objective after the metric, the cost of the plan of first choices and what each choice adds, see
             `lq_plugin.search.study.seeds.unit_costs`.
-        limits: the same for each cost that is bounded, with the constraint.
+        limits: the same for each cost that is limited, with the constraint.
         exact: from a plan's parameters to its costs, for those that do not add up over units (bit operations multiply
             the bits of weight and input); the best candidates are priced by it.
         exact_limits: the same for the costs of `limits`; without it they are taken to add up.
@@ -120,7 +120,7 @@ class Problem:
         return self._kept[key]
 
     def allowed(self, plans: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Returns which plans keep the bounds on their costs that add up."""
+        """Returns which plans keep the limits of their costs that add up."""
         found = np.ones(len(plans), dtype=bool)
         for limit in self.limits:
             found &= limit.keeps(plans)
