@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def estimate(self) -> float:
-        """What its metric probably is: the mean of its looks, or what the trial scored where there are none."""
+        """Estimate of its metric: the mean of its looks, or what the trial scored where there are none."""
         return self.metric if self.interval is None else self.interval.mean
 
     @property

@@ -40,7 +40,7 @@ _LOOK = "look"
 
 @dataclass(frozen=True)
 class Confirm:
-    """How the plans near the front are scored again.
+    """Options of scoring the plans near the front again.
 
     Args:
         looks: scores of a plan at most.

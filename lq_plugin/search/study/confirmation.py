@@ -37,7 +37,7 @@ _MANY = 1000
 
 
 class Source(Protocol):
-    """What scores plans again, such as `lq_plugin.search.evaluation.looks.Looks`."""
+    """Source of further scores of plans, such as `lq_plugin.search.evaluation.looks.Looks`."""
 
     number: int
     share: float

@@ -1,4 +1,4 @@
-"""What a surrogate's sampler knows of a search before any trial: choices, sensitivities, costs and their limits."""
+"""Knowledge of a surrogate's sampler about a search before any trial: choices, sensitivities, costs and their limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRICED = 64
 
 
 class Problem:
-    """What a `SurrogateSampler` knows before any trial.
+    """Knowledge of a `SurrogateSampler` before any trial.
 
     Args:
         space: of the study.
