@@ -1,4 +1,4 @@
-"""Knowledge of a surrogate's sampler about a search before any trial: choices, sensitivities, costs and their limits."""
+"""Knowledge of the sampler about a search before any trial: choices, sensitivities, costs and their limits."""
 
 from __future__ import annotations
 
