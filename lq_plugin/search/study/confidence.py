@@ -91,7 +91,7 @@ class Confirm:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a plan's score lies.
+    """Interval of a plan's score.
 
     Args:
         mean: of its looks.
