@@ -29,7 +29,7 @@ function cards(run) {
   return cardList(found);
 }
 function studyCards(s) {
-  const best = s.best[0] && s.trials.find((t) => t.number === s.best[0].number), found = [["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]];
+  const best = (s.best ?? [])[0] && s.trials.find((t) => t.number === (s.best ?? [])[0].number), found = [["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]];
   if (best) found.push(["best " + s.metric, fmt(best.metric), `at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
   if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
   return found;
@@ -88,7 +88,7 @@ function totals() {
 let trialPanel = null;
 function showTrial(study, t) {
   hideTip();
-  const plan = study.best.find((b) => b.number === t.number), run = studies.find((r) => r.study === study);
+  const plan = (study.best ?? []).find((b) => b.number === t.number), run = studies.find((r) => r.study === study);
   const again = t.low == null ? {} : { [`${study.metric}, looked at again`]: t.mean, "interval from": t.low, "interval to": t.high, looks: t.looks };
   const numbers = Object.entries({ [study.metric]: t.metric, ...again, ...t.numbers });
   trialPanel.replaceChildren(html("h3", { id: "trial-title", tabindex: "-1" }, `${run.label ? run.label + ", " : ""}Trial ${t.number}: ${t.origin}`),
@@ -132,7 +132,7 @@ function build() {
     put(node, frontFigure(searched, showTrial));
     trialPanel = html("div", { class: "panel", "aria-labelledby": "trial-title", hidden: true });
     put(node, trialPanel, hypervolumeFigure(searched));
-    put(node, pairs(searched.map((run) => ({ run, parts: [parallelFigure(run.study), run.study.best.length ? heatFigure(run.study, showTrial) : null, Object.keys(run.study.importance ?? {}).length ? importanceFigure(run.study) : null,
+    put(node, pairs(searched.map((run) => ({ run, parts: [parallelFigure(run.study), (run.study.best ?? []).length ? heatFigure(run.study, showTrial) : null, Object.keys(run.study.importance ?? {}).length ? importanceFigure(run.study) : null,
       html("details", {}, html("summary", {}, "All trials as a table"), trialTable(run.study))] }))));
   }
   const ledgers = models.filter((r) => (r.model.ledger ?? []).length);
