@@ -1,5 +1,6 @@
 """Two processes, one of which gets an empty batch: the run is that of one process on the joined batches."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lq_plugin import PTQ, QAT
 from lq_plugin.utilities.lightning_packages import PACKAGES
@@ -66,15 +67,18 @@ def train_and_evaluate(name: str, folder: str, devices: int) -> tuple[Any, dict[
     given, states = batches(), {}
     if devices == 1:
         given = [torch.cat(given[start : start + 2]) for start in range(0, len(given), 2)]
-    loader = DataLoader(given, batch_size=None)
+    whole = loader = DataLoader(given, batch_size=None)
+    if devices > 1:  # Lightning's own sampler would shuffle
+        share = DistributedSampler(given, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+        loader = DataLoader(given, batch_size=None, sampler=share)
     # The ranks' mean of sums is half of the sum.
-    for callback, fn in ((QAT(PLAN, init_batches=1), "fit"), (PTQ(PLAN, calibration_batches=3), "validate")):
+    qat, ptq = QAT(PLAN, init_batches=1, dataloader=whole), PTQ(PLAN, calibration_batches=3, dataloader=whole)
+    for callback, fn in ((qat, "fit"), (ptq, "validate")):
         module = make_module(package, RATE * devices)
         trainer = package.Trainer(callbacks=[callback], **options)
         if fn == "fit":
             trainer.fit(module, loader)
         else:
-            callback.dataloader = loader
             trainer.validate(module, loader, verbose=False)
         states[fn] = module.state_dict()
     return trainer, states
