@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, TPESampler
@@ -129,7 +129,7 @@ class SearchConfig:
     metric: str
     n_trials: int = 60
     _: KW_ONLY
-    mode: str = "max"
+    mode: Literal["max", "min"] = "max"
     cost: str | Sequence[str] | None = "effective_bits"
     constraints: str | Sequence[str] = ()
     study_name: str = "lq_search"
@@ -151,7 +151,7 @@ class SearchConfig:
     pruner: BasePruner | Mapping[str, Any] | None = None
     progress: bool = True
     target: str | None = None
-    score: str = "model"
+    score: Literal["model", "file"] = "model"
     confirm: Confirm | Mapping[str, Any] | None = None
     dashboard: bool = False
     on_trial: Callable[[SearchResult], object] | None = field(default=None, repr=False)
