@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 
 @dataclass(frozen=True)

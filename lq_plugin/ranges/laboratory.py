@@ -6,6 +6,7 @@ the error measured on the sample, and whether that is the smallest.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -79,6 +80,12 @@ class RangeTable:
     power: Tensor
     elements: Tensor
     fitted: FittedDistributions
+
+    @property
+    def fit(self) -> FittedDistributions:
+        """The former name of `fitted`."""
+        warnings.warn("RangeTable.fit is RangeTable.fitted now", DeprecationWarning, stacklevel=2)
+        return self.fitted
 
     @property
     def best(self) -> str:

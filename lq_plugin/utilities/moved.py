@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -66,6 +66,11 @@ MOVED_NAMES = {
         "report.study_report": "search.study.report.study_report",
         "search.BoundSpace": "search.space.model_space.ModelSpace",
         "search.Level": "search.evaluation.rungs.Rung",
+        # By way of the former modules, which are these.
+        "search.evaluation.rungs.Level": "search.evaluation.rungs.Rung",
+        "search.evaluation.rungs.parse_levels": "search.evaluation.rungs.parse_rungs",
+        "search.space.model_space.BoundSpace": "search.space.model_space.ModelSpace",
+        "intent.schedule.Phase": "intent.schedule.Switches",
     }.items()
 }
 
@@ -79,6 +84,22 @@ def moved_name(package: str, name: str) -> object | None:
     home, _, present = new.rpartition(".")
     found: object = getattr(import_module(home), present)
     return found
+
+
+def former_names(module: str) -> Callable[[str], object]:
+    """Returns a module's `__getattr__`, which gives what has another name now.
+
+    >>> former_names("lq_plugin.intent.schedule")("Fase")
+    Traceback (most recent call last):
+    AttributeError: module 'lq_plugin.intent.schedule' has no attribute 'Fase'
+    """
+
+    def attribute(name: str) -> object:
+        if (found := moved_name(module, name)) is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return found
+
+    return attribute
 
 
 class _Alias(Loader):

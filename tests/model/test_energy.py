@@ -69,3 +69,10 @@ def test_products_outside_of_layers_count_and_a_tied_weight_is_read_once() -> No
     name = next(name for name in recording.sample_macs if "matmul" in name)
     eight = plan_cost(net, {name: plan(None, "int8")}, recording).energy
     assert eight == pytest.approx((products * 4.6 + scores * 0.3 + 64 * 32 * DRAM) * 1e-6)
+
+
+def test_parameters_outside_of_quantizable_layers_are_read_as_well() -> None:
+    net = nn.Sequential(nn.Linear(8, 4, bias=True), nn.LayerNorm(4))
+    x = torch.randn(2, 8)
+    recording = record(net, lambda: net(x), samples=2)
+    assert plan_cost(net, {}, recording).energy == pytest.approx((32 * 4.6 + (32 + 4 + 8) * 32 * DRAM) * 1e-6)

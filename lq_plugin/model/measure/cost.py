@@ -217,7 +217,8 @@ class Cost(Shown):
         if self.other_energy is None:
             return None
         work = sum((row.macs or 0) * mac_energy(row.weight_bits, row.input_bits) for row in self.rows)
-        return work + self.other_energy + read_energy(sum(row.storage_bits for row in self.rows))
+        weights = self.other_parameter_bits + sum(row.storage_bits for row in self.rows)
+        return work + self.other_energy + read_energy(weights)
 
     def table(self) -> Table:
         """Returns the rows as a table, the totals of the whole model below them."""

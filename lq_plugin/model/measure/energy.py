@@ -2,7 +2,8 @@
 
     a product of floats               multiplied 3.7 pJ, added 0.9 pJ
     a product of integers of b, c bit multiplied 0.2 pJ · b · c / 64, added to a sum of 32 bit 0.1 pJ
-    a weight                          read from DRAM once for each input sample, 1.95 nJ for 64 bit
+    a weight                          read from DRAM once for each input sample, 1.95 nJ for 64 bit; so is every other
+                                      parameter, and an embedding's table as a whole
 
 These are the figures for 45 nm and 0.9 V of Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
 2014, figure 1.1.9: multiplications of 8-bit and 32-bit integers 0.2 and 3.1 pJ, so they grow with the product of the

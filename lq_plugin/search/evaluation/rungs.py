@@ -30,6 +30,7 @@ from lq_plugin.search.evaluation.setup_once import without_memory
 from lq_plugin.search.shared.interrupt import interrupts_kept
 from lq_plugin.search.space.model_space import as_plan
 from lq_plugin.utilities.lightning_packages import LOGGERS, any_package, either, package_of
+from lq_plugin.utilities.moved import former_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -48,6 +49,8 @@ _OURS = (
     "enable_model_summary",
     "limit_val_batches",
 )
+
+__getattr__ = former_names(__name__)
 
 
 @dataclass(frozen=True)

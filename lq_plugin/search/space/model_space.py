@@ -20,6 +20,9 @@ from lq_plugin.errors import PlanError
 from lq_plugin.intent.layer_plan import as_written, for_layer
 from lq_plugin.intent.plan import FLOAT, LayerInfo, LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 #: A spec, or `"float"`.
 Choice: TypeAlias = "QuantSpec | str"

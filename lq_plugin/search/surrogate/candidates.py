@@ -148,7 +148,7 @@ def cheapest_harm(
         gap: share of the least harm, counted from that without a budget, that the plan may have more before HiGHS is
             asked.
     """
-    most = min(budget, price.most)
+    most, walked = min(budget, price.most), None
     if price.least == -np.inf and all(_implied(other, price, most) for other in others):
         walked = walk(harms, price.tables, most - price.base + 1e-9 * max(abs(most), abs(price.base)))
         if walked is None:
@@ -170,11 +170,12 @@ def cheapest_harm(
     harm = harm / (float(np.abs(harm).max()) or 1.0)
     options = {"node_limit": _NODES, "mip_rel_gap": _GAP}
     result = milp(harm, constraints=limits, integrality=np.ones(len(harm)), bounds=Bounds(0, 1), options=options)
-    if result.x is None:
-        return None
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    parts = [result.x[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-    return np.array([int(part.argmax()) for part in parts], dtype=np.int64)
+    found = [] if walked is None else [walked[0]]
+    if result.x is not None:
+        parts = np.split(result.x, np.cumsum(sizes)[:-1])
+        found.append(np.array([int(part.argmax()) for part in parts], dtype=np.int64))
+    # After so many nodes the solver has nothing, or may have less than the walk.
+    return min(found, key=lambda plan: sum(row[c] for row, c in zip(harms, plan, strict=True)), default=None)
 
 
 def _implied(other: Price, price: Price, most: float) -> bool:
