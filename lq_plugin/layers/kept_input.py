@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.affine import fake_quantize
-from lq_plugin.functional.affine_kernels import masked_gradient
+from lq_plugin.functional.affine_kernels import masked_gradient, native_layout
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.product import Convolution, product, product_gradients
@@ -109,7 +109,10 @@ def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return None
     shared = layer._shared_input is not None and layer._shared_input.takes(x)
-    if shared or not inputs.rounds_plainly(x):
+    own = "_conv_forward" in vars(layer) or type(layer).quantized_input is not QuantizedLayer.quantized_input
+    if shared or own or not inputs.rounds_plainly(x):
+        return None
+    if native_layout(x, inputs.scale, inputs.zero_point) is None:  # a scale on another device, for example
         return None
     convolution = None
     if isinstance(layer, nn.modules.conv._ConvNd):

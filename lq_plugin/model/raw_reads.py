@@ -27,6 +27,8 @@ class _Weight(NamedTuple):
 
     layers: list[QuantizedLayer]
     readers: set[int]
+    #: Keeps the memory from being given to another tensor, where modules are moved in between.
+    memory: Any
 
 
 @contextmanager
@@ -60,7 +62,8 @@ def _weights(model: nn.Module) -> dict[Any, _Weight]:
         parameter = parameters.get(weight_key(name, layer))
         if layer.weight_quantizer is None or parameter is None or not parameter.numel():
             continue  # of a computed weight nothing is stored, see `computed_faults`
-        weight = found.setdefault(storage_of(parameter)[0], _Weight([], set()))
+        key, memory = storage_of(parameter)
+        weight = found.setdefault(key, _Weight([], set(), memory))
         weight.layers.append(layer)
         # An LSTM computes with the quantizers of its weights.
         weight.readers.update(map(id, (layer, layer.weight_quantizer, getattr(layer, "owner", layer))))

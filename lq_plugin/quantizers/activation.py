@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from lq_plugin.errors import CalibrationError, QuantizationError
 from lq_plugin.functional.affine import (
@@ -198,9 +199,10 @@ class ActivationQuantizer(Quantizer):
     def rounds_plainly(self, x: Tensor) -> bool:
         """Returns True where a call is `fake_quantize` with one scale and nobody watches it."""
         self.follow_buffers()
-        if not (self._calibrated and self._enabled and x.numel()) or self._forward_hooks or self._forward_pre_hooks:
+        if not (self._calibrated and self._enabled and x.numel()) or "forward" in vars(self):
             return False
-        return self._is_plain()
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return self._is_plain() and not any(hooks) and not _has_any_global_hook()
 
     def watched_extremes(self) -> tuple[Tensor, Tensor] | None:
         """Returns the batch's extremes, to be widened in place by what this call sees; None where it notes none."""

@@ -75,6 +75,9 @@ class RowExtremes:
         if _state(table) != (place, version + 1) or not _writes_rows_alone(optimizer, table):
             return
         rows = gradient._indices()[0]
+        if not rows.numel():  # a batch of nothing but padding
+            self._state = place, version + 1
+            return
         old_low, old_high = self.low[rows], self.high[rows]
         self.low[rows], self.high[rows] = low, high = _extremes(table[rows])
         lowest, highest = self.bounds

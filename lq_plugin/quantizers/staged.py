@@ -134,11 +134,18 @@ def _present_key(key: str) -> str:
 def present_keys(keys: Sequence[str]) -> dict[str, str]:
     """Returns the keys of a model's state by those that a file has, which an earlier version may have written.
 
-    >>> list(present_keys(["a.weight_quantizer.stage", "a.weight_quantizer.scale", "b.input_quantizer.scale"]).values())
-    ['a.weight_quantizer.stage', 'a.weight_quantizer.last.scale', 'b.input_quantizer.scale']
+    >>> keys = ["a.weight_quantizer.stage", "a.weight_quantizer.calibrated", "b.input_quantizer.calibrated"]
+    >>> list(present_keys(keys).values())
+    ['a.weight_quantizer.stage', 'a.weight_quantizer.last.calibrated', 'b.input_quantizer.calibrated']
     """
     parts = {key: key.rpartition("_quantizer.") for key in keys}
-    staged = {owner for owner, _, entry in parts.values() if entry == "stage"}
+    entries: dict[str, set[str]] = {}
+    for owner, _, entry in parts.values():
+        entries.setdefault(owner, set()).add(entry)
+    # A module of the user's may have such a name and such an entry: only a quantizer says whether it has a range.
+    staged = {
+        owner for owner, found in entries.items() if "stage" in found and found & {"calibrated", "last.calibrated"}
+    }
     return {
         key: f"{owner}{between}{_present_key(entry)}" if between and owner in staged else key
         for key, (owner, between, entry) in parts.items()

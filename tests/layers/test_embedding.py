@@ -262,3 +262,19 @@ def test_one_scale_of_a_table_follows_whatever_else_writes_to_it():
         assert twin[0].weight_quantizer._rows is None
         assert sparse_step(twin, torch.optim.SGD(twin.parameters(), 0.3), 1)
     assert sparse_step(net, optimizer, 2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_a_step_on_a_batch_of_nothing_but_padding(optimizer) -> None:
+    net = nn.Sequential(nn.Embedding(10, 16, padding_idx=0, sparse=True))
+    prepare(net, "w8 per_tensor")
+    calibrate(net, [torch.tensor([[1, 2]])])
+    net.train()
+    steps = optimizer(net.parameters(), 0.1)
+    for batch in ([[1, 2]], [[0, 0]], [[3, 1]]):
+        steps.zero_grad()
+        net(torch.tensor(batch)).sum().backward()
+        steps.step()
+    weight = net[0].weight.detach()
+    scale = weight.abs().amax() / 127
+    assert torch.allclose(net(torch.arange(10)), (weight / scale).round() * scale, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -221,3 +222,31 @@ def test_an_input_that_is_written_to_is_refused_as_in_float_training():
                 y.sum().backward()
         messages.append(str(error.value).split(";")[0])
     assert len(messages) == 2
+
+
+def test_scales_on_another_device_are_torchs_error() -> None:
+    layer, x = layer_of("linear")
+    scale = layer.input_quantizer._buffers["scale"]
+    layer.input_quantizer._buffers["scale"] = scale.to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="device|meta"):
+        layer(x)
+
+
+def test_a_convolution_replaced_on_the_instance_is_the_one_that_runs() -> None:
+    layer, x = layer_of("conv2d")
+
+    def circular(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    layer._conv_forward = types.MethodType(circular, layer)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+
+
+def test_hooks_on_an_input_quantizer_are_called() -> None:
+    layer, x = layer_of("linear")
+    called = []
+    layer.input_quantizer.register_full_backward_hook(lambda *_: called.append(1))
+    layer(x.requires_grad_()).sum().backward()
+    assert called == [1]

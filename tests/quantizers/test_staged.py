@@ -127,6 +127,8 @@ def test_state_dict_round_trip_and_that_of_earlier_versions() -> None:
     present = present_keys(list(old))
     assert {present[key] for key in old} == set(state)
     assert present_keys(list(state)) == {key: key for key in state}
+    # A module of the user's own.
+    assert present_keys(mine := ["vq_quantizer.stage", "vq_quantizer.codebook"]) == {key: key for key in mine}
 
 
 def test_load_checkpoint_takes_both(tmp_path: object) -> None:

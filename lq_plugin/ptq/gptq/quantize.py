@@ -107,7 +107,8 @@ def gptq(
         block_columns: columns that are rounded before the others are updated; it changes the speed alone.
         correct_batch_norm: correct the statistics of batch norms. Do not do it again: it compares with the float model,
             whose weights are gone.
-        cache_bytes: memory for batches and activations; what is more goes to disk.
+        cache_bytes: memory for batches and activations; what is more goes to disk. The former weights, which come back
+            after an error, are on disk meanwhile, in the folder for temporary files (`TMPDIR`).
         asymmetric: keep what each layer computes in the float model, from the float model's inputs (GPTAQ), and not
             what its float weight makes of the inputs that the quantized layers in front give.
 

@@ -68,7 +68,7 @@ class ActivationCache:
         leaves, structure = tree_flatten(value)
         # Tensors alone go to the file, so that reading it executes nothing.
         with named_faults(path, CalibrationError), open(path, "wb") as stream:
-            torch.save([leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)], stream)
+            torch.save([_alone(leaf.detach().cpu()) for leaf in leaves if isinstance(leaf, Tensor)], stream)
         rest = [leaf.device if isinstance(leaf, Tensor) else _Plain((leaf,)) for leaf in leaves]
         self._files[key] = (path, size, rest, structure)
         self.on_disk += size
@@ -128,6 +128,12 @@ class _Plain(tuple[Any, ...]):
 
 class _Kept(tuple[Any, ...]):
     """A tensor and the device it came from; a type of its own, so that it is a leaf."""
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Returns a tensor without the rest of the memory that it is a view of, all of which would be written."""
+    view = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if view else tensor
 
 
 def _map(value: Any, keep: Callable[[Tensor], tuple[Any, Tensor]]) -> Any:
