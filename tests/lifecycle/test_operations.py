@@ -60,7 +60,8 @@ def test_trained_saved_loaded_and_removed(plan, where, trainer, data, tmp_path):
     assert (entry.quantized, entry.functional, entry.reason, entry.calls) == (True, True, None, 1)
     ((name, operation),) = quantized_operations(module)
     assert name == "net.add_0"
-    assert all(q.is_calibrated and q.is_enabled for q in operation.quantizers())
+    in_force = [q.current for q in operation.quantizers()]
+    assert all(q.is_calibrated and q.is_enabled for q in in_force)
     fit.save_checkpoint(tmp_path / "last.ckpt")
     module.eval()
     with torch.no_grad():
@@ -78,7 +79,7 @@ def test_trained_saved_loaded_and_removed(plan, where, trainer, data, tmp_path):
         assert states_equal(trained, module.state_dict())
         assert "forward" not in module.net.__dict__
         # The range of one operand is what makes the difference.
-        scale = fresh.net.quantized_operations.add_0.input_1_quantizer.scale
+        scale = fresh.net.quantized_operations.add_0.input_1_quantizer.current.scale
         scale.mul_(2)
         assert not torch.equal(fresh(data.x), want)
 

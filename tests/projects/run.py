@@ -24,6 +24,8 @@ import torch
 
 try:
     import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass  # outside of the projects' environment this file is read for its doctests alone
 except RuntimeError:
     # The package index has it for CUDA: beside a CPU build of torch it cannot load its own operators, which no project
     # here calls. But it wants to know of them, or is not imported, nor is torchmetrics.
