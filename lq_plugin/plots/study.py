@@ -66,7 +66,8 @@ def pareto(
     )
     for at_size, worst, best in intervals:
         axes.vlines(at_size, worst, best, color=BLUE, linewidth=1.2, alpha=0.8, zorder=3)
-    front_x, front_y = zip(*front, strict=True)
+    # It may be empty.
+    front_x, front_y = [x for x, _ in front], [y for _, y in front]
     axes.step(front_x, front_y, where="post", color=BLUE, linewidth=1.4, alpha=0.7, zorder=3)
     axes.scatter(
         front_x, front_y, 46, BLUE, edgecolors="white", linewidths=0.8, zorder=4, label=f"Pareto front ({len(front)})"

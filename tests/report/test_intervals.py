@@ -69,6 +69,12 @@ def test_intervals_are_drawn_and_the_front_is_chosen_by_bounds(tmp_path: Path) -
         )
         # Between the ends: at the mean, not at the trial's own score.
         assert mark == pytest.approx(sum(places[0]) / 2, abs=1)
+        # Of the plan with the highest bound, not the lucky one.
+        card = page.evaluate(
+            """() => [...document.querySelectorAll(".cards div")].map((d) => d.innerText)
+                .find((text) => /best acc/i.test(text))"""
+        )
+        assert card.split("\n")[1:] == ["0.88", "0.86 … 0.9, at 3 bits"]
         assert "interval of 90 %" in page.inner_text("[data-figure=pareto] .key")
         page.click("[data-figure=pareto] .pick[data-trial='2']")
         facts = page.inner_text(".panel .facts")

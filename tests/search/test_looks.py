@@ -90,11 +90,11 @@ class Reader(LightningModule):
         self.log("mean", batch[:, 0].mean())
 
 
-def looks_of(loaders: Callable[[], Any], count: int, rung: Rung | None = None, **trainer: Any) -> Iterator[Any]:
+def looks_of(loaders: Callable[[], Any], count: int, *rungs: Rung, **trainer: Any) -> Iterator[Any]:
     evaluator = Evaluator(Reader(), Data(loaders), trainer=lambda **o: CPU(**trainer, **o), calibration_batches=1)
     with evaluator:
         evaluator.calibrate(SPACE)
-        yield Looks(evaluator, count, 3, rung), evaluator
+        yield Looks(evaluator, count, 3, rungs), evaluator
 
 
 def read_by(looks: Looks, evaluator: Evaluator, look: int) -> tuple[list[tuple[int, list[float]]], dict[str, float]]:
@@ -173,6 +173,20 @@ def test_a_rung_of_some_batches_leaves_the_others() -> None:
         assert looks.share == 1.0
         seen, _ = read_by(looks, evaluator, 0)
         assert [value for _, values in seen for value in values] == list(range(6, 12))
+
+
+@pytest.mark.parametrize("lower", [Rung(batches=6), Rung(batches=6, qat={"max_steps": 1})])
+def test_what_any_rung_reads_is_not_fresh(lower: Rung) -> None:
+    # A rung that trains has a Trainer of its own, whose batches no other limit holds.
+    limit = 2 if lower.qat else 8
+    rungs = lower, Rung(batches=2)
+    for looks, evaluator in looks_of(lambda: DataLoader(Numbers(40), batch_size=2), 4, *rungs, limit_val_batches=limit):
+        assert (looks.fresh, looks.share) == (True, 1.0)
+        seen, _ = read_by(looks, evaluator, 0)
+        assert [value for _, values in seen for value in values] == list(range(12, 16))
+    # As many as are left, where that is all.
+    for looks, _ in looks_of(lambda: DataLoader(Numbers(40), batch_size=2), 4, Rung(), Rung(batches=2)):
+        assert not looks.fresh
 
 
 def test_a_validation_of_few_batches_has_no_looks() -> None:

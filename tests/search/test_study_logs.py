@@ -60,6 +60,15 @@ def test_rows_come_while_the_search_goes_on(model: DigitsCNN) -> None:
     assert result.study.metric_names == ["val/acc", "effective_bits"]
 
 
+def test_the_best_score_is_the_mean_of_its_looks_in_the_end(model: DigitsCNN) -> None:
+    logger = Recorder()
+    result = run(model, 2, confirm={"looks": 3, "most": 6})
+    StudyLogs([logger]).finish(result)
+    best = result.best()
+    assert best.interval is not None
+    assert logger.rows[-1] == (1, {"search/best/val/acc": best.interval.mean})
+
+
 def test_a_row_waits_for_the_trials_before_it(model: DigitsCNN) -> None:
     result = run(model, 3)
     logger = Recorder()

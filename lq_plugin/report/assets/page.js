@@ -28,9 +28,10 @@ function cards(run) {
   } else if (run.study) found.push(...studyCards(run.study));
   return cardList(found);
 }
+const bestTrial = (s) => s.trials.find((t) => t.number === (s.best ?? [])[0]?.number);
 function studyCards(s) {
-  const best = (s.best ?? [])[0] && s.trials.find((t) => t.number === (s.best ?? [])[0].number), found = [["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]];
-  if (best) found.push(["best " + s.metric, fmt(best.metric), `at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
+  const best = bestTrial(s), found = [["trials", String(s.trials.length)], ["on the front", String(s.trials.filter((t) => t.front).length)]];
+  if (best) found.push(["best " + s.metric, fmt(best.mean ?? best.metric), `${best.low == null ? "" : `${fmt(best.low)} … ${fmt(best.high)}, `}at ${isBits(s.cost) ? fmt(best.cost, 3) + " bits" : big(best.cost)}`]);
   if (s.float_metric != null) found.push(["float " + s.metric, fmt(s.float_metric)]);
   return found;
 }

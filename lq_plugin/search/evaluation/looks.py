@@ -1,16 +1,16 @@
 """Scores plans again: on validation batches that no trial has seen, or else on parts of them, with other luck.
 
-Where the Trainer's `limit_val_batches`, or the `batches` of a rung, leave a part of the validation data out, a look
-reads as many of those batches as a trial reads of the others, and other looks read others: its score is what the trial
-would have scored with them. Where trials read everything, looks are equal parts of the same batches: the intervals that
-they give say what other data of the same kind may score, but no longer that the plan was chosen by these. A rung that
-trains is trained again, with another seed. Data of the test split is never read.
+Where the Trainer's `limit_val_batches`, or the `batches` of all rungs, leave a part of the validation data out, a look
+reads as many of those batches as a trial reads at the top rung, and other looks read others: its score is what the
+trial would have scored with them. Where trials read everything, looks are equal parts of the same batches: the
+intervals that they give say what other data of the same kind may score, but no longer that the plan was chosen by
+these. A rung that trains is trained again, with another seed. Data of the test split is never read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from math import inf
@@ -33,7 +33,7 @@ class Looks:
         evaluator: calibrated.
         count: looks of a plan, at most.
         least: looks of a plan, at least.
-        rung: at which trials are scored; None: PTQ on the validation data.
+        rungs: at which trials are scored, looks at the last of them; none: PTQ on the validation data.
 
     Attributes:
         number: of looks that the data has; `count` at most.
@@ -44,24 +44,26 @@ class Looks:
         QuantizationError: the validation has fewer than `least` batches, or does not say how many.
     """
 
-    def __init__(self, evaluator: Evaluator, count: int, least: int, rung: Rung | None = None) -> None:
-        self.evaluator, self.rung = evaluator, rung or Rung()
+    def __init__(self, evaluator: Evaluator, count: int, least: int, rungs: Sequence[Rung] = ()) -> None:
+        rungs = rungs or [Rung()]
+        self.evaluator, self.rung = evaluator, rungs[-1]
         self.number, self.fresh, self.share = count, True, 1.0
         self._parts: list[Callable[[int], tuple[int, int]]] = []
         if self.rung.qat is None:
-            self._divide(count, least)
+            self._divide(count, least, rungs)
 
-    def _divide(self, count: int, least: int) -> None:
-        limit = inf if self.rung.batches is None else self.rung.batches
-        seen = [min(batches, limit) for batches in self.evaluator.loader_batches]
+    def _divide(self, count: int, least: int, rungs: Sequence[Rung]) -> None:
         lengths = [_length(loader) for loader in self._flattened(self.evaluator.trainer.val_dataloaders)]
+        reads = [self._read_at(rung, lengths) for rung in rungs]
+        # What trials have read at any rung is not fresh; a look is as large as the score of the top one.
+        known, seen = [max(each) for each in zip(*reads, strict=True)], reads[-1]
         if not seen or inf in seen:
             raise QuantizationError(
                 "confirm: the validation does not say how many batches it has, so they cannot be divided into looks: "
                 "give the Trainer limit_val_batches"
             )
-        self.fresh = all(length - read >= least for length, read in zip(lengths, seen, strict=True))
-        firsts = [int(read) if self.fresh else 0 for read in seen]
+        self.fresh = all(length - read >= least for length, read in zip(lengths, known, strict=True))
+        firsts = [int(read) if self.fresh else 0 for read in known]
         rests = [length - first for length, first in zip(lengths, firsts, strict=True)]
         self.number = int(min(count, *rests))
         if self.number < least:
@@ -72,6 +74,13 @@ class Looks:
         for first, rest, read in zip(firsts, rests, seen, strict=True):
             self._parts.append(_parts(first, rest, int(read), self.number))
         self.share = float(min(min(rest / self.number / read, 1.0) for rest, read in zip(rests, seen, strict=True)))
+
+    def _read_at(self, rung: Rung, lengths: Sequence[float]) -> list[float]:
+        """Returns how many batches of each loader a trial reads at a rung; what it trains with has no other limit."""
+        if rung.batches is None:
+            return list(self.evaluator.loader_batches)
+        most = rung.batches if rung.qat is not None else min(rung.batches, self.evaluator.batches)
+        return [min(length, most) for length in lengths]
 
     def describe(self) -> dict[str, Any]:
         """Returns what looks are, as plain values; scores of equal ones can be compared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.intent.plan import QuantPlan
-from lq_plugin.search.study.confidence import CONFIRM, Interval, interval, looks_in, quantile, spread
+from lq_plugin.search.space.constraint import Constraint
+from lq_plugin.search.study.confidence import CONFIRM, Interval, interval, looks_in, quantile, spread, usable
 from lq_plugin.search.study.objective import METRICS, ORIGIN, PLAN, SECONDS, held_back
 from lq_plugin.search.study.promotion import reached_by
 from lq_plugin.utilities.front import pareto_front
@@ -108,7 +109,7 @@ class StudyCandidates:
 
     Attributes:
         candidates: every complete trial that keeps the constraints, by number; with several rungs of fidelity those of
-            the top.
+            the top. Those on the metric are kept by what looks say, where there are any.
         held_back: number of trials that stopped below the top rung.
     """
 
@@ -127,14 +128,16 @@ class StudyCandidates:
         self.float_metrics, self.float_bytes = dict(float_metrics), float_bytes
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         self.held_back = len(held_back(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))))
-        self.candidates = [
-            Candidate.of(trial, self.cost)
-            for trial in complete
-            if all(excess <= 0 for excess in trial.constraints.values())
-        ]
+        self._complete = len(complete)
+        found = [Candidate.of(trial, self.cost) for trial in complete]
         attributes = study.user_attrs
         if CONFIRM in attributes:
-            self.candidates = _judged(self.candidates, attributes, maximize)
+            found = _judged(found, attributes, maximize)
+        self.candidates = [c for c, trial in zip(found, complete, strict=True) if _keeps(c, metric, trial.constraints)]
+        #: True where every plan has a look that is no number, so that trials' own scores decide.
+        self.unconfirmed = bool(self.candidates) and not any(isfinite(c.bound) for c in self.candidates)
+        if self.unconfirmed:
+            self.candidates = [replace(c, bound=c.metric) for c in self.candidates]
 
     @cached_property
     def front(self) -> list[Candidate]:
@@ -142,20 +145,15 @@ class StudyCandidates:
 
         Metrics are compared by their bounds, where plans were scored again.
         """
+        sound = [c for c in self.candidates if isfinite(c.bound)]
         if len(self.study.directions) < 3:
-            found = pareto_front([(c.cost, c.bound) for c in self.candidates], self.maximize)
-            return [self.candidates[index] for index in found]
+            return [sound[index] for index in pareto_front([(c.cost, c.bound) for c in sound], self.maximize)]
         signs = [-1.0 if self.maximize else 1.0] + [1.0] * (len(self.study.directions) - 1)
         losses = np.array(
-            [
-                [sign * value for sign, value in zip(signs, (c.bound, *c.values[1:]), strict=True)]
-                for c in self.candidates
-            ]
+            [[sign * value for sign, value in zip(signs, (c.bound, *c.values[1:]), strict=True)] for c in sound]
         )
         distinct = [
-            c
-            for i, c in enumerate(self.candidates)
-            if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))
+            c for i, c in enumerate(sound) if not any(_beats(losses[j], losses[i], j < i) for j in range(len(losses)))
         ]
         return sorted(distinct, key=lambda c: (c.cost, c.bound))
 
@@ -169,14 +167,38 @@ class StudyCandidates:
             (c for c in self.front if cost is None or c.cost <= cost), key=lambda c: c.bound, reverse=not self.maximize
         )
         if not allowed:
-            least = f"the smallest has {self.front[0].cost:.4g}" if self.front else "no trial is complete"
-            raise QuantizationError(f"no plan with {self.cost} <= {cost}: {least}")
+            limit = "" if cost is None else f" with {self.cost} <= {cost}"
+            reason = "no trial is complete"
+            if self.front:
+                reason = f"the smallest has {self.front[0].cost:.4g}"
+            elif self._complete:
+                reason = f"of {self._complete} complete trials none keeps the constraints"
+            raise QuantizationError(f"no plan{limit}: {reason}")
         return allowed[-1]
 
 
 def _beats(mine: np.ndarray, other: np.ndarray, earlier: bool) -> bool:
     """Returns whether `mine` is nowhere worse, and better somewhere or equal and earlier."""
     return bool((mine <= other).all() and ((mine < other).any() or earlier))
+
+
+def _keeps(candidate: Candidate, metric: str, excess: Mapping[str, float]) -> bool:
+    """Returns whether a candidate keeps the constraints; those on the metric by its estimate.
+
+    Args:
+        candidate: with its interval, where it has one.
+        metric: name of its first objective.
+        excess: by how much its trial's own values break each constraint.
+    """
+    # The difference rather than the limit, of which the text has six digits.
+    moved = candidate.estimate - candidate.metric
+    for text, value in excess.items():
+        more = 0.0
+        if moved and text.split(" ")[0] == metric:
+            more = moved if Constraint.parse(text).relation == "<=" else -moved
+        if value + more > 0:
+            return False
+    return True
 
 
 def _judged(candidates: Sequence[Candidate], attributes: Mapping[str, Any], maximize: bool) -> list[Candidate]:
@@ -189,7 +211,7 @@ def _judged(candidates: Sequence[Candidate], attributes: Mapping[str, Any], maxi
     """
     level, share = attributes[CONFIRM]["level"], attributes[CONFIRM]["looks"]["share"]
     sign = 1.0 if maximize else -1.0
-    looks = looks_in(attributes)
+    looks, _ = usable(looks_in(attributes))
     noise = spread(looks.values())
     # A trial reads more batches than a look.
     once = 0.0 if noise is None else quantile(noise[1], level) * noise[0] * share**0.5

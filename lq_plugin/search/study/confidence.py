@@ -16,6 +16,7 @@ lie in theirs is less certain.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -36,6 +37,8 @@ LEAST = 3
 CONFIRM = "confirm"
 #: The start of the name of a study's user attribute with one look: `look 12 0` is the first of trial 12.
 _LOOK = "look"
+#: The same of who takes a look; None once it has failed.
+_CLAIM = "claim"
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,23 @@ def better(mine: Scores, theirs: Scores, level: float) -> bool:
     return difference is not None and difference.looks >= _SHARED and difference.low > 0
 
 
+def usable(scores: Mapping[int, Scores]) -> tuple[dict[int, dict[int, float | None]], set[int]]:
+    """Returns the looks without those that no plan can be judged by, and the numbers of these.
+
+    They are looks in which two plans score no number: the fault is that of their batches, such as an AUROC without
+    samples of a class.
+
+    Args:
+        scores: by trial.
+    """
+    failed = Counter(look for each in scores.values() for look, score in each.items() if score is None)
+    unusable = {look for look, count in failed.items() if count > 1}
+    kept = {
+        trial: {look: score for look, score in each.items() if look not in unusable} for trial, each in scores.items()
+    }
+    return kept, unusable
+
+
 def spread(scores: Iterable[Scores]) -> tuple[float, int] | None:
     """Returns the standard deviation of a look around its plan's mean, pooled over plans, and its degrees of freedom.
 
@@ -189,11 +209,30 @@ def look_key(trial: int, look: int) -> str:
     return f"{_LOOK} {trial} {look}"
 
 
+def claim_key(trial: int, look: int) -> str:
+    """Returns the name of the study's user attribute that says which worker takes a look."""
+    return f"{_CLAIM} {trial} {look}"
+
+
 def looks_in(attributes: Mapping[str, Any]) -> dict[int, dict[int, float | None]]:
     """Returns all looks among a study's user attributes, by trial and look."""
     found: dict[int, dict[int, float | None]] = {}
+    for (trial, look), value in _numbered(attributes, _LOOK).items():
+        found.setdefault(trial, {})[look] = value
+    return found
+
+
+def claims_in(attributes: Mapping[str, Any]) -> dict[tuple[int, int], str]:
+    """Returns who takes which look, by trial and look; looks that have a score are left out."""
+    taken = _numbered(attributes, _LOOK)
+    claims = _numbered(attributes, _CLAIM)
+    return {place: who for place, who in claims.items() if who is not None and place not in taken}
+
+
+def _numbered(attributes: Mapping[str, Any], kind: str) -> dict[tuple[int, int], Any]:
+    found = {}
     for name, value in attributes.items():
-        kind, *numbers = name.split(" ")
-        if kind == _LOOK and len(numbers) == 2:
-            found.setdefault(int(numbers[0]), {})[int(numbers[1])] = value
+        first, *numbers = name.split(" ")
+        if first == kind and len(numbers) == 2:
+            found[int(numbers[0]), int(numbers[1])] = value
     return found

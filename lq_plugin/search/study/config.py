@@ -84,7 +84,7 @@ class SearchConfig:
             `latency`, each trial has one.
         heartbeat: seconds between signs of life of a running trial. A trial that is silent for three times as long,
             because its worker was killed, is tried again by another worker, or by the next run.
-        max_failures: trials of this run that may raise before it gives up.
+        max_failures: trials of this run, and looks at plans (`confirm`), that may raise before it gives up.
         fidelity: rungs of evaluation, the cheapest first (`lq_plugin.search.evaluation.rungs.Rung`): `[{"batches":
             4}, {}, {"reconstruct": {"iterations": 100}}, {"qat": {"max_epochs": 1}}]`. Only trials near the front of
             their rung climb to the next; the front of the search has trials of the top rung only. None: one rung,

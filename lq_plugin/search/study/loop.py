@@ -40,6 +40,8 @@ class Loop:
         self.study, self.objective, self.proposer = study, objective, proposer
         self.n_trials, self.max_failures, self.stop = n_trials, max_failures, stop
         self.failed: list[FrozenTrial] = []
+        #: Tracebacks of looks at plans that failed, which count as failures also.
+        self.failed_looks: list[str] = []
         #: Whether the proposer has no new plan.
         self._ended = False
         self.shown: Any = None
@@ -54,7 +56,7 @@ class Loop:
         with bar as self.shown, quiet():
             self._show(None)
             while self._missing() > 0:
-                if self.stop or len(self.failed) > self.max_failures or self._exhausted():
+                if self.stop or self.too_many_failed or self._exhausted():
                     break
                 with ExitStack() as turn:
                     # Nobody else takes a trial between this count and the moment when ours runs, and counts.
@@ -66,12 +68,27 @@ class Loop:
                     # Others do the rest; should one of them have been killed, its trial fails, and is missing again.
                     self.others.wait()
             self._reap()
-        if len(self.failed) > self.max_failures:
-            error = self.failed[-1].user_attrs.get(ERROR, "no traceback")
-            raise StudyError(
-                f"{len(self.failed)} trials of this run failed, max_failures is {self.max_failures}; the last "
-                f"one:\n{error}"
-            )
+        self.check()
+
+    @property
+    def too_many_failed(self) -> bool:
+        """True once more trials and looks of this run have failed than may."""
+        return len(self.failed) + len(self.failed_looks) > self.max_failures
+
+    def check(self) -> None:
+        """Give up where too many trials and looks of this run have failed.
+
+        Raises:
+            StudyError: with the traceback of the last one.
+        """
+        if not self.too_many_failed:
+            return
+        looks = f" and {len(self.failed_looks)} looks" if self.failed_looks else ""
+        errors = [trial.user_attrs.get(ERROR, "no traceback") for trial in self.failed] + self.failed_looks
+        raise StudyError(
+            f"{len(self.failed)} trials{looks} of this run failed, max_failures is {self.max_failures}; the last "
+            f"one:\n{errors[-1]}"
+        )
 
     def _one_trial(self) -> None:
         self.others.go_on()

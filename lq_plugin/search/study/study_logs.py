@@ -29,8 +29,9 @@ class StudyLogs:
     """The loggers of a search.
 
     A row has all that a trial scored, as `search/NAME` at the step of its number, and the best metric so far
-    (`search/best/NAME`). Rows are in the order of the trials: one waits until the trials before it are over. W&B and
-    TensorBoard also get the front as table and picture while the search goes on.
+    (`search/best/NAME`), in the end the mean of the best plan's looks where plans were scored again. Rows are in the
+    order of the trials: one waits until the trials before it are over. W&B and TensorBoard also get the front as table
+    and picture while the search goes on.
 
     Args:
         loggers: of Lightning; W&B's gets a run for each trial also, and TensorBoard's a row of HParams, where
@@ -67,12 +68,15 @@ class StudyLogs:
     def finish(self, result: SearchResult) -> None:
         """Write the rest: tables, the page, a run of W&B for each trial, and the best plan as the run's summary."""
         self._write_rows(result, result.candidates)
+        best = result.best() if result.candidates else None
         for logger in self.loggers:
-            if result.candidates:
-                report_to(logger, _last_report(result))
+            if best is not None:
+                if best.interval is not None:
+                    estimate = {f"search/best/{result.metric}": best.estimate}
+                    logger.log_metrics(estimate, step=result.candidates[-1].number)
+                report_to(logger, _last_report(result, best))
             if isinstance(logger, either("loggers.WandbLogger")):
-                if result.candidates:
-                    best = result.best()
+                if best is not None:
                     numbers = {**best.metrics, **best.confirmed}
                     summary: dict[str, Any] = {f"search/{name}": value for name, value in numbers.items()}
                     # Without it a summary holds the values of the last trial.
@@ -105,7 +109,7 @@ def _picture(result: SearchResult) -> Picture:
     return Picture("pareto", "pareto", plots.to_png(result.figure()))
 
 
-def _last_report(result: SearchResult) -> Report:
+def _last_report(result: SearchResult, best: Candidate) -> Report:
     page = replace(study_report(result), provenance=provenance())
     tables: Mapping[str, Any] = {
         "front": result.rows(),
@@ -115,7 +119,7 @@ def _last_report(result: SearchResult) -> Report:
         result.candidates[-1].number,
         tables=tables,
         pictures=[_picture(result)],
-        plan=result.best().plan,
+        plan=best.plan,
         final=True,
         pages={"report.json": page.to_json().encode(), "report.html": render(page).encode()},
     )

@@ -200,14 +200,17 @@ class StudyWorker:
         bar = SearchProgress(config.n_trials, config.metric, config.maximize) if config.progress else nullcontext()
         loop = Loop(self.study, self.objective, proposer, config.n_trials, config.max_failures, stop)
         if (confirmation := self.confirmation) is not None:
+            confirmation.failed = loop.failed_looks
             proposer.means = confirmation.means
             if problem is not None:
                 problem.means = confirmation.means
         loop.after = self._after
         loop.run(bar)
         if confirmation is not None:
-            with locked(self.storage):
-                confirmation.finish(self.result(), lambda: stop.received is not None)
+            confirmation.finish(self.result(), lambda: stop.received is not None or loop.too_many_failed)
+            loop.check()
+            if self.result().unconfirmed:
+                log.warning("confirm: every plan has a look that is no number: they go by what their trials scored")
         if config.timing is not None and stop.received is None:
             with locked(self.storage):
                 measure_front(self.evaluator, self.result(), config.timing)
@@ -221,11 +224,12 @@ class StudyWorker:
         self.study.sampler = self.sampler
         if self.config.output_dir is None:
             return
-        # Until nothing is new: another worker may have finished a trial meanwhile, and written before us.
-        written = -1
-        while written != len((latest := self.result()).candidates):
+        # Until nothing is new: another worker may have finished a trial or look meanwhile, and written before us.
+        written: list[tuple[int, float]] | None = None
+        latest = self.result()
+        while written != (found := [(c.number, c.bound) for c in latest.candidates]):
             latest.write(self.config.output_dir)
-            written = len(latest.candidates)
+            written, latest = found, self.result()
         if self.dashboard is not None and latest.candidates:
             self.dashboard.study(latest, Path(self.config.output_dir) / "report.html")
 
@@ -250,7 +254,7 @@ class StudyWorker:
         config, evaluator = self.config, self.evaluator
         if config.confirming is None:
             return None
-        looks = Looks(evaluator, config.confirming.looks, LEAST, config.rungs[-1] if config.rungs else None)
+        looks = Looks(evaluator, config.confirming.looks, LEAST, config.rungs)
         if not looks.fresh:
             log.info("confirm: trials read all validation data, so looks are parts of it")
 
