@@ -89,9 +89,9 @@ def moved_name(package: str, name: str) -> object | None:
 def former_names(module: str) -> Callable[[str], object]:
     """Returns a module's `__getattr__`, which gives what has another name now.
 
-    >>> former_names("lq_plugin.intent.schedule")("Fase")
+    >>> former_names("lq_plugin.intent.schedule")("Other")
     Traceback (most recent call last):
-    AttributeError: module 'lq_plugin.intent.schedule' has no attribute 'Fase'
+    AttributeError: module 'lq_plugin.intent.schedule' has no attribute 'Other'
     """
 
     def attribute(name: str) -> object:
