@@ -63,7 +63,7 @@ def _decode(kind: Any, content: Any, where: str) -> Any:
         return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(content)]
     if origin is dict:
         _require(isinstance(content, dict), "a mapping", content, where)
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in content.items()}
+        return {_text(key, where): _decode(arguments[1], item, f"{where}.{key}") for key, item in content.items()}
     if is_dataclass(kind):
         _require(isinstance(content, dict), "a mapping", content, where)
         hints = typing.get_type_hints(kind)
@@ -86,6 +86,15 @@ def _decode(kind: Any, content: Any, where: str) -> Any:
         )
         return float(content)
     _require(type(content) is kind, f"of type {kind.__name__}", content, where)
+    return _text(content, where) if kind is str else content
+
+
+def _text(content: str, where: str) -> str:
+    """Returns a string that can be written: JSON can escape half of a character, which no file can hold."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise QuantizationError(f"{where} must be text, got {content[:60]!r}") from None
     return content
 
 

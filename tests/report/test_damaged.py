@@ -142,6 +142,16 @@ def test_an_edited_or_cut_report_is_an_error_of_ours_or_drawn(tmp_path: Path) ->
     assert 5 < refused < 40
 
 
+@pytest.mark.parametrize(
+    "damaged", [{"title": "a\ud800"}, {"title": "a", "notes": ["\udc80"]}, {"title": "a", "provenance": {"\udc80": ""}}]
+)
+def test_half_a_character_is_no_text(damaged: dict[str, Any]) -> None:
+    content = json.loads(ReportData("a").to_json()) | damaged
+    with pytest.raises(QuantizationError, match=r"must be text, got '"):
+        ReportData.from_json(json.dumps(content))
+    assert ReportData.from_json(json.dumps(content | {"title": "\U0001f600", "notes": [], "provenance": {}})).title
+
+
 def test_figures_that_cannot_be_drawn_are_an_error_of_ours(tmp_path: Path, capsys: Any) -> None:
     small = deep_report(layers=3, width=8)
     assert small.model is not None
