@@ -25,30 +25,10 @@ struct BlockRule {
 constexpr int LANES = 64, LINE = 256;
 constexpr int32_t MAGNITUDE = 0x7FFFFFFF, EXPONENT_FIELD = 0x7F800000;
 
-namespace portable {
-#include "fake_quantize_portable.h"
-#include "blocks.h"
-}  // namespace portable
-
-#ifdef LQ_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-namespace avx2 {
-#include "fake_quantize_avx2.h"
-#include "blocks.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
-namespace avx512 {
-#include "fake_quantize_avx512.h"
-#include "blocks.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
 }  // namespace
+
+#define LQ_KERNELS "blocks.h"
+#include "variants.h"
 
 extern "C" {
 

@@ -1,4 +1,4 @@
-// Fake quantization of blocks along the channels, whose scales follow from the values; included in each namespace of blocks.cpp.
+// Fake quantization of blocks along the channels, whose scales follow from the values; compiled once for each instruction set (variants.h).
 // Plain loops over lanes that stand side by side, which the compiler turns into the instructions of the namespace.
 //
 // An operand is seen as [outer][channels][inner]; a block is `rule.block` channels of one (outer, inner). A tile is some of them beside

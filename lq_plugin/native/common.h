@@ -153,9 +153,3 @@ inline Variant best_variant() {
 }
 
 }  // namespace
-
-#ifdef LQ_X86
-#define LQ_DISPATCH(call) (variant == AVX512 ? avx512::call : variant == AVX2 ? avx2::call : portable::call)
-#else
-#define LQ_DISPATCH(call) (portable::call)
-#endif

@@ -57,38 +57,12 @@ struct Store {
     Table table() const { return {&values[0], &values[count], &values[2 * count], &values[3 * count]}; }
 };
 
-namespace portable {
-#include "fake_quantize_portable.h"
-#include "fake_quantize_kernel.h"
-#include "fake_quantize_loops.h"
-}  // namespace portable
-
-#ifdef LQ_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-namespace avx2 {
-#include "fake_quantize_avx2.h"
-#include "fake_quantize_kernel.h"
-#include "fake_quantize_loops.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
-namespace avx512 {
-#include "fake_quantize_avx512.h"
-#include "fake_quantize_kernel.h"
-#include "fake_quantize_loops.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
 }  // namespace
 
-extern "C" {
+#define LQ_KERNELS "fake_quantize_loops.h"
+#include "variants.h"
 
-// The fastest variant this processor runs.
-int lq_fake_quantize_best(void) { return best_variant(); }
+extern "C" {
 
 // x, y: [repeats][outer][run][inner]; scale, zero_point: [outer][inner]. mask may be null.
 void lq_fake_quantize(int types, const void* x, void* y, uint16_t* mask, const float* scale, const float* zero_point, int64_t repeats,

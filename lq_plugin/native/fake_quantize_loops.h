@@ -1,5 +1,7 @@
-// The passes of fake_quantize.cpp over whole tensors, shared among threads; included behind fake_quantize_kernel.h. Those that take
-// `types` choose the template of the same name with the elements' types.
+// The passes of fake_quantize.cpp over whole tensors, shared among threads, compiled once for each instruction set (variants.h). Those
+// that take `types` choose the template of the same name with the elements' types.
+
+#include "fake_quantize_kernel.h"
 
 template <class X, class Y>
 inline void forward_of(const void* x_at, void* y_at, uint16_t* mask, const Table& table, const Shape& shape, int threads) {

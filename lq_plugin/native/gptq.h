@@ -1,4 +1,4 @@
-// The columns of one block in GPTQ, compiled once for each instruction set: included behind what fake_quantize_kernel.h asks of one.
+// The columns of one block in GPTQ, compiled once for each instruction set (variants.h).
 
 // Rows that are rounded at once.
 constexpr int64_t ROWS = 16;

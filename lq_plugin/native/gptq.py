@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import NativeError, library
-from lq_plugin.native.kernels import VARIANTS
+from lq_plugin.native.build import library
 from lq_plugin.native.ops import is_watched
 from lq_plugin.native.switch import active
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels
 
 
-class GPTQKernels:
+class GPTQKernels(CompiledKernels):
     """The compiled library.
 
     Args:
-        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+        variant: see `CompiledKernels`.
 
     Raises:
         NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        compiled = library("gptq")
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._block = compiled.lq_gptq_block
-        self._block.argtypes = [*[pointer] * 4, size, pointer, pointer, size, size, *[number] * 4]
-        self._block.restype = None
-        self.variants = VARIANTS[: compiled.lq_gptq_best() + 1]
-        self.variant = self.variants[-1] if variant is None else variant
-        if self.variant not in self.variants:
-            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
-        self._number = VARIANTS.index(self.variant)
+        arguments = [*[POINTER] * 4, SIZE, POINTER, POINTER, SIZE, SIZE, *[NUMBER] * 4]
+        super().__init__(library("gptq"), {"lq_gptq_block": arguments}, variant)
 
     def block(
         self, w: Tensor, done: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]
@@ -49,7 +40,7 @@ class GPTQKernels:
             bounds: quant_min and quant_max.
         """
         errors = torch.empty_like(w)
-        self._block(
+        self._library.lq_gptq_block(
             w.data_ptr(), done.data_ptr(), errors.data_ptr(), factor.data_ptr(), factor.stride(0), scale.data_ptr(),
             zero_point.data_ptr(), *w.shape, *bounds, self._number, torch.get_num_threads(),
         )  # fmt: skip

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.build import library
 from lq_plugin.native.layouts import BlockLayout, Layout, new_mask
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
-#: Variants of the kernels, by the number that the C++ side gives them.
-VARIANTS = ("portable", "avx2", "avx512")
 #: Types of an operand and of its result (or of a gradient), by the number that the C++ side gives them.
 TYPES = {
     (torch.float32, torch.float32): 0,
@@ -165,55 +164,33 @@ class FakeQuantizeKernels(Protocol):
         """
 
 
-class Kernels:
+class Kernels(CompiledKernels):
     """The compiled library; see `FakeQuantizeKernels`.
 
     Args:
-        variant: one of `VARIANTS`; None: the fastest that the processor runs.
+        variant: see `CompiledKernels`.
 
     Raises:
         NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        compiled = library("fake_quantize")
-        best = compiled.lq_fake_quantize_best()
-        self.variants = VARIANTS[: best + 1]
-        self.variant = self.variants[-1] if variant is None else variant
-        if self.variant not in self.variants:
-            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
-        self._number = VARIANTS.index(self.variant)
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        signatures = {
-            "lq_fake_quantize": [number, *[pointer] * 5, *[size] * 4, *[number] * 5],
+        functions = {
+            "lq_fake_quantize": [NUMBER, *[POINTER] * 5, *[SIZE] * 4, *[NUMBER] * 5],
             "lq_fake_quantize_observed": [
-                number, *[pointer] * 5, size, number, number, pointer, pointer, number, number
+                NUMBER, *[POINTER] * 5, SIZE, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
             ],
-            "lq_fake_quantize_rows": [number, *[pointer] * 5, size, size, *[number] * 5],
-            "lq_fake_quantize_lookup": [number, *[pointer] * 6, *[size] * 4, *[number] * 7],
-            "lq_row_extremes": [number, *[pointer] * 3, size, size, number, number],
-            "lq_qparams": [number, *[pointer] * 3, size, *[number] * 5],
-            "lq_passed_gradient": [number, *[pointer] * 5, size, *[number] * 4],
-            "lq_mask_gradient": [number, *[pointer] * 3, size, size, number, number],
-            "lq_grid_errors": [*[pointer] * 5, *[size] * 3, number, number],
-            "lq_keep": [number, *[pointer] * 2, size, size, number, number],
-            "lq_learned_backward": [number, *[pointer] * 7, *[size] * 3, *[number] * 5],
+            "lq_fake_quantize_rows": [NUMBER, *[POINTER] * 5, SIZE, SIZE, *[NUMBER] * 5],
+            "lq_fake_quantize_lookup": [NUMBER, *[POINTER] * 6, *[SIZE] * 4, *[NUMBER] * 7],
+            "lq_row_extremes": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
+            "lq_qparams": [NUMBER, *[POINTER] * 3, SIZE, *[NUMBER] * 5],
+            "lq_passed_gradient": [NUMBER, *[POINTER] * 5, SIZE, *[NUMBER] * 4],
+            "lq_mask_gradient": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
+            "lq_grid_errors": [*[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+            "lq_keep": [NUMBER, *[POINTER] * 2, SIZE, SIZE, NUMBER, NUMBER],
+            "lq_learned_backward": [NUMBER, *[POINTER] * 7, *[SIZE] * 3, *[NUMBER] * 5],
         }  # fmt: skip
-        for name, signature in signatures.items():
-            function = getattr(compiled, name)
-            function.argtypes, function.restype = signature, None
-        self._fake_quantize = compiled.lq_fake_quantize
-        self._observed = compiled.lq_fake_quantize_observed
-        self._rows = compiled.lq_fake_quantize_rows
-        self._lookup = compiled.lq_fake_quantize_lookup
-        self._lookup.restype = number
-        self._row_extremes = compiled.lq_row_extremes
-        self._qparams = compiled.lq_qparams
-        self._passed_gradient = compiled.lq_passed_gradient
-        self._mask_gradient = compiled.lq_mask_gradient
-        self._keep = compiled.lq_keep
-        self._grid_errors = compiled.lq_grid_errors
-        self._learned_backward = compiled.lq_learned_backward
+        super().__init__(library("fake_quantize"), functions, variant, returning={"lq_fake_quantize_lookup"})
 
     def fake_quantize(
         self,
@@ -227,9 +204,9 @@ class Kernels:
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
-        self._fake_quantize(
+        self._library.lq_fake_quantize(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
+            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
             learned,
             self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -247,9 +224,9 @@ class Kernels:
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, Layout(1, 1, x.numel(), 1), masked)
-        self._observed(
+        self._library.lq_fake_quantize_observed(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), _address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
+            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
             low.data_ptr(), high.data_ptr(), self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask
@@ -267,10 +244,10 @@ class Kernels:
         scale, zero_point = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
         if masked:
             mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
-        self._rows(
+        self._library.lq_fake_quantize_rows(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
-            zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), rows,
+            x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
 
@@ -289,7 +266,7 @@ class Kernels:
         y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout.mask, masked)
         self._blocks(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), _address(mask), *layout, rule, self._number,
+            x.data_ptr(), y.data_ptr(), address(mask), *layout, rule, self._number,
             torch.get_num_threads(),
         )  # fmt: skip
         return y, mask
@@ -298,8 +275,7 @@ class Kernels:
     def _blocks(self) -> Any:
         # A library of its own: what quantizes integers alone does not wait for its compilation.
         function = library("blocks").lq_fake_quantize_blocks
-        number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = [number, *[pointer] * 3, *[size] * 3, ctypes.POINTER(BlockRule), number, number]
+        function.argtypes = [NUMBER, *[POINTER] * 3, *[SIZE] * 3, ctypes.POINTER(BlockRule), NUMBER, NUMBER]
         function.restype = None
         return function
 
@@ -325,9 +301,9 @@ class Kernels:
         mask = new_mask(y, Layout(1, index.numel() * parts, length // parts, 1), masked)
         scale, zero_point = qparams or (None, None)
         ranges = 2 if scale is None else int(scale.numel() > 1)
-        found = self._lookup(
+        found = self._library.lq_fake_quantize_lookup(
             TYPES[table.dtype, y.dtype],
-            table.data_ptr(), index.data_ptr(), y.data_ptr(), _address(mask), _address(scale), _address(zero_point),
+            table.data_ptr(), index.data_ptr(), y.data_ptr(), address(mask), address(scale), address(zero_point),
             rows, index.numel(), parts, length // parts, ranges, *bounds, affine, learned, self._number,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -338,7 +314,7 @@ class Kernels:
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Returns the extremes, float32 `[rows]`, of each of the `rows` equal parts of contiguous `x`; a NaN stays."""
         low, high = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-        self._row_extremes(
+        self._library.lq_row_extremes(
             TYPES[x.dtype, x.dtype],
             x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number,
             torch.get_num_threads()
@@ -354,7 +330,7 @@ class Kernels:
                 has a level of 0.
         """
         errors = torch.empty(inverse.shape, dtype=torch.float64)
-        self._grid_errors(
+        self._library.lq_grid_errors(
             x.data_ptr(), inverse.data_ptr(), low.data_ptr(), high.data_ptr(), errors.data_ptr(), *x.shape,
             inverse.shape[1], self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -369,7 +345,7 @@ class Kernels:
             affine: with a zero point.
         """
         scale, zero_point = torch.empty(1, dtype=torch.float32), torch.empty(1, dtype=torch.float32)
-        self._qparams(
+        self._library.lq_qparams(
             TYPES[x.dtype, x.dtype],
             x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds, affine, self._number,
             torch.get_num_threads(),
@@ -378,14 +354,14 @@ class Kernels:
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
         result = torch.empty_like(gradient, dtype=dtype)
-        self._mask_gradient(
+        self._library.lq_mask_gradient(
             TYPES[result.dtype, gradient.dtype],
             gradient.data_ptr(), result.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads()
         )  # fmt: skip
         return result
 
     def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
-        self._keep(
+        self._library.lq_keep(
             TYPES[gradient.dtype, gradient.dtype],
             gradient.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -402,7 +378,7 @@ class Kernels:
             bounds: quant_min and quant_max.
         """
         result = torch.empty_like(x)
-        self._passed_gradient(
+        self._library.lq_passed_gradient(
             TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), result.data_ptr(), scale.data_ptr(),
             zero_point.data_ptr(), x.numel(), *bounds, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -416,14 +392,10 @@ class Kernels:
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.outer, dtype=torch.float64)
         shift = torch.empty_like(slope) if needs_zero_point else None
-        self._learned_backward(
+        self._library.lq_learned_backward(
             TYPES[x.dtype, gradient.dtype],
-            x.data_ptr(), gradient.data_ptr(), _address(result), scale.data_ptr(), zero_point.data_ptr(),
+            x.data_ptr(), gradient.data_ptr(), address(result), scale.data_ptr(), zero_point.data_ptr(),
             slope.data_ptr(),
-            _address(shift), *layout[:3], *bounds, rounded, self._number, torch.get_num_threads(),
+            address(shift), *layout[:3], *bounds, rounded, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result, slope, shift
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

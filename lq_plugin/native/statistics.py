@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from lq_plugin.native.build import library
 from lq_plugin.native.ops import is_watched
 from lq_plugin.native.switch import active
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE
 
 
 class StatisticsKernels:
@@ -21,11 +21,10 @@ class StatisticsKernels:
     """
 
     def __init__(self) -> None:
-        compiled = library("statistics")
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._least_divergence, self._count_bins = compiled.lq_least_divergence, compiled.lq_count_bins
-        self._least_divergence.argtypes, self._least_divergence.restype = [*[pointer] * 3, *[size] * 3, number], None
-        self._count_bins.argtypes, self._count_bins.restype = [pointer, size, pointer, size, size], size
+        self._library = library("statistics")
+        least, count = self._library.lq_least_divergence, self._library.lq_count_bins
+        least.argtypes, least.restype = [*[POINTER] * 3, *[SIZE] * 3, NUMBER], None
+        count.argtypes, count.restype = [POINTER, SIZE, POINTER, SIZE, SIZE], SIZE
 
     def least_divergence(self, counts: Tensor, beyond: Tensor, levels: int) -> Tensor:
         """Number of bins to keep, `levels..bins`, with the least KL divergence, the last on a tie, int64 `[rows]`.
@@ -37,7 +36,7 @@ class StatisticsKernels:
         """
         counts, beyond = counts.contiguous(), beyond.contiguous()
         best = torch.empty(len(counts), dtype=torch.int64)
-        self._least_divergence(
+        self._library.lq_least_divergence(
             counts.data_ptr(), beyond.data_ptr(), best.data_ptr(), *counts.shape, levels, torch.get_num_threads()
         )
         return best
@@ -55,7 +54,7 @@ class StatisticsKernels:
         Returns:
             How many are zero in that half: these are not counted.
         """
-        return int(self._count_bins(x.data_ptr(), x.numel(), counts.data_ptr(), counts.shape[1], lowest))
+        return int(self._library.lq_count_bins(x.data_ptr(), x.numel(), counts.data_ptr(), counts.shape[1], lowest))
 
 
 def statistics_kernels(x: Tensor) -> StatisticsKernels | None:

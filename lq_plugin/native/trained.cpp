@@ -3,42 +3,10 @@
 //
 // Plain C interface without torch headers: it compiles in seconds. Operands come with their `types`.
 
-#include "common.h"
-
-namespace {
-
-namespace portable {
-#include "fake_quantize_portable.h"
-#include "fake_quantize_kernel.h"
-#include "trained.h"
-}  // namespace portable
-
-#ifdef LQ_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-namespace avx2 {
-#include "fake_quantize_avx2.h"
-#include "fake_quantize_kernel.h"
-#include "trained.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
-namespace avx512 {
-#include "fake_quantize_avx512.h"
-#include "fake_quantize_kernel.h"
-#include "trained.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-}  // namespace
+#define LQ_KERNELS "trained.h"
+#include "variants.h"
 
 extern "C" {
-
-// The fastest variant this processor runs.
-int lq_trained_best(void) { return best_variant(); }
 
 // x, gradient, result: [repeats][outer][run]; alpha, slope: [outer], the sums of the gradient from alpha on. result may be null.
 void lq_pact_backward(int types, const void* x, const void* gradient, void* result, const float* alpha, double* slope, int64_t repeats,

@@ -1,4 +1,6 @@
-// The loops of trained.cpp, compiled once for each instruction set: included behind what fake_quantize_kernel.h asks of one, and itself.
+// The loops of trained.cpp, compiled once for each instruction set (variants.h).
+
+#include "fake_quantize_kernel.h"
 
 // Up to 16 elements as floats, 0 behind them.
 template <class X>

@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import NativeError, library
-from lq_plugin.native.kernels import TYPES, VARIANTS
+from lq_plugin.native.build import library
+from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, accepts
 from lq_plugin.native.ops import is_watched
 from lq_plugin.native.switch import active
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
 #: Δ, Wp and Wn of each row, float32 `[rows]`.
 Ternary = tuple[Tensor, Tensor, Tensor]
 
 
-class TrainedKernels:
+class TrainedKernels(CompiledKernels):
     """The compiled library; addresses are taken without more checks, see `trained_kernels`.
 
     Args:
-        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+        variant: see `CompiledKernels`.
 
     Raises:
         NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        compiled = library("trained")
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._pact_backward = compiled.lq_pact_backward
-        self._pact_backward.argtypes = [number, *[pointer] * 5, *[size] * 3, number, number]
-        self._ternary, self._ternary_backward = compiled.lq_ternary, compiled.lq_ternary_backward
-        self._ternary.argtypes = [number, *[pointer] * 5, size, size, number, number]
-        self._ternary_backward.argtypes = [number, *[pointer] * 8, size, size, number, number]
-        for function in (self._pact_backward, self._ternary, self._ternary_backward):
-            function.restype = None
-        self.variants = VARIANTS[: compiled.lq_trained_best() + 1]
-        self.variant = self.variants[-1] if variant is None else variant
-        if self.variant not in self.variants:
-            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
-        self._number = VARIANTS.index(self.variant)
+        functions = {
+            "lq_pact_backward": [NUMBER, *[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+            "lq_ternary": [NUMBER, *[POINTER] * 5, SIZE, SIZE, NUMBER, NUMBER],
+            "lq_ternary_backward": [NUMBER, *[POINTER] * 8, SIZE, SIZE, NUMBER, NUMBER],
+        }
+        super().__init__(library("trained"), functions, variant)
 
     def pact_backward(
         self, x: Tensor, gradient: Tensor, alpha: Tensor, layout: Layout, needs_x: bool
@@ -58,9 +50,9 @@ class TrainedKernels:
         """
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.outer, dtype=torch.float64)
-        self._pact_backward(
-            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(),
-            None if result is None else result.data_ptr(), alpha.data_ptr(), slope.data_ptr(), *layout[:3],
+        self._library.lq_pact_backward(
+            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), address(result),
+            alpha.data_ptr(), slope.data_ptr(), *layout[:3],
             self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result, slope
@@ -74,7 +66,7 @@ class TrainedKernels:
             dtype: of the result.
         """
         y, rows = torch.empty_like(x, dtype=dtype), levels[0].numel()
-        self._ternary(
+        self._library.lq_ternary(
             TYPES[x.dtype, dtype], x.data_ptr(), y.data_ptr(), *(t.data_ptr() for t in levels), rows,
             x.numel() // rows, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -92,9 +84,9 @@ class TrainedKernels:
         """
         result, rows = torch.empty_like(x) if needs_x else None, levels[0].numel()
         above, below = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
-        self._ternary_backward(
-            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(),
-            None if result is None else result.data_ptr(), *(t.data_ptr() for t in levels), above.data_ptr(),
+        self._library.lq_ternary_backward(
+            TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), address(result),
+            *(t.data_ptr() for t in levels), above.data_ptr(),
             below.data_ptr(), rows, x.numel() // rows, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return result, above, below

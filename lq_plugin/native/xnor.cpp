@@ -200,7 +200,7 @@ void pack_row(const float* x, uint64_t* bits, int64_t elements, int variant) {
 extern "C" {
 
 // The fastest variant this processor runs.
-int lq_xnor_best(void) {
+int lq_best_variant(void) {
 #ifdef LQ_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vpopcntdq")) return AVX512;

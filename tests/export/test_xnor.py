@@ -8,9 +8,9 @@ from torch import nn
 
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.errors import ExportError
-from lq_plugin.export.xnor import kernel as xnor_kernel
-from lq_plugin.export.xnor.kernel import VARIANTS, interleave, kernel, pack_signs, unpack_signs
+from lq_plugin.export.xnor.kernel import interleave, kernel, pack_signs, unpack_signs
 from lq_plugin.export.xnor.layers import XNORConv, XNORLinear, use_xnor, xnor_layer
+from lq_plugin.native.variants import VARIANTS
 
 try:
     RUNS = kernel().variants
@@ -151,7 +151,7 @@ def test_without_a_compiler(monkeypatch):
 @pytest.mark.skipif(not RUNS, reason="no compiler")
 def test_a_variant_that_is_not_there():
     with pytest.raises(ExportError, match="this processor runs"):
-        xnor_kernel.Kernel(xnor_kernel._library(), "neon")
+        kernel("neon")
 
 
 def test_pack_and_unpack():

@@ -10,7 +10,6 @@ Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), section 3
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
-#: Variants of the kernel, by the number that the C++ side gives them.
-VARIANTS = ("portable", "avx2", "avx512")
 #: Bits of a word, and outputs that are interleaved.
 WORD, LANES = 64, 8
 
@@ -52,38 +50,30 @@ def interleave(words: Tensor) -> Tensor:
     return padded.reshape(-1, LANES, words.shape[1]).transpose(1, 2).contiguous()
 
 
-class Kernel:
+class Kernel(CompiledKernels):
     """Compiled library.
 
     Args:
-        library: loaded.
-        variant: one of `VARIANTS`; None: the fastest that the processor runs.
+        variant: see `CompiledKernels`.
 
     Raises:
-        ExportError: a variant that it does not run.
+        NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
-    def __init__(self, library: ctypes.CDLL, variant: str | None = None) -> None:
-        best = VARIANTS[library.lq_xnor_best()]
-        self.variants = VARIANTS[: VARIANTS.index(best) + 1]
-        self.variant = best if variant is None else variant
-        if self.variant not in self.variants:
-            raise ExportError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
-        self._number = VARIANTS.index(self.variant)
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._pack = library.lq_xnor_pack
-        self._pack.argtypes, self._pack.restype = [pointer, pointer, size, size, number], None
-        self._linear = library.lq_xnor_linear
-        self._linear.argtypes, self._linear.restype = [*[pointer] * 5, *[size] * 3, number, number], None
-        self._matmul = library.lq_xnor_matmul
-        self._matmul.argtypes, self._matmul.restype = [*[pointer] * 5, *[size] * 4, number, number], None
+    def __init__(self, variant: str | None = None) -> None:
+        functions = {
+            "lq_xnor_pack": [POINTER, POINTER, SIZE, SIZE, NUMBER],
+            "lq_xnor_linear": [*[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+            "lq_xnor_matmul": [*[POINTER] * 5, *[SIZE] * 4, NUMBER, NUMBER],
+        }
+        super().__init__(library("xnor"), functions, variant)
 
     def pack(self, x: Tensor) -> Tensor:
         """Returns `pack_signs` of a float32 tensor on the CPU."""
         x = x.contiguous()
         elements = x.shape[-1]
         words = x.new_empty((*x.shape[:-1], -(-elements // WORD)), dtype=torch.int64)
-        self._pack(x.data_ptr(), words.data_ptr(), x.numel() // elements, elements, self._number)
+        self._library.lq_xnor_pack(x.data_ptr(), words.data_ptr(), x.numel() // elements, elements, self._number)
         return words
 
     def matmul(
@@ -105,8 +95,8 @@ class Kernel:
             scale, bias: float32 `[outputs]`.
         """
         y = torch.empty(len(x), outputs)
-        self._matmul(
-            x.data_ptr(), weights.data_ptr(), _address(scale), _address(bias), y.data_ptr(),
+        self._library.lq_xnor_matmul(
+            x.data_ptr(), weights.data_ptr(), address(scale), address(bias), y.data_ptr(),
             len(x), x.shape[1], outputs, elements, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -126,15 +116,11 @@ class Kernel:
         elements = x.shape[-1]
         rows = x.numel() // elements
         y = torch.empty(rows, outputs)
-        self._linear(
-            x.data_ptr(), weights.data_ptr(), _address(scale), _address(bias), y.data_ptr(),
+        self._library.lq_xnor_linear(
+            x.data_ptr(), weights.data_ptr(), address(scale), address(bias), y.data_ptr(),
             rows, elements, outputs, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y if x.ndim == 2 else y.view(*x.shape[:-1], outputs)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 @functools.cache
@@ -142,14 +128,9 @@ def kernel(variant: str | None = None) -> Kernel:
     """Returns the kernel, compiled on first use and kept (`lq_plugin.native.build`).
 
     Raises:
-        ExportError: without a C++ compiler, saying so.
+        ExportError: without a C++ compiler, saying so, and for a variant that the processor does not run.
     """
-    return Kernel(_library(), variant)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
     try:
-        return library("xnor")
+        return Kernel(variant)
     except NativeError as error:
         raise ExportError(f"the XNOR kernel: {error}") from error

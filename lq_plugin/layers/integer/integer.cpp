@@ -4,45 +4,13 @@
 //
 // Plain C interface without torch headers: it compiles in seconds.
 
-#include "../../native/common.h"
-
 #define LQ_BY_TYPE(type, function, ...) \
     (type == BFLOATS ? function<BFloat>(__VA_ARGS__) : type == HALVES ? function<Half>(__VA_ARGS__) : function<float>(__VA_ARGS__))
 
-namespace {
-
-namespace portable {
-#include "../../native/fake_quantize_portable.h"
-#include "../../native/fake_quantize_kernel.h"
-#include "integer.h"
-}  // namespace portable
-
-#ifdef LQ_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-namespace avx2 {
-#include "../../native/fake_quantize_avx2.h"
-#include "../../native/fake_quantize_kernel.h"
-#include "integer.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
-namespace avx512 {
-#include "../../native/fake_quantize_avx512.h"
-#include "../../native/fake_quantize_kernel.h"
-#include "integer.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-}  // namespace
+#define LQ_KERNELS "../layers/integer/integer.h"
+#include "../../native/variants.h"
 
 extern "C" {
-
-// The fastest variant this processor runs.
-int lq_integer_best(void) { return best_variant(); }
 
 // q[i] = clip(round(x[i] / scale), quant_min - z, quant_max - z) + z - quant_min, in 0..levels-1. mask may be null. low and high, where
 // not null, take in the extremes of x. Returns whether x has a NaN; q is of no use then.

@@ -1,4 +1,6 @@
-// The loops of integer.cpp, compiled once for each instruction set: included behind native/fake_quantize_kernel.h.
+// The loops of integer.cpp, compiled once for each instruction set (native/variants.h).
+
+#include "../../native/fake_quantize_kernel.h"
 
 // q = clip(round(x · inverse), low, high) + shift, as bytes.
 template <class X>

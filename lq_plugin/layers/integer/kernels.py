@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 
@@ -11,44 +10,34 @@ from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.build import NativeError, library
-from lq_plugin.native.kernels import TYPES, VARIANTS, Kernels
+from lq_plugin.native.kernels import TYPES, Kernels
 from lq_plugin.native.layouts import Layout
+from lq_plugin.native.variants import NUMBER, POINTER, REAL, SIZE, CompiledKernels, address
 
 #: Two products of a byte and a weight up to this fit in 16 bits.
 LARGEST_EXACT = 64
 
 
-class IntegerKernels:
+class IntegerKernels(CompiledKernels):
     """The compiled library.
 
     Args:
-        variant: one of `VARIANTS`; None: the fastest that the processor runs. The numbers are the same.
+        variant: see `CompiledKernels`.
 
     Raises:
         NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        compiled = library("integer", Path(__file__).parent)
-        pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-        signatures = {
-            "quantize": (
-                [number, *[pointer] * 3, size, real, real, number, number, pointer, pointer, number, number],
-                number,
-            ),
-            "quantize_rows": ([number, *[pointer] * 3, size, size, *[number] * 5], number),
-            "dequantize": ([number, pointer, pointer, size, real, real, number, number], None),
-        }
-        self._functions = {}
-        for name, (arguments, result) in signatures.items():
-            function = getattr(compiled, f"lq_integer_{name}")
-            function.argtypes, function.restype = arguments, result
-            self._functions[name] = function
-        self.variants = VARIANTS[: compiled.lq_integer_best() + 1]
-        self.variant = self.variants[-1] if variant is None else variant
-        if self.variant not in self.variants:
-            raise NativeError(f"variant {variant!r}: this processor runs {', '.join(self.variants)}")
-        self._number = VARIANTS.index(self.variant)
+        functions = {
+            "lq_integer_quantize": [
+                NUMBER, *[POINTER] * 3, SIZE, REAL, REAL, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
+            ],
+            "lq_integer_quantize_rows": [NUMBER, *[POINTER] * 3, SIZE, SIZE, *[NUMBER] * 5],
+            "lq_integer_dequantize": [NUMBER, POINTER, POINTER, SIZE, REAL, REAL, NUMBER, NUMBER],
+        }  # fmt: skip
+        returning = {"lq_integer_quantize", "lq_integer_quantize_rows"}
+        super().__init__(library("integer", Path(__file__).parent), functions, variant, returning)
         self._masks = Kernels(self.variant)
 
     def quantize(
@@ -75,8 +64,8 @@ class IntegerKernels:
         q = torch.empty_strided(x.shape, x.stride(), dtype=torch.uint8)
         mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
-        nan = self._functions["quantize"](
-            _type(x), x.data_ptr(), q.data_ptr(), None if mask is None else mask.data_ptr(), x.numel(), scale,
+        nan = self._library.lq_integer_quantize(
+            _type(x), x.data_ptr(), q.data_ptr(), address(mask), x.numel(), scale,
             zero_point, grid.quant_min, grid.quant_max, low, high, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return None if nan else (q, mask)
@@ -95,7 +84,7 @@ class IntegerKernels:
         """
         q = torch.empty_like(w, dtype=torch.int8)
         rows = scale.numel()
-        bad = self._functions["quantize_rows"](
+        bad = self._library.lq_integer_quantize_rows(
             _type(w), w.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, w.numel() // rows, grid.quant_min,
             grid.quant_max, live, self._number, torch.get_num_threads(),
         )  # fmt: skip
@@ -110,7 +99,7 @@ class IntegerKernels:
             dtype: of the result, which is rounded to it once.
         """
         y = torch.empty_strided(q.shape, q.stride(), dtype=dtype)
-        self._functions["dequantize"](
+        self._library.lq_integer_dequantize(
             _type(y), q.data_ptr(), y.data_ptr(), q.numel(), zero_point, scale, self._number, torch.get_num_threads()
         )
         return y
