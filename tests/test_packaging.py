@@ -37,7 +37,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     assert held <= names
     assert {
         "lq_plugin/py.typed",
-        "lq_plugin/native/fake_quantize_kernel.h",
+        "lq_plugin/native/variants.h",
         "lq_plugin/layers/integer/integer.cpp",
     } <= held
     assert {f"lq_plugin/conf/{name}" for name in configs(source / "conf")} <= names
