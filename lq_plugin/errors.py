@@ -38,7 +38,7 @@ class CoverageError(QuantizationError):
 
 
 def did_you_mean(got: object, valid: Iterable[str], limit: int = 3) -> str:
-    """Return `" Did you mean 'x', 'y'?"`, or an empty string when nothing is near.
+    """Returns `" Did you mean 'x', 'y'?"`, or an empty string when nothing is near.
 
     Args:
         got: the unknown name.
@@ -50,6 +50,27 @@ def did_you_mean(got: object, valid: Iterable[str], limit: int = 3) -> str:
     """
     near = difflib.get_close_matches(str(got), list(valid), n=limit, cutoff=0.6)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def name_fault(what: str, got: object, valid: Iterable[str]) -> str:
+    """Returns the message for an unknown name, with the valid ones.
+
+    Args:
+        what: the kind of name.
+        got: the unknown name.
+        valid: the known names.
+
+    >>> name_fault("range", "mxe", ["mse", "kl"])
+    "unknown range 'mxe'; valid: mse, kl. Did you mean 'mse'?"
+    """
+    names = list(valid)
+    return f"unknown {what} {got!r}; valid: {', '.join(names)}.{did_you_mean(got, names)}"
+
+
+def name_faults(what: str, given: Iterable[object], valid: Iterable[str]) -> list[str]:
+    """Returns a message for each of the `given` names that is none of the `valid` ones; see `name_fault`."""
+    names = list(valid)
+    return [name_fault(what, name, names) for name in given if name not in names]
 
 
 #: Faults that one message lists, and characters of each: what stands in a hostile file must not fill the terminal.

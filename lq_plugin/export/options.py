@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from lq_plugin.errors import ExportError, did_you_mean, raise_all
+from lq_plugin.errors import ExportError, name_faults, raise_all
 from lq_plugin.export.target import TARGETS
 
 
@@ -38,10 +38,7 @@ class LatencyOptions:
             for name in ("batch", "threads", "rounds")
             if (value := getattr(self, name)) < 1
         ]
-        runtimes = TARGETS["onnx"].runtimes
-        if self.runtime not in runtimes:
-            valid = ", ".join(runtimes)
-            faults.insert(0, f"unknown runtime {self.runtime!r}; valid: {valid}.{did_you_mean(self.runtime, runtimes)}")
+        faults = name_faults("runtime", [self.runtime], TARGETS["onnx"].runtimes) + faults
         raise_all(ExportError, "cannot measure latency", faults)
 
     @property

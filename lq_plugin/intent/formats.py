@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lq_plugin.errors import SpecError, did_you_mean
+from lq_plugin.errors import SpecError, did_you_mean, name_fault
 from lq_plugin.intent.granularity import Granularity, PerTensor
 from lq_plugin.intent.ranges import (
     RANGES as RANGES,
-    name_fault as name_fault,
     range_fault as range_fault,
 )
 

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 from rich.table import Table
 from rich.text import Text
 
-from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, raise_all
+from lq_plugin.errors import SHOWN_FAULTS, PlanError, QuantizationError, SpecError, did_you_mean, name_faults, raise_all
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.layer_plan import LayerInfo, LayerPlan, Stage, for_layer, layer_faults, layer_plan
 from lq_plugin.intent.name_pattern import name_pattern
@@ -174,11 +174,7 @@ class QuantPlan(Shown):
         """Builds a plan from `{"rules": [{"match": ..., "weight": ...}], "schedule": {...}, "target": ...}`."""
         if not isinstance(mapping, Mapping):
             raise PlanError(f"a plan is a mapping with 'rules', got {type(mapping).__name__}: {mapping!r}")
-        faults = [
-            f"unknown key {key!r}; valid: {', '.join(_KEYS)}.{did_you_mean(str(key), _KEYS)}"
-            for key in mapping
-            if key not in _KEYS
-        ]
+        faults = name_faults("key", mapping, _KEYS)
         raw = mapping.get("rules")
         rules: list[Rule] = []
         names = [f.name for f in fields(Rule)]
@@ -189,11 +185,8 @@ class QuantPlan(Shown):
             if not isinstance(entry, Mapping):
                 faults.append(f"rule {index} must be a mapping like {{match: '*', weight: int4}}, got {entry!r}")
                 continue
-            unknown = [key for key in entry if key not in names]
-            faults += [
-                f"rule {index}: unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-                for key in unknown
-            ]
+            unknown = name_faults("key", entry, names)
+            faults += [f"rule {index}: {fault}" for fault in unknown]
             if "match" not in entry:
                 faults.append(f"rule {index} has no 'match'")
             elif not unknown:

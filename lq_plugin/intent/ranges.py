@@ -7,11 +7,11 @@ implements in one call. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lq_plugin.errors import SpecError, did_you_mean
+from lq_plugin.errors import SpecError, name_fault
 
 #: Checks the text after a range's colon: None if it is valid, else a phrase for what it must be ("a number in 0..1").
 OptionCheck = Callable[[str], str | None]
@@ -120,21 +120,6 @@ def range_fault(text: str) -> str | None:
         return f"range {name!r} takes no option, got {option!r}"
     wanted = check(option)
     return None if wanted is None else f"range {text!r}: the option must be {wanted}"
-
-
-def name_fault(what: str, got: str, valid: Iterable[str]) -> str:
-    """Returns the message for an unknown name, with the valid ones.
-
-    Args:
-        what: the kind of name.
-        got: the unknown name.
-        valid: the known names.
-
-    >>> name_fault("range", "mxe", ["mse", "kl"])
-    "unknown range 'mxe'; valid: mse, kl. Did you mean 'mse'?"
-    """
-    names = list(valid)
-    return f"unknown {what} {got!r}; valid: {', '.join(names)}.{did_you_mean(got, names)}"
 
 
 def _lsq_faults(spec: Any) -> list[str]:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lq_plugin.errors import PlanError, did_you_mean, raise_all
+from lq_plugin.errors import PlanError, name_faults, raise_all
 from lq_plugin.utilities.moved import former_names
 
 __getattr__ = former_names(__name__)
@@ -116,13 +116,7 @@ class Schedule:
             return cls()
         if not isinstance(value, dict):
             raise PlanError(f"a schedule is a mapping of moments, got {type(value).__name__}: {value!r}")
-        names = [f.name for f in fields(cls)]
-        faults = [
-            f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-            for key in value
-            if key not in names
-        ]
-        raise_all(PlanError, "cannot read the schedule", faults)
+        raise_all(PlanError, "cannot read the schedule", name_faults("key", value, [f.name for f in fields(cls)]))
         return cls(**value)
 
     def to_dict(self) -> dict[str, str]:

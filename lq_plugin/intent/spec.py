@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from lq_plugin.errors import SpecError, did_you_mean, raise_all
+from lq_plugin.errors import SpecError, name_fault, name_faults, raise_all
 from lq_plugin.intent.builtin_formats import MX_ELEMENTS
 from lq_plugin.intent.formats import (
     FLAGS,
@@ -38,7 +38,7 @@ from lq_plugin.intent.formats import (
     spelled_format,
 )
 from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken
-from lq_plugin.intent.ranges import RANGES, is_learned, name_fault, range_fault, range_kind
+from lq_plugin.intent.ranges import RANGES, is_learned, range_fault, range_kind
 
 __all__ = [
     "MX_FORMATS",
@@ -387,7 +387,7 @@ class QuantSpec:
                 known = [
                     *format_spellings(), *_GRANULARITIES, *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS
                 ]  # fmt: skip
-                faults.append(f"unknown word {word!r}; valid: {', '.join(known)}.{did_you_mean(word, known)}")
+                faults.append(name_fault("word", word, known))
         if "format" not in chosen and not faults:
             faults.append("no format; start with int4, uint8, ...")
         if ragged:
@@ -404,12 +404,7 @@ class QuantSpec:
     @classmethod
     def _from_fields(cls, mapping: dict[str, Any]) -> QuantSpec:
         names = [f.name for f in fields(cls)]
-        faults = [
-            f"unknown field {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-            for key in mapping
-            if key not in names
-        ]
-        raise_all(SpecError, "cannot read the spec", faults)
+        raise_all(SpecError, "cannot read the spec", name_faults("field", mapping, names))
         chosen = dict(mapping)
         if isinstance(word := chosen.get("granularity"), str):
             chosen["granularity"] = cls._from_words(f"int8 {word}", word).granularity

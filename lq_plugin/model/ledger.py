@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lq_plugin.errors import CoverageError, PlanError, did_you_mean, raise_all
+from lq_plugin.errors import CoverageError, PlanError, name_faults, raise_all
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.model.graph.record import Recording
@@ -269,11 +269,7 @@ def least_coverage(min_coverage: float | Mapping[str, float] | None) -> dict[str
     if min_coverage is None:
         return {}
     least = dict(min_coverage) if isinstance(min_coverage, Mapping) else dict.fromkeys(COVERAGES, min_coverage)
-    faults = [
-        f"unknown share {key!r}; valid: {', '.join(COVERAGES)}.{did_you_mean(str(key), COVERAGES)}"
-        for key in least
-        if key not in COVERAGES
-    ]
+    faults = name_faults("share", least, COVERAGES)
     faults += [
         f"{key} is a share in 0..1, got {value!r}" for key, value in least.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1

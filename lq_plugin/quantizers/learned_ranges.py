@@ -28,8 +28,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lq_plugin.errors import SpecError, raise_all
-from lq_plugin.intent.ranges import RANGES, OptionCheck, RangeKind, declare_range, name_fault
+from lq_plugin.errors import SpecError, name_fault, raise_all
+from lq_plugin.intent.ranges import RANGES, OptionCheck, RangeKind, declare_range
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer

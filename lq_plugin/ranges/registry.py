@@ -8,9 +8,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lq_plugin.errors import SpecError
+from lq_plugin.errors import SpecError, name_fault
 from lq_plugin.intent.formats import has_meaning
-from lq_plugin.intent.ranges import RANGES, OptionCheck, RangeKind, declare_range, name_fault, range_fault
+from lq_plugin.intent.ranges import RANGES, OptionCheck, RangeKind, declare_range, range_fault
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.ranges.sample import Sample
 

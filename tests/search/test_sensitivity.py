@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_mean_over_samples_gives_one_gradient_a_batch(caplog: 
     ("measure", "others", "message"),
     [
         ("kll", "float", "unknown sensitivity measure 'kll'; valid: auto, kl, .*Did you mean 'kl'"),
-        ("kl", "widst", "unknown others='widst'.*Did you mean 'widest'"),
+        ("kl", "widst", "unknown others 'widst'.*Did you mean 'widest'"),
     ],
 )
 def test_unknown_words_are_refused(evaluator: Evaluator, measure: str, others: str, message: str) -> None:

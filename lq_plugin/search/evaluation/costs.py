@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lq_plugin.errors import did_you_mean
+from lq_plugin.errors import name_faults
 from lq_plugin.model.measure.cost import Cost
 
 #: Totals of the cost model.
@@ -46,8 +46,4 @@ def cost_totals(cost: Cost) -> dict[str, float]:
 
 def unknown_costs(names: Iterable[str]) -> list[str]:
     """Returns a fault for each name that is not a cost."""
-    return [
-        f"unknown cost {name!r}; valid: {', '.join(COSTS)}.{did_you_mean(str(name), COSTS)}"
-        for name in names
-        if name not in COSTS
-    ]
+    return name_faults("cost", names, COSTS)

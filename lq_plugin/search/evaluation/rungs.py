@@ -21,7 +21,7 @@ import torch
 
 from lq_plugin.callbacks import QAT
 from lq_plugin.callbacks.trainer.data import seeded
-from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import QuantizationError, did_you_mean, name_faults, raise_all
 from lq_plugin.intent.plan import LayerPlan, QuantPlan
 from lq_plugin.ptq.phases import check_phases, names_and_options, run_phase
 from lq_plugin.search.evaluation.calibration import OnCalibrationData
@@ -112,12 +112,7 @@ class Rung:
         names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
             raise QuantizationError(f"a rung is a mapping of {', '.join(names)}, got {value!r}")
-        unknown = [
-            f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-            for key in value
-            if key not in names
-        ]
-        raise_all(QuantizationError, "rung", unknown)
+        raise_all(QuantizationError, "rung", name_faults("key", value, names))
         return cls(**{str(key): item for key, item in value.items()})
 
     def measures(self) -> dict[str, Any]:

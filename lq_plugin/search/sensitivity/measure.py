@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from lq_plugin.callbacks.trainer.data import calibration_batches
 from lq_plugin.callbacks.trainer.steps import as_step, step_runner
 from lq_plugin.callbacks.trainer.traces import without_traces
-from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import CalibrationError, QuantizationError, name_faults, raise_all
 from lq_plugin.intent.plan import FLOAT, LayerPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer
@@ -166,14 +166,8 @@ def check_measures(measures: Sequence[str], others: str) -> None:
     Raises:
         QuantizationError: naming every fault.
     """
-    faults = [f"unknown sensitivity measure {name!r}; valid: {AUTO}, "
-    f"{', '.join(MEASURES)}.{did_you_mean(str(name), MEASURES)}"
-              for name in measures if name not in (AUTO, *MEASURES)]  # fmt: skip
-    faults += (
-        []
-        if others in OTHERS
-        else [f"unknown others={others!r}; valid: {', '.join(OTHERS)}.{did_you_mean(str(others), OTHERS)}"]
-    )
+    faults = name_faults("sensitivity measure", measures, (AUTO, *MEASURES))
+    faults += name_faults("others", [others], OTHERS)
     faults += [] if measures else [f"no sensitivity measure; valid: {', '.join(MEASURES)}"]
     raise_all(QuantizationError, "cannot measure", faults)
 

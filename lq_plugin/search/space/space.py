@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from lq_plugin.errors import PlanError, QuantizationError, SpecError, did_you_mean, raise_all
+from lq_plugin.errors import PlanError, QuantizationError, SpecError, name_faults, raise_all
 from lq_plugin.export.planned import known_target
 from lq_plugin.export.target import Target
 from lq_plugin.intent.formats import SLOTS
@@ -69,12 +69,7 @@ def parse_choices(value: Choices) -> tuple[Choice, ...]:
 
 
 def _product(entry: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]]:
-    valid = (*_PRODUCT, *_CONSTANT)
-    unknown = [
-        f"unknown key {key!r}; valid: {', '.join(valid)}.{did_you_mean(str(key), valid)}"
-        for key in entry
-        if key not in valid
-    ]
+    unknown = name_faults("key", entry, (*_PRODUCT, *_CONSTANT))
     if "bit_widths" not in entry:
         unknown.append(f"a product of choices needs bit_widths, got {dict(entry)!r}")
     if unknown:
@@ -304,12 +299,7 @@ def _parse_slots(target: Space | SpaceRule, title: str) -> None:
 def _from_mapping(kind: Any, value: Mapping[str, Any]) -> Any:
     if not isinstance(value, Mapping):
         raise PlanError(f"a {kind.__name__} is written as a mapping, got {type(value).__name__}: {value!r}")
-    names = [f.name for f in fields(kind)]
-    faults = [
-        f"unknown key {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-        for key in value
-        if key not in names
-    ]
+    faults = name_faults("key", value, [f.name for f in fields(kind)])
     if kind is SpaceRule and "match" not in value:
         faults.append(f"a rule without 'match': {dict(value)!r}")
     raise_all(PlanError, f"cannot read the {kind.__name__}", faults)

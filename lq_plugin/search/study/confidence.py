@@ -25,7 +25,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import QuantizationError, name_faults, raise_all
 
 #: Scores of one plan by the number of the look; None where one is no number.
 Scores = Mapping[int, float | None]
@@ -83,12 +83,7 @@ class Confirm:
         names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
             raise QuantizationError(f"confirm is a mapping of {', '.join(names)}, or None, got {value!r}")
-        unknown = [
-            f"unknown option {key!r}; valid: {', '.join(names)}.{did_you_mean(str(key), names)}"
-            for key in value
-            if key not in names
-        ]
-        raise_all(QuantizationError, "confirm", unknown)
+        raise_all(QuantizationError, "confirm", name_faults("option", value, names))
         return cls(**{str(key): item for key, item in value.items()})
 
 

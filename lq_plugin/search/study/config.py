@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from lq_plugin.errors import MissingPackageError, QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import MissingPackageError, QuantizationError, name_faults, raise_all
 from lq_plugin.export.options import LatencyOptions
 from lq_plugin.export.planned import known_target
 from lq_plugin.export.target import TARGETS
@@ -192,10 +192,7 @@ class SearchConfig:
         if self.cost is not None and "cost" not in wrong:
             costs = (self.cost,) if isinstance(self.cost, str) else tuple(self.cost)
         faults += unknown_costs(costs)
-        if self.sensitivity not in (AUTO, *MEASURES):
-            near = did_you_mean(str(self.sensitivity), MEASURES)
-            valid = ", ".join((AUTO, *MEASURES))
-            faults.append(f"unknown sensitivity measure {self.sensitivity!r}; valid: {valid}.{near}")
+        faults += name_faults("sensitivity measure", [self.sensitivity], (AUTO, *MEASURES))
         read(lambda: check_phases(*names_and_options(self.phases)))
         if self.target is not None:
             read(lambda: known_target(self.target))

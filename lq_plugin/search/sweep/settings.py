@@ -17,7 +17,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from lq_plugin.errors import QuantizationError, did_you_mean, raise_all
+from lq_plugin.errors import QuantizationError, did_you_mean, name_faults, raise_all
 from lq_plugin.search.evaluation.costs import COUNTED
 from lq_plugin.search.shared.build import build, part_class
 from lq_plugin.search.shared.database import HEARTBEAT
@@ -85,11 +85,7 @@ class SweepSettings:
         valid = ("minimize", "maximize")
         faults = self._kind_faults()
         faults += [f"direction {d!r} is none of {', '.join(valid)}" for d in self.directions if d not in valid]
-        faults += [
-            f"unknown cost {cost!r}; valid: {', '.join(COUNTED)}.{did_you_mean(cost, COUNTED)}"
-            for cost in self.costs
-            if cost not in COUNTED
-        ]
+        faults += name_faults("cost", self.costs, COUNTED)
         if len(self.directions) <= len(self.costs):
             faults.append(
                 f"{len(self.directions)} directions for what the task returns and {len(self.costs)} costs; write one "
