@@ -49,3 +49,6 @@ from lq_plugin.quantizers.ternary import (
 )
 from lq_plugin.quantizers.vector import VectorActivationQuantizer as VectorActivationQuantizer
 from lq_plugin.quantizers.weight import WeightQuantizer as WeightQuantizer
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.ranges.sample import Sample
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 DISTRIBUTIONS = ("gauss", "laplace")
 #: Laplace is the likelier of the two below this ratio of mean absolute to standard deviation

@@ -27,6 +27,9 @@ from lq_plugin.report.tensor_data import (
 )
 from lq_plugin.report.versions import from_version_1
 from lq_plugin.utilities.files import make_folder, write_file
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 FORMAT, VERSION = "lq_plugin.report", 3
 

@@ -5,7 +5,10 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
+from lq_plugin.ranges import compare_ranges
+from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.utilities.moved import MOVED, MOVED_NAMES
 
 
@@ -25,6 +28,14 @@ def test_a_name_that_moved_is_the_name_and_warns(old: str, new: str) -> None:
     (package, _, name), (home, _, present) = old.rpartition("."), new.rpartition(".")
     with pytest.warns(DeprecationWarning, match=f"^{old} is {new} now$"):
         assert getattr(import_module(package), name) is getattr(import_module(home), present)
+
+
+def test_former_attributes_are_the_present_ones_and_warn() -> None:
+    limit, table = Constraint.parse("effective_bits <= 4.5"), compare_ranges(torch.randn(4, 16), "int4")
+    with pytest.warns(DeprecationWarning, match=r"^Constraint.bound is Constraint.limit now$"):
+        assert limit.bound == 4.5
+    with pytest.warns(DeprecationWarning, match=r"^RangeTable.fit is RangeTable.fitted now$"):
+        assert table.fit is table.fitted
 
 
 def test_the_warning_points_at_the_line_of_the_user() -> None:

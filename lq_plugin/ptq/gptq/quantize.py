@@ -47,6 +47,9 @@ from lq_plugin.ptq.layerwise.replay import Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from lq_plugin.functional.adaround import beta_at, regularizer
 from lq_plugin.model.ranks import average
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
+from lq_plugin.utilities.moved import former_names
+
+__getattr__ = former_names(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,12 @@ class Constraint:
                 f"a constraint is written 'effective_bits <= 4.5' or 'val/acc >= 0.9', got {text!r}"
             )
         return cls(found[1], found[2], float(found[3]))
+
+    @property
+    def bound(self) -> float:
+        """The former name of `limit`."""
+        warnings.warn("Constraint.bound is Constraint.limit now", DeprecationWarning, stacklevel=2)
+        return self.limit
 
     def violation(self, values: Mapping[str, float]) -> float:
         """Returns by how much the value exceeds the limit; 0 or less where the constraint is kept."""
