@@ -11,7 +11,7 @@ enum Mode { FLOOR = 0, RCEIL = 1, CEIL = 2, EVEN = 3, LEAST_ERROR = 4 };
 enum Target { SIX = 0, FOUR_OR_SIX = 1 };
 struct BlockRule {
     int family, block;
-    // Elements that are whole numbers.
+    // Elements that are integers.
     int quant_min, quant_max;
     // Elements that are floats of few bits, the exponent of the smallest normal and of the largest one.
     int mantissa_bits, min_exponent, max_exponent;

@@ -1,8 +1,8 @@
 // Fake quantization of blocks along the channels, whose scales follow from the values; compiled once for each instruction set (variants.h).
 // Plain loops over lanes that stand side by side, which the compiler turns into the instructions of the namespace.
 //
-// An operand is seen as [outer][channels][inner]; a block is `rule.block` channels of one (outer, inner). A tile is some of them beside
-// each other: `rows` channels, one below the other, by at most LANES blocks.
+// An operand is seen as [outer][channels][inner]; a block is `rule.block` channels of one (outer, inner). A tile is some of them next
+// to each other: `rows` channels by at most LANES blocks.
 
 // Of numbers that are not negative; from 2^23 on, which every caller clips, it may be off.
 inline float rounded(float x) { return (x + 0x1p23f) - 0x1p23f; }
@@ -16,7 +16,7 @@ inline float cast(float x, int mantissa_bits, int32_t min_power, float max_value
     return rounded(x * from_bits(((254 + mantissa_bits) << 23) - power)) * from_bits(power - (mantissa_bits << 23));
 }
 
-// One row of elements that are whole numbers; pass is 1 where nothing is clipped.
+// One row of integers; pass is 1 where nothing is clipped.
 inline void integer_row(const float* __restrict x, float* __restrict y, uint8_t* __restrict pass, const float* __restrict inverse,
                         const float* __restrict scale, int lanes, float low, float high) {
     for (int i = 0; i < lanes; ++i) {
@@ -73,7 +73,7 @@ inline float block_scale(int32_t largest, int candidate, const BlockRule& rule, 
     return block * rule.coarse;
 }
 
-// The same of whole numbers, from the extremes, as VectorInputQuantizer.vector_scale does it.
+// The same of integers, from the extremes, as VectorActivationQuantizer.vector_scale does it.
 inline float vector_scale(float low, float high, bool nan, const BlockRule& rule, float& inverse) {
     float unused;
     const float wanted = nan ? NAN : scale_of(low, high, rule.quant_min, rule.quant_max, false, unused);

@@ -104,7 +104,7 @@ inline void narrowed(float x, Half& y) {
     }
     y.bits = static_cast<uint16_t>(sign | result);
 }
-// Of a whole number of 8 bits, signed or not: its byte is the same.
+// Of an integer of 8 bits, signed or not: its byte is the same.
 inline void narrowed(float x, uint8_t& y) { y = static_cast<uint8_t>(x != x ? 0 : static_cast<int>(x)); }
 
 // qparams_from_bounds of lq_plugin/functional/affine.py.

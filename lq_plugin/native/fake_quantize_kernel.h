@@ -1,7 +1,7 @@
 // The loops of fake_quantize.cpp, compiled once for each instruction set: included in a namespace of its own that has defined
 //
 //   V                      16 floats
-//   load, store            unaligned, from and to elements of each type, and of whole numbers as bytes
+//   load, store            unaligned, from and to elements of each type, and of integers as bytes
 //   set(float)             the same in all lanes
 //   quantized(x, q, bits)  clip(round(x · inverse), low, high) · scale; bit i is 1 where nothing was clipped
 //   plus(a, b), times     rounded each
@@ -13,7 +13,7 @@
 //   squared_error(...)     what rounding does to a value, for a sum of squares
 //   spread(low, high, nan) over the lanes
 
-// The last elements of a run, n < 16; what lies behind them is 0.
+// The last elements of a run, n < 16; the lanes after them are 0.
 template <class X>
 inline V load_part(const X* x, int64_t n) {
     X part[16] = {};
@@ -54,7 +54,7 @@ struct Extremes {
         high = upper(v, high);
         nan |= unordered(v);
     }
-    // The last elements, which stand in the lanes behind them also.
+    // The last elements; the lanes after them hold the first of them again.
     template <class X>
     inline void take_part(const X* x, int64_t n) {
         X part[16];

@@ -2,7 +2,7 @@
 
 #include "fake_quantize_kernel.h"
 
-// Up to 16 elements as floats, 0 behind them.
+// Up to 16 elements as floats, with 0 in the lanes after them.
 template <class X>
 inline void widen(const X* x, int64_t n, float* lanes) {
     store(lanes, n == 16 ? load(x) : load_part(x, n));

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from lq_plugin.ranges import compare_ranges
+from lq_plugin.ranges import Sample, compare_ranges
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.utilities.moved import MOVED, MOVED_NAMES
 
@@ -31,7 +31,7 @@ def test_a_name_that_moved_is_the_name_and_warns(old: str, new: str) -> None:
 
 
 def test_former_attributes_are_the_present_ones_and_warn() -> None:
-    limit, table = Constraint.parse("effective_bits <= 4.5"), compare_ranges(torch.randn(4, 16), "int4")
+    limit, table = Constraint.parse("effective_bits <= 4.5"), compare_ranges(Sample.from_tensor(torch.randn(4, 16)), "int4")
     with pytest.warns(DeprecationWarning, match=r"^Constraint.bound is Constraint.limit now$"):
         assert limit.bound == 4.5
     with pytest.warns(DeprecationWarning, match=r"^RangeTable.fit is RangeTable.fitted now$"):

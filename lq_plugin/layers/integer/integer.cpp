@@ -26,7 +26,7 @@ int lq_integer_quantize(int type, const void* x, uint8_t* q, uint16_t* mask, int
         all.high = std::max(all.high, part.high);
         all.nan |= part.nan;
     }
-    if (low && all.nan) *low = *high = NAN;  // torch's minimum and maximum pass it on, too
+    if (low && all.nan) *low = *high = NAN;  // torch's minimum and maximum pass it on
     if (low && all.low < *low) *low = all.low;
     if (high && all.high > *high) *high = all.high;
     return all.nan;

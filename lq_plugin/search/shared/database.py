@@ -272,7 +272,7 @@ def _close(connection: Connection) -> None:
 def alone_with(study: Study) -> contextlib.AbstractContextManager[None]:
     """Lets one process at a time in, where the study's storage can do that."""
     storage = study._storage
-    backend = getattr(storage, "_backend", storage)  # behind Optuna's cache
+    backend = getattr(storage, "_backend", storage)  # under Optuna's cache
     return backend.alone(study._study_id) if isinstance(backend, SharedStorage) else contextlib.nullcontext()
 
 

@@ -205,7 +205,7 @@ def _turn(looks: int) -> int:
 def _gaps(
     candidates: Sequence[Candidate], looks: Mapping[int, Scores], sign: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Returns by how much each candidate is behind the best one that costs no more, and which cost no more than which.
+    """Returns how much less each candidate scores than the best that costs no more, and who costs no more than whom.
 
     Args:
         candidates: of the study.
