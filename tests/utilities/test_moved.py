@@ -31,7 +31,8 @@ def test_a_name_that_moved_is_the_name_and_warns(old: str, new: str) -> None:
 
 
 def test_former_attributes_are_the_present_ones_and_warn() -> None:
-    limit, table = Constraint.parse("effective_bits <= 4.5"), compare_ranges(Sample.from_tensor(torch.randn(4, 16)), "int4")
+    limit = Constraint.parse("effective_bits <= 4.5")
+    table = compare_ranges(Sample.from_tensor(torch.randn(4, 16)), "int4")
     with pytest.warns(DeprecationWarning, match=r"^Constraint.bound is Constraint.limit now$"):
         assert limit.bound == 4.5
     with pytest.warns(DeprecationWarning, match=r"^RangeTable.fit is RangeTable.fitted now$"):
