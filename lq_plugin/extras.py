@@ -27,7 +27,7 @@ EXTRAS = {
 
 
 def need_packages(what: str, *packages: str) -> None:
-    """Refuse to begin something without the packages that it needs.
+    """Refuses to begin something without the packages that it needs.
 
     Raises:
         MissingPackageError: naming those that are not installed, and the extra that brings them.

@@ -68,7 +68,7 @@ class SQNR(_Comparison):
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch; `preds` quantized, `target` float."""
+        """Adds a batch; `preds` quantized, `target` float."""
         self._check(preds, target)
         x = target.detach().double()
         self.signal = self.signal + x.square().sum()
@@ -118,7 +118,7 @@ class OutputCosine(_Comparison):
             self.add_state("target_square", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch; `preds` quantized, `target` float, `[N, ...]`."""
+        """Adds a batch; `preds` quantized, `target` float, `[N, ...]`."""
         self._check(preds, target)
         if self.per_sample and target.ndim == 0:
             raise QuantizationError("OutputCosine(per_sample=True) takes [N, ...], got a tensor without dims")
@@ -176,7 +176,7 @@ class PredictionAgreement(_Comparison):
         self.add_state("equal", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch of scores; `preds` quantized, `target` float."""
+        """Adds a batch of scores; `preds` quantized, `target` float."""
         self._check(preds, target)
         if not -target.ndim <= self.dim < target.ndim:
             raise QuantizationError(

@@ -117,7 +117,7 @@ class QuantizationCallback(Callback):
         pl_module.__dict__["configure_model"] = configure_model
 
     def end_suspension(self) -> None:
-        """Let the model evaluate quantized from now on."""
+        """Lets the model evaluate quantized from now on."""
         if self.suspension is not None:
             self.suspension.active = False
 
@@ -136,7 +136,7 @@ class QuantizationCallback(Callback):
             return record(pl_module, one_float_batch(trainer, pl_module, self.dataloader, self.calibration_step))
 
     def inject(self, pl_module: LightningModule, recording: Recording | None = None) -> Ledger:
-        """Put the quantizers in; nothing changes when they are in already.
+        """Puts the quantizers in; nothing changes when they are in already.
 
         Args:
             pl_module: the module.
@@ -181,7 +181,7 @@ class QuantizationCallback(Callback):
         return CallbackContext(self, trainer, pl_module, count)
 
     def calibrate(self, trainer: Trainer, pl_module: LightningModule, count: int, missing_only: bool = False) -> None:
-        """Find ranges; the statistics stay in `self.statistics`.
+        """Finds ranges; the statistics stay in `self.statistics`.
 
         Args:
             trainer, pl_module: of the run.

@@ -117,7 +117,7 @@ class Teacher:
             raise PlanError(f"distill: {type(pl_module).__name__} has no submodule {self.output!r}")
 
     def attach(self, pl_module: LightningModule) -> None:
-        """Add the distillation loss to what `training_step` returns."""
+        """Adds the distillation loss to what `training_step` returns."""
         original = pl_module.training_step
 
         @functools.wraps(original)
@@ -147,7 +147,7 @@ class Teacher:
 
     @staticmethod
     def detach(pl_module: LightningModule) -> None:
-        """Give the module its own training step back."""
+        """Gives the module its own training step back."""
         pl_module.__dict__.pop("training_step", None)
 
     def answers(self, batch: Any) -> list[Tensor]:
@@ -159,7 +159,7 @@ class Teacher:
         return logits
 
     def run(self, batch: Any) -> None:
-        """Run the step of the float model; it leaves no trace, not even in the float model."""
+        """Runs the step of the float model; it leaves no trace, not even in the float model."""
         try:
             with torch.no_grad(), silenced(self.module):
                 self.step(batch)
@@ -206,7 +206,7 @@ class Teacher:
 
 @contextmanager
 def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """Collect the outputs of the submodule in the calls inside."""
+    """Collects the outputs of the submodule in the calls inside."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:

@@ -103,7 +103,7 @@ class PTQ(QuantizationCallback):
         self.quantize(trainer, pl_module)
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the phases, unless the model is calibrated already, as far as data reached it."""
+        """Runs the phases, unless the model is calibrated already, as far as data reached it."""
         silent = unreached(pl_module)
         waiting = {id(q) for q in quantizers(pl_module) if not q.is_calibrated} - {
             id(q) for group in silent.values() for q in group

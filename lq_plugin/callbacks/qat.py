@@ -290,7 +290,7 @@ class QAT(QuantizationCallback):
         return enter_stage(self._layers(pl_module), *moment, calibrate, operations, whole)
 
     def _apply_schedule(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
-        """Bring all switches to where the schedule has them at an epoch and optimizer step."""
+        """Brings all switches to where the schedule has them at an epoch and optimizer step."""
         self.switches = switches = self.plan.schedule.at(*moment)
         if switches.freeze_batch_norm:
             # Again at each batch: model.train() after a validation switches it back on.
@@ -308,11 +308,11 @@ class QAT(QuantizationCallback):
 
     @staticmethod
     def _switch(quantizer: Quantizer, switches: Switches) -> None:
-        """Switch a quantizer on or off as the schedule wants it."""
+        """Switches a quantizer on or off as the schedule wants it."""
         quantizer.set_enabled(switches.weights if isinstance(quantizer, WeightQuantizer) else switches.activations)
 
     def _wait_for_unreached(self, pl_module: LightningModule, moment: tuple[int, int]) -> None:
-        """Let what no batch has reached gather a first range in training."""
+        """Lets what no batch has reached gather a first range in training."""
         switches = self.plan.schedule.at(*moment)
         # Without first batches nothing was missed before the schedule begins.
         self.unreached = unreached(pl_module) if self.init_batches or switches.weights or switches.activations else {}
@@ -320,7 +320,7 @@ class QAT(QuantizationCallback):
             quantizer.waiting = True
 
     def _settle_unreached(self, pl_module: LightningModule) -> None:
-        """Switch on what a batch has reached for the first time; make float what still misses its range."""
+        """Switches on what a batch has reached for the first time; makes float what still misses its range."""
         assert self.switches is not None
         if not reached_any(pl_module):
             return  # an empty batch tells nothing about any layer

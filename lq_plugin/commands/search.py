@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> SearchResult:
-    """Search as `cfg` (composed from `search.yaml`) says.
+    """Searches as `cfg` (composed from `search.yaml`) says.
 
     Raises:
         QuantizationError: see `search`.

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> list[SensitivityTable]:
-    """Measure as `cfg` (composed from `sensitivity.yaml`) says, print the layers by sensitivity, and write files.
+    """Measures as `cfg` (composed from `sensitivity.yaml`) says, prints the layers by sensitivity, and writes files.
 
     Raises:
         QuantizationError: see `measure_sensitivity`.

@@ -51,7 +51,7 @@ def find_parquet(folder: str | Path, split: str) -> list[Path]:
 
 
 def load_images(folder: str | Path, split: str, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-    """Decode the rows `start..stop` of a split.
+    """Decodes the rows `start..stop` of a split.
 
     Args:
         folder: folder that holds the parquet files, see `find_parquet`.

@@ -151,7 +151,7 @@ class QuantizedLayer(nn.Module):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def calibrate_weight(self, missing_only: bool = False) -> None:
-        """Find the weight's range from the weight, for every stage (that has none yet)."""
+        """Finds the weight's range from the weight, for every stage (that has none yet)."""
         if self.weight_quantizer is not None:
             weight = type(self).canonical(self, weight_of(self))
             for stage in self.weight_quantizer.stages():
@@ -233,7 +233,7 @@ class ShadowedForward(nn.Module):
 
 
 def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None:
-    """Give a layer (whose class is swapped already) the quantizers its plan asks for.
+    """Gives a layer (whose class is swapped already) the quantizers its plan asks for.
 
     Args:
         layer: whose class is a quantized one.
@@ -267,7 +267,7 @@ def attach_quantizers(layer: QuantizedLayer, plan: LayerPlan, name: str) -> None
 
 
 def leave_out(layer: QuantizedLayer, slot: str) -> None:
-    """Take a quantizer out until a state dict comes that has keys for it, or `put_back`."""
+    """Takes a quantizer out until a state dict comes that has keys for it, or `put_back`."""
     name = f"{slot}_quantizer"
     quantizer = getattr(layer, name)
     # Deleted first: torch takes keys below a submodule that is None for expected ones.
@@ -277,7 +277,7 @@ def leave_out(layer: QuantizedLayer, slot: str) -> None:
 
 
 def put_back(layer: QuantizedLayer, slots: Iterable[str]) -> None:
-    """Undo `leave_out` for some slots."""
+    """Undoes `leave_out` for some slots."""
     for slot in slots:
         # The model may have moved without it.
         quantizer = layer._left_out[slot].to(weight_of(layer).device).train(layer.training)
@@ -289,7 +289,7 @@ def put_back(layer: QuantizedLayer, slots: Iterable[str]) -> None:
 
 
 def detach_quantizers(layer: QuantizedLayer) -> None:
-    """Take the quantizers away and give the float class back."""
+    """Takes the quantizers away and gives the float class back."""
     for slot in SLOTS:
         delattr(layer, f"{slot}_quantizer")
     layer.__dict__.pop("_integer_state", None)

@@ -13,7 +13,7 @@ from lq_plugin.quantizers import SharedInput
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let neighbouring linear layers with equally many inputs quantize a tensor once, where their qparams are equal."""
+    """Lets neighbouring linear layers of equally many inputs quantize a tensor once, where their qparams are equal."""
     for module in model.modules():
         # A sequence hands each layer another tensor; scripted modules take no hooks.
         if isinstance(module, (nn.Sequential, torch.jit.ScriptModule)) or _shared(module):
@@ -32,7 +32,7 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def unshare_inputs(model: nn.Module) -> None:
-    """Take the hooks of `share_inputs` away; the layers forget with their quantizers (`detach_quantizers`)."""
+    """Takes the hooks of `share_inputs` away; the layers forget with their quantizers (`detach_quantizers`)."""
     for module in model.modules():
         for hooks, key in _shared(module):
             del hooks[key]

@@ -35,7 +35,7 @@ def calibrate(
     run: Callable[[Any], Any] | None = None,
     merge: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
-    """Find the range of every weight and activation of a prepared model.
+    """Finds the range of every weight and activation of a prepared model.
 
     The model runs float and in evaluation mode; its training flags are as before afterwards.
 
@@ -211,7 +211,7 @@ def float_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def switched(chosen: list[Quantizer], enabled: bool) -> Iterator[None]:
-    """These quantizers are on (or off) inside, and as before afterwards."""
+    """Switches quantizers on (or off) inside; afterwards they are as before."""
     before = [(quantizer, quantizer.is_enabled) for quantizer in chosen]
     for quantizer in chosen:
         quantizer.set_enabled(enabled)

@@ -29,7 +29,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def load_float_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a Lightning checkpoint or a `.safetensors` state dict into a float `model`, strictly.
+    """Loads a Lightning checkpoint or a `.safetensors` state dict into a float `model`, strictly.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +65,7 @@ def load_checkpoint(
     plan: QuantPlan | str | Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Ledger | nn.Module:
-    """Prepare a float `model` with a checkpoint's plan and load its weights and ranges, strictly.
+    """Prepares a float `model` with a checkpoint's plan and loads its weights and ranges, strictly.
 
     Args:
         model: of the class that was trained, on any device; or the class itself, which is built with the

@@ -23,7 +23,7 @@ _SAVED = "_lq_fast_path"
 
 
 def disable_fast_paths(model: nn.Module) -> None:
-    """Take the ordinary path in every module that holds quantized layers or operations."""
+    """Takes the ordinary path in every module that holds quantized layers or operations."""
     for module in model.modules():
         for kind, (name, value) in _SWITCHES.items():
             if isinstance(module, kind) and _SAVED not in module.__dict__ and _holds_quantizers(module):
@@ -32,7 +32,7 @@ def disable_fast_paths(model: nn.Module) -> None:
 
 
 def restore_fast_paths(model: nn.Module) -> None:
-    """Undo `disable_fast_paths`."""
+    """Undoes `disable_fast_paths`."""
     for module in model.modules():
         for kind, (name, _) in _SWITCHES.items():
             if isinstance(module, kind) and _SAVED in module.__dict__:

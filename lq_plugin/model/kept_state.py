@@ -100,7 +100,7 @@ class KeptState:
                 waiting.extend(_attributes(value, self))
 
     def on_restore(self, restore: Restore) -> None:
-        """Called by `restore`."""
+        """Has `restore` call a function."""
         self._restores.append(restore)
 
     def on_restore_items(self, value: dict[Any, Any], before: dict[Any, Any]) -> None:
@@ -123,7 +123,7 @@ class KeptState:
         return self.iterators.get(id(value), value)
 
     def restore(self) -> None:
-        """Put everything back; may be called again and again."""
+        """Puts everything back; may be called again and again."""
         with torch.no_grad():
             for restore in self._restores:
                 restore()
@@ -210,7 +210,7 @@ def _is_plain_class(kind: type) -> bool:
 
 @functools.singledispatch
 def _keep(value: Any, state: KeptState) -> Iterable[Any]:
-    """Remember how to put `value` back in place; what else to look at."""
+    """Remembers how to put `value` back in place; returns what else to look at."""
     if (rewind := rewinder(value)) is not None:
         state.on_restore(rewind)
         return ()

@@ -177,7 +177,7 @@ class Ledger(Shown):
                 entry.reached, entry.reason = True, self._other_reasons.pop(entry.name, None)
 
     def require(self, min_coverage: float | Mapping[str, float] | None) -> None:
-        """Refuse a model of which too little is quantized; a limit on compute needs a recording.
+        """Refuses a model of which too little is quantized; a limit on compute needs a recording.
 
         Args:
             min_coverage: see `least_coverage`.

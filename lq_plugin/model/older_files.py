@@ -15,7 +15,7 @@ from lq_plugin.layers import CompoundWeight, QuantizedLayer, added_slots, leave_
 
 
 def leave_out_newer(model: nn.Module, state: Iterable[str]) -> list[str]:
-    """Take out of a prepared model the quantizers that the version which wrote a state dict did not have.
+    """Takes out of a prepared model the quantizers that the version which wrote a state dict did not have.
 
     Its hidden states of LSTMs were float, say; a state dict of this version has keys for them. What is left out stays
     so when the model is prepared again with the same plan, until `put_back_newer`.
@@ -58,7 +58,7 @@ def leave_out_newer(model: nn.Module, state: Iterable[str]) -> list[str]:
 
 
 def put_back_newer(model: nn.Module) -> None:
-    """Undo `leave_out_newer`, before another file is loaded."""
+    """Undoes `leave_out_newer`, before another file is loaded."""
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             put_back(layer, layer._left_out)

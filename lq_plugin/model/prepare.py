@@ -56,7 +56,7 @@ def prepare(
     plan: QuantPlan | str | Path | Mapping[str, Any],
     recording: Recording | Mapping[str, Operation] | None = None,
 ) -> Ledger:
-    """Swap the layers of `model` that the plan names to quantized ones, in place.
+    """Swaps the layers of `model` that the plan names to quantized ones, in place.
 
     Preparing a model a second time with the same plan changes nothing.
 
@@ -168,7 +168,7 @@ def _nothing_to_quantize(
 
 
 def remove(model: nn.Module) -> None:
-    """Take all quantizers out of `model`: the float model is back, bit for bit as trained."""
+    """Takes all quantizers out of `model`: the float model is back, bit for bit as trained."""
     for _, layer in quantized_layers(model):
         detach_quantizers(layer)
         if isinstance(layer, CompoundWeight):

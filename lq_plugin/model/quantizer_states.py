@@ -16,7 +16,7 @@ def quantizer_states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_missing_states(model: nn.Module, kept: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Give quantizers their kept state where a checkpoint has not all of it.
+    """Gives quantizers their kept state where a checkpoint has not all of it.
 
     Args:
         model: has loaded the checkpoint.

@@ -23,7 +23,7 @@ def is_first() -> bool:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in one all-reduce; NaN in one process becomes NaN in all."""
+    """Replaces each tensor by its mean over all processes, in one all-reduce; NaN in one process becomes NaN in all."""
     if world_size() == 1 or not tensors:
         return
     bucket = torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -52,7 +52,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def require_batches(count: int) -> None:
-    """Refuse to go on where a process has read no batch.
+    """Refuses to go on where a process has read no batch.
 
     Args:
         count: batches that this process has read.

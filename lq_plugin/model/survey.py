@@ -52,7 +52,7 @@ class Survey:
 
     @classmethod
     def of(cls, model: nn.Module, patterns: Iterable[str] = ()) -> Survey:
-        """Look at every module of `model`; quantizers in it are passed over.
+        """Looks at every module of `model`; quantizers in it are passed over.
 
         Args:
             model: any module.

@@ -21,7 +21,7 @@ def commit_observers(
     all_reduce_max: Callable[[Tensor], Tensor] | None = None,
     merge: Callable[[Statistics], None] | None = None,
 ) -> None:
-    """Fold the batch's extremes of every observing quantizer into its moving range, and give others their first range.
+    """Folds a batch's extremes of each observing quantizer into its moving range; gives others their first range.
 
     Stochastic rounding draws new numbers afterwards.
 
@@ -41,7 +41,7 @@ def commit_observers(
 
 
 def forget_batch(chosen: Iterable[Quantizer]) -> None:
-    """Drop what was seen since the last commit: by the trial runs of a learning rate finder, say."""
+    """Drops what was seen since the last commit: by the trial runs of a learning rate finder, say."""
     for quantizer in chosen:
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.pending = None
@@ -101,7 +101,7 @@ def enter_stage(
     operations: Iterable[QuantizedOperation] = (),
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[str]:
-    """Bring every quantizer to its stage at this moment.
+    """Brings every quantizer to its stage at this moment.
 
     Args:
         layers: quantized layers.

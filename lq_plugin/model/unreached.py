@@ -26,7 +26,7 @@ def quantizers_by_owner(model: nn.Module) -> dict[str, list[Quantizer]]:
 
 
 def waiting(group: list[Quantizer]) -> list[Quantizer]:
-    """Those that need data for their range, and have had none."""
+    """Returns the quantizers that need data for their range, and have had none."""
     return [q for q in group if isinstance(q, ActivationQuantizer) and q.lacks_range]
 
 
@@ -50,7 +50,7 @@ def without_range(model: nn.Module) -> list[Quantizer]:
 
 
 def suspend(model: nn.Module) -> Suspension:
-    """Let a model that lacks ranges evaluate float until the suspension ends, or a checkpoint brings the ranges."""
+    """Lets a model that lacks ranges evaluate float until the suspension ends, or a checkpoint brings the ranges."""
     suspension = Suspension()
     for quantizer in quantizers(model) if without_range(model) else ():
         quantizer.suspension = suspension
@@ -58,7 +58,7 @@ def suspend(model: nn.Module) -> Suspension:
 
 
 def settle(before: Mapping[str, list[Quantizer]], model: nn.Module) -> dict[str, list[Quantizer]]:
-    """Make float what data should have reached and did not; switch on what was so before and has its range now.
+    """Makes float what data should have reached and did not; switches on what was so before and has its range now.
 
     Args:
         before: what `unreached` said before the data came.

@@ -42,7 +42,7 @@ class StatisticsKernels:
         return best
 
     def count_bins(self, x: Tensor, counts: Tensor, lowest: int) -> int:
-        """Add contiguous float32 values to `counts`, int64 `[2, bins]`, negative ones first.
+        """Adds contiguous float32 values to `counts`, int64 `[2, bins]`, negative ones first.
 
         The bin is the upper half of the bits of the magnitude, less `lowest`; smaller ones fall into the first bin.
 

@@ -71,7 +71,7 @@ def activation_histogram(
 
 
 def _draw_histogram(axes: Axes, sample: Sample) -> str:
-    """Draw bars of equal width; returns the note about zeros."""
+    """Draws bars of equal width; returns the note about zeros."""
     low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
     if low == high:
         low, high = -1.0, 1.0
@@ -112,7 +112,7 @@ class _Mark(NamedTuple):
 
 
 def _draw_thresholds(axes: Axes, marks: list[_Mark], smallest: float) -> list[Line2D]:
-    """Draw a line for each bound, with names above the axes that are spread so that they do not overlap.
+    """Draws a line for each bound, with names above the axes that are spread so that they do not overlap.
 
     Returns the legend's entries, with the numbers.
     """

@@ -98,7 +98,7 @@ def pareto(
 def _limit_y(
     axes: Axes, quality: Sequence[float], named: Sequence[float], float_metric: float | None, maximize: bool
 ) -> int:
-    """Set the limits; returns how many trials are outside."""
+    """Sets the limits; returns how many trials are outside."""
     sign = 1.0 if maximize else -1.0
     good = sign * np.array([*quality, *named])
     best, middle = float(good.max()), float(np.median(sign * np.array(quality)))
@@ -114,7 +114,7 @@ def _limit_y(
 
 
 def _draw_references(axes: Axes, named: Mapping[str, Point]) -> None:
-    """Draw named points, with labels to their upper left (a good front has no trials there), spread to not overlap."""
+    """Draws named points, with labels to their upper left (a good front has no trials there), spread to not overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     gap = 0.048 * (high - low)

@@ -85,7 +85,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the picture as a PNG file; folders are made."""
+    """Writes the picture as a PNG file; folders are made."""
     path = Path(path)
     make_folder(path.parent)
     write_file(path, to_png(figure))

@@ -85,7 +85,7 @@ class PhaseContext:
         return self.batches
 
     def run(self, batch: Any) -> Any:
-        """Run the model on one batch."""
+        """Runs the model on one batch."""
         return self._run(batch)
 
     def passes(self) -> AbstractContextManager[None]:
@@ -118,7 +118,7 @@ class PhaseContext:
         return batch
 
     def record(self) -> Recording:
-        """Run the float model on the first batch and record what it does.
+        """Runs the float model on the first batch and records what it does.
 
         Raises:
             CalibrationError: there is no batch.
@@ -128,7 +128,7 @@ class PhaseContext:
             return record(self.model, lambda: self.run(batch), samples=leading_size(batch))
 
     def calibrate(self, missing_only: bool = False) -> Statistics:
-        """Find every range, or only those that are missing, and say what has none.
+        """Finds every range, or only those that are missing, and says what has none.
 
         Returns:
             The statistics of each activation, by the name of its quantizer.
@@ -155,26 +155,26 @@ class PhaseContext:
         return nullcontext()
 
     def keep_float_weights(self) -> None:
-        """Keep the weights that the phase is about to round, for reports."""
+        """Keeps the weights that the phase is about to round, for reports."""
         self.float_weights.clear()
         self.float_weights |= {n: weight_of(layer).detach().clone() for n, layer in quantized_layers(self.model)}
 
     def note(self, name: str, reason: str) -> None:
-        """Write into the ledger why a module stays float."""
+        """Writes into the ledger why a module stays float."""
         for entry in self.ledger:
             if entry.name == name:
                 entry.reason = reason
 
     def say(self, message: str) -> None:
-        """Tell the user what the phase did."""
+        """Tells the user what the phase did."""
         log.info("%s", message)
 
     def warn(self, message: str) -> None:
-        """Tell the user what the phase could not do."""
+        """Tells the user what the phase could not do."""
         log.warning("%s", message)
 
     def show(self, title: str, done: int, total: int) -> None:
-        """Show the progress of a long part of the phase, inside `passes`.
+        """Shows the progress of a long part of the phase, inside `passes`.
 
         Args:
             title: of the part.

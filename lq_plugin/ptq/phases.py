@@ -52,7 +52,7 @@ def run_phases(
     phases: Sequence[str | Mapping[str, Any]] = ("fold_batch_norm", "calibrate"),
     run: Callable[[Any], Any] | None = None,
 ) -> PhaseContext:
-    """Quantize a plain model after training, in place.
+    """Quantizes a plain model after training, in place.
 
     Args:
         model: trained.

@@ -70,7 +70,7 @@ def register_phase(
 
 
 def run_phase(context: PhaseContext, name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """Run one phase; returns its result, which the context keeps also.
+    """Runs one phase; returns its result, which the context keeps also.
 
     Args:
         context: of the model.
@@ -112,7 +112,7 @@ def names_and_options(phases: Sequence[str | Mapping[str, Any]]) -> tuple[tuple[
 
 
 def check_phases(phases: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse unknown phases, impossible orders and options that a phase does not have.
+    """Refuses unknown phases, impossible orders and options that a phase does not have.
 
     Args:
         phases: names in their order.

@@ -317,7 +317,7 @@ class ReportData:
 
     @classmethod
     def from_json(cls, text: str, where: str = "report") -> ReportData:
-        """Read the output of `to_json`.
+        """Reads the output of `to_json`.
 
         Raises:
             QuantizationError: another kind of JSON, or a version this library does not read.
@@ -335,7 +335,7 @@ class ReportData:
         return decode(cls, from_version_1(content) if version == 1 else content, where)
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON; folders are made."""
+        """Writes JSON; folders are made."""
         path = Path(path)
         make_folder(path.parent)
         write_file(path, self.to_json())
@@ -343,7 +343,7 @@ class ReportData:
 
     @classmethod
     def load(cls, path: str | Path) -> ReportData:
-        """Read a JSON file.
+        """Reads a JSON file.
 
         Raises:
             QuantizationError: no such file, or no report.

@@ -60,7 +60,7 @@ def model_report(
     samples: Mapping[str, int] | int | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> ReportData:
-    """Gather the values that a page shows of a quantized model, without changing the model.
+    """Gathers the values that a page shows of a quantized model, without changing the model.
 
     Args:
         model: prepared, and calibrated where numbers are wanted.

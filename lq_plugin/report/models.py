@@ -18,7 +18,7 @@ _HOW = "give module:callable (torchvision.models:resnet18), or the name of a con
 
 
 def build_model(name: str, arguments: Sequence[str] = (), config_dir: str | Path | None = None) -> nn.Module:
-    """Build a model. This runs the code that the name refers to, and no other: no file is unpickled.
+    """Builds a model. This runs the code that the name refers to, and no other: no file is unpickled.
 
     Args:
         name: `module:callable`, imported from the working directory or the environment and called; or a config

@@ -76,7 +76,7 @@ def render(reports: ReportData | Sequence[ReportData]) -> str:
 
 
 def write_page(reports: ReportData | Sequence[ReportData], path: str | Path) -> Path:
-    """Write the page; folders are made."""
+    """Writes the page; folders are made."""
     path = Path(path)
     make_folder(path.parent)
     write_file(path, render(reports))

@@ -43,7 +43,7 @@ MAX_CURVES = 12
 def write_pictures(
     report: ReportData, folder: str | Path, formats: Sequence[str] = FORMATS, max_layers: int = 8
 ) -> list[Path]:
-    """Write every figure of a report; figures of layers for the largest `max_layers`.
+    """Writes every figure of a report; figures of layers for the largest `max_layers`.
 
     Args:
         report: to draw.

@@ -209,7 +209,7 @@ class QuantMonitor(Callback):
             self._measured = self._watch.enter_context(watching(pl_module))
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, moment: str) -> None:
-        """`moment` is start, scalars, end (of a fit) or once (an evaluation)."""
+        """Logs at a `moment`: start, scalars, end (of a fit) or once (an evaluation)."""
         shown = (trainer.progress_bar_callback is not None) if self.terminal is None else self.terminal
         if not trainer.is_global_zero or not (trainer.loggers or shown):
             return

@@ -67,7 +67,7 @@ class History:
         self._points: dict[str, dict[int, float]] = {}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep finite numbers; a later one of the same step replaces an earlier one."""
+        """Keeps finite numbers; a later one of the same step replaces an earlier one."""
         for name, value in values.items():
             if isfinite(value):
                 points = self._points.setdefault(name, {})

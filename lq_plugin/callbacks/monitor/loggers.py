@@ -84,7 +84,7 @@ class Report:
 
 
 def report_to(logger: Logger, report: Report) -> None:
-    """Show a report: scalars in every logger, the rest where the logger has a place for it."""
+    """Shows a report: scalars in every logger, the rest where the logger has a place for it."""
     if report.scalars:
         logger.log_metrics(dict(report.scalars), step=report.step)
     if isinstance(logger, either("loggers.WandbLogger")):
@@ -142,7 +142,7 @@ def _to_tensorboard(logger: TensorBoardLogger, report: Report) -> None:
 
 
 def add_hparams(logger: TensorBoardLogger, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Write a row of TensorBoard's HParams, as a run of its own under the logger's: of a run the first row counts.
+    """Writes a row of TensorBoard's HParams, as a run of its own under the logger's: of a run the first row counts.
 
     Args:
         logger: whose run it is under.

@@ -52,11 +52,11 @@ class Scoreboard:
         self._before: dict[str, Any] = {}
 
     def add(self, variant: str, metrics: Metrics) -> None:
-        """Keep the metrics of a variant; later ones of the same names replace earlier ones."""
+        """Keeps the metrics of a variant; later ones of the same names replace earlier ones."""
         self.by_variant.setdefault(variant, {}).update(checked({variant: metrics})[variant])
 
     def start(self, trainer: Trainer) -> None:
-        """An evaluation begins."""
+        """Notes that an evaluation begins."""
         self._count = 0
         self._before = dict(trainer.callback_metrics)
 

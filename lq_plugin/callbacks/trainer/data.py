@@ -57,7 +57,7 @@ def calibration_batches(
 
 @contextmanager
 def _read_twice(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """Read a loader in the block without taking batches from the training, which gets all of them after it.
+    """Reads a loader in the block without taking batches from the training, which gets all of them after it.
 
     Generators of loaders, samplers and data sets, positions, and iterators that can be read once are put back, see
     `lq_plugin.model.kept_state`; of tensors and arrays, which are the data, nothing is copied. Batches that are None
@@ -165,7 +165,7 @@ def _batch_and_step(
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Start every source of random numbers from `seed` inside, and go on outside as if nothing had been drawn.
+    """Starts every source of random numbers from `seed` inside, and goes on outside as if nothing had been drawn.
 
     With None nothing changes.
     """
@@ -277,7 +277,7 @@ def statistics_merger(trainer: Trainer) -> Callable[[Statistics], None] | None:
 
 
 def _merge_statistics(statistics: Statistics) -> None:
-    """Join the statistics of all ranks, in place, with one bucketed all-reduce for each kind of tensor."""
+    """Joins the statistics of all ranks, in place, with one bucketed all-reduce for each kind of tensor."""
     histograms = list(statistics.values())
     if not histograms:
         return  # a plan for weights alone, on every rank

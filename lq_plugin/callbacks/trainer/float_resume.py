@@ -27,7 +27,7 @@ def is_float(checkpoint: Mapping[str, Any], callback: str) -> bool:
 def make_room_for_ranges(
     trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], clones: Clones
 ) -> None:
-    """Bring the optimizers' and schedulers' states of a float checkpoint into the form of those of this run, in place.
+    """Brings the optimizers' and schedulers' states of a float checkpoint into the form of those of this run, in place.
 
     What a parameter had (momentum, step counts) stays with it; learned ranges begin with nothing. A group that was made
     for them takes the options that its origin has in the checkpoint, but not its weight decay.
@@ -80,7 +80,7 @@ def _extend_optimizer(optimizer: Optimizer, saved: dict[str, Any], ours: set[int
 
 
 def _extend_scheduler(saved: dict[str, Any], groups: int, sources: list[int]) -> None:
-    """Repeat the elements of every list with one for each group."""
+    """Repeats the elements of every list with one for each group."""
     for inner in saved.get("_schedulers", []):
         _extend_scheduler(inner, groups, sources)
     for name in PER_GROUP:

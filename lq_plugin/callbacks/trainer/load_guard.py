@@ -22,7 +22,7 @@ from lq_plugin.utilities.lightning_packages import PACKAGES
 
 
 def guard_load_from_checkpoint() -> None:
-    """Wrap `load_from_checkpoint` in every package of Lightning that is imported and not wrapped yet."""
+    """Wraps `load_from_checkpoint` in every package of Lightning that is imported and not wrapped yet."""
     for package in PACKAGES:
         if package in sys.modules:
             saving = import_module(f"{package}.core.saving")

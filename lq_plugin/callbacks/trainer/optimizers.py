@@ -62,7 +62,7 @@ class RangeOptimizer:
         self.peak = 0.0
 
     def step(self, trainer: Trainer, optimizer: Any) -> None:
-        """Step if `optimizer`, which is about to, is the leader."""
+        """Steps if `optimizer`, which is about to step, is the leader."""
         if self.leader not in (optimizer, getattr(optimizer, "optimizer", None)):
             return
         if all(parameter.grad is None for group in self.adam.param_groups for parameter in group["params"]):
@@ -79,17 +79,17 @@ class RangeOptimizer:
         self.adam.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Returns the states for a checkpoint."""
         return {"adam": self.adam.state_dict(), "peak": self.peak}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Goes on from a checkpoint."""
         self.adam.load_state_dict(state["adam"])
         self.peak = state["peak"]
 
 
 def hide_learned_ranges(pl_module: LightningModule, seen: Callable[[], bool]) -> None:
-    """Let the next call of the module's `configure_optimizers` find no learned range, unless `seen` says that it is to.
+    """Hides learned ranges from the module's next call of `configure_optimizers`, unless they are to be `seen`.
 
     A checkpoint of before they were hidden has them where the module's own code put them.
     """
@@ -107,7 +107,7 @@ def hide_learned_ranges(pl_module: LightningModule, seen: Callable[[], bool]) ->
 
 
 def show_learned_ranges(pl_module: LightningModule) -> None:
-    """Take the patch of `hide_learned_ranges` away, if it is there."""
+    """Takes the patch of `hide_learned_ranges` away, if it is there."""
     patch = pl_module.__dict__.get("configure_optimizers")
     if patch is not None and hasattr(patch, "before"):
         del pl_module.__dict__["configure_optimizers"]
@@ -132,7 +132,7 @@ def _hidden(pl_module: nn.Module) -> Iterator[None]:
 
 
 def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> Adopted:
-    """See that each learned range is in an optimizer, in a group of its own, without weight decay if it asks for none.
+    """Sees that each learned range is in an optimizer, in a group of its own, without weight decay if it asks for none.
 
     A range goes where its layer's weight is, that of an operation where a weight of its module is; one whose weight no
     optimizer holds goes to the first optimizer. Groups are cloned, and schedulers learn of the new ones, so that a
@@ -217,7 +217,7 @@ def _find(optimizers: list[Optimizer], parameter: Any) -> tuple[int, int] | None
 
 
 def _join(optimizer: Any, parameters: list[nn.Parameter]) -> None:
-    """Into the one group of LBFGS, whose list it holds a second time, with the number of its elements."""
+    """Adds parameters to the one group of LBFGS, whose list it holds a second time, with the number of elements."""
     optimizer.param_groups[0]["params"].extend(parameters)
     optimizer._numel_cache = None
 
@@ -253,7 +253,7 @@ def _new_name(optimizer: Optimizer, source: str | None) -> str:
 
 
 def _extend(scheduler: Any, source: int, groups: int) -> None:
-    """Repeat element `source` of every per-group list of a scheduler, also of nested ones."""
+    """Repeats element `source` of every per-group list of a scheduler, also of nested ones."""
     for inner in getattr(scheduler, "_schedulers", []):
         _extend(inner, source, groups)
     for name in PER_GROUP:

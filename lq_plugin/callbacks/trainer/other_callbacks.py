@@ -26,7 +26,7 @@ def tuners() -> tuple[type, ...]:
 
 
 def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -> None:
-    """Put a callback of the Trainer before all those of some kinds.
+    """Puts a callback of the Trainer before all those of some kinds.
 
     Args:
         trainer: that has it.
@@ -42,7 +42,7 @@ def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Copy weight averages again that were made before the quantizers came in.
+    """Copys weight averages again that were made before the quantizers came in.
 
     Switches and counters are never averaged.
     """
@@ -67,7 +67,7 @@ def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def start_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give weight averages of nothing yet the ranges and switches that the fit begins with.
+    """Gives weight averages of nothing yet the ranges and switches that the fit begins with.
 
     A sanity check evaluates them.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequence[str] = ()) -> None:
-    """Refuse, before any work, what cannot be quantized under the Trainer's strategy.
+    """Refuses, before any work, what cannot be quantized under the Trainer's strategy.
 
     Args:
         trainer: the Trainer.
@@ -52,7 +52,7 @@ def refuse_unsupported(trainer: Trainer, pl_module: LightningModule, whole: Sequ
 
 
 def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Warn that only copies are quantized where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
+    """Warns that only copies are quantized where the Trainer trains copies: `ddp_spawn`, `ddp_fork`, `ddp_notebook`.
 
     Lightning brings the trained weights back into the module of the process that called `fit`, and no callback runs
     there. A module that held quantizers before takes the ranges also.
@@ -71,7 +71,7 @@ def warn_of_copies(trainer: Trainer, pl_module: LightningModule) -> None:
 
 @contextmanager
 def resharded(pl_module: nn.Module) -> Iterator[None]:
-    """Split parameters again after forward passes inside, which leave them whole.
+    """Splits parameters again after forward passes inside, which leave them whole.
 
     A checkpoint cannot be loaded into whole ones.
     """
@@ -84,7 +84,7 @@ def resharded(pl_module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(pl_module: nn.Module) -> Iterator[None]:
-    """Make all weights whole inside, in every process, so that ranges can be found from them."""
+    """Makes all weights whole inside, in every process, so that ranges can be found from them."""
     with resharded(pl_module):
         for module in _sharded(pl_module):
             module.unshard()
@@ -92,7 +92,7 @@ def whole_weights(pl_module: nn.Module) -> Iterator[None]:
 
 
 def average_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give every process the mean gradient of each learned range that FSDP2 does not know of."""
+    """Gives every process the mean gradient of each learned range that FSDP2 does not know of."""
     if not isinstance(trainer.strategy, either("strategies.ModelParallelStrategy")) or not any(_sharded(pl_module)):
         return
     whole = [

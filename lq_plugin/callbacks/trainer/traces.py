@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_traces(pl_module: LightningModule) -> Iterator[None]:
-    """Let nothing be logged or sent inside, and put the module's Python state, metrics and buffers back.
+    """Lets nothing be logged or sent inside, and puts the module's Python state, metrics and buffers back.
 
     See `lq_plugin.model.kept_state` for what that is, and what it is not. A step that calls a tracker itself
     (`wandb.log`), or writes files, does so: only what goes through `self.log`, `self.logger` and `trainer.loggers` is
@@ -37,14 +37,14 @@ class KeepState(Callback):
         self._state = KeptState(pl_module)
 
     def close(self) -> None:
-        """Put it back."""
+        """Puts it back."""
         if self._state is not None:
             self._state.close()
 
 
 @contextmanager
 def silenced(pl_module: LightningModule) -> Iterator[None]:
-    """Let nothing be logged inside.
+    """Lets nothing be logged inside.
 
     Neither with `log` and `log_dict`, nor with the Trainer's loggers and their experiments.
     """

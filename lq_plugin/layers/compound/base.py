@@ -80,11 +80,11 @@ class CompoundWeight(nn.Module):
         return self.owner.get_submodule(inner), name
 
     def enter_owner(self) -> None:
-        """Make the owner compute with this weight's quantizers."""
+        """Makes the owner compute with this weight's quantizers."""
         compound_container(self.owner, CONTAINER)[self.key] = self
 
     def leave_owner(self) -> None:
-        """Undo `enter_owner`; the owner is of its float class again once the last weight has left."""
+        """Undoes `enter_owner`; the owner is of its float class again once the last weight has left."""
         leave_compound(self.owner, CONTAINER, self.key)
 
 
@@ -302,7 +302,7 @@ def compound_container(owner: nn.Module, name: str) -> nn.ModuleDict:
 
 
 def leave_compound(owner: nn.Module, name: str, key: str) -> None:
-    """Take an entry out of such a submodule; the owner is of its float class again once nothing is left.
+    """Takes an entry out of such a submodule; the owner is of its float class again once nothing is left.
 
     Args:
         owner: the module.
@@ -320,7 +320,7 @@ def leave_compound(owner: nn.Module, name: str, key: str) -> None:
 
 
 def show_steps(module: nn.Module, marks: Mapping[str, nn.Module] | None = None) -> None:
-    """Let a float module of several weights compute step by step, so that an export sees what is inside.
+    """Lets a float module of several weights compute step by step, so that an export sees what is inside.
 
     Args:
         module: changed.

@@ -94,7 +94,7 @@ class Arithmetic(Protocol):
         """
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
-        """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
+        """Puts 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
 
 
 class OneDnnArithmetic:
@@ -154,7 +154,7 @@ class OneDnnArithmetic:
 
 @functools.cache
 def arithmetic_on(device: torch.device) -> Arithmetic | str:
-    """That of a device, or why there is none: tried once in a process."""
+    """Returns the arithmetic of a device, or why there is none: tried once in a process."""
     if device.type == "cpu":
         kernels = integer_kernels()
         return kernels if isinstance(kernels, str) else OneDnnArithmetic(kernels)

@@ -193,7 +193,7 @@ def _levels(
 
 
 def convolution_of(layer: Any) -> Convolution | None:
-    """None for a linear layer."""
+    """Returns the settings of a convolution; None for a linear layer."""
     if not isinstance(layer, nn.Conv2d):
         return None
     return Convolution(list(layer.stride), list(cast(Any, layer.padding)), list(layer.dilation), layer.groups)
@@ -209,7 +209,7 @@ def _fake_quantized(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tens
 
 
 def _trial(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> float:
-    """Time of forward and backward pass with integers over that of fake quantization, on this input.
+    """Returns the time of a forward and backward pass with integers over that of fake quantization, on this input.
 
     Nothing is left of it: the observed extremes are those of the same input, and no random number is drawn.
     """

@@ -105,7 +105,7 @@ class IntegerKernels(CompiledKernels):
         return y
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
-        """Put 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
+        """Puts 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
         self._masks.keep(gradient, mask, Layout(1, 1, gradient.numel(), 1))
 
 

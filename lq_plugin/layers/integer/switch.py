@@ -17,7 +17,7 @@ def enable_integer_forward(
     choices: Mapping[str, bool] | bool | None = None,
     agree: Callable[[dict[str, str | None]], dict[str, str | None]] | None = None,
 ) -> None:
-    """Let the quantized layers of `model` compute their training forward pass with integers, where they can.
+    """Lets the quantized layers of `model` compute their training forward pass with integers, where they can.
 
     Args:
         model: prepared.
@@ -35,7 +35,7 @@ def enable_integer_forward(
 
 
 def disable_integer_forward(model: nn.Module) -> None:
-    """Back to fake quantization everywhere."""
+    """Goes back to fake quantization everywhere."""
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             module._integer_state = None
@@ -44,7 +44,7 @@ def disable_integer_forward(model: nn.Module) -> None:
 def settle_integer_forward(
     model: nn.Module, agree: Callable[[dict[str, bool]], dict[str, bool]] | None = None
 ) -> list[str]:
-    """Choose for each layer that was tried since.
+    """Chooses for each layer that was tried since.
 
     Args:
         model: with the integer forward enabled.

@@ -179,7 +179,7 @@ class TritonArithmetic:
 
 
 def _side_by_side(q: Tensor) -> Tensor:
-    """Laid out so that what a product sums over lies side by side."""
+    """Returns `q` laid out so that what a product sums over lies side by side."""
     return q.contiguous(memory_format=torch.channels_last if q.ndim == 4 else torch.contiguous_format)
 
 

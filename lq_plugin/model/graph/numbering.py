@@ -77,7 +77,7 @@ class Numbering:
         return f"{label}_{number}"
 
     def note(self, op: str, in_place: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Learn from a call that has run which tensors are constants.
+        """Learns from a call that has run which tensors are constants.
 
         Args:
             op: name of the call.

@@ -80,7 +80,7 @@ def record(
     is_leaf: Callable[[nn.Module], bool] = default_is_leaf,
     samples: int | None = None,
 ) -> Recording:
-    """Record what `run()` does with `model`.
+    """Records what `run()` does with `model`.
 
     The caller decides eval or train and whether gradients are on; in train mode batch norms move as
     they always do. During the pass compiled modules run eagerly, and transformer encoders take their
@@ -115,7 +115,7 @@ def record(
 
 @contextmanager
 def without_compile() -> Iterator[None]:
-    """Compiled modules run their own code inside: compiled ones skip hooks, or are compiled again for them."""
+    """Lets compiled modules run their own code inside: compiled ones skip hooks, or are compiled again for them."""
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and importing it takes seconds
         yield
         return
@@ -392,7 +392,7 @@ class _Recorder(TorchFunctionMode):
     def _produce(
         self, outputs: list[Tensor], written: list[Tensor], *, activation: bool, constant: bool = False
     ) -> None:
-        """Note that the latest call made these; a write goes to every view of the storage."""
+        """Notes that the latest call made these; a write goes to every view of the storage."""
         position = None if constant else len(self._calls) - 1
         seen = set()
         for number, t in enumerate((*outputs, *written)):

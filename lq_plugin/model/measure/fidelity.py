@@ -35,7 +35,7 @@ class Errors:
     elements: int = 0
 
     def add(self, signal: Tensor, noise: Tensor, clipped: Tensor, elements: int) -> None:
-        """Add one call. The sums stay on the tensors' device: nothing waits for it.
+        """Adds one call. The sums stay on the tensors' device: nothing waits for it.
 
         Args:
             signal, noise: sums of squares of the values and of their errors, `[]`.
@@ -125,7 +125,7 @@ def layer_fidelity(
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Measurements]:
-    """Measure every calibrated activation in the forward passes inside, without changing them.
+    """Measures every calibrated activation in the forward passes inside, without changing them.
 
     Quantizers that are switched off are measured as if they were on. No graph is built and no random
     number is drawn.

@@ -197,7 +197,7 @@ class OperationQuantizers(nn.Module):
             self.calls[-1].depth -= 1
 
     def watch_submodules(self) -> None:
-        """Put hooks on submodules that have none yet; those that come later are seen at the next `prepare`."""
+        """Puts hooks on submodules that have none yet; those that come later are seen at the next `prepare`."""
         ours = {self.owner, *self.modules()}
         for module in self.owner.modules():
             # Scripted code is out of a function mode's sight, and refuses hooks.
@@ -207,7 +207,7 @@ class OperationQuantizers(nn.Module):
                 module.register_forward_hook(self.leave_submodule, prepend=True, always_call=True)
 
     def release(self) -> None:
-        """Give the owner its forward back, and take the hooks away."""
+        """Gives the owner its forward back, and takes the hooks away."""
         for module in self.owner.modules():
             for hooks, key in self._hooks_on(module):
                 del hooks[key]
@@ -275,7 +275,7 @@ def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], k
 
 
 def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, LayerPlan]]) -> None:
-    """Give operations the quantizers that their plans ask for; those that have them keep them."""
+    """Gives operations the quantizers that their plans ask for; those that have them keep them."""
     present = dict(quantized_operations(model))
     for name, (operation, plan) in plans.items():
         if name in present:
@@ -303,7 +303,7 @@ def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, Lay
 
 
 def detach_operations(model: nn.Module) -> None:
-    """Take the quantizers of all operations out of `model`."""
+    """Takes the quantizers of all operations out of `model`."""
     for module in list(model.modules()):
         if isinstance(module, OperationQuantizers):
             module.release()

@@ -48,7 +48,7 @@ def correct_batch_norm(
     *,
     layers: Iterable[str] | None = None,
 ) -> ReestimatedBatchNorms:
-    """Correct running means and variances so that each channel's output keeps the float model's mean and variance.
+    """Corrects running means and variances so that each channel's output keeps the float model's mean and variance.
 
     Every batch runs twice, float and quantized, in evaluation mode and without gradients. With several
     processes the statistics of all ranks are merged.
@@ -153,7 +153,7 @@ def _gain(float_variance: Tensor, quantized_variance: Tensor, eps: float) -> Ten
 
 
 def apply_correction(watches: dict[str, OutputWatch]) -> dict[str, BatchNormShift]:
-    """Move running means and variances by what all batches of all processes have shown.
+    """Moves running means and variances by what all batches of all processes have shown.
 
     Args:
         watches: by name of the batch norm, after the last batch.

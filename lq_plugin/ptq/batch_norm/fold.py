@@ -184,7 +184,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | None:
-    """Try folding on double copies where a forward is not torch's own."""
+    """Tries folding on double copies where a forward is not torch's own."""
     suspects = [m for m in (producer, bn) if not has_torchs_forward(m)]
     if not suspects:
         return None
@@ -272,13 +272,13 @@ class FoldedBatchNorms:
         self._model, self._originals, self._exact = model, originals, exact
 
     def undo(self) -> None:
-        """Write every value from before folding back, bit for bit; training since then is lost."""
+        """Writes every value from before folding back, bit for bit; training since then is lost."""
         with torch.no_grad():
             for tensor, original in self._originals:
                 tensor.copy_(original)
 
     def freeze(self) -> FrozenBatchNorms:
-        """Keep the folded batch norms in eval mode; call the result's `apply()` before every training batch."""
+        """Keeps the folded batch norms in eval mode; call the result's `apply()` before every training batch."""
         return freeze_batch_norm(self._model, [pair.batch_norm for pair in self.pairs])
 
     def relative_errors(self) -> dict[Pair, float]:
@@ -303,7 +303,7 @@ def _relative(now: Tensor, exact: Tensor) -> float:
 
 
 def fold_batch_norm(model: nn.Module, pairs: Iterable[Pair]) -> FoldedBatchNorms:
-    """Move the scale of each batch norm into its producer, in place; the shift stays where it is.
+    """Moves the scale of each batch norm into its producer, in place; the shift stays where it is.
 
     Computed in float64, cast to each tensor's dtype. Values change, objects do not; frozen
     parameters and `inference_mode` are fine. Folding a folded pair changes nothing.

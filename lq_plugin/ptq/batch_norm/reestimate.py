@@ -67,12 +67,12 @@ class FrozenBatchNorms:
         return len(self._layers)
 
     def apply(self) -> None:
-        """Put the layers in eval mode; may be called any number of times."""
+        """Puts the layers in eval mode; may be called any number of times."""
         for bn, _ in self._layers:
             bn.training = False
 
     def release(self) -> None:
-        """Let the layers follow the mode of their parent module again.
+        """Lets the layers follow the mode of their parent module again.
 
         Not the mode they had: freezing may begin while the model is in eval mode and end while
         it trains. Layers that were frozen before stay frozen.
@@ -91,7 +91,7 @@ class FrozenBatchNorms:
 
 
 def freeze_batch_norm(model: nn.Module, layers: Collection[str] | None = None) -> FrozenBatchNorms:
-    """Freeze the statistics of every batch norm (or of `layers`): they normalize by their running ones.
+    """Freezes the statistics of every batch norm (or of `layers`): they normalize by their running ones.
 
     Raises:
         QuantizationError: names in `layers` that are no batch norm.
@@ -174,7 +174,7 @@ def reestimate_batch_norm(
     *,
     layers: Collection[str] | None = None,
 ) -> ReestimatedBatchNorms:
-    """Set running mean and variance to the exact statistics of all values seen in `batches`.
+    """Sets running mean and variance to the exact statistics of all values seen in `batches`.
 
     mean = Σx / n and variance = Σ(x - mean)² / (n - 1) per channel over all elements of all batches together, whatever
     the batch sizes. While it runs, the batch norms normalize by their batch, as in training, and every other module is
@@ -249,7 +249,7 @@ def _raise_on_unusable(pools: dict[str, MomentPool]) -> None:
 
 @contextmanager
 def _restored(layers: Iterable[_BatchNorm]) -> Iterator[dict[_BatchNorm, list[Tensor]]]:
-    """Put buffers back in place: running mean, running variance, number of batches."""
+    """Puts buffers back in place: running mean, running variance, number of batches."""
     buffers = {
         bn: [b for b in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if b is not None] for bn in layers
     }
@@ -289,7 +289,7 @@ def _watched(layers: dict[str, _BatchNorm], pools: dict[str, MomentPool]) -> Ite
 
 
 def merge_ranks(pools: dict[str, MomentPool]) -> None:
-    """Join the pools of all processes, in place; the names are the same in each."""
+    """Joins the pools of all processes, in place; the names are the same in each."""
     if world_size() == 1:
         return
     everyone = gathered({name: (pool.count, pool.mean, pool.squares) for name, pool in pools.items()})

@@ -76,7 +76,7 @@ class BiasCorrection:
 
 
 def bias_correct(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> BiasCorrection:
-    """Take the mean error of each quantized layer off its bias, in place.
+    """Takes the mean error of each quantized layer off its bias, in place.
 
     Everything runs in evaluation mode and without gradients. With several processes the means of all ranks are pooled.
 
@@ -166,7 +166,7 @@ class _Watch(CallWatch[tuple[Tensor, int]]):
 
 
 def _apply(watches: dict[str, _Watch], skipped: dict[str, str]) -> dict[str, CorrectedLayer]:
-    """Move the errors of all ranks into the targets, all or none."""
+    """Moves the errors of all ranks into the targets, all or none."""
     ranks = gathered({name: (watch.error, watch.elements) for name, watch in watches.items()})
     errors: dict[str, tuple[Tensor, int]] = {}
     for name in watches:

@@ -59,7 +59,7 @@ class Equalization:
 
 
 def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Equalization:
-    """Equalize the channels of neighbouring layers, in place. Values change, objects and keys do not.
+    """Equalizes the channels of neighbouring layers, in place. Values change, objects and keys do not.
 
     Computed in float64 and rounded once to each tensor's dtype. The function stays that of evaluation mode; keep folded
     batch norms frozen while training.
@@ -103,7 +103,7 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
 
 
 def check_iterations(iterations: int = 20) -> None:
-    """Refuse an impossible number of iterations.
+    """Refuses an impossible number of iterations.
 
     Raises:
         QuantizationError: no integer, or one below 1.

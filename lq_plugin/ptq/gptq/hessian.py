@@ -46,7 +46,7 @@ class InputHessian:
         self.mixed = torch.zeros_like(self.total) if asymmetric else None
 
     def add(self, x: Tensor, float_input: Tensor | None = None) -> None:
-        """Add one call's input.
+        """Adds one call's input.
 
         Args:
             x: of the quantized model.
@@ -65,7 +65,7 @@ class InputHessian:
                 self.mixed.baddbmm_(self._columns(floats[index].double()), columns.mT, alpha=2.0)
 
     def add_rows(self, group: int, x: Tensor) -> None:
-        """Add inputs of one matrix of a stack.
+        """Adds inputs of one matrix of a stack.
 
         Args:
             group: number of the matrix.

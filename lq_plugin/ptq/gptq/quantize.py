@@ -97,7 +97,7 @@ def gptq(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     asymmetric: bool = False,
 ) -> GPTQResult:
-    """Round the weights of linear layers and convolutions by GPTQ, in place.
+    """Rounds the weights of linear layers and convolutions by GPTQ, in place.
 
     Everything runs in evaluation mode and without gradients. With several processes the Hessians of all are averaged.
 
@@ -145,7 +145,7 @@ def check_options(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     asymmetric: bool = False,
 ) -> None:
-    """Refuse impossible options.
+    """Refuses impossible options.
 
     Args:
         dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric: see `gptq`.
@@ -347,19 +347,19 @@ class _BatchNorms:
         return hook
 
     def end_float_batch(self) -> None:
-        """Keep what was measured since the last call as one batch of the float model."""
+        """Keeps what was measured since the last call as one batch of the float model."""
         self.floats.append({name: watch.calls for name, watch in self.watches.items()})
         for watch in self.watches.values():
             watch.calls = []
 
     def start_quantized_batch(self, index: int, complete: bool = False) -> None:
-        """Be ready for a quantized run on batch number `index`; one that is not `complete` skips finished layers."""
+        """Gets ready for a quantized run on batch number `index`; one that is not `complete` skips finished layers."""
         for name, watch in self.watches.items():
             watch.calls, watch.correcting = list(self.floats[index][name]), True
         # Which of several calls are skipped is not known.
         self.active = {name for name in self.watches if complete or len(self.floats[index][name]) == 1}
 
     def forget_quantized(self) -> None:
-        """Drop the statistics of quantized runs so far."""
+        """Drops the statistics of quantized runs so far."""
         for watch in self.watches.values():
             watch.quantized_pool = MomentPool()

@@ -44,11 +44,11 @@ class ActivationCache:
         self._count = 0
 
     def reserve(self, size: int) -> None:
-        """Count bytes that are held elsewhere into the budget; a negative number frees them again."""
+        """Counts bytes that are held elsewhere into the budget; a negative number frees them again."""
         self.in_memory += size
 
     def put(self, key: Hashable, value: Any, on_disk: bool = False) -> None:
-        """Keep a copy of `value`, instead of the key's former one.
+        """Keeps a copy of `value`, instead of the key's former one.
 
         Args:
             key: to get it by.
@@ -88,7 +88,7 @@ class ActivationCache:
         )
 
     def drop(self, key: Hashable) -> None:
-        """Forget a key; no error when it is not there."""
+        """Forgets a key; no error when it is not there."""
         if key in self._held:
             self.in_memory -= self._held.pop(key)[1]
         if key in self._files:
@@ -97,7 +97,7 @@ class ActivationCache:
             self.on_disk -= size
 
     def drop_where(self, wanted: Callable[[Any], bool]) -> None:
-        """Forget the keys for which `wanted(key)` holds."""
+        """Forgets the keys for which `wanted(key)` holds."""
         for key in [key for key in self if wanted(key)]:
             self.drop(key)
 

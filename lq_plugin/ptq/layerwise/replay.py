@@ -47,7 +47,7 @@ class Replay:
         self._outermost: set[str] = set()
 
     def finish(self, layers: Collection[str]) -> None:
-        """Mark layers that will not change any more."""
+        """Marks layers that will not change any more."""
         self.done |= set(layers)
         self._finished = {name for name, found in self.inside.items() if found <= self.done}
         self._outermost = {
@@ -79,7 +79,7 @@ class Replay:
         self._drop_inner(batch)
 
     def keep_output(self, name: str, batch: int, call: int, output: Any) -> None:
-        """Keep an output that was computed outside; it is used once the module is done.
+        """Keeps an output that was computed outside; it is used once the module is done.
 
         Args:
             name: of the module.
@@ -127,7 +127,7 @@ class Replay:
                     module.__dict__["forward"] = before
 
     def _drop_inner(self, batch: int) -> None:
-        """Drop outputs of modules inside a module whose own output is cached."""
+        """Drops outputs of modules inside a module whose own output is cached."""
         mine = [key for key in self.cache if key[0] == self.kind and key[2] == batch]
         held = {key[1] for key in mine}
         for key in mine:

@@ -67,7 +67,7 @@ class UnitWalk:
         return self.cache.get(("batch", index))
 
     def run(self, index: int) -> Any:
-        """Run the model on batch number `index`."""
+        """Runs the model on batch number `index`."""
         return self._run(self.batch(index))
 
     def replay(self, kind: str) -> Replay:

@@ -61,7 +61,7 @@ class CallWatch(Generic[Measured]):
         return self.corrected(x, self.calls.pop(0), now).to(y.dtype)
 
     def finish_batch(self) -> None:
-        """Be ready for the next batch's float pass.
+        """Gets ready for the next batch's float pass.
 
         Raises:
             CalibrationError: the quantized pass called the layer less often.
@@ -78,7 +78,7 @@ class CallWatch(Generic[Measured]):
 
 
 def run_both(model: nn.Module, run: Callable[[Any], Any], batch: Any, watches: Collection[CallWatch[Any]]) -> None:
-    """Run a batch float and then quantized, with the watches correcting the second pass.
+    """Runs a batch float and then quantized, with the watches correcting the second pass.
 
     Args:
         model: prepared and calibrated; the hooks of the watches are in it.

@@ -24,7 +24,7 @@ def rounding_fault(layer: QuantizedLayer) -> str | None:
 
 
 def write_rounded(layer: QuantizedLayer, values: Tensor, levels: FixedLevels) -> None:
-    """Write values on some levels into a layer's weight, and have its quantizer keep these levels.
+    """Writes values on some levels into a layer's weight, and has its quantizer keep these levels.
 
     Args:
         layer: with a weight quantizer that is switched on.
@@ -79,7 +79,7 @@ class Snapshot:
         return ("before", *self.layers)
 
     def restore(self) -> None:
-        """Put everything back; the cache is still open."""
+        """Puts everything back; the cache is still open."""
         copies = self._copies if self._cache is None else self._cache.get(self._key)
         with torch.no_grad():
             for tensor, value in zip(self.tensors, copies, strict=True):

@@ -44,7 +44,7 @@ def learn_rounding(
     where: str = "",
     on_step: Callable[[int], None] | None = None,
 ) -> int:
-    """Minimise the error over the samples of all processes; returns the iterations it took.
+    """Minimises the error over the samples of all processes; returns the iterations it took.
 
     Args:
         soft: what is trained.

@@ -67,7 +67,7 @@ def reconstruct(
     on_step: Callable[[str, int], None] | None = None,
     **changes: Any,
 ) -> Reconstruction:
-    """Learn the roundings of a calibrated model, in place.
+    """Learns the roundings of a calibrated model, in place.
 
     With several processes (`torch.distributed`) each brings its own batches; gradients and statistics are averaged, and
     all end with the same model.
@@ -144,7 +144,7 @@ class _Reconstructor:
     def _learned(
         self, unit: Unit, index: int, store: UnitStore | None, replays: Sequence[Replay], calls: int
     ) -> UnitResult:
-        """Learn a unit and keep it in the store."""
+        """Learns a unit and keeps it in the store."""
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
         result = self._unit(unit, replays[0], replays[1], calls, generator)
         if store is not None:
@@ -152,7 +152,7 @@ class _Reconstructor:
         return result
 
     def _restored(self, unit: Unit, index: int, store: UnitStore | None) -> UnitResult | None:
-        """Take a unit from the store, if it is there."""
+        """Takes a unit from the store, if it is there."""
         if store is None:
             return None
         self._keep_originals([*writable_weights(self.layers[name] for name in unit.layers), *self._biases(unit)])
@@ -181,7 +181,7 @@ class _Reconstructor:
 
     @contextmanager
     def float_state(self) -> Iterator[None]:
-        """Compute with the float model inside, with its original weights and biases."""
+        """Computes with the float model inside, with its original weights and biases."""
         now = {parameter: parameter.data for parameter in self.originals}
         for parameter, before in self.originals.items():
             parameter.data = before
@@ -346,7 +346,7 @@ class _Reconstructor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters inside; inference tensors, which cannot be trained through, are copied."""
+    """Freezes all parameters inside; inference tensors, which cannot be trained through, are copied."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in asked:
         parameter.requires_grad_(False)

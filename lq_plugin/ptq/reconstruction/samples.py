@@ -36,7 +36,7 @@ class Samples:
         self._merged: Record | None = None
 
     def add(self, record: Record) -> None:
-        """Append a record."""
+        """Appends a record."""
         targets = record[2]
         if self.separable is None:
             self.separable = self._is_separable(record)
@@ -61,7 +61,7 @@ class Samples:
         )
 
     def merge(self) -> None:
-        """Make one record of all, where they fit together and the cache's budget holds both; a record at a time."""
+        """Makes one record of all, where they fit together and the cache's budget holds both; a record at a time."""
         room = self.cache.budget - self.cache.in_memory
         if len(self.sizes) < 2 or not self.separable or self.bytes > min(room, self.cache.budget // 2):
             return
@@ -93,7 +93,7 @@ class Samples:
         self.sizes = [count]
 
     def clear(self) -> None:
-        """Drop the records from the cache."""
+        """Drops the records from the cache."""
         self.cache.drop_where(lambda key: key[0] == "sample")
         self.cache.reserve(-tree_bytes(self._merged))
         self._merged = None

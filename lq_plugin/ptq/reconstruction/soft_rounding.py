@@ -114,7 +114,7 @@ class SoftInput(nn.Module):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Give the quantizer the trained scale."""
+        """Gives the quantizer the trained scale."""
         quantizer = self.held[0]
         if self.gain is None:
             return

@@ -69,7 +69,7 @@ class SoftUnit:
         return max((rounding.undecided_share() for rounding in self.roundings.values()), default=0.0)
 
     def harden(self) -> Snapshot:
-        """Give each layer the weights its roundings stand for; what they were before comes back.
+        """Gives each layer the weights its roundings stand for; what they were before comes back.
 
         Raises:
             QuantizationError: the quantizer does not return these weights unchanged.

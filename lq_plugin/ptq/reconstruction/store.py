@@ -51,7 +51,7 @@ class UnitStore:
             write_file(path, json.dumps(dict(run), indent=1), CalibrationError)
 
     def load(self, index: int, unit: str, modules: Mapping[str, nn.Module]) -> UnitResult | None:
-        """Give modules what a unit has learned; None when not every process finds it in the folder.
+        """Gives modules what a unit has learned; None when not every process finds it in the folder.
 
         Args:
             index, unit: number and name of the unit.
@@ -84,7 +84,7 @@ class UnitStore:
         return result
 
     def save(self, index: int, unit: str, modules: Mapping[str, nn.Module], result: UnitResult) -> None:
-        """Keep what modules have learned; the file appears when it is whole.
+        """Keeps what modules have learned; the file appears when it is whole.
 
         Args:
             index, unit: number and name of the unit.

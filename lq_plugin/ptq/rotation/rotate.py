@@ -75,7 +75,7 @@ def rotate(
     seed: int = 0,
     heads: bool = True,
 ) -> Rotation:
-    """Rotate residual streams and attention heads, in place. Values change, objects and keys do not.
+    """Rotates residual streams and attention heads, in place. Values change, objects and keys do not.
 
     Computed in float64 and rounded once to each tensor's dtype. The model runs float and in evaluation mode.
 
@@ -184,7 +184,7 @@ def _rotate_proven(
 
 
 def check_rotation(kind: str | None = None, seed: int = 0, heads: bool = True) -> None:
-    """Refuse impossible options.
+    """Refuses impossible options.
 
     Args:
         kind, seed, heads: as in `rotate`.
@@ -216,7 +216,7 @@ class _Values:
         self.first: dict[str, Tensor] = {}
 
     def rotate(self, part: Stream | HeadPair, matrix: Tensor) -> None:
-        """Rotate a part by its matrix."""
+        """Rotates a part by its matrix."""
         if isinstance(part, Stream):
             self.rotate_stream(part, matrix)
         else:
@@ -272,7 +272,7 @@ class _Values:
         return self.new[name] if name in self.new else self.model.get_parameter(name).detach().double()
 
     def write(self) -> list[tuple[Tensor, Tensor]]:
-        """Give the parameters their new values, all or none; returns those before."""
+        """Gives the parameters their new values, all or none; returns those before."""
         changes = [(self.model.get_parameter(name), value) for name, value in self.new.items()]
         faults = [
             f"{name!r}: rotated values are not finite in {parameter.dtype}"
@@ -289,6 +289,6 @@ class _Values:
         return originals
 
     def restore(self) -> None:
-        """Give the parameters the values that they had before the first write."""
+        """Gives the parameters the values that they had before the first write."""
         for name, original in self.first.items():
             self.model.get_parameter(name).copy_(original)

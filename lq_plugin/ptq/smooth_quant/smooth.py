@@ -56,7 +56,7 @@ def smooth_quant(
     run: Callable[[Any], Any] | None = None,
     alpha: float = 0.5,
 ) -> Smoothing:
-    """Move outliers of activations into weights, in place. Values change, objects and keys do not.
+    """Moves outliers of activations into weights, in place. Values change, objects and keys do not.
 
     Computed in float64 and rounded once to each tensor's dtype. The model runs float and in evaluation mode. With
     several processes the largest values of all count.
@@ -92,7 +92,7 @@ def smooth_quant(
 
 
 def check_alpha(alpha: float = 0.5) -> None:
-    """Refuse an impossible alpha.
+    """Refuses an impossible alpha.
 
     Raises:
         QuantizationError: no number, or one outside of 0..1.
@@ -144,7 +144,7 @@ class _Values:
         self.new: dict[str, tuple[Tensor, Tensor]] = {}
 
     def smooth(self, group: SmoothingGroup, largest: Tensor, alpha: float) -> Tensor:
-        """Scale the parameters of a group; returns the factors `[C]`."""
+        """Scales the parameters of a group; returns the factors `[C]`."""
         readers = [self.model.get_submodule(name) for name in group.readers]
         keys = [f"{name}.{input_weight(module)}" for name, module in zip(group.readers, readers, strict=True)]
         dims = [input_dim(module) for module in readers]
@@ -171,7 +171,7 @@ class _Values:
         self.new[name] = self.model.get_parameter(name), value
 
     def write(self) -> None:
-        """Give the parameters their new values, all or none."""
+        """Gives the parameters their new values, all or none."""
         changes = {name: (parameter, value.to(parameter.dtype)) for name, (parameter, value) in self.new.items()}
         faults = [
             f"{name!r}: smoothed values are not finite in {t.dtype}"

@@ -40,7 +40,7 @@ class Calibration(PTQ):
     """PTQ on the same batches in every process."""
 
     def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the phases, see `PTQ`."""
+        """Runs the phases, see `PTQ`."""
         with same_batches(trainer, self.dataloader, self.seed):
             super().quantize(trainer, pl_module)
 
@@ -67,6 +67,6 @@ class OnCalibrationData(Callback):
         self.result: Any = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Call the function."""
+        """Calls the function."""
         with same_batches(trainer, self.dataloader, self.seed):
             self.result = self.function(TrainerContext(trainer, pl_module, self.dataloader, self.calibration_batches))

@@ -165,7 +165,7 @@ class Evaluator:
                 tensor.copy_(self._float_state[name])
 
     def close(self) -> None:
-        """Restore the float model."""
+        """Restores the float model."""
         remove(self.model)
         with torch.inference_mode(False), torch.no_grad():
             self._make_float(self.model)
@@ -177,7 +177,7 @@ class Evaluator:
         self._data.close()
 
     def calibrate(self, space: Space | Mapping[str, Any]) -> ModelSpace:
-        """Validate the float model, fold what can be folded, and gather the statistics that `space` may need.
+        """Validates the float model, folds what can be folded, and gathers the statistics that `space` may need.
 
         One pass over the calibration data; a second one only for activations that may be quantized
         both per tensor and per channel.
@@ -226,7 +226,7 @@ class Evaluator:
         return cast(Recording, recorder.result)
 
     def run(self, callback: Callback) -> dict[str, float]:
-        """Validate with one more callback, and return what was logged."""
+        """Validates with one more callback, and returns what was logged."""
         callbacks: list[Any] = vars(self.trainer)["callbacks"]
         callbacks.append(callback)
         try:
@@ -282,7 +282,7 @@ class Evaluator:
         return totals if self.latency is None else totals | {LATENCY: self.latency(layer_plans)}
 
     def evaluate(self, plan: QuantPlan | str | Path | Mapping[str, Any]) -> Evaluation:
-        """Validate the model under a plan.
+        """Validates the model under a plan.
 
         Raises:
             QuantizationError: a plan that does not fit, or that needs statistics the space did not ask for.
@@ -290,7 +290,7 @@ class Evaluator:
         return self.evaluate_layers(self.layer_plans(plan))
 
     def evaluate_layers(self, layer_plans: Mapping[str, LayerPlan]) -> Evaluation:
-        """Validate the model under specs that are given by layer name."""
+        """Validates the model under specs that are given by layer name."""
         started = time.perf_counter()
         self.apply(layer_plans)
         metrics = self.validate()
@@ -305,7 +305,7 @@ class Evaluator:
         return Evaluation(metrics, self.cost(layer_plans), time.perf_counter() - started)
 
     def apply(self, layer_plans: Mapping[str, LayerPlan]) -> None:
-        """Give every layer the calibrated quantizers of its specs."""
+        """Gives every layer the calibrated quantizers of its specs."""
         self._calibrated()
         outside = [name for name, plan in layer_plans.items() if plan and name not in self._layers]
         if outside:

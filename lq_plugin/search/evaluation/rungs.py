@@ -102,7 +102,7 @@ class Rung:
 
     @classmethod
     def parse(cls, value: Rung | Mapping[str, Any]) -> Rung:
-        """Read a mapping with the fields of a rung; a `Rung` is returned unchanged.
+        """Reads a mapping with the fields of a rung; a `Rung` is returned unchanged.
 
         Raises:
             QuantizationError: see `Rung`; or unknown keys.
@@ -127,7 +127,7 @@ class Rung:
 
 
 def parse_rungs(value: Sequence[Rung | Mapping[str, Any]]) -> tuple[Rung, ...]:
-    """Read the rungs of a search, the cheapest first.
+    """Reads the rungs of a search, the cheapest first.
 
     Raises:
         QuantizationError: listing everything that is wrong in them.
@@ -259,7 +259,7 @@ def _with_learned_rounding(
 
 
 def _trained(evaluator: Evaluator, layer_plans: Mapping[str, LayerPlan], rung: Rung) -> dict[str, float]:
-    """Train a float copy of the module with the plan, and validate it.
+    """Trains a float copy of the module with the plan, and validates it.
 
     With several devices their processes end with the fit: what counts is its last validation.
     """

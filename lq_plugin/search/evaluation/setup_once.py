@@ -21,7 +21,7 @@ class SetUpOnce:
         self._prepared = False
 
     def open(self) -> None:
-        """Replace `prepare_data`, `setup` and `teardown` of the instance."""
+        """Replaces `prepare_data`, `setup` and `teardown` of the instance."""
         if self._datamodule is None:
             return
         original = {name: getattr(self._datamodule, name) for name in ("prepare_data", "setup")}
@@ -42,7 +42,7 @@ class SetUpOnce:
         self._datamodule.__dict__ |= {"prepare_data": prepare_data, "setup": setup, "teardown": teardown}
 
     def close(self) -> None:
-        """Restore the methods and tear down what was set up."""
+        """Restores the methods and tears down what was set up."""
         if self._datamodule is None or "setup" not in self._datamodule.__dict__:
             return
         for name in ("prepare_data", "setup", "teardown"):

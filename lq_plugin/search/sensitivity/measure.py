@@ -117,7 +117,7 @@ def to_csv(tables: Sequence[SensitivityTable]) -> str:
 def measure_sensitivity(
     evaluator: Evaluator, measure: str = "auto", batches: int = 2, others: str = "float"
 ) -> SensitivityTable:
-    """Measure every choice of every unit of a calibrated evaluator's space.
+    """Measures every choice of every unit of a calibrated evaluator's space.
 
     Args:
         evaluator: calibrated.
@@ -137,7 +137,7 @@ def measure_sensitivity(
 def measure_all(
     evaluator: Evaluator, measures: Sequence[str] = ("auto",), batches: int = 2, others: str = "float"
 ) -> list[SensitivityTable]:
-    """Measure every choice of every unit by several measures, which share forward passes and gradients.
+    """Measures every choice of every unit by several measures, which share forward passes and gradients.
 
     Args:
         evaluator: calibrated.
@@ -161,7 +161,7 @@ def measure_all(
 
 
 def check_measures(measures: Sequence[str], others: str) -> None:
-    """Refuse measures and states of the other tensors that do not exist.
+    """Refuses measures and states of the other tensors that do not exist.
 
     Raises:
         QuantizationError: naming every fault.

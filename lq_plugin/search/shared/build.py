@@ -47,7 +47,7 @@ def part_class(config: Any, kind: type, where: str) -> type:
 
 
 def build(config: Mapping[str, Any], kind: type, where: str) -> Any:
-    """Call the `_target_` of `config` with all other keys; mappings with a `_target_` inside are built first.
+    """Calls the `_target_` of `config` with all other keys; mappings with a `_target_` inside are built first.
 
     Args:
         config: plain mappings, lists and values.

@@ -33,7 +33,7 @@ class OtherWorkers:
         self._speak_at: float | None = None
 
     def wait(self) -> None:
-        """Mark trials without a sign of life as failed, then sleep for a moment."""
+        """Marks trials without a sign of life as failed, then sleeps for a moment."""
         with quiet():
             optuna.storages.fail_stale_trials(self.study)
         running = [trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
@@ -51,5 +51,5 @@ class OtherWorkers:
         time.sleep(POLL)
 
     def go_on(self) -> None:
-        """Forget how long this worker has waited."""
+        """Forgets how long this worker has waited."""
         self._speak_at = None

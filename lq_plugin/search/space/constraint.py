@@ -33,7 +33,7 @@ class Constraint:
 
     @classmethod
     def parse(cls, text: str) -> Constraint:
-        """Read `"name <= number"` or `"name >= number"`.
+        """Reads `"name <= number"` or `"name >= number"`.
 
         Raises:
             QuantizationError: it is neither.
@@ -61,7 +61,7 @@ class Constraint:
 
 
 def parse_constraints(texts: Iterable[str] | str) -> tuple[Constraint, ...]:
-    """Read several constraints; one may be a plain string.
+    """Reads several constraints; one may be a plain string.
 
     Raises:
         QuantizationError: listing every one that cannot be read.

@@ -138,7 +138,7 @@ class ModelSpace:
         return total
 
     def suggest(self, trial: Trial) -> Params:
-        """Ask Optuna for a value of every parameter."""
+        """Asks Optuna for a value of every parameter."""
         for name, distribution in self.distributions.items():
             if isinstance(distribution, IntDistribution):
                 trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)

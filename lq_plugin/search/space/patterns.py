@@ -60,7 +60,7 @@ class PatternSpace:
 
     @classmethod
     def parse(cls, layers: Mapping[str, Any]) -> PatternSpace:
-        """Read the fields of a `Space`, and `plan`: anything `QuantPlan.parse` reads, or None."""
+        """Reads the fields of a `Space`, and `plan`: anything `QuantPlan.parse` reads, or None."""
         if not isinstance(layers, Mapping):
             raise PlanError(f"layers is a mapping, {{rules: [...]}}, got {layers!r}")
         fields = dict(layers)

@@ -139,7 +139,7 @@ class Space:
 
     @classmethod
     def parse(cls, value: Space | Mapping[str, Any]) -> Space:
-        """Read a space from a mapping with its fields (YAML); a `Space` is returned unchanged."""
+        """Reads a space from a mapping with its fields (YAML); a `Space` is returned unchanged."""
         return value if isinstance(value, Space) else _from_mapping(cls, value)
 
     @property

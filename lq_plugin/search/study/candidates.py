@@ -79,7 +79,7 @@ class Candidate:
 
     @classmethod
     def of(cls, trial: FrozenTrial, cost: str) -> Candidate:
-        """Read a complete trial; `cost` names what its size is measured by."""
+        """Reads a complete trial; `cost` names what its size is measured by."""
         attrs, values = trial.user_attrs, tuple(trial.values)
         plan, metrics, origin = QuantPlan.from_dict(attrs[PLAN]), attrs[METRICS], attrs.get(ORIGIN, "sampled")
         lower = tuple(reached_by(trial)[:-1])

@@ -37,7 +37,7 @@ class Dashboard:
         self.metric, self.costs = metric, costs
 
     def trial(self, trial: Trial, plan: QuantPlan, metrics: Mapping[str, float]) -> None:
-        """Write the note of a trial, with its plan as a table, and the plan as a file.
+        """Writes the note of a trial, with its plan as a table, and the plan as a file.
 
         Args:
             trial: that was evaluated.
@@ -60,7 +60,7 @@ class Dashboard:
             self._upload(path, trial, "text/plain")
 
     def study(self, result: StudyCandidates, page: Path) -> None:
-        """Write the note of a study, and its page as a file."""
+        """Writes the note of a study, and its page as a file."""
         from optuna_dashboard import save_note
 
         best = result.best()

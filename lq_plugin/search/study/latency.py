@@ -46,7 +46,7 @@ def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
 
 
 def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:
-    """Add `latency` to the evaluator's costs, from the study's table, which is measured if it has none yet.
+    """Adds `latency` to the evaluator's costs, from the study's table, which is measured if it has none yet.
 
     Args:
         evaluator: calibrated.
@@ -89,7 +89,7 @@ def smallest_latency(evaluator: Evaluator) -> float:
 
 
 def measure_front(evaluator: Evaluator, result: SearchResult, options: LatencyOptions) -> None:
-    """Measure the whole model under each plan of the front, and keep the result in the study.
+    """Measures the whole model under each plan of the front, and keeps the result in the study.
 
     Args:
         evaluator: calibrated.

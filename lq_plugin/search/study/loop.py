@@ -52,7 +52,7 @@ class Loop:
         self.others = OtherWorkers(study)
 
     def run(self, bar: AbstractContextManager[Any]) -> None:
-        """Evaluate trials until the study has enough, no plan is new, too many fail, or a signal asks to stop."""
+        """Evaluates trials until the study has enough, no plan is new, too many fail, or a signal asks to stop."""
         with bar as self.shown, quiet():
             self._show(None)
             while self._missing() > 0:
@@ -76,7 +76,7 @@ class Loop:
         return len(self.failed) + len(self.failed_looks) > self.max_failures
 
     def check(self) -> None:
-        """Give up where too many trials and looks of this run have failed.
+        """Gives up where too many trials and looks of this run have failed.
 
         Raises:
             StudyError: with the traceback of the last one.
@@ -153,7 +153,7 @@ class Loop:
             self.shown.update(len(complete) + stopped, last, len(self.failed), stopped, scores)
 
     def _reap(self) -> None:
-        """Leave no trial of a killed worker running, if this worker is the last one."""
+        """Leaves no trial of a killed worker running, if this worker is the last one."""
         storage = self.study._storage
         interval = storage.get_heartbeat_interval() if self.heartbeat else None  # type: ignore[attr-defined]
         until = time.monotonic() + 4 * (interval or 0)
@@ -162,7 +162,7 @@ class Loop:
 
 
 def _try_again(study: Study, trial: Trial | None) -> None:
-    """Enqueue an interrupted trial, so that the next run takes it up."""
+    """Enqueues an interrupted trial, so that the next run takes it up."""
     if trial is not None and trial.params:
         kept = {name: trial.user_attrs[name] for name in (ORIGIN, PLAN, RUNGS) if name in trial.user_attrs}
         attrs = kept | {RETRIES: trial.number}

@@ -124,7 +124,7 @@ class Objective:
         return values
 
     def _check(self, trial: Trial, values: Mapping[str, float]) -> list[str]:
-        """Note by how much each constraint on `values` is kept; returns those that are broken."""
+        """Notes by how much each constraint on `values` is kept; returns those that are broken."""
         known = trial.study.get_trials(deepcopy=False)[trial.number].constraints if self.constraints else {}
         excess = {str(c): c.violation(values) for c in self.constraints if c.name in values}
         for constraint in excess.keys() - known.keys():

@@ -41,7 +41,7 @@ class SearchProgress:
         stopped: int = 0,
         scores: Sequence[float] = (),
     ) -> None:
-        """Show the state after a trial.
+        """Shows the state after a trial.
 
         Args:
             complete: trials of the study that are over.

@@ -75,7 +75,7 @@ class Proposer(BaseSampler):
         self.means: Callable[[], Mapping[int, float]] = dict
 
     def publish(self) -> bool:
-        """Put one more plan into the queue; returns False where the sampler knows that there is no new one.
+        """Puts one more plan into the queue; returns False where the sampler knows that there is no new one.
 
         Raises:
             StudyError: the constraints leave hardly any plan.
@@ -94,7 +94,7 @@ class Proposer(BaseSampler):
         )
 
     def _check_any(self) -> None:
-        """Refuse constraints that no plan of the study has kept."""
+        """Refuses constraints that no plan of the study has kept."""
         if all(trial.state == TrialState.PRUNED for trial in self.study.get_trials(deepcopy=False)):
             names = " and ".join(map(str, self.constraints))
             raise StudyError(f"no plan found that keeps {names}; widen the space, or the constraint")

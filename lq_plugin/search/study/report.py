@@ -25,7 +25,7 @@ MAX_IMPORTANCE = 30
 
 
 def study_report(result: StudyCandidates, title: str | None = None) -> ReportData:
-    """Gather the values that a page shows of a search.
+    """Gathers the values that a page shows of a search.
 
     Args:
         result: of `lq_plugin.search.search`, or of a study that was loaded.

@@ -101,7 +101,7 @@ class SearchResult(Shown, StudyCandidates):
         return to_csv(rows, list(dict.fromkeys(name for row in rows for name in row)) or ["trial"])
 
     def write(self, folder: str | Path) -> Path:
-        """Write `front.csv`, `plans/`, `pareto.png` and the report; only `front.csv` when no trial is complete.
+        """Writes `front.csv`, `plans/`, `pareto.png` and the report; only `front.csv` when no trial is complete.
 
         Other workers may write the same files: each appears whole, and plans that left the front go.
         """

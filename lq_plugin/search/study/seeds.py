@@ -80,7 +80,7 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
 def smallest_plan(space: ModelSpace, costs: Table) -> Params:
     """Returns the cheapest plan, for a cost that no wider choice makes smaller, as all but `latency` are.
 
-    Each unit has the choice that is cheapest while the others have their first one; of equally cheap ones the narrowest.
+    Each unit has the choice that is cheapest while others have their first one; of equally cheap ones the narrowest.
 
     Args:
         space: what may be chosen.

@@ -49,7 +49,7 @@ class StudyLogs:
         self._since = datetime.now()
 
     def update(self, result: SearchResult) -> None:
-        """Write what is new, after a trial."""
+        """Writes what is new, after a trial."""
         ahead = result.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
         # What runs since before these logs may be of a worker that was killed: nothing waits for it.
         first = min(
@@ -66,7 +66,7 @@ class StudyLogs:
                     report_to(logger, report)
 
     def finish(self, result: SearchResult) -> None:
-        """Write the rest: tables, the page, a run of W&B for each trial, and the best plan as the run's summary."""
+        """Writes the rest: tables, the page, a run of W&B for each trial, and the best plan as the run's summary."""
         self._write_rows(result, result.candidates)
         best = result.best() if result.candidates else None
         for logger in self.loggers:
@@ -89,7 +89,7 @@ class StudyLogs:
         self.close("success")
 
     def close(self, status: str) -> None:
-        """End the loggers' runs; what they keep in memory is written."""
+        """Ends the loggers' runs; what they keep in memory is written."""
         for logger in self.loggers:
             logger.finalize(status)
 

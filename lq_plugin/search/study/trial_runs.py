@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def log_trials(logger: WandbLogger, result: SearchResult) -> None:
-    """Write the trials of a finished search: plan, origin and metrics of each, in about a third of a second each.
+    """Writes the trials of a finished search: plan, origin and metrics of each, in about a third of a second each.
 
     They share project, entity, group, tags and mode of the logger's run; without a group there the study's name is
     theirs. A trial's config holds what each layer got under names of its own (`bits.layer1.0.conv1`), which parallel

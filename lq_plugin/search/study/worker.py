@@ -90,7 +90,7 @@ class StudyWorker:
         )
 
     def work(self) -> SearchResult:
-        """Search until the study has its trials, and give the float model back.
+        """Searches until the study has its trials, and gives the float model back.
 
         Raises:
             QuantizationError: a space or metric that does not fit, a study with another request, too many failures.
@@ -108,7 +108,7 @@ class StudyWorker:
         return self.result()
 
     def open(self) -> None:
-        """Calibrate the model, check that the request can be met, and open the study.
+        """Calibrates the model, checks that the request can be met, and opens the study.
 
         Raises:
             QuantizationError: a space, metric or constraint that does not fit, or a study with another request.
@@ -162,7 +162,7 @@ class StudyWorker:
         return hasattr(self, "study")
 
     def seed(self) -> None:
-        """Put the first plans into the queue, unless another worker or an earlier run has done it."""
+        """Puts the first plans into the queue, unless another worker or an earlier run has done it."""
         config = self.config
         with locked(self.storage):
             if self.study.user_attrs.get(SEEDED):
@@ -183,7 +183,7 @@ class StudyWorker:
             self.study.set_user_attr(SEEDED, True)
 
     def run(self, stop: StopRequest) -> None:
-        """Evaluate trials until the study has enough, the space is exhausted, or `stop` asks to end.
+        """Evaluates trials until the study has enough, the space is exhausted, or `stop` asks to end.
 
         Raises:
             StudyError: too many failed trials, or constraints that leave hardly any plan.
@@ -220,7 +220,7 @@ class StudyWorker:
                 score_files(self.evaluator, self.result(), Path(config.output_dir) / "files")
 
     def finish(self) -> None:
-        """Write the files of the results so far, and leave the study with the sampler that was asked for."""
+        """Writes the files of the results so far, and leaves the study with the sampler that was asked for."""
         self.study.sampler = self.sampler
         if self.config.output_dir is None:
             return
@@ -241,7 +241,7 @@ class StudyWorker:
         )
 
     def _after(self) -> None:
-        """Look again at a plan near the front, every few trials, and tell the results so far."""
+        """Looks again at a plan near the front, every few trials, and tells the results so far."""
         config = self.config
         self._trials += 1
         if self.confirmation is not None and (every := self.confirmation.options.every) and not self._trials % every:
@@ -299,7 +299,7 @@ class StudyWorker:
         return self._unit_costs[cost]
 
     def _check_reachable(self, limits: Iterable[Constraint]) -> None:
-        """Refuse limits of costs that the smallest plan breaks."""
+        """Refuses limits of costs that the smallest plan breaks."""
         faults = []
         for limit in limits:
             if limit.relation == "<=":

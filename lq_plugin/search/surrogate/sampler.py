@@ -73,7 +73,7 @@ class SurrogateSampler(BaseSampler):
         self._fitted: tuple[int, Transform, Prior] | None = None
 
     def attach(self, problem: Problem) -> None:
-        """Tell the sampler what it samples for; a search does it."""
+        """Tells the sampler what it samples for; a search does it."""
         self._problem, self._fitted = problem, None
 
     @property
@@ -102,7 +102,7 @@ class SurrogateSampler(BaseSampler):
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
-        """Take another seed."""
+        """Takes another seed."""
         self.seed = int(np.random.SeedSequence().generate_state(1)[0])
         self._independent.reseed_rng()
 

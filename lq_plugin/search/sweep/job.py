@@ -123,11 +123,11 @@ class JobTrial:
         return dict(self._trial.params)
 
     def note(self, metrics: Mapping[str, float]) -> None:
-        """Keep these values with the trial; later ones of the same name replace them."""
+        """Keeps these values with the trial; later ones of the same name replace them."""
         self.metrics |= {name: float(value) for name, value in metrics.items()}
 
     def require(self, costs: Mapping[str, float]) -> None:
-        """Note costs that are known before anything is trained.
+        """Notes costs that are known before anything is trained.
 
         Raises:
             TrialPruned: it breaks a constraint.
@@ -138,7 +138,7 @@ class JobTrial:
             raise TrialPruned(f"breaks {', '.join(broken)}")
 
     def report(self, value: float, step: int) -> None:
-        """Give the pruner a value; NaN is ignored, and with several objectives all, until the costs are noted."""
+        """Gives the pruner a value; NaN is ignored, and with several objectives all, until the costs are noted."""
         if not math.isfinite(value):
             return
         if self.access.objectives == 1:
@@ -160,7 +160,7 @@ class JobTrial:
         )
 
     def complete(self, returned: Any) -> None:
-        """Record the objectives: the values that the task returned, then the costs.
+        """Records the objectives: the values that the task returned, then the costs.
 
         Raises:
             QuantizationError: too many or too few, one that is no finite number, or a metric that was never noted.
@@ -180,13 +180,13 @@ class JobTrial:
         self.tell(TrialState.COMPLETE, values)
 
     def fail(self, error: str, interrupted: bool = False) -> None:
-        """Record that the trial failed, and why."""
+        """Records that the trial failed, and why."""
         self.tell(TrialState.FAIL, None, {ERROR: error} | ({INTERRUPTED: True} if interrupted else {}))
 
     def tell(
         self, state: TrialState, values: Sequence[float] | None = None, attrs: Mapping[str, Any] | None = None
     ) -> None:
-        """Record how the trial ended, unless another process has marked it as failed.
+        """Records how the trial ended, unless another process has marked it as failed.
 
         Args:
             state: complete, pruned or failed.
@@ -251,7 +251,7 @@ class TrialJob:
         return self.run(HydraConfig.get().job.num, cfg)
 
     def run(self, number: int, cfg: Any) -> Any:
-        """Evaluate the trial and return what the task returned; None when it was pruned.
+        """Evaluates the trial and returns what the task returned; None when it was pruned.
 
         Raises:
             TrialFailure: the task raised, or gave no finite number.

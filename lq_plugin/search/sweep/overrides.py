@@ -60,7 +60,7 @@ class JobOverrides:
     def parse(
         cls, params: Mapping[str, Any], arguments: Iterable[str], config_loader: ConfigLoader | None = None
     ) -> JobOverrides:
-        """Read the sweeper's `params` and the command line, which wins.
+        """Reads the sweeper's `params` and the command line, which wins.
 
         Args:
             params: override values by key.

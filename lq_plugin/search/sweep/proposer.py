@@ -73,7 +73,7 @@ class SweepProposer:
         return [params for params in combinations if _key(params) not in taken]
 
     def publish(self) -> int:
-        """Put one more trial into the queue and return its number; do not call it when `exhausted`."""
+        """Puts one more trial into the queue and returns its number; do not call it when `exhausted`."""
         with quiet():
             known = self._learn()
             seeds = [
@@ -104,7 +104,7 @@ class SweepProposer:
         return before
 
     def _learn(self) -> list[FrozenTrial]:
-        """Add finished trials to the copy; running ones run there also, so that a sampler can avoid them."""
+        """Adds finished trials to the copy; running ones run there also, so that a sampler can avoid them."""
         known = self.study.get_trials(deepcopy=False)
         for trial in known:
             if not trial.state.is_finished() or trial.number in self._finished:

@@ -147,7 +147,7 @@ class SweepSettings:
 
     @classmethod
     def from_config(cls, config: DictConfig) -> SweepSettings:
-        """Read `config.hydra.sweeper`.
+        """Reads `config.hydra.sweeper`.
 
         Raises:
             QuantizationError: listing everything that is wrong in it.

@@ -60,7 +60,7 @@ def sweep(
     launch: Launch,
     validate: Callable[[Sequence[Sequence[str]]], None],
 ) -> None:
-    """Run trials until the study has `settings.n_trials`.
+    """Runs trials until the study has `settings.n_trials`.
 
     `optimization_results.yaml` in `hydra.sweep.dir` names the best trials, after each batch; with `layers`,
     `best_plan.yaml` is next to it.
@@ -146,7 +146,7 @@ class _Run:
         self.others = OtherWorkers(study)
 
     def all(self) -> None:
-        """Run batches until the study has enough trials, or too many have failed."""
+        """Runs batches until the study has enough trials, or too many have failed."""
         while not self.stop and (missing := self.settings.n_trials - self._done()) > 0:
             if self.failures > self.settings.max_failures:
                 limit = self.settings.max_failures
@@ -228,7 +228,7 @@ class _Run:
                     self._fail(trial, error)
 
     def _settle(self, numbers: Sequence[int]) -> None:
-        """Record how trials ended whose jobs did not record it themselves."""
+        """Records how trials ended whose jobs did not record it themselves."""
         lost = 0
         for trial in self._of(numbers):
             if trial.state == TrialState.RUNNING:
@@ -254,7 +254,7 @@ class _Run:
             self.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _try_again(self) -> None:
-        """Queue failed trials that have attempts left, those of earlier runs included."""
+        """Queues failed trials that have attempts left, those of earlier runs included."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
         for trial in trials:
@@ -283,7 +283,7 @@ class _Run:
         return [trials[number] for number in numbers]
 
     def write_results(self) -> None:
-        """Write the best trials so far."""
+        """Writes the best trials so far."""
         best = self.study.best_trials if self._trials(TrialState.COMPLETE) else []
         if not best:
             return

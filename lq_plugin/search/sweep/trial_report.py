@@ -37,16 +37,16 @@ class TrialReport(Callback):
         self.monitor = monitor
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the costs that are known before training."""
+        """Notes the costs that are known before training."""
         self._report_costs(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # BOPs are known once a batch has run.
-        """Note the costs again: BOPs are known once a batch has run."""
+        """Notes the costs again: BOPs are known once a batch has run."""
         self._report_costs(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the metrics, and end the trial where the pruner wants that."""
+        """Notes the metrics, and ends the trial where the pruner wants that."""
         if trainer.sanity_checking:
             return
         trial = current_trial()
