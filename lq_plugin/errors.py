@@ -68,7 +68,13 @@ def name_fault(what: str, got: object, valid: Iterable[str]) -> str:
 
 
 def name_faults(what: str, given: Iterable[object], valid: Iterable[str]) -> list[str]:
-    """Returns a message for each of the `given` names that is none of the `valid` ones; see `name_fault`."""
+    """Returns a message, see `name_fault`, for each name that is unknown.
+
+    Args:
+        what: the kind of name.
+        given: names.
+        valid: the known names.
+    """
     names = list(valid)
     return [name_fault(what, name, names) for name in given if name not in names]
 
