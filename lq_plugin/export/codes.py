@@ -26,12 +26,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.packed_file import row_chunks
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.intent.spec import Granularity, PerBlock, PerMatrix, QuantSpec
+from lq_plugin.layers import QuantizedLayer
 from lq_plugin.quantizers.packed import PackedWeightQuantizer
 from lq_plugin.quantizers.registry import (
     Part as Part,
@@ -42,6 +43,13 @@ from lq_plugin.quantizers.registry import (
     format_code,
     make_weight_quantizer,
 )
+
+
+def quantizer_in_force(layer: nn.Module) -> Any:
+    """Returns the quantizer of a layer's weight; None where the weight is used as float."""
+    quantizer = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
+    current = None if quantizer is None else quantizer.current
+    return current if current is not None and current.is_enabled else None
 
 
 def encode(quantizer: Any, weight: Tensor) -> Parts:

@@ -81,26 +81,18 @@ def fake_quantize_learned(
     elif (kernels := ops.kernels_for(x, dtype)) is not None:
         layout = native_layout(x, scale, zero_point)
         if layout is not None and layout.inner == 1:
-            y = _NativeLearned.apply(x, scale, zero_point, *constants, layout, kernels, dtype)
+            y = _NativeLearned.apply(x, scale, zero_point, constants, layout, kernels, dtype)
             return y
-    y = _LearnedFakeQuantize.apply(x, scale, zero_point, *constants)
+    y = _LearnedFakeQuantize.apply(x, scale, zero_point, constants)
     return y.to(dtype or x.dtype)
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: Any,
-        quant_max: Any,
-        factor: Any,
-        rounded: Any,
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, constants: Any) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = quant_min, quant_max, factor, rounded
+        ctx.constants = constants
+        quant_min, quant_max, *_ = constants
         step = scale.abs().clamp(min=MIN_SCALE)
         shift = zero_point.round().clamp(quant_min, quant_max)
         y = (x.float() * step.reciprocal()).round_()
@@ -109,7 +101,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
-        return *_gradients(x, scale, zero_point, grad, ctx.constants, ctx.needs_input_grad[:3]), *(None,) * 4
+        return *_gradients(x, scale, zero_point, grad, ctx.constants, ctx.needs_input_grad[:3]), None
 
 
 def _gradients(
@@ -186,24 +178,12 @@ class _NativeLearned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: Any,
-        quant_max: Any,
-        factor: Any,
-        rounded: Any,
-        layout: Any,
-        kernels: Any,
-        dtype: Any,
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, constants: Any, layout: Any, kernels: Any, dtype: Any
     ) -> Any:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = quant_min, quant_max, factor, rounded
-        ctx.layout, ctx.kernels = layout, kernels
-        bounds = quant_min, quant_max
+        ctx.constants, ctx.layout, ctx.kernels = constants, layout, kernels
         return kernels.fake_quantize(
-            x, scale, zero_point, bounds, layout, masked=False, learned=True, dtype=dtype
+            x, scale, zero_point, constants[:2], layout, masked=False, learned=True, dtype=dtype
         )[0]  # fmt: skip
 
     @staticmethod
@@ -211,7 +191,7 @@ class _NativeLearned(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         found = learned_gradients(x, scale, zero_point, grad, ctx.constants, ctx.layout, needs, ctx.kernels)
-        return *found, *(None,) * 7
+        return *found, *(None,) * 4
 
 
 class _TracedLearned(torch.autograd.Function):

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.codes import quantizer_in_force
 from lq_plugin.export.gguf_file.architecture import LanguageModel, language_models, reordered, rope_theta
 from lq_plugin.export.gguf_file.blocks import stored
 from lq_plugin.export.gguf_file.types import FLOATS, TYPES
 from lq_plugin.export.gguf_file.vocabulary import add_vocabulary, tokenizer_folder
-from lq_plugin.layers import QuantizedLayer
 from lq_plugin.utilities.files import replacing
 
 _LARGEST_F16 = 65504.0
@@ -78,7 +78,7 @@ def _tensors(language: LanguageModel, floats: str) -> Iterator[FileTensor]:
     for key, name in language.names().items():
         owner, _, slot = key.rpartition(".")
         layer = module.get_submodule(owner)
-        quantizer = _quantizer_in_force(layer) if slot == "weight" else None
+        quantizer = quantizer_in_force(layer) if slot == "weight" else None
         spec = None if quantizer is None else str(quantizer.spec)
         if first.setdefault(id(parameters[key]), spec) == spec and name == "output.weight" and _is_tied(module):
             continue
@@ -104,13 +104,6 @@ def _tensors(language: LanguageModel, floats: str) -> Iterator[FileTensor]:
 def _is_tied(module: nn.Module) -> bool:
     head, embedding = module.lm_head, module.get_input_embeddings()  # type: ignore[operator]
     return head.weight is embedding.weight  # type: ignore[union-attr]
-
-
-def _quantizer_in_force(layer: nn.Module) -> Any:
-    """Returns the quantizer of a layer's weight; None where the weight is used as float."""
-    quantizer = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
-    current = None if quantizer is None else quantizer.current
-    return current if current is not None and current.is_enabled else None
 
 
 def _add_metadata(writer: Any, language: LanguageModel, tensors: list[FileTensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from lq_plugin.export.integer_program.options import BATCH, TAKES
@@ -34,6 +34,13 @@ class IntegerProgramTarget(Target):
         # Symmetric weights of a byte have no -128.
         byte = slot == "weight" and spec.is_uniform and spec.bit_width == 8 and spec.signed and not spec.affine
         return spec.replace(narrow_range=True) if byte else spec
+
+    def written(self, request: Request, export: Callable[..., int]) -> int:
+        """Returns the size of the file that `export` (`export_litert`, `export_executorch`) writes for a request."""
+        assert request.path is not None
+        assert request.inputs is not None
+        batch = self.settings(request)["batch"]
+        return export(request.model, request.inputs, request.path, request.batches, batch)
 
     def needs_batches(self, options: Mapping[str, Any]) -> bool:
         return True

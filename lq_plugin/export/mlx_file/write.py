@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.codes import quantizer_in_force
 from lq_plugin.export.mlx_file.words import Words, stored
-from lq_plugin.layers import QuantizedLayer
 from lq_plugin.utilities.files import replacing, write_file
 
 
@@ -58,13 +58,6 @@ def write_mlx(model: nn.Module, path: Path) -> int:
 def config_path(path: Path) -> Path:
     """Returns the path of the config that belongs to a file."""
     return path.with_name("config.json")
-
-
-def quantizer_in_force(layer: nn.Module) -> Any:
-    """Returns the quantizer of a layer's weight; None where the weight is used as float."""
-    quantizer = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
-    current = None if quantizer is None else quantizer.current
-    return current if current is not None and current.is_enabled else None
 
 
 def held_model(model: nn.Module) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from lq_plugin.export.onnx_file.queries import CONV, names_read
+from lq_plugin.export.onnx_file.queries import CONV, names_read, readers_by_name
 
 #: Operations allowed between a product and the QuantizeLinear that reads it; the runtime moves it through most of them.
 _BETWEEN = (
@@ -50,10 +50,7 @@ class _Biases:
         self.graph = model.graph
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producer = {name: node for node in self.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.graph.node:
-            for name in dict.fromkeys(names_read(node)):
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_by_name(self.graph)
         self.before: dict[str, list[onnx.NodeProto]] = {}
         self.after: dict[str, onnx.NodeProto] = {}
         #: Dequantized biases by name and the bytes of the step.

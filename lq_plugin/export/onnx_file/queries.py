@@ -92,6 +92,15 @@ def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto
     return found
 
 
+def readers_by_name(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Returns the nodes that read each tensor, in the order of the graph."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(names_read(node)):
+            found.setdefault(name, []).append(node)
+    return found
+
+
 def names_read(node: onnx.NodeProto) -> Iterator[str]:
     """Yields the values that a node reads, by its inputs or in its bodies (of If and Loop)."""
     yield from node.input

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lq_plugin.errors import ExportError
-from lq_plugin.export.onnx_file.queries import names_read
+from lq_plugin.export.onnx_file.queries import names_read, readers_by_name
 from lq_plugin.export.runtime import onnx_session
 from lq_plugin.functional.affine import qparams_from_bounds
 from lq_plugin.intent.spec import QuantSpec
@@ -74,10 +74,7 @@ class _Sums:
 
     def _index(self) -> None:
         self.producer = {name: node for node in self.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.graph.node:
-            for name in dict.fromkeys(names_read(node)):
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_by_name(self.graph)
 
     def find(self) -> list[onnx.NodeProto]:
         """Returns sums of two computed tensors, one of them an integer convolution that nothing else reads."""

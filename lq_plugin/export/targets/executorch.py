@@ -28,10 +28,7 @@ class ExecuTorch(IntegerProgramTarget):
     def write(self, request: Request) -> int:
         from lq_plugin.export.executorch_file import export_executorch
 
-        assert request.path is not None
-        assert request.inputs is not None
-        batch = self.settings(request)["batch"]
-        return export_executorch(request.model, request.inputs, request.path, request.batches, batch)
+        return self.written(request, export_executorch)
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.executorch_file import open_executorch

@@ -36,10 +36,7 @@ class LiteRT(IntegerProgramTarget):
     def write(self, request: Request) -> int:
         from lq_plugin.export.litert_file import export_litert
 
-        assert request.path is not None
-        assert request.inputs is not None
-        batch = self.settings(request)["batch"]
-        return export_litert(request.model, request.inputs, request.path, request.batches, batch)
+        return self.written(request, export_litert)
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.litert_file import open_litert

@@ -191,6 +191,11 @@ class Recording:
         calls = [call for call in self.calls if call.kind in ("functional", "other")]
         return {name: call.name for call in reversed(calls) for source in call.inputs for name in source.parameters}
 
+    @cached_property
+    def parameter_readers(self) -> dict[str, str]:
+        """Names of calls that read a parameter or buffer of another module, by the tensor's name."""
+        return {name: call.name for call in self.calls for source in call.inputs for name in source.parameters}
+
     def reader_of(self, name: str) -> str | None:
         """Returns the call that reads in float the weight of a layer which never ran itself; None without one."""
         if self.calls_of(name):

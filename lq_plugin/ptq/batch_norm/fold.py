@@ -29,6 +29,7 @@ from lq_plugin.layers.registry import canonical_of, channel_axis, from_canonical
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
+from lq_plugin.ptq.own_parameters import call_fault, sharing_fault
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[
     pairs: list[Pair] = []
     refused: list[Refused] = []
     modules = dict(model.named_modules())
-    readers = {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
     for name, bn in modules.items():
         if not isinstance(bn, _BatchNorm):
             continue
@@ -78,7 +78,7 @@ def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[
             parameters = [f"{found.producer}.weight", f"{found.producer}.bias", f"{name}.weight", f"{name}.bias"]
             call = recording.calls_of(found.producer)[0]
             found = (
-                sharing_fault(model, parameters, readers)
+                sharing_fault(model, parameters, recording.parameter_readers)
                 or _behaviour_fault(modules[found.producer], bn, call)
                 or found
             )
@@ -104,14 +104,9 @@ def _statistics_fault(bn: _BatchNorm) -> str | None:
 
 
 def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], recording: Recording) -> Pair | str:
-    calls = recording.calls_of(name)
-    if len(calls) != 1:
-        return (
-            f"it was called {len(calls)} times in the recorded pass"
-            if calls
-            else "it was not called in the recorded pass"
-        )
-    (call,) = calls
+    if (fault := call_fault(recording, name)) is not None:
+        return fault
+    call = recording.calls_of(name)[0]
     producer_call = recording.producer_of(call) if call.inputs else None
     if producer_call is None:
         return "its input is not made by a layer"
@@ -142,45 +137,6 @@ def _find_producer(name: str, bn: _BatchNorm, modules: dict[str, nn.Module], rec
     return (
         Pair(producer_call.name, name) if bias_is_plain else f"the bias of {title} is computed, not a plain parameter"
     )
-
-
-def sharing_fault(model: nn.Module, names: list[str], readers: dict[str, str]) -> str | None:
-    """Returns why parameters cannot be changed for their own modules alone; None when they can.
-
-    Args:
-        model: that has them.
-        names: of parameters and buffers that are changed together.
-        readers: calls that read a parameter outside of its module, by the parameter's name.
-    """
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = {name: tensor for name, tensor in everything if name in names}
-    for name, tensor in own.items():
-        if name in readers:
-            return f"{name!r} is also read by {readers[name]!r}"
-        others = [other for other, candidate in everything if other not in own and _overlap(tensor, candidate)]
-        # A module reachable under two names is one module: the recording counted its calls.
-        others = [other for other in others if _owner(model, other) is not _owner(model, name)]
-        if others:
-            return f"{name!r} is shared with {', '.join(map(repr, others))}"
-    return None
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
-    return a_start < b_end and b_start < a_end
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """Returns the first byte of its storage that a tensor spans, and the first after it."""
-    last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
-    start = int(t.storage_offset()) * t.element_size()
-    return start, start + (last + 1) * t.element_size() if t.numel() else start
 
 
 def _behaviour_fault(producer: nn.Module, bn: _BatchNorm, call: Call) -> str | None:

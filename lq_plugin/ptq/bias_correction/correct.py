@@ -38,8 +38,8 @@ from lq_plugin.model.graph.record import Recording, record, without_compile
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.ranks import gathered, require_batches
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.layerwise.watch import CallWatch, run_both
+from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.units import owner_name
 
 
@@ -224,7 +224,7 @@ def _target(model: nn.Module, name: str, layer: QuantizedLayer, recording: Recor
     key = f"{name}.bias" if name else "bias"
     bias = layer._parameters.get("bias")
     if bias is not None and "bias" not in layer.__dict__:
-        return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bias, -1.0)
+        return sharing_fault(model, [key], recording.parameter_readers) or _Watch(name, layer, key, bias, -1.0)
     if getattr(layer, "bias", None) is not None:
         return "its bias is computed, not a plain parameter"
     return _batch_norm_after(model, name, layer, recording)
@@ -259,9 +259,4 @@ def _batch_norm_after(model: nn.Module, name: str, layer: QuantizedLayer, record
     ):
         return f"{without}; the channels of {bn_name!r} after it are not shown to be its own"
     key = f"{bn_name}.running_mean"
-    return sharing_fault(model, [key], _readers(recording)) or _Watch(name, layer, key, bn.running_mean, 1.0)
-
-
-def _readers(recording: Recording) -> dict[str, str]:
-    """Returns the calls that read parameters and buffers of other modules, by the tensor's name."""
-    return {name: call.name for call in recording.calls for source in call.inputs for name in source.parameters}
+    return sharing_fault(model, [key], recording.parameter_readers) or _Watch(name, layer, key, bn.running_mean, 1.0)

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.layers.registry import channel_axis, known_operation, layer_channels, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.batch_norm.fold import has_torchs_forward, sharing_fault
+from lq_plugin.ptq.batch_norm.fold import has_torchs_forward
+from lq_plugin.ptq.own_parameters import parameter_fault
 
 #: f(s · x) = s · f(x) for s > 0, element by element.
 _HOMOGENEOUS = (
@@ -113,9 +114,6 @@ class _Search:
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.model, self.recording = model, recording
         self.modules = dict(model.named_modules())
-        self.readers = {
-            name: call.name for call in recording.calls for source in call.inputs for name in source.parameters
-        }
 
     def layer_fault(self, name: str, keys: Sequence[str]) -> str | None:
         """Returns why the parameters `keys` of a layer cannot be scaled."""
@@ -123,20 +121,7 @@ class _Search:
         known = has_torchs_forward(module) if isinstance(module, _BatchNorm) else known_operation(module) is not None
         if not known:
             return f"{float_class(module).__name__} has a forward of its own"
-        if (times := len(self.recording.calls_of(name))) != 1:
-            return (
-                f"it was called {times} times in the recorded pass"
-                if times
-                else "it was not called in the recorded pass"
-            )
-        for key in keys:
-            plain = key not in module.__dict__ and isinstance(module._parameters.get(key), (nn.Parameter, type(None)))
-            if not plain or (key == "weight" and module._parameters.get(key) is None):
-                return f"its {key} is computed, not a plain parameter"
-            parameter = module._parameters[key]
-            if parameter is not None and not (parameter.is_floating_point() and bool(parameter.isfinite().all())):
-                return f"its {key} is not floating point, or holds NaN or Inf"
-        return sharing_fault(self.model, [f"{name}.{key}" if name else key for key in keys], self.readers)
+        return parameter_fault(self.model, self.recording, name, keys)
 
     def follow(self, name: str) -> EqualizationPair | str:
         """Returns the pair that begins with a layer, or why there is none."""

@@ -37,7 +37,6 @@ from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, curr
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
-from lq_plugin.ptq.batch_norm.fold import sharing_fault
 from lq_plugin.ptq.batch_norm.reestimate import MomentPool, ReestimatedBatchNorms
 from lq_plugin.ptq.gptq.float_inputs import FloatInputs
 from lq_plugin.ptq.gptq.hessian import InputHessian, why_no_hessian
@@ -46,6 +45,7 @@ from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES, Activa
 from lq_plugin.ptq.layerwise.replay import Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault
+from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 from lq_plugin.utilities.moved import former_names
 
@@ -232,8 +232,7 @@ class _GPTQ:
 
     def _refused(self) -> dict[str, str]:
         """Returns the layers that keep nearest rounding, and why."""
-        calls = self.walk.recording.calls
-        readers = {name: call.name for call in calls for source in call.inputs for name in source.parameters}
+        readers = self.walk.recording.parameter_readers
         names = [name for unit in self.walk.units for name in unit.layers]
         return {name: reason for name in names if (reason := self._why_not(name, readers)) is not None}
 

@@ -17,7 +17,7 @@ from lq_plugin.functional.rotation import random_rotation
 from lq_plugin.layers.registry import operation_of
 from lq_plugin.model.graph.record import Recording, default_is_leaf
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.batch_norm.fold import sharing_fault
+from lq_plugin.ptq.own_parameters import parameter_fault, sharing_fault
 
 #: Norms of transformers compute in float32 whatever they are given.
 _ROUNDING = 1e-5
@@ -226,18 +226,9 @@ def parameters_fault(
     """
     module = dict(model.named_modules()).get(name)
     if module is None:
-        return sharing_fault(model, [name], dict(parameter_readers))
-    if (times := len(recording.calls_of(name))) != 1:
-        return f"{name!r} was called {times} times in the recorded pass"
-    keys = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
-    for key in keys:
-        if not isinstance(module._parameters.get(key), nn.Parameter) or key in module.__dict__:
-            return f"{name}.{key} is computed, not a plain parameter"
-        parameter = module._parameters[key]
-        assert parameter is not None
-        if not parameter.is_floating_point() or not bool(parameter.isfinite().all()):
-            return f"{name}.{key} is not floating point, or holds NaN or Inf"
-    return sharing_fault(model, [f"{name}.{key}" for key in keys], dict(parameter_readers))
+        return sharing_fault(model, [name], parameter_readers)
+    fault = parameter_fault(model, recording, name, ("weight", "bias"), parameter_readers)
+    return None if fault is None else f"{name!r}: {fault}"
 
 
 def subtracts_mean(norm: nn.Module, size: int) -> bool:

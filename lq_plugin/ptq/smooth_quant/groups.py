@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from lq_plugin.layers.registry import canonical_of, known_operation, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.batch_norm.fold import sharing_fault
+from lq_plugin.ptq.own_parameters import parameter_fault
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -94,9 +94,6 @@ class _Search:
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.model, self.recording = model, recording
         self.modules = dict(model.named_modules())
-        self.parameter_readers = {
-            name: call.name for call in recording.calls for source in call.inputs for name in source.parameters
-        }
 
     def group(self, name: str) -> SmoothingGroup | str:
         """Returns the group that a norm or linear layer begins, or why there is none."""
@@ -140,19 +137,7 @@ class _Search:
         plain = kind in (*_NORMS, nn.MultiheadAttention) and "forward" not in module.__dict__
         if not plain and known_operation(module) != "product":
             return f"{kind.__name__} has a forward of its own"
-        if (times := len(self.recording.calls_of(name))) != 1:
-            return (
-                f"it was called {times} times in the recorded pass"
-                if times
-                else "it was not called in the recorded pass"
-            )
-        for key in keys:
-            parameter = module._parameters.get(key)
-            if key in module.__dict__ or (parameter is None and getattr(module, key, None) is not None):
-                return f"its {key} is computed, not a plain parameter"
-            if parameter is not None and not (parameter.is_floating_point() and bool(parameter.isfinite().all())):
-                return f"its {key} is not floating point, or holds NaN or Inf"
-        return sharing_fault(self.model, [f"{name}.{key}" if name else key for key in keys], self.parameter_readers)
+        return parameter_fault(self.model, self.recording, name, keys)
 
 
 def _is_linear(module: nn.Module) -> bool:
