@@ -198,7 +198,7 @@ def test_post_norm_and_tied_models_say_why_not(caplog: pytest.LogCaptureFixture)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     with caplog.at_level(logging.INFO):
         run_phases(net, "w8", [tokens], [{"rotate": {"heads": False}}, "calibrate"])
-    assert "not rotated: 'other_add_0': 'embed.weight' is shared with 'head.weight'" in caplog.text
+    assert "not rotated: 'other_add_0': 'embed': 'embed.weight' is shared with 'head.weight'" in caplog.text
 
 
 def replaced(**parts: Any) -> tuple[Net, Tensor]:
