@@ -42,7 +42,7 @@ def move_before(trainer: Trainer, callback: Callback, kinds: tuple[type, ...]) -
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Copys weight averages again that were made before the quantizers came in.
+    """Copies weight averages again that were made before the quantizers came in.
 
     Switches and counters are never averaged.
     """
