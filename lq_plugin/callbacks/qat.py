@@ -41,6 +41,7 @@ from lq_plugin.model.training import clip_latent_weights, commit_observers, ente
 from lq_plugin.model.unreached import REASON, reached_any, settle, unreached, waiting
 from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from lq_plugin.quantizers.staged import present_keys
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -112,12 +113,14 @@ class QAT(QuantizationCallback):
         self.range_states: list[dict[str, Any]] = []
         #: Whether the run goes on from a checkpoint of a version whose ranges `configure_optimizers` saw.
         self.ranges_were_seen = False
+        #: Whether the run began in a version that let learned ranges of earlier stages decay: its groups stay.
+        self.stages_decay = False
         self.frozen: FrozenBatchNorms | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.resumed, self.float_checkpoint = False, None
-        self.range_states, self.ranges_were_seen = [], False
+        self.range_states, self.ranges_were_seen, self.stages_decay = [], False, False
         if stage == "fit":
             hide_learned_ranges(pl_module, lambda: self.ranges_were_seen)
 
@@ -132,7 +135,7 @@ class QAT(QuantizationCallback):
         if self.distill is not None:
             self.teacher = Teacher(self.distill, trainer, pl_module, self.calibration_step, self.teacher_state)
             self.teacher.attach(pl_module)
-        adopted, clones, self.range_optimizers = adopt_learned_ranges(trainer, pl_module)
+        adopted, clones, self.range_optimizers = adopt_learned_ranges(trainer, pl_module, self.stages_decay)
         for name in adopted:
             rank_zero_info(f"QAT: added {name} to the optimizer")
         for optimizer, state in zip(self.range_optimizers, self.range_states, strict=False):
@@ -234,6 +237,8 @@ class QAT(QuantizationCallback):
         self.float_checkpoint = (
             checkpoint if trainer.state.fn == "fit" and is_float(checkpoint, self.state_key) else None
         )
+        keys = list(checkpoint.get("state_dict", {}))
+        self.stages_decay = any(new != old for old, new in present_keys(keys).items())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -241,6 +246,7 @@ class QAT(QuantizationCallback):
         self.integer_choices = dict(state_dict.get("integer_choices", {}))
         self.range_states = list(state_dict.get("range_optimizers", []))
         self.ranges_were_seen = "range_optimizers" not in state_dict
+        self.stages_decay |= state_dict.get("stages_decay", False)
         self.resumed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,7 +254,8 @@ class QAT(QuantizationCallback):
         teacher = {} if self.teacher is None else {"teacher": self.teacher.module.state_dict()}
         integer = {"integer_choices": self.integer_choices} if self.integer_choices else {}
         ranges = {"range_optimizers": [optimizer.state_dict() for optimizer in self.range_optimizers]}
-        return super().state_dict() | teacher | integer | ranges
+        stages = {"stages_decay": True} if self.stages_decay else {}
+        return super().state_dict() | teacher | integer | ranges | stages
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.frozen is not None:

@@ -60,7 +60,9 @@ class SlotQuantizer(nn.Module):
         self._written = None
 
     def train(self, mode: bool = True) -> Any:
-        if not mode:
+        if mode:
+            self.follow_buffers()
+        else:
             self.forget_switches()
         return super().train(mode)
 

@@ -3,9 +3,11 @@
 import copy
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from lq_plugin import QuantizationError, QuantPlan, Rule, calibrate, load_checkpoint, prepare
@@ -216,3 +218,20 @@ def test_a_packed_file_holds_the_stage_in_force(moment: tuple[int, int], tmp_pat
     assert torch.equal(fresh.eval()(x), net(x))
     for slot in ("weight", "input"):
         assert getattr(fresh[0], f"{slot}_quantizer").spec == getattr(net[0], f"{slot}_quantizer").current.spec
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_a_distributed_checkpoint_holds_every_stage(tmp_path: Path) -> None:
+    net, again = model(), model()
+    net[0].weight_quantizer.set_stage(1, 4)
+    with torch.no_grad():
+        for quantizer in quantizers(net):
+            quantizer.scale.mul_(1.5)
+    dcp.save(net.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = again.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    again.load_state_dict(state)
+    assert int(again[0].weight_quantizer.stage) == 1
+    x = torch.randn(4, 8)
+    assert torch.equal(again.eval()(x), net.eval()(x))
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())

@@ -131,13 +131,18 @@ def _hidden(pl_module: nn.Module) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> Adopted:
+def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule, stages_decay: bool = False) -> Adopted:
     """Sees that each learned range is in an optimizer, in a group of its own, without weight decay if it asks for none.
 
     A range goes where its layer's weight is, that of an operation where a weight of its module is; one whose weight no
     optimizer holds goes to the first optimizer. Groups are cloned, and schedulers learn of the new ones, so that a
     resumed run has the same. LBFGS has one group, which the ranges join. Where the optimizer is `UNFIT` they go to the
     first one that is not, or to an Adam of their own.
+
+    Args:
+        trainer: its optimizers get the ranges.
+        pl_module: the module.
+        stages_decay: ranges of stages before the last one have the weight decay of their weights, as in 0.1.
     """
     result = Adopted([], {}, [])
     wanted: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
@@ -158,7 +163,7 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule) -> Adopte
         for name, parameter in quantizer.named_parameters():
             if not parameter.requires_grad:
                 continue
-            decay_free = name in quantizer.no_weight_decay
+            decay_free = name in quantizer.no_weight_decay and not (stages_decay and "_quantizer.earlier." in owner)
             place = _find(trainer.optimizers, parameter)
             if place is None:
                 result.names.append(f"{owner}.{name}")
