@@ -246,8 +246,8 @@ class Kernels(CompiledKernels):
             mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         self._library.lq_fake_quantize_rows(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), rows,
-            x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
+            zero_point.data_ptr(), rows, x.numel() // rows, *bounds, affine, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask, scale, zero_point
 
