@@ -1,4 +1,4 @@
-"""OpenVINO as a runtime of exported ONNX files, on the CPU."""
+"""OpenVINO as a runtime of exported ONNX files, and of its own ones, on the CPU."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Input:
 
 
 class OpenVINOSession:
-    """An ONNX file compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
+    """An ONNX file, or one of OpenVINO's own, compiled by OpenVINO, called like an `onnxruntime.InferenceSession`.
 
     It computes what the file says. By default OpenVINO rounds float layers to bfloat16 where the processor has it, and
     activations of layers with integer weights to 8 bits. On processors without VNNI instructions its integer kernels
     saturate where weights have more than 7 bits; float kernels compute such files there, which a log says.
 
     Args:
-        path: of the ONNX file.
+        path: of the `.onnx` or `.xml` file.
         threads: within an operation; None: OpenVINO's choice.
         batch: size of dim 0 of every input; a fixed one makes calls faster. None: as the file says.
 
@@ -120,6 +120,8 @@ def _why(path: Path, error: Exception) -> str:
 
 def _unreadable(path: Path) -> list[str]:
     """Returns the known reasons why OpenVINO cannot read a file; none without the package onnx."""
+    if path.suffix == ".xml":
+        return [] if path.with_suffix(".bin").is_file() else [f"{path.with_suffix('.bin').name} is missing next to it"]
     try:
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]

@@ -7,6 +7,7 @@ from lq_plugin.export.targets import (
     litert as litert,
     mlx as mlx,
     onnx as onnx,
+    openvino as openvino,
     packed as packed,
     tensorrt as tensorrt,
     torchao as torchao,

@@ -71,13 +71,17 @@ class ONNX(Target):
         return bool(options.get("round_sums"))
 
     def write(self, request: Request) -> int:
+        assert request.path is not None
+        return self.write_graph(request, request.path)
+
+    def write_graph(self, request: Request, path: Path) -> int:
+        """Writes the request's model as an ONNX file."""
         from lq_plugin.export.onnx_file.write import export_onnx
 
         settings = self.settings(request)
-        assert request.path is not None
         assert request.inputs is not None
         return export_onnx(
-            request.model, request.inputs, request.path,
+            request.model, request.inputs, path,
             sums_from=request.batches if self.needs_batches(settings) else None,
             dynamic_dims=list(settings["dynamic_dims"]), form=self.form(settings),
         )  # fmt: skip
