@@ -6,10 +6,10 @@ bytes. A weight becomes `(u - z) · s` with unsigned numbers `u` and whole `z`:
     u = q - min(q)                     z = zero point - min(q)
 
 Next to quantized inputs a Convert to int8 stands between the constant and what follows: OpenVINO computes it on
-loading, and integer kernels then take weights of any number of bits. Without it, seen with OpenVINO 2026.4.1 on a CPU, a
-matrix product multiplies floats with constants of 4 and 2 bits as they stand, and a convolution is float. Next to float
-inputs that product is the fastest one; from 5 rows on its sums over 2 bits are wrong unless their number is a multiple of
-4, and of 3 bits there is none. Both stay at 4 bits.
+loading, and integer kernels then take weights of any number of bits. Without it, seen with OpenVINO 2026.4.1 on a
+CPU, a matrix product multiplies floats with constants of 4 and 2 bits as they stand, and a convolution is float. Next
+to float inputs that product is the fastest one; from 5 rows on its sums over 2 bits are wrong unless their number is
+a multiple of 4, and of 3 bits there is none. Both stay at 4 bits.
 """
 
 from __future__ import annotations
