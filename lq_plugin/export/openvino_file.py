@@ -46,7 +46,7 @@ def write_ir(onnx_file: Path, path: Path, three_bits: bool) -> int:
     Raises:
         ExportError: OpenVINO cannot read the ONNX file, or a file cannot be written.
     """
-    import openvino
+    import openvino  # type: ignore[import-untyped]
 
     try:
         model = openvino.Core().read_model(str(onnx_file))
@@ -194,4 +194,4 @@ def _is_quantized(node: Any) -> bool:
         if node.get_type_name() == "Convert" and not node.input_value(0).get_element_type().is_real():
             return True
         node = node.input_value(0).get_node()
-    return node.get_type_name() == "FakeQuantize"
+    return bool(node.get_type_name() == "FakeQuantize")
