@@ -9,7 +9,7 @@ from lq_plugin.errors import did_you_mean
 from lq_plugin.export.request import Option, flag_fault
 
 #: Needed to write a file.
-PACKAGES = ("onnx", "onnxscript")
+PACKAGES: tuple[str, ...] = ("onnx", "onnxscript")
 #: Bits that the smallest integer type of a file may have.
 SMALLEST = (2, 4, 8)
 #: Numbers of a file that stand for 4-bit floats, see `Form`.
