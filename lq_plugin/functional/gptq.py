@@ -7,7 +7,8 @@ the inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
 
 This minimises ‖W X - Ŵ X‖² greedily, for each row apart. Row j of U holds what eliminating columns 0..j-1 from the
 inverse leaves of its row j, so nothing is updated in place of the inverse. Within a block of columns the updates are
-applied at once, to all later columns when the block is done.
+applied at once, to all later columns when the block is done. One factor serves every weight that reads the inputs, and
+any part of its rows.
 
 `act_order` takes the columns in the order of falling diag H: those with large inputs are rounded while many others
 can still make up for it. It is no part of the paper but of the authors' code, as is the handling of dead columns, whose
@@ -20,7 +21,7 @@ Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from lq_plugin.errors import CalibrationError
 from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.gptq import GPTQKernels, gptq_kernels
+
+#: Columns of triangular and symmetric matrices that are taken whole; of more, most of the work are products of parts.
+_AT_ONCE = 256
 
 
 @torch.no_grad()
@@ -124,30 +128,87 @@ def gptq_round_measured(
     >>> torch.allclose(errors, output_errors(weight - rounded, hessian))
     True
     """
-    if not bool(hessian.isfinite().all() & weight.isfinite().all()):
-        raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
-    shape = weight.shape
-    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
-    damped = damped_hessian(hessian, dampening)
-    # [columns, rows]: a column is contiguous.
-    w = weight.double().masked_fill(dead.unsqueeze(-2), 0.0).mT
-    levels = levels.mapped(lambda t: t.to(weight.device).expand(shape).mT)
-    order = None
-    if act_order:
-        order = damped.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-        damped = damped.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
-        w, levels = w.take_along_dim(order.unsqueeze(-1), -2), _in_order(levels, order)
-    added = damped.diagonal(dim1=-2, dim2=-1).clone()
+    refuse_non_finite(weight, hessian)
+    return round_rows(weight, factorize(hessian, dampening, act_order), levels, block_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """U of a dampened Hessian, and the order of its columns.
+
+    Args:
+        lower: U with rows and columns in reverse, which is lower triangular, float64 `[problems, columns, columns]`.
+        order: columns as they are rounded, int64 `[problems, columns]`.
+        added: what is on the diagonal beside the Hessian's own, in this order, float64 `[problems, columns]`.
+        dead: columns of the weight whose input is always 0, bool `[problems, columns]`.
+    """
+
+    lower: Tensor
+    order: Tensor
+    added: Tensor
+    dead: Tensor
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Returns rows `start` to `end` of U from column `start` on, contiguous."""
+        last = self.lower.shape[-1]
+        return self.lower[:, last - end : last - start, : last - start].flip(-1, -2)
+
+
+@torch.no_grad()
+def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
+    """Returns the factor that any weight of these inputs is rounded with, in memory of one more Hessian.
+
+    Args:
+        hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
+        dampening: λ as a share of the mean of diag H over live columns.
+        act_order: columns with larger diag H first; else in the order they have.
+
+    Raises:
+        CalibrationError: a Hessian that is not positive definite, dampened as asked.
+    """
+    columns = hessian.shape[-1]
+    hessian = hessian.reshape(-1, columns, columns)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
-    added -= diagonal if order is None else diagonal.take_along_dim(order, -1)
-    factor = inverse_factor(damped, dampening)
-    del damped
+    added, damped = _added(diagonal, dampening), diagonal + _added(diagonal, dampening)
+    order = torch.arange(columns, device=hessian.device).expand(len(hessian), columns)
+    if act_order:
+        order = damped.argsort(dim=-1, descending=True, stable=True)
+    last_first = order.flip(-1)
+    problems = torch.arange(len(hessian), device=hessian.device).view(-1, 1, 1)
+    reversed_ = hessian[problems, last_first.unsqueeze(-1), last_first.unsqueeze(-2)].double()
+    reversed_.diagonal(dim1=-2, dim2=-1).copy_(damped.gather(-1, last_first))
+    return Factor(_inverse_lower(reversed_, dampening), order, added.gather(-1, order), diagonal == 0)
+
+
+@torch.no_grad()
+def round_rows(weight: Tensor, factor: Factor, levels: FixedLevels, block_columns: int = 128) -> tuple[Tensor, Tensor]:
+    """Returns what `gptq_round_measured` gives for some rows of a weight.
+
+    Args:
+        weight: `[..., rows, columns]`.
+        factor: of the inputs' Hessian.
+        levels: of these rows, their tensors broadcastable to the weight.
+        block_columns: how many columns are done before the others are updated; it changes the speed alone.
+    """
+    shape = weight.shape
+    problems = (-1, *shape[-2:])
+    order = factor.order.unsqueeze(-1)
+    # [columns, rows]: a column is contiguous.
+    w = weight.reshape(problems).mT.double().masked_fill(factor.dead.unsqueeze(-1), 0.0).take_along_dim(order, -2)
+    levels = levels.mapped(
+        lambda t: t.to(weight.device).expand(shape).reshape(problems).mT.take_along_dim(order, -2)
+    )
     done, errors = _solve(w.clone(), factor, levels, block_columns)
     # What was added to the diagonal is no error.
-    errors -= (w.sub_(done).square_() * added.unsqueeze(-1)).sum(-2)
-    if order is not None:
-        done = done.take_along_dim(order.argsort(dim=-1).unsqueeze(-1), -2)
-    return done.mT.contiguous(), errors.clamp_(min=0.0)
+    errors -= (w.sub_(done).square_() * factor.added.unsqueeze(-1)).sum(-2)
+    done = done.take_along_dim(factor.order.argsort(dim=-1).unsqueeze(-1), -2)
+    return done.mT.reshape(shape).contiguous(), errors.clamp_(min=0.0).reshape(shape[:-1])
+
+
+def refuse_non_finite(weight: Tensor, hessian: Tensor) -> None:
+    """Raises `CalibrationError` where one of both holds NaN or Inf."""
+    if not bool(hessian.isfinite().all() & weight.isfinite().all()):
+        raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
 
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -161,7 +222,19 @@ def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     tensor([0.], dtype=torch.float64)
     """
     d = difference.double()
-    return ((d @ hessian.double()) * d).sum(-1).clamp(min=0.0)
+    total = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
+    for part in column_parts(d.shape[-1]):
+        # Of a symmetric matrix one half and the diagonal are enough.
+        here, mine = d[..., part], hessian[..., : part.stop, part].double()
+        product = here @ mine[..., part.start :, :] + 2.0 * d[..., : part.start] @ mine[..., : part.start, :]
+        total += (product * here).sum(-1)
+    return total.clamp_(min=0.0)
+
+
+def column_parts(columns: int) -> list[slice]:
+    """Returns slices of the columns of a symmetric matrix, with as much of which it is worked on at a time."""
+    step = max(-(-columns // 8), _AT_ONCE)
+    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
 def damped_hessian(hessian: Tensor, dampening: float) -> Tensor:
@@ -173,30 +246,45 @@ def damped_hessian(hessian: Tensor, dampening: float) -> Tensor:
     """
     damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    diagonal += torch.where(dead, mean, 0.0) + dampening * mean
+    diagonal += _added(diagonal, dampening)
     return damped
 
 
 def inverse_factor(damped: Tensor, dampening: float) -> Tensor:
     """Returns the upper triangular U with H⁻¹ = Uᵀ U, without the inverse.
 
-    With rows and columns reversed, H = L Lᵀ, and U is L⁻¹ reversed.
-
     Args:
-        damped: H.
+        damped: H, float64.
         dampening: that is in it, for the message.
 
     Raises:
         CalibrationError: H is not positive definite.
     """
-    reversed_ = damped.flip(-1, -2)
-    lower, info = torch.linalg.cholesky_ex(reversed_)
-    diagonal, pivots = (t.diagonal(dim1=-2, dim2=-1) for t in (reversed_, lower))
+    return _inverse_lower(damped.flip(-1, -2), dampening).flip(-1, -2)
+
+
+def _added(diagonal: Tensor, dampening: float) -> Tensor:
+    """Returns what dampening adds to a diagonal: λ, and the mean of the live ones in place of a dead one."""
+    dead = diagonal == 0
+    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    return torch.where(dead, mean, 0.0) + dampening * mean
+
+
+def _inverse_lower(reversed_: Tensor, dampening: float) -> Tensor:
+    """Returns L⁻¹ with H = L Lᵀ, rows and columns of all in reverse: L⁻¹ is U. In the memory of `reversed_`, H.
+
+    Raises:
+        CalibrationError: H is not positive definite.
+    """
+    diagonal = reversed_.diagonal(dim1=-2, dim2=-1).clone()
+    # LAPACK's matrices are laid out by columns; H is symmetric.
+    lower = reversed_.mT
+    info = torch.empty(lower.shape[:-2], dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
     # A singular matrix may pass by rounding, with a pivot that is nothing but rounding.
-    noise = damped.shape[-1] * torch.finfo(torch.float64).eps
+    noise = lower.shape[-1] * torch.finfo(torch.float64).eps
     bad = (info != 0) | ~(pivots.square() > noise * diagonal).all(-1)
     if bool(bad.any()):
         some = f" ({int(bad.sum())} of {bad.numel()} groups)" if bad.numel() > 1 else ""
@@ -204,34 +292,43 @@ def inverse_factor(damped: Tensor, dampening: float) -> Tensor:
             f"its Hessian is not positive definite{some}, with a dampening of {dampening:g}: raise the dampening or "
             "bring more inputs"
         )
-    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
-    y: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
-    return y
+    _invert(lower)
+    return lower
 
 
-def _in_order(levels: FixedLevels, order: Tensor) -> FixedLevels:
-    return levels.mapped(lambda t: t.take_along_dim(order.unsqueeze(-1), -2))
+def _invert(lower: Tensor) -> None:
+    """Writes the inverse of a lower triangular matrix into it: that of [[A, 0], [C, B]] has -B⁻¹ C A⁻¹ in place of C."""
+    columns = lower.shape[-1]
+    if columns <= _AT_ONCE:
+        identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = columns // 2
+    first, second, below = lower[..., :half, :half], lower[..., half:, half:], lower[..., half:, :half]
+    _invert(first)
+    _invert(second)
+    below.copy_(second @ (below @ first)).neg_()
 
 
 def _columns(levels: FixedLevels, at: int | slice) -> FixedLevels:
     return levels.mapped(lambda t: t[..., at, :])
 
 
-def _solve(w: Tensor, factor: Tensor, levels: FixedLevels, block_columns: int) -> tuple[Tensor, Tensor]:
-    """Returns quantized columns, float32, and the sums of squared errors of each row, float64 `[..., rows]`.
+def _solve(w: Tensor, factor: Factor, levels: FixedLevels, block_columns: int) -> tuple[Tensor, Tensor]:
+    """Returns quantized columns, float32, and the sums of squared errors of each row, float64 `[problems, rows]`.
 
-    All but the factor are `[..., columns, rows]`; `w` is overwritten.
+    Weights and levels are `[problems, columns, rows]`; `w` is overwritten.
     """
     columns = w.shape[-2]
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     kernels = gptq_kernels(w) if type(levels) is IntegerLevels else None
-    total = torch.zeros(w[..., 0, :].shape, dtype=torch.float64, device=w.device)
+    total = torch.zeros(w[:, 0].shape, dtype=torch.float64, device=w.device)
     block = _block if kernels is None else functools.partial(_compiled_block, kernels)
     for start in range(0, columns, block_columns):
         end = min(start + block_columns, columns)
-        here = slice(start, end)
-        errors = block(w[..., here, :], done[..., here, :], factor[..., here, here], _columns(levels, here))
-        w[..., end:, :] -= factor[..., here, end:].mT @ errors
+        here, upper = slice(start, end), factor.rows(start, end)
+        errors = block(w[:, here], done[:, here], upper[..., : end - start], _columns(levels, here))
+        w[:, end:].baddbmm_(upper[..., end - start :].mT, errors, alpha=-1.0)
         total += errors.square().sum(-2)
     return done, total
 
@@ -250,7 +347,7 @@ def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tens
 
 def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
     """Rounds a block by the kernels; `w` stays as it is."""
-    if w.ndim > 2:  # groups of a convolution
+    if w.ndim > 2:
         each = [replace(levels, scale=s, zero_point=z) for s, z in zip(levels.scale, levels.zero_point, strict=True)]
         parts = zip(w, done, factor, each, strict=True)
         return torch.stack([_compiled_block(kernels, *part) for part in parts])

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lq_plugin.functional.gptq import column_parts
 from lq_plugin.functional.unfold import unfold_columns
 from lq_plugin.layers import OwnWeight, QuantizedLayer
 from lq_plugin.layers.base import scales_output
@@ -30,7 +31,7 @@ class InputHessian:
         asymmetric: sum 2 X̃ Xᵀ also.
 
     Attributes:
-        total: `[groups, columns, columns]`, for the weight's columns.
+        total: `[groups, columns, columns]`, for the weight's columns; above the diagonal once it is asked for.
         mixed: 2 X̃ Xᵀ, of the same shape; None where it is not summed.
         count: samples, the columns of X, in this process.
     """
@@ -60,7 +61,7 @@ class InputHessian:
         for index, chunk in enumerate(self._chunks(x)):
             columns = self._columns(chunk.double())
             self.count += columns.shape[2]
-            self.total.baddbmm_(columns, columns.mT, alpha=2.0)
+            self._add_squares(self.total, columns)
             if self.mixed is not None and floats is not None:
                 self.mixed.baddbmm_(self._columns(floats[index].double()), columns.mT, alpha=2.0)
 
@@ -72,18 +73,21 @@ class InputHessian:
             x: `[rows, in]` as its input quantizer gives them.
         """
         for rows in x.detach().to(_device(x)).split(max(1, _CHUNK // x.shape[1])):
-            columns = rows.double()
-            self.count += len(columns)
-            self.total[group].addmm_(columns.t(), columns, alpha=2.0)
+            self.count += len(rows)
+            self._add_squares(self.total[group].unsqueeze(0), rows.double().t().unsqueeze(0))
+
+    @staticmethod
+    def _add_squares(total: Tensor, columns: Tensor) -> None:
+        """Adds 2 X Xᵀ of `[groups, columns, samples]` on the diagonal and below it, in steps of `column_parts`."""
+        for part in column_parts(total.shape[-1]):
+            total[:, part, : part.stop].baddbmm_(columns[:, part], columns[:, : part.stop].mT, alpha=2.0)
 
     def mean_over_ranks(self) -> tuple[Tensor, Tensor | None]:
         """Returns H and 2 (X̃ - X) Xᵀ, or None, as means over all processes, `[groups, columns, columns]`."""
+        for part in column_parts(self.total.shape[-1]):
+            self.total[:, : part.start, part] = self.total[:, part, : part.start].mT
         average([self.total] if self.mixed is None else [self.total, self.mixed])
         return self.total, None if self.mixed is None else self.mixed - self.total
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """Returns the canonical weight, or something of its shape, as `[groups, rows, columns]`."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
     def _chunks(self, x: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(self.layer, _ConvNd):

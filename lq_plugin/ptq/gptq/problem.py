@@ -1,19 +1,21 @@
-"""Weights of layers as the matrices that GPTQ solves for, those of one input side by side."""
+"""The weight of a layer as the matrix that GPTQ solves for, some rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
+from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.grouping import blocks, unblocks
+from lq_plugin.intent.spec import PerBlock, PerMatrix
 from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
-from lq_plugin.ptq.gptq.hessian import InputHessian
 from lq_plugin.ptq.layerwise.write import write_rounded
-from lq_plugin.quantizers import WeightQuantizer
+
+#: Elements that are solved for at a time: what is held of them takes some ten times their float32.
+_ELEMENTS = 2**20
 
 
 @dataclass(eq=False)
@@ -21,64 +23,58 @@ class Problem:
     """The weight of one layer.
 
     Args:
-        layer: that the weight is of.
-        levels: of its quantizer, as they are kept.
-        weight, nearest: the weight, and rounded to nearest, `[groups, rows, columns]`.
-        of_each: the levels with a scale for each element.
+        layer: with a calibrated weight quantizer.
+        groups: matrices that have inputs of their own.
+        device: that is solved on.
     """
 
     layer: QuantizedLayer
-    levels: FixedLevels
-    weight: Tensor
-    nearest: Tensor
-    of_each: FixedLevels
+    groups: int
+    device: torch.device
 
-    @classmethod
-    def of(cls, layer: QuantizedLayer, inputs: InputHessian, device: torch.device) -> Problem:
-        """Returns the problem of a layer.
-
-        Args:
-            layer: with a calibrated weight quantizer.
-            inputs: of the layer.
-            device: that is solved on.
-        """
-        quantizer = current_weight_quantizer(layer)
+    def __post_init__(self) -> None:
+        quantizer = current_weight_quantizer(self.layer)
         assert quantizer is not None
-        canonical = type(layer).canonical(layer, layer.weight)
-        levels = quantizer.fixed_levels(blocks(canonical.detach().float(), quantizer.spec.granularity))
-        of_each = _elementwise(levels, quantizer, canonical).mapped(lambda t: inputs.to_matrix(t.to(device)))
-        weight, nearest = (inputs.to_matrix(t.to(device)) for t in (canonical, quantizer(canonical)))
-        return cls(layer, levels, weight, nearest, of_each)
+        self.granularity = quantizer.spec.granularity
+        self.canonical = type(self.layer).canonical(self.layer, self.layer.weight).detach()
+        self.levels = quantizer.fixed_levels(blocks(self.canonical.float(), self.granularity))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, `[groups, rows, columns]`."""
+        return self._matrix(self.canonical).to(self.device)
+
+    def nearest(self) -> Tensor:
+        """Returns the weight as its quantizer rounds it, `[groups, rows, columns]`."""
+        quantizer = current_weight_quantizer(self.layer)
+        assert quantizer is not None
+        return self._matrix(quantizer(self.canonical)).to(self.device)
+
+    def parts(self) -> Iterator[tuple[slice, FixedLevels]]:
+        """Yields rows that are solved for at a time, and their levels with a scale for each element.
+
+        All rows where there are several groups, or rows share a scale.
+        """
+        rows = len(self.canonical)
+        whole = self.groups > 1 or isinstance(self.granularity, (PerBlock, PerMatrix))
+        step = rows if whole else max(_ELEMENTS // max(self.canonical[0].numel(), 1), 1)
+        for first in range(0, rows, step):
+            some = slice(first, min(first + step, rows))
+            yield slice(0, rows // self.groups) if whole else some, self._levels_of(some, whole)
+
+    def _levels_of(self, some: slice, whole: bool) -> FixedLevels:
+        shape = tuple(self.canonical[some].shape)
+        laid_out = blocks(torch.empty(shape, device="meta"), self.granularity).shape
+
+        def of_each(t: Tensor) -> Tensor:
+            mine = t if whole or len(t) == 1 else t[some]
+            return self._matrix(unblocks(mine.expand(laid_out), shape, self.granularity)).to(self.device)
+
+        return self.levels.mapped(of_each)
 
     def write(self, values: Tensor) -> None:
         """Writes rounded values, `[groups, rows, columns]`, into the layer."""
-        canonical = type(self.layer).canonical(self.layer, self.layer.weight)
-        write_rounded(self.layer, values.reshape(canonical.shape).to(canonical.device), self.levels)
+        write_rounded(self.layer, values.reshape(self.canonical.shape).to(self.canonical.device), self.levels)
 
-
-def joined(problems: Sequence[Problem]) -> list[list[Problem]]:
-    """Returns the problems in groups that can be solved as one: integer levels of one grid."""
-    levels = [problem.of_each for problem in problems]
-    integers = [of for of in levels if type(of) is IntegerLevels]
-    if len(integers) == len(levels) and len({of.grid for of in integers}) == 1:
-        return [list(problems)]
-    return [[problem] for problem in problems]
-
-
-def stacked(problems: Sequence[Problem]) -> tuple[Tensor, Tensor, FixedLevels]:
-    """Returns weights, nearest rounding and levels of problems that `joined` gave, their rows below each other."""
-    first, *others = problems
-    if not others:
-        return first.weight, first.nearest, first.of_each
-    weight, nearest, scale, zero_point = (
-        torch.cat(parts, dim=-2)
-        for parts in zip(*((p.weight, p.nearest, p.of_each.scale, p.of_each.zero_point) for p in problems), strict=True)
-    )
-    return weight, nearest, replace(first.of_each, scale=scale, zero_point=zero_point)
-
-
-def _elementwise(levels: FixedLevels, quantizer: WeightQuantizer, weight: Tensor) -> FixedLevels:
-    """Returns the levels with a scale for each element, of the canonical weight's shape."""
-    granularity = quantizer.spec.granularity
-    shape = blocks(torch.empty(weight.shape, device="meta"), granularity).shape
-    return levels.mapped(lambda t: unblocks(t.expand(shape), weight.shape, granularity))
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)

@@ -3,9 +3,9 @@
 Lifecycle: batches go into a cache; for each layer in the order in which they run, the Hessian of its inputs is summed
 over the batches, the weight is solved for (`lq_plugin.functional.gptq`), and its values on the grid are written into
 `layer.weight`, with the calibrated scale for good. Linear layers next to each other that read one tensor (queries, keys
-and values) share the Hessian and are solved for as one. The weights from before wait on disk: an error puts every
-weight back. GPTQ is greedy: a row of a weight
-that comes out worse than by rounding to nearest is rounded to nearest.
+and values) share the Hessian and its factor. The weights from before wait on disk: an error puts every weight back.
+GPTQ is greedy: a row of a weight that comes out worse than by rounding to nearest is rounded to nearest. Beside the
+model there are at most two Hessians at a time, float64, and the rows that are being solved for.
 
 GPTAQ (`asymmetric`) takes the float model's inputs of every layer first, one pass that fills the cache, and rounds a
 weight that makes up for what quantization has changed in the inputs (`lq_plugin.functional.gptaq`).
@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptaq import asymmetric_target
-from lq_plugin.functional.gptq import gptq_round_measured, output_errors
+from lq_plugin.functional.gptq import factorize, output_errors, refuse_non_finite, round_rows
 from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, current_weight_quantizer, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
@@ -40,7 +40,7 @@ from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correct
 from lq_plugin.ptq.batch_norm.reestimate import MomentPool, ReestimatedBatchNorms
 from lq_plugin.ptq.gptq.float_inputs import FloatInputs
 from lq_plugin.ptq.gptq.hessian import InputHessian, why_no_hessian
-from lq_plugin.ptq.gptq.problem import Problem, joined, stacked
+from lq_plugin.ptq.gptq.problem import Problem
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES, ActivationCache
 from lq_plugin.ptq.layerwise.replay import Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
@@ -275,33 +275,45 @@ class _GPTQ:
         """Rounds layers that multiply one and the same input."""
         inputs = self._inputs(names[0], replay, norms, floats)
         hessian, difference = inputs.mean_over_ranks()
-        problems = [Problem.of(self.layers[name], inputs, hessian.device) for name in names]
-        fits = {}
-        for found in joined(problems):
-            of = [names[problems.index(problem)] for problem in found]
-            weight, nearest, levels = stacked(found)
-            try:
+        count, groups = inputs.count, inputs.groups
+        del inputs
+        problems = [Problem(self.layers[name], groups, hessian.device) for name in names]
+        before, whole, targets = [], [], []
+        try:
+            for problem in problems:
+                refuse_non_finite(problem.weight, hessian)
+                weight = problem.weight
                 if difference is not None:
                     weight = asymmetric_target(weight, hessian, difference, self.options["dampening"])
-                solved, after = gptq_round_measured(weight, hessian, levels, **self.options)
-            except CalibrationError as error:
-                raise CalibrationError(f"GPTQ of {' and '.join(map(repr, of))}: {error}") from error
-            whole, before = (output_errors(w, hessian) for w in (weight, weight - nearest.to(hessian)))
-            # An expert without tokens has no columns to choose by.
-            worse = (before < after) | (hessian.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) == 0)
-            solved = torch.where(worse.unsqueeze(-1), nearest.float(), solved)
-            dead = float((hessian.diagonal(dim1=-2, dim2=-1) == 0).double().mean())
-            rows = [problem.weight.shape[-2] for problem in found]
-            parts = (torch.split(t, rows, -1) for t in (whole, before, torch.minimum(before, after), worse.double()))
-            for name, problem, values, whole, before, after, worse in zip(
-                of, found, torch.split(solved, rows, -2), *parts, strict=True
-            ):
-                self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
-                problem.write(values)
-                norm = max(float(whole.sum()), 1e-300)
-                fits[name] = RoundedLayer(
-                    inputs.count, float(before.sum()) / norm, float(after.sum()) / norm, float(worse.mean()), dead
+                    targets.append(weight)
+                whole.append(float(output_errors(weight, hessian).sum()))
+                before.append(output_errors(weight - problem.nearest().to(weight), hessian))
+            diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+            dead, unseen = float((diagonal == 0).double().mean()), diagonal.sum(-1, keepdim=True) == 0
+            factor = factorize(hessian, self.options["dampening"], self.options["act_order"])
+        except CalibrationError as error:
+            raise CalibrationError(f"GPTQ of {' and '.join(map(repr, names))}: {error}") from error
+        del hessian, difference, diagonal
+        fits = {}
+        for index, (name, problem) in enumerate(zip(names, problems, strict=True)):
+            weight = targets[index] if targets else problem.weight
+            solved = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            after = torch.empty_like(before[index])
+            for rows, levels in problem.parts():
+                solved[:, rows], after[:, rows] = round_rows(
+                    weight[:, rows], factor, levels, self.options["block_columns"]
                 )
+            # An expert without tokens has no columns to choose by.
+            worse = (before[index] < after) | unseen
+            if bool(worse.any()):
+                solved = torch.where(worse.unsqueeze(-1), problem.nearest().float(), solved)
+            self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
+            problem.write(solved)
+            was, norm = before[index], max(whole[index], 1e-300)
+            fits[name] = RoundedLayer(
+                count, float(was.sum()) / norm, float(torch.minimum(was, after).sum()) / norm,
+                float(worse.double().mean()), dead,
+            )  # fmt: skip
         return fits
 
     def _correct(self, norms: _BatchNorms) -> ReestimatedBatchNorms:

@@ -73,4 +73,4 @@ class UnitWalk:
     def replay(self, kind: str) -> Replay:
         """Returns a `Replay` of the units' layers; `kind` is `"float"` or `"quantized"`."""
         names = [name for unit in self.units for name in unit.layers]
-        return Replay(self.model, self._run, self.cache, kind, names)
+        return Replay(self.model, self._run, self.cache, kind, names, self.recording)
