@@ -195,9 +195,7 @@ def round_rows(weight: Tensor, factor: Factor, levels: FixedLevels, block_column
     order = factor.order.unsqueeze(-1)
     # [columns, rows]: a column is contiguous.
     w = weight.reshape(problems).mT.double().masked_fill(factor.dead.unsqueeze(-1), 0.0).take_along_dim(order, -2)
-    levels = levels.mapped(
-        lambda t: t.to(weight.device).expand(shape).reshape(problems).mT.take_along_dim(order, -2)
-    )
+    levels = levels.mapped(lambda t: t.to(weight.device).expand(shape).reshape(problems).mT.take_along_dim(order, -2))
     done, errors = _solve(w.clone(), factor, levels, block_columns)
     # What was added to the diagonal is no error.
     errors -= (w.sub_(done).square_() * factor.added.unsqueeze(-1)).sum(-2)
@@ -297,7 +295,7 @@ def _inverse_lower(reversed_: Tensor, dampening: float) -> Tensor:
 
 
 def _invert(lower: Tensor) -> None:
-    """Writes the inverse of a lower triangular matrix into it: that of [[A, 0], [C, B]] has -B⁻¹ C A⁻¹ in place of C."""
+    """Writes the inverse of a lower triangular matrix into it; that of [[A, 0], [C, B]] has -B⁻¹ C A⁻¹ in C's place."""
     columns = lower.shape[-1]
     if columns <= _AT_ONCE:
         identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)

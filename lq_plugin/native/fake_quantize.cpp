@@ -112,11 +112,11 @@ void lq_row_extremes(int types, const void* x, float* low, float* high, int64_t 
     LQ_DISPATCH(row_extremes(types, x, low, high, rows, n, threads));
 }
 
-// errors: [rows][candidates], the sums over each row of x: [rows][n] of (clip(round(x · inverse), low, high) - x · inverse)², for as
-// many grids a row, all of which have a level of 0.
-void lq_grid_errors(const float* x, const float* inverse, const float* low, const float* high, double* errors, int64_t rows, int64_t n,
-                    int64_t candidates, int variant, int threads) {
-    LQ_DISPATCH(grid_errors(x, inverse, low, high, errors, rows, n, candidates, threads));
+// errors: [rows][candidates], the means over each row of x: [rows][n] of the squared errors of fake quantization, for as many grids a row,
+// all of which have a level of 0; without `rounded` what clipping alone costs. zero_point may be null: all are 0.
+void lq_grid_errors(const float* x, const float* scale, const float* zero_point, double* errors, int64_t rows, int64_t n,
+                    int64_t candidates, int quant_min, int quant_max, int rounded, int variant, int threads) {
+    LQ_DISPATCH(grid_errors(x, scale, zero_point, errors, rows, n, candidates, quant_min, quant_max, rounded != 0, threads));
 }
 
 // scale[0], zero_point[0]: those of the extremes of x: [n].

@@ -113,15 +113,17 @@ inline V learned(const V& x, const V& g, const Q& q, Totals& totals) {
     const __m256 a = learned_half<SHIFT, ROUNDED>(x.a, g.a, q.inverse.a, q.low.a, q.high.a, q.scale.a, totals.scale, totals.zero_point);
     return {a, learned_half<SHIFT, ROUNDED>(x.b, g.b, q.inverse.b, q.low.b, q.high.b, q.scale.b, totals.scale + 2, totals.zero_point + 2)};
 }
+template <bool ROUNDED>
 inline __m256 error_of_half(__m256 x, __m256 inverse, __m256 low, __m256 high) {
     const __m256 ratio = _mm256_mul_ps(x, inverse);
-    const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 rounded = ROUNDED ? _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : ratio;
     const __m256 off = _mm256_sub_ps(_mm256_min_ps(high, _mm256_max_ps(low, rounded)), ratio);
     return _mm256_mul_ps(off, off);
 }
+template <bool ROUNDED>
 inline void squared_error(const V& x, const Q& q, Totals& totals) {
-    add(totals.scale, error_of_half(x.a, q.inverse.a, q.low.a, q.high.a));
-    add(totals.scale + 2, error_of_half(x.b, q.inverse.b, q.low.b, q.high.b));
+    add(totals.scale, error_of_half<ROUNDED>(x.a, q.inverse.a, q.low.a, q.high.a));
+    add(totals.scale + 2, error_of_half<ROUNDED>(x.b, q.inverse.b, q.low.b, q.high.b));
 }
 inline Spread spread(const V& low, const V& high, bool nan) {
     float a[8], b[8];

@@ -71,9 +71,10 @@ inline V learned(V x, V g, const Q& q, Totals& totals) {
     if (SHIFT) add(totals.zero_point, _mm512_maskz_mul_ps(outside, g, _mm512_sub_ps(_mm512_set1_ps(-0.0f), q.scale)));
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~outside), g);
 }
+template <bool ROUNDED>
 inline void squared_error(V x, const Q& q, Totals& totals) {
     const V ratio = _mm512_mul_ps(x, q.inverse);
-    const V rounded = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V rounded = ROUNDED ? _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : ratio;
     const V off = _mm512_sub_ps(_mm512_min_ps(q.high, _mm512_max_ps(q.low, rounded)), ratio);
     add(totals.scale, _mm512_mul_ps(off, off));
 }

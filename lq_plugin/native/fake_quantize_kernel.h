@@ -10,7 +10,7 @@
 //   kept(x, bits)          x where the bit is 1, else 0
 //   keep(x, y, bits)       the same from 16 elements of 16 bits to others, in memory
 //   learned(...), Totals   LSQ's backward pass; what passes is what lies strictly between low and high, or ROUNDED: rounds to within
-//   squared_error(...)     what rounding does to a value, for a sum of squares
+//   squared_error(...)     what rounding and clipping, or clipping alone, do to a value, for a sum of squares
 //   spread(low, high, nan) over the lanes
 
 // The last elements of a run, n < 16; the lanes after them are 0.
@@ -158,14 +158,15 @@ inline void passed(const X* x, const Y* gradient, X* result, int64_t n, const Le
     }
 }
 
-// The sum over n elements of (clip(round(x · inverse), low, high) - x · inverse)², in double.
+// The sum over n elements of (clip(round(x · inverse), low, high) - x · inverse)², in double; not ROUNDED: without the rounding.
+template <bool ROUNDED>
 inline double error_of_grid(const float* x, int64_t n, const Levels& levels) {
     const Q q{set(levels.inverse), set(levels.low), set(levels.high), set(1.0f)};
     Totals totals;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) squared_error(load(x + i), q, totals);
+    for (; i + 16 <= n; i += 16) squared_error<ROUNDED>(load(x + i), q, totals);
     // Of the padding nothing is added: zero is a level.
-    if (i < n) squared_error(load_part(x + i, n - i), q, totals);
+    if (i < n) squared_error<ROUNDED>(load_part(x + i, n - i), q, totals);
     return totals.sum().scale;
 }
 

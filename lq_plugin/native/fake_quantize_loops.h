@@ -122,12 +122,18 @@ inline void row_extremes(int types, const void* x, float* low, float* high, int6
     LQ_BY_TYPES(types, row_extremes_of, x, low, high, rows, n, threads);
 }
 
-inline void grid_errors(const float* x, const float* inverse, const float* low, const float* high, double* errors, int64_t rows,
-                        int64_t n, int64_t candidates, int threads) {
+inline void grid_errors(const float* x, const float* scale, const float* zero_point, double* errors, int64_t rows, int64_t n,
+                        int64_t candidates, int quant_min, int quant_max, bool rounded, int threads) {
+    const float least = static_cast<float>(quant_min), most = static_cast<float>(quant_max);
     LQ_PARALLEL(rows * n * candidates)
     for (int64_t row = 0; row < rows; ++row)
-        for (int64_t k = row * candidates; k < (row + 1) * candidates; ++k)
-            errors[k] = error_of_grid(x + row * n, n, {inverse[k], low[k], high[k], 1.0f});
+        for (int64_t k = row * candidates; k < (row + 1) * candidates; ++k) {
+            const float z = zero_point ? zero_point[k] : 0.0f;
+            const Levels levels{1.0f / scale[k], least - z, most - z, 1.0f};
+            const double sum = rounded ? error_of_grid<true>(x + row * n, n, levels) : error_of_grid<false>(x + row * n, n, levels);
+            const double step = scale[k];
+            errors[k] = sum * (step * step) / static_cast<double>(n);
+        }
 }
 
 template <class X, class Y>

@@ -87,11 +87,13 @@ inline V learned(const V& x, const V& gradient, const Q& q, Totals& totals) {
     }
     return inside;
 }
-// The square of what rounding does to x · inverse, added to `totals.scale`.
+// The square of what rounding and clipping, or clipping alone, do to x · inverse, added to `totals.scale`.
+template <bool ROUNDED>
 inline void squared_error(const V& x, const Q& q, Totals& totals) {
     for (int i = 0; i < 16; ++i) {
         const float ratio = x.lane[i] * q.inverse.lane[i];
-        const float off = at_most(at_least(std::nearbyintf(ratio), q.low.lane[i]), q.high.lane[i]) - ratio;
+        const float rounded = ROUNDED ? std::nearbyintf(ratio) : ratio;
+        const float off = at_most(at_least(rounded, q.low.lane[i]), q.high.lane[i]) - ratio;
         totals.scale[i] += off * off;
     }
 }

@@ -186,7 +186,7 @@ class Kernels(CompiledKernels):
             "lq_qparams": [NUMBER, *[POINTER] * 3, SIZE, *[NUMBER] * 5],
             "lq_passed_gradient": [NUMBER, *[POINTER] * 5, SIZE, *[NUMBER] * 4],
             "lq_mask_gradient": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
-            "lq_grid_errors": [*[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+            "lq_grid_errors": [*[POINTER] * 4, *[SIZE] * 3, *[NUMBER] * 5],
             "lq_keep": [NUMBER, *[POINTER] * 2, SIZE, SIZE, NUMBER, NUMBER],
             "lq_learned_backward": [NUMBER, *[POINTER] * 7, *[SIZE] * 3, *[NUMBER] * 5],
         }  # fmt: skip
@@ -321,18 +321,22 @@ class Kernels(CompiledKernels):
         )  # fmt: skip
         return low, high
 
-    def grid_errors(self, x: Tensor, inverse: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Returns the sums of (clip(round(x · inverse), low, high) - x · inverse)², float64 `[rows, candidates]`.
+    def grid_errors(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bounds: tuple[int, int], rounded: bool = True
+    ) -> Tensor:
+        """Returns the mean squared errors of each row on some grids, float64 `[rows, candidates]`.
 
         Args:
             x: float32 `[rows, n]`, contiguous.
-            inverse, low, high: of the grids that are tried on each row, float32 `[rows, candidates]`, contiguous; each
-                has a level of 0.
+            scale: of the grids that are tried on each row, float32 `[rows, candidates]`, contiguous.
+            zero_point: likewise; None: all are 0.
+            bounds: quant_min and quant_max.
+            rounded: False: of clipping alone.
         """
-        errors = torch.empty(inverse.shape, dtype=torch.float64)
+        errors = torch.empty(scale.shape, dtype=torch.float64)
         self._library.lq_grid_errors(
-            x.data_ptr(), inverse.data_ptr(), low.data_ptr(), high.data_ptr(), errors.data_ptr(), *x.shape,
-            inverse.shape[1], self._number, torch.get_num_threads(),
+            x.data_ptr(), scale.data_ptr(), None if zero_point is None else zero_point.data_ptr(), errors.data_ptr(),
+            *x.shape, scale.shape[1], *bounds, rounded, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return errors
 

@@ -31,6 +31,10 @@ def mean_squared_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: 
     Returns:
         float64 `[rows, candidates]`.
     """
+    if (kernels := _kernels(sample)) is not None:
+        zeros = None if not grid.affine else zero_point.float().contiguous()
+        bounds = grid.quant_min, grid.quant_max
+        return kernels.grid_errors(sample.values.contiguous(), scale.float().contiguous(), zeros, bounds)
     bins = 0 if sample.edges is None else sample.edges.shape[1] - 1
     total = torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
     low, high = grid.quant_min - zero_point, grid.quant_max - zero_point
@@ -56,6 +60,11 @@ def clipping_error(sample: Sample, scale: Tensor, zero_point: Tensor, grid: Inte
     Args:
         scale, zero_point: `[rows]`.
     """
+    if (kernels := _kernels(sample)) is not None:
+        of_each = scale.float().contiguous().unsqueeze(1), zero_point.float().contiguous().unsqueeze(1)
+        return kernels.grid_errors(
+            sample.values.contiguous(), *of_each, (grid.quant_min, grid.quant_max), rounded=False
+        ).squeeze(1)
     low, high = bounds_from_qparams(scale, zero_point, grid)
     inside = _clip(sample.values.unsqueeze(1).clone(), low.unsqueeze(1), high.unsqueeze(1)).squeeze(1)
     return sample.average(inside.sub_(sample.values).square_())
@@ -90,11 +99,15 @@ def _candidates(count: int, elements_each: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, count, step)]
 
 
+def _kernels(sample: Sample) -> Kernels | None:
+    """Returns the kernels that may compute errors of a sample: of exact values, each once."""
+    if sample.edges is not None or sample.mass is not None or sample.values.dtype != torch.float32:
+        return None
+    found = ops.kernels_for(sample.values)
+    return found if isinstance(found, Kernels) else None
+
+
 def _point_errors(points: Tensor, mass: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    kernels = ops.kernels_for(points) if mass is None and points.dtype == torch.float32 else None
-    if isinstance(kernels, Kernels):
-        inverse, low, high = (t.float().expand(scale.shape).contiguous() for t in (scale.reciprocal(), low, high))
-        return kernels.grid_errors(points.contiguous(), inverse, low, high) * scale.double().square()
     parts = _candidates(scale.shape[1], points.numel())
     return torch.cat([_point_error(points, mass, scale[:, p], low[:, p], high[:, p]) for p in parts], dim=1)
 

@@ -193,4 +193,3 @@ class _ReachedError(BaseException):
 
 def _is_within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
-

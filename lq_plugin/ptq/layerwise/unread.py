@@ -26,16 +26,16 @@ class Unread(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, fetch: Callable[[], Tensor]) -> Unread:
-        y: Unread = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        y: Unread = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
         y.fetch, y._fetched = fetch, None
         return y
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = values_of((args, kwargs or {}))
         return func(*args, **kwargs)
 

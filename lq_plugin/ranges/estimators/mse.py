@@ -6,6 +6,7 @@ The error is measured, not modelled: every candidate that may be the best rounds
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, log
 
 import torch
@@ -105,20 +106,25 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
     highest = log(min(reach / (reach - 0.5), HIGHEST))
     sweep, refine = (SWEEP_VALUES, REFINE_VALUES) if sample.edges is None else (SWEEP_BINS, REFINE_BINS)
     step = (highest - lowest.log()) / (sweep - 1)
-    best = torch.zeros_like(lowest)  # log of the share of the widest bounds
-    for candidates in (sweep, *refine):
-        if candidates == sweep:
-            shift = highest - step.unsqueeze(1) * torch.arange(candidates, device=step.device)
-            # The range of the data itself: the only one without error for a constant row.
-            shift = torch.cat([torch.zeros_like(shift[:, :1]), shift], dim=1)
-        else:
-            shift = step.unsqueeze(1) * torch.linspace(-1.0, 1.0, candidates, device=step.device)
-            step = step * 2.0 / (candidates - 1)
+
+    def swept(at: Tensor) -> Tensor:
+        """Shares of the widest bounds at some places, the first of which is the range of the data itself.
+
+        It is the only one without error for a constant row.
+        """
+        return torch.where(at == 0, 0.0, highest - step.unsqueeze(1) * (at - 1)).clamp(max=highest).exp()
+
+    def qparams(share: Tensor) -> tuple[Tensor, Tensor]:
+        return qparams_from_bounds(share * widest_low.unsqueeze(1), share * widest_high.unsqueeze(1), grid)
+
+    error = _descending_errors(sample, lambda at: qparams(swept(at)), sweep + 1, grid)
+    best = swept(error.argmin(dim=1, keepdim=True)).log().squeeze(1)
+    for candidates in refine:
+        shift = step.unsqueeze(1) * torch.linspace(-1.0, 1.0, candidates, device=step.device)
+        step = step * 2.0 / (candidates - 1)
         share = (best.unsqueeze(1) + shift).clamp(max=highest).exp()
-        scale, zero_point = qparams_from_bounds(share * widest_low.unsqueeze(1), share * widest_high.unsqueeze(1), grid)
-        measured = _descending_errors if candidates == sweep else mean_squared_error
-        error = measured(sample, scale, zero_point, grid)
-        best = share.log().gather(1, error.argmin(dim=1, keepdim=True)).squeeze(1)
+        error = mean_squared_error(sample, *qparams(share), grid)
+        best = share.gather(1, error.argmin(dim=1, keepdim=True)).log().squeeze(1)
     share = best.exp()
     scale, _ = qparams_from_bounds(share * widest_low, share * widest_high, grid)
     low, high = share * widest_low, share * widest_high
@@ -130,21 +136,31 @@ def _one_scale(sample: Sample, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _descending_errors(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:
-    """Returns `mean_squared_error` of scales that fall from the second column on, infinite where it is not the least.
+def _descending_errors(
+    sample: Sample, qparams: Callable[[Tensor], tuple[Tensor, Tensor]], count: int, grid: IntegerGrid
+) -> Tensor:
+    """Returns `mean_squared_error` of scales that fall from the second one on, infinite where it is not the least.
 
     The smaller the scale, the more is clipped. Once clipping alone costs every row as much as the least error so far,
     nothing that follows is better: half of a sweep, as a rule.
+
+    Args:
+        sample: the values.
+        qparams: of places in 0..count - 1, int64 `[1, places]`: scales and zero points, `[rows, places]`.
+        count: number of scales.
+        grid: the integer levels.
     """
-    error = torch.full(scale.shape, inf, dtype=torch.float64, device=scale.device)
+    error = torch.full((sample.rows, count), inf, dtype=torch.float64, device=sample.values.device)
     at_once = max(_ELEMENTS // sample.values.numel(), _AT_ONCE)
-    for first in range(0, scale.shape[1], at_once):
+    places = torch.arange(count, device=sample.values.device).unsqueeze(0)
+    for first in range(0, count, at_once):
         part = slice(first, first + at_once)
+        scale, zero_point = qparams(places[:, part])
         if first:
-            least = clipping_error(sample, scale[:, first], zero_point[:, first], grid)
+            least = clipping_error(sample, scale[:, 0], zero_point[:, 0], grid)
             if bool((least * (1.0 - _ROUNDING) >= error.amin(dim=1)).all()):
                 break
-        error[:, part] = mean_squared_error(sample, scale[:, part], zero_point[:, part], grid)
+        error[:, part] = mean_squared_error(sample, scale, zero_point, grid)
     return error
 
 
