@@ -12,6 +12,7 @@ from zipfile import ZipFile
 
 import pytest
 
+import lq_plugin
 from tests.wheels import build_wheel
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,12 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
     assert "hydra_plugins/__init__.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lq_plugin", "hydra_plugins"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_citation_has_the_version():
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == lq_plugin.__version__
 
 
 def test_links_on_the_package_index_are_absolute(wheel):

@@ -148,6 +148,13 @@ def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
     return None if found.inner == 1 and (block % _WORD or block > _LINE) else found
 
 
+def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
+    """Returns `gradient` with these strides: itself, or a copy."""
+    if tuple(gradient.stride()) == tuple(strides):
+        return gradient
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
 def new_mask(x: Tensor, layout: Layout, wanted: bool) -> Tensor | None:
     """Returns an empty mask, one bit per element, or None if none is wanted.
 

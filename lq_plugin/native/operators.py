@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels
-from lq_plugin.native.layouts import Layout, is_dense, layout_of
-from lq_plugin.native.ops import laid_out
+from lq_plugin.native.layouts import Layout, is_dense, laid_out, layout_of
 from lq_plugin.native.switch import active
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
-from lq_plugin.native.layouts import Layout, accepts
+from lq_plugin.native.layouts import Layout, accepts, laid_out as laid_out
 from lq_plugin.native.switch import active
 
 
@@ -37,7 +35,8 @@ def _compiled_here() -> bool:
     if active() is None:
         return False
     # Graphs alone want the operators; to register them takes longer than to import any other module of this package.
-    importlib.import_module("lq_plugin.native.operators")
+    from lq_plugin.native import operators  # noqa: F401
+
     return True
 
 
@@ -54,13 +53,6 @@ def traceable(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> boo
     return (
         x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     ) and _compiled_here()
-
-
-def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
-    """Returns `gradient` with these strides: itself, or a copy."""
-    if tuple(gradient.stride()) == tuple(strides):
-        return gradient
-    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 def unpacked(mask: Tensor, layout: Layout, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
