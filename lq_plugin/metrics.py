@@ -28,7 +28,11 @@ class _Comparison(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._add_sums("count", dtype=torch.int64)
+
+    def _add_sums(self, *names: str, dtype: torch.dtype = torch.float64) -> None:
+        for name in names:
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def _check(self, preds: Tensor, target: Tensor) -> None:
         if preds.shape != target.shape:
@@ -64,8 +68,7 @@ class SQNR(_Comparison):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_sums("signal", "noise")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch; `preds` quantized, `target` float."""
@@ -112,10 +115,7 @@ class OutputCosine(_Comparison):
         super().__init__(**kwargs)
         self.per_sample = per_sample
         # Sum of the samples' cosines, or the dot product of everything.
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        if not per_sample:
-            self.add_state("preds_square", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state("target_square", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_sums("total", *(() if per_sample else ("preds_square", "target_square")))
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch; `preds` quantized, `target` float, `[N, ...]`."""
@@ -173,7 +173,7 @@ class PredictionAgreement(_Comparison):
     def __init__(self, dim: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dim = dim
-        self.add_state("equal", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._add_sums("equal", dtype=torch.int64)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch of scores; `preds` quantized, `target` float."""

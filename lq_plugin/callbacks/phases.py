@@ -135,21 +135,17 @@ class _Batches(Iterable[Any]):
 
 
 def register_phase(
-    name: str,
-    options: Callable[..., Any] | None = None,
-    *,
-    after: Mapping[str, str] | None = None,
-    before: Mapping[str, str] | None = None,
-    without: Mapping[str, str] | None = None,
+    name: str, options: Callable[..., Any] | None = None, **order: Mapping[str, str] | None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns the decorator of `lq_plugin.ptq.register_phase`, which also takes the former kind of function.
 
     That is one of `(ptq, trainer, pl_module)`: it works in a Trainer only, and is deprecated.
 
     Args:
-        name, options, after, before, without: see `lq_plugin.ptq.register_phase`.
+        name, options: see `lq_plugin.ptq.register_phase`.
+        order: its `after`, `before` and `without`.
     """
-    register = phases.register_phase(name, options, after=after, before=before, without=without)
+    register = phases.register_phase(name, options, **order)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         register(_of_context(name, function) if len(inspect.signature(function).parameters) == 3 else function)

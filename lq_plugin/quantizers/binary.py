@@ -13,13 +13,23 @@ from lq_plugin.functional.xnor_net import binary_weight, filter_scale
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers.activation import ActivationQuantizer
-from lq_plugin.quantizers.base import Levels
+from lq_plugin.quantizers.base import Levels, Quantizer
 from lq_plugin.quantizers.integer import onnx_scale
 from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.weight import WeightQuantizer
 
 
-class SignWeightQuantizer(WeightQuantizer):
+class _Signs(Quantizer):
+    """Quantizer with the levels -1 and +1; `float_eval` leaves values as they are in evaluation."""
+
+    def quantize_values(self, x: Tensor) -> Tensor:
+        if "float_eval" in self.spec.format_options and not self.training:
+            return x
+        noise = self.noise(x) if self.spec.stochastic and self.training else None
+        return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
+
+
+class SignWeightQuantizer(_Signs, WeightQuantizer):
     """Weights of -1 and +1 (see `lq_plugin.functional.binary_connect`).
 
     Stochastic binarization draws in training. It is evaluated with the deterministic sign, or, as in the paper's
@@ -35,12 +45,6 @@ class SignWeightQuantizer(WeightQuantizer):
     def levels(self, x: Tensor | None = None) -> Levels:
         one, _ = self.qparams()
         return Levels(-one, one, 2 * one)
-
-    def quantize_values(self, x: Tensor) -> Tensor:
-        if "float_eval" in self.spec.format_options and not self.training:
-            return x
-        noise = self.noise(x) if self.spec.stochastic and self.training else None
-        return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
 
 
 class BWNWeightQuantizer(WeightQuantizer):
@@ -68,7 +72,7 @@ class BWNWeightQuantizer(WeightQuantizer):
         return unblocks(y, self.shape, self.spec.granularity)
 
 
-class SignActivationQuantizer(ActivationQuantizer):
+class SignActivationQuantizer(_Signs, ActivationQuantizer):
     """Activations of -1 and +1 (BNN)."""
 
     needs_calibration = False
@@ -76,12 +80,6 @@ class SignActivationQuantizer(ActivationQuantizer):
     def levels(self, x: Tensor | None = None) -> Levels:
         one = torch.ones_like(self.scale)
         return Levels(-one, one, 2 * one)
-
-    def quantize_values(self, x: Tensor) -> Tensor:
-        if "float_eval" in self.spec.format_options and not self.training:
-            return x
-        noise = self.noise(x) if self.spec.stochastic and self.training else None
-        return sign(x, noise, self.spec.threshold, self.spec.gradient == "clipped")
 
 
 class XNORActivationQuantizer(SignActivationQuantizer):
