@@ -9,6 +9,9 @@ The same plan as a short string, as YAML, and in Python::
                                               - match: type:Linear
                                                 input: float
 
+A short string is about layers. With the word `products` (`w8a8 products`) it is also about the products of activations
+that no layer owns, those of an attention above all: `Rule("type:product", input=...)` with the spec of inputs.
+
 Later rules win, each field on its own: a rule that says nothing of `weight` leaves it as it was.
 A pattern is a layer's name, a glob over names (`layer1.*`), a regular expression after `re:`
 (`lq_plugin.intent.name_pattern`), or a class name after `type:`. A plan is data: reading one never instantiates or
@@ -44,6 +47,10 @@ __all__ = ["FLOAT", "LayerInfo", "LayerPlan", "QuantPlan", "Rule", "Stage", "mat
 
 #: In a rule: leave this tensor float, whatever earlier rules said.
 FLOAT = "float"
+#: In `type:product`: every product of activations, which no layer owns: those of an attention, of `torch.bmm`, ...
+PRODUCT = "product"
+#: In a short plan: these products have the spec of inputs.
+_PRODUCTS = "products"
 SpecOrFloat: TypeAlias = "QuantSpec | str | None"
 #: Of a plan as a mapping.
 _KEYS = ("rules", "schedule", "target")
@@ -158,10 +165,14 @@ class QuantPlan(Shown):
     @classmethod
     def _from_short(cls, text: str) -> QuantPlan:
         try:
-            if "/" in text:
-                weight, _, rest = text.partition("/")
-                return cls([Rule("*", weight=_spec_or_float(weight), input=_spec_or_float(rest))])
-            return cls([Rule("*", **read_short(text)) if is_short(text) else Rule("*", weight=QuantSpec.parse(text))])
+            words = [word for word in text.split() if word != _PRODUCTS]
+            multiplies, short = len(words) < len(text.split()), " ".join(words)
+            if "/" in short:
+                weight, _, rest = short.partition("/")
+                rule = Rule("*", weight=_spec_or_float(weight), input=_spec_or_float(rest))
+            else:
+                rule = Rule("*", **read_short(short)) if is_short(short) else Rule("*", weight=QuantSpec.parse(short))
+            return cls([rule, *([_products(rule)] if multiplies else [])])
         except QuantizationError as error:
             hint = (
                 "write 'w4a8', 'w4 group16 mse a8 percentile:99.9', 'int4 per_channel / uint8 affine', "
@@ -350,6 +361,16 @@ def _spec(text: str) -> QuantSpec:
 
 def _spec_or_float(text: str) -> SpecOrFloat:
     return FLOAT if text.strip() in ("", FLOAT) else QuantSpec.parse(text.strip())
+
+
+def _products(rule: Rule) -> Rule:
+    """Returns the rule that a short plan's word `products` stands for, next to its rule of all layers."""
+    spec = rule.input
+    if not isinstance(spec, QuantSpec):
+        raise PlanError(f"{_PRODUCTS!r} are quantized as inputs are: write 'w8a8 {_PRODUCTS}'")
+    if spec.lacks_a_side:
+        raise PlanError(f"{_PRODUCTS!r} have negative operands, which '{spec}' cannot hold: make inputs affine")
+    return Rule(f"type:{PRODUCT}", input=spec)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from lq_plugin.layers.base import (
 )
 from lq_plugin.layers.bilinear import QuantizedBilinear as QuantizedBilinear
 from lq_plugin.layers.compound.attention import QuantizedAttention as QuantizedAttention
+from lq_plugin.layers.compound.attention_products import attention_with as attention_with
 from lq_plugin.layers.compound.base import (
     CONTAINER as CONTAINER,
     OPERATIONS_CONTAINER as OPERATIONS_CONTAINER,
@@ -26,10 +27,10 @@ from lq_plugin.layers.compound.base import (
     register_compound as register_compound,
     show_steps as show_steps,
     swapped_compound as swapped_compound,
-    unchanged as unchanged,
     weight_key as weight_key,
     why_unsupported_compound as why_unsupported_compound,
 )
+from lq_plugin.layers.compound.inside import changes as changes, pass_on as pass_on, unchanged as unchanged
 from lq_plugin.layers.compound.own_weights import (
     OwnWeight as OwnWeight,
     OwnWeights as OwnWeights,

@@ -142,13 +142,18 @@ class Ledger(Shown):
                 )
         named = {call.name: (call.op, call) for call in recording.functional_calls}
         named |= {name: found for name, found in recording.unary_calls.items() if name in plans}
+        kernels = {name: call for name, call in recording.attention_calls.items() if name in plans}
+        named |= {name: ("probabilities", call) for name, call in kernels.items()}
+        quantizable = {call.name for call in kernels.values()}
         for name, (op, call) in named.items():
             plan = plans.pop(name, LayerPlan())
-            reason = None if plan else f"functional {op}: no rule asks for it by name"
-            if plan and call.macs and not call.fully_quantizable:
+            reason = None if plan else _unasked(op, call.macs > 0 and len(call.operands) > 1)
+            complete = call.fully_quantizable or name in quantizable
+            macs = recording.sample_macs.get(name, 0)
+            if plan and macs and not complete:
                 reason = f"functional {op}: a parameter, or what it computes inside, stays float"
             calls = len(recording.calls_of(call.name))
-            macs, whole = recording.sample_macs.get(name, 0), bool(plan) and call.fully_quantizable
+            whole = bool(plan) and complete
             self.entries.append(
                 Entry(name, op, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=whole)
             )
@@ -161,7 +166,7 @@ class Ledger(Shown):
             kind, plan = kinds.get(name) or label.rpartition("_")[0], plans.get(name, LayerPlan())
             reason = None if calls else "never called in the recorded batch"
             if not plan:
-                reason = f"functional {kind}: no rule asks for it by name"
+                reason = _unasked(kind, kind == "matmul")
             macs = recording.sample_macs.get(name, 0)
             self.entries.append(
                 Entry(name, kind, plan, reason, macs=macs, calls=calls, functional=True, all_quantized=bool(plan))
@@ -276,6 +281,12 @@ def least_coverage(min_coverage: float | Mapping[str, float] | None) -> dict[str
     ]  # fmt: skip
     raise_all(PlanError, "min_coverage", faults)
     return least
+
+
+def _unasked(op: str, is_product: bool) -> str:
+    """Returns why an operation is float for which a plan has no rule."""
+    remedy = "; 'w8a8 products', or a rule of type:product, asks for all of them" if is_product else ""
+    return f"functional {op}: no rule asks for it by name{remedy}"
 
 
 def _share(parts: Iterable[tuple[int, bool]]) -> float:

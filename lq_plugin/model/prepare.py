@@ -90,8 +90,9 @@ def prepare(
     layer_plans = {name: without_newer(survey.candidates[name], layer_plan) for name, layer_plan in layer_plans.items()}
     inside = inner_operations(model)
     known = operations_of(recording) | inside if isinstance(recording, Recording) else recording
-    present = {name: operation.operation for name, operation in quantized_operations(model)} | inside
-    operation_plans = resolve_operations(operation_rules, present if known is None else known, plan, known is not None)
+    prepared = {name: operation.operation for name, operation in quantized_operations(model)}
+    operations = prepared | inside if known is None else known
+    operation_plans = resolve_operations(operation_rules, operations, plan, known is not None or bool(prepared))
     modules = {name for name, _ in model.named_modules()}
     raise_all(PlanError, "operations of another model", [
         f"{name}: there is no module {operation.place[0]!r}.{did_you_mean(operation.place[0], modules)}"

@@ -47,6 +47,7 @@ class QuantizedAttention(QuantizedCompound):
         same = cast(Any, module)._qkv_same_embed_dim
         inputs = ["in_proj_weight"] if same else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
         projections: list[CompoundWeight] = [InputWeight(module, name) for name in inputs]
+        projections[0].matrices = 3 if same else 1
         if _is_known(module):
             return [*projections, StateWeight(module, "out_proj", "out_proj.weight")]
         remark = "its input, the attention's output, stays float in a forward that is not torch's"

@@ -41,8 +41,9 @@ def attend(
     is_causal: bool,
     need_weights: bool,
     inside: AttentionQuantizers,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns softmax(q kᵀ / √features + mask) v, and the probabilities where they are wanted.
+    """Returns softmax(q kᵀ · scale + mask) v, and the probabilities where they are wanted.
 
     torch's fused kernel computes it as long as nobody looks inside.
 
@@ -53,10 +54,12 @@ def attend(
         is_causal: without a mask, query i sees the first i + 1 keys.
         need_weights: the probabilities are wanted.
         inside: quantizers of what the kernel does not show.
+        scale: of the scores; None: 1 / √features.
     """
     if not (inside or need_weights):
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
-    scores = _through(inside.query, q) @ _through(inside.key, k).transpose(-2, -1) * q.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale), None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = _through(inside.query, q) @ _through(inside.key, k).transpose(-2, -1) * scale
     scores = _through(inside.scores, scores)
     if is_causal and mask is None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -70,6 +73,34 @@ def attend(
         probabilities = F.dropout(probabilities, dropout)
     y = _through(inside.probabilities, probabilities) @ _through(inside.value, v)
     return y, probabilities if need_weights else None
+
+
+def attention_with(
+    probabilities: Quantize,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Returns `F.scaled_dot_product_attention` of these, with quantized probabilities.
+
+    Args:
+        probabilities: their quantizer.
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch's function takes them; a boolean
+            mask is True where a query sees a key.
+    """
+    if attn_mask is not None and is_causal:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)  # torch refuses it
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = _added(attn_mask.logical_not(), query)
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    inside = AttentionQuantizers(probabilities=probabilities)
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, False, inside, scale)[0]
 
 
 def are_masks(mask: Tensor | None, shapes: list[tuple[int, ...]]) -> bool:

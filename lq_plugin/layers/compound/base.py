@@ -13,7 +13,8 @@ cell state, the gates, the products of an attention, which a plan names as it na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lq_plugin.layers.base import QuantizedLayer
+from lq_plugin.layers.compound.inside import See, acts, pass_on, show_inputs, shown, unchanged
 from lq_plugin.layers.registry import names_taken, quantized_class, register_layer
 from lq_plugin.layers.swapped_class import swapped_class
-from lq_plugin.quantizers import Quantizer, SlotQuantizer
 
 #: The submodule that holds the quantizers of each weight.
 CONTAINER = "quantized_weights"
@@ -52,6 +53,8 @@ class CompoundWeight(nn.Module):
     path: str
     input_of: str | None
     remark: str | None
+    #: Matrices below each other that may multiply different rows.
+    matrices: int = 1
 
     def __init__(
         self,
@@ -78,6 +81,28 @@ class CompoundWeight(nn.Module):
         """The module that has the parameter, and its name there."""
         inner, _, name = self.path.rpartition(".")
         return self.owner.get_submodule(inner), name
+
+    @property
+    def shows_input(self) -> bool:
+        """True if `watching` can show what it multiplies; the weight has quantizers."""
+        weights = cast(Any, type(self.owner)).weights(self.owner)
+        return next((weight for weight in weights if weight.key == self.input_of), self).remark is None
+
+    @contextmanager
+    def watching(self, see: See) -> Iterator[None]:
+        """Shows what it multiplies while its module runs; `shows_input`.
+
+        Args:
+            see: gets the number of one of its `matrices`, and rows `[rows, in]` as the input quantizer gives them.
+        """
+        owner, key = cast(Any, self.owner), self.input_of or self.key
+        owner.__dict__["_watched"] = key, self.matrices, see
+        # What is no input of the module comes up while its family computes it.
+        owner.__dict__["_shows_steps"] = all(owner.key_of(owner, name) != key for name in owner.input_positions)
+        try:
+            yield
+        finally:
+            del owner.__dict__["_watched"], owner.__dict__["_shows_steps"]
 
     def enter_owner(self) -> None:
         """Makes the owner compute with this weight's quantizers."""
@@ -147,6 +172,8 @@ class QuantizedCompound(nn.Module):
     is_new: ClassVar[bool] = False
     #: Whether the family computes the module itself although nothing inside is quantized: an export sees each step.
     _shows_steps: bool = False
+    #: The key of the weight whose input is shown, see `CompoundWeight.watching`, its number of matrices, and to whom.
+    _watched: tuple[str, int, See] | None = None
 
     @staticmethod
     def weights(module: nn.Module) -> list[CompoundWeight]:
@@ -165,6 +192,8 @@ class QuantizedCompound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._quantized_inputs(args, kwargs)
+        if self._watched is not None:
+            show_inputs(self, *self._watched, *arguments)
         shadowed: list[tuple[nn.Module, str]] = []
         try:
             for part in self._parts().values():
@@ -173,7 +202,7 @@ class QuantizedCompound(nn.Module):
                     # In the instance's `__dict__`, which Python looks at before `nn.Module.__getattr__`.
                     holder.__dict__[name] = part.quantized_weight()
                     shadowed.append((holder, name))
-            if self._shows_steps or any(map(_acts, inside := self._inner_quantizers())):
+            if self._shows_steps or any(map(acts, inside := self._inner_quantizers())):
                 return self.run_inside(*arguments[0], **arguments[1])
             given, named = arguments
             if inside and given:
@@ -216,7 +245,8 @@ class QuantizedCompound(nn.Module):
     def reader(self, key: str) -> Callable[[Tensor], Tensor]:
         """Returns the quantizer of a state on its way to the weight `key`."""
         part = self._parts().get(key)
-        return unchanged if part is None or part.input_quantizer is None else part.input_quantizer
+        read = unchanged if part is None or part.input_quantizer is None else part.input_quantizer
+        return read if self._watched is None or self._watched[0] != key else shown(read, self._watched[2])
 
     def operand(self, key: str, index: int = 0) -> Callable[[Tensor], Tensor] | None:
         """The quantizer of an operand of an inner operation, if it has one."""
@@ -261,35 +291,6 @@ class QuantizedCompound(nn.Module):
             (type(self).float_class,),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """Returns `x`: what goes through no quantizer."""
-    return x
-
-
-def _acts(quantizer: nn.Module) -> bool:
-    """Returns whether a quantizer would do anything with the tensor that it is given now."""
-    if not isinstance(quantizer, SlotQuantizer):
-        return True
-    stages = [stage for stage in quantizer.stages() if isinstance(stage, Quantizer)]
-    if any(each._forward_hooks or each._forward_pre_hooks for each in (quantizer, *stages)):
-        return True
-    return any(
-        stage.collector is not None
-        or (stage.training and (stage.observing or stage.waiting))
-        or (stage.is_enabled and not stage.is_suspended)
-        for stage in stages
-    )
-
-
-def pass_on(quantizers: list[nn.Module], x: Any) -> Any:
-    """Returns `x` unchanged; learned ranges of quantizers that are switched off take part with weight 0."""
-    data = x.data if isinstance(x, PackedSequence) else x
-    for quantizer in quantizers:
-        for stage in cast(SlotQuantizer, quantizer).stages():
-            data = stage.pass_on(data)
-    return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
 
 
 def compound_container(owner: nn.Module, name: str) -> nn.ModuleDict:

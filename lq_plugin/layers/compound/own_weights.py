@@ -23,8 +23,8 @@ from lq_plugin.layers.compound.base import (
     QuantizedCompound,
     compound_family,
     register_family,
-    unchanged,
 )
+from lq_plugin.layers.compound.inside import unchanged
 from lq_plugin.layers.compound.products_in_code import products_in_code
 from lq_plugin.layers.compound.routed_inputs import Experts, rows_of_experts
 from lq_plugin.layers.compound.weight_in_use import Seen, WeightInUse, know_kernels
@@ -71,6 +71,10 @@ class OwnWeight(CompoundWeight):
     def experts(self) -> int | None:
         """Number of matrices that it is a stack of; None for a single one."""
         return self.weight.shape[0] if self.weight.dim() == 3 else None
+
+    @property
+    def matrices(self) -> int:  # type: ignore[override]
+        return self.experts or 1
 
     @contextmanager
     def watching(self, see: Callable[[int, Tensor], None]) -> Iterator[None]:

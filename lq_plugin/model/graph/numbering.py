@@ -18,6 +18,8 @@ from lq_plugin.model.graph.op_names import ELEMENTWISE, UNARY
 
 #: Operations whose operands can be quantized.
 OPERATIONS = PRODUCTS | ELEMENTWISE | UNARY | {"cat"}
+#: torch's kernel of an attention.
+ATTENTION = "scaled_dot_product_attention"
 #: Products that are added to the first of their tensors.
 _ADDED = ("addmm", "baddbmm", "addmv", "addbmm")
 #: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks
@@ -37,6 +39,16 @@ def product_factors(op: str, count: int) -> range:
     What it adds or masks with is no factor.
     """
     return range(1 if op in _ADDED else 0, min(count, _OPERANDS.get(op, 2)))
+
+
+def probabilities_of(name: str) -> str:
+    """Returns the name that rules have for the probabilities inside of an attention kernel.
+
+    >>> probabilities_of("block.scaled_dot_product_attention_0")
+    'block.probabilities_0'
+    """
+    owner, dot, label = name.rpartition(".")
+    return f"{owner}{dot}probabilities_{label.rpartition('_')[2]}"
 
 
 class Numbering:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.graph.macs import Shape
-from lq_plugin.model.graph.numbering import product_factors
+from lq_plugin.model.graph.numbering import ATTENTION, probabilities_of, product_factors
 from lq_plugin.model.graph.op_names import UNARY, UNARY_MODULES
 
 #: Names without underscores, so that a module type and a function compare equal.
@@ -140,6 +140,12 @@ class Recording:
             elif call.op in UNARY and call.operands:
                 found[call.name] = call.op, call
         return found
+
+    @property
+    def attention_calls(self) -> dict[str, Call]:
+        """Calls of torch's attention kernel, by the name that rules have for the probabilities inside."""
+        calls = [call for call in self.functional_calls if call.op == ATTENTION and len(call.operands) == 3]
+        return {probabilities_of(call.name): call for call in calls}
 
     @property
     def total_macs(self) -> int:

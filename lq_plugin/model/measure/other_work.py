@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.model.graph.numbering import ATTENTION, probabilities_of
 from lq_plugin.model.graph.recording import Call, Recording
 from lq_plugin.model.measure.energy import FLOAT_BITS, mac_energy
 from lq_plugin.model.survey import Survey
@@ -38,13 +39,19 @@ def other_work(survey: Survey, plans: Mapping[str, LayerPlan], recording: Record
         recording: of one batch.
     """
     return [
-        Product(work, *_factor_bits(recording.calls_of(name)[0], plans.get(name, LayerPlan())))
+        Product(work, *_factor_bits(recording.calls_of(name)[0], name, plans))
         for name, work in recording.sample_macs.items()
         if name not in survey.candidates
     ]
 
 
-def _factor_bits(call: Call, plan: LayerPlan) -> tuple[int, int]:
-    """Bits of the two factors of a product that no layer owns; what holds no quantizer is float."""
-    bits = plan.input.bit_width if plan.input and (call.operands or call.kind == "module") else FLOAT_BITS
+def _factor_bits(call: Call, name: str, plans: Mapping[str, LayerPlan]) -> tuple[int, int]:
+    """Bits of the two factors of a product that no layer owns; what holds no quantizer is float.
+
+    Of the two products of an attention kernel, the wider one's.
+    """
+    spec = plans.get(name, LayerPlan()).input
+    bits = spec.bit_width if spec and (call.operands or call.kind == "module") else FLOAT_BITS
+    if call.op == ATTENTION and (inside := plans.get(probabilities_of(name), LayerPlan()).input) is not None:
+        return bits, max(bits, inside.bit_width)
     return bits, bits if call.fully_quantizable else FLOAT_BITS

@@ -28,20 +28,24 @@ from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.layers import (
     OPERATIONS_CONTAINER,
     QuantizedCompound,
+    attention_with,
+    changes,
     compound_container,
     compound_family,
     computes_inside,
     leave_compound,
+    pass_on,
     why_unsupported_compound,
 )
-from lq_plugin.model.graph.numbering import OPERATIONS, Numbering, channel_axis
+from lq_plugin.model.graph.macs import PRODUCTS
+from lq_plugin.model.graph.numbering import ATTENTION, OPERATIONS, Numbering, channel_axis, probabilities_of
 from lq_plugin.model.graph.op_names import METADATA, normalize
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
 from lq_plugin.quantizers import ActivationQuantizer, StagedQuantizer, in_stages, make_activation_quantizer
 
-#: Operations that only a module of several weights has inside, next to products.
-INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax"})
+#: Operations that are inside of others: of modules with several weights, next to products, and of torch's attention.
+INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax", "probabilities"})
 _QUANTIZER = re.compile(r"input_(\d+)_quantizer")
 
 
@@ -60,6 +64,11 @@ class Operation:
     operands: tuple[int, ...]
 
     @property
+    def is_product(self) -> bool:
+        """True if it multiplies activations by each other, or is the part of an attention kernel that does."""
+        return (self.op in PRODUCTS and len(self.operands) > 1) or self.op == "probabilities"
+
+    @property
     def place(self) -> tuple[str, str]:
         """The module it runs in, and its name there."""
         owner, _, label = self.name.rpartition(".")
@@ -67,8 +76,12 @@ class Operation:
 
 
 def operations_of(recording: Recording) -> dict[str, Operation]:
-    """The functional calls of a recorded pass, its activation functions and its means, by name."""
+    """The functional calls of a recorded pass, its activation functions and its means, by name.
+
+    Those of torch's attention kernel are two, see `Recording.attention_calls`.
+    """
     found = {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
+    found |= {name: Operation(name, "probabilities", (0,)) for name in recording.attention_calls}
     return found | {name: Operation(name, op, (0,)) for name, (op, _) in recording.unary_calls.items()}
 
 
@@ -253,8 +266,12 @@ class _QuantizedOperands(TorchFunctionMode):
         inputs = list(tensors_of((args, {key: value for key, value in kwargs.items() if key != "out"})))
         numbering = self.call.numbering
         label = numbering.label(op, inputs)
-        operation = None if label is None else self.container._modules.get(label[0])
-        if operation is None:
+        held = self.container._modules
+        operation = None if label is None else held.get(label[0])
+        inside = None if label is None or op != ATTENTION else held.get(probabilities_of(label[0]))
+        if inside is not None:
+            result = _attention(func, operation, cast(QuantizedOperation, inside), args, kwargs)
+        elif operation is None:
             result = func(*args, **kwargs)
         elif in_place:
             result = _in_place(func, cast(QuantizedOperation, operation), args, kwargs)
@@ -272,6 +289,20 @@ def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], k
     first = changed[0].clone() if changed[0]._is_view() else changed[0]
     y: Tensor = args[0].copy_(func(first, *changed[1:], **kwargs))
     return y
+
+
+def _attention(
+    func: Any, operation: Any, inside: QuantizedOperation, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Computes an attention whose probabilities are quantized, and its operands where `operation` says so."""
+    if operation is not None:
+        args, kwargs = operation.quantized(args, kwargs)
+    (probabilities,) = inside.quantizers()
+    if changes(probabilities):
+        return attention_with(probabilities, *args, **kwargs)
+    # Nothing inside would be changed, whoever looks (a recording has hooks on all modules): torch's kernel.
+    y: Tensor = func(*args, **kwargs)
+    return cast(Tensor, pass_on([probabilities], y))
 
 
 def attach_operations(model: nn.Module, plans: Mapping[str, tuple[Operation, LayerPlan]]) -> None:

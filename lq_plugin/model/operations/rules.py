@@ -4,6 +4,7 @@ A rule is about operations when its pattern matches no layer and ends in an oper
 `*.matmul_*`, `type:hardswish`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*`
 among them, are about layers alone: an operation is never quantized unless it is asked for. So are the operations inside
 of an LSTM or an attention, which need no recorded batch to be known: `lstm.cell_l0`, `attention.matmul_0`.
+`type:product` asks for all products of activations, with the probabilities inside of torch's attention kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
-from lq_plugin.intent.plan import LayerInfo, LayerPlan, QuantPlan, Rule, matches
+from lq_plugin.intent.plan import PRODUCT, LayerInfo, LayerPlan, QuantPlan, Rule, matches
 from lq_plugin.intent.spec import PerChannel
 from lq_plugin.model.aside import names, quantizes, quantizing
 from lq_plugin.model.graph.numbering import OPERATIONS
@@ -27,7 +28,10 @@ from lq_plugin.model.operations.quantized import (
 from lq_plugin.model.survey import Survey
 
 _WORDS = OPERATIONS | INNER_OPERATIONS
-_NAMED = re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:_|[|)])")
+_NAMED, _OUTSIDE = (
+    re.compile(rf"(?:^|[.(|*?\]])(?:{'|'.join(sorted(words, key=len, reverse=True))})(?:_|[|)])")
+    for words in (_WORDS, OPERATIONS)
+)
 
 
 def names_operation(pattern: str) -> bool:
@@ -37,7 +41,7 @@ def names_operation(pattern: str) -> bool:
     >>> [names_operation(pattern) for pattern in patterns]
     [True, True, True, False, False, True]
     """
-    return pattern[5:] in _WORDS if pattern.startswith("type:") else _NAMED.search(pattern) is not None
+    return pattern[5:] in _WORDS | {PRODUCT} if pattern.startswith("type:") else _NAMED.search(pattern) is not None
 
 
 def split(
@@ -84,13 +88,30 @@ def _matches_any(rule: Rule, layers: Iterable[LayerInfo]) -> bool:
 
 
 def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
-    """Returns whether `prepare` must be told the operations of `model`: the plan names some without quantizers."""
+    """Returns whether `prepare` must be told the operations of `model`: the plan names some without quantizers.
+
+    A rule that may name several is about those outside of LSTMs and attentions, too, which only a recording shows.
+    """
     if not any(names_operation(rule.match) for rule in plan.rules):
         return False
     survey = Survey.of(model, quantizing(plan))
     _, rules = split(plan, survey.infos(), survey.aside)
-    present = _infos((*(o.operation for _, o in quantized_operations(model)), *inner_operations(model).values()))
-    return not all(_matches_any(rule, present) for rule in rules)
+    prepared = [operation.operation for _, operation in quantized_operations(model)]
+    present = _infos((*prepared, *inner_operations(model).values()))
+    open_ = not prepared and any(_may_be_outside(rule.match) for rule in rules)
+    return open_ or not all(_matches_any(rule, present) for rule in rules)
+
+
+def _may_be_outside(pattern: str) -> bool:
+    """Returns whether a pattern may match several operations, some of them in code of the user's.
+
+    >>> [_may_be_outside(pattern) for pattern in ("type:product", "*.matmul_*", "lstm.cell_l0", "*.cell_*")]
+    [True, True, False, False]
+    """
+    if pattern.startswith("type:"):
+        return pattern[5:] not in INNER_OPERATIONS
+    several = pattern.startswith("re:") or bool(set(pattern) & set("*?["))
+    return several and _OUTSIDE.search(pattern) is not None
 
 
 def resolve_operations(
@@ -110,7 +131,12 @@ def resolve_operations(
     if not rules:
         return {}
     infos = _infos(operations.values())
-    faults = [_nothing_matches(rule, operations, known) for rule in rules if not _matches_any(rule, infos)]
+    faults = [
+        _nothing_matches(rule, operations, known)
+        for rule in rules
+        # Of all products the first shown are not all.
+        if not _matches_any(rule, infos) or (rule.match == f"type:{PRODUCT}" and not known)
+    ]
     for rule in rules:
         given = [slot for slot in ("weight", "output") if getattr(rule, slot) is not None]
         faults += [
@@ -131,7 +157,10 @@ def resolve_operations(
 
 
 def _infos(operations: Iterable[Operation]) -> list[LayerInfo]:
-    return [LayerInfo(operation.name, (operation.op,), slots=("input",), plain=False) for operation in operations]
+    return [
+        LayerInfo(o.name, (o.op, *([PRODUCT] if o.is_product else [])), slots=("input",), plain=False)
+        for o in operations
+    ]
 
 
 def _nothing_matches(rule: Rule, operations: Mapping[str, Operation], known: bool) -> str:

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lq_plugin.functional.gptq import column_parts
 from lq_plugin.functional.unfold import unfold_columns
-from lq_plugin.layers import OwnWeight, QuantizedLayer
+from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.layers.base import scales_output
 from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.ranks import average
@@ -20,7 +20,7 @@ _CHUNK = 2**24
 
 
 class InputHessian:
-    """Sums 2 X Xᵀ over the inputs of one linear, convolution or stack of experts, as its input quantizer gives them.
+    """Sums 2 X Xᵀ over the inputs of one linear, convolution or weight of a module, as its input quantizer gives them.
 
     A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows
     of X belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no
@@ -38,9 +38,8 @@ class InputHessian:
 
     def __init__(self, layer: QuantizedLayer, asymmetric: bool = False) -> None:
         self.layer = layer
-        # Each expert of a stack has inputs of its own.
-        stacked = layer.experts if isinstance(layer, OwnWeight) else None
-        self.groups = stacked or int(getattr(layer, "groups", 1))
+        # Each expert of a stack has inputs of its own, and so have query, key and value.
+        self.groups = layer.matrices if isinstance(layer, CompoundWeight) else int(getattr(layer, "groups", 1))
         columns = type(layer).canonical(layer, layer.weight)[0].numel()
         self.count = 0
         self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptaq import asymmetric_target
 from lq_plugin.functional.gptq import factorize, output_errors, refuse_non_finite, round_rows
-from lq_plugin.layers import CompoundWeight, OwnWeight, UnseenExpertsError, current_weight_quantizer, weight_key
+from lq_plugin.layers import CompoundWeight, UnseenExpertsError, current_weight_quantizer, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correction as apply_watches
@@ -238,10 +238,10 @@ class _GPTQ:
 
     def _why_not(self, name: str, readers: dict[str, str]) -> str | None:
         layer = self.layers[name]
-        own = isinstance(layer, OwnWeight)
-        if own and self.asymmetric:
+        inside = isinstance(layer, CompoundWeight)
+        if inside and self.asymmetric:
             return "GPTAQ would need the float model's inputs of each product in its module's code: use GPTQ"
-        if isinstance(layer, CompoundWeight) and not own:
+        if isinstance(layer, CompoundWeight) and not layer.shows_input:
             return f"its input is made inside the kernel of {owner_name(self.model, layer)!r} and is not seen"
         if (fault := rounding_fault(layer)) is not None:
             return fault
@@ -249,14 +249,14 @@ class _GPTQ:
         assert quantizer is not None
         if not quantizer.is_enabled:
             return "its weight quantizer is switched off"
-        if own:
+        if inside:
             return sharing_fault(self.model, [weight_key(name, layer)], {})
         return why_no_hessian(layer) or sharing_fault(self.model, [weight_key(name, layer)], readers)
 
     def _inputs(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> InputHessian:
         inputs = InputHessian(self.layers[name], floats is not None)
         calls = len(self.walk.recording.calls_of(name))
-        if isinstance(layer := self.layers[name], OwnWeight):
+        if isinstance(layer := self.layers[name], CompoundWeight):
             with layer.watching(inputs.add_rows):
                 for index in range(self.walk.count):
                     norms.start_quantized_batch(index)
