@@ -6,11 +6,16 @@ For each model, all layers at 8 bits (`w8a8`):
 
     layers              that hold quantizers; every one of them must run, in training and in evaluation
     weight_coverage     share of the weights that are quantized
-    compute_coverage    share of the multiply-accumulates of one batch whose operands all are (results counted, as
-                        macs_in_quantized_layers, those of layers of which any tensor is)
+    compute_coverage    share of the multiply-accumulates of one batch whose operands all are
+    with_products       the same under `w8a8 products`
+    counted             whether MACs and the share that `w8a8` quantizes are those counted by hand; of some models
     disabled_bit_equal  with all quantizers off, outputs are those of the float model, bit for bit
-    sqnr_db             of the logits after calibration, in dB
-    round_trip          two steps of QAT, a checkpoint, loaded into a fresh model: outputs bit-equal
+    removed_bit_equal   the same, with the quantizers taken out
+    sqnr_db             of the outputs after calibration, in dB
+    packed_bit_equal    a packed file, loaded into a fresh model: outputs bit-equal; or why there is none
+    checkpoint          three steps of QAT, a checkpoint, loaded into a fresh model in a new process: outputs bit-equal
+    onnx                "verified": ONNX Runtime computes what the model does, 99 % of the elements within one step of 8
+                        bits; otherwise the share, or why there is no file
     compile             "ok": torch.compile takes the quantized model in one graph; otherwise what it said
 
 A model that fails is listed with its message, and the others go on. Weights and data are random (seed 0).
@@ -19,7 +24,11 @@ A model that fails is listed with its message, and the others go on. Weights and
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import logging
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -41,15 +50,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import common
 from benchmarks.lifecycle_models import CASES, PLAN, Case, Inputs
-from lq_plugin import QAT, Ledger, calibrate, load_checkpoint, prepare
+from lq_plugin import QAT, Ledger, QuantPlan, calibrate, load_checkpoint, prepare, remove
+from lq_plugin.errors import ExportError
+from lq_plugin.export import export_onnx, load_packed, save_packed, verify
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.model import quantizers
 from lq_plugin.model.calibrate import evaluating, float_forward
-from lq_plugin.model.graph.record import record
+from lq_plugin.model.graph.record import Recording, record
 from lq_plugin.model.prepare import quantized_layers
 
+PACKAGES = ("transformers", "timm", "torch_geometric", "peft", "onnxruntime")
 BATCH_SIZE = 8
-STEPS = 2
+STEPS = 3
+#: Share of the elements that ONNX Runtime has within one step.
+VERIFIED = 0.99
 
 
 class Student(L.LightningModule):
@@ -125,8 +139,8 @@ def idle(module: nn.Module, ledger: Ledger, inputs: Inputs, training: bool) -> l
     return [q.name for q, table in chosen if id(q) not in ran and not (shared[id(table)] > 1 and id(table) in ran)]
 
 
-def fit(case: Case, folder: Path) -> tuple[Student, Path]:
-    """A model after `STEPS` steps of quantization-aware training, and the checkpoint of that moment."""
+def fit(case: Case, path: Path) -> Student:
+    """A model after `STEPS` steps of quantization-aware training, whose checkpoint is written to `path`."""
     module, inputs = student(case, quantized=case.adapt is not None)[0], inputs_of(case)
     with torch.no_grad():
         answers = torch.randn_like(student(case)[0](*inputs))
@@ -134,23 +148,71 @@ def fit(case: Case, folder: Path) -> tuple[Student, Path]:
     trainer = L.Trainer(
         callbacks=[QAT(case.plan)], max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False,
         num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=path.parent,
     )  # fmt: skip
     trainer.fit(module.train(), loader, loader)
-    trainer.save_checkpoint(folder / "last.ckpt")
-    return module.eval(), folder / "last.ckpt"
+    trainer.save_checkpoint(path)
+    return module.eval()
 
 
-def round_trip(case: Case) -> bool:
-    """Whether a fresh model computes what the trained one does, bit for bit, once it has loaded its checkpoint."""
-    inputs = inputs_of(case, seed=2)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+def keep_trained(case: Case, folder: Path) -> None:
+    """Trains a model and keeps its checkpoint and what it computes, for `reload` in another process."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        trained, path = fit(case, Path(folder))
-        fresh, _ = student(case, seed=4)
-        load_checkpoint(fresh, path)
+        trained = fit(case, folder / f"{CASES.index(case)}.ckpt")
     with torch.no_grad():
-        return torch.equal(fresh.eval()(*inputs), trained(*inputs))
+        torch.save(trained(*inputs_of(case, seed=2)), folder / f"{CASES.index(case)}.pt")
+
+
+def reload(folder: Path) -> dict[str, Any]:
+    """Returns by model whether a fresh one computes what the trained one did once it has loaded its checkpoint."""
+    found: dict[str, Any] = {}
+    for path in folder.glob("*.pt"):
+        case = CASES[int(path.stem)]
+        try:
+            fresh, _ = student(case, seed=4)
+            load_checkpoint(fresh, path.with_suffix(".ckpt"))
+            with torch.no_grad():
+                found[case.name] = torch.equal(fresh.eval()(*inputs_of(case, seed=2)), torch.load(path))
+        except Exception as error:
+            found[case.name] = f"{type(error).__name__}: {first_line(error)}"
+    return found
+
+
+def packed(case: Case, module: Student, inputs: Inputs, folder: Path) -> bool | str:
+    """Whether a fresh model computes what this one does, bit for bit, once it has read its packed file."""
+    try:
+        save_packed(module, folder / "model.safetensors", inputs=inputs)
+        fresh, _ = student(case, seed=4)
+        load_packed(fresh, folder / "model.safetensors")
+    except ExportError as error:
+        return reason_of(error)
+    with torch.no_grad():
+        return torch.equal(fresh.eval()(*inputs), module(*inputs))
+
+
+def in_onnx(module: Student, inputs: Inputs, folder: Path) -> str:
+    """`"verified"`, the share of the outputs within one step, or why there is no file."""
+    try:
+        export_onnx(module, inputs, folder / "model.onnx")
+        within = verify(module, folder / "model.onnx", [inputs]).within_one_step
+    except ExportError as error:
+        return reason_of(error)
+    return "verified" if within >= VERIFIED else f"{within:.1%} within one step"
+
+
+def reason_of(error: ExportError) -> str:
+    """The first of the reasons of a refusal."""
+    lines = [line for line in str(error).splitlines() if line.strip().startswith("-")] or str(error).splitlines()
+    return f"refused: {lines[0].strip(' -')}"
+
+
+def counted(case: Case, ledger: Ledger) -> bool | None:
+    """Whether a ledger has the MACs, and the share that is quantized, that were counted by hand."""
+    if case.macs is None:
+        return None
+    macs = sum(entry.macs or 0 for entry in ledger)
+    return macs == case.macs and ledger.compute_coverage == (case.macs - case.products) / case.macs
 
 
 def graph_breaks(module: nn.Module, inputs: Inputs) -> list[str]:
@@ -182,22 +244,32 @@ def first_line(message: object) -> str:
     return (str(message).splitlines() or [""])[0]
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """One row. Nothing raises: what fails is in its `error`."""
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """One row. Nothing raises: what fails is in its `error`.
+
+    Args:
+        case: the model.
+        folder: for files; checkpoints of trained models stay there, see `reload`.
+    """
     row: dict[str, Any] = {"model": case.name} | dict.fromkeys(
         (
             "layers",
             "weight_coverage",
             "compute_coverage",
+            "with_products",
+            "counted",
             "disabled_bit_equal",
+            "removed_bit_equal",
             "sqnr_db",
-            "round_trip",
+            "packed_bit_equal",
+            "checkpoint",
+            "onnx",
             "compile",
             "error",
         )
     )
     try:
-        for key, value in _measured(case):
+        for key, value in _measured(case, folder):
             row[key] = value
     except Exception as error:
         # The benchmark reports what fails in any of the libraries involved, and goes on.
@@ -205,25 +277,46 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
-def _measured(case: Case) -> Iterator[tuple[str, Any]]:
+def _measured(case: Case, folder: Path) -> Iterator[tuple[str, Any]]:
     plain, _ = student(case)
     module, ledger = student(case, quantized=True)
     inputs = inputs_of(case)
     with torch.no_grad():
-        logits = plain(*inputs)
+        answer = plain(*inputs)
         with float_forward(module):
             ledger.add_recording(record(module, lambda: module(*inputs)))
             yield "layers", len(ledger.quantized)
             yield from ledger.coverages().items()
+            yield "with_products", with_products(case, inputs)
+            yield "counted", counted(case, ledger)
             with ordinary_paths():
                 yield "disabled_bit_equal", torch.equal(module(*inputs), plain(*inputs))
+                taken_out = copy.deepcopy(module)
+                remove(taken_out)
+                yield "removed_bit_equal", torch.equal(taken_out(*inputs), plain(*inputs))
         rows = [tuple(part) for part in zip(*(tensor.split(BATCH_SIZE) for tensor in inputs), strict=True)]
         calibrate(module, rows, lambda batch: module(*batch))
-        yield "sqnr_db", sqnr_db(logits, module(*inputs)).item()
+        yield "sqnr_db", sqnr_db(answer, module(*inputs)).item()
     if never := sorted({*idle(module, ledger, inputs, False), *idle(module, ledger, inputs, True)}):
         raise RuntimeError(f"quantizers that never ran: {', '.join(never)}")
-    yield "round_trip", round_trip(case)
+    yield "packed_bit_equal", packed(case, module, inputs, folder)
+    keep_trained(case, folder)
+    yield "onnx", in_onnx(module, tuple(part[:BATCH_SIZE] for part in inputs), folder)
     yield "compile", compiles(module, plain, inputs)
+
+
+def with_products(case: Case, inputs: Inputs) -> float | None:
+    """Compute coverage where products of activations are quantized, too."""
+    module, _ = student(case)
+    seen: Recording = record(module, lambda: module(*inputs))
+    if not any(call.macs and len(call.operands) > 1 for call in seen.functional_calls) and not any(
+        call.weight_macs and call.op == "MultiheadAttention" for call in seen.module_calls
+    ):
+        return None
+    products = QuantPlan.parse("w8a8 products").rules[-1]
+    ledger = prepare(module, QuantPlan([*case.plan.rules, products]), seen)
+    ledger.add_recording(seen)
+    return ledger.compute_coverage
 
 
 @contextmanager
@@ -260,24 +353,49 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=names, default=names, metavar="NAME", help="models to run (default: all)"
     )
+    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     common.start(options)
+    if options.reload is not None:
+        with quiet():
+            (options.reload / "reloaded.json").write_text(json.dumps(reload(options.reload)), encoding="utf-8")
+        return {}
     console = Console()
     results: dict[str, Any] = {"results": []}
     chosen = [case for case in CASES if case.name in options.models]
-    with Progress(console=console, transient=True) as progress, quiet():
+    with Progress(console=console, transient=True) as progress, quiet(), tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.name)
-            results["results"].append(measure(case))
-            common.write_json(options.json, results, packages=("transformers", "timm", "peft"))
+            results["results"].append(measure(case, Path(folder)))
+            common.write_json(options.json, results, packages=PACKAGES)
             progress.advance(task)
+        subprocess.run([sys.executable, "-m", "benchmarks.lifecycle", "--reload", folder], check=True)
+        reloaded = json.loads((Path(folder) / "reloaded.json").read_text(encoding="utf-8"))
+        for row in results["results"]:
+            row["checkpoint"] = reloaded.get(row["model"])
+        common.write_json(options.json, results, packages=PACKAGES)
     console.print(table(results))
     return results
+
+
+#: Columns of the table.
+FORMS = {
+    "layers": "layers", "weight_coverage": "weights", "compute_coverage": "compute", "with_products": "products",
+    "counted": "counted", "disabled_bit_equal": "off", "removed_bit_equal": "out", "sqnr_db": "dB",
+    "packed_bit_equal": "packed", "checkpoint": "saved", "onnx": "ONNX", "compile": "compile",
+}  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A cell: shares below 1.5 as percentages."""
+    if isinstance(value, float):
+        return f"{value:.1%}" if value <= 1 else f"{value:.1f}"
+    return "" if value is None else str(value)
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -290,15 +408,10 @@ def table(results: dict[str, Any]) -> Table:
         caption_justify="left",
     )
     result.add_column("model", no_wrap=True)
-    for heading in ("layers", "weights", "compute", "off", "dB", "saved"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    result.add_column("compile")
-    forms = {"layers": "{}", "weight_coverage": "{:.1%}", "compute_coverage": "{:.1%}", "disabled_bit_equal": "{}"}
-    forms |= {"sqnr_db": "{:.1f}", "round_trip": "{}", "compile": "{}"}
+    for heading in FORMS.values():
+        result.add_column(heading, no_wrap=True)
     for row in rows:
-        result.add_row(
-            row["model"], *("" if row[key] is None else text.format(row[key]) for key, text in forms.items())
-        )
+        result.add_row(row["model"], *(escape(shown(row[key])) for key in FORMS))
     return result
 
 

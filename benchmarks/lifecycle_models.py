@@ -6,7 +6,7 @@ Models of transformers, timm and PEFT are built from a configuration; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,12 +18,11 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.lifecycle_nets import ConvNeXt, MobileNet, Shared, Symmetric, TiedLanguageModel, Wrapper
+from benchmarks.lifecycle_zoo import HUGGING_FACE, SIDE, SIZE, TIMM, VOCABULARY, WIDTH, geometric, hugging_face
 from lq_plugin import QuantPlan, Rule
 from lq_plugin.demo.resnet import CifarResNet
 
 SAMPLES = 32
-WIDTH = 32
-VOCABULARY = 64
 #: What all of them are quantized with.
 PLAN = QuantPlan.parse("w8a8")
 
@@ -42,6 +41,8 @@ class Case:
         package: what must be installed.
         adapt: changes the model once it is quantized: a LoRA that comes later, say.
         plan: how it is quantized.
+        macs: multiply-accumulates of one sample, counted by hand.
+        products: those of products of activations, which are float under `w8a8`.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Case:
     package: str | None = None
     adapt: Callable[[nn.Module], nn.Module] | None = None
     plan: QuantPlan = PLAN
+    macs: int | None = None
+    products: int = 0
 
 
 def _floats(*shape: int) -> Draw:
@@ -65,6 +68,14 @@ def _tokens(length: int = 12, masked: bool = False, decoder: int = 0) -> Draw:
         if decoder:
             tensors.append(torch.randint(0, VOCABULARY, (SAMPLES, decoder), generator=generator))
         return tuple(tensors)
+
+    return draw
+
+
+def _mel() -> Draw:
+    def draw(generator: torch.Generator) -> Inputs:
+        tokens = torch.randint(0, VOCABULARY, (SAMPLES, 6), generator=generator)
+        return torch.randn(SAMPLES, 8, 24, generator=generator), tokens
 
     return draw
 
@@ -182,17 +193,25 @@ def _mlp() -> nn.Module:
     return Wrapper(forward, up=nn.Linear(16, WIDTH), down=nn.Linear(WIDTH, WIDTH), head=nn.Linear(WIDTH, 10))
 
 
+#: QKᵀ and the product with V of 12 tokens.
+_PRODUCTS = 2 * 12 * 12 * 32
+_IDS, _MASKED = ("input_ids",), ("input_ids", "attention_mask")
 CASES: tuple[Case, ...] = (
-    Case("MultiheadAttention", _attention, _floats(10, WIDTH)),
-    Case("TransformerEncoder, padded", _encoder, _padded()),
-    Case("LSTM", _recurrent(nn.LSTM, WIDTH, num_layers=2), _floats(10, 16)),
-    Case("GRU, bidirectional", _recurrent(nn.GRU, 2 * WIDTH, bidirectional=True), _floats(10, 16)),
-    Case("LSTM, projected", _recurrent(nn.LSTM, 12, proj_size=12), _floats(10, 16)),
-    Case("LSTMCell in a loop", _cell, _floats(5, 16)),
+    Case("MultiheadAttention", _attention, _floats(10, WIDTH), macs=10 * 4 * 32 * 32 + 2 * 10 * 10 * 32 + 320,
+         products=2 * 10 * 10 * 32),
+    Case("TransformerEncoder, padded", _encoder, _padded(),
+         macs=2 * (10 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 10 * 10 * 32) + 320, products=2 * 2 * 10 * 10 * 32),
+    Case("LSTM", _recurrent(nn.LSTM, WIDTH, num_layers=2), _floats(10, 16),
+         macs=10 * 4 * 32 * (16 + 32 + 32 + 32) + 320),
+    Case("GRU, bidirectional", _recurrent(nn.GRU, 2 * WIDTH, bidirectional=True), _floats(10, 16),
+         macs=10 * 2 * 3 * 32 * (16 + 32) + 640),
+    Case("LSTM, projected", _recurrent(nn.LSTM, 12, proj_size=12), _floats(10, 16),
+         macs=10 * (4 * 32 * (16 + 12) + 32 * 12) + 120),
+    Case("LSTMCell in a loop", _cell, _floats(5, 16), macs=5 * 4 * 32 * (16 + 32) + 320),
     Case("EmbeddingBag, Bilinear", _bags, _tokens()),
     Case("Embedding, tied head", lambda: TiedLanguageModel(VOCABULARY, WIDTH), _tokens()),
-    Case("Conv1d", _conv1d, _floats(4, 32)),
-    Case("Conv3d", _conv3d, _floats(1, 8, 8, 8)),
+    Case("Conv1d", _conv1d, _floats(4, 32), macs=32 * 16 * 4 * 5 + 12 * 16 * 16 * 5 + 160),
+    Case("Conv3d", _conv3d, _floats(1, 8, 8, 8), macs=8**3 * 8 * 27 + 3**3 * 16 * 8 * 27 + 160),
     Case("ConvTranspose autoencoder", _autoencoder, _floats(1, 16, 16)),
     Case("MobileNet, depthwise", MobileNet, _floats(3, 16, 16)),
     Case("ConvNeXt", ConvNeXt, _floats(3, 16, 16)),
@@ -202,78 +221,10 @@ CASES: tuple[Case, ...] = (
     Case("parametrized", _parametrized, _floats(16)),
     Case("spectral_norm, orthogonal", _spectral, _floats(3, 12, 12)),
     Case("lazy modules", _lazy, _floats(3, 12, 12)),
-)
+)  # fmt: skip
 
 
-class Answers(nn.Module):
-    """A model of transformers that takes its inputs by position and answers with logits."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
-
-
-_SIZE: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 2 * WIDTH,
-}
-
-
-def _hf() -> Any:
-    # Not a plain import: type checkers need not find what is optional.
-    return import_module("transformers")
-
-
-def _bert() -> nn.Module:
-    config = _hf().BertConfig(vocab_size=VOCABULARY, num_labels=10, max_position_embeddings=16, **_SIZE)
-    return Answers(_hf().BertForSequenceClassification(config), ("input_ids", "attention_mask"))
-
-
-def _gpt2() -> nn.Module:
-    config = _hf().GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=4, use_cache=False)
-    return Answers(_hf().GPT2LMHeadModel(config), ("input_ids",))
-
-
-def _llama() -> nn.Module:
-    config = _hf().LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=16, num_key_value_heads=2, use_cache=False, **_SIZE
-    )
-    return Answers(_hf().LlamaForCausalLM(config), ("input_ids",))
-
-
-def _t5() -> nn.Module:
-    config = _hf().T5Config(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=2 * WIDTH,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return Answers(_hf().T5ForConditionalGeneration(config), ("input_ids", "attention_mask", "decoder_input_ids"))
-
-
-def _vit() -> nn.Module:
-    return Answers(
-        _hf().ViTForImageClassification(_hf().ViTConfig(image_size=16, patch_size=4, num_labels=10, **_SIZE)),
-        ("pixel_values",),
-    )
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        timm: Any = import_module("timm")
-        return timm.create_model(name, pretrained=False, num_classes=10)
-
-    return build
+_LLAMA = {**SIZE, "num_key_value_heads": 2, "use_cache": False}
 
 
 def _lora(model: nn.Module) -> nn.Module:
@@ -285,14 +236,37 @@ def _lora(model: nn.Module) -> nn.Module:
 #: Adapters that come after quantization stay float.
 _BASE_ALONE = QuantPlan([*PLAN.rules, Rule("*.lora_*", weight="float", input="float")])
 
+#: By what a model of transformers is given.
+_GIVEN: dict[str, Draw] = {
+    "text": _tokens(), "masked": _tokens(masked=True), "both": _tokens(masked=True, decoder=6),
+    "image": _floats(3, SIDE, SIDE), "audio": _floats(256), "mel": _mel(),
+}  # fmt: skip
+#: Side of their images, where it is another one.
+_SIDES = {"LeViT": 64}
+
 CASES += (
-    Case("BERT", _bert, _tokens(masked=True), "transformers"),
-    Case("GPT-2", _gpt2, _tokens(), "transformers"),
-    Case("Llama", _llama, _tokens(), "transformers"),
-    Case("T5", _t5, _tokens(masked=True, decoder=6), "transformers"),
-    Case("ViT", _vit, _floats(3, 16, 16), "transformers"),
-    Case("timm ResNet-10", _timm("resnet10t"), _floats(3, 64, 64), "timm"),
-    Case("timm MobileNetV3", _timm("mobilenetv3_small_050"), _floats(3, 64, 64), "timm"),
+    Case("BERT", hugging_face("BertForSequenceClassification", "BertConfig", _MASKED, vocab_size=VOCABULARY,
+         num_labels=10, max_position_embeddings=16, **SIZE), _tokens(masked=True), "transformers",
+         macs=2 * (12 * (4 * 32 * 32 + 2 * 32 * 64) + _PRODUCTS) + 32 * 32 + 32 * 10, products=2 * _PRODUCTS),
+    Case("GPT-2", hugging_face("GPT2LMHeadModel", "GPT2Config", _IDS, vocab_size=VOCABULARY, n_positions=16,
+         n_embd=WIDTH, n_layer=2, n_head=4, use_cache=False), _tokens(), "transformers",
+         macs=2 * (12 * (4 * 32 * 32 + 2 * 32 * 128) + _PRODUCTS) + 12 * 32 * 64, products=2 * _PRODUCTS),
+    Case("Llama", hugging_face("LlamaForCausalLM", "LlamaConfig", _IDS, vocab_size=VOCABULARY,
+         max_position_embeddings=16, **_LLAMA), _tokens(), "transformers",
+         macs=2 * (12 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + _PRODUCTS) + 12 * 32 * 64, products=2 * _PRODUCTS),
+    Case("T5", hugging_face("T5ForConditionalGeneration", "T5Config", (*_MASKED, "decoder_input_ids"),
+         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
+         decoder_start_token_id=0, use_cache=False), _tokens(masked=True, decoder=6), "transformers"),
+    Case("ViT", hugging_face("ViTForImageClassification", "ViTConfig", ("pixel_values",), image_size=16, patch_size=4,
+         num_labels=10, **SIZE), _floats(3, 16, 16), "transformers",
+         macs=16 * 32 * 48 + 2 * (17 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 17 * 17 * 32) + 32 * 10,
+         products=2 * 2 * 17 * 17 * 32),
+    *(
+        Case(name, build, _floats(3, side, side) if (side := _SIDES.get(name)) else _GIVEN[given], "transformers")
+        for name, given, build in HUGGING_FACE
+    ),
+    *(Case(name, build, _floats(3, side, side), "timm") for name, side, build in TIMM),
+    Case("torch_geometric Linear", geometric, _floats(16), "torch_geometric", macs=16 * 32 + 32 * 10),
     Case("LoRA, then quantized", lambda: _lora(_mlp()), _floats(16), "peft"),
     Case("quantized, then LoRA", _mlp, _floats(16), "peft", _lora, _BASE_ALONE),
-)
+)  # fmt: skip

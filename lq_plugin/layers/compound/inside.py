@@ -28,7 +28,7 @@ def acts(quantizer: nn.Module) -> bool:
 
 
 def changes(quantizer: nn.Module) -> bool:
-    """Returns whether a quantizer, or what stands in for one, would do anything with the tensor that it is given now."""
+    """Returns whether a quantizer, or what stands in for one, would do anything with the tensor that it gets now."""
     return not isinstance(quantizer, SlotQuantizer) or any(
         stage.collector is not None
         or (stage.training and (stage.observing or stage.waiting))
