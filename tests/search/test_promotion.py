@@ -308,6 +308,7 @@ def test_a_wandb_run_has_a_step_for_each_level(model: DigitsCNN, monkeypatch: An
 
     result = run(model, 2, fidelity=RUNGS[:2])
     logged: list[dict[str, float]] = []
+    ids: list[list[str]] = [[], []]
 
     class Run:
         log = staticmethod(logged.append)
@@ -317,9 +318,14 @@ def test_a_wandb_run_has_a_step_for_each_level(model: DigitsCNN, monkeypatch: An
         def finish(self) -> None:
             pass
 
-    monkeypatch.setattr(wandb, "init", lambda **options: Run())
     monkeypatch.setattr(wandb, "Settings", lambda **options: None)
-    log_trials(type("Logger", (), {"experiment": Run()})(), result)  # type: ignore[arg-type]
+    for written in ids:
+        logged.clear()
+        monkeypatch.setattr(wandb, "init", lambda written=written, **options: written.append(options["id"]) or Run())
+        log_trials(type("Logger", (), {"experiment": Run()})(), result)  # type: ignore[arg-type]
+        result.study.set_user_attr("what a study learns later", 1.0)
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == len(result.candidates)
     assert [row["val/acc"] for row in logged] == [
         v for c in result.candidates for v in (c.lower[0]["val/acc"], c.metric)
     ]

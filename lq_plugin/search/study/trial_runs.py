@@ -29,7 +29,7 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
 
     study = logger.experiment
     name = result.study.study_name
-    origin = hashlib.sha256(str(result.study.user_attrs).encode()).hexdigest()[:6]
+    origin = _origin(result)
     # Machine statistics of a run that lasts milliseconds say nothing.
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True)
     for candidate in result.candidates:
@@ -60,3 +60,10 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
             run.log({**candidate.metrics, **candidate.confirmed, "seconds": candidate.seconds})
         finally:
             run.finish()
+
+
+def _origin(result: SearchResult) -> str:
+    """Returns six letters of a study that stay while it goes on: its attributes and its trials may grow."""
+    begun = [trial.datetime_start for trial in result.study.get_trials(deepcopy=False) if trial.datetime_start]
+    known = (result.study.study_name, str(min(begun)))
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:6]
