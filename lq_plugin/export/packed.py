@@ -133,7 +133,8 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
                 faults.append(str(error))
     without = {id(quantizer) for group in silent.values() for quantizer in group}
     # The file holds weights as they are used; layers that no batch has reached are float.
-    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, WeightQuantizer) or id(m) in without)
+    modules = model.named_modules(remove_duplicate=False)
+    ours = tuple(f"{name}." for name, m in modules if isinstance(m, WeightQuantizer) or id(m) in without)
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
     keys = _weight_keys(model) - _read_as_float(model)

@@ -177,7 +177,9 @@ class PackedModel:
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )
-        ours = tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, Quantizer))
+        # A module that has several names has its state under each.
+        modules = self.model.named_modules(remove_duplicate=False)
+        ours = tuple(f"{name}." for name, module in modules if isinstance(module, Quantizer))
         small: dict[str, Tensor] = {}
         filled: set[int] = set()
         for key, place in self.state.items():

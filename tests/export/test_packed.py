@@ -348,3 +348,23 @@ def test_another_precision_and_no_memory_are_refused(tmp_path):
         nowhere = make().bfloat16()
     with pytest.raises(ExportError, match=r"Sequential is on the meta device(.|\n)*to_empty"):
         load_packed(nowhere, tmp_path / "net.safetensors")
+
+
+class TwoNames(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.again = self.layer
+
+    def forward(self, x):
+        return self.head(self.again(self.layer(x).relu()).relu())
+
+
+def test_a_layer_of_two_names(tmp_path):
+    torch.manual_seed(0)
+    net, fresh, x = TwoNames(), TwoNames().eval(), torch.randn(8, 6)
+    packed(net, x, tmp_path / "net.safetensors", "int4 per_channel", "uint8 affine")
+    load_packed(fresh, tmp_path / "net.safetensors")
+    assert torch.equal(fresh(x), net(x))

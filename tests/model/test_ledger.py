@@ -103,3 +103,20 @@ def test_bounds_are_those_that_are_given() -> None:
             ledger.require(failing)
     with pytest.raises(CoverageError, match="not known before a batch is recorded"):
         lq_plugin.prepare(nn.Sequential(nn.Linear(4, 4)), "w8a8").require({"compute": 0.5})
+
+
+class Distances(nn.Module):
+    """Hands a table's weight to a norm, as DeBERTa does with its relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(5, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.norm(self.table.weight).mean(0))
+
+
+def test_a_weight_that_is_handed_to_another_module_is_float() -> None:
+    ledger = ledger_of(Distances(), "w8a8", torch.randn(3, 8))
+    assert "norm reads its weight, in float" in str(ledger["table"].reason)
+    assert ledger.weight_coverage == 32 / (32 + 40)

@@ -194,7 +194,7 @@ class Recording:
 
     @cached_property
     def _readers(self) -> dict[str, str]:
-        calls = [call for call in self.calls if call.kind in ("functional", "other")]
+        calls = [call for call in self.calls if call.kind in ("functional", "other", "module")]
         return {name: call.name for call in reversed(calls) for source in call.inputs for name in source.parameters}
 
     @cached_property
