@@ -7,6 +7,7 @@ Backward: ∂L/∂W is that of a lookup, of the gradient of y where W was not cl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lq_plugin.functional.affine_kernels import masked_gradient
-from lq_plugin.functional.lsq import Band, learned_gradients
+from lq_plugin.functional.lsq import Band, lsq_gradients
 from lq_plugin.intent.spec import Granularity, IntegerGrid, PerGroup
-from lq_plugin.native import ops
-from lq_plugin.native.kernels import Kernels
 from lq_plugin.native.layouts import Layout
+from lq_plugin.native.lookup import LookupKernels, Taken, lookup_kernels
+from lq_plugin.native.ops import is_watched
+from lq_plugin.native.switch import active
 
 
 class Reading(NamedTuple):
@@ -60,6 +62,7 @@ def fake_quantize_rows(
     reading: Reading,
     learned: bool = False,
     covered: bool = False,
+    note: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor | None:
     """Returns the rows at `index` of a fake-quantized table, in one pass; None if the kernels cannot take the tensors.
 
@@ -72,6 +75,7 @@ def fake_quantize_rows(
         reading: how gradients come back.
         learned: the qparams are those of LSQ, which have no gradients here.
         covered: the qparams are those of the extremes of the table.
+        note: called with a dense gradient of the table, as it is made, and `index`: its other rows are 0.
 
     Returns:
         `[*index.shape, columns]`.
@@ -84,12 +88,11 @@ def fake_quantize_rows(
         return None
     if torch.is_grad_enabled() and table.requires_grad:
         found: Tensor | None = _LookedUp.apply(
-            table, index, qparams, covered or qparams is None, grid, parts, reading, kernels
+            table, index, qparams, covered or qparams is None, grid, parts, reading, kernels, note
         )
         return found
-    return kernels.fake_quantize_lookup(
-        table, index, qparams, (grid.quant_min, grid.quant_max), grid.affine, parts, masked=False, learned=learned
-    )[0]
+    bounds = grid.quant_min, grid.quant_max
+    return kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=False, learned=learned)[0]
 
 
 def fake_quantize_learned_rows(
@@ -102,6 +105,7 @@ def fake_quantize_learned_rows(
     gradient_factor: float,
     band: Band,
     reading: Reading,
+    sparse_ranges: bool = False,
 ) -> Tensor | None:
     """Returns the rows at `index` of a table whose step sizes are learned, with gradients for all three (LSQ).
 
@@ -115,6 +119,7 @@ def fake_quantize_learned_rows(
         granularity: of the scales.
         gradient_factor, band: see `fake_quantize_learned`.
         reading: how gradients come back.
+        sparse_ranges: those of scales and zero points are sparse where that of the table is.
 
     Returns:
         `[*index.shape, columns]`; None if the kernels cannot take the tensors.
@@ -128,23 +133,19 @@ def fake_quantize_learned_rows(
     if scale.numel() == 1:
         parts = 1
     constants = grid.quant_min, grid.quant_max, gradient_factor, band == "rounded"
-    y: Tensor = _LearnedLookedUp.apply(table, scale, zero_point, index, constants, parts, reading, kernels)
+    sparse = reading.sparse, reading.sparse and sparse_ranges
+    y: Tensor = _LearnedLookedUp.apply(
+        table, scale, zero_point, index, constants, parts, reading.padding_idx, sparse, kernels
+    )
     return y
 
 
-def _kernels_and_parts(table: Tensor, index: Tensor, granularity: Granularity) -> tuple[Kernels | None, int]:
+def _kernels_and_parts(
+    table: Tensor, index: Tensor, granularity: Granularity
+) -> tuple[LookupKernels | None, int]:
     """Returns the kernels that can look up in a table, and into how many runs with a scale they divide its rows."""
-    if torch.compiler.is_compiling() or not index.is_contiguous() or index.dtype != torch.int64 or not index.numel():
-        return None, 1
-    kernels = ops.kernels_for(table)
-    if (
-        not isinstance(kernels, Kernels)
-        or not table.is_contiguous()
-        or type(index) is not Tensor
-        or index.device != table.device
-    ):
-        return None, 1
-    if not isinstance(granularity, PerGroup):
+    kernels = lookup_kernels(table, index)
+    if kernels is None or not isinstance(granularity, PerGroup):
         return kernels, 1
     parts = table.shape[1] // granularity.group_size
     return (kernels, parts) if parts * granularity.group_size == table.shape[1] else (None, 1)
@@ -154,58 +155,76 @@ class _LearnedLookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor, constants: Any, parts: Any,
-        reading: Any, kernels: Any,
+        padding_idx: Any, sparse: Any, kernels: Any,
     ) -> Any:  # fmt: skip
-        taken = _taken(table, scale, zero_point, index)
-        count = index.numel() * parts
-        layout = (
-            Layout(1, 1, taken[0].numel(), 1) if scale.numel() == 1 else Layout(1, count, len(table[0]) // parts, 1)
+        y, _, taken = kernels.look_up(
+            table, index, (scale, zero_point), constants[:2], False, parts, masked=False, learned=True, taken=True
         )
-        y = kernels.fake_quantize(*taken, constants[:2], layout, masked=False, learned=True)[0]
         ctx.save_for_backward(index, *taken)
         # For second derivatives alone. Not saved: what reads a table does not mind if it is written to afterwards.
         ctx.held = table, scale, zero_point
-        ctx.of, ctx.reading, ctx.kernels = (constants, layout), reading, kernels
-        return y.view(*index.shape, table.shape[1])
+        ctx.of = constants, parts, padding_idx, sparse, kernels
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, *values = ctx.saved_tensors
         table, scale, zero_point = held = ctx.held
-        if torch.is_grad_enabled() and (grad.requires_grad or any(tensor.requires_grad for tensor in held)):
-            # The values that were read then, with the way back to where they come from.
-            now = _taken(table, scale, zero_point, index)
-            values = [value + (fresh - fresh.detach()) for value, fresh in zip(values, now, strict=True)]
-        padding_idx, by_frequency, sparse = ctx.reading
+        constants, parts, padding_idx, sparse, kernels = ctx.of
+        needs = ctx.needs_input_grad[:3]
+        watched = torch.is_grad_enabled() and (grad.requires_grad or any(tensor.requires_grad for tensor in held))
+        if not watched and _has_address(grad):
+            shapes, taken = (table.shape, scale.shape), Taken(*values)
+            found = kernels.learned_gradients(
+                grad.contiguous(), index, taken, constants, shapes, parts, sparse, needs, padding_idx
+            )
+            kinds = sparse[0], *[sparse[1] and scale.numel() > 1] * 2
+            grads = [
+                _sparse(part, index, tensor.shape, padding_idx) if part is not None and kind else part
+                for part, tensor, kind in zip(found, held, kinds, strict=True)
+            ]
+            return grads[0], grads[1] if needs[1] else None, grads[2], *(None,) * 6
+        # The values that were read then, with the way back to where they come from.
+        now = _taken(table, scale, zero_point, index)
+        rows, *qparams = [
+            value.view(fresh.shape) + (fresh - fresh.detach()) for value, fresh in zip(values, now, strict=True)
+        ]
         if padding_idx is not None:
             grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0.0)
-        rows, scales, zero_points = values
-        constants, layout = ctx.of
-        needs = ctx.needs_input_grad[:3]
-        found = learned_gradients(
-            rows, scales, zero_points, grad.reshape(rows.shape), constants, layout, needs, ctx.kernels
-        )
-        grads: list[Tensor | None] = []
-        for tensor, gradient in zip(held, found, strict=True):
-            if gradient is not None and (tensor is table or tensor.numel() > 1):
-                # Dense, of scales: the optimizer that adopts them may be none for sparse ones.
-                gradient = torch.ops.aten.embedding_backward(
-                    gradient.view(*index.shape, -1),
-                    index,
-                    len(tensor),
-                    -1 if padding_idx is None else padding_idx,
-                    by_frequency,
-                    sparse and tensor is table,
-                )
-            grads.append(gradient if gradient is None or gradient.is_sparse else gradient.view(tensor.shape))
-        return *grads, *(None,) * 5
+        found = lsq_gradients(rows, *qparams, grad.reshape(rows.shape), constants, needs)
+        padding_idx = -1 if padding_idx is None else padding_idx
+        grads = [
+            part
+            if part is None
+            else part.sum().view(tensor.shape)
+            if tensor.numel() == 1
+            else torch.ops.aten.embedding_backward.default(
+                part.reshape(*index.shape, -1), index, len(tensor), padding_idx, False, False
+            ).view(tensor.shape)
+            for part, tensor in zip(found, held, strict=True)
+        ]
+        return *grads, *(None,) * 6
+
+
+def _sparse(rows: Tensor, index: Tensor, shape: torch.Size, padding_idx: int | None) -> Tensor:
+    """Returns a sparse tensor whose rows at `index` are these, but for the padding."""
+    places = index.reshape(1, -1)
+    if padding_idx is not None:
+        others = places[0] != padding_idx
+        rows, places = rows[others], places[:, others]
+    return torch.sparse_coo_tensor(places, rows, shape, check_invariants=False)
+
+
+def _has_address(gradient: Tensor) -> bool:
+    """Returns False for a second derivative, and where something watches operations."""
+    return not (torch.is_grad_enabled() and gradient.requires_grad) and not is_watched(gradient)
 
 
 def _taken(table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the rows at `index`, in runs that share a scale, and the scales and zero points of each, or of all."""
+    """Returns the rows at `index`, in runs that share a scale, and the scales and zero points of each."""
     rows = F.embedding(index.reshape(-1), table)
     if scale.numel() == 1:
-        return rows, scale.view(1, 1), zero_point.view(1, 1)
+        return rows, scale.expand(len(rows), 1), zero_point.expand(len(rows), 1)
     scale, zero_point = scales_of_rows(scale, index), scales_of_rows(zero_point, index)
     return rows.view(*scale.shape[:-1], -1), scale, zero_point
 
@@ -214,23 +233,32 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, table: Tensor, index: Tensor, qparams: Any, covered: Any, grid: Any, parts: Any, reading: Any,
-        kernels: Any,
+        kernels: Any, note: Any,
     ) -> Any:  # fmt: skip
         # With the range of the extremes, on both sides of a fixed zero, nothing is clipped.
         clips = not covered or grid.affine or not grid.quant_min < 0 < grid.quant_max
         bounds = grid.quant_min, grid.quant_max
-        y, mask = kernels.fake_quantize_lookup(table, index, qparams, bounds, grid.affine, parts, masked=clips)
+        y, mask, _ = kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=clips)
         ctx.save_for_backward(index, mask)
-        ctx.layout = Layout(1, index.numel() * parts, table.shape[1] // parts, 1)
-        ctx.rows, ctx.strides, ctx.reading, ctx.kernels = table.shape[0], y.stride(), reading, kernels
+        ctx.shape, ctx.parts, ctx.reading, ctx.kernels = table.shape, parts, reading, (kernels, active())
+        ctx.note = note
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, mask = ctx.saved_tensors
-        if mask is not None:
-            grad = masked_gradient(grad, mask, ctx.layout, ctx.strides, ctx.kernels)
         padding_idx, by_frequency, sparse = ctx.reading
+        rows, length = ctx.shape
+        lookups, kernels = ctx.kernels
+        if not (sparse or by_frequency) and _has_address(grad):
+            grad = lookups.add_rows(grad.contiguous(), index, mask, ctx.shape, ctx.parts, padding_idx)
+            if ctx.note is not None:
+                ctx.note(grad, index)
+            return grad, *(None,) * 8
+        if mask is not None:
+            layout = Layout(1, index.numel() * ctx.parts, length // ctx.parts, 1)
+            grad = grad.contiguous()
+            grad = masked_gradient(grad, mask, layout, grad.stride(), kernels)
         padding_idx = -1 if padding_idx is None else padding_idx
-        grad = torch.ops.aten.embedding_backward(grad, index, ctx.rows, padding_idx, by_frequency, sparse)
-        return grad, *(None,) * 7
+        grad = torch.ops.aten.embedding_backward.default(grad, index, rows, padding_idx, by_frequency, sparse)
+        return grad, *(None,) * 8

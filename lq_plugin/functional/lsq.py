@@ -101,12 +101,25 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
-        return *_gradients(x, scale, zero_point, grad, ctx.constants, ctx.needs_input_grad[:3]), None
+        return *lsq_gradients(x, scale, zero_point, grad, ctx.constants, ctx.needs_input_grad[:3]), None
 
 
-def _gradients(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, constants: Any, needs: Any
+def lsq_gradients(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grad: Tensor,
+    constants: tuple[int, int, float, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the gradients of x, scale and zero point by torch operations, which have derivatives themselves.
+
+    Args:
+        x, scale, zero_point: of the forward pass.
+        grad: of its result.
+        constants: quant_min, quant_max, gradient_factor, and whether the band is the rounded one.
+        needs: which of the three; the others are None.
+    """
     quant_min, quant_max, factor, by_rounded = constants
     step = scale.abs().clamp(min=MIN_SCALE)
     shift = zero_point.round().clamp(quant_min, quant_max)
@@ -129,7 +142,7 @@ def _gradients(
     return grad_x, grad_scale, grad_zero_point
 
 
-def learned_gradients(
+def _kernel_gradients(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -153,7 +166,7 @@ def learned_gradients(
     known = type(grad) is Tensor and (x.dtype, grad.dtype) in TYPES
     if watched or not known or ops.kernels_for(x) is None:
         # A second derivative, or what cannot be taken by its address.
-        return _gradients(x, scale, zero_point, grad.to(x.dtype), constants, needs)
+        return lsq_gradients(x, scale, zero_point, grad.to(x.dtype), constants, needs)
     *bounds, factor, rounded = constants
     inside, slope, shift = kernels.learned_backward(
         x,
@@ -190,7 +203,7 @@ class _NativeLearned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        found = learned_gradients(x, scale, zero_point, grad, ctx.constants, ctx.layout, needs, ctx.kernels)
+        found = _kernel_gradients(x, scale, zero_point, grad, ctx.constants, ctx.layout, needs, ctx.kernels)
         return *found, *(None,) * 4
 
 

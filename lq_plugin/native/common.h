@@ -107,6 +107,13 @@ inline void narrowed(float x, Half& y) {
 // Of an integer of 8 bits, signed or not: its byte is the same.
 inline void narrowed(float x, uint8_t& y) { y = static_cast<uint8_t>(x != x ? 0 : static_cast<int>(x)); }
 
+// The smallest scale that reaches both bounds with levels on both sides of 0. No branches: loops over it are vectors.
+inline float symmetric_scale(float minimum, float maximum, int quant_min, int quant_max) {
+    const float above = at_least(maximum, 0.0f) / static_cast<float>(quant_max);
+    const float below = at_most(minimum, 0.0f) / static_cast<float>(quant_min);
+    return at_least(below != below || below > above ? below : above, MIN_SCALE);
+}
+
 // qparams_from_bounds of lq_plugin/functional/affine.py.
 inline float scale_of(float minimum, float maximum, int quant_min, int quant_max, bool affine, float& zero_point) {
     minimum = at_most(minimum, 0.0f);
@@ -118,13 +125,19 @@ inline float scale_of(float minimum, float maximum, int quant_min, int quant_max
         return scale;
     }
     zero_point = 0.0f;
-    float scale = 0.0f;
-    if (quant_max > 0) scale = maximum / static_cast<float>(quant_max);
-    if (quant_min < 0) {
-        const float other = minimum / static_cast<float>(quant_min);
-        scale = std::isnan(other) || other > scale ? other : scale;
-    }
+    if (quant_min < 0 && quant_max > 0) return symmetric_scale(minimum, maximum, quant_min, quant_max);
+    const float scale = quant_max > 0 ? maximum / static_cast<float>(quant_max) : minimum / static_cast<float>(quant_min);
     return at_least(scale, MIN_SCALE);
+}
+
+// A learned scale acts by its magnitude, a learned zero point rounded.
+inline Levels levels_of(float scale, float zero_point, int quant_min, int quant_max, bool learned = false) {
+    const float least = static_cast<float>(quant_min), most = static_cast<float>(quant_max);
+    if (learned) {
+        scale = at_least(std::fabs(scale), MIN_SCALE);
+        zero_point = at_most(at_least(std::nearbyintf(zero_point), least), most);
+    }
+    return {1.0f / scale, least - zero_point, most - zero_point, scale};
 }
 
 // Of 16 numbers in any order.

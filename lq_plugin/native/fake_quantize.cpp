@@ -16,30 +16,6 @@ struct Shape {
     int64_t repeats, outer, run, inner;
 };
 
-// Where the scales of a table's rows come from: one for all, one for each part of a row, or the part's own extremes.
-enum Ranges { ONE = 0, GIVEN = 1, OWN = 2 };
-// So many rows before its turn a row is asked of memory.
-constexpr int64_t AHEAD = 8;
-// The rows `index` [count] of table: [rows][parts][n].
-struct Rows {
-    const void* table;
-    const int64_t* index;
-    const float *scale, *zero_point;
-    int64_t count, parts, n;
-    Ranges ranges;
-    bool learned;
-};
-
-// A learned scale acts by its magnitude, a learned zero point rounded.
-inline Levels levels_of(float scale, float zero_point, int quant_min, int quant_max, bool learned = false) {
-    const float least = static_cast<float>(quant_min), most = static_cast<float>(quant_max);
-    if (learned) {
-        scale = at_least(std::fabs(scale), MIN_SCALE);
-        zero_point = at_most(at_least(std::nearbyintf(zero_point), least), most);
-    }
-    return {1.0f / scale, least - zero_point, most - zero_point, scale};
-}
-
 // Inverse, low and high of each scale.
 struct Store {
     std::vector<float> values;
@@ -93,18 +69,6 @@ void lq_fake_quantize_observed(int types, const void* x, void* y, uint16_t* mask
 void lq_fake_quantize_rows(int types, const void* x, void* y, uint16_t* mask, float* scale, float* zero_point, int64_t rows, int64_t n,
                            int quant_min, int quant_max, int affine, int variant, int threads) {
     LQ_DISPATCH(rows_with_ranges(types, x, y, mask, scale, zero_point, rows, n, quant_min, quant_max, affine != 0, threads));
-}
-
-// y: [count][parts][n], the rows `index` [count] of table: [rows][parts][n], whose parts each have a scale. mask may be null.
-// Returns whether each index is one of the table's; y is of no use otherwise.
-int lq_fake_quantize_lookup(int types, const void* table, const int64_t* index, void* y, uint16_t* mask, const float* scale,
-                            const float* zero_point, int64_t rows, int64_t count, int64_t parts, int64_t n, int ranges, int quant_min,
-                            int quant_max, int affine, int learned, int variant, int threads) {
-    for (int64_t i = 0; i < count; ++i)
-        if (index[i] < 0 || index[i] >= rows) return 0;
-    const Rows read{table, index, scale, zero_point, count, parts, n, static_cast<Ranges>(ranges), learned != 0};
-    LQ_DISPATCH(lookup(types, read, y, mask, quant_min, quant_max, affine != 0, threads));
-    return 1;
 }
 
 // low, high: [rows], the extremes of each row of x: [rows][n].

@@ -91,7 +91,10 @@ struct Totals {
         for (double value : lane) all += value;
         return all;
     }
-    Sums sum() const { return {sum(scale), sum(zero_point)}; }
+    template <bool SHIFT>
+    Sums sums() const {
+        return {sum(scale), SHIFT ? sum(zero_point) : 0.0};
+    }
 };
 inline void add(__m256d* totals, __m256 x) {
     totals[0] = _mm256_add_pd(totals[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x)));

@@ -54,7 +54,10 @@ struct Totals {
         for (double value : lane) all += value;
         return all;
     }
-    Sums sum() const { return {sum(scale), sum(zero_point)}; }
+    template <bool SHIFT>
+    Sums sums() const {
+        return {sum(scale), SHIFT ? sum(zero_point) : 0.0};
+    }
 };
 inline void add(__m512d* totals, V x) {
     totals[0] = _mm512_add_pd(totals[0], _mm512_cvtps_pd(_mm512_castps512_ps256(x)));

@@ -167,7 +167,7 @@ inline double error_of_grid(const float* x, int64_t n, const Levels& levels) {
     for (; i + 16 <= n; i += 16) squared_error<ROUNDED>(load(x + i), q, totals);
     // Of the padding nothing is added: zero is a level.
     if (i < n) squared_error<ROUNDED>(load_part(x + i, n - i), q, totals);
-    return totals.sum().scale;
+    return totals.sums<false>().scale;
 }
 
 // LSQ's backward pass over n elements that share a scale; result may be null. Sums in double, 16 lanes, then lane by lane.
@@ -185,5 +185,5 @@ inline Sums learned_span(const X* x, const Y* gradient, X* result, int64_t n, co
         V inside = learned<SHIFT, ROUNDED>(load_part(x + i, n - i), load_part(gradient + i, n - i), q, totals);
         if (result) store_part(result + i, inside, n - i);
     }
-    return totals.sum();
+    return totals.sums<SHIFT>();
 }

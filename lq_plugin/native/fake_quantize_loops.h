@@ -80,36 +80,6 @@ inline void rows_with_ranges(int types, const void* x, void* y, uint16_t* mask, 
 }
 
 template <class X, class Y>
-inline void lookup_of(const Rows& r, void* y_at, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
-    const X* table = static_cast<const X*>(r.table);
-    Y* y = static_cast<Y*>(y_at);
-    const int64_t words = pieces(r.n, 16), length = r.parts * r.n;
-    LQ_PARALLEL(r.count * length)
-    for (int64_t i = 0; i < r.count; ++i) {
-        if (i + AHEAD < r.count) {
-            const int64_t next = r.index[i + AHEAD], line = 64 / static_cast<int64_t>(sizeof(X));
-            for (int64_t at = 0; at < length; at += line) __builtin_prefetch(table + next * length + at);
-            if (r.ranges == GIVEN) __builtin_prefetch(r.scale + next * r.parts), __builtin_prefetch(r.zero_point + next * r.parts);
-        }
-        for (int64_t part = 0; part < r.parts; ++part) {
-            const int64_t place = r.index[i] * r.parts + part, unit = i * r.parts + part, k = r.ranges == ONE ? 0 : place;
-            const X* x = table + place * r.n;
-            float s, z;
-            if (r.ranges == OWN) {
-                const Spread found = extremes(x, r.n);
-                s = scale_of(found.nan ? NAN : found.low, found.nan ? NAN : found.high, quant_min, quant_max, affine, z);
-            } else {
-                s = r.scale[k], z = r.zero_point[k];
-            }
-            span(x, y + unit * r.n, mask ? mask + unit * words : nullptr, r.n, levels_of(s, z, quant_min, quant_max, r.learned));
-        }
-    }
-}
-inline void lookup(int types, const Rows& r, void* y, uint16_t* mask, int quant_min, int quant_max, bool affine, int threads) {
-    LQ_BY_TYPES(types, lookup_of, r, y, mask, quant_min, quant_max, affine, threads);
-}
-
-template <class X, class Y>
 inline void row_extremes_of(const void* x, float* low, float* high, int64_t rows, int64_t n, int threads) {
     LQ_PARALLEL(rows * n)
     for (int64_t row = 0; row < rows; ++row) {

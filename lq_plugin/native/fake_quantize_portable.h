@@ -66,9 +66,10 @@ inline void keep(const uint16_t* x, uint16_t* y, unsigned bits) {
 }
 struct Totals {
     double scale[16] = {}, zero_point[16] = {};
-    Sums sum() const {
+    template <bool SHIFT>
+    Sums sums() const {
         Sums all{0.0, 0.0};
-        for (int i = 0; i < 16; ++i) all.scale += scale[i], all.zero_point += zero_point[i];
+        for (int i = 0; i < 16; ++i) all.scale += scale[i], all.zero_point += SHIFT ? zero_point[i] : 0.0;
         return all;
     }
 };

@@ -181,7 +181,6 @@ class Kernels(CompiledKernels):
                 NUMBER, *[POINTER] * 5, SIZE, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
             ],
             "lq_fake_quantize_rows": [NUMBER, *[POINTER] * 5, SIZE, SIZE, *[NUMBER] * 5],
-            "lq_fake_quantize_lookup": [NUMBER, *[POINTER] * 6, *[SIZE] * 4, *[NUMBER] * 7],
             "lq_row_extremes": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
             "lq_qparams": [NUMBER, *[POINTER] * 3, SIZE, *[NUMBER] * 5],
             "lq_passed_gradient": [NUMBER, *[POINTER] * 5, SIZE, *[NUMBER] * 4],
@@ -190,7 +189,7 @@ class Kernels(CompiledKernels):
             "lq_keep": [NUMBER, *[POINTER] * 2, SIZE, SIZE, NUMBER, NUMBER],
             "lq_learned_backward": [NUMBER, *[POINTER] * 7, *[SIZE] * 3, *[NUMBER] * 5],
         }  # fmt: skip
-        super().__init__(library("fake_quantize"), functions, variant, returning={"lq_fake_quantize_lookup"})
+        super().__init__(library("fake_quantize"), functions, variant)
 
     def fake_quantize(
         self,
@@ -278,38 +277,6 @@ class Kernels(CompiledKernels):
         function.argtypes = [NUMBER, *[POINTER] * 3, *[SIZE] * 3, ctypes.POINTER(BlockRule), NUMBER, NUMBER]
         function.restype = None
         return function
-
-    def fake_quantize_lookup(
-        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
-        affine: bool, parts: int, masked: bool, learned: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Returns rows of a quantized table and, if `masked`, the bits of what was not clipped, in `[n · parts]` runs.
-
-        Args:
-            table: `[rows, length]`, contiguous, that `accepts` holds for.
-            index: int64, contiguous.
-            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each
-                part.
-            parts: into which each row is divided, of equal length.
-            learned: as in `fake_quantize`.
-
-        Raises:
-            IndexError: an index is outside the table.
-        """
-        rows, length = table.shape
-        y = torch.empty(*index.shape, length, dtype=table.dtype)
-        mask = new_mask(y, Layout(1, index.numel() * parts, length // parts, 1), masked)
-        scale, zero_point = qparams or (None, None)
-        ranges = 2 if scale is None else int(scale.numel() > 1)
-        found = self._library.lq_fake_quantize_lookup(
-            TYPES[table.dtype, y.dtype],
-            table.data_ptr(), index.data_ptr(), y.data_ptr(), address(mask), address(scale), address(zero_point),
-            rows, index.numel(), parts, length // parts, ranges, *bounds, affine, learned, self._number,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if not found:
-            raise IndexError(f"index out of range: the table has {rows} rows, got {index.min()}..{index.max()}")
-        return y, mask
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Returns the extremes, float32 `[rows]`, of each of the `rows` equal parts of contiguous `x`; a NaN stays."""

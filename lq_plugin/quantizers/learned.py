@@ -29,6 +29,8 @@ class LSQWeightQuantizer(WeightQuantizer):
     """Learned step size of a weight, one per scale (see `lq_plugin.functional.lsq`)."""
 
     no_weight_decay = ("scale", "zero_point")
+    #: Whether scales of rows have sparse gradients where their table has: what steps them must take such.
+    sparse_gradients = False
 
     def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, self.scale_shape))
@@ -75,6 +77,7 @@ class LSQWeightQuantizer(WeightQuantizer):
                 self.gradient_factor,
                 _band(self.spec),
                 reading,
+                self.sparse_gradients,
             )
             if done is not None:
                 return done

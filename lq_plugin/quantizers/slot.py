@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +47,11 @@ class SlotQuantizer(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        buffers, written = self._buffers, None
-        with suppress(RuntimeError):  # made in inference mode, where torch does not count
+        buffers = self._buffers
+        try:
             written = sum([buffer._version for name in self.switches if (buffer := buffers.get(name)) is not None])
+        except RuntimeError:  # made in inference mode, where torch does not count
+            written = None
         if (written is None or written != self._written) and not buffers[self.switches[0]].is_meta:  # type: ignore[union-attr]
             self._read_switches()
             self._written = written

@@ -1,8 +1,9 @@
 """Extremes of a table that optimizers write to row by row: after a step the rows of its gradient are looked at alone.
 
-Of a sparse gradient some optimizers of torch write to no row but those that it names. What else writes to the table
-counts its version up by one more, and the whole table is looked at again. Writes through `.data` go unseen until
-`train()` or `eval()` is called, but for those that change one of the rows that are read next.
+Of a sparse gradient, or a dense one of which it is known which rows were read, some optimizers of torch write to no row
+but those. What else writes to the table counts its version up by one more, and the whole table is looked at again.
+Writes through `.data` go unseen until `train()` or `eval()` is called, but for those that change one of the rows that
+are read next.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lq_plugin.functional.affine import extremes
+from lq_plugin.native.lookup import lookup_kernels
 
 #: Rows, of those that are read, that are compared with what is known of them.
 COMPARED = 64
@@ -28,15 +30,19 @@ class RowExtremes:
 
     Args:
         table: `[rows, columns]`, a leaf.
+        sparse: its gradients are; those of others are followed once a step has shown that they can be.
     """
 
     low: Tensor
     high: Tensor
-    bounds: tuple[Tensor, Tensor]
+    bounds: Tensor
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Tensor, sparse: bool) -> None:
         self._table = weakref.ref(table)
         self._state: tuple[int, int] | None = None
+        self._followed = sparse
+        # Its memory is held until the step, that no other gradient is taken for it.
+        self._dense: tuple[torch.UntypedStorage, Tensor] | None = None
         _FOLLOWED.add(self)
         _watch_steps()
 
@@ -48,35 +54,57 @@ class RowExtremes:
         return self._table() is table
 
     @torch.no_grad()
-    def of(self, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the extremes of the table now, each of no dims.
+    def of(self, table: Tensor, index: Tensor) -> Tensor | None:
+        """Returns the extremes of the table now, float32 `[2]`; None where to look at all of it takes as long each time.
 
         Args:
             table: that it follows.
             index: of the rows that are read, one-dimensional.
         """
         if self._state != _state(table) or not self._knows(table, index[:COMPARED]):
+            if not self._followed:
+                return None
             self.low, self.high = _extremes(table)
-            self.bounds = self.low.amin(), self.high.amax()
+            self.bounds = torch.stack((self.low.amin(), self.high.amax()))
             self._state = _state(table)
         return self.bounds
 
     def _knows(self, table: Tensor, index: Tensor) -> bool:
+        if (kernels := lookup_kernels(table, index)) is not None:
+            return kernels.knows_rows(table, index, self.low, self.high)
         low, high = _extremes(table[index])
         return torch.equal(low, self.low[index]) and torch.equal(high, self.high[index])
+
+    def note(self, gradient: Tensor, index: Tensor) -> None:
+        """Takes a dense gradient of the table that is 0 but for the rows at `index`."""
+        self._dense = gradient.untyped_storage(), index
+
+    def _rows_of(self, gradient: Tensor) -> Tensor | None:
+        """Returns which rows of a gradient may not be 0, one-dimensional; None where nobody knows."""
+        if gradient.is_sparse:
+            return gradient._indices()[0]
+        if self._dense is None or gradient._version or gradient.data_ptr() != self._dense[0].data_ptr():
+            return None
+        return self._dense[1].reshape(-1)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at the rows that a step has written to, if it is known which."""
         table = self._table()
-        if table is None or self._state is None or (gradient := table.grad) is None or not gradient.is_sparse:
+        if table is None or (gradient := table.grad) is None or (group := _group_of(optimizer, table)) is None:
             return
-        place, version = self._state
-        if _state(table) != (place, version + 1) or not _writes_rows_alone(optimizer, table):
-            return
-        rows = gradient._indices()[0]
-        if not rows.numel():  # a batch of nothing but padding
-            self._state = place, version + 1
+        rows = self._rows_of(gradient) if _writes_rows_alone(optimizer, group) else None
+        self._dense = None
+        if rows is not None and self._state is not None and _state(table) == (self._state[0], self._state[1] + 1):
+            if rows.numel():  # else a batch of nothing but padding
+                self._look_again(table, rows)
+            self._state = _state(table)
+        else:
+            self._followed, self._state = gradient.is_sparse or rows is not None, None
+
+    def _look_again(self, table: Tensor, rows: Tensor) -> None:
+        if (kernels := lookup_kernels(table, rows)) is not None:
+            kernels.follow_rows(table, rows, self.low, self.high, self.bounds)
             return
         old_low, old_high = self.low[rows], self.high[rows]
         self.low[rows], self.high[rows] = low, high = _extremes(table[rows])
@@ -84,11 +112,10 @@ class RowExtremes:
         # Where a row that held an extreme (or a NaN) has let go of it, all rows are asked.
         let_go = ~(old_low > lowest) & ~(low <= lowest), ~(old_high < highest) & ~(high >= highest)
         some_low, some_high = torch.stack([part.any() for part in let_go]).tolist()
-        self.bounds = (
+        self.bounds = torch.stack((
             self.low.amin() if some_low else torch.minimum(lowest, low.amin()),
             self.high.amax() if some_high else torch.maximum(highest, high.amax()),
-        )
-        self._state = place, version + 1
+        ))  # fmt: skip
 
 
 #: Those that live.
@@ -106,14 +133,17 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         followed.after_step(optimizer)
 
 
-def _writes_rows_alone(optimizer: Optimizer, table: Tensor) -> bool:
-    """Returns whether a step writes to the rows of the table's sparse gradient and to no other, in one operation."""
-    for group in optimizer.param_groups:
-        if any(parameter is table for parameter in group["params"]):
-            # With momentum a row goes on moving that was read earlier.
-            plain = type(optimizer) is SGD and not group["momentum"] and not group["weight_decay"]
-            return plain or type(optimizer) in (SparseAdam, Adagrad)
-    return False
+def _group_of(optimizer: Optimizer, table: Tensor) -> dict[str, Any] | None:
+    found = (group for group in optimizer.param_groups if any(parameter is table for parameter in group["params"]))
+    return next(found, None)
+
+
+def _writes_rows_alone(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Returns whether a step writes to rows of a table whose gradient is not 0 and to no other, in one operation."""
+    if type(optimizer) is SparseAdam:
+        return True
+    # With momentum a row goes on moving that was read earlier, with weight decay all do.
+    return type(optimizer) in (SGD, Adagrad) and not group.get("momentum") and not group["weight_decay"]
 
 
 def _state(table: Tensor) -> tuple[int, int]:
@@ -122,4 +152,4 @@ def _state(table: Tensor) -> tuple[int, int]:
 
 def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     low, high = extremes(rows, (rows.shape[0], 1))
-    return low.view(-1), high.view(-1)
+    return low.view(-1).float(), high.view(-1).float()

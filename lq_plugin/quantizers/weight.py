@@ -192,7 +192,7 @@ class WeightQuantizer(Quantizer):
         self.follow_buffers()
         if self.collector is not None or not self._enabled or self.is_suspended:
             return False
-        if self._forward_hooks or self._forward_pre_hooks or self.lacks_range:
+        if self._forward_hooks or self._forward_pre_hooks or (self.needs_calibration and not self._calibrated):
             return False
         # What trains a scale is what trains its rows, before it is divided by how often they are read.
         return self._rows_are_independent() and not (reading.scale_grad_by_freq and self.spec.learned)
@@ -214,8 +214,8 @@ class WeightQuantizer(Quantizer):
         elif isinstance(group, PerTensor):
             qparams = self._qparams_of(weight, index, reading)
         if self.takes_kernels and self.rounds_to_nearest:
-            covered = self.live and not self._fixed
-            done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered)
+            covered, note = self.live and not self._fixed, None if self._rows is None else self._rows.note
+            done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered, note=note)
             if done is not None:
                 return done
         rows = read_rows(weight, index.reshape(-1), reading)
@@ -234,11 +234,12 @@ class WeightQuantizer(Quantizer):
         if self.training:
             if not self.takes_kernels:
                 return self.qparams(weight)
-            if not (reading.sparse and weight.is_leaf and torch.is_grad_enabled()):
-                return self._shaped(qparams_of(weight, self._grid))
-            if self._rows is None or not self._rows.is_of(weight):
-                self._rows = RowExtremes(weight)
-            return self._shaped(qparams_from_bounds(*self._rows.of(weight, index.reshape(-1)), self._grid))
+            bounds = None
+            if weight.is_leaf and torch.is_grad_enabled():
+                if self._rows is None or not self._rows.is_of(weight):
+                    self._rows = RowExtremes(weight, reading.sparse)
+                bounds = self._rows.of(weight, index.reshape(-1))
+            return self._shaped(qparams_of(weight if bounds is None else bounds, self._grid))
         state = weight.data_ptr(), weight._version
         if self._last is None or self._last[0] != state:
             with torch.inference_mode(False):  # of use outside of it also

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lq_plugin import CalibrationError, calibrate, prepare
 from lq_plugin.functional.lookup import Reading
-from lq_plugin.native import use_native
+from lq_plugin.native import available, use_native
 from lq_plugin.quantizers import sparse_rows
 from lq_plugin.quantizers.base import Suspension
 
@@ -262,6 +262,59 @@ def test_one_scale_of_a_table_follows_whatever_else_writes_to_it():
         assert twin[0].weight_quantizer._rows is None
         assert sparse_step(twin, torch.optim.SGD(twin.parameters(), 0.3), 1)
     assert sparse_step(net, optimizer, 2)
+
+
+DENSE = OPTIMIZERS | {
+    "Adam": lambda p: torch.optim.Adam(p, 0.1),
+    "SGD, weight decay": lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.1),
+}
+BY_ALL = ("SGD, momentum", "Adam", "SGD, weight decay")
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "SparseAdam"])
+def test_one_scale_of_a_table_follows_the_rows_of_dense_gradients(name, monkeypatch):
+    """Where an optimizer writes to rows that were read alone; a gradient that more was added to is another matter."""
+    looked, extremes = [], sparse_rows.extremes
+    monkeypatch.setattr(sparse_rows, "extremes", lambda x, shape: looked.append(len(x)) or extremes(x, shape))
+    net = table("int8").train()
+    optimizer = DENSE[name](net.parameters())
+    assert all(sparse_step(net, optimizer, seed) for seed in range(40))
+    assert looked.count(20) == (0 if name in BY_ALL else 1)
+    weight, first, second = net[0].weight, torch.tensor([[1, 2]]), torch.tensor([[17, 18]])
+    for losses in (
+        [lambda: net(first).square().sum() + 0.1 * weight.square().sum()],  # all rows are written to
+        [lambda: net(first).square().sum(), lambda: 0.1 * weight.square().sum()],
+        [lambda: net(first).square().sum() - net(second).square().sum()],
+        [lambda: net(first).square().sum(), lambda: -net(second).square().sum()],
+        [lambda: net(first).square().sum(), lambda: 0 * torch.nn.utils.clip_grad_norm_([weight], 0.01) + weight.sum()],
+    ):
+        for _ in range(3):
+            optimizer.zero_grad()
+            for loss in losses:
+                loss().backward()
+            optimizer.step()
+            assert sparse_step(net, optimizer, 3)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("spec", ["int4 per_channel lsq", "int4 group4 affine lsq"])
+def test_learned_scales_have_sparse_gradients_where_they_are_wanted(spec, padding_idx):
+    nets = [table(spec, sparse=True, padding_idx=padding_idx).train() for _ in range(2)]
+    nets[0][0].weight_quantizer.sparse_gradients = True
+    for net in nets:
+        for _ in range(2):  # they add up
+            net(INDEX).square().sum().backward()
+    learned = [{name: p.grad for name, p in net.named_parameters() if "quantizer" in name} for net in nets]
+    assert len(learned[0]) == (2 if "affine" in spec else 1)
+    for name, gradient in learned[0].items():
+        assert gradient.is_sparse == available()
+        torch.testing.assert_close(gradient.to_dense(), learned[1][name], rtol=1e-5, atol=1e-6)
+        assert padding_idx is None or not gradient.to_dense()[padding_idx].any()
+    for net in nets:
+        torch.optim.SGD(net.parameters(), 0.1).step()
+    for mine, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])

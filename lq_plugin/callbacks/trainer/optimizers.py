@@ -20,6 +20,7 @@ from lq_plugin.layers import weight_sources
 from lq_plugin.model.operations.quantized import quantized_operations
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.quantizers import Quantizer
+from lq_plugin.quantizers.learned import LSQWeightQuantizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -183,6 +184,17 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule, stages_de
         _move(trainer, index, group, parameters, decay_free)
         result.clones.setdefault(index, []).append(group)
     result.own.extend(RangeOptimizer(trainer.optimizers[index], parameters) for index, parameters in own.items())
+    for _, layer in quantized_layers(pl_module):
+        if getattr(layer, "sparse", False) is True and layer.weight_quantizer is not None:
+            for stage in layer.weight_quantizer.stages():
+                if isinstance(stage, LSQWeightQuantizer):
+                    # Where one optimizer steps a table and its ranges, it takes sparse gradients of both.
+                    owners = {
+                        place and place[0]
+                        for part in (*weight_sources(layer), stage.scale)
+                        for place in [_find(trainer.optimizers, part)]
+                    }
+                    stage.sparse_gradients = len(owners) == 1 and None not in owners
     return result
 
 

@@ -1,0 +1,206 @@
+"""`lookup.cpp` for tensors: rows of a table, quantized as they are read, and what training adds to them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lq_plugin.native.build import library
+from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.layouts import Layout, accepts, new_mask
+from lq_plugin.native.ops import is_watched
+from lq_plugin.native.switch import active
+from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
+
+_ONE, _GIVEN, _OWN = range(3)
+#: `Lookup` of lookup.cpp.
+_LOOKUP = struct.Struct("21q")
+#: `LearnedRows` of lookup.cpp.
+_LEARNED = struct.Struct("9qd12q")
+
+
+class Taken(NamedTuple):
+    """Copies of what was read: `[count, length]` rows, and float32 `[count · parts, 1]` scales and zero points."""
+
+    rows: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class LookupKernels(CompiledKernels):
+    """The compiled library; addresses are taken without more checks, see `lookup_kernels`.
+
+    Args:
+        variant: see `CompiledKernels`.
+
+    Raises:
+        NativeError: it cannot be compiled, or the processor does not run the variant.
+    """
+
+    def __init__(self, variant: str | None = None) -> None:
+        functions = {
+            "lq_lookup": [ctypes.c_char_p],
+            "lq_learned_rows": [ctypes.c_char_p],
+            "lq_add_rows": [NUMBER, *[POINTER] * 4, *[SIZE] * 4, NUMBER, NUMBER],
+            "lq_rows_known": [NUMBER, POINTER, POINTER, SIZE, SIZE, POINTER, POINTER, NUMBER],
+            "lq_follow_rows": [NUMBER, POINTER, POINTER, *[SIZE] * 3, *[POINTER] * 3, NUMBER],
+        }
+        super().__init__(library("lookup"), functions, variant, returning={"lq_lookup", "lq_rows_known"})
+
+    def look_up(
+        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
+        affine: bool, parts: int, masked: bool, learned: bool = False, taken: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Taken | None]:  # fmt: skip
+        """Returns rows of a quantized table; the bits of what was not clipped, in runs of a part; copies of what was read.
+
+        Args:
+            table: `[rows, length]`.
+            index: of the rows, of any shape.
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each
+                part.
+            bounds: quant_min and quant_max.
+            affine: the grid has a zero point.
+            parts: into which each row is divided, of equal length.
+            masked: return the mask; else it is None.
+            learned: as in `Kernels.fake_quantize`.
+            taken: return the copies; else they are None.
+
+        Raises:
+            IndexError: an index is outside the table.
+        """
+        rows, length = table.shape
+        count, run = index.numel(), length // parts
+        y = torch.empty((*index.shape, length), dtype=table.dtype)
+        mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
+        copies = None
+        if taken:
+            scales = torch.empty(2, count * parts, 1, dtype=torch.float32)
+            copies = Taken(torch.empty((count, length), dtype=table.dtype), scales[0], scales[1])
+        scale, zero_point = qparams or (None, None)
+        found = self._library.lq_lookup(_LOOKUP.pack(
+            TYPES[table.dtype, table.dtype],
+            table.data_ptr(), index.data_ptr(), y.data_ptr(), 0 if mask is None else mask.data_ptr(),
+            0 if scale is None else scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr(),
+            *((0, 0, 0) if copies is None else [part.data_ptr() for part in copies]),
+            rows, count, parts, run, _OWN if scale is None else _GIVEN if scale.numel() > 1 else _ONE, *bounds, affine,
+            learned, self._number, torch.get_num_threads(),
+        ))  # fmt: skip
+        if not found:
+            raise IndexError(f"index out of range: the table has {rows} rows, got {index.min()}..{index.max()}")
+        return y, mask, copies
+
+    def add_rows(
+        self, gradient: Tensor, index: Tensor, mask: Tensor | None, shape: tuple[int, ...], parts: int,
+        padding_idx: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Returns the dense gradient of a table by that of the rows that were read, whose sums are in order of reading.
+
+        Args:
+            gradient: contiguous, as many elements as `index` reads.
+            index: of the rows.
+            mask: of `look_up`; what was clipped has no gradient.
+            shape: of the table, `[rows, ...]`.
+            parts: of a row, as in `look_up`.
+            padding_idx: the row that has none.
+        """
+        sums = torch.zeros(shape, dtype=gradient.dtype)
+        self._library.lq_add_rows(
+            TYPES[gradient.dtype, gradient.dtype],
+            gradient.data_ptr(), index.data_ptr(), address(mask), sums.data_ptr(),
+            index.numel(), parts, sums.numel() // (shape[0] * parts), -1 if padding_idx is None else padding_idx,
+            self._number, torch.get_num_threads(),
+        )  # fmt: skip
+        return sums
+
+    def learned_gradients(
+        self, gradient: Tensor, index: Tensor, taken: Taken, constants: tuple[int, int, float, bool],
+        shapes: tuple[torch.Size, torch.Size], parts: int, sparse: tuple[bool, bool], needs: tuple[bool, bool, bool],
+        padding_idx: int | None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Returns the gradients of a table, its scales and its zero points (LSQ): dense, or of each row that was read.
+
+        Args:
+            gradient: of the rows, contiguous.
+            index: of the rows.
+            taken: of `look_up`.
+            constants: quant_min, quant_max, gradient_factor, and whether the band is the rounded one.
+            shapes: of the table and of the scales.
+            parts: of a row, as in `look_up`.
+            sparse: whether that of the table, and those of the ranges, are to be of each row that was read.
+            needs: which of the three; the others are None, but for that of the scales.
+            padding_idx: the row that has none.
+        """
+        (table, ranges), count = shapes, index.numel()
+        one = ranges.numel() == 1
+        result: list[Tensor | None] = [None, None, None]
+        if needs[0]:
+            dtype = gradient.dtype
+            result[0] = torch.empty(count, table[1], dtype=dtype) if sparse[0] else torch.zeros(table, dtype=dtype)
+        for part in (1, 2) if needs[2] else (1,):
+            as_read = sparse[1] and not one
+            shape = (count, *ranges[1:]) if as_read else ranges
+            result[part] = torch.zeros(shape, dtype=torch.float32)
+        quant_min, quant_max, factor, rounded = constants
+        self._library.lq_learned_rows(_LEARNED.pack(
+            TYPES[gradient.dtype, gradient.dtype],
+            gradient.data_ptr(), taken.rows.data_ptr(), index.data_ptr(), taken.scale.data_ptr(),
+            taken.zero_point.data_ptr(), *(0 if part is None else part.data_ptr() for part in result),
+            factor, count, parts, table[1] // parts, -1 if padding_idx is None else padding_idx, quant_min, quant_max,
+            rounded, one, not sparse[0], not sparse[1], self._number, torch.get_num_threads(),
+        ))  # fmt: skip
+        return result
+
+    def knows_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor) -> bool:
+        """Returns whether these are the extremes of some rows; False where one has a NaN.
+
+        Args:
+            table: `[rows, length]`.
+            index: of rows of it, one-dimensional.
+            low, high: float32 `[rows]`.
+        """
+        return bool(self._library.lq_rows_known(
+            TYPES[table.dtype, table.dtype],
+            table.data_ptr(), index.data_ptr(), index.numel(), table.shape[1], low.data_ptr(), high.data_ptr(),
+            self._number,
+        ))  # fmt: skip
+
+    def follow_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor, bounds: Tensor) -> None:
+        """Looks at some rows again, and at all where one of them has let go of an extreme.
+
+        Args:
+            table: `[rows, length]`.
+            index: of rows of it, one-dimensional.
+            low, high: float32 `[rows]`, extremes of each row, changed in place.
+            bounds: float32 `[2]`, extremes of all, changed in place.
+        """
+        self._library.lq_follow_rows(
+            TYPES[table.dtype, table.dtype],
+            table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
+            high.data_ptr(), bounds.data_ptr(), self._number,
+        )  # fmt: skip
+
+
+def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:
+    """Returns the kernels where they may stand in for torch operations that read a table; None elsewhere.
+
+    Args:
+        table: `[rows, length]`.
+        index: of rows of it, of any shape.
+    """
+    if torch.compiler.is_compiling() or type(index) is not Tensor or index.dtype != torch.int64:
+        return None
+    if not (index.is_cpu and table.is_cpu and index.is_contiguous() and index.numel()):
+        return None
+    if is_watched(table) or not accepts(table) or not table.is_contiguous() or not table.numel():
+        return None
+    return None if active() is None else _compiled()
+
+
+@functools.cache
+def _compiled() -> LookupKernels:
+    return LookupKernels()
