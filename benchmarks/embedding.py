@@ -79,7 +79,7 @@ def step_of(net: Net, index: torch.Tensor, target: torch.Tensor) -> Callable[[],
 
 
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds of a call, turn by turn: what runs again and again finds the processor's caches as it left them."""
+    """Returns seconds of a call, turn by turn: what runs again and again finds the caches as it left them."""
     calls = {}
     for name, function in functions.items():
         function()

@@ -140,9 +140,7 @@ def fake_quantize_learned_rows(
     return y
 
 
-def _kernels_and_parts(
-    table: Tensor, index: Tensor, granularity: Granularity
-) -> tuple[LookupKernels | None, int]:
+def _kernels_and_parts(table: Tensor, index: Tensor, granularity: Granularity) -> tuple[LookupKernels | None, int]:
     """Returns the kernels that can look up in a table, and into how many runs with a scale they divide its rows."""
     kernels = lookup_kernels(table, index)
     if kernels is None or not isinstance(granularity, PerGroup):

@@ -56,7 +56,7 @@ class LookupKernels(CompiledKernels):
         self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
         affine: bool, parts: int, masked: bool, learned: bool = False, taken: bool = False,
     ) -> tuple[Tensor, Tensor | None, Taken | None]:  # fmt: skip
-        """Returns rows of a quantized table; the bits of what was not clipped, in runs of a part; copies of what was read.
+        """Returns rows of a quantized table; bits of what was not clipped, in runs of a part; copies of what was read.
 
         Args:
             table: `[rows, length]`.

@@ -55,7 +55,7 @@ class RowExtremes:
 
     @torch.no_grad()
     def of(self, table: Tensor, index: Tensor) -> Tensor | None:
-        """Returns the extremes of the table now, float32 `[2]`; None where to look at all of it takes as long each time.
+        """Returns the extremes of the table now, float32 `[2]`; None where all of it has to be looked at each time.
 
         Args:
             table: that it follows.

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lq_plugin import QAT
 from lq_plugin.callbacks import qat as qat_module
 from lq_plugin.model.prepare import quantizers
+from lq_plugin.native import available
 from tests.callbacks.conftest import Module, ResumableLoader
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The dirpath has changed")]
@@ -214,3 +215,44 @@ def test_a_configure_optimizers_of_the_instance_stays_its_own(trainer, data):
         trainer(QAT("w4 lsq a4 lsq")).fit(broken, datamodule=data)
     assert "configure_optimizers" not in broken.__dict__
     assert len(ranges(broken)) == 9
+
+
+class Table(L.LightningModule):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.table, self.head = torch.nn.Embedding(20, 8, sparse=True), torch.nn.Linear(8, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.table(batch[0])).square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return self.kind([self.table.weight], 0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.SparseAdam])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+def test_scales_of_a_sparse_table_have_sparse_gradients(kind, trainer):
+    """Where its own optimizer steps them, which is not SparseAdam: that one gets no ranges."""
+    seen, scales = set(), []
+    for dense in (False, True):
+
+        class Look(L.Callback):
+            def on_after_backward(self, trainer, pl_module, dense=dense):
+                seen.add((dense, pl_module.table.weight_quantizer.scale.grad.is_sparse))
+
+            def on_train_start(self, trainer, pl_module, dense=dense):
+                pl_module.table.weight_quantizer.sparse_gradients &= not dense
+
+        module = Table(kind)
+        index = torch.randint(0, 20, (16, 3), generator=torch.Generator().manual_seed(0))
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(index), batch_size=4)
+        qat = QAT({"rules": [{"match": "table", "weight": "int4 per_channel lsq"}]})
+        trainer(qat, Look()).fit(module, loader, loader)
+        scales.append(module.table.weight_quantizer.scale.detach())
+    assert seen == {(False, kind is torch.optim.SGD), (True, False)}
+    torch.testing.assert_close(*scales)
