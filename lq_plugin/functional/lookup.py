@@ -184,12 +184,12 @@ class _LearnedLookedUp(torch.autograd.Function):
             return grads[0], grads[1] if needs[1] else None, grads[2], *(None,) * 6
         # The values that were read then, with the way back to where they come from.
         now = _taken(table, scale, zero_point, index)
-        rows, *qparams = [
+        rows, scales, zero_points = [
             value.view(fresh.shape) + (fresh - fresh.detach()) for value, fresh in zip(values, now, strict=True)
         ]
         if padding_idx is not None:
             grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0.0)
-        found = lsq_gradients(rows, *qparams, grad.reshape(rows.shape), constants, needs)
+        found = lsq_gradients(rows, scales, zero_points, grad.reshape(rows.shape), constants, needs)
         padding_idx = -1 if padding_idx is None else padding_idx
         grads = [
             part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LookupKernels(CompiledKernels):
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        functions = {
+        functions: dict[str, list[Any]] = {
             "lq_lookup": [ctypes.c_char_p],
             "lq_learned_rows": [ctypes.c_char_p],
             "lq_add_rows": [NUMBER, *[POINTER] * 4, *[SIZE] * 4, NUMBER, NUMBER],
