@@ -25,6 +25,7 @@ from lq_plugin.layers.product import Convolution, product, product_gradients
 from lq_plugin.native.kernels import FakeQuantizeKernels
 from lq_plugin.native.layouts import Layout
 from lq_plugin.native.ops import kernels_for, laid_out
+from lq_plugin.native.workspace import workspace_like
 from lq_plugin.quantizers import ActivationQuantizer
 
 
@@ -45,15 +46,22 @@ class _Rounding(NamedTuple):
     kernels: FakeQuantizeKernels
 
     def once(self, x: Tensor, masked: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns rounded `x` and the mask, where one is wanted, and takes in the extremes."""
-        bounds = self.grid.quant_min, self.grid.quant_max
+        """Returns rounded `x`, in a workspace, and the mask, where one is wanted, and takes in the extremes."""
+        qparams, bounds, out = (
+            (self.scale, self.zero_point),
+            (self.grid.quant_min, self.grid.quant_max),
+            workspace_like(x),
+        )
         if self.extremes is None:
-            return self.kernels.fake_quantize(x, self.scale, self.zero_point, bounds, _whole(x), masked)
-        return self.kernels.fake_quantize_observed(x, self.scale, self.zero_point, bounds, *self.extremes, masked)
+            return self.kernels.fake_quantize(x, *qparams, bounds, _whole(x), masked, out=out)
+        return self.kernels.fake_quantize_observed(x, *qparams, bounds, *self.extremes, masked, out=out)
 
     def again(self, x: Tensor) -> Tensor:
-        """Returns rounded `x`, with its gradient where gradients are on."""
-        return fake_quantize(x, self.scale, self.zero_point, self.grid)
+        """Returns rounded `x`: with its gradient where gradients are on, else in a workspace."""
+        if torch.is_grad_enabled() or kernels_for(x) is not self.kernels:
+            return fake_quantize(x, self.scale, self.zero_point, self.grid)
+        bounds, out = (self.grid.quant_min, self.grid.quant_max), workspace_like(x)
+        return self.kernels.fake_quantize(x, self.scale, self.zero_point, bounds, _whole(x), False, out=out)[0]
 
 
 class _Product(torch.autograd.Function):

@@ -69,6 +69,7 @@ class FakeQuantizeKernels(Protocol):
         masked: bool,
         learned: bool = False,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped.
 
@@ -81,6 +82,7 @@ class FakeQuantizeKernels(Protocol):
             layout: of both along x.
             learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
             dtype: of the result: that of `x` (None), or a smaller one where that is float32.
+            out: takes the result, of the shape and strides of `x`; None: new memory.
         """
 
     def fake_quantize_observed(
@@ -93,6 +95,7 @@ class FakeQuantizeKernels(Protocol):
         high: Tensor,
         masked: bool,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
 
@@ -102,7 +105,7 @@ class FakeQuantizeKernels(Protocol):
             bounds: quant_min and quant_max.
             low, high: float32, one element each.
             masked: return the mask; else it is None.
-            dtype: of the result, as in `fake_quantize`.
+            dtype, out: of the result, as in `fake_quantize`.
         """
 
     def fake_quantize_rows(
@@ -201,8 +204,9 @@ class Kernels(CompiledKernels):
         masked: bool,
         learned: bool = False,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
         self._library.lq_fake_quantize(
             TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
@@ -221,8 +225,10 @@ class Kernels(CompiledKernels):
         high: Tensor,
         masked: bool,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, Layout(1, 1, x.numel(), 1), masked)
+        whole = Layout(1, 1, x.numel(), 1)
+        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, whole, masked)
         self._library.lq_fake_quantize_observed(
             TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,

@@ -230,8 +230,9 @@ class TritonKernels:
         masked: bool,
         learned: bool = False,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, learned=learned)
         return y, mask
 
@@ -245,9 +246,10 @@ class TritonKernels:
         high: Tensor,
         masked: bool,
         dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         layout = Layout(1, 1, x.numel(), 1)
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
+        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
         programs = tile_sizes(layout)[0]
         lows, highs = torch.empty(2, programs, dtype=torch.float32, device=x.device)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(lows, highs), observed=True)

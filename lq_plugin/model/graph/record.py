@@ -10,7 +10,7 @@ call, not a functional one. The result is plain data without tensors, made from 
     [call.name for call in recording.functional_calls]      # ['layer1.0.add_0', ...]
 
 Tensors are followed by storage, not by `id`: views share their producer, an in-place write makes
-a new one, and everything is kept alive for the length of the pass, so nothing is mistaken for
+a new one, and the storages' keys are kept, not their content, so nothing is mistaken for
 something freed. Unseen are calls into scripted functions and C++ extensions, and what metrics and frozen
 teachers compute (`lq_plugin.model.aside`), which are no part of the model.
 """
@@ -45,7 +45,14 @@ from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
 from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, UNARY, normalize
 from lq_plugin.model.graph.recording import Call, Recording, Source
-from lq_plugin.model.graph.tensor_identity import geometry_of, leading_size, storage_of, tensors_of, version_of
+from lq_plugin.model.graph.tensor_identity import (
+    geometry_of,
+    identity_of,
+    leading_size,
+    storage_of,
+    tensors_of,
+    version_of,
+)
 from lq_plugin.quantizers import SlotQuantizer
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
@@ -124,7 +131,7 @@ def without_compile() -> Iterator[None]:
 
 
 class _Value(NamedTuple):
-    """The value that a storage holds now; `holder` keeps the storage alive, so that its key stays its own."""
+    """The value that a storage holds now; `holder` keeps its key from being given to another."""
 
     holder: Any
     producer: int | None
@@ -314,7 +321,7 @@ class _Recorder(TorchFunctionMode):
         if not written and op in COPIES and not sources[0].parameters:
             original = self._values[storage_of(inputs[0])[0]]
             for t in outputs:
-                key, holder = storage_of(t)
+                key, holder = identity_of(t)
                 self._values[key] = original._replace(holder=holder, geometry=None)
             return result
         real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
@@ -396,14 +403,14 @@ class _Recorder(TorchFunctionMode):
         position = None if constant else len(self._calls) - 1
         seen = set()
         for number, t in enumerate((*outputs, *written)):
-            key, holder = storage_of(t)
+            key, holder = identity_of(t)
             if key not in seen:
                 seen.add(key)
                 output = number if number < len(outputs) else 0
                 self._values[key] = _Value(holder, position, output, geometry_of(t), activation)
 
     def _source(self, tensor: Tensor) -> Source:
-        key, holder = storage_of(tensor)
+        key, holder = identity_of(tensor)
         names = self._parameters.get(key, {})
         value = self._values.setdefault(key, _Value(holder, None, 0, None, activation=not names))
         exact = tuple(name for name, parameter in names.items() if parameter is tensor)

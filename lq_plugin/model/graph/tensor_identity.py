@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -40,6 +41,12 @@ def storage_of(tensor: Tensor) -> tuple[Any, Any]:
         ValueError,
     ):  # sparse tensors, those inside vmap and lazy ones have no storage
         return ("id", id(tensor)), tensor
+
+
+def identity_of(tensor: Tensor) -> tuple[Any, Any]:
+    """Returns the key of `storage_of`, and an object that keeps it from being reused, but not the memory's content."""
+    key, holder = storage_of(tensor)
+    return key, holder if holder is tensor else StorageWeakRef(holder)
 
 
 def geometry_of(tensor: Tensor) -> tuple[Any, ...] | None:
