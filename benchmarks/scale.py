@@ -35,6 +35,8 @@ from benchmarks.scale_models import SIZES
 
 PEERS = ("llmcompressor",)
 SPEC = "int4 group128 mse"
+#: Activations that GPTQ keeps in memory, in bytes; what is more goes to disk.
+CACHE = 2**24
 
 
 def run(size: str, spec: str, threads: int, steps: list[str]) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def run(size: str, spec: str, threads: int, steps: list[str]) -> dict[str, Any]:
     calls: dict[str, Any] = {
         "prepare": lambda: prepare(model, plan),
         "calibrate": lambda: calibrate(model, batches),
-        "gptq": lambda: gptq(model, batches, lambda batch: model.model(input_ids=batch)),
+        "gptq": lambda: gptq(model, batches, lambda batch: model.model(input_ids=batch), cache_bytes=CACHE),
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")

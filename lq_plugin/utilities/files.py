@@ -207,6 +207,7 @@ def temporary_folder(name: str, parent: str | Path | None = None) -> tempfile.Te
             weakref.finalize(folder, os.close, descriptor)
             if _claim(descriptor, folder.name):
                 return folder
+        folder.cleanup()  # another process has swept it before it was claimed
 
 
 def sweep(folder: str | Path) -> None:

@@ -15,7 +15,7 @@ from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
 from lq_plugin.ptq.layerwise.write import write_rounded
 
 #: Elements that are solved for at a time: what is held of them takes some ten times their float32.
-_ELEMENTS = 2**20
+_ELEMENTS = 2**18
 
 
 @dataclass(eq=False)

@@ -280,14 +280,15 @@ class _GPTQ:
         problems = [Problem(self.layers[name], groups, hessian.device) for name in names]
         before, whole, targets = [], [], []
         try:
+            refuse_non_finite(hessian, *(problem.weight for problem in problems))
             for problem in problems:
-                refuse_non_finite(problem.weight, hessian)
                 weight = problem.weight
                 if difference is not None:
                     weight = asymmetric_target(weight, hessian, difference, self.options["dampening"])
                     targets.append(weight)
-                whole.append(float(output_errors(weight, hessian).sum()))
-                before.append(output_errors(weight - problem.nearest().to(weight), hessian))
+                off = weight - problem.nearest().to(weight)
+                whole.append(float(output_errors(weight, hessian, torch.float32).sum()))
+                before.append(output_errors(off, hessian, torch.float32))
             diagonal = hessian.diagonal(dim1=-2, dim2=-1)
             dead, unseen = float((diagonal == 0).double().mean()), diagonal.sum(-1, keepdim=True) == 0
             factor = factorize(hessian, self.options["dampening"], self.options["act_order"])
