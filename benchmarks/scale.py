@@ -36,7 +36,7 @@ from benchmarks.scale_models import SIZES
 PEERS = ("llmcompressor",)
 SPEC = "int4 group128 mse"
 #: Activations that GPTQ keeps in memory, in bytes; what is more goes to disk.
-CACHE = 2**24
+CACHE = 2**22
 
 
 def run(size: str, spec: str, threads: int, steps: list[str]) -> dict[str, Any]:

@@ -129,7 +129,26 @@ def gptq_round_measured(
     True
     """
     refuse_non_finite(hessian, weight)
-    return round_rows(weight, factorize(hessian, dampening, act_order), levels, block_columns)
+    return round_rows(weight, factorize(in_order(hessian, dampening, act_order)), levels, block_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedHessian:
+    """A dampened Hessian, its columns and rows in the order of the columns to be rounded, the last first.
+
+    Args:
+        reversed_: H + λ I, float64 `[problems, columns, columns]`.
+        order: columns as they are rounded, int64 `[problems, columns]`.
+        added: what is on the diagonal beside the Hessian's own, in this order, float64 `[problems, columns]`.
+        dead: columns of the weight whose input is always 0, bool `[problems, columns]`.
+        dampening: λ as a share of the mean of diag H over live columns.
+    """
+
+    reversed_: Tensor
+    order: Tensor
+    added: Tensor
+    dead: Tensor
+    dampening: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +157,7 @@ class Factor:
 
     Args:
         lower: U with rows and columns in reverse, which is lower triangular, float64 `[problems, columns, columns]`.
-        order: columns as they are rounded, int64 `[problems, columns]`.
-        added: what is on the diagonal beside the Hessian's own, in this order, float64 `[problems, columns]`.
-        dead: columns of the weight whose input is always 0, bool `[problems, columns]`.
+        order, added, dead: see `OrderedHessian`.
     """
 
     lower: Tensor
@@ -155,16 +172,13 @@ class Factor:
 
 
 @torch.no_grad()
-def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
-    """Returns the factor that any weight of these inputs is rounded with, in memory of one more Hessian.
+def in_order(hessian: Tensor, dampening: float, act_order: bool) -> OrderedHessian:
+    """Returns a copy of a Hessian as `factorize` takes it.
 
     Args:
         hessian: 2 X Xᵀ or any multiple of it, `[..., columns, columns]`, undamped.
         dampening: λ as a share of the mean of diag H over live columns.
         act_order: columns with larger diag H first; else in the order they have.
-
-    Raises:
-        CalibrationError: a Hessian that is not positive definite, dampened as asked.
     """
     columns = hessian.shape[-1]
     hessian = hessian.reshape(-1, columns, columns)
@@ -177,7 +191,18 @@ def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
     problems = torch.arange(len(hessian), device=hessian.device).view(-1, 1, 1)
     reversed_ = hessian[problems, last_first.unsqueeze(-1), last_first.unsqueeze(-2)].double()
     reversed_.diagonal(dim1=-2, dim2=-1).copy_(damped.gather(-1, last_first))
-    return Factor(_inverse_lower(reversed_, dampening), order, added.gather(-1, order), diagonal == 0)
+    return OrderedHessian(reversed_, order, added.gather(-1, order), diagonal == 0, dampening)
+
+
+@torch.no_grad()
+def factorize(ordered: OrderedHessian) -> Factor:
+    """Returns the factor that any weight of these inputs is rounded with, in the memory of the ordered Hessian.
+
+    Raises:
+        CalibrationError: a Hessian that is not positive definite, dampened as asked.
+    """
+    lower = _inverse_lower(ordered.reversed_, ordered.dampening)
+    return Factor(lower, ordered.order, ordered.added, ordered.dead)
 
 
 @torch.no_grad()

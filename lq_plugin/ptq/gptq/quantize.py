@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptaq import asymmetric_target
-from lq_plugin.functional.gptq import factorize, output_errors, refuse_non_finite, round_rows
+from lq_plugin.functional.gptq import factorize, in_order, output_errors, refuse_non_finite, round_rows
 from lq_plugin.layers import CompoundWeight, UnseenExpertsError, current_weight_quantizer, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
@@ -291,10 +291,11 @@ class _GPTQ:
                 before.append(output_errors(off, hessian, torch.float32))
             diagonal = hessian.diagonal(dim1=-2, dim2=-1)
             dead, unseen = float((diagonal == 0).double().mean()), diagonal.sum(-1, keepdim=True) == 0
-            factor = factorize(hessian, self.options["dampening"], self.options["act_order"])
+            ordered = in_order(hessian, self.options["dampening"], self.options["act_order"])
+            del hessian, difference, diagonal  # the factor takes memory enough
+            factor = factorize(ordered)
         except CalibrationError as error:
             raise CalibrationError(f"GPTQ of {' and '.join(map(repr, names))}: {error}") from error
-        del hessian, difference, diagonal
         fits = {}
         for index, (name, problem) in enumerate(zip(names, problems, strict=True)):
             weight = targets[index] if targets else problem.weight
