@@ -6,7 +6,7 @@ Backward:  ∂x̂/∂x = 1 inside the range [a, b],   b / x above it,   a / x be
 
 With the plain clipped gradient a weight outside the range never gets one; passing it on unchanged is biased
 upwards. Reference: Sakr et al., "Optimal Clipping and Magnitude-aware Differentiation for Improved
-Quantization-aware Training", ICML 2022 (arXiv 2206.06501), eq. 11.
+Quantization-aware Training", ICML 2022 (arXiv 2206.06501).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Minimises J(s) = (4^-b / 3) s^2 P(0 < |x| <= s) + E[(|x| - s)^2; |x| > s] by
 4^-b / 12 for an unsigned grid. No histogram, no search: every row converges in about ten steps.
 
 Reference: Sakr, Dai, Venkatesan, Zimmer, Dally, Khailany, "Optimal Clipping and Magnitude-aware
-Differentiation for Improved Quantization-aware Training", ICML 2022 (arXiv 2206.06501), section 3.
+Differentiation for Improved Quantization-aware Training", ICML 2022 (arXiv 2206.06501).
 """
 
 from __future__ import annotations
