@@ -58,3 +58,14 @@ class QuantizedConv1D(QuantizedLayer):
 
     def from_canonical(self, weight: Tensor) -> Tensor:
         return weight.t()
+
+
+@register_layer_name("torch_geometric.nn.dense.linear.Linear")
+class QuantizedGraphLinear(QuantizedLayer):
+    """torch_geometric's linear layer: no `nn.Linear`, with its weight `[C_out, C_in]`."""
+
+    operation = "product"
+
+    def channels(self) -> tuple[int, int]:
+        c_out, c_in = weight_of(self).shape
+        return c_in, c_out

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lq_plugin.intent.formats import SLOTS
@@ -193,8 +194,8 @@ def _rebuild(float_class: type[nn.Module]) -> nn.Module:
 
 #: What is read from the class of a quantized layer, never from the layer: an instance may have these names for itself.
 READ_FROM_CLASS = frozenset({"channels", "slots", "canonical", "from_canonical", "float_class", "input_axis"})
-#: What a quantized class replaces on purpose.
-_REPLACED = frozenset({"forward", "weight", "extra_repr"})
+#: What a quantized class replaces on purpose, or adds to by calling what it replaces.
+_REPLACED = frozenset({"forward", "weight", "extra_repr", "_load_from_state_dict"})
 #: What Python's ABCMeta keeps in each of its classes.
 _OF_PYTHON = frozenset({"_abc_impl"})
 
@@ -223,7 +224,7 @@ def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> li
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Returns why this layer, although of a known type, cannot hold quantizers; None when it can."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "lazy module without shape yet: run one batch through the model before the Trainer"
     if any(source.is_complex() for source in weight_sources(module)):
         return "its weight is complex, levels are real numbers"

@@ -41,6 +41,29 @@ class Conv1D(nn.Module):
 Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
+class GraphLinear(nn.Module):
+    """torch_geometric's layer: no `nn.Linear`, and with hooks of its own for loading and saving."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination.update({f"{prefix}weight": self.weight.detach(), f"{prefix}bias": self.bias.detach()})
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.in_channels = state_dict[f"{prefix}weight"].shape[-1]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+GraphLinear.__module__, GraphLinear.__qualname__ = "torch_geometric.nn.dense.linear", "Linear"
+
+
 @pytest.fixture(autouse=True)
 def importable_conv1d(monkeypatch):
     """Pickle looks the class up where it says it lives."""
@@ -48,6 +71,11 @@ def importable_conv1d(monkeypatch):
     module.Conv1D = Conv1D
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", module)
+    for name in ("torch_geometric", "torch_geometric.nn", "torch_geometric.nn.dense"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    linear = types.ModuleType("torch_geometric.nn.dense.linear")
+    linear.Linear = GraphLinear
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn.dense.linear", linear)
 
 
 LAYERS = {
@@ -65,6 +93,7 @@ LAYERS = {
     "Embedding": (lambda: nn.Embedding(20, 8), None, 0, ()),
     "subclass": (lambda: Standardized(8, 6, 3), (2, 8, 9, 9), 0, ()),
     "HF Conv1D": (lambda: Conv1D(8, 12), (2, 3, 12), 1, ()),
+    "PyG Linear": (lambda: GraphLinear(12, 8), (2, 3, 12), 0, ()),
 }
 
 
