@@ -89,8 +89,9 @@ class QuantizedConvTranspose(ShadowedForward, _QuantizedConv):
         return grouped.transpose(1, 2).reshape(self.groups * per_group, c_in // self.groups, *kernel)
 
     def from_canonical(self, weight: Tensor) -> Tensor:
-        # Both dims change places within a group: that is its own inverse.
-        return self.canonical(weight)
+        c_out, per_group, *kernel = weight.shape
+        grouped = weight.reshape(self.groups, c_out // self.groups, per_group, *kernel)
+        return grouped.transpose(1, 2).reshape(self.groups * per_group, c_out // self.groups, *kernel)
 
 
 @register_layer(nn.ConvTranspose1d)

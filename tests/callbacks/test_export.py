@@ -43,7 +43,7 @@ def test_onnx_after_an_evaluation(trainer, tmp_path, round_sums):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": "model.pt"}, r"ends in .*.onnx .onnx. or .safetensors .packed., got 'model.pt'"),
+        ({"path": "model.pt"}, r"ends in .*.onnx .onnx. or .xml .openvino. or .safetensors .packed., got 'model.pt'"),
         ({"path": "model.onnx", "smallest": 3}, "smallest is 2, 4 or 8 bits, got 3"),
         (
             {"path": "model.onnx", "dynamic_dims": [0]},

@@ -76,7 +76,8 @@ def test_refusals_come_from_one_place(npz, tmp_path):
     with pytest.raises(ExportError, match="scale_dtype is an option of npz, not of packed"):
         export_model(classifier(), tmp_path / "model.safetensors", scale_dtype="float64")
     with pytest.raises(
-        ExportError, match=r"ends in .*\.onnx \(onnx\) or \.safetensors \(packed\) or \.npz \(npz\), got"
+        ExportError,
+        match=r"ends in .*\.onnx \(onnx\) or \.xml \(openvino\) or \.safetensors \(packed\) or \.npz \(npz\), got",
     ):
         export_model(classifier(), tmp_path / "model.bin")
     with pytest.raises(ExportError, match="valid: .*, onnx, .*, npz. Did you mean 'npz'"):

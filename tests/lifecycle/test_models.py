@@ -3,6 +3,7 @@ for bit."""
 
 import copy
 import json
+import re
 from importlib.util import find_spec
 
 import lightning as L
@@ -89,7 +90,7 @@ def test_switched_off_or_removed_it_is_the_float_model(case):
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 def test_removed_after_training_it_has_the_trained_weights(case, tmp_path):
     """Fit, remove, fit again: the weights stay what training made them, and the second fit starts anew."""
-    module, _ = lifecycle.fit(case, tmp_path)
+    module = lifecycle.fit(case, tmp_path / "model.ckpt")
     trained = {name: p.detach().clone() for name, p in module.named_parameters() if "quantizer" not in name}
     inputs = lifecycle.inputs_of(case)
     remove(module)
@@ -107,21 +108,17 @@ def test_removed_after_training_it_has_the_trained_weights(case, tmp_path):
 
 @pytest.mark.slow
 @every_case
-def test_the_whole_life(case):
+def test_the_whole_life(case, tmp_path):
     with lifecycle.quiet():
-        row = lifecycle.measure(case)
+        row = lifecycle.measure(case, tmp_path)
     assert row["error"] is None
     assert row["disabled_bit_equal"] is True
-    assert row["round_trip"] is True
+    assert row["removed_bit_equal"] is True
+    assert row["packed_bit_equal"] is True or row["packed_bit_equal"].startswith("refused")
     assert row["compile"] == "ok"
     # MobileNetV3 with random weights makes much of small errors: weights at 8 bits alone leave 33 dB, with activations
     # 24.
     assert row["sqnr_db"] >= (20 if case.name == "timm MobileNetV3" else 30)
-
-
-def test_there_are_twenty_models():
-    assert len(CASES) >= 20
-    assert len({case.name for case in CASES}) == len(CASES)
 
 
 def test_json_has_the_promised_form(tmp_path, capsys, monkeypatch):
@@ -132,23 +129,14 @@ def test_json_has_the_promised_form(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     lifecycle.main(["--json", str(out), "--models", "broken", "Conv1d"])
     first, second = json.loads(out.read_text())["results"]
-    keys = [
-        "model",
-        "layers",
-        "weight_coverage",
-        "compute_coverage",
-        "disabled_bit_equal",
-        "sqnr_db",
-        "round_trip",
-        "compile",
-        "error",
-    ]
+    promised = re.findall(r"^    (\w+) ", lifecycle.__doc__, re.MULTILINE)
+    keys = ["model", *promised, "error"]
     assert list(first) == list(second) == keys
     assert first["error"].startswith(
         "PlanError: nothing to quantize in Student, the plan matches no layer: it has no layers with weights"
     )
     assert second["error"] is None
-    assert (second["layers"], second["weight_coverage"], second["round_trip"]) == (3, 1.0, True)
+    assert (second["layers"], second["weight_coverage"], second["checkpoint"]) == (3, 1.0, True)
     assert "broken: PlanError" in capsys.readouterr().out
 
 
@@ -158,7 +146,7 @@ def case_named(name):
 
 def test_tied_weights_stay_tied(tmp_path):
     """The embedding and the head quantize one parameter, each with its own specs."""
-    module, _ = lifecycle.fit(case_named("Embedding, tied head"), tmp_path)
+    module = lifecycle.fit(case_named("Embedding, tied head"), tmp_path / "model.ckpt")
     net = module.model
     assert net.head.weight is net.embedding.weight
     copied = copy.deepcopy(net)
