@@ -125,11 +125,12 @@ def test_json_has_the_promised_form(tmp_path, capsys, monkeypatch):
     """A model that fails is listed with its message, and the others go on."""
     monkeypatch.setattr(lifecycle, "compiles", lambda *_: "ok")
     broken = lifecycle.Case("broken", lambda: nn.Identity(), CASES[0].inputs)
-    monkeypatch.setattr(lifecycle, "CASES", (broken, *CASES))
+    monkeypatch.setattr(lifecycle, "CASES", (*CASES, broken))
     out = tmp_path / "out.json"
     lifecycle.main(["--json", str(out), "--models", "broken", "Conv1d"])
-    first, second = json.loads(out.read_text())["results"]
-    promised = re.findall(r"^    (\w+) ", lifecycle.__doc__, re.MULTILINE)
+    second, first = json.loads(out.read_text())["results"]
+    listed = lifecycle.__doc__.partition("(`w8a8`):")[2].partition("A model that fails")[0]
+    promised = re.findall(r"^    (\w+) ", listed, re.MULTILINE)
     keys = ["model", *promised, "error"]
     assert list(first) == list(second) == keys
     assert first["error"].startswith(
