@@ -22,10 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.openvino import OpenVINOSession
 from lq_plugin.utilities.files import replacing, temporary_folder
 
 #: Types of constants that are looked at, with the bits of each.
 _TYPES = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
+#: Operations that read a weight.
+_LAYERS = (
+    "MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "Gather",
+)  # fmt: skip
 #: Operations between a weight's scale and the layer that reads it.
 _SHAPES = ("Reshape", "Transpose", "Convert", "Unsqueeze", "Squeeze")
 
@@ -44,24 +49,31 @@ def write_ir(onnx_file: Path, path: Path, three_bits: bool) -> int:
         The size of both files, in bytes.
 
     Raises:
-        ExportError: OpenVINO cannot read the ONNX file, or a file cannot be written.
+        ExportError: OpenVINO cannot open the ONNX file, or a file cannot be written.
     """
     import openvino  # type: ignore[import-untyped]
 
-    try:
-        model = openvino.Core().read_model(str(onnx_file))
-    except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot read the graph for {path}: {str(error).strip()[:500]}") from error
+    _try(onnx_file, path)
+    model = openvino.Core().read_model(str(onnx_file))
     narrow(model, three_bits)
     constants = path.with_suffix(".bin")
     with temporary_folder("openvino") as folder:
         graph, numbers = Path(folder, "model.xml"), Path(folder, "model.bin")
         openvino.serialize(model, str(graph), str(numbers))
+        _try(graph, path)
         with replacing(constants, ExportError) as first, replacing(path, ExportError) as second:
             for source, stream in ((numbers, first), (graph, second)):
                 with source.open("rb") as content:
                     shutil.copyfileobj(content, stream)
         return graph.stat().st_size + numbers.stat().st_size
+
+
+def _try(file: Path, path: Path) -> None:
+    """Refuses a file for `path` that OpenVINO cannot open."""
+    try:
+        OpenVINOSession(file)
+    except ExportError as error:
+        raise ExportError(f"{path}: OpenVINO cannot open such a file: {str(error).partition(': ')[2]}") from error
 
 
 def narrow(model: Any, three_bits: bool) -> None:
@@ -111,6 +123,8 @@ class _Weight:
         if reader is None:
             return None
         ports = [port for port, value in enumerate(reader.input_values()) if value.get_node() == before]
+        if reader.get_type_name() not in _LAYERS or ports not in ([0], [1]):
+            return None
         return cls(constant, convert, minus, reader, ports[0])
 
     def narrow(self, numbers: NDArray[np.int64], three_bits: bool) -> None:
@@ -120,7 +134,7 @@ class _Weight:
 
         low, high = int(numbers.min()), int(numbers.max())
         bits = max(2, (high - low).bit_length())
-        integer = _is_quantized(self.reader.input_value(1 - self.port).get_node()) and high < 128
+        integer = self._is_between_integers() and high < 128
         if bits > 3 or not (integer or self._multiplies(bits, three_bits)):
             low, held = 0, self.constant
         else:
@@ -139,6 +153,11 @@ class _Weight:
             made = ops.subtract(ops.convert(held, dtype), zero)
         for target in list(after.output(0).get_target_inputs()):
             target.replace_source_output(made.output(0))
+
+    def _is_between_integers(self) -> bool:
+        """Returns True for a product with a quantized input."""
+        other = self.reader.input_value(1 - self.port).get_node()
+        return self.reader.get_type_name() != "Gather" and _is_quantized(other)
 
     def _multiplies(self, bits: int, three_bits: bool) -> bool:
         """Returns True where few bits next to float inputs are right, and as fast as 4 or wanted."""

@@ -7,7 +7,6 @@ Backward: ∂L/∂W is that of a lookup, of the gradient of y where W was not cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +61,6 @@ def fake_quantize_rows(
     reading: Reading,
     learned: bool = False,
     covered: bool = False,
-    note: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor | None:
     """Returns the rows at `index` of a fake-quantized table, in one pass; None if the kernels cannot take the tensors.
 
@@ -75,7 +73,6 @@ def fake_quantize_rows(
         reading: how gradients come back.
         learned: the qparams are those of LSQ, which have no gradients here.
         covered: the qparams are those of the extremes of the table.
-        note: called with a dense gradient of the table, as it is made, and `index`: its other rows are 0.
 
     Returns:
         `[*index.shape, columns]`.
@@ -88,7 +85,7 @@ def fake_quantize_rows(
         return None
     if torch.is_grad_enabled() and table.requires_grad:
         found: Tensor | None = _LookedUp.apply(
-            table, index, qparams, covered or qparams is None, grid, parts, reading, kernels, note
+            table, index, qparams, covered or qparams is None, grid, parts, reading, kernels
         )
         return found
     bounds = grid.quant_min, grid.quant_max
@@ -231,7 +228,7 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, table: Tensor, index: Tensor, qparams: Any, covered: Any, grid: Any, parts: Any, reading: Any,
-        kernels: Any, note: Any,
+        kernels: Any,
     ) -> Any:  # fmt: skip
         # With the range of the extremes, on both sides of a fixed zero, nothing is clipped.
         clips = not covered or grid.affine or not grid.quant_min < 0 < grid.quant_max
@@ -239,7 +236,6 @@ class _LookedUp(torch.autograd.Function):
         y, mask, _ = kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=clips)
         ctx.save_for_backward(index, mask)
         ctx.shape, ctx.parts, ctx.reading, ctx.kernels = table.shape, parts, reading, (kernels, active())
-        ctx.note = note
         return y
 
     @staticmethod
@@ -249,14 +245,12 @@ class _LookedUp(torch.autograd.Function):
         rows, length = ctx.shape
         lookups, kernels = ctx.kernels
         if not (sparse or by_frequency) and _has_address(grad):
-            grad = lookups.add_rows(grad.contiguous(), index, mask, ctx.shape, ctx.parts, padding_idx)
-            if ctx.note is not None:
-                ctx.note(grad, index)
-            return grad, *(None,) * 8
+            sums = lookups.add_rows(grad.contiguous(), index, mask, ctx.shape, ctx.parts, padding_idx)
+            return sums, *(None,) * 7
         if mask is not None:
             layout = Layout(1, index.numel() * ctx.parts, length // ctx.parts, 1)
             grad = grad.contiguous()
             grad = masked_gradient(grad, mask, layout, grad.stride(), kernels)
         padding_idx = -1 if padding_idx is None else padding_idx
         grad = torch.ops.aten.embedding_backward.default(grad, index, rows, padding_idx, by_frequency, sparse)
-        return grad, *(None,) * 8
+        return grad, *(None,) * 7

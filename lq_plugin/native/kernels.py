@@ -246,7 +246,10 @@ class Kernels(CompiledKernels):
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         y, mask = torch.empty_like(x, dtype=dtype), None
-        scale, zero_point = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+        scale, zero_point = (
+            torch.empty(rows, dtype=torch.float32, device="cpu"),
+            torch.empty(rows, dtype=torch.float32, device="cpu"),
+        )
         if masked:
             mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         self._library.lq_fake_quantize_rows(
@@ -286,7 +289,10 @@ class Kernels(CompiledKernels):
 
     def row_extremes(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Returns the extremes, float32 `[rows]`, of each of the `rows` equal parts of contiguous `x`; a NaN stays."""
-        low, high = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+        low, high = (
+            torch.empty(rows, dtype=torch.float32, device="cpu"),
+            torch.empty(rows, dtype=torch.float32, device="cpu"),
+        )
         self._library.lq_row_extremes(
             TYPES[x.dtype, x.dtype],
             x.data_ptr(), low.data_ptr(), high.data_ptr(), rows, x.numel() // rows, self._number,
@@ -306,7 +312,7 @@ class Kernels(CompiledKernels):
             bounds: quant_min and quant_max.
             rounded: False: of clipping alone.
         """
-        errors = torch.empty(scale.shape, dtype=torch.float64)
+        errors = torch.empty(scale.shape, dtype=torch.float64, device="cpu")
         self._library.lq_grid_errors(
             x.data_ptr(), scale.data_ptr(), None if zero_point is None else zero_point.data_ptr(), errors.data_ptr(),
             *x.shape, scale.shape[1], *bounds, rounded, self._number, torch.get_num_threads(),
@@ -321,7 +327,10 @@ class Kernels(CompiledKernels):
             bounds: quant_min and quant_max.
             affine: with a zero point.
         """
-        scale, zero_point = torch.empty(1, dtype=torch.float32), torch.empty(1, dtype=torch.float32)
+        scale, zero_point = (
+            torch.empty(1, dtype=torch.float32, device="cpu"),
+            torch.empty(1, dtype=torch.float32, device="cpu"),
+        )
         self._library.lq_qparams(
             TYPES[x.dtype, x.dtype],
             x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds, affine, self._number,
@@ -367,7 +376,7 @@ class Kernels(CompiledKernels):
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         result = torch.empty_like(x) if needs_x else None
-        slope = torch.empty(layout.outer, dtype=torch.float64)
+        slope = torch.empty(layout.outer, dtype=torch.float64, device="cpu")
         shift = torch.empty_like(slope) if needs_zero_point else None
         self._library.lq_learned_backward(
             TYPES[x.dtype, gradient.dtype],

@@ -116,9 +116,11 @@ void lq_learned_rows(const LearnedRows* of) {
     LQ_DISPATCH(learned_rows(types, of->gradient, read, learned, of->result, threads));
 }
 
-// Whether low, high: [rows] are the extremes of the rows `index` of table: [rows][n]; never, where there is a NaN.
-int lq_rows_known(int types, const void* table, const int64_t* index, int64_t count, int64_t n, const float* low, const float* high,
-                  int variant) {
+// Whether low, high: [rows] are the extremes of the rows `index` of table: [rows][n]; never, where there is a NaN, or none of the rows.
+int lq_rows_known(int types, const void* table, const int64_t* index, int64_t rows, int64_t count, int64_t n, const float* low,
+                  const float* high, int variant) {
+    for (int64_t i = 0; i < count; ++i)
+        if (index[i] < 0 || index[i] >= rows) return 0;
     return LQ_DISPATCH(rows_known(types, table, Rows{index, count, 1, n}, low, high));
 }
 

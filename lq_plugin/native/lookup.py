@@ -47,7 +47,7 @@ class LookupKernels(CompiledKernels):
             "lq_lookup": [ctypes.c_char_p],
             "lq_learned_rows": [ctypes.c_char_p],
             "lq_add_rows": [NUMBER, *[POINTER] * 4, *[SIZE] * 4, NUMBER, NUMBER],
-            "lq_rows_known": [NUMBER, POINTER, POINTER, SIZE, SIZE, POINTER, POINTER, NUMBER],
+            "lq_rows_known": [NUMBER, POINTER, POINTER, *[SIZE] * 3, POINTER, POINTER, NUMBER],
             "lq_follow_rows": [NUMBER, POINTER, POINTER, *[SIZE] * 3, *[POINTER] * 3, NUMBER],
         }
         super().__init__(library("lookup"), functions, variant, returning={"lq_lookup", "lq_rows_known"})
@@ -75,12 +75,12 @@ class LookupKernels(CompiledKernels):
         """
         rows, length = table.shape
         count, run = index.numel(), length // parts
-        y = torch.empty((*index.shape, length), dtype=table.dtype)
+        y = torch.empty((*index.shape, length), dtype=table.dtype, device="cpu")
         mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
         copies = None
         if taken:
-            scales = torch.empty(2, count * parts, 1, dtype=torch.float32)
-            copies = Taken(torch.empty((count, length), dtype=table.dtype), scales[0], scales[1])
+            scales = torch.empty(2, count * parts, 1, dtype=torch.float32, device="cpu")
+            copies = Taken(torch.empty((count, length), dtype=table.dtype, device="cpu"), scales[0], scales[1])
         scale, zero_point = qparams or (None, None)
         found = self._library.lq_lookup(_LOOKUP.pack(
             TYPES[table.dtype, table.dtype],
@@ -108,7 +108,7 @@ class LookupKernels(CompiledKernels):
             parts: of a row, as in `look_up`.
             padding_idx: the row that has none.
         """
-        sums = torch.zeros(shape, dtype=gradient.dtype)
+        sums = torch.zeros(shape, dtype=gradient.dtype, device="cpu")
         self._library.lq_add_rows(
             TYPES[gradient.dtype, gradient.dtype],
             gradient.data_ptr(), index.data_ptr(), address(mask), sums.data_ptr(),
@@ -140,11 +140,15 @@ class LookupKernels(CompiledKernels):
         result: list[Tensor | None] = [None, None, None]
         if needs[0]:
             dtype = gradient.dtype
-            result[0] = torch.empty(count, table[1], dtype=dtype) if sparse[0] else torch.zeros(table, dtype=dtype)
+            result[0] = (
+                torch.empty(count, table[1], dtype=dtype, device="cpu")
+                if sparse[0]
+                else torch.zeros(table, dtype=dtype, device="cpu")
+            )
         for part in (1, 2) if needs[2] else (1,):
             as_read = sparse[1] and not one
             shape = (count, *ranges[1:]) if as_read else ranges
-            result[part] = torch.zeros(shape, dtype=torch.float32)
+            result[part] = torch.zeros(shape, dtype=torch.float32, device="cpu")
         quant_min, quant_max, factor, rounded = constants
         self._library.lq_learned_rows(_LEARNED.pack(
             TYPES[gradient.dtype, gradient.dtype],
@@ -156,7 +160,7 @@ class LookupKernels(CompiledKernels):
         return result
 
     def knows_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor) -> bool:
-        """Returns whether these are the extremes of some rows; False where one has a NaN.
+        """Returns whether these are the extremes of some rows; False where one has a NaN, or is outside the table.
 
         Args:
             table: `[rows, length]`.
@@ -165,8 +169,8 @@ class LookupKernels(CompiledKernels):
         """
         return bool(self._library.lq_rows_known(
             TYPES[table.dtype, table.dtype],
-            table.data_ptr(), index.data_ptr(), index.numel(), table.shape[1], low.data_ptr(), high.data_ptr(),
-            self._number,
+            table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
+            high.data_ptr(), self._number,
         ))  # fmt: skip
 
     def follow_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor, bounds: Tensor) -> None:

@@ -35,7 +35,7 @@ class StatisticsKernels:
             levels: levels that the kept bins are merged into.
         """
         counts, beyond = counts.contiguous(), beyond.contiguous()
-        best = torch.empty(len(counts), dtype=torch.int64)
+        best = torch.empty(len(counts), dtype=torch.int64, device="cpu")
         self._library.lq_least_divergence(
             counts.data_ptr(), beyond.data_ptr(), best.data_ptr(), *counts.shape, levels, torch.get_num_threads()
         )

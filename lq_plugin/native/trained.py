@@ -49,7 +49,7 @@ class TrainedKernels(CompiledKernels):
             needs_x: else that of `x` is None.
         """
         result = torch.empty_like(x) if needs_x else None
-        slope = torch.empty(layout.outer, dtype=torch.float64)
+        slope = torch.empty(layout.outer, dtype=torch.float64, device="cpu")
         self._library.lq_pact_backward(
             TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), address(result),
             alpha.data_ptr(), slope.data_ptr(), *layout[:3],
@@ -83,7 +83,10 @@ class TrainedKernels(CompiledKernels):
             needs_x: else that of `x` is None.
         """
         result, rows = torch.empty_like(x) if needs_x else None, levels[0].numel()
-        above, below = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
+        above, below = (
+            torch.empty(rows, dtype=torch.float64, device="cpu"),
+            torch.empty(rows, dtype=torch.float64, device="cpu"),
+        )
         self._library.lq_ternary_backward(
             TYPES[x.dtype, gradient.dtype], x.data_ptr(), gradient.data_ptr(), address(result),
             *(t.data_ptr() for t in levels), above.data_ptr(),

@@ -13,7 +13,7 @@ _LARGEST = 2**26
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 _OF_THREAD = _OfThread()
@@ -28,5 +28,5 @@ def workspace_like(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.nbytes > _LARGEST:
         return torch.empty_like(x)
     if _OF_THREAD.memory.numel() < x.nbytes:
-        _OF_THREAD.memory = torch.empty(x.nbytes, dtype=torch.uint8)
+        _OF_THREAD.memory = torch.empty(x.nbytes, dtype=torch.uint8, device="cpu")
     return _OF_THREAD.memory[: x.nbytes].view(x.dtype).as_strided(x.shape, x.stride())

@@ -1,9 +1,9 @@
 """Extremes of a table that optimizers write to row by row: after a step the rows of its gradient are looked at alone.
 
-Of a sparse gradient, or a dense one of which it is known which rows were read, some optimizers of torch write to no row
-but those. What else writes to the table counts its version up by one more, and the whole table is looked at again.
-Writes through `.data` go unseen until `train()` or `eval()` is called, but for those that change one of the rows that
-are read next.
+Of a sparse gradient some optimizers of torch write to no row but those it names. A dense one is not followed, though
+it is known which rows were read: `all_reduce` and writes through `.grad.data` change its other rows unseen. What else
+writes to the table counts its version up by one more, and the whole table is looked at again. Writes through `.data`
+go unseen until `train()` or `eval()` is called, but for those that change one of the rows that are read next.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ class RowExtremes:
         self._table = weakref.ref(table)
         self._state: tuple[int, int] | None = None
         self._followed = sparse
-        # Its memory is held until the step, that no other gradient is taken for it.
-        self._dense: tuple[torch.UntypedStorage, Tensor] | None = None
         _FOLLOWED.add(self)
         _watch_steps()
 
@@ -75,32 +73,19 @@ class RowExtremes:
         low, high = _extremes(table[index])
         return torch.equal(low, self.low[index]) and torch.equal(high, self.high[index])
 
-    def note(self, gradient: Tensor, index: Tensor) -> None:
-        """Takes a dense gradient of the table that is 0 but for the rows at `index`."""
-        self._dense = gradient.untyped_storage(), index
-
-    def _rows_of(self, gradient: Tensor) -> Tensor | None:
-        """Returns which rows of a gradient may not be 0, one-dimensional; None where nobody knows."""
-        if gradient.is_sparse:
-            return gradient._indices()[0]
-        if self._dense is None or gradient._version or gradient.data_ptr() != self._dense[0].data_ptr():
-            return None
-        return self._dense[1].reshape(-1)
-
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at the rows that a step has written to, if it is known which."""
         table = self._table()
         if table is None or (gradient := table.grad) is None or (group := _group_of(optimizer, table)) is None:
             return
-        rows = self._rows_of(gradient) if _writes_rows_alone(optimizer, group) else None
-        self._dense = None
+        rows = gradient._indices()[0] if gradient.is_sparse and _writes_rows_alone(optimizer, group) else None
         if rows is not None and self._state is not None and _state(table) == (self._state[0], self._state[1] + 1):
             if rows.numel():  # else a batch of nothing but padding
                 self._look_again(table, rows)
             self._state = _state(table)
         else:
-            self._followed, self._state = gradient.is_sparse or rows is not None, None
+            self._followed, self._state = gradient.is_sparse, None
 
     def _look_again(self, table: Tensor, rows: Tensor) -> None:
         if (kernels := lookup_kernels(table, rows)) is not None:

@@ -214,8 +214,8 @@ class WeightQuantizer(Quantizer):
         elif isinstance(group, PerTensor):
             qparams = self._qparams_of(weight, index, reading)
         if self.takes_kernels and self.rounds_to_nearest:
-            covered, note = self.live and not self._fixed, None if self._rows is None else self._rows.note
-            done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered, note=note)
+            covered = self.live and not self._fixed
+            done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered)
             if done is not None:
                 return done
         rows = read_rows(weight, index.reshape(-1), reading)

@@ -18,7 +18,7 @@ class OpenVINO(ONNX):
     """Files of two parts, `.xml` and `.bin`; see `lq_plugin.export.openvino_file`."""
 
     name, suffix = "openvino", ".xml"
-    summary = "OpenVINO's own files (.xml and .bin): integers of 2 to 8 bits and FP4, integer kernels for all widths"
+    summary = "OpenVINO's own files (.xml and .bin): integers of 2 to 8 bits and FP4, integer kernels also below 8 bits"
     packages, runtimes = (*PACKAGES, "openvino"), ("openvino",)
     options = (
         *(option for option in ONNX.options if option.name in ("dynamic_dims", "round_sums", "signed")),

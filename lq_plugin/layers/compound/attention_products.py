@@ -51,7 +51,7 @@ def attend(
         q, k, v: `[N, heads, L, features]`, of keys and values `[N, heads, S, features]`.
         mask: added to the scores `[N, heads, L, S]`, broadcastable to them.
         dropout: share of the probabilities that become 0; 0 in evaluation.
-        is_causal: without a mask, query i sees the first i + 1 keys.
+        is_causal: query i sees the first i + 1 keys alone.
         need_weights: the probabilities are wanted.
         inside: quantizers of what the kernel does not show.
         scale: of the scores; None: 1 / √features.
@@ -61,14 +61,19 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = _through(inside.query, q) @ _through(inside.key, k).transpose(-2, -1) * scale
     scores = _through(inside.scores, scores)
-    if is_causal and mask is None:
+    if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        mask = torch.zeros_like(future, dtype=q.dtype).masked_fill_(future, -torch.inf)
+        causal = torch.zeros_like(future, dtype=q.dtype).masked_fill_(future, -torch.inf)
+        mask = causal if mask is None else mask + causal
     masked = scores if mask is None else scores + mask
-    probabilities = masked.softmax(-1)
+    blind = None
     if mask is not None and not need_weights:
         # As torch's kernel has it: a query that sees no key gets 0. With weights, it gets NaN from torch.
-        probabilities = probabilities.masked_fill(masked.isneginf().all(-1, keepdim=True), 0.0)
+        blind = masked.isneginf().all(-1, keepdim=True)
+        masked = masked.masked_fill(blind, 0.0)  # the gradient of a softmax of nothing but -inf is NaN
+    probabilities = masked.softmax(-1).to(q.dtype)  # a mask may have more bits
+    if blind is not None:
+        probabilities = probabilities.masked_fill(blind, 0.0)
     if dropout:
         probabilities = F.dropout(probabilities, dropout)
     y = _through(inside.probabilities, probabilities) @ _through(inside.value, v)
@@ -93,8 +98,6 @@ def attention_with(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch's function takes them; a boolean
             mask is True where a query sees a key.
     """
-    if attn_mask is not None and is_causal:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)  # torch refuses it
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _added(attn_mask.logical_not(), query)
     if enable_gqa:

@@ -171,8 +171,8 @@ def _nothing_matches(rule: Rule, operations: Mapping[str, Operation], known: boo
     )
     if not known:
         return (
-            f"{rule.match!r} matches no layer, and operations are known from a recorded batch only: "
-            "prepare(model, plan, record(model, lambda: model(batch)))"
+            f"{rule.match!r} matches no layer, and operations are known from a recorded batch only: QAT and PTQ record "
+            "one; by hand prepare(model, plan, lq_plugin.model.record(model, lambda: model(batch)))"
             + (f"; without one: {shown}.{near}" if names else "")
         )
     return f"{rule.match!r} matches no layer and no operation of the recorded batch; operations: {shown}.{near}"

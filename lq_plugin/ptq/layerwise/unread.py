@@ -11,6 +11,12 @@ from torch.utils._pytree import tree_map
 
 from lq_plugin.model.graph.recording import Recording
 
+#: What reads the values of a tensor without an operation.
+_READS = {
+    Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__array__,
+    Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
+}  # fmt: skip
+
 
 class Unread(Tensor):
     """Stands for a tensor: its shape and dtype are there, an operation that reads its values fetches them.
@@ -32,7 +38,12 @@ class Unread(Tensor):
         y.fetch, y._fetched = fetch, None
         return y
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            args, kwargs = values_of((args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

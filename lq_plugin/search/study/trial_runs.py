@@ -65,5 +65,5 @@ def log_trials(logger: WandbLogger, result: SearchResult) -> None:
 def _origin(result: SearchResult) -> str:
     """Returns six letters of a study that stay while it goes on: its attributes and its trials may grow."""
     begun = [trial.datetime_start for trial in result.study.get_trials(deepcopy=False) if trial.datetime_start]
-    known = (result.study.study_name, str(min(begun)))
+    known = (result.study.study_name, str(min(begun, default=None)))
     return hashlib.sha256(repr(known).encode()).hexdigest()[:6]
