@@ -45,7 +45,7 @@ def native(x: torch.Tensor, quantizer) -> torch.Tensor:
     return torch.fake_quantize_per_tensor_affine(x, quantizer.scale.item(), int(quantizer.zero_point.item()), 0, 255)
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "boolean", "added", "grouped", "scaled"])
+@pytest.mark.parametrize("case", ["plain", "causal", "boolean", "added", "added and causal", "grouped", "scaled"])
 def test_attention_in_steps_is_torchs_kernel(case: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 8) for heads, length in ((4, 5), (2, 7), (2, 7)))
@@ -55,14 +55,29 @@ def test_attention_in_steps_is_torchs_kernel(case: str) -> None:
         "boolean": {"attn_mask": mask},
         "causal": {"is_causal": True},
         "added": {"attn_mask": torch.randn(5, 7)},
+        "added and causal": {"attn_mask": torch.randn(5, 7), "is_causal": True, "scale": 0.3},
         "scaled": {"scale": 0.1},
     }.get(case, {})
     if case == "grouped":
         options = {"enable_gqa": True, "attn_mask": mask}
     else:
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    got = attention_with(lambda p: p, q, k, v, **options)
-    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, **options))
+    results = []
+    for compute in (lambda *a, **o: attention_with(lambda p: p, *a, **o), F.scaled_dot_product_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = compute(*inputs, **options)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_mask_with_more_bits_than_the_scores() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.randn(5, 5)
+    got = attention_with(lambda p: p, q, k, v, attn_mask=mask)
+    assert got.dtype == torch.bfloat16
+    wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.03)
 
 
 def test_the_kernel_by_hand_switched_off_saved_and_removed(tmp_path) -> None:

@@ -102,3 +102,6 @@ def test_a_stand_in_is_the_tensor_once_it_is_read() -> None:
         again += 1.0
         assert torch.equal(torch.relu(again), cache.get("x") + 1.0)
         assert torch.equal(stand_in @ torch.ones(2), cache.get("x").sum(1))
+        assert stand_in.again().numpy().tolist() == stand_in.again().tolist() == cache.get("x").tolist()
+        assert torch.equal(copy.deepcopy(stand_in.again()), cache.get("x"))
+        assert stand_in.again().data_ptr() != 0
