@@ -110,7 +110,7 @@ def onednn_product(
         dtype: float32, bfloat16 or float16.
     """
     (q, _, scale, zero_point), q_weight, scales = operands.levels, operands.q_weight, operands.weight_scale
-    none = torch.zeros(scales.shape, dtype=torch.int32)
+    none = torch.zeros(scales.shape, dtype=torch.int32, device=scales.device)
     after: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
     bias = None if bias is None else bias.detach().float()
     if convolution is None:

@@ -62,7 +62,7 @@ class IntegerKernels(CompiledKernels):
             None where `x` has a NaN, for which there is no level.
         """
         q = torch.empty_strided(x.shape, x.stride(), dtype=torch.uint8)
-        mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16) if masked else None
+        mask = torch.empty(-(-x.numel() // 16), dtype=torch.int16, device="cpu") if masked else None
         low, high = (None, None) if extremes is None else (extremes[0].data_ptr(), extremes[1].data_ptr())
         nan = self._library.lq_integer_quantize(
             _type(x), x.data_ptr(), q.data_ptr(), address(mask), x.numel(), scale,
