@@ -191,3 +191,18 @@ def test_numbers_in_sentences() -> None:
         results("search")["hypervolume"]["greedy"]["115"],
     )
     assert f"reaches {greedy:.3f} with its 115 plans, the seven uniform plans {uniform:.3f}" in text
+
+
+def test_recurrent_layers() -> None:
+    names = {
+        "torch's cells in a Python loop, float": "cells",
+        "our loop, float": "loop",
+        "weights of 8 bits, in torch's kernel": "w8",
+        "sequences and hidden state as well": "w8a8",
+        "also cell state (16 bits) and gates": "all",
+    }
+    ratios = {(row["kind"], row["name"]): f"{row['ratio']:.2f}" for row in results("recurrent")["results"]}
+    rows = with_head("step", "LSTM", "GRU")
+    assert [row[0] for row in rows] == list(names)
+    for label, *cells in rows:
+        assert cells == [ratios[kind, names[label]] for kind in ("LSTM", "GRU")], label
