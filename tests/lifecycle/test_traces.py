@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from lq_plugin import PTQ, QAT
+from lq_plugin import PTQ, QAT, QuantPlan, Rule
 from lq_plugin.callbacks import QuantMonitor
 from lq_plugin.search import Evaluator
-from tests.callbacks.conftest import Module
+from tests.callbacks.conftest import Data, Module
 
 
 class Collects(Module):
@@ -169,6 +169,65 @@ def test_search_trials_find_the_same_module(data):
     assert module.samples == 0
     assert module.bank.tolist() == [0.0] * 4
     assert not hasattr(module, "rows")
+
+
+class Transfers:
+    """Counts the batches that each transfer hook sees, and those of training apart."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen, self.devices = {"before": 0, "to device": 0, "after": []}, 0
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.seen["before"] += 1
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        self.seen["to device"] += 1
+        self.devices += 1
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.seen["after"].append(len(batch[0]))
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+class CountingData(Transfers, Data):
+    pass
+
+
+class CountingModule(Transfers, Module):
+    train_dataloader, val_dataloader = Data.train_dataloader, Data.val_dataloader
+    batch_size, x, y = 16, Data().x, Data().y
+
+
+#: Such a plan records a batch before the strategy has moved the module.
+NAMES_AN_OPERATION = QuantPlan([*QuantPlan.parse("w4a8").rules, Rule("type:add", input="int8 ema")])
+RUNS = {
+    "ptq": lambda: ("validate", PTQ("w4a8", phases=PHASES["fold and correct"])),
+    "qat": lambda: ("fit", QAT("w4a8", init_batches=3)),
+    "operations, teacher and monitor": lambda: (
+        "fit",
+        QAT(NAMES_AN_OPERATION, distill=0.5),
+        QuantMonitor(images=False, float_loss=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kinds", [(Module, CountingData), (CountingModule, type(None))])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_hooks_that_transfer_batches_count_those_of_the_float_run(run, kinds, trainer):
+    counts = []
+    for quantized in (False, True):
+        torch.manual_seed(0)
+        task, *callbacks = run()
+        module, data = (kind() for kind in kinds)
+        runner = trainer(*(callbacks if quantized else ()), num_sanity_val_steps=0, logger=Recorder())
+        getattr(runner, task)(module, datamodule=data)
+        counter = data or module
+        assert counter.devices == len(counter.seen["after"]) > 1
+        counts.append(counter.seen)
+    assert counts[0] == counts[1]
 
 
 def test_loggers_keep_their_class_name_and_folder_while_they_are_silent(trainer, data, tmp_path):

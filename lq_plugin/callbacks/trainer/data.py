@@ -111,9 +111,15 @@ def one_batch(
             that takes it.
     """
     # Where ranges will need others, that is said before anything of the module changes.
-    batch, step = _batch_and_step(trainer, pl_module, given, step, or_evaluation=not needs_data(pl_module))
+    batch, step = _batch_and_step(
+        trainer,
+        pl_module,
+        given,
+        step,
+        lambda batch: _transferred(trainer, pl_module, batch),
+        or_evaluation=not needs_data(pl_module),
+    )
     run = step_runner(trainer, pl_module, step)
-    batch = _transferred(trainer, pl_module, batch)
     return lambda: run(batch), leading_size(batch)
 
 
@@ -133,9 +139,12 @@ def one_float_batch(
     Raises:
         CalibrationError: there is no batch, or no step that takes it.
     """
-    batch, step = _batch_and_step(trainer, pl_module, given, step)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+
+    def to_parameters(batch: Any) -> Any:
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+
+    batch, step = _batch_and_step(trainer, pl_module, given, step, to_parameters)
     return lambda: step(pl_module, batch)
 
 
@@ -144,6 +153,7 @@ def _batch_and_step(
     pl_module: LightningModule,
     given: Iterable[Any] | None,
     step: CalibrationStep | None,
+    transferred: Callable[[Any], Any],
     or_evaluation: bool = True,
 ) -> tuple[Any, CalibrationStep]:
     with isolate_rng():
@@ -158,8 +168,10 @@ def _batch_and_step(
             step = step or as_step(trainer, pl_module, name)
         with _read_twice(trainer, pl_module, loader) as batches:
             batch = next(iter(batches), None)
-    if batch is None:
-        raise CalibrationError("no calibration data: the loader gave 0 batches")
+            if batch is None:
+                raise CalibrationError("no calibration data: the loader gave 0 batches")
+            # Here, for what its hooks count in the module and in the datamodule is put back with the loader.
+            batch = transferred(batch)
     return batch, step or own_step(trainer, pl_module)
 
 
