@@ -28,7 +28,7 @@ def make():
     implementation, model, setting, precision, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     step = in_precision(IMPLEMENTATIONS[implementation](model, setting, "cpu"), precision)
-    return {"saved": step.saved, **{clock: partial(step.seconds, clock) for clock in CLOCKS}}
+    return {clock: partial(step.seconds, clock) for clock in CLOCKS}
 
 # A commit may not have it.
 PRECISION
@@ -83,8 +83,3 @@ class StepOf(AnsweringProcess):
     def seconds(self, clock: str) -> float:
         """Time of one step, there."""
         return float(self.ask(clock))
-
-    def saved(self) -> tuple[int, int]:
-        """See `benchmarks.qat_step_models.saved_bytes`."""
-        all_bytes, without = self.ask("saved")
-        return all_bytes, without

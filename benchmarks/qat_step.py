@@ -1,9 +1,8 @@
-"""What a quantized training step costs: time and memory over the float step, beside other libraries.
+"""Time and memory of a quantized training step over the float step, with other libraries in the same run.
 
     python -m benchmarks.qat_step --json out.json
     python -m benchmarks.qat_step --precision bf16-mixed    under autocast, over the float step under autocast
-    python -m benchmarks.qat_step --beside REV        and lq as it was at a commit: `ratio_over_REV`, both in processes
-                                                      of their own that take turns
+    python -m benchmarks.qat_step --beside REV --processes 8    steps of lq over those of lq at a commit, see below
 
 A step is forward, loss, backward, SGD with momentum, and what `QAT` does after each batch (ranges move). Every layer is
 quantized, weights per channel and inputs per tensor; the settings W8A8, W4A8 and W4A4 follow the input by a moving
@@ -25,13 +24,22 @@ MXTensor` (linear layers outside of attention only, its tensors there and back) 
 is installed (`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn:
 `brevitas collecting`, its first 300 steps, and `brevitas learned`, what comes after them. What raises in a precision is
 a row with the error. `ratio_over_float_compiled` of `lq compiled` is that over the compiled float step.
+
+With `--beside REV` the implementations `lq ...` alone are measured, here and as they were at a commit. Steps of one
+build differ from process to process, by where its memory lies, more than builds do. So `--processes` pairs of fresh
+processes are started one after the other; the two of a pair take turns step by step, and the order changes from pair to
+pair. `ratio` is the median over processes of each process's median step, here over there; `low` and `high` are the
+quartiles of the ratios within pairs, and `medians` all medians in seconds. `--beside HEAD` shows what a run can tell
+apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +48,7 @@ from rich.table import Table
 
 from benchmarks import common
 from benchmarks.earlier import StepOf, tree_of
+from benchmarks.peers.environments import PeerError
 from benchmarks.peers.training import PeerStep
 from benchmarks.qat_step_models import CLOCKS, MODELS, PRECISIONS, Step, float_step, in_precision
 from benchmarks.qat_step_rivals import FORMATS, IMPLEMENTATIONS, PEERS, TOLD, Unavailable
@@ -52,15 +61,11 @@ OTHERS = ("W7A8", *FORMATS)
 def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each implementation that has this setting, and one for float."""
     precision, common_keys = options.precision, {"model": model, "setting": setting, "precision": options.precision}
-    steps: dict[str, Step | PeerStep | StepOf] = {"float": in_precision(float_step(model, options.device), precision)}
+    steps: dict[str, Step | PeerStep] = {"float": in_precision(float_step(model, options.device), precision)}
     skipped: list[dict[str, Any]] = []
     for name in options.implementations:
         try:
             steps[name] = started(name, model, setting, options)
-            if name.startswith("lq ") and options.beside:
-                threads = torch.get_num_threads()
-                steps[f"{name} here"] = StepOf(None, name, model, setting, threads, precision)
-                steps[f"{name} at {options.beside}"] = StepOf(options.tree, name, model, setting, threads, precision)
         except Unavailable as reason:
             why = {"ratio": None, "saved_mb": None, "why": str(reason)}
             skipped.append({**common_keys, "implementation": name, **why})
@@ -70,16 +75,60 @@ def measure(model: str, setting: str, options: argparse.Namespace) -> list[dict[
         row = {**common_keys, "implementation": name, **common.ratio(times, name, "float")}
         if name == "lq compiled" and "float compiled" in times:
             row["ratio_over_float_compiled"] = common.ratio(times, name, "float compiled")["ratio"]
-        if name.endswith(" here"):
-            earlier = common.ratio(times, name, f"{name.removesuffix('here')}at {options.beside}")
-            row |= {f"{key}_over_{options.beside}": value for key, value in earlier.items()}
         saved, added = (size / 1e6 for size in step.saved())
         rows.append(
             {**row, "seconds": statistics.median(times[name]), "saved_mb": saved, "saved_without_parameters_mb": added}
         )
-        if isinstance(step, PeerStep | StepOf):
+        if isinstance(step, PeerStep):
             step.close()
     return rows + skipped
+
+
+def measure_beside(model: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each of our implementations, over the same at the commit `options.beside`."""
+    rows = []
+    for name in [name for name in options.implementations if name.startswith("lq ")]:
+
+        def start(tree: Path | None, name: str = name) -> StepOf:
+            return StepOf(tree, name, model, setting, torch.get_num_threads(), options.precision)
+
+        row = {"model": model, "setting": setting, "precision": options.precision, "implementation": name}
+        try:
+            rows.append(row | compare(start, options))
+        except PeerError as error:
+            why = str(error).strip().splitlines()[-1]
+            if not any(word in why for word in ("Unavailable", "KeyError")):  # one of the builds has no such setting
+                raise
+            rows.append(row | {"ratio": None, "why": why})
+    return rows
+
+
+def compare(start: Callable[[Path | None], Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Returns `ratio`, `low`, `high` and `medians` of fresh pairs of processes; see the head of this file.
+
+    Args:
+        start: returns the step of a tree in a new process; None is this one.
+        options: with `processes`, `tree`, `beside`, `rounds`, `warm_up` and `clock`.
+    """
+    medians: dict[str, list[float]] = {"here": [], options.beside: []}
+    for index in range(options.processes):
+        builds = [("here", None), (options.beside, options.tree)]
+        with ExitStack() as stack:
+            steps: dict[str, Any] = {}
+            for name, tree in reversed(builds) if index % 2 else builds:
+                steps[name] = start(tree)
+                stack.callback(steps[name].close)
+            for name, times in interleaved(steps, options.rounds, options.warm_up, options.clock).items():
+                medians[name].append(statistics.median(times))
+    here, there = medians.values()
+    low, _, high = quartiles([mine / other for mine, other in zip(here, there, strict=True)])
+    ratio = statistics.median(here) / statistics.median(there)
+    return {"ratio": ratio, "low": low, "high": high, "medians": medians}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Returns the first quartile, the median and the third quartile; of one value, that value."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def started(name: str, model: str, setting: str, options: argparse.Namespace) -> Step | PeerStep:
@@ -101,9 +150,7 @@ def started(name: str, model: str, setting: str, options: argparse.Namespace) ->
     return step
 
 
-def interleaved(
-    steps: Mapping[str, Step | PeerStep | StepOf], rounds: int, warm_up: int, clock: str
-) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Step | PeerStep], rounds: int, warm_up: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each step, round by round; every second round runs in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warm_up + rounds):
@@ -137,8 +184,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=message)
     parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
-    parser.add_argument("--beside", metavar="REV", help="measure lq at a commit of this repository as well")
-    return parser.parse_args(arguments)
+    parser.add_argument("--beside", metavar="REV", help="measure lq over lq at a commit of this repository")
+    message = "pairs of fresh processes for --beside (default: 5)"
+    parser.add_argument("--processes", type=int, default=5, metavar="N", help=message)
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"--processes is 1 or more, got {options.processes}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -149,31 +201,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tree_of(options.beside) as options.tree:
         for model in options.models:
             for setting in options.settings:
-                rows = measure(model, setting, options)
+                rows = (measure_beside if options.beside else measure)(model, setting, options)
                 results["results"] += rows
                 common.write_json(options.json, results, ("torchao",))
-                console.print(table(rows))
-                for row in rows:
-                    if (ratio := row.get(f"ratio_over_{options.beside}")) is not None:
-                        console.print(f"{row['implementation']}: {ratio:.3f} of the step at {options.beside}")
+                console.print(table(rows, options.beside))
     return results
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        "",
-        "× float step",
-        "low",
-        "high",
-        "saved MB",
-        title=f"{rows[0]['model']} {rows[0]['setting']} {rows[0]['precision']}: {rows[0]['seconds']:.3f} s",
-    )
+def table(rows: list[dict[str, Any]], beside: str | None) -> Table:
+    title = " ".join(rows[0][key] for key in ("model", "setting", "precision"))
+    if beside:
+        shown = Table("", f"× step at {beside}", "quartiles", "", title=title)
+    else:
+        title = f"{title}: {rows[0]['seconds']:.3f} s"
+        shown = Table("", "× float step", "low", "high", "saved MB", title=title)
     for row in rows:
         if row["ratio"] is None:
             shown.add_row(row["implementation"], row["why"])
         else:
-            numbers = (f"{row[key]:.3f}" for key in ("ratio", "low", "high"))
-            shown.add_row(row["implementation"], *numbers, f"{row['saved_mb']:.0f}")
+            numbers = [f"{row[key]:.3f}" for key in ("ratio", "low", "high")]
+            shown.add_row(row["implementation"], *numbers, *([] if beside else [f"{row['saved_mb']:.0f}"]))
     return shown
 
 

@@ -116,6 +116,43 @@ def test_every_round_runs_every_step_once() -> None:
     assert times == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
 
 
+class OfOneProcess:
+    """A step that takes 1, 2, 3 seconds in the first, second, third pair, and half as long again here."""
+
+    def __init__(self, tree: Path | None, started: list[str]) -> None:
+        self.time = float(1 + len(started) // 2) * (1.5 if tree is None else 1.0)
+        started.append("here" if tree is None else "there")
+
+    def seconds(self, clock: str) -> float:
+        return self.time
+
+    def close(self) -> None:
+        self.time = -1.0
+
+
+def test_builds_are_compared_over_fresh_processes() -> None:
+    options = qat_step.parse(["--beside", "HEAD", "--processes", "3", "--rounds", "2"])
+    options.tree, started = Path(), []
+    row = qat_step.compare(lambda tree: OfOneProcess(tree, started), options)
+    assert started == ["here", "there", "there", "here", "here", "there"]
+    assert row["medians"] == {"here": [1.5, 3.0, 4.5], "HEAD": [1.0, 2.0, 3.0]}
+    assert (row["ratio"], row["low"], row["high"]) == (1.5, 1.5, 1.5)
+    # By hand, the inclusive method: positions 0.75 and 2.25 of [1, 2, 4, 8].
+    assert qat_step.quartiles([1.0, 2.0, 4.0, 8.0]) == [1.75, 3.0, 5.0]
+    with pytest.raises(SystemExit):
+        qat_step.parse(["--processes", "0"])
+
+
+@pytest.mark.slow
+def test_a_build_over_itself(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ["--models", "r20", "--settings", "W8A8", "--implementations", "lq native", "torch.ao", "--rounds", "1"]
+    qat_step.main([*words, "--beside", "HEAD", "--processes", "2", "--json", str(out)])
+    (row,) = json.loads(out.read_text())["results"]
+    assert [len(medians) for medians in row["medians"].values()] == [2, 2]
+    assert 0.2 < row["low"] <= row["high"] < 5
+
+
 @pytest.mark.slow
 def test_a_peers_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "require", lambda names: None)
