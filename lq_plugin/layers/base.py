@@ -34,6 +34,8 @@ from lq_plugin.quantizers import (
 )
 
 Operation = Literal["product", "convolution", "transposed convolution"]
+#: Methods that compute the output from input and weight.
+_MAKE_PRODUCT = ("forward", "_conv_forward", "quantized_input")
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -57,6 +59,10 @@ class QuantizedLayer(nn.Module):
     input_axis: ClassVar[int] = -1
     #: What the float class computes, for PTQ passes and MACs; None is none of these.
     operation: ClassVar[Operation | None] = None
+    #: Whether it computes the product of its operands and nothing else of them. Then, under autocast, their quantizers
+    #: write them in autocast's dtype, which saves a pass over each. A class that overrides one of `_MAKE_PRODUCT` says
+    #: it anew.
+    is_plain_product: ClassVar[bool] = False
     #: Whether `output_scale` gives XNOR-Net's K, so that the input format `xnor` can be had.
     has_output_scale: ClassVar[bool] = False
     #: Whether `lq_plugin.layers.integer` computes its forward; of this very class, not of its subclasses.
@@ -83,6 +89,8 @@ class QuantizedLayer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._is_canonical = cls.canonical is QuantizedLayer.canonical
+        if cls.is_plain_product and _replaces_product(cls):
+            cls.is_plain_product = False
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -97,11 +105,8 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def casts_operands(self) -> bool:
-        """Returns True if under autocast its input and its weight are cast before anything reads them.
-
-        Then their quantizers write them in autocast's dtype, which saves a pass over each.
-        """
-        return False
+        """Returns True if under autocast its input and its weight are cast before anything reads them."""
+        return type(self).is_plain_product
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
         """Returns the weight as the forward pass uses it; `weight` is the layer's own, where it is at hand already."""
@@ -176,6 +181,18 @@ class QuantizedLayer(nn.Module):
             for start, stage in zip(quantizer.starts, quantizer.stages(), strict=True)
         ]
         return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items()}, stages=tuple(stages))
+
+
+def _replaces_product(kind: type[QuantizedLayer]) -> bool:
+    """Returns whether a class has one of `_MAKE_PRODUCT` from elsewhere than the class that says `is_plain_product`."""
+    bases = kind.__mro__
+    declared = next(place for place, base in enumerate(bases) if "is_plain_product" in vars(base))
+    for name in _MAKE_PRODUCT:
+        place = next((place for place, base in enumerate(bases) if name in vars(base)), declared)
+        foreign = not bases[place].__module__.startswith(("torch.nn.", "lq_plugin.layers."))
+        if place < declared or (place > declared and foreign):
+            return True
+    return False
 
 
 def scales_output(quantizer: nn.Module | None) -> bool:

@@ -8,48 +8,28 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lq_plugin.layers.base import Operation, QuantizedLayer, ShadowedForward, scales_output
-from lq_plugin.layers.integer.forward import integer_forward
-from lq_plugin.layers.kept_input import product_of_kept_input
+from lq_plugin.layers.base import Operation, ShadowedForward, scales_output
+from lq_plugin.layers.product_layer import QuantizedProduct
 from lq_plugin.layers.registry import register_layer
 
 
-class _QuantizedConv(QuantizedLayer):
+class _QuantizedConv(QuantizedProduct):
     """y = Q(W) ∗ Q(x) + b. `input_axis` is counted from the end, so that unbatched inputs work also.
 
     Input `[N, C_in, *spatial]` or `[C_in, *spatial]`, weight `[C_out, C_in / groups, *kernel]`.
     """
 
-    has_output_scale = True
-
     operation: ClassVar[Operation | None] = "convolution"
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
-    bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def channels(self) -> tuple[int, int]:
         return self.in_channels, self.out_channels
 
-    def casts_operands(self) -> bool:
-        # Of the forward below, with torch's own convolution: a subclass may read the weight elsewhere.
-        own = type(self)._conv_forward.__module__ == nn.Conv2d.__module__
-        return own and type(self).forward is _QuantizedConv.forward
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
-            return self.quantized_output(y)
-        scale = self.output_scale(input) if self._scales_output else None
-        if scale is None:
-            kept = product_of_kept_input(self, input)
-            if kept is None:
-                kept = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-            return self.quantized_output(kept)
-        y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), None) * scale
-        return self.quantized_output(
-            y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1))
-        )
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
     def output_scale(self, x: Tensor) -> Tensor | None:
         if not scales_output(self.input_quantizer):

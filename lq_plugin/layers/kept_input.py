@@ -100,7 +100,7 @@ def _whole(x: Tensor) -> Layout:
 def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     """Returns a layer's output before its output quantizer; None: autograd is to keep what it keeps.
 
-    Of a layer whose class says that it computes its float class's product of both operands (`casts_operands`). The
+    Of a layer whose class says that it computes the product of both operands alone (`is_plain_product`). The
     numbers and gradients are those of the product of `quantized_input` and `quantized_weight`.
 
     Args:
@@ -111,14 +111,13 @@ def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(inputs, ActivationQuantizer):
         return None
     kernels = kernels_for(x)
-    if kernels is None or torch._C._len_torch_function_stack() or not type(layer).casts_operands(layer):
+    if kernels is None or torch._C._len_torch_function_stack() or not type(layer).is_plain_product:
         return None
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return None
     shared = layer._shared_input is not None and layer._shared_input.takes(x)
-    own = "_conv_forward" in vars(layer) or type(layer).quantized_input is not QuantizedLayer.quantized_input
-    if shared or own or not inputs.rounds_plainly(x):
+    if shared or "_conv_forward" in vars(layer) or not inputs.rounds_plainly(x):
         return None
     if native_layout(x, inputs.scale, inputs.zero_point) is None:  # a scale on another device, for example
         return None

@@ -5,11 +5,54 @@ A recording of one float pass shows both.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.model.graph.record import Recording
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layer, or what begins with it, that a pass leaves as it is, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r}: {self.reason}"
+
+    def __getattr__(self, attribute: str) -> str:
+        if attribute not in ("layer", "producer", "batch_norm"):  # of the classes that this one was in version 0.1
+            raise AttributeError(f"Refused has no attribute {attribute!r}")
+        warnings.warn(f"Refused.{attribute} is Refused.name now", DeprecationWarning, stacklevel=2)
+        return self.name
+
+
+def write_all(changes: Iterable[tuple[str, Tensor, Tensor]], verb: str) -> None:
+    """Writes new values into tensors, all or none.
+
+    Args:
+        changes: name, tensor, and its new value in any dtype.
+        verb: what is done to them, for the message: `"equalize"`.
+
+    Raises:
+        QuantizationError: values that overflow the dtype of their tensor. Nothing is changed then.
+    """
+    with torch.no_grad():
+        cast = [(name, tensor, value.to(tensor.dtype)) for name, tensor, value in changes]
+        faults = [
+            f"{name!r}: the new values are not finite in {tensor.dtype}"
+            for name, tensor, value in cast
+            if not value.isfinite().all()
+        ]
+        raise_all(QuantizationError, f"cannot {verb}", faults)
+        for _, tensor, value in cast:
+            tensor.copy_(value)
 
 
 def parameter_fault(

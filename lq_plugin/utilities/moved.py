@@ -82,6 +82,8 @@ MOVED_NAMES = {
         "search.evaluation.rungs.parse_levels": "search.evaluation.rungs.parse_rungs",
         "search.space.model_space.BoundSpace": "search.space.model_space.ModelSpace",
         "intent.schedule.Phase": "intent.schedule.Switches",
+        "ptq.equalization.equalize.RefusedLayer": "ptq.own_parameters.Refused",
+        "ptq.smooth_quant.smooth.Unsmoothed": "ptq.own_parameters.Refused",
         "ptq.gptq.quantize.GPTQFit": "ptq.gptq.quantize.RoundedLayer",
         "ptq.reconstruction.learn.Fit": "ptq.reconstruction.learn.UnitResult",
         "quantizers.InputQuantizer": "quantizers.activation.ActivationQuantizer",

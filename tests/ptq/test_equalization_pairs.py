@@ -149,7 +149,7 @@ def test_what_is_refused_says_why_and_stays(name: str) -> None:
     recording = recorded(model, x) if not isinstance(model, nn.ModuleList) else record(model, lambda: model[0](x))
     before = copy.deepcopy(model.state_dict())
     result = equalize(model, recording)
-    found = {refused.layer: str(refused) for refused in result.refused}
+    found = {refused.name: str(refused) for refused in result.refused}
     assert re.search(reason, found[layer]), found
     assert result.pairs == ()
     assert result.iterations == 0

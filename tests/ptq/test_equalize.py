@@ -262,7 +262,7 @@ def test_the_error_of_one_scale_a_tensor_falls_strongly() -> None:
     result = equalize(model, recorded(model, x))
     torch.testing.assert_close(model(x), target, rtol=1e-5, atol=1e-5 * float(target.abs().max()))
     assert len(result.pairs) == 5
-    assert [refused.layer for refused in result.refused] == ["head.2"]
+    assert [refused.name for refused in result.refused] == ["head.2"]
     after = error("w8 per_tensor")
     assert before > 0.1
     assert after < 1e-3
@@ -333,7 +333,7 @@ def test_faults_change_nothing() -> None:
     model[2].weight[:, 0] = 6e4
     model.half()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(QuantizationError, match=r"'0.bias': equalized values are not finite in torch.float16"):
+    with pytest.raises(QuantizationError, match=r"'0.bias': the new values are not finite in torch.float16"):
         equalize(model, recording)
     with pytest.raises(QuantizationError, match="iterations is an integer from 1, got 0"):
         equalize(model, recording, iterations=0)

@@ -28,7 +28,7 @@ def reason(model: nn.Module, *inputs) -> str:
     pairs, refused = find(model, *inputs)
     assert pairs == []
     (refusal,) = refused
-    assert str(refusal) == f"{refusal.batch_norm!r}: {refusal.reason}"
+    assert str(refusal) == f"{refusal.name!r}: {refusal.reason}"
     return refusal.reason
 
 
@@ -246,7 +246,7 @@ def test_refused_shared_conv_preactivation_and_two_consumers():
     assert [r.reason for r in refused] == ["'conv' (Conv2d) was called 2 times"] * 2
     pairs, refused = find(PreActivation(), x)
     assert pairs == [Pair("conv1", "bn2")]
-    assert (refused[0].batch_norm, refused[0].reason) == ("bn1", "its input is not made by a layer")
+    assert (refused[0].name, refused[0].reason) == ("bn1", "its input is not made by a layer")
     assert "2 consumers" in reason(TwoConsumers(), x)
 
 

@@ -375,7 +375,7 @@ def test_values_that_overflow_put_earlier_parts_back() -> None:
     torch.manual_seed(0)
     net, tokens = Two().eval(), torch.randint(0, 11, (6, 5))
     state = copy.deepcopy(net.state_dict())
-    with pytest.raises(QuantizationError, match=r"'b.head.weight': rotated values are not finite in torch.float32"):
+    with pytest.raises(QuantizationError, match=r"'b.head.weight': the new values are not finite in torch.float32"):
         rotate(net, tokens)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from lq_plugin.ptq.own_parameters import Refused
 from lq_plugin.ranges import Sample, compare_ranges
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.utilities.moved import MOVED, MOVED_NAMES
@@ -33,6 +34,10 @@ def test_a_name_that_moved_is_the_name_and_warns(old: str, new: str) -> None:
 def test_former_attributes_are_the_present_ones_and_warn() -> None:
     limit = Constraint.parse("effective_bits <= 4.5")
     table = compare_ranges(Sample.from_tensor(torch.randn(4, 16)), "int4")
+    refused = Refused("bn", "it has no running statistics")
+    for name in ("layer", "producer", "batch_norm"):
+        with pytest.warns(DeprecationWarning, match=rf"^Refused.{name} is Refused.name now$"):
+            assert getattr(refused, name) == refused.name == "bn"
     with pytest.warns(DeprecationWarning, match=r"^Constraint.bound is Constraint.limit now$"):
         assert limit.bound == 4.5
     with pytest.warns(DeprecationWarning, match=r"^RangeTable.fit is RangeTable.fitted now$"):

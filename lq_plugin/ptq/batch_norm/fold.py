@@ -29,7 +29,7 @@ from lq_plugin.layers.registry import canonical_of, channel_axis, from_canonical
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
-from lq_plugin.ptq.own_parameters import call_fault, sharing_fault
+from lq_plugin.ptq.own_parameters import Refused, call_fault, sharing_fault, write_all
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,6 @@ class Pair:
 
     producer: str
     batch_norm: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A batch norm that stays as it is, and why."""
-
-    batch_norm: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.batch_norm!r}: {self.reason}"
 
 
 def find_batch_norm_pairs(model: nn.Module, recording: Recording) -> tuple[list[Pair], list[Refused]]:
@@ -280,23 +269,13 @@ def fold_batch_norm(model: nn.Module, pairs: Iterable[Pair]) -> FoldedBatchNorms
         times = Counter(getattr(pair, role) for pair in pairs)
         faults += [f"{name!r} is the {role} of {n} pairs" for name, n in times.items() if n > 1]
     raise_all(QuantizationError, "cannot fold batch norm", faults)
-    with torch.no_grad():
-        changes: list[tuple[Tensor, Tensor]] = []
-        exact = {}
-        for pair in pairs:
-            producer, bn = modules[pair.producer], modules[pair.batch_norm]
-            values = _folded_values(producer, bn)
-            if not all(bool(value.isfinite().all()) for _, value in values):
-                faults.append(
-                    f"{pair.batch_norm!r} into {pair.producer!r}: folded values are not finite in "
-                    f"{_weight(producer).dtype}"
-                )
-            exact[pair] = _effective(producer, bn)
-            changes += values
-        raise_all(QuantizationError, "cannot fold batch norm", faults)
-        originals = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
-        for tensor, value in changes:
-            tensor.copy_(value)
+    exact, changes = {}, []
+    for pair in pairs:
+        producer, bn = modules[pair.producer], modules[pair.batch_norm]
+        exact[pair] = _effective(producer, bn)
+        changes += [(f"{pair.producer} with {pair.batch_norm}", *change) for change in _folded_values(producer, bn)]
+    originals = [(tensor, tensor.detach().clone()) for _, tensor, _ in changes]
+    write_all(changes, "fold batch norm")
     return FoldedBatchNorms(model, originals, exact)
 
 

@@ -27,13 +27,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.errors import QuantizationError
 from lq_plugin.layers.registry import canonical_of, from_canonical_of, layer_channels
 from lq_plugin.model.calibrate import refuse_ranges
 from lq_plugin.model.graph.record import Recording
-from lq_plugin.ptq.equalization.pairs import EqualizationPair, RefusedLayer, find_equalization_pairs
+from lq_plugin.ptq.equalization.pairs import EqualizationPair, find_equalization_pairs
+from lq_plugin.ptq.own_parameters import Refused, write_all
+from lq_plugin.utilities.moved import former_names
 
-__all__ = ["Equalization", "EqualizationPair", "RefusedLayer", "equalize", "find_equalization_pairs"]
+__all__ = ["Equalization", "EqualizationPair", "equalize", "find_equalization_pairs"]
+__getattr__ = former_names(__name__)
 
 #: Factors that change less than this (ln s) are settled.
 _SETTLED = 1e-4
@@ -53,7 +56,7 @@ class Equalization:
 
     factors: dict[str, Tensor]
     pairs: tuple[EqualizationPair, ...]
-    refused: tuple[RefusedLayer, ...]
+    refused: tuple[Refused, ...]
     iterations: int
     change: float
 
@@ -89,16 +92,7 @@ def equalize(model: nn.Module, recording: Recording, iterations: int = 20) -> Eq
     pairs, refused = find_equalization_pairs(model, recording)
     layers = {name: model.get_submodule(name) for pair in pairs for name in (pair.producer, pair.consumer)}
     factors, visits, change = _factors(pairs, {name: _magnitudes(layer) for name, layer in layers.items()}, iterations)
-    changes = _changes(model, pairs, layers, factors)
-    faults = [
-        f"{name!r}: equalized values are not finite in {t.dtype}"
-        for name, t, value in changes
-        if not value.isfinite().all()
-    ]
-    raise_all(QuantizationError, "cannot equalize", faults)
-    with torch.no_grad():
-        for _, tensor, value in changes:
-            tensor.copy_(value)
+    write_all(_changes(model, pairs, layers, factors), "equalize")
     return Equalization(factors, tuple(pairs), tuple(refused), visits, change)
 
 
@@ -136,7 +130,7 @@ def _factors(
 def _changes(
     model: nn.Module, pairs: Sequence[EqualizationPair], layers: Mapping[str, nn.Module], factors: Mapping[str, Tensor]
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """`(name, tensor, new value)` of all that equalization changes, the new value in the tensor's dtype."""
+    """Returns `(name, tensor, new value)` of all that equalization changes, the new value in float64."""
     inputs = {pair.consumer: factors[pair.producer].repeat_interleave(pair.repeat) for pair in pairs}
     changes: list[tuple[str, Tensor, Tensor]] = []
     for name, layer in layers.items():
@@ -151,7 +145,7 @@ def _changes(
             bias = model.get_submodule(name).bias
             if isinstance(bias, Tensor):
                 changes.append((f"{name}.bias", bias, bias.detach().double() / factors[pair.producer]))
-    return [(name, tensor, value.to(tensor.dtype)) for name, tensor, value in changes]
+    return changes
 
 
 def _parts(layer: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from lq_plugin.layers.registry import channel_axis, known_operation, layer_chann
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.batch_norm.fold import has_torchs_forward
-from lq_plugin.ptq.own_parameters import parameter_fault
+from lq_plugin.ptq.own_parameters import Refused, parameter_fault
 
 #: f(s · x) = s · f(x) for s > 0, element by element.
 _HOMOGENEOUS = (
@@ -58,20 +58,7 @@ class EqualizationPair:
     repeat: int = 1
 
 
-@dataclass(frozen=True)
-class RefusedLayer:
-    """A linear or convolution whose output channels stay as they are, and why."""
-
-    layer: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.layer!r}: {self.reason}"
-
-
-def find_equalization_pairs(
-    model: nn.Module, recording: Recording
-) -> tuple[list[EqualizationPair], list[RefusedLayer]]:
+def find_equalization_pairs(model: nn.Module, recording: Recording) -> tuple[list[EqualizationPair], list[Refused]]:
     """Returns the layers whose output channels can be scaled, and all others with the reason.
 
     Safe means: both compute a product, convolution or transposed convolution (grouped, depthwise) and nothing else, as
@@ -88,7 +75,7 @@ def find_equalization_pairs(
         `(pairs, refused)`; together every linear and convolution as a producer, in model order.
     """
     pairs: list[EqualizationPair] = []
-    refused: list[RefusedLayer] = []
+    refused: list[Refused] = []
     search = _Search(model, recording)
     for name, module in search.modules.items():
         if operation_of(module) is not None:
@@ -96,7 +83,7 @@ def find_equalization_pairs(
             if isinstance(found, EqualizationPair):
                 pairs.append(found)
             else:
-                refused.append(RefusedLayer(name, found))
+                refused.append(Refused(name, found))
     return pairs, refused
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lq_plugin.model.graph.record import Call, Recording
-from lq_plugin.ptq.rotation.streams import Unrotated, is_linear, parameters_fault
+from lq_plugin.ptq.own_parameters import Refused
+from lq_plugin.ptq.rotation.streams import is_linear, parameters_fault
 
 #: Place of the values among the tensors that the function is given.
 _VALUES = {"scaled_dot_product_attention": 2, "matmul": 1}
@@ -28,7 +29,7 @@ class HeadPair:
     size: int
 
 
-def find_head_pairs(model: nn.Module, recording: Recording) -> tuple[list[HeadPair], list[Unrotated]]:
+def find_head_pairs(model: nn.Module, recording: Recording) -> tuple[list[HeadPair], list[Refused]]:
     """Returns the pairs, and what looks like one with the reason why it is none.
 
     That heads lie side by side in the channels of both layers is not seen here: the caller proves it by running them.
@@ -39,7 +40,7 @@ def find_head_pairs(model: nn.Module, recording: Recording) -> tuple[list[HeadPa
     """
     modules = dict(model.named_modules())
     pairs: list[HeadPair] = []
-    refused: list[Unrotated] = []
+    refused: list[Refused] = []
     readers = {
         name: call.name
         for call in recording.calls
@@ -65,7 +66,7 @@ def find_head_pairs(model: nn.Module, recording: Recording) -> tuple[list[HeadPa
         if fault is None:
             pairs.append(pair)
         else:
-            refused.append(Unrotated(pair.value, fault))
+            refused.append(Refused(pair.value, fault))
     return pairs, refused
 
 

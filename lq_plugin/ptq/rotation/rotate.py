@@ -34,12 +34,13 @@ from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.functional.rotation import hadamard, random_rotation
 from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
 from lq_plugin.model.graph.record import Recording, record, without_compile
+from lq_plugin.ptq.own_parameters import Refused, write_all
 from lq_plugin.ptq.rotation.heads import HeadPair, find_head_pairs
 from lq_plugin.ptq.rotation.proof import Seen, watch, watched_layers
-from lq_plugin.ptq.rotation.streams import Stream, Unrotated, find_streams, is_leaf, is_linear
+from lq_plugin.ptq.rotation.streams import Stream, find_streams, is_leaf, is_linear
 from lq_plugin.ptq.smooth_quant.groups import input_dim
 
-__all__ = ["HeadPair", "Rotation", "Stream", "Unrotated", "rotate"]
+__all__ = ["HeadPair", "Rotation", "Stream", "rotate"]
 
 
 _NO_PROOF = (
@@ -63,7 +64,7 @@ class Rotation:
     streams: tuple[Stream, ...]
     heads: tuple[HeadPair, ...]
     matrices: dict[str, Tensor]
-    refused: tuple[Unrotated, ...]
+    refused: tuple[Refused, ...]
     change: float
 
 
@@ -140,7 +141,7 @@ def _rotate_proven(
     run: Callable[[], Any],
     kind: str | None,
     seed: int,
-) -> tuple[list[tuple[Stream | HeadPair, Tensor]], list[Unrotated], float]:
+) -> tuple[list[tuple[Stream | HeadPair, Tensor]], list[Refused], float]:
     """Returns the parts that are rotated with their matrices, those put back with the reason, and the largest change.
 
     Args:
@@ -153,7 +154,7 @@ def _rotate_proven(
     """
     generator = torch.Generator().manual_seed(seed)
     done: list[tuple[Stream | HeadPair, Tensor]] = []
-    refused: list[Unrotated] = []
+    refused: list[Refused] = []
     largest = 0.0
     returned = watch(values.model, (), run).returned
     # A stream turns the output projections that the proof of the heads looks at, so those are seen after the streams.
@@ -167,7 +168,7 @@ def _rotate_proven(
             keeps_mean = isinstance(part, Stream) and part.keeps_mean
             matrix = random_rotation(part.size, generator, kind, keeps_mean)
             if not before.holds_proof(part):
-                refused.append(Unrotated(_name(part), _NO_PROOF))
+                refused.append(Refused(_name(part), _NO_PROOF))
                 continue
             values.rotate(part, matrix)
             originals = values.write()
@@ -176,7 +177,7 @@ def _rotate_proven(
                 for parameter, original in originals:
                     parameter.copy_(original)
                 reason = f"the outputs of the recorded batch would differ by {change:.2g}"
-                refused.append(Unrotated(_name(part), reason))
+                refused.append(Refused(_name(part), reason))
                 continue
             largest = max(largest, change)
             done.append((part, matrix))
@@ -273,19 +274,12 @@ class _Values:
 
     def write(self) -> list[tuple[Tensor, Tensor]]:
         """Gives the parameters their new values, all or none; returns those before."""
-        changes = [(self.model.get_parameter(name), value) for name, value in self.new.items()]
-        faults = [
-            f"{name!r}: rotated values are not finite in {parameter.dtype}"
-            for name, (parameter, value) in zip(self.new, changes, strict=True)
-            if not value.to(parameter.dtype).isfinite().all()
-        ]
-        names, self.new = list(self.new), {}
-        raise_all(QuantizationError, "cannot rotate", faults)
-        originals: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t, _ in changes]
-        for name, (_, original) in zip(names, originals, strict=True):
+        new, self.new = self.new, {}
+        changes = [(name, self.model.get_parameter(name), value) for name, value in new.items()]
+        originals = [(parameter, parameter.detach().clone()) for _, parameter, _ in changes]
+        write_all(changes, "rotate")
+        for name, (_, original) in zip(new, originals, strict=True):
             self.first.setdefault(name, original)
-        for parameter, value in changes:
-            parameter.copy_(value)
         return originals
 
     def restore(self) -> None:

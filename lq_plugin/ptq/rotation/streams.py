@@ -17,7 +17,7 @@ from lq_plugin.functional.rotation import random_rotation
 from lq_plugin.layers.registry import operation_of
 from lq_plugin.model.graph.record import Recording, default_is_leaf
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.own_parameters import parameter_fault, sharing_fault
+from lq_plugin.ptq.own_parameters import Refused, parameter_fault, sharing_fault
 
 #: Norms of transformers compute in float32 whatever they are given.
 _ROUNDING = 1e-5
@@ -38,17 +38,6 @@ class Stream:
     writers: tuple[str, ...]
     norms: tuple[tuple[str, tuple[str, ...]], ...]
     keeps_mean: bool
-
-
-@dataclass(frozen=True)
-class Unrotated:
-    """A stream, or a pair of layers, that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name!r}: {self.reason}"
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -72,7 +61,7 @@ def is_linear(module: nn.Module | None) -> bool:
     return module is not None and operation_of(module) == "product"
 
 
-def find_streams(model: nn.Module, recording: Recording) -> tuple[list[Stream], list[Unrotated]]:
+def find_streams(model: nn.Module, recording: Recording) -> tuple[list[Stream], list[Refused]]:
     """Returns the residual streams that can be rotated, and the others with the reason.
 
     Args:
@@ -80,7 +69,7 @@ def find_streams(model: nn.Module, recording: Recording) -> tuple[list[Stream], 
         recording: of one float pass, with `is_leaf` of this file.
     """
     found: list[Stream] = []
-    refused: list[Unrotated] = []
+    refused: list[Refused] = []
     for sums in _connected_sums(recording):
         search = _Search(model, recording, sums)
         if not search.norms:
@@ -89,7 +78,7 @@ def find_streams(model: nn.Module, recording: Recording) -> tuple[list[Stream], 
         if fault is None:
             found.append(search.stream())
         else:
-            refused.append(Unrotated(recording.calls[min(sums)].name, fault))
+            refused.append(Refused(recording.calls[min(sums)].name, fault))
     return found, refused
 
 

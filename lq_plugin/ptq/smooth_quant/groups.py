@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from lq_plugin.layers.registry import canonical_of, known_operation, operation_of
 from lq_plugin.model.graph.record import Call, Recording
 from lq_plugin.model.survey import float_class
-from lq_plugin.ptq.own_parameters import parameter_fault
+from lq_plugin.ptq.own_parameters import Refused, parameter_fault
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -33,18 +33,7 @@ class SmoothingGroup:
     readers: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Unsmoothed:
-    """A norm or linear layer whose output channels stay as they are, and why."""
-
-    producer: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.producer!r}: {self.reason}"
-
-
-def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[SmoothingGroup], list[Unsmoothed]]:
+def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[SmoothingGroup], list[Refused]]:
     """Returns the norms and linear layers whose output channels can be scaled, and all others with the reason.
 
     Safe means: called once, with a weight (and bias) of its own that nothing else reads; its output, as it is, is read
@@ -60,7 +49,7 @@ def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[
     """
     search = _Search(model, recording)
     groups: list[SmoothingGroup] = []
-    refused: list[Unsmoothed] = []
+    refused: list[Refused] = []
     inside = tuple(f"{name}." for name, module in search.modules.items() if isinstance(module, nn.MultiheadAttention))
     candidates = [
         name
@@ -73,7 +62,7 @@ def find_smoothing_groups(model: nn.Module, recording: Recording) -> tuple[list[
         if isinstance(found, SmoothingGroup):
             groups.append(found)
         else:
-            refused.append(Unsmoothed(name, found))
+            refused.append(Refused(name, found))
     return groups, refused
 
 

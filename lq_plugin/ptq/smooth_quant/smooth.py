@@ -29,9 +29,12 @@ from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
 from lq_plugin.model.graph.record import Recording, without_compile
 from lq_plugin.model.ranks import gathered, require_batches
-from lq_plugin.ptq.smooth_quant.groups import SmoothingGroup, Unsmoothed, find_smoothing_groups, input_dim, input_weight
+from lq_plugin.ptq.own_parameters import Refused, write_all
+from lq_plugin.ptq.smooth_quant.groups import SmoothingGroup, find_smoothing_groups, input_dim, input_weight
+from lq_plugin.utilities.moved import former_names
 
-__all__ = ["Smoothing", "SmoothingGroup", "Unsmoothed", "find_smoothing_groups", "smooth_quant"]
+__all__ = ["Smoothing", "SmoothingGroup", "find_smoothing_groups", "smooth_quant"]
+__getattr__ = former_names(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,7 @@ class Smoothing:
 
     pairs: tuple[SmoothingGroup, ...]
     factors: dict[str, Tensor]
-    refused: tuple[Unsmoothed, ...]
+    refused: tuple[Refused, ...]
 
 
 def smooth_quant(
@@ -87,7 +90,7 @@ def smooth_quant(
     largest = _largest_activations(model, [group.producer for group in groups], batches, run or model)
     values = _Values(model)
     factors = {group.producer: values.smooth(group, largest[group.producer], alpha) for group in groups}
-    values.write()
+    write_all(((name, *change) for name, change in values.new.items()), "smooth")
     return Smoothing(tuple(groups), factors, tuple(refused))
 
 
@@ -169,16 +172,3 @@ class _Values:
 
     def _set(self, name: str, value: Tensor) -> None:
         self.new[name] = self.model.get_parameter(name), value
-
-    def write(self) -> None:
-        """Gives the parameters their new values, all or none."""
-        changes = {name: (parameter, value.to(parameter.dtype)) for name, (parameter, value) in self.new.items()}
-        faults = [
-            f"{name!r}: smoothed values are not finite in {t.dtype}"
-            for name, (t, value) in changes.items()
-            if not value.isfinite().all()
-        ]
-        raise_all(QuantizationError, "cannot smooth", faults)
-        with torch.no_grad():
-            for parameter, value in changes.values():
-                parameter.copy_(value)
