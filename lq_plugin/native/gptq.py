@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import library
 from lq_plugin.native.ops import is_watched
 from lq_plugin.native.switch import active
 from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels
 
 
 class GPTQKernels(CompiledKernels):
-    """The compiled library.
+    """The compiled library."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
-
-    def __init__(self, variant: str | None = None) -> None:
-        arguments = [*[POINTER] * 4, SIZE, POINTER, POINTER, SIZE, SIZE, *[NUMBER] * 4]
-        super().__init__(library("gptq"), {"lq_gptq_block": arguments}, variant)
+    source = "gptq"
+    functions: ClassVar = {"lq_gptq_block": [*[POINTER] * 4, SIZE, POINTER, POINTER, SIZE, SIZE, *[NUMBER] * 4]}
 
     def block(
         self, w: Tensor, done: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]

@@ -168,31 +168,23 @@ class FakeQuantizeKernels(Protocol):
 
 
 class Kernels(CompiledKernels):
-    """The compiled library; see `FakeQuantizeKernels`.
+    """The compiled library; see `FakeQuantizeKernels`."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
-
-    def __init__(self, variant: str | None = None) -> None:
-        functions = {
-            "lq_fake_quantize": [NUMBER, *[POINTER] * 5, *[SIZE] * 4, *[NUMBER] * 5],
-            "lq_fake_quantize_observed": [
-                NUMBER, *[POINTER] * 5, SIZE, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
-            ],
-            "lq_fake_quantize_rows": [NUMBER, *[POINTER] * 5, SIZE, SIZE, *[NUMBER] * 5],
-            "lq_row_extremes": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
-            "lq_qparams": [NUMBER, *[POINTER] * 3, SIZE, *[NUMBER] * 5],
-            "lq_passed_gradient": [NUMBER, *[POINTER] * 5, SIZE, *[NUMBER] * 4],
-            "lq_mask_gradient": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
-            "lq_grid_errors": [*[POINTER] * 4, *[SIZE] * 3, *[NUMBER] * 5],
-            "lq_keep": [NUMBER, *[POINTER] * 2, SIZE, SIZE, NUMBER, NUMBER],
-            "lq_learned_backward": [NUMBER, *[POINTER] * 7, *[SIZE] * 3, *[NUMBER] * 5],
-        }  # fmt: skip
-        super().__init__(library("fake_quantize"), functions, variant)
+    source = "fake_quantize"
+    functions: ClassVar = {
+        "lq_fake_quantize": [NUMBER, *[POINTER] * 5, *[SIZE] * 4, *[NUMBER] * 5],
+        "lq_fake_quantize_observed": [
+            NUMBER, *[POINTER] * 5, SIZE, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
+        ],
+        "lq_fake_quantize_rows": [NUMBER, *[POINTER] * 5, SIZE, SIZE, *[NUMBER] * 5],
+        "lq_row_extremes": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
+        "lq_qparams": [NUMBER, *[POINTER] * 3, SIZE, *[NUMBER] * 5],
+        "lq_passed_gradient": [NUMBER, *[POINTER] * 5, SIZE, *[NUMBER] * 4],
+        "lq_mask_gradient": [NUMBER, *[POINTER] * 3, SIZE, SIZE, NUMBER, NUMBER],
+        "lq_grid_errors": [*[POINTER] * 4, *[SIZE] * 3, *[NUMBER] * 5],
+        "lq_keep": [NUMBER, *[POINTER] * 2, SIZE, SIZE, NUMBER, NUMBER],
+        "lq_learned_backward": [NUMBER, *[POINTER] * 7, *[SIZE] * 3, *[NUMBER] * 5],
+    }  # fmt: skip
 
     def fake_quantize(
         self,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import library
 from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, accepts, new_mask
 from lq_plugin.native.ops import is_watched
@@ -33,24 +32,17 @@ class Taken(NamedTuple):
 
 
 class LookupKernels(CompiledKernels):
-    """The compiled library; addresses are taken without more checks, see `lookup_kernels`.
+    """The compiled library; addresses are taken without more checks, see `lookup_kernels`."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
-
-    def __init__(self, variant: str | None = None) -> None:
-        functions: dict[str, list[Any]] = {
-            "lq_lookup": [ctypes.c_char_p],
-            "lq_learned_rows": [ctypes.c_char_p],
-            "lq_add_rows": [NUMBER, *[POINTER] * 4, *[SIZE] * 4, NUMBER, NUMBER],
-            "lq_rows_known": [NUMBER, POINTER, POINTER, *[SIZE] * 3, POINTER, POINTER, NUMBER],
-            "lq_follow_rows": [NUMBER, POINTER, POINTER, *[SIZE] * 3, *[POINTER] * 3, NUMBER],
-        }
-        super().__init__(library("lookup"), functions, variant, returning={"lq_lookup", "lq_rows_known"})
+    source = "lookup"
+    functions: ClassVar = {
+        "lq_lookup": [ctypes.c_char_p],
+        "lq_learned_rows": [ctypes.c_char_p],
+        "lq_add_rows": [NUMBER, *[POINTER] * 4, *[SIZE] * 4, NUMBER, NUMBER],
+        "lq_rows_known": [NUMBER, POINTER, POINTER, *[SIZE] * 3, POINTER, POINTER, NUMBER],
+        "lq_follow_rows": [NUMBER, POINTER, POINTER, *[SIZE] * 3, *[POINTER] * 3, NUMBER],
+    }
+    returning = ("lq_lookup", "lq_rows_known")
 
     def look_up(
         self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],

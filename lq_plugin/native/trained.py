@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lq_plugin.native.build import library
 from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, accepts
 from lq_plugin.native.ops import is_watched
@@ -19,22 +19,14 @@ Ternary = tuple[Tensor, Tensor, Tensor]
 
 
 class TrainedKernels(CompiledKernels):
-    """The compiled library; addresses are taken without more checks, see `trained_kernels`.
+    """The compiled library; addresses are taken without more checks, see `trained_kernels`."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
-
-    def __init__(self, variant: str | None = None) -> None:
-        functions = {
-            "lq_pact_backward": [NUMBER, *[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
-            "lq_ternary": [NUMBER, *[POINTER] * 5, SIZE, SIZE, NUMBER, NUMBER],
-            "lq_ternary_backward": [NUMBER, *[POINTER] * 8, SIZE, SIZE, NUMBER, NUMBER],
-        }
-        super().__init__(library("trained"), functions, variant)
+    source = "trained"
+    functions: ClassVar = {
+        "lq_pact_backward": [NUMBER, *[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+        "lq_ternary": [NUMBER, *[POINTER] * 5, SIZE, SIZE, NUMBER, NUMBER],
+        "lq_ternary_backward": [NUMBER, *[POINTER] * 8, SIZE, SIZE, NUMBER, NUMBER],
+    }
 
     def pact_backward(
         self, x: Tensor, gradient: Tensor, alpha: Tensor, layout: Layout, needs_x: bool

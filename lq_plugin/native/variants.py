@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lq_plugin.native.build import NativeError
+from lq_plugin.native.build import FOLDER, NativeError, library
 
 #: Variants of the kernels, by the number that the C++ side gives them.
 VARIANTS = ("portable", "avx2", "avx512")
@@ -20,25 +21,25 @@ class CompiledKernels:
     """A compiled library, of which one variant is used. The numbers are the same in each.
 
     Args:
-        compiled: the library, from `lq_plugin.native.build.library`.
-        functions: the types of each function's arguments, by its name.
         variant: one of `VARIANTS`; None: the fastest that the processor runs.
-        returning: the names of functions that return an integer; the others return nothing.
 
     Raises:
-        NativeError: the processor does not run the variant.
+        NativeError: it cannot be compiled, or the processor does not run the variant.
     """
 
-    def __init__(
-        self,
-        compiled: ctypes.CDLL,
-        functions: Mapping[str, Sequence[Any]],
-        variant: str | None = None,
-        returning: Collection[str] = (),
-    ) -> None:
-        for name, arguments in functions.items():
+    #: The source, without its suffix, and the folder that it is in.
+    source: ClassVar[str]
+    folder: ClassVar[Path] = FOLDER
+    #: Types of each function's arguments, by its name.
+    functions: ClassVar[Mapping[str, Sequence[Any]]]
+    #: Functions that return an integer; the others return nothing.
+    returning: ClassVar[Collection[str]] = ()
+
+    def __init__(self, variant: str | None = None) -> None:
+        compiled = library(self.source, self.folder)
+        for name, arguments in self.functions.items():
             function = getattr(compiled, name)
-            function.argtypes, function.restype = arguments, NUMBER if name in returning else None
+            function.argtypes, function.restype = arguments, NUMBER if name in self.returning else None
         self.variants = VARIANTS[: compiled.lq_best_variant() + 1]
         self.variant = self.variants[-1] if variant is None else variant
         if self.variant not in self.variants:

@@ -11,12 +11,13 @@ Reference: Rastegari et al., "XNOR-Net", ECCV 2016 (arXiv 1603.05279), section 3
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lq_plugin.errors import ExportError
-from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.build import NativeError
 from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
 #: Bits of a word, and outputs that are interleaved.
@@ -51,22 +52,14 @@ def interleave(words: Tensor) -> Tensor:
 
 
 class Kernel(CompiledKernels):
-    """Compiled library.
+    """Compiled library."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
-
-    def __init__(self, variant: str | None = None) -> None:
-        functions = {
-            "lq_xnor_pack": [POINTER, POINTER, SIZE, SIZE, NUMBER],
-            "lq_xnor_linear": [*[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
-            "lq_xnor_matmul": [*[POINTER] * 5, *[SIZE] * 4, NUMBER, NUMBER],
-        }
-        super().__init__(library("xnor"), functions, variant)
+    source = "xnor"
+    functions: ClassVar = {
+        "lq_xnor_pack": [POINTER, POINTER, SIZE, SIZE, NUMBER],
+        "lq_xnor_linear": [*[POINTER] * 5, *[SIZE] * 3, NUMBER, NUMBER],
+        "lq_xnor_matmul": [*[POINTER] * 5, *[SIZE] * 4, NUMBER, NUMBER],
+    }
 
     def pack(self, x: Tensor) -> Tensor:
         """Returns `pack_signs` of a float32 tensor on the CPU."""

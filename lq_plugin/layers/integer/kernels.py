@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lq_plugin.intent.spec import IntegerGrid
-from lq_plugin.native.build import NativeError, library
+from lq_plugin.native.build import NativeError
 from lq_plugin.native.kernels import TYPES, Kernels
 from lq_plugin.native.layouts import Layout
 from lq_plugin.native.variants import NUMBER, POINTER, REAL, SIZE, CompiledKernels, address
@@ -19,25 +20,21 @@ LARGEST_EXACT = 64
 
 
 class IntegerKernels(CompiledKernels):
-    """The compiled library.
+    """The compiled library."""
 
-    Args:
-        variant: see `CompiledKernels`.
-
-    Raises:
-        NativeError: it cannot be compiled, or the processor does not run the variant.
-    """
+    source = "integer"
+    folder = Path(__file__).parent
+    functions: ClassVar = {
+        "lq_integer_quantize": [
+            NUMBER, *[POINTER] * 3, SIZE, REAL, REAL, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
+        ],
+        "lq_integer_quantize_rows": [NUMBER, *[POINTER] * 3, SIZE, SIZE, *[NUMBER] * 5],
+        "lq_integer_dequantize": [NUMBER, POINTER, POINTER, SIZE, REAL, REAL, NUMBER, NUMBER],
+    }  # fmt: skip
+    returning = ("lq_integer_quantize", "lq_integer_quantize_rows")
 
     def __init__(self, variant: str | None = None) -> None:
-        functions = {
-            "lq_integer_quantize": [
-                NUMBER, *[POINTER] * 3, SIZE, REAL, REAL, NUMBER, NUMBER, POINTER, POINTER, NUMBER, NUMBER
-            ],
-            "lq_integer_quantize_rows": [NUMBER, *[POINTER] * 3, SIZE, SIZE, *[NUMBER] * 5],
-            "lq_integer_dequantize": [NUMBER, POINTER, POINTER, SIZE, REAL, REAL, NUMBER, NUMBER],
-        }  # fmt: skip
-        returning = {"lq_integer_quantize", "lq_integer_quantize_rows"}
-        super().__init__(library("integer", Path(__file__).parent), functions, variant, returning)
+        super().__init__(variant)
         self._masks = Kernels(self.variant)
 
     def quantize(
