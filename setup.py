@@ -1,4 +1,4 @@
-"""Which folders are which packages; everything else stands in pyproject.toml.
+"""Folders of the packages; everything else stands in pyproject.toml.
 
 `conf/` lies at the top of the repository and is installed as `lq_plugin.conf`, so that Hydra finds it
 as `pkg://lq_plugin.conf` from a wheel and from an editable install alike. setuptools cannot say in

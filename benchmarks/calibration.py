@@ -1,4 +1,4 @@
-"""What calibration costs: every range estimator in plain forward passes of the float model, beside other libraries.
+"""Cost of calibration: every range estimator in plain forward passes of the float model, next to other libraries.
 
     python -m benchmarks.calibration --json out.json
 
@@ -169,7 +169,7 @@ def doubling(make: Callable[[int], Call], sizes: list[int], rounds: int) -> list
 
 
 def growth(rounds: int) -> dict[str, Any]:
-    """How seconds and memory grow, estimator by estimator where it has a part in it."""
+    """Returns seconds and memory as the data grows, estimator by estimator where it has a part in it."""
     torch.manual_seed(0)
     grid, net = IntegerGrid(-8, 7), nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
     prepare(net, QuantPlan([Rule("*", weight="int4 per_channel", input="uint4 affine")]))
@@ -208,7 +208,7 @@ def growth(rounds: int) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure (default: all)")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside ours (default: all)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="next to ours (default: all)")
     parser.add_argument("--batches", type=int, default=8, metavar="N", help="of calibration data (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="that are timed (default: 5)")
     return parser.parse_args(arguments)

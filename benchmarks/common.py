@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, interleaved timing, JSON with the environment it was made in."""
+"""Shared parts of the benchmarks: command line, interleaved timing, JSON with the environment it was made in."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> dict[str, f
 
 
 def environment(packages: tuple[str, ...] = ("torch", "lightning", "numpy")) -> dict[str, Any]:
-    """What numbers depend on: versions, processor, threads, date (UTC)."""
+    """Returns what numbers depend on: versions, processor, threads, date (UTC)."""
 
     def version_of(package: str) -> str | None:
         try:
@@ -125,7 +125,7 @@ def environment(packages: tuple[str, ...] = ("torch", "lightning", "numpy")) -> 
 
 
 def _without_paths(arguments: list[str]) -> list[str]:
-    """What says where files lie on this machine, and nothing of what was measured, is left out."""
+    """Returns arguments without those that say where files lie on this machine, and nothing of what was measured."""
     names = ("--json", "--data")
     pairs = zip(["", *arguments], arguments, strict=False)
     return [

@@ -1,4 +1,4 @@
-"""Speed, file size and accuracy of exported models, beside the best float runtime on the machine.
+"""Speed, file size and accuracy of exported models, next to the best float runtime on the machine.
 
     python -m benchmarks.deploy --json out.json
 
@@ -9,7 +9,7 @@ uint8 activations, weights of 8, 4 and 2 bits, batch norms folded, residual sums
 
 Linear weights are streamed from memory: each contender goes through as many copies as make up twice a cache of 32 MiB.
 Binary weights take 2 MiB, more than a core's own cache and less than the shared one, and stay there, as do ONNX
-Runtime's 2-bit ones beside them: one copy is called 32 times a round. `xnor_..._streamed` are the same streamed from
+Runtime's 2-bit ones next to them: one copy is called 32 times a round. `xnor_..._streamed` are the same streamed from
 memory. Times are medians of interleaved rounds; float runtimes compute in float32.
 """
 
@@ -116,7 +116,7 @@ def in_turn(calls: Iterable[Call]) -> Call:
 
 
 def copies(bits: int, streamed: bool) -> int:
-    """How many copies of a weight of so many bits an element are gone through."""
+    """Returns the number of copies of a weight of so many bits an element that are gone through."""
     return max(-(-STREAMED * 8 // (WIDTH * WIDTH * bits)), 2) if streamed or bits > 2 else 1
 
 
@@ -157,7 +157,7 @@ def linear_contenders(
 
 
 def _rounds(count: int) -> int:
-    """How often the copies are gone through in a round."""
+    """Returns the number of times that the copies are gone through in a round."""
     return CACHED_CALLS if count == 1 else 1
 
 

@@ -180,7 +180,7 @@ def reload(folder: Path) -> dict[str, Any]:
 
 
 def packed(case: Case, module: Student, inputs: Inputs, folder: Path) -> bool | str:
-    """Whether a fresh model computes what this one does, bit for bit, once it has read its packed file."""
+    """Returns whether a fresh model computes what this one does, bit for bit, once it has read its packed file."""
     try:
         save_packed(module, folder / "model.safetensors", inputs=inputs)
         fresh, _ = student(case, seed=4)
@@ -208,7 +208,7 @@ def reason_of(error: ExportError) -> str:
 
 
 def counted(case: Case, ledger: Ledger) -> bool | None:
-    """Whether a ledger has the MACs, and the share that is quantized, that were counted by hand."""
+    """Returns whether a ledger has the MACs, and the share that is quantized, that were counted by hand."""
     if case.macs is None:
         return None
     macs = sum(entry.macs or 0 for entry in ledger)
@@ -216,7 +216,7 @@ def counted(case: Case, ledger: Ledger) -> bool | None:
 
 
 def graph_breaks(module: nn.Module, inputs: Inputs) -> list[str]:
-    """Why torch.compile splits the model; nothing when it becomes one graph."""
+    """Returns why torch.compile splits the model; nothing when it becomes one graph."""
     torch.compiler.reset()
     with torch.no_grad(), torch._dynamo.config.patch(allow_rnn=True):
         found = torch._dynamo.explain(module)(*inputs)
@@ -240,7 +240,7 @@ def compiles(module: nn.Module, plain: nn.Module, inputs: Inputs) -> str:
 
 
 def first_line(message: object) -> str:
-    """Of an error that goes on about its origins."""
+    """Returns the first line of an error that goes on about its origins."""
     return (str(message).splitlines() or [""])[0]
 
 

@@ -42,7 +42,7 @@ CONF, SHARED = files("lq_plugin.conf"), files("lq_plugin.conf.shared")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a format is trained: its plan (None: float), the highest learning rate, the share of distillation."""
+    """Training of a format: its plan (None: float), the highest learning rate, the share of distillation."""
 
     plan: QuantPlan | None
     lr: float
@@ -61,7 +61,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def with_weight(plan: QuantPlan, spec: str) -> QuantPlan:
-    """The same plan with another spec for all layers that are not float."""
+    """Returns the plan with another spec for all layers that are not float."""
     return QuantPlan([replace(plan.rules[0], weight=spec), *plan.rules[1:]])
 
 

@@ -55,7 +55,7 @@ def measure(kind: str, spec: str, size: int, cache_bytes: int = 0) -> dict[str, 
 
 
 def work(kind: str, spec: str, size: int, cache_bytes: int, folder: Path) -> Callable[[], Any]:
-    """What is measured, with all that it needs made before."""
+    """Returns what is measured, with all that it needs made before."""
     import torch
     from torch import nn
 
@@ -117,7 +117,7 @@ def in_a_process(task: dict[str, Any], source: Path | None) -> dict[str, float]:
 
 
 def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to measure."""
+    """Returns what is to be measured."""
     found: list[dict[str, Any]] = []
     for size in options.sizes:
         for spec in options.formats:

@@ -3,7 +3,7 @@
     python -m benchmarks.ptq_accuracy --json out.json
     python -m benchmarks.ptq_accuracy --model transformer --json out.json      # benchmarks.ptq_transformer
 
-All layers are quantized, the first and the last too: weights per channel, inputs per tensor, nearest
+All layers are quantized, also the first and the last: weights per channel, inputs per tensor, nearest
 rounding, batch norm corrected. A row's estimator finds the ranges of weights and inputs alike. The recipe was chosen on
 train images 10,000 to 12,000, with `mse` the best estimator at 4 and 8 bits; the test images only score it.
 """
@@ -190,7 +190,7 @@ def add_won_back(results: dict[str, Any]) -> None:
 
 
 def measure_calibration(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
-    """What all estimators together cost, in plain forward passes over the same images."""
+    """Returns the cost of all estimators together, in plain forward passes over the same images."""
     prepared = copy.deepcopy(model)
     prepare(prepared, QuantPlan([Rule("*", weight="int4 per_channel", input="uint4 affine")]))
     times = common.interleaved(
@@ -215,7 +215,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--bits", nargs="+", choices=BITS, help="widths to measure (default: all, none with --formats)")
     parser.add_argument(
-        "--formats", nargs="+", type=_spec, default=[], metavar="SPEC", help="of weights, beside 8-bit inputs: mxfp4"
+        "--formats", nargs="+", type=_spec, default=[], metavar="SPEC", help="of weights, next to 8-bit inputs: mxfp4"
     )
     parser.add_argument(
         "--ranges", nargs="+", choices=COMPARED, default=list(COMPARED), help="estimators (default: all)"
@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=[n for n, peer in PEERS.items() if peer.default_iterations],
         default=[],
-        help="other libraries beside; see benchmarks.peers",
+        help="other libraries in the same run; see benchmarks.peers",
     )
     parser.add_argument(
         "--peer-default", action="store_true", help="peers at their own default of iterations as well: slow"

@@ -18,7 +18,7 @@ quantized weights; `saved_without_parameters_mb` leaves parameters and buffers o
 
 Implementations: `lq pure`, torch operations alone; `lq native`, the compiled kernels; `lq integer`, `QAT(...,
 forward="integer")`; `lq compiled`, torch.compile of the whole model, over the float step that is *not* compiled (`float
-compiled` stands beside it); `torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer
+compiled` stands next to it); `torch.ao`, its fused moving-average fake-quantizers on each convolution and linear layer
 (attention keeps its projection of query, key and value float); `torchao QATConfig` (linear layers only), `torchao
 MXTensor` (linear layers outside of attention only, its tensors there and back) and `torchao pt2e`; Brevitas, where it
 is installed (`python -m benchmarks.peers install brevitas`), a process in its own environment that takes its turn:

@@ -276,7 +276,7 @@ def torchao_pt2e(name: str, setting: str, device: str) -> Step:
 
 
 def brevitas(variant: str, name: str, setting: str, device: str, precision: str = "32-true") -> PeerStep:
-    """In its own environment."""
+    """Brevitas, in its own environment."""
     if setting == "LSQ":
         raise Unavailable("W4A4 has its learned ranges")
     _refuse_formats(setting)

@@ -1,4 +1,4 @@
-"""Signal to quantization noise ratio of every weight format on synthetic data, beside the bits an element takes.
+"""Signal to quantization noise ratio of every weight format on synthetic data, with the bits that an element takes.
 
     python -m benchmarks.qsnr --json out.json
 

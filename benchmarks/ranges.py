@@ -1,10 +1,10 @@
-"""What finding a range costs: counting the values of an activation, and each estimator on it and on a weight.
+"""Cost of finding a range: counting the values of an activation, and each estimator on it and on a weight.
 
     python -m benchmarks.ranges --estimators kl --beside d2334b0 --json out.json
 
 `count` takes one batch of two million values into the collector that the estimator asks for; `activation` makes the
 range of a histogram of a million values, its sample included; `weight` the ranges of 64 channels of 4,608 values each.
-`--beside REV` measures the library as it was at a commit of this repository too: both run in processes of their own
+`--beside REV` measures the library also as it was at a commit of this repository: both run in processes of their own
 that take their turns, on the same numbers, and `ratio` is that of medians, here over there. Seconds are those of the
 processor, so that what else runs on the machine counts less.
 """

@@ -1,4 +1,4 @@
-"""PTQ at size: time and memory of each step on a Llama-like model with random weights, beside llm-compressor.
+"""PTQ at size: time and memory of each step on a Llama-like model with random weights, next to llm-compressor.
 
     python -m benchmarks.scale --json out.json
     python -m benchmarks.scale --sizes 300m 1.1b --threads 2
@@ -11,7 +11,7 @@ bytes in float32. `decibels` is the signal over the error of the decoder's last 
 (`calibrate`) and after GPTQ, on sequences that were not calibrated on. llm-compressor runs in its own environment
 (`python -m benchmarks.peers install llmcompressor`), its GPTQ with the same group size, dampening, order of columns
 and sequences of tokens. Its ranges are those of the largest magnitude (its default), ours by least squared error;
-`gptq_over_llmcompressor` sets both steps of ours, `calibrate` and `gptq`, beside it, which does both in one. Linux
+`gptq_over_llmcompressor` sets both steps of ours, `calibrate` and `gptq`, next to it, which does both in one. Linux
 only: peaks are read from /proc.
 """
 
@@ -98,10 +98,10 @@ def _warm_up(plan: Any) -> None:
 
 
 def in_a_process(command: list[str], threads: int, peer: bool) -> dict[str, Any]:
-    """What a new process says in its last line.
+    """Returns what a new process says in its last line.
 
     Args:
-        command: behind the interpreter.
+        command: after the interpreter.
         threads: of torch.
         peer: whether its environment is that of a peer: of this one's Python nothing then.
     """
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", choices=steps, default=steps, help="in this order (default: all)")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=[name for name in PEERS if is_installed(name)],
-        help="beside it (default: those that are installed)",
+        help="next to ours (default: those that are installed)",
     )  # fmt: skip
     return parser.parse_args(arguments)
 

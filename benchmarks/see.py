@@ -1,4 +1,4 @@
-"""What it costs to look: a log of `QuantMonitor` over a training step, and the report page of a large study.
+"""Cost of looking: a log of `QuantMonitor` over a training step, and the report page of a large study.
 
     python -m benchmarks.see --json out.json
 

@@ -1,4 +1,4 @@
-"""What this package adds to the start of a program: CPU seconds of new processes, with compiled kernels cached.
+"""Addition of this package to the start of a program: CPU seconds of new processes, with compiled kernels cached.
 
     python -m benchmarks.start_up --json out.json
 

@@ -1,4 +1,4 @@
-"""Exported files in the runtimes of their targets, beside the model that they were made from and its float file.
+"""Exported files in the runtimes of their targets, next to the model that they were made from and its float file.
 
     python -m benchmarks.targets --json out.json
 

@@ -68,14 +68,14 @@ def screenshots(page: Path, layer: str) -> dict[str, bytes]:
 
 
 def _from_to(page: Any, first: str, last: str) -> dict[str, float]:
-    """What the page shows from the top of one part to the bottom of another, with a margin."""
+    """Returns what the page shows from the top of one part to the bottom of another, with a margin."""
     top, bottom = (page.locator(part).first.evaluate("e => e.getBoundingClientRect()") for part in (first, last))
     scrolled = page.evaluate("scrollY")
     return {"x": 0.0, "y": top["top"] + scrolled, "width": float(WIDTH), "height": bottom["bottom"] - top["top"] + 8}
 
 
 def small(png: bytes) -> bytes:
-    """The same picture no wider than the page, and in few colours where it would be large."""
+    """Returns a picture no wider than the page, and in few colours where it would be large."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     if image.width > WIDTH:
         image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)

@@ -23,7 +23,7 @@ from lq_plugin.export import export_onnx, load_packed, onnx_session, save_packed
 
 
 class Digits:
-    """What a service keeps in memory: images in, digits out."""
+    """Content of a service's memory: images in, digits out."""
 
     def __init__(self, path: Path) -> None:
         self.session = onnx_session(path)

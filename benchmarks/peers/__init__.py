@@ -1,4 +1,4 @@
-"""Other quantization libraries beside ours, each in a virtual environment of its own.
+"""Other quantization libraries, each in a virtual environment of its own.
 
     python -m benchmarks.peers install aimet brevitas
     python -m benchmarks.ptq_accuracy --peers aimet brevitas --json out.json

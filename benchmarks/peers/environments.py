@@ -21,7 +21,7 @@ class Peer:
     """A peer's packages, and what its rows say.
 
     Attributes:
-        requirements: what pip installs beside torch and `SHARED`.
+        requirements: what pip installs next to torch and `SHARED`.
         rounding: name of its rows.
         default_iterations: what it does a layer unless told otherwise, below 8 bits; 0: it is no peer of accuracies.
         range: how it finds the ranges of weights.

@@ -35,7 +35,7 @@ class AnsweringProcess:
         self.names: list[str] = self.ask("")
 
     def ask(self, question: str) -> Any:
-        """What it answers."""
+        """Returns the process's answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -79,7 +79,7 @@ class PeerProcess(AnsweringProcess):
 def serve(make: Callable[[], dict[str, Callable[[], Any]]]) -> None:
     """Answers each line of stdin with a line of JSON: what the function of that name returns; an empty line with the
     names."""
-    # Libraries print on stdout, too: from here on that goes to stderr.
+    # Libraries also print on stdout: from here on that goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         functions = make()

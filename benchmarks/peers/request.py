@@ -1,4 +1,4 @@
-"""What a peer is asked to do. Read on both sides, so it imports nothing that an environment may lack."""
+"""Request to a peer. Read on both sides, so it imports nothing that an environment may lack."""
 
 from __future__ import annotations
 

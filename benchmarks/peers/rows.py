@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.peers.environments import PEERS
 from benchmarks.peers.start import run_peer
 
-#: A layer, of every peer unless its own default is asked for too.
+#: A layer, of every peer unless its own default is also asked for.
 ITERATIONS = 200
 
 

@@ -10,7 +10,7 @@ from benchmarks.peers.process import PeerProcess, serve
 
 
 class PeerStep(PeerProcess):
-    """What `benchmarks.qat_step_models.Step` is, with the model in a process of a peer's environment.
+    """A `benchmarks.qat_step_models.Step` with the model in a process of a peer's environment.
 
     Args:
         peer: a key of `PEERS`; its module there has a function `training(model, setting, variant)`.

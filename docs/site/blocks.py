@@ -1,4 +1,4 @@
-"""What the site's pages show of the code: tables, pictures of levels, the API reference."""
+"""Parts of the code that the site's pages show: tables, pictures of levels, the API reference."""
 
 from __future__ import annotations
 

@@ -96,5 +96,5 @@ class _Print(argparse.Action):
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs `lq-explain` with the arguments of the command line."""
     sys.exit(explain())

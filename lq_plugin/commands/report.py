@@ -91,5 +91,5 @@ def _drawn(data: ReportData, folder: Path, layers: int) -> list[Path]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs `lq-report` with the arguments of the command line."""
     sys.exit(report())

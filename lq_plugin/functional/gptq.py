@@ -139,7 +139,7 @@ class OrderedHessian:
     Args:
         reversed_: H + λ I, float64 `[problems, columns, columns]`.
         order: columns as they are rounded, int64 `[problems, columns]`.
-        added: what is on the diagonal beside the Hessian's own, in this order, float64 `[problems, columns]`.
+        added: what the diagonal has besides the Hessian's own, in this order, float64 `[problems, columns]`.
         dead: columns of the weight whose input is always 0, bool `[problems, columns]`.
         dampening: λ as a share of the mean of diag H over live columns.
     """

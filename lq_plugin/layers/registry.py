@@ -140,7 +140,7 @@ def canonical_of(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def from_canonical_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Inverse of `canonical_of`."""
+    """Returns the inverse of `canonical_of`: a weight in the layout of its layer."""
     found: Tensor = _declared(layer).from_canonical(layer, weight)
     return found
 

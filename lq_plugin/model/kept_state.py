@@ -236,7 +236,7 @@ def _attributes(value: Any, state: KeptState) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
-    """Of a class of Python's: those of C have members that nobody may write to."""
+    """Returns the slots of a class of Python's: those of C have members that nobody may write to."""
     kinds = [base for base in kind.__mro__ if "__slots__" in vars(base)]
     return tuple(
         member for base in kinds for member in vars(base).values() if isinstance(member, types.MemberDescriptorType)

@@ -156,7 +156,7 @@ class LookupKernels(CompiledKernels):
 
         Args:
             table: `[rows, length]`.
-            index: of rows of it, one-dimensional.
+            index: of rows of the table, one-dimensional.
             low, high: float32 `[rows]`.
         """
         return bool(self._library.lq_rows_known(
@@ -170,7 +170,7 @@ class LookupKernels(CompiledKernels):
 
         Args:
             table: `[rows, length]`.
-            index: of rows of it, one-dimensional.
+            index: of rows of the table, one-dimensional.
             low, high: float32 `[rows]`, extremes of each row, changed in place.
             bounds: float32 `[2]`, extremes of all, changed in place.
         """
@@ -186,7 +186,7 @@ def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:
 
     Args:
         table: `[rows, length]`.
-        index: of rows of it, of any shape.
+        index: of rows of the table, of any shape.
     """
     if torch.compiler.is_compiling() or type(index) is not Tensor or index.dtype != torch.int64:
         return None

@@ -54,7 +54,7 @@ class TrainedKernels(CompiledKernels):
 
         Args:
             x: contiguous.
-            levels: of its rows, equal parts of it.
+            levels: those of each of the equal parts of `x`.
             dtype: of the result.
         """
         y, rows = torch.empty_like(x, dtype=dtype), levels[0].numel()

@@ -1,4 +1,4 @@
-"""When, from where and with what the values of a report were made."""
+"""Origin of a report's values: when, from where and with what they were made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a quantized model to an integer program."""
+"""Conversion of a quantized model to an integer program."""
 
 from __future__ import annotations
 

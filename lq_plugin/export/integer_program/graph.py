@@ -76,7 +76,7 @@ def put_constant(module: GraphModule, name: str, value: Tensor) -> Node:
     Args:
         module: changed.
         name: begins the name of the buffer.
-        value: of it.
+        value: the tensor.
     """
     number = sum(1 for _ in module.named_buffers())
     key = f"{name}_{number}".replace(".", "_")

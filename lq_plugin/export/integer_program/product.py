@@ -18,7 +18,7 @@ class Product:
 
     Args:
         module: that it is in.
-        node: of it.
+        node: of the operation.
     """
 
     def __init__(self, module: GraphModule, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""From a prepared model to a graph with quantize and dequantize nodes: its quantizers are swapped, and it is traced."""
+"""Conversion of a prepared model to a graph with quantize and dequantize nodes, by tracing its swapped quantizers."""
 
 from __future__ import annotations
 

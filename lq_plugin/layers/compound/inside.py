@@ -66,7 +66,7 @@ def show_inputs(
     Args:
         module: quantized.
         key: of the weight.
-        matrices: of it; the first input goes into the first, ...
+        matrices: of the weight; the first input goes into the first, ...
         see: is shown them.
         args, kwargs: of the module's call.
     """

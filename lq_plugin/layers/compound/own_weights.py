@@ -110,7 +110,7 @@ class OwnWeight(CompoundWeight):
 
 @register_layer(OwnWeight)
 class QuantizedOwnWeight(QuantizedLayer, OwnWeight):
-    """Q(W), with Q(x) before each product of it. The canonical weight has the rows of one expert after another."""
+    """Q(W), with Q(x) before each product. The canonical weight has the rows of one expert after another."""
 
     float_class = OwnWeight
     slots = ("weight", "input")

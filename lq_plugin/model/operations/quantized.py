@@ -129,7 +129,7 @@ class QuantizedOperation(nn.Module):
             self.add_module(f"input_{index}_quantizer", quantizer)
 
     def quantizers(self) -> list[ActivationQuantizer | StagedQuantizer]:
-        """In the order of the operands."""
+        """Returns its quantizers in the order of the operands."""
         return cast("list[ActivationQuantizer | StagedQuantizer]", list(self.children()))
 
     def quantized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -90,7 +90,7 @@ def _matches_any(rule: Rule, layers: Iterable[LayerInfo]) -> bool:
 def needs_recording(model: nn.Module, plan: QuantPlan) -> bool:
     """Returns whether `prepare` must be told the operations of `model`: the plan names some without quantizers.
 
-    A rule that may name several is about those outside of LSTMs and attentions, too, which only a recording shows.
+    A rule that may name several is about those outside of LSTMs and attentions also, which only a recording shows.
     """
     if not any(names_operation(rule.match) for rule in plan.rules):
         return False

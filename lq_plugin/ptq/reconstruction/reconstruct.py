@@ -77,7 +77,7 @@ def reconstruct(
         batches: calibration data, read once and kept in the cache.
         run: runs the model on one batch; `model(batch)` when None.
         by: `"block"` (BRECQ), `"layer"` (AdaRound), or patterns of the names of blocks.
-        options: how; `changes` replaces fields of it.
+        options: of the rounding; `changes` replaces some of its fields.
         on_step: told the unit's name and the iteration after each.
 
     Returns:

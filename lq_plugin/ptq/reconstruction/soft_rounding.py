@@ -19,7 +19,7 @@ GAIN_BOUNDS = (0.25, 4.0)
 
 
 class SoftRounding(nn.Module):
-    """In the place of a weight quantizer: ŵ = g · s · (low + (high - low) · h(V)), with the levels next to a weight.
+    """Stand-in for a weight quantizer: ŵ = g · s · (low + (high - low) · h(V)), with the levels next to a weight.
 
     Args:
         quantizer: one that has fixed levels.
@@ -72,7 +72,7 @@ class SoftRounding(nn.Module):
 
 
 class SoftInput(nn.Module):
-    """In the place of an input quantizer: its scale may be trained, and it may let values pass at random.
+    """Stand-in for an input quantizer: its scale may be trained, and it may let values pass at random.
 
     Args:
         quantizer: a calibrated one.

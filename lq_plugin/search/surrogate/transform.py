@@ -23,7 +23,7 @@ class Transform:
     """An increasing function of a metric.
 
     Args:
-        name: of it.
+        name: of the function.
         fits: whether it is defined for such values.
         apply: to values.
         log_slope: logarithm of its derivative.
