@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 from torch import Tensor
 
 from lq_plugin.layers.base import QuantizedLayer
@@ -15,19 +18,17 @@ class QuantizedProduct(QuantizedLayer):
     is_plain_product = True
     has_output_scale = True
 
-    bias: Tensor | None
-
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Returns what the float class computes of input, weight and bias."""
-        raise NotImplementedError
+    #: Computes what the float class does of input, weight and bias.
+    _multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         if self._integer_state is not None and (y := integer_forward(self, input)) is not None:
             return self.quantized_output(y)
+        bias: Tensor | None = cast(Any, self).bias
         scale = self.output_scale(input) if self._scales_output else None
         if scale is not None:
             y = self._multiply(self.quantized_input(input), self.quantized_weight(), None) * scale
-            y = y if self.bias is None else y + self.bias.view(-1, *[1] * (-type(self).input_axis - 1))
+            y = y if bias is None else y + bias.view(-1, *[1] * (-type(self).input_axis - 1))
         elif (y := product_of_kept_input(self, input)) is None:
-            y = self._multiply(self.quantized_input(input), self.quantized_weight(), self.bias)
+            y = self._multiply(self.quantized_input(input), self.quantized_weight(), bias)
         return self.quantized_output(y)

@@ -276,7 +276,7 @@ class _Values:
         """Gives the parameters their new values, all or none; returns those before."""
         new, self.new = self.new, {}
         changes = [(name, self.model.get_parameter(name), value) for name, value in new.items()]
-        originals = [(parameter, parameter.detach().clone()) for _, parameter, _ in changes]
+        originals: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for _, t, _ in changes]
         write_all(changes, "rotate")
         for name, (_, original) in zip(new, originals, strict=True):
             self.first.setdefault(name, original)
