@@ -89,11 +89,11 @@ class Case:
         activation = {"input": ACTIVATION} if self.quantized_inputs else {}
         whole = target in ("executorch", "litert")
         rules = [rule for rule in self.rules if whole or (rule.output is None and rule.match != "mean_0")]
-        rules = [] if runtime == "openvino" else rules
+        rules = [] if "openvino" in (target, runtime) else rules
         return QuantPlan([Rule("*", weight=self.weight, **activation), *rules])
 
 
-_CNN = ("onnx:onnxruntime", "onnx:openvino", "tensorrt:onnxruntime", "executorch", "litert")
+_CNN = ("onnx:onnxruntime", "onnx:openvino", "openvino", "tensorrt:onnxruntime", "executorch", "litert")
 _RESNET = (
     Rule("layer*.add_0", input=ACTIVATION), Rule("mean_0", input=ACTIVATION), Rule("linear", output=ACTIVATION)
 )  # fmt: skip
@@ -162,13 +162,14 @@ def _llama() -> nn.Module:
 
 def float_runner(target: str, runtime: str | None, model: nn.Module, x: Tensor) -> Callable[[Tensor], Any] | None:
     """The float model in the target's runtime, for batches shaped as `x`; None where files of it are not written."""
-    if target in ("onnx", "tensorrt"):
+    if target in ("onnx", "tensorrt", "openvino"):
         from lq_plugin.export import OpenVINOSession, onnx_session
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "float.onnx"
             deploy_models.export_float(deploy_models.folded(model, x), x.expand(2, *x.shape[1:]), path)
-            session: Any = onnx_session(path, threads=1) if runtime != "openvino" else OpenVINOSession(path, threads=1)
+            openvino = "openvino" in (target, runtime)
+            session: Any = OpenVINOSession(path, threads=1) if openvino else onnx_session(path, threads=1)
         return lambda value: session.run(None, {"x": value.numpy()})
     if target == "executorch":
         return _executorch(model, x)

@@ -147,7 +147,7 @@ def certify(
         target=chosen.name,
         runtime=named or "torch",
         file=path.name,
-        bytes=path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        bytes=sum(file.stat().st_size for file in chosen.files(path)),
         verification=verification,
         layers=() if run is None else tuple(_compare_layers(model, run, batches)),
         products=chosen.products(path, named),

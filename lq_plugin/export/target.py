@@ -152,6 +152,10 @@ class Target(ABC):
     def write(self, request: Request) -> int:
         """Writes `request.path`, or changes `request.model` in place; returns the size of what it wrote, in bytes."""
 
+    def files(self, path: Path) -> list[Path]:
+        """Returns the files that `write` makes of `path`: itself, or all files of a folder."""
+        return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         """Opens a file for `verify`.
 

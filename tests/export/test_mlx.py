@@ -11,7 +11,7 @@ from torch import nn
 from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.commands.export import run_export
 from lq_plugin.errors import ExportError, PlanError
-from lq_plugin.export import export_model, verify
+from lq_plugin.export import certify, export_model, verify
 from lq_plugin.export.mlx_file.words import packed
 from lq_plugin.export.planned import refuse_for_target
 from lq_plugin.export.request import Request
@@ -130,9 +130,10 @@ def test_mlx_computes_the_layers_of_the_model(spec, tmp_path):
         bias = 0.0 if model.get_submodule(layer).bias is None else model.get_submodule(layer).bias.detach().numpy()
         expected = model.get_submodule(layer)(inputs).detach().numpy()
         np.testing.assert_allclose(y + bias, expected, rtol=0, atol=2e-5)
-    result = verify(model, path, [ids()], Net, target="mlx")
-    assert result.agreement == 1.0
-    assert result.largest_difference < 2e-5
+    result = certify(model, path, [ids()], Net, target="mlx")
+    assert result.verification.agreement == 1.0
+    assert result.verification.largest_difference < 2e-5
+    assert result.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tied", [False, True])

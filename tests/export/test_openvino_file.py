@@ -97,9 +97,10 @@ def test_every_product_between_integers_is_one(plan, tmp_path):
     """Whatever the bits of the weights; in an ONNX file 4 bits make the linear layers float."""
     net, path = quantized(plan), tmp_path / "net.xml"
     export_model(net, path, (images(),))
-    products = certify(net, path, [images()]).products
-    assert products.integer == {"Convolution": 2, "FullyConnected": 2}
-    assert not products.floating
+    found = certify(net, path, [images()])
+    assert found.products.integer == {"Convolution": 2, "FullyConnected": 2}
+    assert not found.products.floating
+    assert found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])

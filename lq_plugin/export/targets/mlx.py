@@ -67,6 +67,11 @@ class MLX(Target):
         assert request.path is not None
         return write_mlx(request.model, request.path)
 
+    def files(self, path: Path) -> list[Path]:
+        from lq_plugin.export.mlx_file.write import config_path
+
+        return [path, config_path(path)]
+
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.mlx_file.read import load_mlx
 

@@ -38,3 +38,6 @@ class OpenVINO(ONNX):
             graph = Path(folder, "model.onnx")
             self.write_graph(request, graph)
             return write_ir(graph, request.path, self.settings(request)["three_bits"])
+
+    def files(self, path: Path) -> list[Path]:
+        return [path, path.with_suffix(".bin")]
