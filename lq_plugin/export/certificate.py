@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lq_plugin.export.target import Products, Target, target_of
 from lq_plugin.export.verify import Verification, arguments, tensors, verify
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.quantizers.base import Levels
 from lq_plugin.utilities.files import write_file
 
 
@@ -165,9 +167,13 @@ def _compare_layers(
     held = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     largest: dict[str, float] = {}
     differing: dict[str, list[int]] = {}
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[tuple[Tensor, Levels | None]]] = {}
+
+    def note(name: str, quantizer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen[name].append((output, quantizer.current.levels(inputs[0])))
+
     handles = [
-        layer.input_quantizer.register_forward_hook(lambda _q, _x, y, name=name: seen[name].append(y))
+        layer.input_quantizer.register_forward_hook(functools.partial(note, name))
         for name, layer in held.items()
         if layer.input_quantizer is not None
     ]
@@ -178,10 +184,12 @@ def _compare_layers(
                 seen.update({name: [] for name in held})
                 model(*args)
                 for name, theirs in run(*args).items():
-                    if len(mine := seen.get(name, [])) != 1 or mine[0].shape != theirs.shape:
+                    if len(passes := seen.get(name, [])) != 1:
                         continue
-                    quantizer = cast(Any, held[name].input_quantizer).current
-                    steps = ((mine[0].cpu() - theirs).double().abs() / quantizer.scale.cpu()).nan_to_num(torch.inf)
+                    ((mine, levels),) = passes
+                    if levels is None or mine.shape != theirs.shape:
+                        continue
+                    steps = ((mine.cpu() - theirs).double().abs() / levels.step.cpu()).nan_to_num(torch.inf)
                     largest[name] = max(largest.get(name, 0.0), float(steps.max()) if steps.numel() else 0.0)
                     count = differing.setdefault(name, [0, 0])
                     count[0] += int((steps >= 0.5).sum())

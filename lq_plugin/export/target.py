@@ -239,9 +239,10 @@ def nearest_spec(known: Sequence[str], spec: QuantSpec, fault: Callable[[QuantSp
             alike = other
         fit += [candidate for candidate in dict.fromkeys((alike, other)) if fault(candidate) is None][:1]
 
-    def distance(other: QuantSpec) -> tuple[bool, int, bool]:
-        bits = abs(other.bit_width - spec.bit_width)
-        return other.range != spec.range, bits, type(other.granularity) is not type(spec.granularity)
+    def distance(other: QuantSpec) -> tuple[bool, bool, int, bool]:
+        bits, granularity = abs(other.bit_width - spec.bit_width), type(other.granularity)
+        named = other.format_name != spec.format_name
+        return named, other.range != spec.range, bits, granularity is not type(spec.granularity)
 
     return min(fit, key=distance, default=None)
 

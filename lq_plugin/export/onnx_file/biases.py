@@ -31,6 +31,7 @@ _BETWEEN = (
 #: Kernels sum products in int32.
 _LIMIT = 2**31 - 1
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
+_FLOATS = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 
 
 def settle_biases(model: onnx.ModelProto) -> list[str]:
@@ -93,6 +94,8 @@ class _Biases:
         read = None if node is None else self._dequantizer(node.output[0])
         if read is None or self._is_constant(read.input[0]):
             return None
+        if len(read.input) > 2 and self.constants[read.input[2]].data_type in _FLOATS:
+            return None  # a product of floats, whose bias stays one
         scale = self._value(read.input[1])
         return scale if scale.size == 1 else None
 

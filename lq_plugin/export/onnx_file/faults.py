@@ -68,6 +68,8 @@ def spec_fault(form: Form, slot: str, spec: QuantSpec, layer: Any) -> str | None
         return refusal(spec, weight_shape(layer)[0]) or (form.weight_fault and form.weight_fault(spec, layer))
     if spec.dynamic:
         return _dynamic_fault(form, spec)
+    if spec.format_name == "fp8":
+        return _fp8_fault(form, spec)
     if not spec.is_uniform or isinstance(spec.granularity, PerGroup):
         return "its scales are found at run time, QuantizeLinear needs them fixed"
     reasons = []
@@ -89,6 +91,13 @@ def _dynamic_fault(form: Form, spec: QuantSpec) -> str | None:
     if fits and isinstance(spec.granularity, PerTensor):
         return None
     return "DynamicQuantizeLinear has unsigned 8-bit integers with a zero point, and one scale for the tensor"
+
+
+def _fp8_fault(form: Form, spec: QuantSpec) -> str | None:
+    """Returns why QuantizeLinear does not compute an FP8 activation with a fixed range, or None."""
+    if not form.float_activations:
+        return "activations of these files are integers"
+    return None if isinstance(spec.granularity, PerTensor) else "FP8 activations of these files have one scale"
 
 
 def precision_faults(model: nn.Module, form: Form, sums: bool) -> list[str]:

@@ -23,6 +23,7 @@ class Form:
         half: the model may be float16.
         negative_scales: weights may have them, where a batch norm's negative factor moves in.
         dynamic: activations may have a range that is found at run time (DynamicQuantizeLinear).
+        float_activations: activations may be FP8 with one fixed scale.
         weight_fault: says why a layer's weight cannot be stored; called with its spec and the layer.
         lint: returns the rules that a finished file breaks; such a file is not written.
     """
@@ -37,5 +38,6 @@ class Form:
     half: bool = True
     negative_scales: bool = True
     dynamic: bool = True
+    float_activations: bool = True
     weight_fault: Callable[[Any, Any], str | None] | None = None
     lint: Callable[[Any], Sequence[Any]] | None = None

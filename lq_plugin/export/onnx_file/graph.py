@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.onnx_file.batch_norms import absorb_batch_norm
 from lq_plugin.export.onnx_file.containers import Container, FloatContainer
 from lq_plugin.export.onnx_file.form import Form
-from lq_plugin.export.onnx_file.minifloats import put_floats
+from lq_plugin.export.onnx_file.minifloats import FLOATS, put_floats
 from lq_plugin.export.onnx_file.numbers import NEWER, TYPES, constant
 from lq_plugin.export.onnx_file.queries import CONV, MATRIX, calls, names_read, tensor_type
 from lq_plugin.export.onnx_file.scales import ordinary, times
 from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.minifloat import Minifloat
 from lq_plugin.intent.spec import IntegerGrid
 
 #: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
@@ -49,7 +50,9 @@ class Graph:
         self.float = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         #: New nodes by the name of the node that follows them, and by the value that they read.
         self.before: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        self.after: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.after: dict[str, list[onnx.NodeProto]] = defaultdict(
+            list
+        )  # next to where it is made: in front of all readers
         self.shared: dict[tuple[Any, ...], str] = {}
         self.codes: dict[tuple[Any, ...], str] = {}
         #: Layers without a kernel in ONNX Runtime, with the reason.
@@ -79,7 +82,7 @@ class Graph:
         first, alone = nodes[0], len(nodes) == 1
         factor = None
         if isinstance(weight, Container) and weight.table is None and alone and self.float == TensorProto.FLOAT:
-            factor = self._absorb_batch_norm(name, first, weight)
+            factor = absorb_batch_norm(self, name, first, weight)
         value = self._real(name, first, weight, exchanged != transposed.pop(), factor)
         for node in nodes:
             node.input[:] = [value if read == source or self._made_of(read, source) else read for read in node.input]
@@ -237,24 +240,19 @@ class Graph:
             axis: of the channels; None: per tensor.
             operand: which of the node's inputs.
         """
-        source = node.input[operand]
         # Neither ONNX Runtime (1.32) nor OpenVINO (2026.4) runs a matrix product of integers that have a scale for each
         # channel.
         qparams = scale.numpy(), zero_point.numpy()
         by_operations = axis is not None and (node.op_type in MATRIX or grid.levels not in (256, 65536))
-        key = (source, *(value.tobytes() for value in qparams), grid, axis, by_operations)
-        if key not in self.shared:
-            # Next to where it is made: its readers may be in any order.
-            added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
-            half = self._float_type(source) == TensorProto.FLOAT16
-            value = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
-            if axis is not None and by_operations:
-                dims_after = (-axis if axis < 0 else self._rank(source) - axis) - 1
-                value = self._round(added, stem, value, *qparams, grid, dims_after)
-            else:
-                value = self._quantize(added, stem, value, *qparams, grid, axis)
-            self.shared[key] = _make(added, "Cast", [value], f"{stem}_half", to=TensorProto.FLOAT16) if half else value
-        node.input[operand] = self.shared[key]
+        source = node.input[operand]
+
+        def rounded(added: list[onnx.NodeProto], stem: str, value: str) -> str:
+            if axis is None or not by_operations:
+                return self._quantize(added, stem, value, *qparams, grid, axis)
+            dims_after = (-axis if axis < 0 else self._rank(source) - axis) - 1
+            return self._round(added, stem, value, *qparams, grid, dims_after)
+
+        self._put(node, operand, (*(value.tobytes() for value in qparams), grid, axis, by_operations), rounded)
 
     def put_dynamic(self, node: onnx.NodeProto, operand: int = 0) -> None:
         """Quantizes input `operand` of a node with the range that it has at run time.
@@ -263,15 +261,61 @@ class Graph:
             node: that reads the activation.
             operand: which of the node's inputs.
         """
+
+        def rounded(added: list[onnx.NodeProto], stem: str, value: str) -> str:
+            made = [stem, f"{stem}_scale", f"{stem}_zero_point"]
+            added.append(helper.make_node("DynamicQuantizeLinear", [value], made, f"node_{stem}"))
+            return _make(added, "DequantizeLinear", made, f"{stem}_real")
+
+        self._put(node, operand, ("dynamic",), rounded)
+
+    def put_float(self, node: onnx.NodeProto, scale: Tensor, element: Minifloat, operand: int = 0) -> None:
+        """Casts input `operand` of a node to small floating point numbers under a scale, saturating, and back.
+
+        Args:
+            node: that reads the activation.
+            scale: `[]`.
+            element: E4M3 or E5M2.
+            operand: which of the node's inputs.
+        """
+        kind = FLOATS[element]
+        # ONNX Runtime (1.32) leaves out a Relu in front of it, as if 0 were the lowest number, also with operations
+        # between that only move elements. It moves nothing past a Max.
+        lowest = np.float32(-element.max_value * scale.item())
+
+        def rounded(added: list[onnx.NodeProto], stem: str, value: str) -> str:
+            low = self.initializer(f"{stem}_low", lowest, TensorProto.FLOAT)
+            value = _make(added, "Max", [value, low], f"{stem}_from_low")
+            parameters = [
+                self.initializer(f"{stem}_scale", scale.numpy(), TensorProto.FLOAT),
+                self.initializer(f"{stem}_zero_point", np.zeros((), helper.tensor_dtype_to_np_dtype(kind)), kind),
+            ]
+            codes = _make(added, "QuantizeLinear", [value, *parameters], stem)
+            return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real")
+
+        self._put(node, operand, (scale.item(), element), rounded)
+
+    def _put(
+        self,
+        node: onnx.NodeProto,
+        operand: int,
+        qparams: tuple[Any, ...],
+        rounded: Callable[[list[onnx.NodeProto], str, str], str],
+    ) -> None:
+        """Makes input `operand` of a node read a rounded tensor, the one that others read with the same qparams.
+
+        Args:
+            node, operand: that reads the activation, and as which of its inputs.
+            qparams: what the rounded tensor depends on besides the activation.
+            rounded: adds nodes that round a float32 tensor, named from a stem; returns the name of the result.
+        """
         source = node.input[operand]
-        if (key := (source, "dynamic")) not in self.shared:
+        if (key := (source, *qparams)) not in self.shared:
             added, stem = self.after[source], f"{source}.quantized_{len(self.shared)}"
             half = self._float_type(source) == TensorProto.FLOAT16
-            read = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
-            made = [stem, f"{stem}_scale", f"{stem}_zero_point"]
-            added.append(helper.make_node("DynamicQuantizeLinear", [read], made, f"node_{stem}"))
-            real = _make(added, "DequantizeLinear", made, f"{stem}_real")
-            self.shared[key] = _make(added, "Cast", [real], f"{stem}_half", to=TensorProto.FLOAT16) if half else real
+            value = _make(added, "Cast", [source], f"{stem}_float", to=TensorProto.FLOAT) if half else source
+            value = rounded(added, stem, value)
+            self.shared[key] = _make(added, "Cast", [value], f"{stem}_half", to=TensorProto.FLOAT16) if half else value
         node.input[operand] = self.shared[key]
 
     def _round(
@@ -346,39 +390,6 @@ class Graph:
         place = {} if axis is None else {"axis": axis}
         codes = _make(added, "QuantizeLinear", [source, *parameters], stem, **place)
         return _make(added, "DequantizeLinear", [codes, *parameters], f"{stem}_real", **place)
-
-    def _absorb_batch_norm(self, name: str, node: onnx.NodeProto, content: Container) -> Any:
-        """Moves the shift of a following batch norm into the bias; returns its factors for the channels, or None."""
-        if node.op_type != "Conv":
-            return None
-        followers = [other for other in self.graph.node if node.output[0] in names_read(other)]
-        given_out = any(value.name == node.output[0] for value in self.graph.output)
-        if len(followers) != 1 or followers[0].op_type != "BatchNormalization" or given_out:
-            return None
-        norm = followers[0]
-        if any(value not in self.known for value in norm.input[1:5]):
-            return None
-        weight, shift, mean, variance = (
-            numpy_helper.to_array(self.known[value]).astype(np.float64) for value in norm.input[1:5]
-        )
-        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
-        factor = weight / np.sqrt(variance + epsilon)
-        if content.zero_point is not None and not factor.all():
-            return None
-        # The only integers without a negative.
-        lowest = (content.q.flatten(1).amin(1) == -(1 << (content.bits - 1))).numpy()
-        if not self.form.negative_scales and content.bits == 8 and (lowest & (factor < 0)).any():
-            return None
-        bias = numpy_helper.to_array(self.known[node.input[2]]).astype(np.float64) if len(node.input) == 3 else 0.0
-        moved = self.initializer(
-            f"{name}.bias_folded", ((bias - mean) * factor + shift).astype(np.float32), TensorProto.FLOAT
-        )
-        del node.input[2:]
-        node.input.append(moved)
-        # Under the norm's name, which other nodes read and which may be an output of the graph.
-        node.output[0] = norm.output[0]
-        self.graph.node.remove(norm)
-        return torch.from_numpy(factor.astype(np.float32))
 
     def _made_of(self, value: str, weight: str) -> bool:
         return any(

@@ -17,7 +17,7 @@ FP4 = ("int8", "uint4", "float4")
 #: Specs that files hold, the usual ones first. TensorRT's hold a part of them.
 TAKES: dict[str, tuple[str, ...]] = {
     "weight": ("int8 per_channel", "int4 per_channel", "int4 group64", "int4 group128", "int2 per_channel", "int8"),
-    "input": ("uint8 affine", "int8", "uint8", "uint7", "uint16 affine", "int16", "uint8 affine dynamic"),
+    "input": ("uint8 affine", "int8", "uint8", "uint7", "uint16 affine", "int16", "uint8 affine dynamic", "fp8"),
 }
 
 

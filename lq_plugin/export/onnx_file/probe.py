@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,30 +19,40 @@ _WEIGHT = ".weight_dequantized"
 
 
 class Activation(NamedTuple):
-    """Integer activation of a file.
+    """Quantized activation of a file.
 
     Args:
-        codes: name of its tensor of integers.
-        scale, zero_point: float and integer arrays.
+        codes: name of its tensor of integers, or of the real values of FP8 numbers, which numpy has no type for.
+        scale, zero_point: arrays, or names of the tensors that hold what was found at run time.
         axis: of the scales, where there are several.
     """
 
     codes: str
-    scale: NDArray[Any]
-    zero_point: NDArray[Any]
+    scale: NDArray[Any] | str
+    zero_point: NDArray[Any] | str
     axis: int
 
-    def dequantize(self, codes: NDArray[Any]) -> NDArray[Any]:
-        """Returns the real values of integers, float32."""
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that `dequantize` needs."""
+        return [part for part in self[:3] if isinstance(part, str)]
+
+    def dequantize(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """Returns the real values, float32.
+
+        Args:
+            tensors: by name.
+        """
+        codes, scale, zero_point = (tensors[part] if isinstance(part, str) else part for part in self[:3])
         shape = [1] * codes.ndim
-        if self.scale.size > 1:
+        if scale.size > 1:
             shape[self.axis] = -1
-        values = codes.astype(np.float32) - self.zero_point.astype(np.float32).reshape(shape)
-        return values * self.scale.astype(np.float32).reshape(shape)
+        values = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(shape)
+        return values * scale.astype(np.float32).reshape(shape)
 
 
 def layer_activations(model: Any) -> dict[str, Activation]:
-    """Returns the integer input of each layer with a quantized weight, by the layer's name.
+    """Returns the quantized input of each layer with a quantized weight, by the layer's name.
 
     Args:
         model: an `onnx.ModelProto` that `export_onnx` wrote.
@@ -66,10 +76,14 @@ def layer_activations(model: Any) -> dict[str, Activation]:
         if real is None or real.op_type != "DequantizeLinear" or real.input[0] in constants:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in real.attribute}
-        scale = numpy_helper.to_array(constants[real.input[1]])
-        zero = numpy_helper.to_array(constants[real.input[2]]) if len(real.input) > 2 else np.zeros_like(scale)
+        scale, zero = (
+            numpy_helper.to_array(constants[name]) if name in constants else name for name in real.input[1:3]
+        )
+        codes = real.input[0]
+        if not isinstance(zero, str) and zero.dtype.kind not in "iu":
+            codes, scale, zero = real.output[0], np.ones((), np.float32), np.zeros((), np.float32)
         name = node.output[0].removesuffix(_WEIGHT)
-        found[name] = Activation(real.input[0], scale, zero, attributes.get("axis", 1))
+        found[name] = Activation(codes, scale, zero, attributes.get("axis", 1))
     return found
 
 
@@ -83,20 +97,25 @@ def _products_of(weight: str, readers: dict[str, list[Any]]) -> Iterator[Any]:
 
 
 def with_activations(activations: dict[str, Activation], model: Any) -> bytes:
-    """Returns a copy of a file whose graph also gives these activations, as integers.
+    """Returns a copy of a file whose graph also gives these activations, as they are stored.
 
-    Integers, because an output of real values would keep ONNX Runtime from computing the layer with integers.
+    Stored numbers, because an output of real values would keep ONNX Runtime from computing the layer with integers.
 
     Args:
         activations: of `layer_activations`.
         model: an `onnx.ModelProto`; it is changed.
     """
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
-    for name in dict.fromkeys(activation.codes for activation in activations.values()):
-        kind = kinds[makers[name].input[2]]
+    for name in dict.fromkeys(name for activation in activations.values() for name in activation.tensors):
+        maker = makers[name]
+        if maker.op_type == "QuantizeLinear":
+            kind = kinds[maker.input[2]]
+        else:
+            real = maker.op_type == "DequantizeLinear" or name == maker.output[1]
+            kind = TensorProto.FLOAT if real else TensorProto.UINT8
         model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return model.SerializeToString()  # type: ignore[no-any-return]
 

@@ -43,6 +43,7 @@ from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.survey import input_owner
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import ActivationQuantizer
+from lq_plugin.quantizers.fp8 import fp8_element
 from lq_plugin.utilities.files import replacing
 
 log = logging.getLogger(__name__)
@@ -278,6 +279,9 @@ def _put_operations(
 def _put_activation(graph: Graph, node: onnx.NodeProto, quantizer: ActivationQuantizer, operand: int = 0) -> None:
     if quantizer.spec.dynamic:
         graph.put_dynamic(node, operand)
+    elif quantizer.spec.format_name == "fp8":
+        scale = quantizer.qparams()[0].detach().float().reshape(())
+        graph.put_float(node, scale, fp8_element(quantizer.spec), operand)
     else:
         graph.put_activation(node, *_activation(quantizer), operand=operand)
 

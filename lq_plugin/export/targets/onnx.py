@@ -100,12 +100,12 @@ class ONNX(Target):
         activations = layer_activations(model)
         session = onnx_session(with_activations(activations, model))
         names = [value.name for value in session.get_inputs()]
-        wanted = list(dict.fromkeys(activation.codes for activation in activations.values()))
+        wanted = list(dict.fromkeys(name for activation in activations.values() for name in activation.tensors))
 
         def run(*args: Any) -> dict[str, torch.Tensor]:
             feed = {name: x.detach().cpu().numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
-            codes = dict(zip(wanted, session.run(wanted, feed), strict=True))
-            return {name: torch.from_numpy(some.dequantize(codes[some.codes])) for name, some in activations.items()}
+            found = dict(zip(wanted, session.run(wanted, feed), strict=True))
+            return {name: torch.from_numpy(some.dequantize(found)) for name, some in activations.items()}
 
         return run if wanted else None
 

@@ -27,7 +27,8 @@ class OpenVINO(ONNX):
 
     def form(self, settings: Mapping[str, Any]) -> Form:
         # As its reader of ONNX has them; `write` makes smaller ones of them afterwards.
-        return Form(smallest=4, smallest_whole=4, fp4="float4", signed=settings["signed"])
+        # FP8 activations would be rounded by way of float16.
+        return Form(smallest=4, smallest_whole=4, fp4="float4", signed=settings["signed"], float_activations=False)
 
     def write(self, request: Request) -> int:
         from lq_plugin.export.openvino_file import write_ir

@@ -61,6 +61,7 @@ TENSORRT = Form(
     integer_biases=False,
     half=False,
     negative_scales=False,
+    float_activations=False,
     weight_fault=weight_fault,
     lint=lint,
 )
