@@ -281,7 +281,7 @@ class Graph:
         kind = FLOATS[element]
         # ONNX Runtime (1.32) leaves out a Relu in front of it, as if 0 were the lowest number, also with operations
         # between that only move elements. It moves nothing past a Max.
-        lowest = np.float32(-element.max_value * scale.item())
+        lowest = np.asarray(-element.max_value * scale.item(), np.float32)
 
         def rounded(added: list[onnx.NodeProto], stem: str, value: str) -> str:
             low = self.initializer(f"{stem}_low", lowest, TensorProto.FLOAT)
