@@ -258,8 +258,7 @@ class Graph:
         """Quantizes input `operand` of a node with the range that it has at run time.
 
         Args:
-            node: that reads the activation.
-            operand: which of the node's inputs.
+            node, operand: that reads the activation, and as which of its inputs.
         """
 
         def rounded(added: list[onnx.NodeProto], stem: str, value: str) -> str:
@@ -273,10 +272,9 @@ class Graph:
         """Casts input `operand` of a node to small floating point numbers under a scale, saturating, and back.
 
         Args:
-            node: that reads the activation.
+            node, operand: that reads the activation, and as which of its inputs.
             scale: `[]`.
             element: E4M3 or E5M2.
-            operand: which of the node's inputs.
         """
         kind = FLOATS[element]
         # ONNX Runtime (1.32) leaves out a Relu in front of it, as if 0 were the lowest number, also with operations
