@@ -171,6 +171,9 @@ class QAT(QuantizationCallback):
         # An evaluation finds no ranges: without those of a checkpoint it is an error.
         if trainer.state.fn != "fit":
             self.end_suspension()
+        # What a step computes in training mode (dropout that draws samples) moves no range; the next batch looks again.
+        for quantizer in quantizers(pl_module):
+            quantizer.observing = quantizer.observing and not quantizer.is_calibrated
 
     on_test_start = on_predict_start = on_validation_start
 

@@ -1,7 +1,8 @@
 """Modules that a model carries along and are no part of it: metrics with a network, frozen losses and teachers.
 
 A plan means the model. Nothing inside of these is quantized or counted, unless a rule has their name in its pattern:
-`lpips.*`, `re:lpips\\.net\\..*`, not `*` or `type:Conv2d`.
+`lpips.*`, `re:lpips\\.net\\..*`, not `*` or `type:Conv2d`. A teacher that takes over its student's parameters (a mean
+teacher) needs one: it follows a quantized student only if it has the same quantizers.
 """
 
 from __future__ import annotations

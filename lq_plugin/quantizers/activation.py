@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from lq_plugin.errors import CalibrationError, QuantizationError
 from lq_plugin.functional.affine import (
@@ -26,6 +26,10 @@ DEFAULT_MOMENTUM = 0.99
 CALIBRATED = 90
 #: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
 _IN_KERNELS = ("qparams", "quantize_values", "rounded")
+#: Hooks on every module of the process; torch 2.6 has no function that asks for them.
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, f"_global_{kind}_hooks") for kind in ("backward_pre", "backward", "forward_pre", "forward")
+)
 
 
 class ActivationQuantizer(Quantizer):
@@ -202,7 +206,7 @@ class ActivationQuantizer(Quantizer):
         if not (self._calibrated and self._enabled and x.numel()) or "forward" in vars(self):
             return False
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return self._is_plain() and not any(hooks) and not _has_any_global_hook()
+        return self._is_plain() and not any(hooks) and not any(_GLOBAL_HOOKS)
 
     def watched_extremes(self) -> tuple[Tensor, Tensor] | None:
         """Returns the batch's extremes, to be widened in place by what this call sees; None where it notes none."""

@@ -64,11 +64,21 @@ def test_training_forward_is_really_quantized(trainer, module, data):
     assert 2 <= max(levels) <= 4
 
 
-def test_ema_is_the_formula_on_the_training_batches_only(trainer, data):
+class Sampled(Module):
+    """Validates with layers in training mode, as where dropout draws samples."""
+
+    def validation_step(self, batch, batch_idx):
+        self.net.train()
+        super().validation_step(batch, batch_idx)
+        self.net.eval()
+
+
+@pytest.mark.parametrize("kind", [Module, Sampled])
+def test_ema_is_the_formula_on_the_training_batches_only(kind, trainer, data):
     """r ← mₜ·r + (1 - mₜ)·batch, mₜ = min(m, (1 + t) / (10 + t)); the calibration counts as 90 batches; validation
-    moves nothing."""
+    moves nothing, whatever mode its layers are in."""
     L.seed_everything(0, verbose=False)
-    module = Module(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    module = kind(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     data.x[64:] *= 1000  # the validation part: would be seen at once
     trainer(QAT("int8 / uint8 affine ema:0.95"), max_epochs=2).fit(module, datamodule=data)
     batches = [batch[0] for batch in data.train_dataloader()]

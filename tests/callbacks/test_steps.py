@@ -268,6 +268,28 @@ def test_what_hooks_make_is_there_in_the_calibration(kind, fit, trainer):
     torch.testing.assert_close(module.net.input_quantizer.scale, (largest / 127).reshape(1))
 
 
+class ReadsTheTrainer(Net):
+    """Its step names what it logs by the Trainer's stage, and counts by the Trainer's loaders."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def validation_step(self, batch, batch_idx):
+        name = {"sanity_check": "val", "validate": "val"}[self.trainer.state.stage]
+        self.seen.append((self.trainer.training, self.trainer.evaluating))
+        self.log(f"{name}/loss", self(batch[0]).sum() / len(self.trainer.val_dataloaders.dataset))
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_the_trainer_is_in_the_stage_of_the_step_and_has_its_loaders(checks, trainer):
+    run = trainer(QAT("w8a8"), num_sanity_val_steps=checks)
+    module = ReadsTheTrainer()
+    run.fit(module, loader(), loader(8))
+    assert set(module.seen) == {(False, True)}
+    assert list(run.callback_metrics) == ["val/loss"]
+
+
 def test_what_a_later_hook_makes_is_named(trainer):
     class MadeInTrainStart(Net):
         def on_train_start(self):

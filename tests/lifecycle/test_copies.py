@@ -97,3 +97,32 @@ def test_an_old_state_that_is_loaded_while_training(trainer, data):
         Module(), datamodule=data
     )
     assert enabled == [False] * 4 + [True] * 8
+
+
+class WithTeacher(Module):
+    """Its teacher takes over what the student has, as one that is averaged over steps does, in every way of these."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.teacher = way, copy.deepcopy(self.net).requires_grad_(False)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args):
+        if self.way == "state":
+            self.teacher.load_state_dict(self.net.state_dict())
+        else:
+            for held in ("parameters", "buffers"):
+                for mine, theirs in zip(getattr(self.net, held)(), getattr(self.teacher, held)(), strict=True):
+                    theirs.copy_(mine)
+
+
+@pytest.mark.parametrize("way", ["state", "one by one"])
+@pytest.mark.parametrize("weight", ["int8 per_channel", "int4 per_channel lsq"])
+def test_a_teacher_that_takes_over_its_student_is_named_by_a_rule(weight, way, trainer, data):
+    torch.manual_seed(0)
+    module = WithTeacher(way)
+    rules = [{"match": match, "weight": weight, "input": "uint8 affine ema"} for match in ("*", "teacher.*")]
+    trainer(QAT({"rules": rules})).fit(module, datamodule=data)
+    module.eval()
+    assert torch.equal(module.net(data.x), module.teacher(data.x))
+    assert not torch.equal(module.net(data.x), WithTeacher(way).eval().net(data.x))

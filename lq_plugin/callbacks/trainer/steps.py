@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lq_plugin.errors import CalibrationError, QuantizationError
-from lq_plugin.utilities.lightning_packages import any_package, is_overridden
+from lq_plugin.utilities.lightning_packages import any_package, is_overridden, package_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -69,8 +70,8 @@ def loop_of(trainer: Trainer, name: str) -> Any:
 def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> CalibrationStep:
     """Returns one of the module's own steps, as a function of the module and a batch.
 
-    Where the step fails, the module's hooks at the start of its loop may have been missing: they are called, and the
-    step again.
+    The Trainer is in the step's stage meanwhile. Where the step fails, what Lightning does at the start of its loop may
+    have been missing: the loaders of a validation are made, the module's hooks called, and the step again.
 
     Args:
         trainer, pl_module: of the run.
@@ -85,24 +86,49 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
         return getattr(module, name)(batch, *arguments)
 
     def step(module: LightningModule, batch: Any) -> Any:
-        try:
-            return call(module, batch)
-        except Exception as error:
-            hooks = _hooks_before(trainer, module, name)
-            if _is_final(error):
-                raise
-            if not hooks:
+        with _stage(trainer, name):
+            try:
+                return call(module, batch)
+            except Exception as error:
+                hooks = _hooks_before(trainer, module, name)
+                if _is_final(error):
+                    raise
+                if not hooks and not _lacks_loaders(trainer, name):
+                    raise _explained(module, name, hooks, error) from error
+            try:
+                if _lacks_loaders(trainer, name):
+                    loop_of(trainer, name).setup_data()
+                for hook in hooks:
+                    getattr(module, hook)()
+                return call(module, batch)
+            except Exception as error:
+                if _is_final(error):
+                    raise
                 raise _explained(module, name, hooks, error) from error
-        try:
-            for hook in hooks:
-                getattr(module, hook)()
-            return call(module, batch)
-        except Exception as error:
-            if _is_final(error):
-                raise
-            raise _explained(module, name, hooks, error) from error
 
     return step
+
+
+@contextmanager
+def _stage(trainer: Trainer, name: str) -> Iterator[None]:
+    """Has the Trainer say inside that it does what it does when its own loop runs the step."""
+    before, stages = trainer.state.stage, package_of(trainer).trainer.states.RunningStage
+    trainer.state.stage = stages({"training_step": "train", "validation_step": "validate"}.get(name, name.removesuffix("_step")))
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def _lacks_loaders(trainer: Trainer, name: str) -> bool:
+    """Returns whether `trainer.val_dataloaders`, which a validation step may read, is still to be made.
+
+    Only with one process: all of several would have to make them.
+    """
+    if name != "validation_step" or trainer.state.fn != "fit" or trainer.world_size > 1:
+        return False
+    loop = loop_of(trainer, name)
+    return loop._combined_loader is None and bool(loop._data_source.is_defined())
 
 
 def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int, ...]:
