@@ -18,6 +18,8 @@ CalibrationStep: TypeAlias = "Callable[[LightningModule, Any], Any]"
 
 #: The steps that a module may have, those that say most about its use first.
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step")
+#: What a Trainer says that it does in each.
+_STAGES = dict(zip(_STEPS, ("validate", "test", "predict", "train"), strict=True))
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -113,7 +115,7 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
 def _stage(trainer: Trainer, name: str) -> Iterator[None]:
     """Has the Trainer say inside that it does what it does when its own loop runs the step."""
     before, stages = trainer.state.stage, package_of(trainer).trainer.states.RunningStage
-    trainer.state.stage = stages({"training_step": "train", "validation_step": "validate"}.get(name, name.removesuffix("_step")))
+    trainer.state.stage = stages(_STAGES[name])
     try:
         yield
     finally:
