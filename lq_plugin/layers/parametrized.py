@@ -30,7 +30,8 @@ def weight_of(module: nn.Module) -> Tensor:
     another step of its power iteration then, and inside `torch.nn.utils.parametrize.cached()` the value stays.
     """
     if not is_parametrized(module, "weight"):
-        return cast(Tensor, module.weight)
+        kept = module._parameters.get("weight")  # of a layer that lends it, `module.weight` may be the quantized one
+        return cast(Tensor, module.weight) if kept is None else kept
     computation = cast(Any, module).parametrizations["weight"]
     modes = [(part, part.training) for part in computation.modules()]
     computation.eval()

@@ -1,12 +1,14 @@
-"""Weights that the model's own code reads past their layers, and the packed files of such models."""
+"""Weights that the model's own code reads past their layers, lent or float, and the packed files of such models."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
+from lq_plugin.layers import WeightLender
 from lq_plugin.model.past_reads import weights_read_past_layers
 
 
@@ -70,13 +72,38 @@ class OnlyLooksAtThem(Base):
         nn.init.ones_(self.encoder.weight)
 
 
+class PastAutograd(Base):
+    def forward(self, x):
+        return self.last(F.linear(x, self.encoder.weight.data))
+
+
+class Recomputed(Base):
+    def forward(self, x):
+        return self.last(checkpoint(lambda x: F.linear(x, self.encoder.weight), x, use_reentrant=False))
+
+
+class InAStep(Tied):
+    def validation_step(self, x):
+        return F.linear(x, self.encoder.weight)
+
+
+class CalledByItsName(Tied):
+    def predict_step(self, x):
+        return self.forward(x)
+
+
+ALL = {"encoder", "layers.0", "layers.1", "last"}
+#: Layers that lend their weights, and what is read as float.
 FOUND = {
-    Tied: {"encoder.weight": "Tied.forward"},
-    NeverCalled: {"encoder.weight": "NeverCalled.forward"},
-    InAFunction: dict.fromkeys(
-        ("encoder.weight", "layers.0.weight", "layers.1.weight", "last.weight"), "InAFunction.projected"
-    ),
-    OnlyLooksAtThem: {},
+    Tied: ({"encoder"}, {}),
+    NeverCalled: ({"encoder"}, {}),
+    InALoop: (ALL, {}),
+    InAFunction: (ALL, {}),
+    OnlyLooksAtThem: (set(), {}),
+    PastAutograd: (set(), {"encoder.weight": "PastAutograd.forward"}),
+    Recomputed: (set(), {"encoder.weight": "Recomputed.forward"}),
+    InAStep: ({"encoder"}, {"encoder.weight": "InAStep.validation_step"}),
+    CalledByItsName: ({"encoder"}, {"encoder.weight": "CalledByItsName.forward"}),
 }
 
 
@@ -84,10 +111,11 @@ FOUND = {
 def test_what_is_found(kind):
     net = kind()
     prepare(net, "w4")
-    assert weights_read_past_layers(net) == FOUND[kind]
+    lent = {name for name, module in net.named_modules() if isinstance(module, WeightLender)}
+    assert (lent, weights_read_past_layers(net)) == FOUND[kind]
 
 
-@pytest.mark.parametrize("kind", [Tied, NeverCalled, InALoop, InAComprehension, ByIndex, InAFunction, OnlyLooksAtThem])
+@pytest.mark.parametrize("kind", [Tied, NeverCalled, InALoop, InAComprehension, ByIndex, InAFunction, OnlyLooksAtThem, PastAutograd])
 def test_the_file_holds_what_the_model_computes_with(kind, tmp_path):
     torch.manual_seed(0)
     net, x = kind(), torch.randn(6, 16)
@@ -101,7 +129,7 @@ def test_the_file_holds_what_the_model_computes_with(kind, tmp_path):
 
 def test_what_lies_on_its_levels_is_held_once(tmp_path):
     torch.manual_seed(0)
-    net, x = Tied(), torch.randn(6, 16)
+    net, x = PastAutograd(), torch.randn(6, 16)
     prepare(net, "w4")
     calibrate(net, [x])
     net.eval()

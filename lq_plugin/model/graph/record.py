@@ -32,10 +32,14 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.layers import (
     CONTAINER,
+    LentBy,
     OwnWeights,
     WeightInUse,
+    WeightLender,
+    lender_of,
     own_weights,
     quantized_class,
+    readers_of_weights,
     unchanged,
     weight_in_use,
     why_unsupported_compound,
@@ -172,8 +176,17 @@ class _Recorder(TorchFunctionMode):
         for module in self._modules:
             if isinstance(module, OwnWeights):  # its quantizers, as those of opaque modules
                 self._not_ours |= {id(part) for part in module._modules[CONTAINER].modules()}  # type: ignore[union-attr]
+            if isinstance(module, WeightLender):
+                self._not_ours |= {id(part) for child in module.children() for part in child.modules()}
         #: Modules whose parameters are followed to the products that read them.
         self._followed: dict[nn.Module, list[str]] = {}
+        #: Float layers whose weight other modules read, with these; quantized ones lend it themselves.
+        self._lenders = {
+            layer: (LentBy(layer), {id(reader) for reader in readers})
+            for layer, readers in readers_of_weights(model).items()
+            if not isinstance(layer, WeightLender)
+        }
+        self._lending = {id(layer) for layer in self._lenders}.union(*(ids for _, ids in self._lenders.values()))
         self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
@@ -230,6 +243,7 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
             self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
+            self._lend(module)
             return
         name, opaque = self._modules[module], self._is_leaf(module)
         self._busy = True
@@ -242,7 +256,20 @@ class _Recorder(TorchFunctionMode):
         self._frames.append(
             _Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
         )
+        self._lend(module)
         self._busy = False
+
+    def _lend(self, module: nn.Module | None = None) -> None:
+        """Lends weights to the modules that run, or read these no more, as `module` is entered or left."""
+        if module is not None and id(module) not in self._lending:
+            return
+        running = {id(frame.module) for frame in self._frames}
+        for layer, (lender, readers) in self._lenders.items():
+            weight = layer._parameters["weight"]
+            if weight is not None and readers & running and id(layer) not in running:
+                layer.__dict__.setdefault("weight", WeightInUse.lent(weight, lender, unchanged))
+            elif weight_in_use(layer.__dict__.get("weight")) is not None:
+                del layer.__dict__["weight"]
 
     def _follow(self, module: nn.Module) -> None:
         """Has the code of a float module read weights that know when a product reads them."""
@@ -262,6 +289,7 @@ class _Recorder(TorchFunctionMode):
             pass
         if not any(frame.module is module for frame in self._frames):
             self._unfollow(module)
+        self._lend(module)
         if self._frames[-1].opaque or id(module) in self._not_ours:
             return
         self._busy = True
@@ -304,9 +332,11 @@ class _Recorder(TorchFunctionMode):
         op, in_place = normalize(name.partition(".")[0])
         if inputs and (in_place or kwargs.get("inplace") is True):
             written.append(inputs[0])
-        activations = [self._values[storage_of(t)[0]].activation for t in inputs]
+        activations = [self._values[storage_of(t)[0]].activation and weight_in_use(t) is None for t in inputs]
         numbering = self._frames[-1].numbering
         label = numbering.label(op, inputs)
+        lender = lender_of((args, kwargs))
+        before = 0 if lender is None else lender.products
         result = func(*args, **kwargs)
         outputs = list(tensors_of(result))
         numbering.note(op, bool(written), inputs, outputs)
@@ -325,7 +355,9 @@ class _Recorder(TorchFunctionMode):
                 self._values[key] = original._replace(holder=holder, geometry=None)
             return result
         real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
-        self._add_function_call(op, args, kwargs, sources, real, outputs or written, label)
+        layer = None if lender is None else self._modules.get(lender.layer)
+        own = lender is not None and lender.products > before
+        self._add_function_call(op, args, kwargs, sources, real, outputs or written, label, layer, own)
         self._produce(outputs, written, activation=any(activations))
         return result
 
@@ -338,8 +370,21 @@ class _Recorder(TorchFunctionMode):
         real: list[bool],
         outputs: list[Tensor],
         label: tuple[str, tuple[int, ...]] | None,
+        layer: str | None,
+        own: bool,
     ) -> None:
-        """Adds a functional call; `real` marks its activations, `label` is the operation's name in its module."""
+        """Adds a functional call.
+
+        Args:
+            op: its bare name.
+            args, kwargs: of the call.
+            sources: of its tensors.
+            real: which of them are activations.
+            outputs: that it made or wrote to.
+            label: the operation's name in its module, and its operands.
+            layer: whose weight it reads, past the layer.
+            own: it multiplies the layer's input, and so is the layer's product.
+        """
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:
@@ -347,7 +392,7 @@ class _Recorder(TorchFunctionMode):
         else:
             counts = op == "cat" and sum(real) > 1
         macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
-        if counts and op in PRODUCTS and (weight := self._weight_read(args, kwargs)) is not None:
+        if counts and op in PRODUCTS and (weight := layer if own else self._weight_read(args, kwargs)):
             shapes = tuple(tuple(t.shape) for t in outputs)
             self._add("weight", weight, op, sources, shapes, macs, False)
             return
@@ -365,10 +410,13 @@ class _Recorder(TorchFunctionMode):
             False,
             operands=operands if counts or op in UNARY else (),
             pads_zeros=op == "pad" and _pads_zeros(*args, **kwargs),
+            lent_by=layer if counts and op in PRODUCTS else None,
         )
 
     def _weight_read(self, args: Any, kwargs: Any) -> str | None:
         """Returns the name of the weight that a product reads, of a module that is running."""
+        if lender_of((args, kwargs)) is not None:
+            return None
         keys = [key for tensor in tensors_of((args, kwargs)) if (key := weight_in_use(tensor)) is not None]
         owners = (
             f for f in reversed(self._frames) if f.module is not None and keys and keys[0] in f.module._parameters
@@ -388,10 +436,11 @@ class _Recorder(TorchFunctionMode):
         parts: tuple[tuple[str, int], ...] = (),
         operands: tuple[int, ...] = (),
         pads_zeros: bool = False,
+        lent_by: str | None = None,
     ) -> None:
         call = Call(
             len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands,
-            pads_zeros,
+            pads_zeros, lent_by,
         )  # fmt: skip
         self._calls.append(call)
         self._repeats[name] += 1
@@ -436,11 +485,12 @@ class _Recorder(TorchFunctionMode):
     def release(self) -> None:
         for module in list(self._followed):
             self._unfollow(module)
+        del self._frames[:]
+        self._lend()
         self._values.clear()
         self._parameters.clear()
         self._aside.clear()
         self._not_ours.clear()
-        del self._frames[:]
 
 
 def _pads_zeros(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
