@@ -101,6 +101,7 @@ class WeightLender(nn.Module):
             assert self._lent_by is not None
             lent = WeightInUse.lent(layer.quantized_weight(stored), self._lent_by, layer.quantized_input)
             if not torch.compiler.is_compiling():
+                self._lent_by.reads += 1
                 reader.lent[key] = lent
         return lent
 

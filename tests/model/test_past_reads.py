@@ -115,7 +115,9 @@ def test_what_is_found(kind):
     assert (lent, weights_read_past_layers(net)) == FOUND[kind]
 
 
-@pytest.mark.parametrize("kind", [Tied, NeverCalled, InALoop, InAComprehension, ByIndex, InAFunction, OnlyLooksAtThem, PastAutograd])
+@pytest.mark.parametrize(
+    "kind", [Tied, NeverCalled, InALoop, InAComprehension, ByIndex, InAFunction, OnlyLooksAtThem, PastAutograd]
+)
 def test_the_file_holds_what_the_model_computes_with(kind, tmp_path):
     torch.manual_seed(0)
     net, x = kind(), torch.randn(6, 16)

@@ -41,11 +41,12 @@ class LentBy:
         layer: float or quantized.
 
     Attributes:
-        products: how many have read the layer's input so far, those in compiled code left out.
+        reads: how often the weight has been lent so far.
+        products: how many have read the layer's input. Neither counts in compiled code.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.products = layer, 0
+        self.layer, self.reads, self.products = layer, 0, 0
 
 
 class WeightInUse(Tensor):
@@ -175,8 +176,8 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if weight_in_use(written) is not None and name != "requires_grad_":
         raise QuantizationError(
             f"{name} writes into the weight of a {type(cast(Any, written).lender.layer).__name__} while the forward "
-            "pass of a module that reads it runs, which gets the quantized one: write it outside of `forward`, or leave "
-            "the layer float"
+            "pass of a module that reads it runs, which gets the quantized one: write it outside of `forward`, or "
+            "leave the layer float"
         )
 
 
@@ -254,7 +255,7 @@ def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     """Returns the arguments of a product of two factors, that which is no weight read."""
     given, named = list(args), dict(kwargs)
     places: list[tuple[Any, Any]] = []
-    for index, names in zip(FACTORS[name], _KEYWORDS, strict=True):
+    for index, names in zip(FACTORS.get(name, (0, 1)), _KEYWORDS, strict=True):
         key = next((key for key in names if key in named), None)
         places.append((named, key) if index >= len(given) else (given, index))
     factors: list[Any] = [None if key is None else holder[key] for holder, key in places]

@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,19 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.layers import (
     CONTAINER,
-    LentBy,
     OwnWeights,
     WeightInUse,
     WeightLender,
     lender_of,
     own_weights,
     quantized_class,
-    readers_of_weights,
     unchanged,
     weight_in_use,
     why_unsupported_compound,
 )
 from lq_plugin.model.aside import set_aside
+from lq_plugin.model.graph.frames import Frame, Value
+from lq_plugin.model.graph.lending import FloatLending
 from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_macs, weight_macs
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
 from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, UNARY, normalize
@@ -134,26 +134,6 @@ def without_compile() -> Iterator[None]:
         yield
 
 
-class _Value(NamedTuple):
-    """The value that a storage holds now; `holder` keeps its key from being given to another."""
-
-    holder: Any
-    producer: int | None
-    output: int
-    geometry: tuple[Any, ...] | None
-    activation: bool
-
-
-class _Frame(NamedTuple):
-    module: nn.Module | None
-    name: str
-    opaque: bool
-    numbering: Numbering
-    inputs: list[Tensor]
-    sources: tuple[Source, ...]
-    versions: list[int | None]
-
-
 class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], samples: int | None) -> None:
         super().__init__()
@@ -163,7 +143,7 @@ class _Recorder(TorchFunctionMode):
         self._calls: list[Call] = []
         self._repeats: Counter[str] = Counter()
         self._outputs: list[Source] = []
-        self._values: dict[Any, _Value] = {}
+        self._values: dict[Any, Value] = {}
         self._parameters: dict[Any, dict[str, Tensor]] = {}
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),
@@ -180,14 +160,8 @@ class _Recorder(TorchFunctionMode):
                 self._not_ours |= {id(part) for child in module.children() for part in child.modules()}
         #: Modules whose parameters are followed to the products that read them.
         self._followed: dict[nn.Module, list[str]] = {}
-        #: Float layers whose weight other modules read, with these; quantized ones lend it themselves.
-        self._lenders = {
-            layer: (LentBy(layer), {id(reader) for reader in readers})
-            for layer, readers in readers_of_weights(model).items()
-            if not isinstance(layer, WeightLender)
-        }
-        self._lending = {id(layer) for layer in self._lenders}.union(*(ids for _, ids in self._lenders.values()))
-        self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
+        self._lending = FloatLending(model)
+        self._frames = [Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
     @contextmanager
@@ -224,7 +198,7 @@ class _Recorder(TorchFunctionMode):
             depth = len(self._frames)
             # Within a forward it has a number among that module's operations, as it has where they are quantized.
             if depth == 1:
-                self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
+                self._frames.append(Frame(module, "", True, Numbering(), [], (), []))
             try:
                 return function(*args, **kwargs)
             finally:
@@ -242,8 +216,8 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
-            self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
-            self._lend(module)
+            self._frames.append(Frame(module, "", True, Numbering(), [], (), []))
+            self._lending.moved(module, self._frames)
             return
         name, opaque = self._modules[module], self._is_leaf(module)
         self._busy = True
@@ -254,22 +228,10 @@ class _Recorder(TorchFunctionMode):
         inputs = list(tensors_of((args, kwargs))) if opaque else []
         sources = tuple(self._source(t) for t in inputs)
         self._frames.append(
-            _Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
+            Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
         )
-        self._lend(module)
+        self._lending.moved(module, self._frames)
         self._busy = False
-
-    def _lend(self, module: nn.Module | None = None) -> None:
-        """Lends weights to the modules that run, or read these no more, as `module` is entered or left."""
-        if module is not None and id(module) not in self._lending:
-            return
-        running = {id(frame.module) for frame in self._frames}
-        for layer, (lender, readers) in self._lenders.items():
-            weight = layer._parameters["weight"]
-            if weight is not None and readers & running and id(layer) not in running:
-                layer.__dict__.setdefault("weight", WeightInUse.lent(weight, lender, unchanged))
-            elif weight_in_use(layer.__dict__.get("weight")) is not None:
-                del layer.__dict__["weight"]
 
     def _follow(self, module: nn.Module) -> None:
         """Has the code of a float module read weights that know when a product reads them."""
@@ -289,7 +251,7 @@ class _Recorder(TorchFunctionMode):
             pass
         if not any(frame.module is module for frame in self._frames):
             self._unfollow(module)
-        self._lend(module)
+        self._lending.moved(module, self._frames)
         if self._frames[-1].opaque or id(module) in self._not_ours:
             return
         self._busy = True
@@ -299,7 +261,7 @@ class _Recorder(TorchFunctionMode):
             self._outputs += [self._source(t) for t in tensors_of(output)]
         self._busy = False
 
-    def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
+    def _add_module_call(self, frame: Frame, module: nn.Module, outputs: list[Tensor]) -> None:
         keys = {storage_of(t)[0] for t in frame.inputs}
         mutated = [
             t
@@ -355,8 +317,7 @@ class _Recorder(TorchFunctionMode):
                 self._values[key] = original._replace(holder=holder, geometry=None)
             return result
         real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
-        layer = None if lender is None else self._modules.get(lender.layer)
-        own = lender is not None and lender.products > before
+        layer, own = (None, False) if lender is None else (self._modules.get(lender.layer), lender.products > before)
         self._add_function_call(op, args, kwargs, sources, real, outputs or written, label, layer, own)
         self._produce(outputs, written, activation=any(activations))
         return result
@@ -375,15 +336,8 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         """Adds a functional call.
 
-        Args:
-            op: its bare name.
-            args, kwargs: of the call.
-            sources: of its tensors.
-            real: which of them are activations.
-            outputs: that it made or wrote to.
-            label: the operation's name in its module, and its operands.
-            layer: whose weight it reads, past the layer.
-            own: it multiplies the layer's input, and so is the layer's product.
+        `real` marks its activations, `label` is the operation's name in its module. `layer` has a weight that it reads
+        past the layer; `own`: next to the layer's own input.
         """
         if op in PRODUCTS:
             counts = any(real)
@@ -456,12 +410,12 @@ class _Recorder(TorchFunctionMode):
             if key not in seen:
                 seen.add(key)
                 output = number if number < len(outputs) else 0
-                self._values[key] = _Value(holder, position, output, geometry_of(t), activation)
+                self._values[key] = Value(holder, position, output, geometry_of(t), activation)
 
     def _source(self, tensor: Tensor) -> Source:
         key, holder = identity_of(tensor)
         names = self._parameters.get(key, {})
-        value = self._values.setdefault(key, _Value(holder, None, 0, None, activation=not names))
+        value = self._values.setdefault(key, Value(holder, None, 0, None, activation=not names))
         exact = tuple(name for name, parameter in names.items() if parameter is tensor)
         direct = value.geometry is not None and value.geometry == geometry_of(tensor)
         return Source(tuple(tensor.shape), value.producer, value.output, direct, exact or tuple(names))
@@ -485,8 +439,8 @@ class _Recorder(TorchFunctionMode):
     def release(self) -> None:
         for module in list(self._followed):
             self._unfollow(module)
+        self._lending.end()
         del self._frames[:]
-        self._lend()
         self._values.clear()
         self._parameters.clear()
         self._aside.clear()
