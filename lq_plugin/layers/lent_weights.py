@@ -36,22 +36,19 @@ class Reader:
 
     def __init__(self) -> None:
         self.depth = 0
-        #: Weights as they are read in this call, by layer and whether gradients are on.
-        self.lent: dict[tuple[nn.Module, bool], Tensor] = {}
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""
         self.depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, which is called after errors too."""
+        """Forward hook, which is called after errors too.
+
+        Args:
+            module, args, output: as torch gives them.
+        """
         # Another hook may have raised before ours was called.
         self.depth = max(self.depth - 1, 0)
-        if not self.depth:
-            self.lent.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"depth": 0, "lent": {}}
 
 
 class WeightLender(nn.Module):
@@ -68,7 +65,7 @@ class WeightLender(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__["_inside"] = self._inside + 1
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             self.__dict__["_inside"] = self._inside - 1
 
@@ -77,8 +74,7 @@ class WeightLender(nn.Module):
         """The parameter; to code that reads it past the layer the quantized weight."""
         kept = self.__dict__.get("weight")
         stored = cast(Tensor, self._parameters["weight"]) if kept is None else kept
-        reader = None if self._inside else next((reader for reader in self._readers if reader.depth), None)
-        return stored if reader is None else self._lent(reader, stored)
+        return self._lent(stored) if not self._inside and any(reader.depth for reader in self._readers) else stored
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -88,22 +84,16 @@ class WeightLender(nn.Module):
     def weight(self) -> None:
         del self.__dict__["weight"]
 
-    def _lent(self, reader: Reader, stored: Tensor) -> Tensor:
-        layer = cast(QuantizedLayer, self)
+    def _lent(self, stored: Tensor) -> Tensor:
+        layer, lender = cast(QuantizedLayer, self), cast(LentBy, self._lent_by)
         if layer._scales_output:
             raise QuantizationError(
-                f"{layer.input_quantizer.name}: its format scales the layer's output, and other code than the layer's "  # type: ignore[union-attr]
-                "multiplies its weight: choose another format, or leave the input float"
+                f"{cast(Any, layer.input_quantizer).name}: its format scales the layer's output, and other code than "
+                "the layer's multiplies its weight: choose another format, or leave the input float"
             )
-        key = self, torch.is_grad_enabled()
-        lent = None if torch.compiler.is_compiling() else reader.lent.get(key)
-        if lent is None:
-            assert self._lent_by is not None
-            lent = WeightInUse.lent(layer.quantized_weight(stored), self._lent_by, layer.quantized_input)
-            if not torch.compiler.is_compiling():
-                self._lent_by.reads += 1
-                reader.lent[key] = lent
-        return lent
+        if not torch.compiler.is_compiling():
+            lender.reads += 1
+        return WeightInUse.lent(layer.quantized_weight(stored), lender, layer.quantized_input)
 
 
 def readers_of_weights(model: nn.Module) -> dict[nn.Module, dict[nn.Module, str]]:

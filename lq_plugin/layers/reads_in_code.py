@@ -63,7 +63,7 @@ def own_code(module: nn.Module, entries: tuple[str, ...]) -> tuple[FunctionType,
         module: float or quantized.
         entries: names of methods.
     """
-    kind = getattr(type(module), "float_class", type(module))
+    kind: type[nn.Module] = getattr(type(module), "float_class", type(module))
     found = [function for name in entries if (function := _plain(module.__dict__.get(name))) is not None]
     return (*_reached(kind, entries), *found)
 
@@ -90,8 +90,9 @@ def owner_read(module: nn.Module, path: tuple[str, ...]) -> Any:
 def _plain(entry: Any) -> FunctionType | None:
     """Returns the function behind a method; None for what is no code of the user's."""
     function = inspect.unwrap(getattr(entry, "__func__", entry)) if callable(entry) else None
-    own = isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(_LIBRARIES)
-    return function if own else None  # type: ignore[return-value]
+    if not isinstance(function, FunctionType) or f"{function.__module__}.".startswith(_LIBRARIES):
+        return None
+    return function
 
 
 @lru_cache(maxsize=1024)

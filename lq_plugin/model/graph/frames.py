@@ -1,4 +1,4 @@
-"""What a recording keeps while a pass runs: the values that storages hold, and the modules that run inside each other."""
+"""Content of a recording while a pass runs: values that storages hold, and modules that run inside each other."""
 
 from __future__ import annotations
 

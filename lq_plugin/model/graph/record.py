@@ -334,11 +334,7 @@ class _Recorder(TorchFunctionMode):
         layer: str | None,
         own: bool,
     ) -> None:
-        """Adds a functional call.
-
-        `real` marks its activations, `label` is the operation's name in its module. `layer` has a weight that it reads
-        past the layer; `own`: next to the layer's own input.
-        """
+        """Adds a functional call; `real` marks activations, `layer` lent a weight, `own`: next to the layer's input."""
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:
