@@ -63,6 +63,7 @@ from lq_plugin.layers.lent_weights import (
     lend_weights as lend_weights,
     readers_of_weights as readers_of_weights,
     return_weights as return_weights,
+    stop_lending as stop_lending,
 )
 from lq_plugin.layers.linear import QuantizedConv1D as QuantizedConv1D, QuantizedLinear as QuantizedLinear
 from lq_plugin.layers.parametrized import (

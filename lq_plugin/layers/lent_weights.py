@@ -72,8 +72,7 @@ class WeightLender(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The parameter; to code that reads it past the layer the quantized weight."""
-        kept = self.__dict__.get("weight")
-        stored = cast(Tensor, self._parameters["weight"]) if kept is None else kept
+        stored = self._stored()
         return self._lent(stored) if not self._inside and any(reader.depth for reader in self._readers) else stored
 
     @weight.setter
@@ -83,6 +82,14 @@ class WeightLender(nn.Module):
     @weight.deleter
     def weight(self) -> None:
         del self.__dict__["weight"]
+
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        return cast(Any, super()).quantized_weight(self._stored() if weight is None else weight)  # type: ignore[no-any-return]
+
+    def _stored(self) -> Tensor:
+        # Something may stand in for the parameter in the instance's `__dict__`.
+        kept = self.__dict__.get("weight")
+        return cast(Tensor, self._parameters["weight"]) if kept is None else kept
 
     def _lent(self, stored: Tensor) -> Tensor:
         layer, lender = cast(QuantizedLayer, self), cast(LentBy, self._lent_by)
@@ -172,9 +179,14 @@ def return_weights(model: nn.Module) -> None:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
         if isinstance(module, WeightLender):
-            for name in ("_readers", "_inside", "_lent_by"):
-                module.__dict__.pop(name, None)
-            cast(nn.Module, module).__class__ = type(module).lending_for
+            stop_lending(module)
+
+
+def stop_lending(layer: nn.Module) -> None:
+    """Lets all code read a layer's float weight, but for the layer itself."""
+    for name in ("_readers", "_inside", "_lent_by"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = cast(Any, type(layer)).lending_for
 
 
 def _readers_on(module: nn.Module) -> list[Reader]:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -65,7 +65,7 @@ def own_code(module: nn.Module, entries: tuple[str, ...]) -> tuple[FunctionType,
     """
     kind: type[nn.Module] = getattr(type(module), "float_class", type(module))
     found = [function for name in entries if (function := _plain(module.__dict__.get(name))) is not None]
-    return (*_reached(kind, entries), *found)
+    return (*_reached(cast(Any, kind), entries), *found)
 
 
 def code_reads(function: FunctionType) -> tuple[CodeRead, ...]:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lq_plugin import calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
-from lq_plugin.layers import WeightLender
+from lq_plugin.layers import WeightLender, stop_lending
 from lq_plugin.model.past_reads import weights_read_past_layers
 
 
@@ -141,3 +141,20 @@ def test_what_lies_on_its_levels_is_held_once(tmp_path):
         net.encoder.weight_quantizer.fix(*net.encoder.weight_quantizer.qparams(net.encoder.weight))
         net.encoder.weight.copy_(weight)
     assert save_packed(net, tmp_path / "net.safetensors") < twice - 16 * 8 * 3
+
+
+@pytest.mark.parametrize("kind", [Tied, InAStep])
+@pytest.mark.parametrize("of_before", [False, True])
+def test_files_of_before_weights_were_lent(kind, of_before, tmp_path):
+    torch.manual_seed(0)
+    net, x, other = kind(), torch.randn(6, 16), kind()
+    prepare(net, "w4")
+    calibrate(net, [x])
+    if of_before:
+        stop_lending(net.encoder)
+    save_packed(net.eval(), tmp_path / "net.safetensors")
+    load_packed(other, tmp_path / "net.safetensors")
+    assert isinstance(other.encoder, WeightLender) is not of_before
+    assert torch.equal(other(x), net(x))
+    if kind is InAStep:
+        assert torch.equal(other.validation_step(x), net.validation_step(x))
