@@ -139,7 +139,9 @@ def test_the_numbers_by_hand():
     assert torch.equal(net.qkv.weight.grad, weight.grad)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [TiedAutoencoder, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (BeitAttention, MambaMixer))]
+)
 def test_off_removed_copied_and_compiled(kind, tmp_path):
     net, _ = quantized(kind)
     x, layer = x_of(2), net.get_submodule(NAMES[kind])
@@ -179,6 +181,7 @@ def test_packed(kind, plan, tmp_path):
     assert size < weights * (0.5 if plan == "w4" else 1) + 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["w8a8", "w8"])
 @pytest.mark.parametrize("kind", CASES)
 def test_onnx(kind, plan, tmp_path):
@@ -195,6 +198,7 @@ class Both(TiedAutoencoder):
         return F.linear(F.linear(x, self.encoder.weight).relu(), self.encoder.weight.t())
 
 
+@pytest.mark.slow
 def test_onnx_is_refused_where_two_tensors_meet_one_weight(tmp_path):
     pytest.importorskip("onnxruntime")
     net = built(Both)
