@@ -13,17 +13,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import common, transformer
-from benchmarks.transformer import Masked
+from benchmarks.peers.environments import is_installed
+from benchmarks.peers.llmcompressor_transformer import METHODS as PEER_METHODS, PLANS as PEER_PLANS
+from benchmarks.peers.process import PeerProcess
+from benchmarks.transformer import Masked, predictions, scores
 from lq_plugin import QuantPlan, Rule
 from lq_plugin.ptq import run_phases
 
@@ -40,14 +46,16 @@ PLANS: dict[str, tuple[str, str | None]] = {
 METHODS: dict[str, list[Any]] = {
     "nearest": ["calibrate"],
     "smooth": ["smooth_quant", "calibrate"],
+    "rotate": ["rotate", "calibrate"],
     "gptq": ["calibrate", "gptq"],
     "gptaq": ["calibrate", {"gptq": {"asymmetric": True}}],
     "smooth gptq": ["smooth_quant", "calibrate", "gptq"],
+    "rotate gptq": ["rotate", "calibrate", "gptq"],
     "adaround": ["calibrate", {"reconstruct": {"by": "layer"}}],
     "brecq": ["calibrate", {"reconstruct": {"by": "block"}}],
 }
 LAYERS = "bert.encoder.*"
-CALIBRATION, TEST, BATCH_SIZE = 128, 500, 32
+PEERS = ("llmcompressor",)
 
 
 def quantized(model: nn.Module, plan: str, method: str, batches: list[Masked], iterations: int, seed: int) -> nn.Module:
@@ -79,64 +87,85 @@ def quantized(model: nn.Module, plan: str, method: str, batches: list[Masked], i
     return result
 
 
-def predictions(model: nn.Module, batches: list[Masked]) -> Tensor:
-    """Returns the log-probabilities `[masked tokens, vocabulary]` that a model gives to what is masked."""
-    with torch.inference_mode():
-        return torch.cat([model(**batch.inputs).logits[batch.chosen].double().log_softmax(-1) for batch in batches])
-
-
-def scores(found: Tensor, reference: Tensor, tokens: Tensor) -> dict[str, float]:
-    """Returns what a model's predictions are worth.
+def measure(
+    model: nn.Module,
+    calibration: list[list[Masked]],
+    test: list[Masked],
+    wanted: list[tuple[str, str]],
+    iterations: int,
+) -> Iterator[dict[str, Any]]:
+    """Scores plans with methods, a row as it is done; means over the calibration sets, each a seed.
 
     Args:
-        found: log-probabilities of the model `[M, V]`.
-        reference: those of the float model.
-        tokens: the right ones `[M]`.
-
-    Returns:
-        Accuracy and agreement with the float model's choice in percent, loss and divergence in nats a token.
-
-    >>> p = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
-    >>> scores(p, p.flip(1), torch.tensor([0, 0]))["divergence"]  # 0.5 * (0 + 0.5 * ln 3)
-    0.27465...
+        model: float.
+        calibration, test: batches.
+        wanted: plans and methods.
+        iterations: of learned rounding.
     """
-    divergence = (reference.exp() * (reference - found)).sum(1).mean()
+    reference, tokens = predictions(model, test), torch.cat([batch.tokens for batch in test])
+    yield {"plan": "float", "method": "", **scores(reference, reference, tokens)}
+    for plan, method in wanted:
+        found, seconds = [], []
+        # The weights of nearest rounding do not depend on data, nor do ranges at run time.
+        alike = method == "nearest" and plan != "W8A8 static"
+        for seed, batches in enumerate(calibration[:1] if alike else calibration):
+            with common.Stopwatch() as watch:
+                result = quantized(model, plan, method, batches, iterations, seed)
+            seconds.append(watch.seconds)
+            found.append(scores(predictions(result, test), reference, tokens))
+        yield row_of(plan, method, found, seconds)
+
+
+def measure_peers(name: str, wanted: list[tuple[str, str]], seeds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Scores a peer as `measure` does ours.
+
+    Args:
+        name: of the peer.
+        wanted: plans and methods of the peer.
+        seeds: calibration sets.
+        threads: of torch.
+    """
+    if not wanted:
+        return
+    process = PeerProcess(name, f"benchmarks.peers.{name}_transformer", (str(seeds),), threads)
+    for plan, method in wanted:
+        found = [process.ask(f"{plan} {method} {seed}") for seed in range(seeds)]
+        yield row_of(plan, f"{name} {method}", found, [score.pop("seconds") for score in found])
+    process.close()
+
+
+def row_of(plan: str, method: str, found: list[dict[str, float]], seconds: list[float]) -> dict[str, Any]:
+    """Returns a row of the results.
+
+    Args:
+        plan, method: what was measured.
+        found: scores of each calibration set.
+        seconds: of each.
+    """
     return {
-        "accuracy": 100.0 * float((found.argmax(1) == tokens).double().mean()),
-        "agreement": 100.0 * float((found.argmax(1) == reference.argmax(1)).double().mean()),
-        "loss": -float(found.gather(1, tokens[:, None]).mean()),
-        "divergence": float(divergence),
+        "plan": plan,
+        "method": method,
+        **{key: statistics.mean(score[key] for score in found) for key in found[0]},
+        "divergences": [score["divergence"] for score in found],
+        "losses": [score["loss"] for score in found],
+        "seconds": statistics.median(seconds),
+        "weight": PLANS[plan][0],
+        "input": PLANS[plan][1],
     }
 
 
-def measure(
-    model: nn.Module, calibration: list[list[Masked]], test: list[Masked], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Scores each plan with each method, a row as it is done; means over the calibration sets, each a seed."""
-    reference, tokens = predictions(model, test), torch.cat([batch.tokens for batch in test])
-    yield {"plan": "float", "method": "", **scores(reference, reference, tokens)}
-    for plan in options.plans:
-        for method in options.methods:
-            found, seconds = [], []
-            for seed, batches in enumerate(calibration):
-                with common.Stopwatch() as watch:
-                    result = quantized(model, plan, method, batches, options.iterations, seed)
-                seconds.append(watch.seconds)
-                found.append(scores(predictions(result, test), reference, tokens))
-            yield {
-                "plan": plan,
-                "method": method,
-                **{key: statistics.mean(score[key] for score in found) for key in found[0]},
-                "divergences": [score["divergence"] for score in found],
-                "losses": [score["loss"] for score in found],
-                "seconds": statistics.median(seconds),
-                "weight": PLANS[plan][0],
-                "input": PLANS[plan][1],
-            }
+def kept_rows(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a file of results that was made with the same settings, without that of the float model."""
+    if path is None:
+        raise SystemExit("--add adds to the file of --json")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if others := [key for key, value in settings.items() if key != "results" and before.get(key) != value]:
+        raise SystemExit(f"--add: {path} was made with another {', '.join(others)}")
+    return [row for row in before["results"] if row["method"]]
 
 
 def add_won_back(rows: list[dict[str, Any]]) -> None:
-    """Adds the share of nearest rounding's divergence that the other methods of a plan win back, in percent."""
+    """Adds the share of our nearest rounding's divergence that the other methods win back, in percent."""
     nearest = {row["plan"]: row["divergence"] for row in rows if row["method"] == "nearest"}
     for row in rows:
         if row["method"] not in ("", "nearest") and nearest.get(row["plan"]):
@@ -152,6 +181,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--iterations", type=int, default=100, metavar="N", help="of learned rounding (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="disjoint calibration sets (default: 3)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=[name for name in PEERS if is_installed(name)],
+        help="beside it (default: those that are installed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-methods", nargs="+", choices=PEER_METHODS, default=["nearest", "gptq"],
+        help="of the peers (default: nearest gptq)",
+    )  # fmt: skip
+    parser.add_argument("--add", action="store_true", help="keep the rows of the --json file, and measure the others")
     return parser.parse_args(arguments)
 
 
@@ -159,28 +197,40 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     common.start(options)
     console = Console()
-    model, vocabulary, reactions = transformer.load_transformer()
-    encoded = [row for row in (transformer.encode(r, vocabulary) for r in reactions) if len(row) <= transformer.LONGEST]
-    needed = TEST + options.seeds * CALIBRATION
-    if len(encoded) < needed:
-        raise SystemExit(f"{needed} reactions are needed, there are {len(encoded)}")
-    test = transformer.masked_batches(encoded[:TEST], vocabulary, BATCH_SIZE, 0)
-    parts = [encoded[start : start + CALIBRATION] for start in range(TEST, needed, CALIBRATION)]
-    calibration = [
-        transformer.masked_batches(part, vocabulary, BATCH_SIZE, seed) for seed, part in enumerate(parts, start=1)
-    ]
+    model, calibration, test = transformer.load_all(options.seeds)
     results: dict[str, Any] = {
         "model": transformer.MODEL,
         "data": transformer.DATA,
-        "test_reactions": TEST,
+        "test_reactions": transformer.TEST,
         "masked_tokens": sum(len(batch.tokens) for batch in test),
-        "calibration_reactions": CALIBRATION,
+        "calibration_reactions": transformer.CALIBRATION,
         "seeds": options.seeds,
         "iterations": options.iterations,
         "results": [],
     }
-    for row in measure(model, calibration, test, options):
+    kept = kept_rows(options.json, results) if options.add else []
+    done = {(row["plan"], row["method"]) for row in kept}
+    wanted = [pair for plan in options.plans for method in options.methods if (pair := (plan, method)) not in done]
+    rows = measure(model, calibration, test, wanted, options.iterations)
+    results["results"] = [next(rows), *kept]
+    theirs = [
+        measure_peers(
+            name,
+            [
+                (p, m)
+                for p in options.plans
+                if p in PEER_PLANS
+                for m in options.peer_methods
+                if (p, f"{name} {m}") not in done
+            ],
+            options.seeds,
+            options.threads,
+        )
+        for name in options.peers
+    ]
+    for row in chain(rows, *theirs):
         results["results"].append(row)
+        results["results"].sort(key=lambda row: list(PLANS).index(row["plan"]) if row["method"] else -1)
         add_won_back(results["results"])
         common.write_json(options.json, results)
         console.print(f"{row['plan']} {row['method']}: {row['divergence'] * 1000:.4f}", highlight=False)

@@ -82,6 +82,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("MXINT8", "mxint8"),
     Entry("NVFP4", "nvfp4", known={"gaussian": 20.4, "laplace": 20.7}),
     Entry("NVFP4 four over six", "nvfp4:four_six", known={"gaussian": 21.19, "laplace": 21.19}),
+    Entry("IF4", "if4"),
     Entry("FP8 E4M3", "fp8 per_channel"),
     Entry("FP8 E5M2", "fp8:e5m2 per_channel"),
     Entry("binary", "bwn", known={"gaussian": 4.40, "laplace": 3.01}),

@@ -31,6 +31,8 @@ DATA, DATA_FILE = "synrbl==1.0.6", "synrbl-1.0.6/Data/Raw_data/USPTO/USPTO_50K.c
 TOKEN = re.compile(r"\[[^\]]+\]|%\([0-9]{3}\)|%[0-9]{2}|Br|Cl|>>|[BCNOSPFIbcnosp|().=#\-+\\/:~@?>*$0-9]")
 LONGEST = 128
 MASKED = 0.15
+#: Reactions of a calibration set, of the test set, and of a batch.
+CALIBRATION, TEST, BATCH_SIZE = 128, 500, 32
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,45 @@ def masked_batches(reactions: list[list[int]], vocabulary: dict[str, int], size:
         inputs = {"input_ids": tokens.masked_fill(chosen, vocabulary["[MASK]"]), "attention_mask": real.long()}
         result.append(Masked(inputs, chosen, tokens[chosen]))
     return result
+
+
+def load_all(seeds: int) -> tuple[nn.Module, list[list[Masked]], list[Masked]]:
+    """Returns the float model, the batches of each of `seeds` disjoint calibration sets, and those of the test set."""
+    model, vocabulary, reactions = load_transformer()
+    encoded = [row for row in (encode(r, vocabulary) for r in reactions) if len(row) <= LONGEST]
+    needed = TEST + seeds * CALIBRATION
+    if len(encoded) < needed:
+        raise SystemExit(f"{needed} reactions are needed, there are {len(encoded)}")
+    parts = [encoded[start : start + CALIBRATION] for start in range(TEST, needed, CALIBRATION)]
+    calibration = [masked_batches(part, vocabulary, BATCH_SIZE, seed) for seed, part in enumerate(parts, start=1)]
+    return model, calibration, masked_batches(encoded[:TEST], vocabulary, BATCH_SIZE, 0)
+
+
+def predictions(model: nn.Module, batches: list[Masked]) -> Tensor:
+    """Returns the log-probabilities `[masked tokens, vocabulary]` that a model gives to what is masked."""
+    with torch.inference_mode():
+        return torch.cat([model(**batch.inputs).logits[batch.chosen].double().log_softmax(-1) for batch in batches])
+
+
+def scores(found: Tensor, reference: Tensor, tokens: Tensor) -> dict[str, float]:
+    """Returns what a model's predictions are worth.
+
+    Args:
+        found: log-probabilities of the model `[M, V]`.
+        reference: those of the float model.
+        tokens: the right ones `[M]`.
+
+    Returns:
+        Accuracy and agreement with the float model's choice in percent, loss and divergence in nats a token.
+
+    >>> p = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
+    >>> scores(p, p.flip(1), torch.tensor([0, 0]))["divergence"]  # 0.5 * (0 + 0.5 * ln 3)
+    0.27465...
+    """
+    divergence = (reference.exp() * (reference - found)).sum(1).mean()
+    return {
+        "accuracy": 100.0 * float((found.argmax(1) == tokens).double().mean()),
+        "agreement": 100.0 * float((found.argmax(1) == reference.argmax(1)).double().mean()),
+        "loss": -float(found.gather(1, tokens[:, None]).mean()),
+        "divergence": float(divergence),
+    }

@@ -37,9 +37,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, dict[str, int], 
                 module.weight.mul_(8)  # predictions that differ from place to place
     found = model, VOCABULARY, random_reactions(60)
     monkeypatch.setattr(transformer, "load_transformer", lambda: found)
-    monkeypatch.setattr(ptq_transformer, "CALIBRATION", 12)
-    monkeypatch.setattr(ptq_transformer, "TEST", 24)
-    monkeypatch.setattr(ptq_transformer, "BATCH_SIZE", 6)
+    monkeypatch.setattr(transformer, "CALIBRATION", 12)
+    monkeypatch.setattr(transformer, "TEST", 24)
+    monkeypatch.setattr(transformer, "BATCH_SIZE", 6)
     return found
 
 
@@ -72,7 +72,7 @@ def test_scores_are_those_of_numpy() -> None:
     logits, float_logits = generator.normal(size=(2, 50, 7))
     tokens = generator.integers(0, 7, 50)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (float_logits, logits))
-    found = ptq_transformer.scores(torch.tensor(np.log(q)), torch.tensor(np.log(p)), torch.tensor(tokens))
+    found = transformer.scores(torch.tensor(np.log(q)), torch.tensor(np.log(p)), torch.tensor(tokens))
     assert found == pytest.approx(
         {
             "accuracy": 100 * np.mean(q.argmax(1) == tokens),
@@ -87,8 +87,8 @@ def test_json_has_the_promised_form(
     loaded: tuple[nn.Module, dict[str, int], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    plans, methods = ["W8A8 dynamic", "W4 g32"], ["nearest", "smooth", "gptq", "brecq"]
-    arguments = ["--model", "transformer", "--seeds", "2", "--iterations", "5", "--json", str(out)]
+    plans, methods = ["W8A8 dynamic", "W4 g32"], ["nearest", "smooth", "rotate", "gptq", "brecq"]
+    arguments = ["--model", "transformer", "--seeds", "2", "--iterations", "5", "--peers", "--json", str(out)]
     ptq_accuracy.main([*arguments, "--plans", *plans, "--methods", *methods])
     content = json.loads(out.read_text())
     first, *rows = content["results"]
@@ -97,7 +97,8 @@ def test_json_has_the_promised_form(
     nearest = {row["plan"]: row for row in rows if row["method"] == "nearest"}
     for row in rows:
         assert row["divergence"] > 0
-        assert row["divergence"] == pytest.approx(sum(row["divergences"]) / 2)
+        assert len(row["divergences"]) == (1 if row["method"] == "nearest" else 2)
+        assert row["divergence"] == pytest.approx(np.mean(row["divergences"]))
         if row["method"] != "nearest":
             share = 1 - row["divergence"] / nearest[row["plan"]]["divergence"]
             assert row["won_back"] == pytest.approx(100 * share, abs=0.051)
@@ -105,6 +106,11 @@ def test_json_has_the_promised_form(
     assert content["masked_tokens"] > 24
     assert content["environment"]["threads"] == 1
     assert "W4 g32" in capsys.readouterr().out
+    ptq_accuracy.main([*arguments, "--add", "--plans", "W4 g32", "--methods", "nearest", "adaround"])
+    *kept, added = json.loads(out.read_text())["results"]
+    assert (added["method"], kept) == ("adaround", content["results"])
+    with pytest.raises(SystemExit, match="was made with another iterations"):
+        ptq_accuracy.main([*arguments, "--add", "--iterations", "6"])
 
 
 @pytest.mark.parametrize("plan", list(ptq_transformer.PLANS))
