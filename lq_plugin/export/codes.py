@@ -11,6 +11,7 @@
 | mxfp*, mxint8 | sign, index of the magnitude | E + 127 (8) a block |
 | fp8 | the bits of the float (8) | scale |
 | nvfp4 | the same | index of the E4M3 scale (8) a block, the tensor's scale |
+| if4 | the same, or an integer of two's complement | the same; the scale's sign is set for integers |
 | seq | 0, 1, 2, 3 or 0, 1, 2 from below (2) | scale |
 | sign, bwn | 1 for +1 (1) | bwn: scale |
 | twn, ttq | 0, 1, 2 for -, 0, + (2) | one or two scales |

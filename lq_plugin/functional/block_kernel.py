@@ -78,14 +78,14 @@ def _float_rule(family: int, block: int, element: Minifloat, mode: int, coarse: 
 
 
 def fake_quantize_blocks(
-    x: Tensor, axis: int, rule: Callable[[], BlockRule], dtype: torch.dtype | None = None
+    x: Tensor, axis: int, rule: Callable[[], BlockRule | None], dtype: torch.dtype | None = None
 ) -> Tensor | None:
     """Returns `x` fake-quantized in blocks, with the straight-through gradient of its format.
 
     Args:
         x: float tensor of any shape.
         axis: of the channels; the last block may be shorter.
-        rule: makes the rule; called only if the kernels are used.
+        rule: makes the rule; called only if the kernels are used. None: they do not have the format.
         dtype: of the result, if not that of `x`; see `lq_plugin.functional.affine.fake_quantize`.
 
     Returns:
@@ -100,8 +100,8 @@ def fake_quantize_blocks(
     if torch.compiler.is_compiling() or not isinstance(kernels := ops.kernels_for(x, dtype), Kernels):
         return None
     made = rule()
-    layout = block_layout(x, axis, made.block)
-    if layout is None:
+    layout = None if made is None else block_layout(x, axis, made.block)
+    if made is None or layout is None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
         found: Tensor | None = _FakeQuantizeBlocks.apply(x, layout, made, kernels, dtype)

@@ -7,6 +7,8 @@ A weight w may become s · l, with s the step of its block and l one of the form
 | `IntegerLevels` | q - z for q in `quant_min..quant_max` | int, its scales float or integer; mx4, mx6, mx9; q4_0 |
 | `TableLevels` | the numbers of a table | mxfp4 and the other OCP MX formats, nvfp4, fp8, seq, twn |
 
+Blocks of `if4` have either (`lq_plugin.quantizers.if4`).
+
 Levels of a table need not lie evenly: between 4 and 6 a weight of MXFP4 has no choice but these two. Halfway between
 two levels the one at an even distance from the middle of the table is the nearest, which is "half to even" of floating
 point numbers, whose codes are the distances.

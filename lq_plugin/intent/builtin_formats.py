@@ -183,6 +183,17 @@ declare_format(
         options=(NVFP4_TARGETS, ("unit",)),
     ),
 )
+declare_format(
+    "if4",
+    Format(
+        "blocks of 16 E2M1 elements or of integers -7..7, whichever err less, under NVFP4's scales",
+        (4,),
+        PerGroup(16, True),
+        choices=(),
+        scale_bits=8,
+        tensor_bits=32,
+    ),
+)
 #: Of a block under one float16 scale (`lq_plugin.quantizers.half_scale`).
 _HALF_SCALE: dict[str, Any] = {
     "choices": (),

@@ -8,6 +8,7 @@ from lq_plugin.quantizers import (  # noqa: F401 - importing registers their for
     codebook,
     fp8,
     half_scale,
+    if4,
     mx,
     seq,
 )

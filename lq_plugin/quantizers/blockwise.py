@@ -208,7 +208,7 @@ class NVFP4ActivationQuantizer(VectorActivationQuantizer):
     def rounded_vectors(self, vectors: Tensor) -> Tensor:
         return fake_quantize_nvfp4(vectors, self.scale, nvfp4_target(self.spec))
 
-    def block_rule(self) -> BlockRule:
+    def block_rule(self) -> BlockRule | None:
         return nvfp4_rule(self.scale.item(), nvfp4_target(self.spec))
 
     def levels(self, x: Tensor | None = None) -> None:

@@ -46,8 +46,8 @@ class VectorActivationQuantizer(ActivationQuantizer):
         y = unblocks(self.rounded_vectors(vectors), rows.shape, self.group)
         return y.reshape(x.movedim(self.axis, -1).shape).movedim(-1, self.axis)
 
-    def block_rule(self) -> BlockRule:
-        """Returns the computation of `rounded_vectors` as a rule for the kernels."""
+    def block_rule(self) -> BlockRule | None:
+        """Returns the computation of `rounded_vectors` as a rule for the kernels; None where they do not have it."""
         bits = cast(int, self.group.scale_bits)
         return vector_rule(self.group.group_size, self.spec.grid, bits, (self.scale / (2**bits - 1)).item())
 

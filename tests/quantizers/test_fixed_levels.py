@@ -39,6 +39,7 @@ SPECS = [
     "nvfp4",
     "nvfp4:four_six",
     "nvfp4:unit",
+    "if4",
     "fp8",
     "fp8:e5m2 per_channel percentile:99",
     "fp8 group16 ragged",

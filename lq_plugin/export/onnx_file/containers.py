@@ -12,6 +12,7 @@
 | mxfp8, mxfp6_e3m2 | FLOAT8E4M3FN or FLOAT8E5M2, with the scales in FLOAT8E8M0 | 32 |
 | fp8 | FLOAT8E4M3FN or FLOAT8E5M2 | of the granularity; a square's scale for each of its rows |
 | mxfp4, nvfp4 | as `fp4` says: INT8, UINT4 or FLOAT4E2M1 | 32, 16 |
+| if4 | integers, and floats in halves, INT8 | 16 |
 | sign, bwn, twn, seq:ternary | -1, 0, 1: INT2 | of the granularity |
 | seq | -3, -1, 1, 3: INT4 | of the granularity |
 | ttq, kmeans | an index, and the table | per tensor |
