@@ -143,6 +143,8 @@ def test_the_pretrained_transformer() -> None:
         if won:
             nearest = measured[plan, "nearest"]["divergence"]
             assert won == f"{100 * (1 - row['divergence'] / nearest):.0f} %"
+    static, dynamic = (measured[f"W8A8 {ranges}", "nearest"]["divergence"] for ranges in ("static", "dynamic"))
+    assert dynamic < 0.5 * static
 
 
 PEERS = {"ours": "brecq", "AIMET": "aimet adaround", "Brevitas": "brevitas learned round"}
