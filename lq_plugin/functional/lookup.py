@@ -83,13 +83,13 @@ def fake_quantize_rows(
     kernels, parts = _kernels_and_parts(table, index, granularity)
     if kernels is None:
         return None
-    if torch.is_grad_enabled() and table.requires_grad:
-        found: Tensor | None = _LookedUp.apply(
-            table, index, qparams, covered or qparams is None, grid, parts, reading, kernels
-        )
-        return found
     bounds = grid.quant_min, grid.quant_max
-    return kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=False, learned=learned)[0]
+    if not (torch.is_grad_enabled() and table.requires_grad):
+        return kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=False, learned=learned)[0]
+    # With the range of the extremes, on both sides of a fixed zero, nothing is clipped.
+    clips = not (covered or qparams is None) or grid.affine or not bounds[0] < 0 < bounds[1]
+    y: Tensor = _LookedUp.apply(table, index, qparams, clips, bounds, grid.affine, parts, reading, kernels)
+    return y
 
 
 def fake_quantize_learned_rows(
@@ -227,30 +227,29 @@ def _taken(table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor) -> t
 class _LookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, index: Tensor, qparams: Any, covered: Any, grid: Any, parts: Any, reading: Any,
-        kernels: Any,
+        ctx: Any, table: Tensor, index: Tensor, qparams: Any, clips: Any, bounds: Any, affine: Any, parts: Any,
+        reading: Any, kernels: Any,
     ) -> Any:  # fmt: skip
-        # With the range of the extremes, on both sides of a fixed zero, nothing is clipped.
-        clips = not covered or grid.affine or not grid.quant_min < 0 < grid.quant_max
-        bounds = grid.quant_min, grid.quant_max
-        y, mask, _ = kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=clips)
+        y, mask, _ = kernels.look_up(table, index, qparams, bounds, affine, parts, masked=clips)
         ctx.save_for_backward(index, mask)
-        ctx.shape, ctx.parts, ctx.reading, ctx.kernels = table.shape, parts, reading, (kernels, active())
+        ctx.of = table.shape, parts, reading, kernels, active()
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, mask = ctx.saved_tensors
-        padding_idx, by_frequency, sparse = ctx.reading
-        rows, length = ctx.shape
-        lookups, kernels = ctx.kernels
+        shape, parts, reading, lookups, kernels = ctx.of
+        padding_idx, by_frequency, sparse = reading
+        rows, length = shape
         if not (sparse or by_frequency) and _has_address(grad):
-            sums = lookups.add_rows(grad.contiguous(), index, mask, ctx.shape, ctx.parts, padding_idx)
-            return sums, *(None,) * 7
+            return lookups.add_rows(grad.contiguous(), index, mask, shape, parts, padding_idx), *_NONE
         if mask is not None:
-            layout = Layout(1, index.numel() * ctx.parts, length // ctx.parts, 1)
+            layout = Layout(1, index.numel() * parts, length // parts, 1)
             grad = grad.contiguous()
             grad = masked_gradient(grad, mask, layout, grad.stride(), kernels)
         padding_idx = -1 if padding_idx is None else padding_idx
-        grad = torch.ops.aten.embedding_backward.default(grad, index, rows, padding_idx, by_frequency, sparse)
-        return grad, *(None,) * 7
+        return torch.ops.aten.embedding_backward.default(grad, index, rows, padding_idx, by_frequency, sparse), *_NONE
+
+
+#: Gradients of what is not the table.
+_NONE = (None,) * 8

@@ -29,7 +29,10 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         return 0, self.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, quantizer = self.weight, self.weight_quantizer
+        # What there is most often, without the detour by `__getattr__`: a look-up takes a few microseconds.
+        weight, quantizer = self._parameters.get("weight"), self._modules.get("weight_quantizer")
+        if weight is None or "weight" in self.__dict__:
+            weight = self.weight
         if self.max_norm is not None:
             # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized
             # copy.

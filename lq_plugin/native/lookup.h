@@ -21,7 +21,8 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
     X* copy = static_cast<X*>(taken.rows);
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(X));
     const int64_t words = pieces(r.n, 16), units = r.count * r.parts;
-    const bool symmetric = !grid.affine && grid.quant_min < 0 && grid.quant_max > 0;
+    const bool symmetric = !grid.affine && grid.quant_min < 0 && grid.quant_max > 0, one = grid.ranges == ONE;
+    const Levels shared = one ? levels_of(*grid.scale, *grid.zero_point, grid.quant_min, grid.quant_max, grid.learned) : Levels{};
     LQ_PARALLEL(units * r.n)
     for (int64_t first = 0; first < units; first += BATCH) {
         const int64_t size = std::min(BATCH, units - first), behind = std::min(BATCH, units - first - size);
@@ -49,12 +50,12 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
                     scale[k] = scale_of(low[k], high[k], grid.quant_min, grid.quant_max, grid.affine, zero_point[k]);
         } else {
             for (int64_t k = 0; k < size; ++k) {
-                const int64_t at = grid.ranges == ONE ? 0 : place[k];
+                const int64_t at = one ? 0 : place[k];
                 scale[k] = grid.scale[at], zero_point[k] = grid.zero_point[at];
             }
         }
         for (int64_t k = 0; k < BATCH; ++k)
-            levels[k] = levels_of(scale[k], zero_point[k], grid.quant_min, grid.quant_max, grid.learned);
+            levels[k] = one ? shared : levels_of(scale[k], zero_point[k], grid.quant_min, grid.quant_max, grid.learned);
         for (int64_t k = 0; k < size; ++k) {
             const X* x = table + place[k] * r.n;
             const int64_t unit = first + k;

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native.kernels import TYPES
-from lq_plugin.native.layouts import Layout, accepts, new_mask
+from lq_plugin.native.layouts import Layout, new_mask
 from lq_plugin.native.ops import is_watched
 from lq_plugin.native.switch import active
 from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
 _ONE, _GIVEN, _OWN = range(3)
+_NO_COPIES = (0, 0, 0)
+#: Results are there, whatever the default device is.
+_CPU = torch.device("cpu")
+_TYPE_OF = {x: number for (x, y), number in TYPES.items() if x is y}
 #: `Lookup` of lookup.cpp.
 _LOOKUP = struct.Struct("21q")
 #: `LearnedRows` of lookup.cpp.
@@ -67,20 +71,23 @@ class LookupKernels(CompiledKernels):
         """
         rows, length = table.shape
         count, run = index.numel(), length // parts
-        y = torch.empty((*index.shape, length), dtype=table.dtype, device="cpu")
+        dtype = table.dtype
+        y = torch.empty((*index.shape, length), dtype=dtype, device=_CPU)
         mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
         copies = None
         if taken:
-            scales = torch.empty(2, count * parts, 1, dtype=torch.float32, device="cpu")
-            copies = Taken(torch.empty((count, length), dtype=table.dtype, device="cpu"), scales[0], scales[1])
-        scale, zero_point = qparams or (None, None)
+            scales = torch.empty(2, count * parts, 1, dtype=torch.float32, device=_CPU)
+            copies = Taken(torch.empty((count, length), dtype=dtype, device=_CPU), scales[0], scales[1])
+        ranges, at_scale, at_zero_point = _OWN, 0, 0
+        if qparams is not None:
+            scale, zero_point = qparams
+            ranges = _GIVEN if scale.numel() > 1 else _ONE
+            at_scale, at_zero_point = scale.data_ptr(), zero_point.data_ptr()
         found = self._library.lq_lookup(_LOOKUP.pack(
-            TYPES[table.dtype, table.dtype],
+            _TYPE_OF[dtype],
             table.data_ptr(), index.data_ptr(), y.data_ptr(), 0 if mask is None else mask.data_ptr(),
-            0 if scale is None else scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr(),
-            *((0, 0, 0) if copies is None else [part.data_ptr() for part in copies]),
-            rows, count, parts, run, _OWN if scale is None else _GIVEN if scale.numel() > 1 else _ONE, *bounds, affine,
-            learned, self._number, torch.get_num_threads(),
+            at_scale, at_zero_point, *(_NO_COPIES if copies is None else [part.data_ptr() for part in copies]),
+            rows, count, parts, run, ranges, *bounds, affine, learned, self._number, torch.get_num_threads(),
         ))  # fmt: skip
         if not found:
             raise IndexError(f"index out of range: the table has {rows} rows, got {index.min()}..{index.max()}")
@@ -100,9 +107,9 @@ class LookupKernels(CompiledKernels):
             parts: of a row, as in `look_up`.
             padding_idx: the row that has none.
         """
-        sums = torch.zeros(shape, dtype=gradient.dtype, device="cpu")
+        sums = torch.zeros(shape, dtype=gradient.dtype, device=_CPU)
         self._library.lq_add_rows(
-            TYPES[gradient.dtype, gradient.dtype],
+            _TYPE_OF[gradient.dtype],
             gradient.data_ptr(), index.data_ptr(), address(mask), sums.data_ptr(),
             index.numel(), parts, sums.numel() // (shape[0] * parts), -1 if padding_idx is None else padding_idx,
             self._number, torch.get_num_threads(),
@@ -133,17 +140,17 @@ class LookupKernels(CompiledKernels):
         if needs[0]:
             dtype = gradient.dtype
             result[0] = (
-                torch.empty(count, table[1], dtype=dtype, device="cpu")
+                torch.empty(count, table[1], dtype=dtype, device=_CPU)
                 if sparse[0]
-                else torch.zeros(table, dtype=dtype, device="cpu")
+                else torch.zeros(table, dtype=dtype, device=_CPU)
             )
         for part in (1, 2) if needs[2] else (1,):
             as_read = sparse[1] and not one
             shape = (count, *ranges[1:]) if as_read else ranges
-            result[part] = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            result[part] = torch.zeros(shape, dtype=torch.float32, device=_CPU)
         quant_min, quant_max, factor, rounded = constants
         self._library.lq_learned_rows(_LEARNED.pack(
-            TYPES[gradient.dtype, gradient.dtype],
+            _TYPE_OF[gradient.dtype],
             gradient.data_ptr(), taken.rows.data_ptr(), index.data_ptr(), taken.scale.data_ptr(),
             taken.zero_point.data_ptr(), *(0 if part is None else part.data_ptr() for part in result),
             factor, count, parts, table[1] // parts, -1 if padding_idx is None else padding_idx, quant_min, quant_max,
@@ -160,7 +167,7 @@ class LookupKernels(CompiledKernels):
             low, high: float32 `[rows]`.
         """
         return bool(self._library.lq_rows_known(
-            TYPES[table.dtype, table.dtype],
+            _TYPE_OF[table.dtype],
             table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
             high.data_ptr(), self._number,
         ))  # fmt: skip
@@ -175,7 +182,7 @@ class LookupKernels(CompiledKernels):
             bounds: float32 `[2]`, extremes of all, changed in place.
         """
         self._library.lq_follow_rows(
-            TYPES[table.dtype, table.dtype],
+            _TYPE_OF[table.dtype],
             table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
             high.data_ptr(), bounds.data_ptr(), self._number,
         )  # fmt: skip
@@ -188,11 +195,14 @@ def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:
         table: `[rows, length]`.
         index: of rows of the table, of any shape.
     """
-    if torch.compiler.is_compiling() or type(index) is not Tensor or index.dtype != torch.int64:
+    if torch.compiler.is_compiling() or type(index) is not Tensor or index.dtype is not torch.int64:
         return None
     if not (index.is_cpu and table.is_cpu and index.is_contiguous() and index.numel()):
         return None
-    if is_watched(table) or not accepts(table) or not table.is_contiguous() or not table.numel():
+    # `accepts` of a table whose rows are one after another, in fewer questions.
+    if is_watched(table) or table.dtype not in _TYPE_OF or table.layout is not torch.strided:
+        return None
+    if table.is_neg() or not (table.is_contiguous() and table.numel()):
         return None
     return None if active() is None else _compiled()
 

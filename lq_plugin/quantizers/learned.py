@@ -35,6 +35,7 @@ class LSQWeightQuantizer(WeightQuantizer):
     def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, self.scale_shape))
         self.zero_point = _zero_point(self, self.scale_shape)
+        self._band = _band(self.spec)
         numel = torch.Size(self.shape).numel()
         self.gradient_factor = gradient_scale(numel // self.scale.numel(), self.spec.grid)
 
@@ -50,9 +51,9 @@ class LSQWeightQuantizer(WeightQuantizer):
             blocks(x, group),
             scale,
             zero_point,
-            self.spec.grid,
+            self._grid,
             self.gradient_factor,
-            _band(self.spec),
+            self._band,
             self.result_dtype(x),
         )
         return unblocks(y, x.shape, group)
@@ -61,28 +62,20 @@ class LSQWeightQuantizer(WeightQuantizer):
         return has_row_scales(self.spec.granularity)
 
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
+        scale, zero_point, group = self.scale, self.zero_point, self.spec.granularity
         if not torch.is_grad_enabled():
-            qparams, group = (self.scale, self.zero_point), self.spec.granularity
-            done = fake_quantize_rows(weight, index, qparams, self.spec.grid, group, reading, learned=True)
-            if done is not None:
-                return done
+            done = fake_quantize_rows(
+                weight, index, (scale, zero_point), self._grid, group, reading, learned=True
+            )
         else:
             done = fake_quantize_learned_rows(
-                weight,
-                index,
-                self.scale,
-                self.zero_point,
-                self.spec.grid,
-                self.spec.granularity,
-                self.gradient_factor,
-                _band(self.spec),
-                reading,
+                weight, index, scale, zero_point, self._grid, group, self.gradient_factor, self._band, reading,
                 self.sparse_gradients,
-            )
-            if done is not None:
-                return done
+            )  # fmt: skip
+        if done is not None:
+            return done
         rows = read_rows(weight, index.reshape(-1), reading)
-        scale, zero_point = (scales_of_rows(value, index) for value in (self.scale, self.zero_point))
+        scale, zero_point = scales_of_rows(scale, index), scales_of_rows(zero_point, index)
         y = self._rounded(rows, scale, zero_point).view(*index.shape, -1)
         if reading.padding_idx is None:
             return y

@@ -48,8 +48,11 @@ class SlotQuantizer(nn.Module):
         if torch.compiler.is_compiling():
             return
         buffers = self._buffers
+        written: int | None = 0
         try:
-            written = sum([buffer._version for name in self.switches if (buffer := buffers.get(name)) is not None])
+            for name in self.switches:
+                if (buffer := buffers.get(name)) is not None:
+                    written += buffer._version  # type: ignore[operator]
         except RuntimeError:  # made in inference mode, where torch does not count
             written = None
         if (written is None or written != self._written) and not buffers[self.switches[0]].is_meta:  # type: ignore[union-attr]

@@ -190,7 +190,7 @@ class WeightQuantizer(Quantizer):
     def takes_rows(self, reading: Reading) -> bool:
         """Returns True where `quantize_rows` may replace a call: each row depends on itself and known qparams only."""
         self.follow_buffers()
-        if self.collector is not None or not self._enabled or self.is_suspended:
+        if not self._enabled or self.collector is not None or (self.suspension is not None and self.is_suspended):
             return False
         if self._forward_hooks or self._forward_pre_hooks or (self.needs_calibration and not self._calibrated):
             return False
@@ -209,12 +209,13 @@ class WeightQuantizer(Quantizer):
             reading: how gradients come back.
         """
         group, qparams = self.spec.granularity, None
-        if not self.live or self._fixed:
-            qparams = self.scale, self.zero_point
+        covered = self.live and not self._fixed
+        if not covered:
+            held = self._buffers
+            qparams = (held["scale"], held["zero_point"]) if "scale" in held else (self.scale, self.zero_point)
         elif isinstance(group, PerTensor):
             qparams = self._qparams_of(weight, index, reading)
-        if self.takes_kernels and self.rounds_to_nearest:
-            covered = self.live and not self._fixed
+        if self.takes_kernels and self._rounds_to_nearest and not (self._rounds_at_random and self.training):
             done = fake_quantize_rows(weight, index, qparams, self._grid, group, reading, covered=covered)
             if done is not None:
                 return done
