@@ -55,7 +55,7 @@ def scales_of_rows(scale: Tensor, index: Tensor) -> Tensor:
 def fake_quantize_rows(
     table: Tensor,
     index: Tensor,
-    qparams: tuple[Tensor, Tensor] | None,
+    qparams: tuple[Tensor, Tensor | None] | None,
     grid: IntegerGrid,
     granularity: Granularity,
     reading: Reading,
@@ -83,12 +83,17 @@ def fake_quantize_rows(
     kernels, parts = _kernels_and_parts(table, index, granularity)
     if kernels is None:
         return None
-    bounds = grid.quant_min, grid.quant_max
+    bounds, affine = (grid.quant_min, grid.quant_max), grid.affine
+    if qparams is not None and not affine:
+        qparams = qparams[0], None
     if not (torch.is_grad_enabled() and table.requires_grad):
-        return kernels.look_up(table, index, qparams, bounds, grid.affine, parts, masked=False, learned=learned)[0]
-    # With the range of the extremes, on both sides of a fixed zero, nothing is clipped.
-    clips = not (covered or qparams is None) or grid.affine or not bounds[0] < 0 < bounds[1]
-    y: Tensor = _LookedUp.apply(table, index, qparams, clips, bounds, grid.affine, parts, reading, kernels)
+        return kernels.look_up(table, index, qparams, bounds, affine, parts, masked=False, learned=learned)[0]
+    if (covered or qparams is None) and not affine and bounds[0] < 0 < bounds[1]:
+        # With the range of the extremes, on both sides of a fixed zero, nothing is clipped: the gradient is that of
+        # rows that are read, whose values alone are others.
+        y = read_rows(table, index, reading)
+        return kernels.look_up(table, index, qparams, bounds, affine, parts, masked=False, out=y)[0]
+    y = _LookedUp.apply(table, index, qparams, bounds, affine, parts, reading, kernels)
     return y
 
 
@@ -132,7 +137,7 @@ def fake_quantize_learned_rows(
     constants = grid.quant_min, grid.quant_max, gradient_factor, band == "rounded"
     sparse = reading.sparse, reading.sparse and sparse_ranges
     y: Tensor = _LearnedLookedUp.apply(
-        table, scale, zero_point, index, constants, parts, reading.padding_idx, sparse, kernels
+        table, scale, zero_point, index, constants, grid.affine, parts, reading.padding_idx, sparse, kernels
     )
     return y
 
@@ -149,11 +154,12 @@ def _kernels_and_parts(table: Tensor, index: Tensor, granularity: Granularity) -
 class _LearnedLookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor, constants: Any, parts: Any,
-        padding_idx: Any, sparse: Any, kernels: Any,
+        ctx: Any, table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor, constants: Any, affine: Any,
+        parts: Any, padding_idx: Any, sparse: Any, kernels: Any,
     ) -> Any:  # fmt: skip
         y, _, taken = kernels.look_up(
-            table, index, (scale, zero_point), constants[:2], False, parts, masked=False, learned=True, taken=True
+            table, index, (scale, zero_point if affine else None), constants[:2], affine, parts, masked=False, learned=True,
+            taken=True,
         )
         ctx.save_for_backward(index, *taken)
         # For second derivatives alone. Not saved: what reads a table does not mind if it is written to afterwards.
@@ -178,7 +184,7 @@ class _LearnedLookedUp(torch.autograd.Function):
                 _sparse(part, index, tensor.shape, padding_idx) if part is not None and kind else part
                 for part, tensor, kind in zip(found, held, kinds, strict=True)
             ]
-            return grads[0], grads[1] if needs[1] else None, grads[2], *(None,) * 6
+            return grads[0], grads[1] if needs[1] else None, grads[2], *(None,) * 7
         # The values that were read then, with the way back to where they come from.
         now = _taken(table, scale, zero_point, index)
         rows, scales, zero_points = [
@@ -198,7 +204,7 @@ class _LearnedLookedUp(torch.autograd.Function):
             ).view(tensor.shape)
             for part, tensor in zip(found, held, strict=True)
         ]
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 7
 
 
 def _sparse(rows: Tensor, index: Tensor, shape: torch.Size, padding_idx: int | None) -> Tensor:
@@ -227,10 +233,10 @@ def _taken(table: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor) -> t
 class _LookedUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, index: Tensor, qparams: Any, clips: Any, bounds: Any, affine: Any, parts: Any,
-        reading: Any, kernels: Any,
+        ctx: Any, table: Tensor, index: Tensor, qparams: Any, bounds: Any, affine: Any, parts: Any, reading: Any,
+        kernels: Any,
     ) -> Any:  # fmt: skip
-        y, mask, _ = kernels.look_up(table, index, qparams, bounds, affine, parts, masked=clips)
+        y, mask, _ = kernels.look_up(table, index, qparams, bounds, affine, parts, masked=True)
         ctx.save_for_backward(index, mask)
         ctx.of = table.shape, parts, reading, kernels, active()
         return y
@@ -243,13 +249,12 @@ class _LookedUp(torch.autograd.Function):
         rows, length = shape
         if not (sparse or by_frequency) and _has_address(grad):
             return lookups.add_rows(grad.contiguous(), index, mask, shape, parts, padding_idx), *_NONE
-        if mask is not None:
-            layout = Layout(1, index.numel() * parts, length // parts, 1)
-            grad = grad.contiguous()
-            grad = masked_gradient(grad, mask, layout, grad.stride(), kernels)
+        layout = Layout(1, index.numel() * parts, length // parts, 1)
+        grad = grad.contiguous()
+        grad = masked_gradient(grad, mask, layout, grad.stride(), kernels)
         padding_idx = -1 if padding_idx is None else padding_idx
         return torch.ops.aten.embedding_backward.default(grad, index, rows, padding_idx, by_frequency, sparse), *_NONE
 
 
 #: Gradients of what is not the table.
-_NONE = (None,) * 8
+_NONE = (None,) * 7

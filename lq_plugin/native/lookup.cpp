@@ -17,7 +17,7 @@ struct Rows {
     const int64_t* index;
     int64_t count, parts, n;
 };
-// How they are quantized; the values of a learned scale and zero point are not on their grid.
+// How they are quantized; the values of a learned scale and zero point are not on their grid. zero_point may be null: all are 0.
 struct Grid {
     const float *scale, *zero_point;
     Ranges ranges;
@@ -56,7 +56,7 @@ struct Lookup {
     const int64_t* index;              // [count], of rows
     void* y;                           // [count][parts][n]
     uint16_t* mask;                    // may be null, as may be what follows
-    const float *scale, *zero_point;   // [rows][parts], or [1]
+    const float *scale, *zero_point;   // [rows][parts], or [1]; see `Grid`
     void* taken_rows;                  // [count][parts][n]
     float *taken_scale, *taken_zero_point;  // [count][parts]
     int64_t rows, count, parts, n, ranges, quant_min, quant_max, affine, learned, variant, threads;
@@ -124,9 +124,10 @@ int lq_rows_known(int types, const void* table, const int64_t* index, int64_t ro
     return LQ_DISPATCH(rows_known(types, table, Rows{index, count, 1, n}, low, high));
 }
 
-// Looks at the rows `index` of table: [rows][n] again: low, high: [rows] are the extremes of each row, bounds: [2] those of all.
-void lq_follow_rows(int types, const void* table, const int64_t* index, int64_t rows, int64_t count, int64_t n, float* low, float* high,
+// Looks at the rows `index` of table: [rows][n] again: low, high: [rows] are the extremes of each row, bounds: [2] those of all. Returns
+// whether these have changed.
+int lq_follow_rows(int types, const void* table, const int64_t* index, int64_t rows, int64_t count, int64_t n, float* low, float* high,
                     float* bounds, int variant) {
-    LQ_DISPATCH(follow_rows(types, table, Rows{index, count, 1, n}, rows, low, high, bounds));
+    return LQ_DISPATCH(follow_rows(types, table, Rows{index, count, 1, n}, rows, low, high, bounds));
 }
 }

@@ -21,8 +21,7 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
     X* copy = static_cast<X*>(taken.rows);
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(X));
     const int64_t words = pieces(r.n, 16), units = r.count * r.parts;
-    const bool symmetric = !grid.affine && grid.quant_min < 0 && grid.quant_max > 0, one = grid.ranges == ONE;
-    const Levels shared = one ? levels_of(*grid.scale, *grid.zero_point, grid.quant_min, grid.quant_max, grid.learned) : Levels{};
+    const bool symmetric = !grid.affine && grid.quant_min < 0 && grid.quant_max > 0;
     LQ_PARALLEL(units * r.n)
     for (int64_t first = 0; first < units; first += BATCH) {
         const int64_t size = std::min(BATCH, units - first), behind = std::min(BATCH, units - first - size);
@@ -34,7 +33,10 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
         for (int64_t k = 0; k < behind; ++k) {
             const int64_t next = ahead.next();
             for (int64_t at = 0; at < r.n; at += line) __builtin_prefetch(table + next * r.n + at);
-            if (grid.ranges == GIVEN) __builtin_prefetch(grid.scale + next), __builtin_prefetch(grid.zero_point + next);
+            if (grid.ranges == GIVEN) {
+                __builtin_prefetch(grid.scale + next);
+                if (grid.zero_point) __builtin_prefetch(grid.zero_point + next);
+            }
         }
         if (grid.ranges == OWN) {
             float low[BATCH] = {}, high[BATCH] = {};
@@ -50,12 +52,13 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
                     scale[k] = scale_of(low[k], high[k], grid.quant_min, grid.quant_max, grid.affine, zero_point[k]);
         } else {
             for (int64_t k = 0; k < size; ++k) {
-                const int64_t at = one ? 0 : place[k];
-                scale[k] = grid.scale[at], zero_point[k] = grid.zero_point[at];
+                const int64_t at = grid.ranges == ONE ? 0 : place[k];
+                scale[k] = grid.scale[at];
+                if (grid.zero_point) zero_point[k] = grid.zero_point[at];
             }
         }
         for (int64_t k = 0; k < BATCH; ++k)
-            levels[k] = one ? shared : levels_of(scale[k], zero_point[k], grid.quant_min, grid.quant_max, grid.learned);
+            levels[k] = levels_of(scale[k], zero_point[k], grid.quant_min, grid.quant_max, grid.learned);
         for (int64_t k = 0; k < size; ++k) {
             const X* x = table + place[k] * r.n;
             const int64_t unit = first + k;
@@ -197,7 +200,7 @@ struct Bound {
 };
 
 template <class X, class>
-inline void follow_rows_of(const void* table, const Rows& r, int64_t rows, float* low, float* high, float* bounds) {
+inline int follow_rows_of(const void* table, const Rows& r, int64_t rows, float* low, float* high, float* bounds) {
     Bound least(bounds[0]), most(-bounds[1]);
     for (int64_t i = 0; i < r.count; ++i) {
         const int64_t row = r.index[i];
@@ -208,6 +211,7 @@ inline void follow_rows_of(const void* table, const Rows& r, int64_t rows, float
         low[row] = now_low;
         high[row] = now_high;
     }
+    const float former_low = bounds[0], former_high = bounds[1];
     bounds[0] = least.reached;
     bounds[1] = -most.reached;
     if (least.let_go) {
@@ -218,7 +222,8 @@ inline void follow_rows_of(const void* table, const Rows& r, int64_t rows, float
         const Spread all = extremes(high, rows);
         bounds[1] = all.nan ? NAN : all.high;
     }
+    return !(bounds[0] == former_low && bounds[1] == former_high);
 }
-inline void follow_rows(int types, const void* table, const Rows& rows, int64_t all, float* low, float* high, float* bounds) {
-    LQ_BY_TYPES(types, follow_rows_of, table, rows, all, low, high, bounds);
+inline int follow_rows(int types, const void* table, const Rows& rows, int64_t all, float* low, float* high, float* bounds) {
+    return LQ_BY_TYPES(types, follow_rows_of, table, rows, all, low, high, bounds);
 }

@@ -46,25 +46,26 @@ class LookupKernels(CompiledKernels):
         "lq_rows_known": [NUMBER, POINTER, POINTER, *[SIZE] * 3, POINTER, POINTER, NUMBER],
         "lq_follow_rows": [NUMBER, POINTER, POINTER, *[SIZE] * 3, *[POINTER] * 3, NUMBER],
     }
-    returning = ("lq_lookup", "lq_rows_known")
+    returning = ("lq_lookup", "lq_rows_known", "lq_follow_rows")
 
     def look_up(
-        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor] | None, bounds: tuple[int, int],
-        affine: bool, parts: int, masked: bool, learned: bool = False, taken: bool = False,
+        self, table: Tensor, index: Tensor, qparams: tuple[Tensor, Tensor | None] | None, bounds: tuple[int, int],
+        affine: bool, parts: int, masked: bool, learned: bool = False, taken: bool = False, out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Taken | None]:  # fmt: skip
         """Returns rows of a quantized table; bits of what was not clipped, in runs of a part; copies of what was read.
 
         Args:
             table: `[rows, length]`.
             index: of the rows, of any shape.
-            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; None: the extremes of each
-                part.
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; the zero points may be None,
+                all 0. None: those of the extremes of each part.
             bounds: quant_min and quant_max.
             affine: the grid has a zero point.
             parts: into which each row is divided, of equal length.
             masked: return the mask; else it is None.
             learned: as in `Kernels.fake_quantize`.
             taken: return the copies; else they are None.
+            out: takes the rows, contiguous; autograd is told nothing of it. None: new memory.
 
         Raises:
             IndexError: an index is outside the table.
@@ -72,7 +73,7 @@ class LookupKernels(CompiledKernels):
         rows, length = table.shape
         count, run = index.numel(), length // parts
         dtype = table.dtype
-        y = torch.empty((*index.shape, length), dtype=dtype, device=_CPU)
+        y = torch.empty((*index.shape, length), dtype=dtype, device=_CPU) if out is None else out
         mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
         copies = None
         if taken:
@@ -82,7 +83,7 @@ class LookupKernels(CompiledKernels):
         if qparams is not None:
             scale, zero_point = qparams
             ranges = _GIVEN if scale.numel() > 1 else _ONE
-            at_scale, at_zero_point = scale.data_ptr(), zero_point.data_ptr()
+            at_scale, at_zero_point = scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr()
         found = self._library.lq_lookup(_LOOKUP.pack(
             _TYPE_OF[dtype],
             table.data_ptr(), index.data_ptr(), y.data_ptr(), 0 if mask is None else mask.data_ptr(),
@@ -158,34 +159,40 @@ class LookupKernels(CompiledKernels):
         ))  # fmt: skip
         return result
 
-    def knows_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor) -> bool:
+    def knows_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor, most: int) -> bool:
         """Returns whether these are the extremes of some rows; False where one has a NaN, or is outside the table.
 
         Args:
             table: `[rows, length]`.
-            index: of rows of the table, one-dimensional.
+            index: of rows of it, of any shape.
             low, high: float32 `[rows]`.
+            most: so many of the first of them are looked at.
         """
+        rows, length = table.shape
         return bool(self._library.lq_rows_known(
             _TYPE_OF[table.dtype],
-            table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
-            high.data_ptr(), self._number,
+            table.data_ptr(), index.data_ptr(), rows, min(index.numel(), most), length, low.data_ptr(), high.data_ptr(),
+            self._number,
         ))  # fmt: skip
 
-    def follow_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor, bounds: Tensor) -> None:
+    def follow_rows(self, table: Tensor, index: Tensor, low: Tensor, high: Tensor, bounds: Tensor) -> bool:
         """Looks at some rows again, and at all where one of them has let go of an extreme.
 
         Args:
             table: `[rows, length]`.
-            index: of rows of the table, one-dimensional.
+            index: of rows of it, of any shape.
             low, high: float32 `[rows]`, extremes of each row, changed in place.
             bounds: float32 `[2]`, extremes of all, changed in place.
+
+        Returns:
+            Whether `bounds` has changed.
         """
-        self._library.lq_follow_rows(
+        rows, length = table.shape
+        return bool(self._library.lq_follow_rows(
             _TYPE_OF[table.dtype],
-            table.data_ptr(), index.data_ptr(), table.shape[0], index.numel(), table.shape[1], low.data_ptr(),
-            high.data_ptr(), bounds.data_ptr(), self._number,
-        )  # fmt: skip
+            table.data_ptr(), index.data_ptr(), rows, index.numel(), length, low.data_ptr(), high.data_ptr(),
+            bounds.data_ptr(), self._number,
+        ))  # fmt: skip
 
 
 def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:

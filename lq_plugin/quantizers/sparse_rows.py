@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lq_plugin.functional.affine import extremes
+from lq_plugin.functional.affine import extremes, qparams_of
+from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.lookup import lookup_kernels
 
 #: Rows, of those that are read, that are compared with what is known of them.
@@ -31,16 +32,18 @@ class RowExtremes:
     Args:
         table: `[rows, columns]`, a leaf.
         sparse: its gradients are; those of others are followed once a step has shown that they can be.
+        grid: the integer levels that cover the extremes.
     """
 
     low: Tensor
     high: Tensor
     bounds: Tensor
 
-    def __init__(self, table: Tensor, sparse: bool) -> None:
+    def __init__(self, table: Tensor, sparse: bool, grid: IntegerGrid) -> None:
         self._table = weakref.ref(table)
         self._state: tuple[int, int] | None = None
-        self._followed = sparse
+        self._followed, self._grid = sparse, grid
+        self._qparams: tuple[Tensor, Tensor] | None = None
         _FOLLOWED.add(self)
         _watch_steps()
 
@@ -51,35 +54,37 @@ class RowExtremes:
         """Returns True if it follows this very tensor."""
         return self._table() is table
 
-    @torch.no_grad()
-    def of(self, table: Tensor, index: Tensor) -> Tensor | None:
-        """Returns the extremes of the table now, float32 `[2]`; None where all of it has to be looked at each time.
+    def qparams(self, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns scale and zero point of the extremes of the table now, float32 `[1]`.
 
         Args:
             table: that it follows.
-            index: of the rows that are read, one-dimensional.
+            index: of the rows that are read.
         """
-        if self._state != _state(table) or not self._knows(table, index[:COMPARED]):
+        if self._state is None or self._state != _state(table) or not self._knows(table, index):
             if not self._followed:
-                return None
-            self.low, self.high = _extremes(table)
-            self.bounds = torch.stack((self.low.amin(), self.high.amax()))
-            self._state = _state(table)
-        return self.bounds
+                return qparams_of(table, self._grid)
+            with torch.no_grad():
+                self.low, self.high = _extremes(table)
+                self.bounds = torch.stack((self.low.amin(), self.high.amax()))
+            self._state, self._qparams = _state(table), None
+        if self._qparams is None:
+            self._qparams = qparams_of(self.bounds, self._grid)
+        return self._qparams
 
     def _knows(self, table: Tensor, index: Tensor) -> bool:
         if (kernels := lookup_kernels(table, index)) is not None:
-            return kernels.knows_rows(table, index, self.low, self.high)
-        low, high = _extremes(table[index])
+            return kernels.knows_rows(table, index, self.low, self.high, COMPARED)
+        index = index.reshape(-1)[:COMPARED]
+        low, high = _extremes(table.detach()[index])
         return torch.equal(low, self.low[index]) and torch.equal(high, self.high[index])
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at the rows that a step has written to, if it is known which."""
         table = self._table()
         if table is None or (gradient := table.grad) is None or (group := _group_of(optimizer, table)) is None:
             return
-        rows = gradient._indices()[0] if gradient.is_sparse and _writes_rows_alone(optimizer, group) else None
+        rows = gradient._indices() if gradient.is_sparse and _writes_rows_alone(optimizer, group) else None
         if rows is not None and self._state is not None and _state(table) == (self._state[0], self._state[1] + 1):
             if rows.numel():  # else a batch of nothing but padding
                 self._look_again(table, rows)
@@ -89,18 +94,22 @@ class RowExtremes:
 
     def _look_again(self, table: Tensor, rows: Tensor) -> None:
         if (kernels := lookup_kernels(table, rows)) is not None:
-            kernels.follow_rows(table, rows, self.low, self.high, self.bounds)
+            if kernels.follow_rows(table, rows, self.low, self.high, self.bounds):
+                self._qparams = None
             return
-        old_low, old_high = self.low[rows], self.high[rows]
-        self.low[rows], self.high[rows] = low, high = _extremes(table[rows])
-        lowest, highest = self.bounds
-        # Where a row that held an extreme (or a NaN) has let go of it, all rows are asked.
-        let_go = ~(old_low > lowest) & ~(low <= lowest), ~(old_high < highest) & ~(high >= highest)
-        some_low, some_high = torch.stack([part.any() for part in let_go]).tolist()
-        self.bounds = torch.stack((
-            self.low.amin() if some_low else torch.minimum(lowest, low.amin()),
-            self.high.amax() if some_high else torch.maximum(highest, high.amax()),
-        ))  # fmt: skip
+        rows = rows.view(-1)
+        with torch.no_grad():
+            old_low, old_high = self.low[rows], self.high[rows]
+            self.low[rows], self.high[rows] = low, high = _extremes(table[rows])
+            lowest, highest = self.bounds
+            # Where a row that held an extreme (or a NaN) has let go of it, all rows are asked.
+            let_go = ~(old_low > lowest) & ~(low <= lowest), ~(old_high < highest) & ~(high >= highest)
+            some_low, some_high = torch.stack([part.any() for part in let_go]).tolist()
+            self.bounds = torch.stack((
+                self.low.amin() if some_low else torch.minimum(lowest, low.amin()),
+                self.high.amax() if some_high else torch.maximum(highest, high.amax()),
+            ))  # fmt: skip
+        self._qparams = None
 
 
 #: Those that live.
@@ -119,8 +128,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _group_of(optimizer: Optimizer, table: Tensor) -> dict[str, Any] | None:
-    found = (group for group in optimizer.param_groups if any(parameter is table for parameter in group["params"]))
-    return next(found, None)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter is table:
+                return group
+    return None
 
 
 def _writes_rows_alone(optimizer: Optimizer, group: dict[str, Any]) -> bool:

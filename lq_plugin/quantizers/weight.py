@@ -235,21 +235,16 @@ class WeightQuantizer(Quantizer):
         if self.training:
             if not self.takes_kernels:
                 return self.qparams(weight)
-            bounds = None
-            if weight.is_leaf and torch.is_grad_enabled():
-                if self._rows is None or not self._rows.is_of(weight):
-                    self._rows = RowExtremes(weight, reading.sparse)
-                bounds = self._rows.of(weight, index.reshape(-1))
-            return self._shaped(qparams_of(weight if bounds is None else bounds, self._grid))
+            if not (weight.is_leaf and torch.is_grad_enabled()):
+                return qparams_of(weight, self._grid)
+            if self._rows is None or not self._rows.is_of(weight):
+                self._rows = RowExtremes(weight, reading.sparse, self._grid)
+            return self._rows.qparams(weight, index)
         state = weight.data_ptr(), weight._version
         if self._last is None or self._last[0] != state:
             with torch.inference_mode(False):  # of use outside of it also
                 self._last = state, self.qparams(weight)
         return self._last[1]
-
-    def _shaped(self, qparams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        scale, zero_point = qparams
-        return scale.view(self.scale_shape), zero_point.view(self.scale_shape)
 
     def forget_switches(self) -> None:
         super().forget_switches()

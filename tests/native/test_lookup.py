@@ -96,14 +96,18 @@ def test_extremes_of_rows_are_followed(kernels, dtype):
     table, index, _ = made(20, dtype)
     low, high = (part.float() for part in (table.amin(1), table.amax(1)))
     bounds = torch.stack((low.amin(), high.amax()))
-    assert kernels.knows_rows(table, index.flatten(), low, high)
-    largest = int(high.argmax())
-    for row, value in ((largest, 0.0), (2, 90.0), (3, float("nan")), (3, 1.0), (2, -90.0)):
-        table[row] = value
-        rows = torch.tensor([row, row, 7])
-        assert not kernels.knows_rows(table, rows, low, high)
-        kernels.follow_rows(table, rows, low, high, bounds)
+    assert kernels.knows_rows(table, index, low, high, 999)
+    largest, other = int(high.argmax()), int(high.argmin())
+    for row, value in ((largest, 0.0), (2, 90.0), (3, float("nan")), (3, 1.0), (2, -90.0), (other, None)):
+        if value is not None:
+            table[row] = value
+        rows, before = torch.tensor([[row, row, other]]), bounds.clone()
+        assert kernels.knows_rows(table, rows.flip(1), low, high, 1)
+        assert kernels.knows_rows(table, rows, low, high, 999) == (value is None)
+        changed = kernels.follow_rows(table, rows, low, high, bounds)
+        assert changed or torch.equal(before, bounds)
         assert torch.equal(low.nan_to_num(8e8), table.amin(1).float().nan_to_num(8e8))
         wanted = torch.stack((table.amin(), table.amax())).float()
         assert torch.equal(bounds.nan_to_num(8e8), wanted.nan_to_num(8e8))
-    assert kernels.knows_rows(table, rows, low, high)
+    assert not changed
+    assert kernels.knows_rows(table, rows, low, high, 999)
