@@ -158,7 +158,14 @@ class _LearnedLookedUp(torch.autograd.Function):
         parts: Any, padding_idx: Any, sparse: Any, kernels: Any,
     ) -> Any:  # fmt: skip
         y, _, taken = kernels.look_up(
-            table, index, (scale, zero_point if affine else None), constants[:2], affine, parts, masked=False, learned=True,
+            table,
+            index,
+            (scale, zero_point if affine else None),
+            constants[:2],
+            affine,
+            parts,
+            masked=False,
+            learned=True,
             taken=True,
         )
         ctx.save_for_backward(index, *taken)
@@ -186,9 +193,9 @@ class _LearnedLookedUp(torch.autograd.Function):
             ]
             return grads[0], grads[1] if needs[1] else None, grads[2], *(None,) * 7
         # The values that were read then, with the way back to where they come from.
-        now = _taken(table, scale, zero_point, index)
         rows, scales, zero_points = [
-            value.view(fresh.shape) + (fresh - fresh.detach()) for value, fresh in zip(values, now, strict=True)
+            fresh if value is None else value.view(fresh.shape) + (fresh - fresh.detach())
+            for value, fresh in zip(values, _taken(table, scale, zero_point, index), strict=True)
         ]
         if padding_idx is not None:
             grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0.0)

@@ -112,7 +112,7 @@ inline void parts_extremes_of(const void* x, Spread* found, int64_t n, int threa
     LQ_PARALLEL(n)
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = part * CHUNK;
-        found[part] = extremes(static_cast<const X*>(x) + first, std::min(CHUNK, n - first));
+        found[part] = extremes<4096>(static_cast<const X*>(x) + first, std::min(CHUNK, n - first));
     }
 }
 inline void parts_extremes(int types, const void* x, Spread* found, int64_t n, int threads) {

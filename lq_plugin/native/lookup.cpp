@@ -24,7 +24,7 @@ struct Grid {
     int quant_min, quant_max;
     bool affine, learned;
 };
-// Copies of what was read: the rows, and the scale and the zero point of each part. All may be null.
+// Copies of what was read: the rows, and the scale and the zero point of each part. Each may be null.
 struct Taken {
     void* rows;
     float *scale, *zero_point;
@@ -34,7 +34,7 @@ struct Taken {
 // for each part that is read; with `one` to a single one. `dense`: the same of the gradient of x. zero_point_result may be null.
 struct Learned {
     const void* rows;                // [count][parts][n]
-    const float *scale, *zero_point;  // [count][parts]
+    const float *scale, *zero_point;  // [count][parts]; zero_point may be null, as in `Grid`
     float *scale_result, *zero_point_result;
     double factor;
     int64_t padding;  // a row that learns nothing

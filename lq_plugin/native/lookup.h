@@ -67,7 +67,8 @@ inline void lookup_of(const void* table_at, const Rows& r, const Grid& grid, voi
             else
                 span(x, y + unit * r.n, static_cast<uint16_t*>(nullptr), r.n, levels[k]);
             if (copy) std::memcpy(copy + unit * r.n, x, r.n * sizeof(X));
-            if (taken.scale) taken.scale[unit] = scale[k], taken.zero_point[unit] = zero_point[k];
+            if (taken.scale) taken.scale[unit] = scale[k];
+            if (taken.zero_point) taken.zero_point[unit] = zero_point[k];
         }
     }
 }
@@ -113,7 +114,8 @@ inline void add_rows(int types, const void* gradient, const Rows& rows, const ui
 // Of one run: the gradient that passes goes to `inside` (which may be null), n at most CHUNK at a time.
 template <class X>
 inline Sums learned_run(const Learned& l, const X* x, const X* gradient, X* inside, int64_t n, int64_t unit) {
-    const Levels levels = levels_of(l.scale[unit], l.zero_point[unit], l.quant_min, l.quant_max, true);
+    const float zero_point = l.zero_point ? l.zero_point[unit] : 0.0f;
+    const Levels levels = levels_of(l.scale[unit], zero_point, l.quant_min, l.quant_max, true);
     const auto span = l.rounded ? l.zero_point_result ? learned_span<true, true, X, X> : learned_span<false, true, X, X>
                                 : l.zero_point_result ? learned_span<true, false, X, X> : learned_span<false, false, X, X>;
     Sums sums{0.0, 0.0};

@@ -28,11 +28,14 @@ _LEARNED = struct.Struct("9qd12q")
 
 
 class Taken(NamedTuple):
-    """Copies of what was read: `[count, length]` rows, and float32 `[count · parts, 1]` scales and zero points."""
+    """Copies of what was read: `[count, length]` rows, and float32 `[count · parts, 1]` scales and zero points.
+
+    No zero points: all are 0.
+    """
 
     rows: Tensor
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
 
 
 class LookupKernels(CompiledKernels):
@@ -57,8 +60,8 @@ class LookupKernels(CompiledKernels):
         Args:
             table: `[rows, length]`.
             index: of the rows, of any shape.
-            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; the zero points may be None,
-                all 0. None: those of the extremes of each part.
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; zero points may be None, all
+                0. None: those of the extremes of each part.
             bounds: quant_min and quant_max.
             affine: the grid has a zero point.
             parts: into which each row is divided, of equal length.
@@ -75,19 +78,25 @@ class LookupKernels(CompiledKernels):
         dtype = table.dtype
         y = torch.empty((*index.shape, length), dtype=dtype, device=_CPU) if out is None else out
         mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
-        copies = None
-        if taken:
-            scales = torch.empty(2, count * parts, 1, dtype=torch.float32, device=_CPU)
-            copies = Taken(torch.empty((count, length), dtype=dtype, device=_CPU), scales[0], scales[1])
         ranges, at_scale, at_zero_point = _OWN, 0, 0
         if qparams is not None:
             scale, zero_point = qparams
             ranges = _GIVEN if scale.numel() > 1 else _ONE
             at_scale, at_zero_point = scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr()
+        copies, places = None, _NO_COPIES
+        if taken:
+            copies = Taken(
+                torch.empty((count, length), dtype=dtype, device=_CPU),
+                torch.empty((count * parts, 1), dtype=torch.float32, device=_CPU),
+                torch.empty((count * parts, 1), dtype=torch.float32, device=_CPU)
+                if at_zero_point or ranges == _OWN
+                else None,
+            )
+            places = copies[0].data_ptr(), copies[1].data_ptr(), 0 if copies[2] is None else copies[2].data_ptr()
         found = self._library.lq_lookup(_LOOKUP.pack(
             _TYPE_OF[dtype],
             table.data_ptr(), index.data_ptr(), y.data_ptr(), 0 if mask is None else mask.data_ptr(),
-            at_scale, at_zero_point, *(_NO_COPIES if copies is None else [part.data_ptr() for part in copies]),
+            at_scale, at_zero_point, *places,
             rows, count, parts, run, ranges, *bounds, affine, learned, self._number, torch.get_num_threads(),
         ))  # fmt: skip
         if not found:
@@ -153,9 +162,9 @@ class LookupKernels(CompiledKernels):
         self._library.lq_learned_rows(_LEARNED.pack(
             _TYPE_OF[gradient.dtype],
             gradient.data_ptr(), taken.rows.data_ptr(), index.data_ptr(), taken.scale.data_ptr(),
-            taken.zero_point.data_ptr(), *(0 if part is None else part.data_ptr() for part in result),
-            factor, count, parts, table[1] // parts, -1 if padding_idx is None else padding_idx, quant_min, quant_max,
-            rounded, one, not sparse[0], not sparse[1], self._number, torch.get_num_threads(),
+            0 if taken.zero_point is None else taken.zero_point.data_ptr(),
+            *(0 if part is None else part.data_ptr() for part in result), factor, count, parts, table[1] // parts,
+            -1 if padding_idx is None else padding_idx, quant_min, quant_max, rounded, one, not sparse[0], not sparse[1], self._number, torch.get_num_threads(),
         ))  # fmt: skip
         return result
 

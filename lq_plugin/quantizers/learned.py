@@ -64,9 +64,7 @@ class LSQWeightQuantizer(WeightQuantizer):
     def quantize_rows(self, weight: Tensor, index: Tensor, reading: Reading) -> Tensor:
         scale, zero_point, group = self.scale, self.zero_point, self.spec.granularity
         if not torch.is_grad_enabled():
-            done = fake_quantize_rows(
-                weight, index, (scale, zero_point), self._grid, group, reading, learned=True
-            )
+            done = fake_quantize_rows(weight, index, (scale, zero_point), self._grid, group, reading, learned=True)
         else:
             done = fake_quantize_learned_rows(
                 weight, index, scale, zero_point, self._grid, group, self.gradient_factor, self._band, reading,
