@@ -60,7 +60,7 @@ class LookupKernels(CompiledKernels):
         Args:
             table: `[rows, length]`.
             index: of the rows, of any shape.
-            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; zero points may be None, all
+            qparams: of the parts, contiguous float32 of `rows · parts` elements, or of one; no zero points: all are
                 0. None: those of the extremes of each part.
             bounds: quant_min and quant_max.
             affine: the grid has a zero point.
@@ -163,8 +163,9 @@ class LookupKernels(CompiledKernels):
             _TYPE_OF[gradient.dtype],
             gradient.data_ptr(), taken.rows.data_ptr(), index.data_ptr(), taken.scale.data_ptr(),
             0 if taken.zero_point is None else taken.zero_point.data_ptr(),
-            *(0 if part is None else part.data_ptr() for part in result), factor, count, parts, table[1] // parts,
-            -1 if padding_idx is None else padding_idx, quant_min, quant_max, rounded, one, not sparse[0], not sparse[1], self._number, torch.get_num_threads(),
+            *(0 if part is None else part.data_ptr() for part in result),
+            factor, count, parts, table[1] // parts, -1 if padding_idx is None else padding_idx, quant_min, quant_max,
+            rounded, one, not sparse[0], not sparse[1], self._number, torch.get_num_threads(),
         ))  # fmt: skip
         return result
 
@@ -173,7 +174,7 @@ class LookupKernels(CompiledKernels):
 
         Args:
             table: `[rows, length]`.
-            index: of rows of it, of any shape.
+            index: of rows of the table, of any shape.
             low, high: float32 `[rows]`.
             most: so many of the first of them are looked at.
         """
@@ -189,7 +190,7 @@ class LookupKernels(CompiledKernels):
 
         Args:
             table: `[rows, length]`.
-            index: of rows of it, of any shape.
+            index: of rows of the table, of any shape.
             low, high: float32 `[rows]`, extremes of each row, changed in place.
             bounds: float32 `[2]`, extremes of all, changed in place.
 
