@@ -93,8 +93,8 @@ def fake_quantize_rows(
         # rows that are read, whose values alone are others.
         y = read_rows(table, index, reading)
         return kernels.look_up(table, index, qparams, bounds, affine, parts, masked=False, out=y)[0]
-    y = _LookedUp.apply(table, index, qparams, bounds, affine, parts, reading, kernels)
-    return y
+    found: Tensor = _LookedUp.apply(table, index, qparams, bounds, affine, parts, reading, kernels)
+    return found
 
 
 def fake_quantize_learned_rows(

@@ -30,9 +30,8 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         # What there is most often, without the detour by `__getattr__`: a look-up takes a few microseconds.
-        weight, quantizer = self._parameters.get("weight"), self._modules.get("weight_quantizer")
-        if weight is None or "weight" in self.__dict__:
-            weight = self.weight
+        held, quantizer = self._parameters.get("weight"), self._modules.get("weight_quantizer")
+        weight: Tensor = self.weight if held is None or "weight" in self.__dict__ else held
         if self.max_norm is not None:
             # F.embedding renormalises the table it is given in place: that must be the table itself, not its quantized
             # copy.

@@ -211,7 +211,7 @@ class WeightQuantizer(Quantizer):
         group, qparams = self.spec.granularity, None
         covered = self.live and not self._fixed
         if not covered:
-            held = self._buffers
+            held = cast("dict[str, Tensor]", self._buffers)  # attributes of a module take longer
             qparams = (held["scale"], held["zero_point"]) if "scale" in held else (self.scale, self.zero_point)
         elif isinstance(group, PerTensor):
             qparams = self._qparams_of(weight, index, reading)
