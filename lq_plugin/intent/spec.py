@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, cast
 
 from lq_plugin.errors import SpecError, name_fault, name_faults, raise_all
@@ -267,7 +268,7 @@ class QuantSpec:
         """True if all levels are on one side of zero (`uint8`, `int1`), with no zero point to move them."""
         return self.has_grid and not self.affine and (not self.signed or self.grid.quant_max <= 0)
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """True if values are rounded at random in training."""
         return self.rounding.startswith("stochastic")
@@ -292,7 +293,7 @@ class QuantSpec:
         """True if the optimizer trains the range or the levels."""
         return is_learned(self.range_name) or self.kind.learned
 
-    @property
+    @cached_property
     def grid(self) -> IntegerGrid:
         """The integer levels of this spec.
 

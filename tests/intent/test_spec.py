@@ -1,5 +1,8 @@
 """QuantSpec: strings, mappings and dataclasses are the same thing; what is impossible is refused with a full list."""
 
+import copy
+import pickle
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -108,3 +111,12 @@ def test_mapping_and_wrong_types():
 def test_replace_is_checked():
     with pytest.raises(SpecError, match="1..16"):
         QuantSpec.parse("int4").replace(bit_width=99)
+
+
+def test_a_spec_that_was_used_is_pickled_copied_and_compared_as_a_fresh_one() -> None:
+    fresh, used = QuantSpec.parse("int4 per_channel mse"), QuantSpec.parse("int4 per_channel mse")
+    assert (used.grid.quant_max, used.stochastic) == (7, False)
+    for other in (used, pickle.loads(pickle.dumps(used)), copy.deepcopy(used)):
+        assert (other, hash(other), str(other), other.grid) == (fresh, hash(fresh), str(fresh), fresh.grid)
+    assert used.replace(bit_width=2).grid.quant_max == 1
+    assert used.replace(rounding="stochastic:3").stochastic

@@ -51,6 +51,18 @@ def test_a_weight_enters_at_most_twelve_definitions(layer: nn.Module, native: bo
     assert len(path) <= 12, path
 
 
+@pytest.mark.parametrize("plan", ["w4a8", "w4 mse a8 mse", "int4 per_channel lsq / int8 lsq"])
+def test_a_spec_is_worked_out_once(plan: str) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.ones(2, 16)
+    prepare(model, plan)
+    calibrate(model, [x])
+    with use_native(False):
+        model.train()(x)
+        weight, inputs = entered(model[0].quantized_weight), entered(lambda: model[0].quantized_input(x))
+    assert not [name for name in (*weight, *inputs) if name.split()[-1] in ("grid", "kind", "has_grid", "stochastic")]
+    assert (len(weight) <= 14, len(inputs) <= 16) == (True, True), (weight, inputs)
+
+
 def test_layers_without_xnor_do_not_ask_for_its_scale() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     prepare(model, "w4a8")
