@@ -34,7 +34,7 @@ class LayerParity:
 
     Args:
         name: of the layer.
-        largest_steps: largest difference, in steps of the input's quantizer.
+        largest_steps: largest difference, in steps of the input's quantizer; of FP8 in its largest, next to the bounds.
         differing: share of elements that differ by half a step or more, 0..1.
     """
 

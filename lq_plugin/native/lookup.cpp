@@ -125,9 +125,11 @@ int lq_rows_known(int types, const void* table, const int64_t* index, int64_t ro
 }
 
 // Looks at the rows `index` of table: [rows][n] again: low, high: [rows] are the extremes of each row, bounds: [2] those of all. Returns
-// whether these have changed.
+// whether these have changed; -1 where a row is none of the table's, and nothing is written.
 int lq_follow_rows(int types, const void* table, const int64_t* index, int64_t rows, int64_t count, int64_t n, float* low, float* high,
                     float* bounds, int variant) {
+    for (int64_t i = 0; i < count; ++i)
+        if (index[i] < 0 || index[i] >= rows) return -1;
     return LQ_DISPATCH(follow_rows(types, table, Rows{index, count, 1, n}, rows, low, high, bounds));
 }
 }

@@ -196,13 +196,19 @@ class LookupKernels(CompiledKernels):
 
         Returns:
             Whether `bounds` has changed.
+
+        Raises:
+            IndexError: a row is none of the table's.
         """
         rows, length = table.shape
-        return bool(self._library.lq_follow_rows(
+        changed = self._library.lq_follow_rows(
             _TYPE_OF[table.dtype],
             table.data_ptr(), index.data_ptr(), rows, index.numel(), length, low.data_ptr(), high.data_ptr(),
             bounds.data_ptr(), self._number,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if changed < 0:
+            raise IndexError(f"rows of the table are 0 to {rows - 1}, got {index.min()} to {index.max()}")
+        return bool(changed)
 
 
 def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:

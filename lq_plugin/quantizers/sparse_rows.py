@@ -84,10 +84,11 @@ class RowExtremes:
         table = self._table()
         if table is None or (gradient := table.grad) is None or (group := _group_of(optimizer, table)) is None:
             return
-        rows = gradient._indices() if gradient.is_sparse and _writes_rows_alone(optimizer, group) else None
+        # Rows alone are sparse; a gradient that names none may have been cleared by a hook of the step's.
+        named = gradient.is_sparse and gradient.sparse_dim() == 1 and gradient._nnz() > 0
+        rows = gradient._indices()[0] if named and _writes_rows_alone(optimizer, group) else None
         if rows is not None and self._state is not None and _state(table) == (self._state[0], self._state[1] + 1):
-            if rows.numel():  # else a batch of nothing but padding
-                self._look_again(table, rows)
+            self._look_again(table, rows)
             self._state = _state(table)
         else:
             self._followed, self._state = gradient.is_sparse, None

@@ -264,6 +264,23 @@ def test_one_scale_of_a_table_follows_whatever_else_writes_to_it():
     assert sparse_step(net, optimizer, 2)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_one_scale_of_a_table_with_sparse_gradients_of_other_forms(native):
+    """Sparse along both dims, of which the second names columns; and cleared in a hook, after the table was written."""
+    net = nn.Sequential(nn.Embedding(20, 200, sparse=True)).train()
+    prepare(net, "int8")
+    optimizer, weight = torch.optim.SGD(net.parameters(), 0.3), net[0].weight
+    with use_native(None if native else False):
+        for seed in range(4):
+            assert sparse_step(net, optimizer, seed)
+            optimizer.zero_grad()
+            net(INDEX).square().sum().backward()
+            weight.grad = weight.grad.to_dense().to_sparse()
+            optimizer.step()
+        optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=False))
+        assert all(sparse_step(net, optimizer, seed) for seed in range(8))
+
+
 DENSE = OPTIMIZERS | {
     "Adam": lambda p: torch.optim.Adam(p, 0.1),
     "SGD, weight decay": lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.1),

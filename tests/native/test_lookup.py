@@ -111,3 +111,6 @@ def test_extremes_of_rows_are_followed(kernels, dtype):
         assert torch.equal(bounds.nan_to_num(8e8), wanted.nan_to_num(8e8))
     assert not changed
     assert kernels.knows_rows(table, rows, low, high, 999)
+    for outside in (ROWS, -1, 10**12):
+        with pytest.raises(IndexError, match=f"rows of the table are 0 to {ROWS - 1}"):
+            kernels.follow_rows(table, torch.tensor([1, outside]), low, high, bounds)

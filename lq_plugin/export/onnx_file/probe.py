@@ -77,7 +77,8 @@ def layer_activations(model: Any) -> dict[str, Activation]:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in real.attribute}
         scale, zero = (
-            numpy_helper.to_array(constants[name]) if name in constants else name for name in real.input[1:3]
+            numpy_helper.to_array(constants[name]) if name in constants else name or np.zeros((), np.uint8)
+            for name in [*real.input, ""][1:3]  # other tools leave out a zero point of 0
         )
         codes = real.input[0]
         if not isinstance(zero, str) and zero.dtype.kind not in "iu":
