@@ -25,7 +25,7 @@ from lq_plugin.export.packed_file import DTYPES, PackedReader, PackedWriter
 from lq_plugin.export.packed_model import PackedModel
 from lq_plugin.export.request import Request
 from lq_plugin.intent.plan import QuantPlan, Rule
-from lq_plugin.layers import CONTAINER, QuantizedLayer, WeightLender, stop_lending, weight_key
+from lq_plugin.layers import CONTAINER, QuantizedLayer, weight_key
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.ledger import Ledger
@@ -137,11 +137,7 @@ def _add_content(model: nn.Module, writer: PackedWriter) -> dict[str, Any]:
     ours = tuple(f"{name}." for name, m in modules if isinstance(m, WeightQuantizer) or id(m) in without)
     state: dict[str, Any] = {}
     seen: dict[int, str] = {}
-    in_float = _read_as_float(model)
-    for name, layer in quantized_layers(model):
-        if name in weights and isinstance(layer, WeightLender) and weight_key(name, layer) in in_float:
-            weights[name]["lent"] = True  # to some code; other code reads the float copy
-    keys = _weight_keys(model) - in_float
+    keys = _weight_keys(model) - _read_as_float(model)
     for key, tensor in model.state_dict(keep_vars=True).items():
         # A quantized weight that a float module also has (tied), or that the model reads itself, is stored as float as
         # well.
@@ -215,11 +211,6 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         prepared = bool(quantized_layers(model))
         try:
             ledger = prepare(model, plan, operations_in(packed.state))
-            for name, layer in quantized_layers(model):
-                # A file that has the weight in float is of version 0.1, where all other code read that.
-                in_float = layer.weight_quantizer is not None and weight_key(name, layer) in packed.state
-                if isinstance(layer, WeightLender) and in_float and not packed.weights.get(name, {}).get("lent"):
-                    stop_lending(layer)
             packed.check()
         except BaseException as error:
             if not prepared:

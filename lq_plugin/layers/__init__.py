@@ -40,12 +40,7 @@ from lq_plugin.layers.compound.own_weights import (
 from lq_plugin.layers.compound.products_in_code import register_products as register_products
 from lq_plugin.layers.compound.recurrent import QuantizedRecurrent as QuantizedRecurrent
 from lq_plugin.layers.compound.recurrent_cells import QuantizedCell as QuantizedCell
-from lq_plugin.layers.compound.weight_in_use import (
-    LentBy as LentBy,
-    WeightInUse as WeightInUse,
-    lender_of as lender_of,
-    weight_in_use as weight_in_use,
-)
+from lq_plugin.layers.compound.weight_in_use import WeightInUse as WeightInUse, weight_in_use as weight_in_use
 from lq_plugin.layers.conv import (
     QuantizedConv1d as QuantizedConv1d,
     QuantizedConv2d as QuantizedConv2d,
@@ -57,13 +52,6 @@ from lq_plugin.layers.conv import (
 from lq_plugin.layers.embedding import (
     QuantizedEmbedding as QuantizedEmbedding,
     QuantizedEmbeddingBag as QuantizedEmbeddingBag,
-)
-from lq_plugin.layers.lent_weights import (
-    WeightLender as WeightLender,
-    lend_weights as lend_weights,
-    readers_of_weights as readers_of_weights,
-    return_weights as return_weights,
-    stop_lending as stop_lending,
 )
 from lq_plugin.layers.linear import QuantizedConv1D as QuantizedConv1D, QuantizedLinear as QuantizedLinear
 from lq_plugin.layers.parametrized import (

@@ -30,8 +30,7 @@ def weight_of(module: nn.Module) -> Tensor:
     another step of its power iteration then, and inside `torch.nn.utils.parametrize.cached()` the value stays.
     """
     if not is_parametrized(module, "weight"):
-        kept = module._parameters.get("weight")  # of a layer that lends it, `module.weight` may be the quantized one
-        return cast(Tensor, module.weight) if kept is None else kept
+        return cast(Tensor, module.weight)
     computation = cast(Any, module).parametrizations["weight"]
     modes = [(part, part.training) for part in computation.modules()]
     computation.eval()

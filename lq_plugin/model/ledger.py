@@ -145,12 +145,10 @@ class Ledger(Shown):
         kernels = {name: call for name, call in recording.attention_calls.items() if name in plans}
         named |= {name: ("probabilities", call) for name, call in kernels.items()}
         quantizable = {call.name for call in kernels.values()}
-        with_weight = {entry.name for entry in self.entries if entry.plan.weight is not None}
         for name, (op, call) in named.items():
             plan = plans.pop(name, LayerPlan())
             reason = None if plan else _unasked(op, call.macs > 0 and len(call.operands) > 1)
             complete = call.fully_quantizable or name in quantizable
-            complete = complete and (call.lent_by is None or call.lent_by in with_weight)
             macs = recording.sample_macs.get(name, 0)
             if plan and macs and not complete:
                 reason = f"functional {op}: a parameter, or what it computes inside, stays float"

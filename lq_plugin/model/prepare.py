@@ -24,10 +24,8 @@ from lq_plugin.layers import (
     QuantizedLayer,
     attach_quantizers,
     detach_quantizers,
-    lend_weights,
     names_taken,
     quantized_class,
-    return_weights,
     share_inputs,
     swapped_compound,
     unshare_inputs,
@@ -125,7 +123,6 @@ def prepare(
             attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
             if isinstance(module, CompoundWeight):
                 module.enter_owner()
-    lend_weights(model)
     attach_operations(model, operation_plans)
     disable_fast_paths(model)
     share_inputs(model)
@@ -173,7 +170,6 @@ def _nothing_to_quantize(
 
 def remove(model: nn.Module) -> None:
     """Takes all quantizers out of `model`: the float model is back, bit for bit as trained."""
-    return_weights(model)
     for _, layer in quantized_layers(model):
         detach_quantizers(layer)
         if isinstance(layer, CompoundWeight):

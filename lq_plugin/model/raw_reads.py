@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lq_plugin.layers import QuantizedLayer, WeightLender, weight_key
+from lq_plugin.layers import QuantizedLayer, weight_key
 from lq_plugin.model.graph.tensor_identity import storage_of, tensors_of
 from lq_plugin.model.prepare import quantized_layers
 
@@ -62,8 +62,6 @@ def _weights(model: nn.Module) -> dict[Any, _Weight]:
         parameter = parameters.get(weight_key(name, layer))
         if layer.weight_quantizer is None or parameter is None or not parameter.numel():
             continue  # of a computed weight nothing is stored, see `computed_faults`
-        if isinstance(layer, WeightLender):
-            continue  # switched off, a quantizer gives the parameter's own memory
         key, memory = storage_of(parameter)
         weight = found.setdefault(key, _Weight([], set(), memory))
         weight.layers.append(layer)

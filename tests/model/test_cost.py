@@ -295,7 +295,7 @@ def test_a_weight_that_is_read_past_its_layer_is_stored_in_float_as_well(tmp_pat
             self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
 
         def forward(self, x):
-            return self.b(nn.functional.linear(x, self.a.weight.data))  # such a weight is not lent
+            return self.b(nn.functional.linear(x, self.a.weight))
 
     model = Past()
     run = recorded(model, torch.randn(3, 8))

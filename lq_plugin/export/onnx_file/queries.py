@@ -73,22 +73,19 @@ def layer_calls(
     return found, transposed
 
 
-def products(
-    graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto], kinds: Sequence[str] = (*MATRIX, *_RECURRENT)
-) -> list[onnx.NodeProto]:
+def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """Returns nodes that multiply their first input with a parameter that some nodes read, or with a part of it.
 
     Args:
         graph: exported.
         source: initializer of the parameter.
         users: nodes that read it.
-        kinds: operations that multiply.
     """
     parts: set[str] = set()
     found = []
     for node in graph.node:
         if parts.intersection(node.input) or (source in node.input and node in users):
-            if node.op_type in kinds:
+            if node.op_type in (*MATRIX, *_RECURRENT):
                 found.append(node)
             elif node.op_type in _PARTS:
                 parts.update(node.output)

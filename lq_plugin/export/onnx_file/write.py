@@ -31,14 +31,13 @@ from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.graph import Graph
 from lq_plugin.export.onnx_file.operations import operation_nodes
 from lq_plugin.export.onnx_file.options import OPTIONS
-from lq_plugin.export.onnx_file.queries import CONV, MATRIX, layer_calls, products, readers
+from lq_plugin.export.onnx_file.queries import layer_calls, products, readers
 from lq_plugin.export.onnx_file.steps import marked_nodes, show_quantized_steps
 from lq_plugin.export.onnx_file.sums import quantize_sums
 from lq_plugin.export.request import Request, option_faults
 from lq_plugin.intent.spec import PerChannel
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, WeightLender, readers_of_weights, weight_key
+from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_key
 from lq_plugin.model.graph.record import record
-from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
 from lq_plugin.model.prepare import quantized_layers, remove
 from lq_plugin.model.survey import input_owner
@@ -137,14 +136,12 @@ def export_onnx(
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
     outside = any(operation.operation.place[0] not in stepwise for _, operation in operations)
-    lent = any(isinstance(layer, WeightLender) for _, layer in layers)
-    recording = record(plain, lambda: plain(*inputs)) if outside or lent else Recording(())
-    recorded = operations_of(recording) if outside else {}
+    recorded = operations_of(record(plain, lambda: plain(*inputs))) if outside else {}
     nodes_of = operation_nodes(graph.model, recorded.values())
     for name in (name for name, _ in layers if name not in ran):
         log.warning("%s does not run on the example inputs: neither the model nor %s quantizes it", name, path)
     nodes, faults = _put_weights(
-        graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations, recording
+        graph, [(name, layer) for name, layer in layers if name in ran], model, plain, weights, activations
     )
     # After all weights, which take batch norms out of the graph.
     # One node may be of several weights: an LSTM of both directions.
@@ -192,10 +189,8 @@ def _put_weights(
     plain: nn.Module,
     weights: Mapping[str, Container | FloatContainer],
     activations: Collection[str],
-    recording: Recording,
 ) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
     """Lets the nodes of each layer read its weight from integers; returns these nodes by layer, and faults."""
-    lent_to = readers_of_weights(model)
     faults: list[str] = []
     nodes: dict[str, list[onnx.NodeProto]] = {}
     names = _names(model)
@@ -203,18 +198,12 @@ def _put_weights(
         try:
             source = _initializer_of(weight_key(name, layer), plain, graph)
             users = readers(graph.graph, source, names[id(_module(layer))])
-            others = [other for module in lent_to.get(layer, ()) for other in names[id(module)]]
-            everywhere = readers(graph.graph, source, [*names[id(_module(layer))], *others])
-            if not everywhere:
+            if not users:
                 raise ExportError(f"{source} is read by no node of the exported graph that belongs to {name}")
             if isinstance(layer, CompoundWeight):
                 nodes[name] = products(graph.graph, source, users)
                 if name in weights:
                     graph.put_parameter(name, source, users, (weights[name], False))
-            elif isinstance(layer, WeightLender) and len(everywhere) > len(users):
-                nodes[name] = _lent_products(graph, source, users, everywhere, name, recording, name in activations)
-                if name in weights:
-                    graph.put_parameter(name, source, everywhere, _oriented(weights[name], layer, name))
             elif (found := layer_calls(graph.graph, users, layer)) is not None:
                 nodes[name], transposed = found
                 if name in weights:
@@ -229,38 +218,6 @@ def _put_weights(
         except ExportError as error:
             faults.append(str(error))
     return nodes, faults
-
-
-def _lent_products(
-    graph: Graph,
-    source: str,
-    users: Sequence[onnx.NodeProto],
-    everywhere: Sequence[onnx.NodeProto],
-    name: str,
-    recording: Recording,
-    quantized: bool,
-) -> list[onnx.NodeProto]:
-    """Returns the nodes that multiply the input of a layer whose weight other code reads as well.
-
-    Args:
-        graph: exported.
-        source: initializer of the weight.
-        users: nodes of the layer's own forward that read it.
-        everywhere: all nodes that read it.
-        name: of the layer.
-        recording: of the float model.
-        quantized: whether the input is.
-
-    Raises:
-        ExportError: the graph does not tell products of the layer's input from others.
-    """
-    own = any(call.kind == "weight" for call in recording.calls_of(name))
-    if quantized and own and any(call.lent_by == name for call in recording.calls):
-        raise ExportError(
-            f"{name}: the model's code multiplies its weight by the layer's input and by another tensor, which the "
-            "exported graph does not tell apart: leave the input float"
-        )
-    return products(graph.graph, source, everywhere if own else users, (*MATRIX, *CONV))
 
 
 def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -336,14 +293,12 @@ def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
     """
     ran: set[str] = set()
     layers = quantized_layers(quantized)
-    lenders = {name: layer._lent_by for name, layer in layers if isinstance(layer, WeightLender)}
-    before = {name: lender.reads for name, lender in lenders.items() if lender is not None}
     hooks = [_module(layer).register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]
     with torch.no_grad():
         quantized(*inputs)
     for hook in hooks:
         hook.remove()
-    return ran | {name for name, reads in before.items() if cast(Any, lenders[name]).reads > reads}
+    return ran
 
 
 def _module(layer: QuantizedLayer | CompoundWeight) -> nn.Module:

@@ -37,7 +37,7 @@ TURNED = frozenset(("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permut
 #: What may be asked of a weight that is no product.
 _ABOUT = frozenset(("shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad"))
 #: Recomputes the forward pass in the backward pass, where no alias is in place.
-CHECKPOINTS = frozenset(("checkpoint", "checkpoint_sequential", "_gradient_checkpointing_func"))
+_CHECKPOINTS = frozenset(("checkpoint", "checkpoint_sequential", "_gradient_checkpointing_func"))
 #: Methods that are run before or next to the forward pass.
 _SETUP = ("__", "_init", "init", "reset", "extra_repr")
 #: Names that a container of layers has for itself.
@@ -238,7 +238,7 @@ class _Function(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name = _last(node.func).strip("_")
-        self.code.recomputes |= name in CHECKPOINTS or _last(node.func) in CHECKPOINTS
+        self.code.recomputes |= name in _CHECKPOINTS or _last(node.func) in _CHECKPOINTS
         if name == "einsum":
             self._einsum(node)
         elif name in FACTORS and not self._is_own_call(node.func, name):

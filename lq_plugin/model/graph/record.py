@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,6 @@ from lq_plugin.layers import (
     CONTAINER,
     OwnWeights,
     WeightInUse,
-    WeightLender,
-    lender_of,
     own_weights,
     quantized_class,
     unchanged,
@@ -43,8 +41,6 @@ from lq_plugin.layers import (
     why_unsupported_compound,
 )
 from lq_plugin.model.aside import set_aside
-from lq_plugin.model.graph.frames import Frame, Value
-from lq_plugin.model.graph.lending import FloatLending
 from lq_plugin.model.graph.macs import PRODUCTS, Shape, functional_macs, module_macs, weight_macs
 from lq_plugin.model.graph.numbering import OPERATIONS, Numbering
 from lq_plugin.model.graph.op_names import COPIES, ELEMENTWISE, METADATA, UNARY, normalize
@@ -134,6 +130,26 @@ def without_compile() -> Iterator[None]:
         yield
 
 
+class _Value(NamedTuple):
+    """The value that a storage holds now; `holder` keeps its key from being given to another."""
+
+    holder: Any
+    producer: int | None
+    output: int
+    geometry: tuple[Any, ...] | None
+    activation: bool
+
+
+class _Frame(NamedTuple):
+    module: nn.Module | None
+    name: str
+    opaque: bool
+    numbering: Numbering
+    inputs: list[Tensor]
+    sources: tuple[Source, ...]
+    versions: list[int | None]
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], samples: int | None) -> None:
         super().__init__()
@@ -143,7 +159,7 @@ class _Recorder(TorchFunctionMode):
         self._calls: list[Call] = []
         self._repeats: Counter[str] = Counter()
         self._outputs: list[Source] = []
-        self._values: dict[Any, Value] = {}
+        self._values: dict[Any, _Value] = {}
         self._parameters: dict[Any, dict[str, Tensor]] = {}
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),
@@ -156,12 +172,9 @@ class _Recorder(TorchFunctionMode):
         for module in self._modules:
             if isinstance(module, OwnWeights):  # its quantizers, as those of opaque modules
                 self._not_ours |= {id(part) for part in module._modules[CONTAINER].modules()}  # type: ignore[union-attr]
-            if isinstance(module, WeightLender):
-                self._not_ours |= {id(part) for child in module.children() for part in child.modules()}
         #: Modules whose parameters are followed to the products that read them.
         self._followed: dict[nn.Module, list[str]] = {}
-        self._lending = FloatLending(model)
-        self._frames = [Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
+        self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
     @contextmanager
@@ -198,7 +211,7 @@ class _Recorder(TorchFunctionMode):
             depth = len(self._frames)
             # Within a forward it has a number among that module's operations, as it has where they are quantized.
             if depth == 1:
-                self._frames.append(Frame(module, "", True, Numbering(), [], (), []))
+                self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             try:
                 return function(*args, **kwargs)
             finally:
@@ -216,8 +229,7 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
-            self._frames.append(Frame(module, "", True, Numbering(), [], (), []))
-            self._lending.moved(module, self._frames)
+            self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             return
         name, opaque = self._modules[module], self._is_leaf(module)
         self._busy = True
@@ -228,9 +240,8 @@ class _Recorder(TorchFunctionMode):
         inputs = list(tensors_of((args, kwargs))) if opaque else []
         sources = tuple(self._source(t) for t in inputs)
         self._frames.append(
-            Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
+            _Frame(module, name, opaque, Numbering(module), inputs, sources, [version_of(t) for t in inputs])
         )
-        self._lending.moved(module, self._frames)
         self._busy = False
 
     def _follow(self, module: nn.Module) -> None:
@@ -251,7 +262,6 @@ class _Recorder(TorchFunctionMode):
             pass
         if not any(frame.module is module for frame in self._frames):
             self._unfollow(module)
-        self._lending.moved(module, self._frames)
         if self._frames[-1].opaque or id(module) in self._not_ours:
             return
         self._busy = True
@@ -261,7 +271,7 @@ class _Recorder(TorchFunctionMode):
             self._outputs += [self._source(t) for t in tensors_of(output)]
         self._busy = False
 
-    def _add_module_call(self, frame: Frame, module: nn.Module, outputs: list[Tensor]) -> None:
+    def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
         keys = {storage_of(t)[0] for t in frame.inputs}
         mutated = [
             t
@@ -294,11 +304,9 @@ class _Recorder(TorchFunctionMode):
         op, in_place = normalize(name.partition(".")[0])
         if inputs and (in_place or kwargs.get("inplace") is True):
             written.append(inputs[0])
-        activations = [self._values[storage_of(t)[0]].activation and weight_in_use(t) is None for t in inputs]
+        activations = [self._values[storage_of(t)[0]].activation for t in inputs]
         numbering = self._frames[-1].numbering
         label = numbering.label(op, inputs)
-        lender = lender_of((args, kwargs))
-        before = 0 if lender is None else lender.products
         result = func(*args, **kwargs)
         outputs = list(tensors_of(result))
         numbering.note(op, bool(written), inputs, outputs)
@@ -317,8 +325,7 @@ class _Recorder(TorchFunctionMode):
                 self._values[key] = original._replace(holder=holder, geometry=None)
             return result
         real = [active and t.is_floating_point() for t, active in zip(inputs, activations, strict=True)]
-        layer, own = (None, False) if lender is None else (self._modules.get(lender.layer), lender.products > before)
-        self._add_function_call(op, args, kwargs, sources, real, outputs or written, label, layer, own)
+        self._add_function_call(op, args, kwargs, sources, real, outputs or written, label)
         self._produce(outputs, written, activation=any(activations))
         return result
 
@@ -331,10 +338,8 @@ class _Recorder(TorchFunctionMode):
         real: list[bool],
         outputs: list[Tensor],
         label: tuple[str, tuple[int, ...]] | None,
-        layer: str | None,
-        own: bool,
     ) -> None:
-        """Adds a functional call; `real` marks activations, `layer` lent a weight, `own`: next to the layer's input."""
+        """Adds a functional call; `real` marks its activations, `label` is the operation's name in its module."""
         if op in PRODUCTS:
             counts = any(real)
         elif op in ELEMENTWISE:
@@ -342,7 +347,7 @@ class _Recorder(TorchFunctionMode):
         else:
             counts = op == "cat" and sum(real) > 1
         macs = functional_macs(op, args, kwargs, outputs[0]) if counts else 0
-        if counts and op in PRODUCTS and (weight := layer if own else self._weight_read(args, kwargs)):
+        if counts and op in PRODUCTS and (weight := self._weight_read(args, kwargs)) is not None:
             shapes = tuple(tuple(t.shape) for t in outputs)
             self._add("weight", weight, op, sources, shapes, macs, False)
             return
@@ -360,13 +365,10 @@ class _Recorder(TorchFunctionMode):
             False,
             operands=operands if counts or op in UNARY else (),
             pads_zeros=op == "pad" and _pads_zeros(*args, **kwargs),
-            lent_by=layer if counts and op in PRODUCTS else None,
         )
 
     def _weight_read(self, args: Any, kwargs: Any) -> str | None:
         """Returns the name of the weight that a product reads, of a module that is running."""
-        if lender_of((args, kwargs)) is not None:
-            return None
         keys = [key for tensor in tensors_of((args, kwargs)) if (key := weight_in_use(tensor)) is not None]
         owners = (
             f for f in reversed(self._frames) if f.module is not None and keys and keys[0] in f.module._parameters
@@ -386,11 +388,10 @@ class _Recorder(TorchFunctionMode):
         parts: tuple[tuple[str, int], ...] = (),
         operands: tuple[int, ...] = (),
         pads_zeros: bool = False,
-        lent_by: str | None = None,
     ) -> None:
         call = Call(
             len(self._calls), kind, name, op, self._repeats[name], sources, shapes, macs, passthrough, parts, operands,
-            pads_zeros, lent_by,
+            pads_zeros,
         )  # fmt: skip
         self._calls.append(call)
         self._repeats[name] += 1
@@ -406,12 +407,12 @@ class _Recorder(TorchFunctionMode):
             if key not in seen:
                 seen.add(key)
                 output = number if number < len(outputs) else 0
-                self._values[key] = Value(holder, position, output, geometry_of(t), activation)
+                self._values[key] = _Value(holder, position, output, geometry_of(t), activation)
 
     def _source(self, tensor: Tensor) -> Source:
         key, holder = identity_of(tensor)
         names = self._parameters.get(key, {})
-        value = self._values.setdefault(key, Value(holder, None, 0, None, activation=not names))
+        value = self._values.setdefault(key, _Value(holder, None, 0, None, activation=not names))
         exact = tuple(name for name, parameter in names.items() if parameter is tensor)
         direct = value.geometry is not None and value.geometry == geometry_of(tensor)
         return Source(tuple(tensor.shape), value.producer, value.output, direct, exact or tuple(names))
@@ -435,12 +436,11 @@ class _Recorder(TorchFunctionMode):
     def release(self) -> None:
         for module in list(self._followed):
             self._unfollow(module)
-        self._lending.end()
-        del self._frames[:]
         self._values.clear()
         self._parameters.clear()
         self._aside.clear()
         self._not_ours.clear()
+        del self._frames[:]
 
 
 def _pads_zeros(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:

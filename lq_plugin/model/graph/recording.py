@@ -48,8 +48,7 @@ class Call:
     Args:
         position: index in `Recording.calls`.
         kind: `"module"` (opaque module), `"functional"` (arithmetic worth quantizing), `"other"`
-            (any other tensor operation), `"weight"` (product of a weight that a module's own code reads, a parameter of
-            its own or a layer's), `"output"`
+            (any other tensor operation), `"weight"` (product of a weight that a module's own code reads), `"output"`
             (what the model returned).
         name: qualified module name, that of the weight, or `<enclosing module>.<op>_<index>`; the index counts within
             one call of the enclosing module, so it names the place in the code.
@@ -62,7 +61,6 @@ class Call:
         passthrough: hands its input on unchanged (`nn.Identity`, `nn.Flatten`): no consumer of it.
         operands: indices of the inputs of a functional call, or of a function of one activation, that can be quantized.
         pads_zeros: it is `pad` with zeros, not with another number or by reflection.
-        lent_by: layer whose weight is a factor of it, next to another tensor than the layer's input.
     """
 
     position: int
@@ -77,7 +75,6 @@ class Call:
     weight_macs: tuple[tuple[str, int], ...] = ()
     operands: tuple[int, ...] = ()
     pads_zeros: bool = False
-    lent_by: str | None = None
 
     @property
     def fully_quantizable(self) -> bool:
@@ -89,10 +86,7 @@ class Call:
         if self.kind == "module":
             return True
         factors = product_factors(self.op, len(self.inputs))
-        known = set(self.operands)
-        if self.lent_by is not None:  # its weight has the layer's quantizer
-            known |= set(factors) if len(known & set(factors)) == 1 else set()
-        return len(factors) == 2 and set(factors) <= known
+        return len(factors) == 2 and set(factors) <= set(self.operands)
 
     @property
     def weight_names(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lq_plugin.functional.gptq import column_parts
 from lq_plugin.functional.unfold import unfold_columns
-from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_of
+from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.layers.base import scales_output
 from lq_plugin.layers.registry import known_operation, operation_of
 from lq_plugin.model.ranks import average
@@ -40,9 +40,9 @@ class InputHessian:
         self.layer = layer
         # Each expert of a stack has inputs of its own, and so have query, key and value.
         self.groups = layer.matrices if isinstance(layer, CompoundWeight) else int(getattr(layer, "groups", 1))
-        columns = type(layer).canonical(layer, weight_of(layer))[0].numel()
+        columns = type(layer).canonical(layer, layer.weight)[0].numel()
         self.count = 0
-        self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(weight_of(layer)))
+        self.total = torch.zeros(self.groups, columns, columns, dtype=torch.float64, device=_device(layer.weight))
         self.mixed = torch.zeros_like(self.total) if asymmetric else None
 
     def add(self, x: Tensor, float_input: Tensor | None = None) -> None:
@@ -95,7 +95,7 @@ class InputHessian:
             return chunks
         x = x if x.dim() == len(self.layer.kernel_size) + 2 else x.unsqueeze(0)
         # At most: with stride 1.
-        chunks = x.split(max(1, _CHUNK // (x[0].numel() * weight_of(self.layer)[0, 0].numel())))
+        chunks = x.split(max(1, _CHUNK // (x[0].numel() * self.layer.weight[0, 0].numel())))
         return chunks
 
     def _columns(self, x: Tensor) -> Tensor:

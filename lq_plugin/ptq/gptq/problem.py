@@ -11,7 +11,7 @@ from torch import Tensor
 from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.intent.spec import PerBlock, PerMatrix
-from lq_plugin.layers import QuantizedLayer, current_weight_quantizer, weight_of
+from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
 from lq_plugin.ptq.layerwise.write import write_rounded
 
 #: Elements that are solved for at a time: what is held of them takes some ten times their float32.
@@ -36,7 +36,7 @@ class Problem:
         quantizer = current_weight_quantizer(self.layer)
         assert quantizer is not None
         self.granularity = quantizer.spec.granularity
-        self.canonical = type(self.layer).canonical(self.layer, weight_of(self.layer)).detach()
+        self.canonical = type(self.layer).canonical(self.layer, self.layer.weight).detach()
         self.levels = quantizer.fixed_levels(blocks(self.canonical.float(), self.granularity))
 
     @property

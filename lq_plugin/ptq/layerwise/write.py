@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.functional.fixed_levels import FixedLevels
-from lq_plugin.layers import COMPUTED, QuantizedLayer, current_weight_quantizer, weight_is_computed, weight_of
+from lq_plugin.layers import COMPUTED, QuantizedLayer, current_weight_quantizer, weight_is_computed
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 
 
@@ -37,17 +37,17 @@ def write_rounded(layer: QuantizedLayer, values: Tensor, levels: FixedLevels) ->
     quantizer = current_weight_quantizer(layer)
     assert quantizer is not None
     with torch.no_grad():
-        weight_of(layer).copy_(type(layer).from_canonical(layer, values))
+        layer.weight.copy_(type(layer).from_canonical(layer, values))
         quantizer.keep_levels(levels)
-        if not torch.equal(layer.quantized_weight(), weight_of(layer)):
+        if not torch.equal(layer.quantized_weight(), layer.weight):
             raise QuantizationError(
-                f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {weight_of(layer).dtype}"
+                f"{quantizer.name}: {quantizer.spec} does not reproduce its own levels in {layer.weight.dtype}"
             )
 
 
 def writable_weights(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
     """Returns the weights of layers, without those that are computed."""
-    return [weight_of(layer) for layer in layers if not weight_is_computed(layer)]
+    return [layer.weight for layer in layers if not weight_is_computed(layer)]
 
 
 class Snapshot:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lq_plugin.layers import QuantizedLayer, current_weight_quantizer, weight_of
+from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.soft_rounding import SoftInput, SoftRounding
@@ -42,7 +42,7 @@ class SoftUnit:
             quantizer = current_weight_quantizer(layer)
             if quantizer is not None and quantizer.is_enabled and rounding_fault(layer) is None:
                 self.roundings[name] = SoftRounding(
-                    quantizer, type(layer).canonical(layer, weight_of(layer)), options.scale_learning_rate > 0
+                    quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
                 )
             for slot in ("input", "output"):
                 held = getattr(layer, f"{slot}_quantizer")
