@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ from lq_plugin.quantizers.learned import LSQWeightQuantizer
 SPECS = ("int8 per_channel", "int8", "int4 per_channel mse", "int4 group32", "int4 per_channel lsq")
 PEER = "torchao int4 group32"
 SAMPLES, READ, HIDDEN, CLASSES = 256, 4, 256, 10
+#: Different batches, one after another, as an epoch has them.
+BATCHES = 64
 #: Seconds of a turn.
 TURN = 0.02
 
@@ -66,16 +69,22 @@ def peers_table(rows: int, columns: int) -> nn.Module | None:
     return FakeQuantizedEmbedding(rows, columns, weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32))
 
 
-def step_of(net: Net, index: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+def step_of(net: Net, batches: list[torch.Tensor], target: torch.Tensor) -> Callable[[], None]:
+    read = itertools.cycle(batches)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     loss = nn.CrossEntropyLoss()
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(net(index), target).backward()
+        loss(net(next(read)), target).backward()
         optimizer.step()
 
     return step
+
+
+def evaluation_of(net: nn.Module, batches: list[torch.Tensor]) -> Callable[[], None]:
+    read = itertools.cycle(batches)
+    return lambda: net(next(read))
 
 
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -96,18 +105,18 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[st
 def measure(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     """One row for each network."""
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, rows, (SAMPLES, READ), generator=generator)
+    batches = [torch.randint(0, rows, (SAMPLES, READ), generator=generator) for _ in range(BATCHES)]
     target = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
-    dense, sparse = (nets(rows, columns, index, kind) for kind in (False, True))
+    dense, sparse = (nets(rows, columns, batches[0], kind) for kind in (False, True))
     times = {}
     for what, held in (("step", dense), ("sparse step", sparse)):
-        steps = {name: step_of(net.train(), index, target) for name, net in held.items()}
+        steps = {name: step_of(net.train(), batches, target) for name, net in held.items()}
         times[what] = in_turns(steps, rounds)
     with torch.no_grad():
         for net in dense.values():
             net.eval()
-        times["evaluation"] = in_turns({name: (lambda net=net: net(index)) for name, net in dense.items()}, rounds)
-        times["layer"] = in_turns({name: (lambda net=net: net.table(index)) for name, net in dense.items()}, rounds)
+        times["evaluation"] = in_turns({name: evaluation_of(net, batches) for name, net in dense.items()}, rounds)
+        times["layer"] = in_turns({name: evaluation_of(net.table, batches) for name, net in dense.items()}, rounds)
     result = []
     for name in dense:
         row: dict[str, Any] = {"rows": rows, "columns": columns, "name": name}

@@ -48,11 +48,12 @@ struct Totals {
     inline Totals() {
         for (int i = 0; i < 2; ++i) scale[i] = zero_point[i] = _mm512_setzero_pd();
     }
+    // By halves, in the order of fake_quantize_portable.h.
     static double sum(const __m512d* parts) {
-        double lane[16], all = 0.0;
-        for (int i = 0; i < 2; ++i) _mm512_storeu_pd(lane + 8 * i, parts[i]);
-        for (double value : lane) all += value;
-        return all;
+        const __m512d eight = _mm512_add_pd(parts[0], parts[1]);
+        const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
     }
     template <bool SHIFT>
     Sums sums() const {

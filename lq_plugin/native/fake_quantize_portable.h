@@ -66,11 +66,16 @@ inline void keep(const uint16_t* x, uint16_t* y, unsigned bits) {
 }
 struct Totals {
     double scale[16] = {}, zero_point[16] = {};
+    static double sum(const double* parts) {
+        double lane[16];
+        std::copy_n(parts, 16, lane);
+        for (int half = 8; half; half /= 2)
+            for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+        return lane[0];
+    }
     template <bool SHIFT>
     Sums sums() const {
-        Sums all{0.0, 0.0};
-        for (int i = 0; i < 16; ++i) all.scale += scale[i], all.zero_point += SHIFT ? zero_point[i] : 0.0;
-        return all;
+        return {sum(scale), SHIFT ? sum(zero_point) : 0.0};
     }
 };
 // The gradient of x, and the terms of those of scale and zero point added to `totals`.

@@ -112,26 +112,22 @@ inline void add_rows(int types, const void* gradient, const Rows& rows, const ui
 }
 
 // Of one run: the gradient that passes goes to `inside` (which may be null), n at most CHUNK at a time.
-template <class X>
+template <bool SHIFT, bool ROUNDED, class X>
 inline Sums learned_run(const Learned& l, const X* x, const X* gradient, X* inside, int64_t n, int64_t unit) {
     const float zero_point = l.zero_point ? l.zero_point[unit] : 0.0f;
     const Levels levels = levels_of(l.scale[unit], zero_point, l.quant_min, l.quant_max, true);
-    const auto span = l.rounded ? l.zero_point_result ? learned_span<true, true, X, X> : learned_span<false, true, X, X>
-                                : l.zero_point_result ? learned_span<true, false, X, X> : learned_span<false, false, X, X>;
     Sums sums{0.0, 0.0};
     for (int64_t i = 0; i < n; i += CHUNK) {
-        const Sums part = span(x + i, gradient + i, inside ? inside + i : nullptr, std::min(CHUNK, n - i), levels);
+        const Sums part = learned_span<SHIFT, ROUNDED>(x + i, gradient + i, inside ? inside + i : nullptr, std::min(CHUNK, n - i), levels);
         sums.scale += part.scale;
         sums.zero_point += part.zero_point;
     }
     return sums;
 }
 
-template <class X, class>
-inline void learned_rows_of(const void* gradient_at, const Rows& r, const Learned& l, void* result_at, int threads) {
-    const X* gradient = static_cast<const X*>(gradient_at);
+template <bool SHIFT, bool ROUNDED, class X>
+inline void learned_rows_as(const X* gradient, const Rows& r, const Learned& l, X* result, int threads) {
     const X* rows = static_cast<const X*>(l.rows);
-    X* result = static_cast<X*>(result_at);
     const float factor = static_cast<float>(l.factor);
     std::vector<Sums> shared(static_cast<size_t>(l.one ? r.count : 0), Sums{0.0, 0.0});
     const int64_t shares = r.count * r.parts * r.n > CHUNK ? threads : 1;
@@ -152,7 +148,7 @@ inline void learned_rows_of(const void* gradient_at, const Rows& r, const Learne
                     continue;
                 }
                 X* passed = !result ? nullptr : l.dense ? inside.data() : result + unit * r.n;
-                const Sums sums = learned_run(l, rows + unit * r.n, gradient + unit * r.n, passed, r.n, unit);
+                const Sums sums = learned_run<SHIFT, ROUNDED>(l, rows + unit * r.n, gradient + unit * r.n, passed, r.n, unit);
                 if (result && l.dense) add_span(passed, static_cast<uint16_t*>(nullptr), result + place * r.n, r.n);
                 if (l.one) {
                     shared[i] = sums;
@@ -171,6 +167,12 @@ inline void learned_rows_of(const void* gradient_at, const Rows& r, const Learne
     for (const Sums& sums : shared) all.scale += sums.scale, all.zero_point += sums.zero_point;
     *l.scale_result = static_cast<float>(all.scale) * (*l.scale < 0.0f ? -factor : factor);
     if (l.zero_point_result) *l.zero_point_result = static_cast<float>(all.zero_point) * factor;
+}
+template <class X, class>
+inline void learned_rows_of(const void* gradient_at, const Rows& r, const Learned& l, void* result_at, int threads) {
+    const auto rows = l.rounded ? l.zero_point_result ? learned_rows_as<true, true, X> : learned_rows_as<false, true, X>
+                                : l.zero_point_result ? learned_rows_as<true, false, X> : learned_rows_as<false, false, X>;
+    rows(static_cast<const X*>(gradient_at), r, l, static_cast<X*>(result_at), threads);
 }
 inline void learned_rows(int types, const void* gradient, const Rows& rows, const Learned& learned, void* result, int threads) {
     LQ_BY_TYPES(types, learned_rows_of, gradient, rows, learned, result, threads);

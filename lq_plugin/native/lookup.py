@@ -155,9 +155,11 @@ class LookupKernels(CompiledKernels):
                 else torch.zeros(table, dtype=dtype, device=_CPU)
             )
         for part in (1, 2) if needs[2] else (1,):
-            as_read = sparse[1] and not one
-            shape = (count, *ranges[1:]) if as_read else ranges
-            result[part] = torch.zeros(shape, dtype=torch.float32, device=_CPU)
+            if one or sparse[1]:  # all are written
+                shape = ranges if one else (count, *ranges[1:])
+                result[part] = torch.empty(shape, dtype=torch.float32, device=_CPU)
+            else:
+                result[part] = torch.zeros(ranges, dtype=torch.float32, device=_CPU)
         quant_min, quant_max, factor, rounded = constants
         self._library.lq_learned_rows(_LEARNED.pack(
             _TYPE_OF[gradient.dtype],
