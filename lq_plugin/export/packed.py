@@ -210,7 +210,8 @@ def load_packed(model: nn.Module, path: str | Path) -> Ledger:
         packed = PackedModel(file, model)
         prepared = bool(quantized_layers(model))
         try:
-            ledger = prepare(model, plan, operations_in(packed.state))
+            shapes = {key: () if file.fault(place) else place[1] for key, place in packed.state.items()}
+            ledger = prepare(model, plan, operations_in(shapes))
             packed.check()
         except BaseException as error:
             if not prepared:

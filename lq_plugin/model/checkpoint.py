@@ -140,10 +140,11 @@ def _built(kind: type[nn.Module], content: Mapping[str, Any], path: Path, argume
 def _load(model: nn.Module, state: Mapping[str, Any], plan: QuantPlan | str | Mapping[str, Any], path: Path) -> Ledger:
     with _unchanged_on_failure(model):
         put_back_newer(model)
-        ledger = prepare(model, plan, operations_in(state))
+        shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+        ledger = prepare(model, plan, operations_in(shapes))
         left_out = leave_out_newer(model, state)
         if left_out:
-            ledger = prepare(model, plan, operations_in(state))
+            ledger = prepare(model, plan, operations_in(shapes))
         model.load_state_dict(state)
         from_data = [q for q in quantizers(model) if isinstance(q, ActivationQuantizer) and q.needs_calibration]
         if any(quantizer.is_calibrated for quantizer in from_data):

@@ -142,9 +142,9 @@ class Ledger(Shown):
                 )
         named = {call.name: (call.op, call) for call in recording.functional_calls}
         named |= {name: found for name, found in recording.unary_calls.items() if name in plans}
-        kernels = {name: call for name, call in recording.attention_calls.items() if name in plans}
-        named |= {name: ("probabilities", call) for name, call in kernels.items()}
-        quantizable = {call.name for call in kernels.values()}
+        kernels = {name: found for name, found in recording.attention_calls.items() if name in plans}
+        named |= kernels
+        quantizable = {call.name for part, call in kernels.values() if part == "probabilities"}
         for name, (op, call) in named.items():
             plan = plans.pop(name, LayerPlan())
             reason = None if plan else _unasked(op, call.macs > 0 and len(call.operands) > 1)

@@ -20,6 +20,8 @@ from lq_plugin.model.graph.op_names import ELEMENTWISE, UNARY
 OPERATIONS = PRODUCTS | ELEMENTWISE | UNARY | {"cat"}
 #: torch's kernel of an attention.
 ATTENTION = "scaled_dot_product_attention"
+#: Of its tensors those that a cache keeps, by the word that rules have for them.
+CACHED = {"keys": 1, "values": 2}
 #: Products that are added to the first of their tensors.
 _ADDED = ("addmm", "baddbmm", "addmv", "addbmm")
 #: How many of the first tensors an operation gets are operands of it; two where it is not listed. The others are masks
@@ -41,14 +43,14 @@ def product_factors(op: str, count: int) -> range:
     return range(1 if op in _ADDED else 0, min(count, _OPERANDS.get(op, 2)))
 
 
-def probabilities_of(name: str) -> str:
-    """Returns the name that rules have for the probabilities inside of an attention kernel.
+def part_of(name: str, part: str) -> str:
+    """Returns the name that rules have for the `keys`, `values` or `probabilities` of an attention kernel.
 
-    >>> probabilities_of("block.scaled_dot_product_attention_0")
+    >>> part_of("block.scaled_dot_product_attention_0", "probabilities")
     'block.probabilities_0'
     """
     owner, dot, label = name.rpartition(".")
-    return f"{owner}{dot}probabilities_{label.rpartition('_')[2]}"
+    return f"{owner}{dot}{part}_{label.rpartition('_')[2]}"
 
 
 class Numbering:

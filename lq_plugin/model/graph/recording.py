@@ -9,7 +9,7 @@ from typing import Literal
 
 from lq_plugin.errors import QuantizationError, did_you_mean
 from lq_plugin.model.graph.macs import Shape
-from lq_plugin.model.graph.numbering import ATTENTION, probabilities_of, product_factors
+from lq_plugin.model.graph.numbering import ATTENTION, CACHED, part_of, product_factors
 from lq_plugin.model.graph.op_names import UNARY, UNARY_MODULES
 
 #: Names without underscores, so that a module type and a function compare equal.
@@ -142,10 +142,10 @@ class Recording:
         return found
 
     @property
-    def attention_calls(self) -> dict[str, Call]:
-        """Calls of torch's attention kernel, by the name that rules have for the probabilities inside."""
+    def attention_calls(self) -> dict[str, tuple[str, Call]]:
+        """Calls of torch's attention kernel, by the names that rules have for `probabilities`, `keys` and `values`."""
         calls = [call for call in self.functional_calls if call.op == ATTENTION and len(call.operands) == 3]
-        return {probabilities_of(call.name): call for call in calls}
+        return {part_of(call.name, part): (part, call) for call in calls for part in ("probabilities", *CACHED)}
 
     @property
     def total_macs(self) -> int:

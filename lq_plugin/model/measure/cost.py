@@ -8,6 +8,7 @@ All counts follow from shapes and specs, so a plan is priced before anything is 
     quantizable_effective_bits, quantized_effective_bits
                         the same of the layers that can hold quantizers, and of those whose weight does
     macs, bops          of one input sample; of all samples of a batch there are as many times more
+    cache_bytes         keys and values of one input sample, which a language model keeps while it writes
 
 In storage a float number takes the bits of its dtype, a scale 32, a zero point the bit-width of its spec. Bit
 operations (BOPs) are MACs · b_w · b_a, 32 bits of a float operand, as in Baskin et al., "UNIQ", 2018 (arXiv
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from rich.table import Table
@@ -29,14 +29,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lq_plugin.errors import PlanError, QuantizationError, did_you_mean, raise_all
-from lq_plugin.functional.grouping import scale_shape
 from lq_plugin.intent.plan import LayerPlan
-from lq_plugin.intent.spec import PerGroup, QuantSpec
+from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.layers import QuantizedLayer, weight_is_computed, weight_key, weight_of, weight_parts
 from lq_plugin.layers.registry import canonical_of, layer_channels
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.measure.energy import FLOAT_BITS as FLOAT_BITS, mac_energy, read_energy
 from lq_plugin.model.measure.other_work import other_work
+from lq_plugin.model.measure.spec_bits import cache_bytes, spec_bits as spec_bits
 from lq_plugin.model.operations.quantized import inner_operations, operations_of, quantized_operations
 from lq_plugin.model.past_reads import weights_read_past_layers
 from lq_plugin.model.survey import Survey, float_class, input_owner
@@ -46,43 +46,6 @@ from lq_plugin.utilities.shown import Shown, new_table, short_number
 
 #: What the table of a packed file takes, about: the file's own head, each quantized weight, each other tensor.
 _TABLE, _TABLE_WEIGHT, _TABLE_TENSOR = 450, 55, 12
-
-
-def spec_bits(spec: QuantSpec, weight_shape: tuple[int, ...]) -> int:
-    """Bits that a weight takes under `spec`, its scales and zero points included.
-
-    Args:
-        spec: how it is quantized.
-        weight_shape: `[C_out, C_in / groups, *kernel]`; a ragged last group has a scale of its own.
-
-    >>> spec_bits(QuantSpec.parse("int4 group16"), (64, 64)) / 64**2  # 4 + 32 / 16
-    6.0
-    >>> spec_bits(QuantSpec.parse("int4 per_channel affine"), (1, 18))  # 18 · 4 + 32 + 4
-    108
-    >>> spec_bits(QuantSpec.parse("int4 group16:4"), (64, 64)) / 64**2  # 4 + 4 / 16, and one float scale
-    4.2578125
-    >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in ("mx9", "mx6", "mx4")]
-    [9.0, 6.0, 4.0]
-    >>> names = ("mxfp4", "nvfp4", "sign", "bwn", "twn", "kmeans2")
-    >>> [spec_bits(QuantSpec.parse(name), (64, 64)) / 64**2 for name in names]
-    [4.25, 4.5078125, 1.0, 1.5, 2.0078125, 2.03125]
-    >>> [spec_bits(QuantSpec.parse(name), (64, 512)) / 64 / 512 for name in ("q4_0", "q8_0", "tq2_0", "tq1_0")]
-    [4.5, 8.5, 2.0625, 1.6875]
-    """
-    stored = spec.bit_width if spec.kind.code_bits is None else spec.kind.code_bits
-    scales = prod(scale_shape(weight_shape, spec.granularity))
-    return prod(weight_shape) * stored + _qparams_bits(spec, scales, weight_shape[0])
-
-
-def _qparams_bits(spec: QuantSpec, scales: int, channels: int = 1) -> int:
-    zero_points = scales * spec.bit_width if spec.affine else 0
-    group = spec.granularity
-    if (bits := spec.kind.scale_bits) is not None:
-        tables = scales * FLOAT_BITS * 2**spec.bit_width if spec.kind.codebook else 0
-        return scales * bits + tables + spec.kind.tensor_bits
-    if isinstance(group, PerGroup) and group.scale_bits is not None:
-        return scales * group.scale_bits + FLOAT_BITS * (channels if group.coarse == "channel" else 1) + zero_points
-    return scales * FLOAT_BITS + zero_points
 
 
 @dataclass(frozen=True)
@@ -147,6 +110,7 @@ class Cost(Shown):
         other_parameters, other_parameter_bits: how many parameters there are outside of the rows, and what they take.
         table_bytes: about what a packed file needs to say where everything is; 0 of a float model.
         other_macs, other_bops, other_energy: outside the rows, those of functional calls above all.
+        cache_bytes: of keys and values, see `cache_bytes`; None without a recording, or without torch's attention.
     """
 
     rows: tuple[CostRow, ...]
@@ -157,6 +121,7 @@ class Cost(Shown):
     other_macs: int | None = None
     other_bops: int | None = None
     other_energy: float | None = None
+    cache_bytes: int | None = None
 
     def __iter__(self) -> Iterator[CostRow]:
         return iter(self.rows)
@@ -240,7 +205,9 @@ class Cost(Shown):
     def totals(self) -> dict[str, float | int | None]:
         """The totals by name."""
         bits = ("effective_bits", "quantizable_effective_bits", "quantized_effective_bits")
-        return {name: getattr(self, name) for name in (*bits, "bytes", "float_bytes", "compression", "macs", "bops")}
+        names = (*bits, "bytes", "float_bytes", "compression", "macs", "bops")
+        cache = {} if self.cache_bytes is None else {"cache_bytes": self.cache_bytes}
+        return {name: getattr(self, name) for name in names} | cache
 
     def records(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -371,6 +338,7 @@ def _price(
         None if work is None else sum(product.macs for product in work),
         None if work is None else sum(product.bops for product in work),
         None if work is None else sum(product.energy for product in work),
+        None if recording is None else cache_bytes(recording, plans),
     )
 
 

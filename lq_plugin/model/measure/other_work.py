@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from lq_plugin.intent.plan import LayerPlan
-from lq_plugin.model.graph.numbering import ATTENTION, probabilities_of
+from lq_plugin.model.graph.numbering import ATTENTION, CACHED, part_of
 from lq_plugin.model.graph.recording import Call, Recording
 from lq_plugin.model.measure.energy import FLOAT_BITS, mac_energy
 from lq_plugin.model.survey import Survey
@@ -52,6 +53,8 @@ def _factor_bits(call: Call, name: str, plans: Mapping[str, LayerPlan]) -> tuple
     """
     spec = plans.get(name, LayerPlan()).input
     bits = spec.bit_width if spec and (call.operands or call.kind == "module") else FLOAT_BITS
-    if call.op == ATTENTION and (inside := plans.get(probabilities_of(name), LayerPlan()).input) is not None:
-        return bits, max(bits, inside.bit_width)
-    return bits, bits if call.fully_quantizable else FLOAT_BITS
+    if call.op != ATTENTION or len(call.operands) < 3:
+        return bits, bits if call.fully_quantizable else FLOAT_BITS
+    inside = {part: plans.get(part_of(name, part), LayerPlan()).input for part in ("probabilities", *CACHED)}
+    probabilities, keys, values = (found.bit_width if found else None for found in inside.values())
+    return max((bits, keys or bits), (probabilities or FLOAT_BITS, values or bits), key=math.prod)

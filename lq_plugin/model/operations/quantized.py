@@ -13,8 +13,9 @@ after the break, and quantize other operands than the plan says.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lq_plugin.intent.plan import LayerPlan
+from lq_plugin.intent.spec import PerChannel
 from lq_plugin.layers import (
     OPERATIONS_CONTAINER,
     QuantizedCompound,
@@ -38,14 +40,14 @@ from lq_plugin.layers import (
     why_unsupported_compound,
 )
 from lq_plugin.model.graph.macs import PRODUCTS
-from lq_plugin.model.graph.numbering import ATTENTION, OPERATIONS, Numbering, channel_axis, probabilities_of
+from lq_plugin.model.graph.numbering import ATTENTION, CACHED, OPERATIONS, Numbering, channel_axis, part_of
 from lq_plugin.model.graph.op_names import METADATA, normalize
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
 from lq_plugin.quantizers import ActivationQuantizer, StagedQuantizer, in_stages, make_activation_quantizer
 
 #: Operations that are inside of others: of modules with several weights, next to products, and of torch's attention.
-INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax", "probabilities"})
+INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax", "probabilities", *CACHED})
 _QUANTIZER = re.compile(r"input_(\d+)_quantizer")
 
 
@@ -57,11 +59,13 @@ class Operation:
         name: as a recording names it: `layer1.0.add_0`.
         op: `"add"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
         operands: which of the tensors that it gets can be quantized; a parameter or a mask can not.
+        channels: of keys and values, those of all their heads; of others 1.
     """
 
     name: str
     op: str
     operands: tuple[int, ...]
+    channels: int = 1
 
     @property
     def is_product(self) -> bool:
@@ -78,10 +82,12 @@ class Operation:
 def operations_of(recording: Recording) -> dict[str, Operation]:
     """The functional calls of a recorded pass, its activation functions and its means, by name.
 
-    Those of torch's attention kernel are two, see `Recording.attention_calls`.
+    Those of torch's attention kernel are four, see `Recording.attention_calls`.
     """
     found = {call.name: Operation(call.name, call.op, call.operands) for call in recording.functional_calls}
-    found |= {name: Operation(name, "probabilities", (0,)) for name in recording.attention_calls}
+    for name, (part, call) in recording.attention_calls.items():
+        channels = _heads_and_channels(call.inputs[CACHED[part]].shape) if part in CACHED else 1
+        found[name] = Operation(name, part, (0,), channels)
     return found | {name: Operation(name, op, (0,)) for name, (op, _) in recording.unary_calls.items()}
 
 
@@ -95,15 +101,31 @@ def inner_operations(model: nn.Module) -> dict[str, Operation]:
     }
 
 
-def operations_in(state: Iterable[str]) -> dict[str, Operation]:
-    """The operations whose quantizers a state dict has keys of."""
+def operations_in(state: Mapping[str, Sequence[int]]) -> dict[str, Operation]:
+    """The operations whose quantizers a state dict has keys of.
+
+    Args:
+        state: shapes by key.
+    """
     operands: dict[str, set[int]] = {}
-    for key in state:
+    channels: dict[str, int] = {}
+    for key, shape in state.items():
         owner, _, rest = f".{key}".rpartition(f".{OPERATIONS_CONTAINER}.")
         label, _, inner = rest.partition(".")
         if (found := _QUANTIZER.match(inner)) and _op_of(label) in OPERATIONS | INNER_OPERATIONS:
-            operands.setdefault(".".join(filter(None, (owner.strip("."), label))), set()).add(int(found[1]))
-    return {name: Operation(name, _op_of(name), tuple(sorted(found))) for name, found in operands.items()}
+            name = ".".join(filter(None, (owner.strip("."), label)))
+            operands.setdefault(name, set()).add(int(found[1]))
+            if _op_of(label) in CACHED:
+                channels[name] = max(channels.get(name, 1), math.prod(shape))
+    return {
+        name: Operation(name, _op_of(name), tuple(sorted(found)), channels.get(name, 1))
+        for name, found in operands.items()
+    }
+
+
+def _heads_and_channels(shape: Sequence[int]) -> int:
+    """Returns the channels of all heads of `[..., heads, tokens, channels]`; without a batch dim there are no heads."""
+    return shape[-1] * (shape[-3] if len(shape) > 3 else 1)
 
 
 def _op_of(name: str) -> str:
@@ -124,7 +146,8 @@ class QuantizedOperation(nn.Module):
         super().__init__()
         self.operation, self.plan = operation, plan
         for index in operation.operands:
-            make: Any = partial(make_activation_quantizer, channels=1, channel_axis=channel_axis(operation.op, index))
+            axis = channel_axis(operation.op, index)
+            make: Any = partial(make_activation_quantizer, channels=operation.channels, channel_axis=axis)
             quantizer = in_stages(make, f"{operation.name}.input_{index}", plan.stages_of("input"))
             self.add_module(f"input_{index}_quantizer", quantizer)
 
@@ -268,7 +291,12 @@ class _QuantizedOperands(TorchFunctionMode):
         label = numbering.label(op, inputs)
         held = self.container._modules
         operation = None if label is None else held.get(label[0])
-        inside = None if label is None or op != ATTENTION else held.get(probabilities_of(label[0]))
+        inside = None
+        if label is not None and op == ATTENTION:
+            inside = held.get(part_of(label[0], "probabilities"))
+            for part, place in CACHED.items():
+                if (cached := held.get(part_of(label[0], part))) is not None:
+                    args, kwargs = _with_cached(cast(QuantizedOperation, cached), place, part, args, kwargs)
         if inside is not None:
             result = _attention(func, operation, cast(QuantizedOperation, inside), args, kwargs)
         elif operation is None:
@@ -280,6 +308,28 @@ class _QuantizedOperands(TorchFunctionMode):
             result = func(*args, **kwargs)
         numbering.note(op, in_place or kwargs.get("out") is not None, inputs, list(tensors_of(result)))
         return result
+
+
+def _with_cached(
+    operation: QuantizedOperation, place: int, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of an attention with quantized keys or values, which are its argument `place`."""
+    (quantizer,) = operation.quantizers()
+    if place < len(args):
+        return (*args[:place], _by_channel(quantizer, args[place]), *args[place + 1 :]), kwargs
+    name = part.removesuffix("s")
+    return args, {**kwargs, name: _by_channel(quantizer, kwargs[name])}
+
+
+def _by_channel(quantizer: Any, x: Tensor) -> Tensor:
+    """Quantizes keys or values; each head has scales of its own for its channels: `[..., tokens, heads · channels]`."""
+    current = quantizer.current
+    if current is None or not isinstance(current.spec.granularity, PerChannel) or x.ndim < 4:
+        y: Tensor = quantizer(x)
+        return y
+    by_token = x.transpose(-3, -2)
+    y = quantizer(by_token.flatten(-2)).unflatten(-1, by_token.shape[-2:])
+    return y.transpose(-3, -2)
 
 
 def _in_place(func: Any, operation: QuantizedOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -4,21 +4,23 @@ A rule is about operations when its pattern matches no layer and ends in an oper
 `*.matmul_*`, `type:hardswish`, `type:scaled_dot_product_attention`, `re:.*\\.(add|cat)_\\d+`. All other rules, `*`
 among them, are about layers alone: an operation is never quantized unless it is asked for. So are the operations inside
 of an LSTM or an attention, which need no recorded batch to be known: `lstm.cell_l0`, `attention.matmul_0`.
-`type:product` asks for all products of activations, with the probabilities inside of torch's attention kernel.
+`type:product` asks for all products of activations, with the probabilities inside of torch's attention kernel;
+`type:keys` and `type:values` for what a cache of that kernel keeps.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from lq_plugin.errors import PlanError, did_you_mean, raise_all
 from lq_plugin.intent.plan import PRODUCT, LayerInfo, LayerPlan, QuantPlan, Rule, matches
-from lq_plugin.intent.spec import PerChannel
+from lq_plugin.intent.spec import PerChannel, QuantSpec
 from lq_plugin.model.aside import names, quantizes, quantizing
-from lq_plugin.model.graph.numbering import OPERATIONS
+from lq_plugin.model.graph.numbering import ATTENTION, CACHED, OPERATIONS, part_of
 from lq_plugin.model.operations.quantized import (
     INNER_OPERATIONS,
     Operation,
@@ -150,10 +152,40 @@ def resolve_operations(
         faults += [
             f"{name}: input spec '{spec}' has a scale for each channel; the operands of an operation have one each"
             for spec in specs
-            if isinstance(spec.granularity, PerChannel)
+            if isinstance(spec.granularity, PerChannel) and operations[name].op not in CACHED
         ]
+        faults += [
+            f"{name}: input spec '{spec}': {fault}"
+            for spec in specs
+            if operations[name].op in CACHED and (fault := _channels_fault(spec)) is not None
+        ]
+    faults += [
+        f"{name} is float by a rule, and {attention} quantizes it as one of its operands: give it a spec of its own"
+        for name, operation in operations.items()
+        if operation.op in CACHED and not plans[name] and plans.get(attention := part_of(name, ATTENTION))
+        and any(_matches_any(rule, _infos([operation])) for rule in rules)
+    ]  # fmt: skip
     raise_all(PlanError, "the plan does not fit the model", faults)
-    return {name: (operations[name], plan) for name, plan in plans.items() if plan}
+    return {name: (_without_cached(operations[name], plans), plan) for name, plan in plans.items() if plan}
+
+
+def _channels_fault(spec: QuantSpec) -> str | None:
+    """Returns why keys and values cannot have these scales of channels."""
+    if not isinstance(spec.granularity, PerChannel):
+        return None
+    if spec.granularity.axis is not None:
+        return "channels are those of each head, write 'per_channel' without a number"
+    if spec.dynamic:
+        return "found at run time, a channel's scale would be that of all sequences of a batch: leave 'dynamic' away"
+    return None
+
+
+def _without_cached(operation: Operation, plans: Mapping[str, LayerPlan]) -> Operation:
+    """Returns an attention without the operands that have specs of their own, as keys or values."""
+    if operation.op != ATTENTION:
+        return operation
+    own = {place for part, place in CACHED.items() if plans.get(part_of(operation.name, part))}
+    return replace(operation, operands=tuple(index for index in operation.operands if index not in own))
 
 
 def _infos(operations: Iterable[Operation]) -> list[LayerInfo]:
