@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lq_plugin import QAT, PlanError, QuantPlan, Rule, load_checkpoint, remove
+from lq_plugin import QAT, PlanError, QuantPlan, QuantSpec, Rule, load_checkpoint, remove
 from lq_plugin.export import load_packed, save_packed
 from lq_plugin.functional.error import sqnr_db
 from lq_plugin.model import quantized_operations, record
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.by_name = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16), by_name
         with torch.no_grad():
-            self.k.weight[3] *= 20.0  # a channel that stands out, as keys of language models have
+            self.k.bias[3] = 20.0  # a channel that stands out, as keys of language models have
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -71,7 +71,7 @@ def test_keys_by_channel_and_values_by_token_are_as_by_hand(by_name: bool, tmp_p
     plain.load_state_dict(model.state_dict())
     ledger = quantized(model, CACHE, seen)
     assert [name for name, _ in quantized_operations(model)] == ["keys_0", "values_0"]
-    assert str(ledger["keys_0"].plan.input) == KEYS and ledger["values_0"].quantized
+    assert ledger["keys_0"].plan.input == QuantSpec.parse(KEYS) and ledger["values_0"].quantized
     for layer in (model.q, model.k, model.v):
         layer.weight_quantizer.enabled.fill_(False)  # of the reference also
     answer = model(x)
@@ -120,8 +120,9 @@ def test_next_to_rules_of_the_whole_kernel() -> None:
         "scaled_dot_product_attention_0": (0,), "probabilities_0": (0,), "keys_0": (0,), "values_0": (0,)
     }  # fmt: skip
     assert ledger.compute_coverage == 1
-    recording = record(Attention().eval(), lambda: one(x))
-    work = recording.macs["scaled_dot_product_attention_0"] // 2
+    plain = Attention().eval()
+    recording = record(plain, lambda: plain(x), samples=2)
+    work = recording.sample_macs["scaled_dot_product_attention_0"]
     # The wider of both products: 8 · 4 bits of scores, 8 · 2 of sums.
     assert cost(one, recording).bops - cost(both, recording).bops == work * (8 * 8 - 8 * 4)
 
@@ -155,9 +156,9 @@ def test_trained_with_moving_ranges(tmp_path) -> None:
     assert keys.scale.shape == (16,) and keys.scale.std() > 0 and int(keys.batches) > 0
     assert not torch.equal(module.attention.k.weight, before)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    fresh = load_checkpoint(Trained(), tmp_path / "run.ckpt").eval()
-    x = torch.randn(2, 5, 16)
-    assert torch.equal(fresh.attention(x), module.eval().attention(x))
+    fresh, x = Trained(), torch.randn(2, 5, 16)
+    load_checkpoint(fresh, tmp_path / "run.ckpt")
+    assert torch.equal(fresh.eval().attention(x), module.eval().attention(x))
 
 
 @pytest.mark.parametrize(
