@@ -71,14 +71,15 @@ def test_keys_by_channel_and_values_by_token_are_as_by_hand(by_name: bool, tmp_p
     plain.load_state_dict(model.state_dict())
     ledger = quantized(model, CACHE, seen)
     assert [name for name, _ in quantized_operations(model)] == ["keys_0", "values_0"]
-    assert ledger["keys_0"].plan.input == QuantSpec.parse(KEYS) and ledger["values_0"].quantized
+    assert ledger["keys_0"].plan.input == QuantSpec.parse(KEYS)
+    assert ledger["values_0"].quantized
     for layer in (model.q, model.k, model.v):
         layer.weight_quantizer.enabled.fill_(False)  # of the reference also
     answer = model(x)
     np.testing.assert_allclose(answer.detach().numpy(), by_hand(plain, x, seen), rtol=1e-4, atol=1e-5)
     with float_forward(model):
         assert torch.equal(model(x), plain(x))
-    # One sample: 5 tokens of 16 numbers, keys and values; 4 bits each, a scale and a zero point for a token's two heads.
+    # One sample: 5 tokens of 16 numbers, keys and values of 4 bits; a scale and a zero point for a token's two heads.
     recording = record(plain, lambda: plain(x), samples=2)
     assert cost(plain, recording).cache_bytes == 2 * 5 * 16 * 4
     assert cost(model, recording).cache_bytes == cost(model, recording).totals()["cache_bytes"]
@@ -92,7 +93,8 @@ def test_keys_by_channel_and_values_by_token_are_as_by_hand(by_name: bool, tmp_p
     packed = Attention(by_name).eval()
     load_packed(packed, tmp_path / "model.safetensors")
     remove(model)
-    assert torch.equal(model(x), plain(x)) and model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(model(x), plain(x))
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_keys_need_scales_of_channels_where_one_stands_out() -> None:
@@ -153,7 +155,9 @@ def test_trained_with_moving_ranges(tmp_path) -> None:
                         callbacks=QAT(QuantPlan(rules)))  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
     keys, _ = (operation.quantizers()[0] for _, operation in quantized_operations(module))
-    assert keys.scale.shape == (16,) and keys.scale.std() > 0 and int(keys.batches) > 0
+    assert keys.scale.shape == (16,)
+    assert keys.scale.std() > 0
+    assert int(keys.batches) > 0
     assert not torch.equal(module.attention.k.weight, before)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     fresh, x = Trained(), torch.randn(2, 5, 16)
