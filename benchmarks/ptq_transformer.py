@@ -49,6 +49,8 @@ METHODS: dict[str, list[Any]] = {
     "rotate": ["rotate", "calibrate"],
     "gptq": ["calibrate", "gptq"],
     "gptaq": ["calibrate", {"gptq": {"asymmetric": True}}],
+    "gptq sweeps": ["calibrate", {"gptq": {"sweeps": 3}}],
+    "gptaq sweeps": ["calibrate", {"gptq": {"asymmetric": True, "sweeps": 3}}],
     "smooth gptq": ["smooth_quant", "calibrate", "gptq"],
     "rotate gptq": ["rotate", "calibrate", "gptq"],
     "adaround": ["calibrate", {"reconstruct": {"by": "layer"}}],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.coordinate_descent import descend
 from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.grouping import blocks, unblocks
 from lq_plugin.intent.spec import PerBlock, PerMatrix
@@ -71,6 +72,41 @@ class Problem:
             return self._matrix(unblocks(mine.expand(laid_out), shape, self.granularity)).to(self.device)
 
         return self.levels.mapped(of_each)
+
+    def column_sets(self) -> list[Tensor]:
+        """Returns the columns that share a scale in each row, as sets; one of all where rows share scales."""
+        scale, shape = self.levels.scale, (1, *self.canonical.shape[1:])
+        if len(scale) != len(self.canonical):
+            return [torch.arange(self.canonical[0].numel())]
+        numbers = torch.arange(scale[0].numel()).view(1, *scale.shape[1:])
+        laid_out = blocks(torch.empty(shape, device="meta"), self.granularity).shape
+        mine = unblocks(numbers.expand(laid_out), shape, self.granularity).flatten()
+        return [(mine == number).nonzero().squeeze(1).to(self.device) for number in range(numbers.numel())]
+
+    def descend(self, target: Tensor, values: Tensor, hessian: Tensor, sweeps: int) -> Tensor:
+        """Returns better values by coordinate descent, `[groups, rows, columns]`; the levels get their scales.
+
+        Args:
+            target: what is rounded, of the same shape.
+            values: rounded.
+            hessian: dampened, `[groups, columns, columns]`.
+            sweeps: see `lq_plugin.functional.coordinate_descent`.
+        """
+        sets, done = self.column_sets(), torch.empty_like(values)
+        own = len(self.levels.scale) == len(self.canonical)
+        scales = torch.empty(*values.shape[:2], len(sets), device=values.device)
+        for rows, levels in self.parts():
+            levels = levels if own else replace(levels, trainable=False)
+            for group in range(self.groups):
+                mine = levels.mapped(lambda t: t[group])  # noqa: B023
+                done[group, rows], scale = descend(
+                    target[group, rows], values[group, rows], hessian[group], mine, sets, sweeps
+                )
+                scales[group, rows] = scale[:, [int(some[0]) for some in sets]]
+        if own and self.levels.trainable:
+            scale = scales.reshape(self.levels.scale.shape).to(self.levels.scale.device)
+            self.levels = replace(self.levels, scale=scale)
+        return done
 
     def write(self, values: Tensor) -> None:
         """Writes rounded values, `[groups, rows, columns]`, into the layer."""

@@ -8,7 +8,9 @@ GPTQ is greedy: a row of a weight that comes out worse than by rounding to neare
 model there are at most two Hessians at a time, float64, and the rows that are being solved for.
 
 GPTAQ (`asymmetric`) takes the float model's inputs of every layer first, one pass that fills the cache, and rounds a
-weight that makes up for what quantization has changed in the inputs (`lq_plugin.functional.gptaq`).
+weight that makes up for what quantization has changed in the inputs (`lq_plugin.functional.gptaq`). With `sweeps` codes
+and scales are then gone through again, each made the best one (`lq_plugin.functional.coordinate_descent`), with the
+Hessian held twice more.
 
 Batch norms are corrected for what quantization changed, as in `lq_plugin.ptq.batch_norm.correct`: the float model's
 statistics are taken first, as its weights are gone afterwards; while Hessians are summed each batch is corrected by its
@@ -32,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq_plugin.errors import CalibrationError, QuantizationError, raise_all
 from lq_plugin.functional.gptaq import asymmetric_target
-from lq_plugin.functional.gptq import factorize, in_order, output_errors, refuse_non_finite, round_rows
+from lq_plugin.functional.gptq import damped_hessian, factorize, in_order, output_errors, refuse_non_finite, round_rows
 from lq_plugin.layers import CompoundWeight, UnseenExpertsError, current_weight_quantizer, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
@@ -96,6 +98,7 @@ def gptq(
     correct_batch_norm: bool = True,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     asymmetric: bool = False,
+    sweeps: int = 0,
 ) -> GPTQResult:
     """Rounds the weights of linear layers and convolutions by GPTQ, in place.
 
@@ -114,6 +117,7 @@ def gptq(
             after an error, are on disk meanwhile, in the folder for temporary files (`TMPDIR`).
         asymmetric: keep what each layer computes in the float model, from the float model's inputs (GPTAQ), and not
             what its float weight makes of the inputs that the quantized layers in front give.
+        sweeps: how often codes and scales are gone through again afterwards, each made the best one for the inputs.
 
     Raises:
         CalibrationError: no batches, a model without ranges, NaN or Inf in a layer's inputs, or a Hessian that is not
@@ -130,8 +134,8 @@ def gptq(
     >>> [fit.after < fit.before for fit in result.layers.values()]
     [True, True]
     """
-    check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric)
-    options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns}
+    check_options(dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric, sweeps)
+    options = {"dampening": dampening, "act_order": act_order, "block_columns": block_columns, "sweeps": sweeps}
     with torch.no_grad(), evaluating(model), without_compile(), ActivationCache(cache_bytes) as cache:
         walk = UnitWalk(model, batches, run or model, cache, "layer")
         return _GPTQ(walk, options, asymmetric).round(correct_batch_norm)
@@ -144,11 +148,12 @@ def check_options(
     correct_batch_norm: bool = True,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     asymmetric: bool = False,
+    sweeps: int = 0,
 ) -> None:
     """Refuses impossible options.
 
     Args:
-        dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric: see `gptq`.
+        dampening, act_order, block_columns, correct_batch_norm, cache_bytes, asymmetric, sweeps: see `gptq`.
 
     Raises:
         QuantizationError: naming each.
@@ -156,7 +161,11 @@ def check_options(
     faults = [] if dampening >= 0 else [f"dampening must not be negative, got {dampening!r}"]
     faults += [
         f"{name} is an integer from {low}, got {value!r}"
-        for name, value, low in (("block_columns", block_columns, 1), ("cache_bytes", cache_bytes, 0))
+        for name, value, low in (
+            ("block_columns", block_columns, 1),
+            ("cache_bytes", cache_bytes, 0),
+            ("sweeps", sweeps, 0),
+        )
         if isinstance(value, bool) or not isinstance(value, int) or value < low
     ]
     flags = {"act_order": act_order, "correct_batch_norm": correct_batch_norm, "asymmetric": asymmetric}
@@ -289,10 +298,12 @@ class _GPTQ:
                 off = weight - problem.nearest().to(weight)
                 whole.append(float(output_errors(weight, hessian, torch.float32).sum()))
                 before.append(output_errors(off, hessian, torch.float32))
-            diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-            dead, unseen = float((diagonal == 0).double().mean()), diagonal.sum(-1, keepdim=True) == 0
+            dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+            unseen = dead.all(-1, keepdim=True)
             ordered = in_order(hessian, self.options["dampening"], self.options["act_order"])
-            del hessian, difference, diagonal  # the factor takes memory enough
+            if not self.options["sweeps"]:
+                del hessian  # the factor takes memory enough
+            del difference
             factor = factorize(ordered)
         except CalibrationError as error:
             raise CalibrationError(f"GPTQ of {' and '.join(map(repr, names))}: {error}") from error
@@ -309,12 +320,17 @@ class _GPTQ:
             worse = (before[index] < after) | unseen
             if bool(worse.any()):
                 solved = torch.where(worse.unsqueeze(-1), problem.nearest().float(), solved)
+            was, norm, after = before[index], max(whole[index], 1e-300), torch.minimum(before[index], after)
+            if self.options["sweeps"]:
+                target = weight.masked_fill((dead & ~unseen).unsqueeze(-2), 0.0)
+                damped = damped_hessian(hessian, self.options["dampening"])
+                solved = problem.descend(target, solved, damped, self.options["sweeps"])
+                after = output_errors(weight - solved, hessian, torch.float32)
             self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
             problem.write(solved)
-            was, norm = before[index], max(whole[index], 1e-300)
             fits[name] = RoundedLayer(
-                count, float(was.sum()) / norm, float(torch.minimum(was, after).sum()) / norm,
-                float(worse.double().mean()), dead,
+                count, float(was.sum()) / norm, float(after.sum()) / norm,
+                float(worse.double().mean()), float(dead.double().mean()),
             )  # fmt: skip
         return fits
 
