@@ -323,7 +323,8 @@ def _with_cached(
 
 def _by_channel(quantizer: Any, x: Tensor) -> Tensor:
     """Quantizes keys or values; each head has scales of its own for its channels: `[..., tokens, heads · channels]`."""
-    current = quantizer.current
+    # An export may have put something else in its place.
+    current = quantizer.current if isinstance(quantizer, (ActivationQuantizer, StagedQuantizer)) else None
     if current is None or not isinstance(current.spec.granularity, PerChannel) or x.ndim < 4:
         y: Tensor = quantizer(x)
         return y
