@@ -1,4 +1,4 @@
-"""Which packages an error names, and that they are those of the extras."""
+"""Errors name the packages that are missing, which are those of the extras."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What is installed: the wheel has everything, and Hydra's plugin costs nothing."""
+"""The wheel has everything, and Hydra's plugin costs nothing."""
 
 import email
 import os

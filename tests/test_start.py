@@ -1,4 +1,4 @@
-"""What `from lq_plugin import QAT` loads on top of torch and lightning: little, and nothing that takes long."""
+"""`from lq_plugin import QAT` loads little on top of torch and lightning, and nothing that takes long."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What runs the model before it has ranges sees the float model; afterwards it is quantized, and never silently
-float."""
+"""A model without ranges runs as the float one; with them it is quantized, and never silently float."""
 
 import copy
 

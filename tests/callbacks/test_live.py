@@ -1,4 +1,4 @@
-"""What QuantMonitor follows over a run: scales, zeros, flips and losses, and the tables it prints."""
+"""QuantMonitor follows scales, zeros, flips and losses over a run, and prints tables of them."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def scalars_of_end(run: Run) -> dict[str, float]:
-    """What the last scalars must be, computed from the model that was trained."""
+    """Returns the last scalars as they must be, computed from the trained model."""
     qat = next(c for c in run.trainer.callbacks if isinstance(c, QAT))
     priced = cost(run.model, qat.recording)
     expected = {f"quant/{key}": float(value) for key, value in priced.totals().items() if value is not None}

@@ -183,7 +183,7 @@ def test_beside_muon_another_optimizer_takes_them(trainer, data):
 
 
 def test_a_checkpoint_whose_ranges_the_module_put_into_its_own_group_goes_on(trainer, data, tmp_path, monkeypatch):
-    """As versions wrote it that showed them to `configure_optimizers`: momentum and all, bit-equal."""
+    """Earlier versions showed ranges to `configure_optimizers`; such a run goes on bit-equal, with its momentum."""
     batches = list(data.train_dataloader())
     data.train_dataloader = lambda: ResumableLoader(batches)
 
@@ -237,7 +237,7 @@ class Table(L.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 def test_scales_of_a_sparse_table_have_sparse_gradients(kind, trainer):
-    """Where its own optimizer steps them, which is not SparseAdam: that one gets no ranges."""
+    """An optimizer other than SparseAdam steps them; SparseAdam gets no ranges."""
     seen, scales = set(), []
     for dense in (False, True):
 

@@ -242,7 +242,7 @@ def test_without_first_batches_the_sanity_check_says_it_is_float(trainer, module
 
 @pytest.mark.parametrize("plan", ["w4 lsq a4 lsq", "w8 a8 mse", "w8a8"])
 def test_layer_that_only_training_reaches_gets_its_range_from_its_first_batch(plan, trainer, data):
-    """As in a GAN whose generator no validation step calls: it must not stay float."""
+    """In a GAN no validation step may call the generator: it must not stay float."""
 
     class Auxiliary(Module):
         def __init__(self):

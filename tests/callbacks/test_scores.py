@@ -1,4 +1,4 @@
-"""What a run's page says of the scores of its model: each is that of an evaluation of its own."""
+"""The scores of a model on a run's page: each is that of an evaluation of its own."""
 
 from __future__ import annotations
 

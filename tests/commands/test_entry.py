@@ -1,4 +1,4 @@
-"""What every command knows: its version, its purpose, modules of the current folder."""
+"""Every command knows its version, its purpose and the modules of the current folder."""
 
 import os
 import subprocess

@@ -161,7 +161,7 @@ class Module(L.LightningModule):
 
 
 class Data(L.LightningDataModule):
-    """The same samples to train on and to validate with, never shuffled."""
+    """Samples that are trained on and validated with, never shuffled."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Family:
         return Module(Zoo(self.layers) if self.net is None else self.net())
 
     def quant_plan(self) -> QuantPlan:
-        """How it is quantized."""
+        """Returns its quantization plan."""
         if self.plan is not None:
             return QuantPlan.from_dict(dict(self.plan))
         return QuantPlan([rule for layer in self.layers for rule in layer.rules()], dict(self.schedule))

@@ -46,7 +46,7 @@ def run_search(module: Module, data: Data, folder: Path, n_trials: int) -> Searc
 
 
 def searched(result: SearchResult) -> dict[str, Any]:
-    """What a search found, as plain values."""
+    """Returns the findings of a search as plain values."""
     candidates = [
         {
             "number": c.number,

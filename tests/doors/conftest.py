@@ -1,4 +1,4 @@
-"""What a test registers is gone after it: other tests list what the library brings."""
+"""Registrations of a test are gone after it: other tests list what the library brings."""
 
 import pytest
 

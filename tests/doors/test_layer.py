@@ -73,7 +73,7 @@ def quantized(registries_as_they_were):
 
 
 def twins():
-    """The same function from the new layers, and from torch's."""
+    """Returns one function built from the new layers, and from torch's."""
     torch.manual_seed(0)
     turned = nn.Sequential(nn.LayerNorm(12), Turned(12, 10), nn.ReLU(), Turned(10, 6)).eval()
     linear = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 6)).eval()

@@ -30,7 +30,7 @@ def npz():
 
 
 class Classifier(nn.Sequential):
-    """What `lq-export` builds."""
+    """Model that `lq-export` builds."""
 
     def __init__(self):
         super().__init__(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))

@@ -1,4 +1,4 @@
-"""What a stranger does first, in an empty folder, with the library as it is installed: README from top to bottom."""
+"""README from top to bottom, in an empty folder, with the library as it is installed."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_openvino_says_its_precisions(tmp_path):
 
 
 def test_openvino_computes_plans_without_steps_before_sums(tmp_path):
-    """Where a plan has them, it may leave out one rounding of each sum."""
+    """In plans that have such steps, OpenVINO may leave out one rounding of each sum."""
     pytest.importorskip("openvino")
     torch.manual_seed(0)
     model = randomize(CifarResNet(14, 16)).eval()

@@ -1,4 +1,4 @@
-"""What exports and runtimes refuse, and that they do so before the work."""
+"""Exports and runtimes refuse what they cannot do, before the work."""
 
 import logging
 

@@ -66,7 +66,7 @@ def test_a_plan_is_calibrated_and_becomes_onnx(tmp_path: Path, caplog: pytest.Lo
 
 
 class NoBatches(DigitsDataModule):
-    """Of which nothing may be asked."""
+    """Data that fails when a batch is asked for."""
 
     def prepare_data(self) -> None:
         raise AssertionError("data was asked for")
@@ -82,7 +82,7 @@ def test_a_packed_file_needs_no_data(checkpoint: Path, tmp_path: Path) -> None:
 
 
 class Prepared(DigitsDataModule):
-    """Which has no data before `prepare_data`."""
+    """Data that is not there before `prepare_data`."""
 
     ready = False
 

@@ -119,7 +119,7 @@ def test_numbers_by_hand():
 
 
 def test_a_shortcut_reads_the_grid_of_the_next_layer():
-    """Of one tensor, rounded for a layer and read float by a sum, there is one quantize node."""
+    """One tensor, rounded for a layer and read float by a sum, has one quantize node."""
     program = integer_program(network(), (X[:1],), [X], XNNPACK)
     (add,) = nodes(program, "aten.add")
     conv = nodes(program, "aten.conv2d")[1]

@@ -165,7 +165,7 @@ def test_next_to_quantized_activations_they_stay_as_they_are(case, graph, tmp_pa
 
 
 def test_onnx_runtime_makes_float_weights_of_them_once(graph, tmp_path):
-    """What is left after loading: products with float constants, no node for each run."""
+    """After loading, products with float constants are left, and no node for each run."""
     import onnxruntime
 
     export_onnx(quantized("mxfp8"), example(), tmp_path / "net.onnx", exported=graph)

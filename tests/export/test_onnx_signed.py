@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_model(activation, kind, graph, tmp_path):
 
 
 def test_weights_move_to_unsigned_integers_next_to_signed_inputs(graph, tmp_path, monkeypatch):
-    """As on a processor whose sums of signed products saturate."""
+    """The processor is taken for one whose sums of signed products saturate."""
     net = quantized("int8")
     export_onnx(net, (X,), tmp_path / "net.onnx", exported=graph, signed=True)
     monkeypatch.setattr(runtime, "saturates", lambda: True)

@@ -1,4 +1,4 @@
-"""What runtimes do to a file unasked, or wrongly, and what keeps them from it."""
+"""Runtimes change files unasked, or wrongly; files are written so that they do not."""
 
 import pytest
 import torch

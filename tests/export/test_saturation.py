@@ -50,7 +50,7 @@ def test_both_runtimes_sum_exactly(weight, tmp_path):
 
 @pytest.mark.parametrize("weight", ["int8 per_channel", "int8 per_tensor"])
 def test_weights_as_unsigned_are_the_same_numbers(weight, tmp_path, monkeypatch):
-    """As on a processor that saturates: the file is read as another one, of uint8 weights and the same values."""
+    """On a processor that saturates the file is read as one of uint8 weights with the same values."""
     net, x = extreme(weight)
     export_onnx(net, (x,), tmp_path / "net.onnx", input_names=["x"])
     model = onnx.load(tmp_path / "net.onnx")
@@ -73,7 +73,7 @@ def test_seven_bits_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(("weight", "said"), [("int8 per_channel", True), ("int7 per_channel", False)])
 def test_float_kernels_are_said(weight, said, tmp_path, monkeypatch, caplog):
-    """As on a processor that saturates."""
+    """The processor is taken for one that saturates."""
     pytest.importorskip("openvino")
     monkeypatch.setattr("lq_plugin.export.openvino.saturates", lambda: True)
     openvino._say_once.cache_clear()

@@ -1,4 +1,4 @@
-"""What verification measures, and of which outputs and batches."""
+"""Verification measures agreement and errors of the outputs and batches that are asked for."""
 
 import math
 

@@ -100,7 +100,7 @@ def test_kernels_give_what_torch_gives(kind, block, monkeypatch):
 @pytest.mark.parametrize("dampening", [1e-6, 0.01, 1.0])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_solver_knows_its_error(dampening, act_order, native):
-    """As the products with the inputs show it, also of columns that are always zero."""
+    """Its error is that of the products with the inputs, with columns that are always zero also."""
     if native and not available():
         pytest.skip("no C++ compiler")
     weight, x = problem(rows=9)

@@ -1,4 +1,4 @@
-"""Which elements share a scale: against plain indexing."""
+"""Elements that share a scale, compared with plain indexing."""
 
 import itertools
 

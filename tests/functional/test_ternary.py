@@ -133,7 +133,7 @@ def test_twn_per_filter_and_per_tensor_thresholds():
 
 
 def test_second_derivatives_of_learned_scales():
-    """Of Σ w̃³ by Wp: 3 Wp² for each weight above Δ, then 6 Wp; by Wn the same with a minus sign."""
+    """Σ w̃³ has the derivatives 3 Wp² and 6 Wp for each weight above Δ; those by Wn have a minus sign."""
     x = torch.tensor([0.9, 0.5, -0.8, 0.01], requires_grad=True)
     positive, negative = torch.tensor([0.5], requires_grad=True), torch.tensor([2.0], requires_grad=True)
     loss = (ternarize_learned(x, torch.tensor([0.1]), positive, negative) ** 3).sum()

@@ -65,7 +65,7 @@ def targets() -> dict[str, type[Target]]:
 
 
 def generator(seed: int, name: str, case: int) -> random.Random:
-    """The same case whatever runs before it."""
+    """Returns a generator that makes one case alike, whatever runs before it."""
     return random.Random(f"{seed}/{name}/{case}")
 
 

@@ -1,4 +1,4 @@
-"""What a search and a sweep are asked for."""
+"""Settings of searches and sweeps."""
 
 from __future__ import annotations
 

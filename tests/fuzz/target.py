@@ -1,4 +1,4 @@
-"""What a target of the fuzzer is, and how one case of it ends."""
+"""Base of the fuzzer's targets, and the ways in which one case ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ERROR, SAME, OTHER = "own error", "same result", "other valid result"
 
 
 class Failure(Exception):
-    """What was read or refused is not as it should be."""
+    """Raised where something is read or refused that should not be."""
 
 
 class Target:

@@ -348,7 +348,7 @@ def test_encoder_and_decoder_compute_in_evaluation_what_they_do_in_training():
 
 
 class Classifier(L.LightningModule):
-    """Which of two features has the largest sum over a padded sequence."""
+    """Classifier of the feature, of two, with the largest sum over a padded sequence."""
 
     def __init__(self):
         super().__init__()

@@ -140,7 +140,7 @@ def test_quantized_it_is_what_numpy_computes(module, form, size, with_state, eve
 
 
 def gradients(result, tensors):
-    """Of a sum that weighs every element differently."""
+    """Returns the gradients of a sum that weighs every element differently."""
     total = sum((part * torch.arange(part.numel()).view_as(part).cos()).sum() for part in leaves(result))
     return torch.autograd.grad(total, tensors, allow_unused=True)
 
@@ -202,7 +202,7 @@ def by_hand(module, weights, quantizers, x):
 @pytest.mark.parametrize("inside", ["", "hidden", "cell", "gates"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_go_straight_through_the_roundings(kind, inside):
-    """Where a value lies outside of its range they are 0: the ranges are those of a smaller batch."""
+    """Gradients are 0 where a value lies outside of its range, which is that of a smaller batch."""
     torch.manual_seed(0)
     module = KINDS[kind](4, 5)
     if inside and inside not in {"LSTM": "hidden cell gates", "GRU": "hidden gates"}.get(kind, "hidden"):

@@ -1,4 +1,4 @@
-"""What LSTM, GRU, RNN, their cells and attention compute inside, named by a rule: its life from plan to file."""
+"""Operations inside of LSTM, GRU, RNN, their cells and attention, named by a rule: their life from plan to file."""
 
 from __future__ import annotations
 

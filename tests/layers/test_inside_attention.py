@@ -1,4 +1,4 @@
-"""What attention computes inside, quantized: against torch where nothing rounds, and numpy where it does."""
+"""Quantized operations inside of attention: compared with torch where nothing rounds, with numpy where it does."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_numbers_are_those_of_autograd(kind, precision):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_in_float64(kind):
-    """Of the straight-through estimator, written down with torch's own operations in float64."""
+    """Gradients are those of the straight-through estimator, written with torch's own operations in float64."""
     layer, x = layer_of(kind)
     scale, zero_point = layer.input_quantizer.scale.double(), layer.input_quantizer.zero_point.double()
     grid, weight = layer.input_quantizer.spec.grid, layer.quantized_weight().detach().double().requires_grad_()
@@ -118,7 +118,7 @@ def test_gradients_in_float64(kind):
 
 
 def kept_bytes(model, x, dtype):
-    """Of every storage that autograd keeps."""
+    """Returns the bytes of every storage that autograd keeps."""
     sizes, alive = {}, []
 
     def pack(tensor):
@@ -179,7 +179,7 @@ def test_what_is_frozen_gets_no_gradient(kind, frozen):
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_second_derivatives(kind):
-    """Of a penalty of the gradient, as for autograd's own product."""
+    """A penalty of the gradient has the derivatives that autograd's own product gives."""
     layer, x = layer_of(kind)
     found = []
     for forward in (layer, lambda v: by_autograd(layer, v)):

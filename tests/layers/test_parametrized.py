@@ -41,7 +41,7 @@ class Doubled(nn.Module):
 
 
 class LowRank(nn.Module):
-    """As LoRA does: the weight stays as it is, two small matrices are added."""
+    """Parametrization like LoRA's: the weight stays as it is, two small matrices are added."""
 
     def __init__(self, rows, columns):
         super().__init__()

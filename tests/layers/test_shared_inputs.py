@@ -78,7 +78,7 @@ def step(net, x):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many tensors of activations were quantized."""
+    """Counts the tensors of activations that are quantized."""
     calls = SimpleNamespace(count=0)
 
     def counting(module, name):
@@ -110,7 +110,7 @@ def counted(monkeypatch):
 
 
 def alone(net):
-    """The same model whose layers share nothing."""
+    """Returns a copy of the model whose layers share nothing."""
     net = copy.deepcopy(net)
     unshare_inputs(net)
     return net

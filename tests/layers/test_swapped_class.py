@@ -23,7 +23,7 @@ class OwnLinear(Interface, nn.Linear):
 
 
 class Recurrent(ABC, nn.RNNBase):
-    """What the library pytorch-forecasting has before its own LSTM."""
+    """Base that the library pytorch-forecasting has before its own LSTM."""
 
 
 class OwnLSTM(Recurrent, nn.LSTM):

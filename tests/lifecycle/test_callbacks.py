@@ -92,7 +92,7 @@ def test_averaged_weights_and_scales_are_the_formula(make, plan, first, trainer,
 @ORDERS
 @pytest.mark.parametrize("plan", PLANS)
 def test_stochastic_weight_averaging(plan, first, trainer, data):
-    """Of the parameters that each epoch from the second on starts with, learned scales included, it is the mean."""
+    """The average is that of parameters, learned scales included, at the start of each epoch from the second on."""
     L.seed_everything(0, verbose=False)
     module, steps = Module(), Steps()
     swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2, annealing_epochs=1)

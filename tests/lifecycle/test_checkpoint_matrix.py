@@ -54,7 +54,7 @@ def make_trainer(folder, *callbacks, epochs=2):
 
 
 def evaluated(folder, entry, path, *callbacks, module=None):
-    """What a new module answers on the validation data when its Trainer loads the checkpoint."""
+    """Returns the answers of a new module on the validation data when its Trainer loads the checkpoint."""
     L.seed_everything(7, verbose=False)  # other weights than those that were saved
     module = module or Watched()
     options = {} if entry == "predict" else {"verbose": False}

@@ -90,7 +90,7 @@ def classes(package: Any) -> tuple[Any, Any]:
 
 
 def run(name: str, arguments: list[str]) -> Any:
-    """What a user's script has: the command line of a package, on its own classes."""
+    """Runs the command line of a package on its own classes, as a user's script does."""
     command_line = import_module(f"{name}.cli").LightningCLI
     return command_line(*classes(import_module(name)), args=arguments)
 

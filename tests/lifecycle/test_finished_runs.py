@@ -1,5 +1,4 @@
-"""The same command again, after the run has come to its end: fit returns at once, and everything is as the first run
-left it."""
+"""The command of a finished run, given again: fit returns at once, and everything is as the first run left it."""
 
 import json
 
@@ -38,7 +37,7 @@ def state(module):
 
 
 def content(file):
-    """What a safetensors file holds: the order of its metadata is another each time."""
+    """Returns the content of a safetensors file, whose metadata has another order each time."""
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:start]), data[start:]

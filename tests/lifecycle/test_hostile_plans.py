@@ -64,7 +64,7 @@ def mutated(rng: random.Random) -> bytes:
 
 
 def fuzz(path, seeds):
-    """How many of the mutated plans are read; the others end in an error of the library that names the file."""
+    """Returns the number of mutated plans that are read; the others end in an error that names the file."""
     read = 0
     for seed in seeds:
         data = mutated(random.Random(seed))
@@ -266,7 +266,7 @@ def test_a_plan_never_instantiates_anything(tmp_path, monkeypatch, text):
 
 
 class Bomb:
-    """What pickle would run on loading."""
+    """Object whose loading by pickle would run code."""
 
     def __reduce__(self):
         return eval, ("open('spoiled', 'w')",)

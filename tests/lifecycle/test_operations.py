@@ -152,7 +152,7 @@ def test_ptq_equals_ranges_found_by_hand(precision, trainer, data):
 
 
 def test_operations_of_the_lightning_module_itself(trainer, data, tmp_path):
-    """What its forward computes is its own; what a step computes around it belongs to nobody, and shifts no name."""
+    """Operations of its forward are its own; those of a step around it belong to nobody, and shift no name."""
     module = seeded(Rooted)
     fit = trainer(QAT(QuantPlan([Rule("add_0", input="int8 ema")])))
     fit.fit(module, datamodule=data)

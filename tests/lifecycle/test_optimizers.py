@@ -257,7 +257,7 @@ def names_of(module):
 
 @pytest.mark.parametrize("optimizers", [one_group, decayed_groups, None])
 def test_a_float_checkpoint_goes_on_with_learned_scales(optimizers, trainer, data, tmp_path):
-    """What a weight had in the optimizer stays with it; scales begin with nothing, at the rate of their weight's
+    """The optimizer's state of a weight stays with it; scales begin with nothing, at the rate of their weight's
     group."""
     L.seed_everything(0, verbose=False)
     module = Module(optimizers=optimizers)

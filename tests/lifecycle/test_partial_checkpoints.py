@@ -55,7 +55,7 @@ def test_resumed_it_is_the_run_that_was_not_stopped(plan, drop, trainer, data, t
     batch_norms = {}
 
     class KeepBatchNorms(Callback):
-        """What a project that saves trained parameters alone keeps elsewhere."""
+        """Keeps batch norms apart, as a project does that saves trained parameters alone."""
 
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch == 0:
@@ -85,7 +85,7 @@ def test_evaluated_it_computes_what_was_saved(trainer, data, tmp_path):
 
 
 def test_without_the_ranges_only_those_that_are_missing_are_found_anew(trainer, data, tmp_path):
-    """As in checkpoints that were written before quantizers were kept beside them."""
+    """Such checkpoints were written before quantizers were kept with them."""
     module = made("the frozen part", {})
     fit = trainer(QAT("w4 mse a8 mse"))
     fit.fit(module, datamodule=data)

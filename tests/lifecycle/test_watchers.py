@@ -1,4 +1,4 @@
-"""What watches a run and what steers its loops sees the run without us: no hook, batch or line more."""
+"""Watchers of a run and what steers its loops see no hook, batch or line more than without the plugin."""
 
 import csv
 import inspect

@@ -42,7 +42,7 @@ def oldest() -> dict[str, str]:
 
 
 def run(job: str, folder: str) -> str:
-    """What one job's command came to; the end of its output is shown where it failed."""
+    """Returns the outcome of one job's command, and shows the end of its output where it failed."""
     command, *arguments = (part.format(folder) for part in JOBS[job])
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
     path = Path(sys.executable).with_name(command)

@@ -111,7 +111,7 @@ def test_multihead_attention_macs(batch_first: bool):
 
 
 class Conv1D(nn.Module):
-    """As in transformers: `[in, out]` weight."""
+    """Linear layer with an `[in, out]` weight, as transformers has it."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()

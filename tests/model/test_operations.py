@@ -50,7 +50,7 @@ def prepared(model, plan, *inputs):
 
 
 def calls_of(model, run):
-    """How often each quantizer runs."""
+    """Returns how often each quantizer runs."""
     calls = Counter()
     handles = [q.register_forward_hook(lambda q, *_: calls.update([q.name])) for q in quantizers(model)]
     run()
@@ -382,7 +382,7 @@ def test_operations_are_known_from_a_recording_only():
 
 @pytest.mark.parametrize("spec", [INT8, "int8 group2:4", "mx9"])
 def test_in_place_operations_still_write_to_their_first_operand(spec):
-    """What else holds that tensor sees the result, as it does without quantizers."""
+    """Every holder of that tensor sees the result, as without quantizers."""
     torch.manual_seed(0)
     model, x = Function(in_place, lin=nn.Linear(4, 4)), torch.randn(2, 4)
     prepared(model, only("add_*", spec=spec), x)

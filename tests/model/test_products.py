@@ -134,7 +134,7 @@ def test_onnx_refuses_the_kernel_and_takes_products_in_code(tmp_path) -> None:
 
 
 def test_rules_of_the_kernel_alone_leave_its_probabilities_float() -> None:
-    """As they did before probabilities had a name: checkpoints of such plans hold no range of theirs."""
+    """Checkpoints of such plans hold no range of probabilities, which had no name then."""
     model, x = Attention(), torch.randn(3, 5, 16)
     plan = QuantPlan([Rule("*", weight="int8"), Rule("type:scaled_dot_product_attention", input="int8 minmax")])
     ledger = quantized(model, plan, x)

@@ -80,7 +80,7 @@ def test_the_file_holds_what_the_model_computes_with(kind: type[Base], plan: str
 
 
 def test_the_code_alone_does_not_show_them() -> None:
-    """What the test above would miss without the pass; else it would say nothing about it."""
+    """Without the pass no such read is found; else the test above would say nothing about it."""
     for kind in KINDS:
         net = kind()
         prepare(net, "w4")

@@ -1,4 +1,4 @@
-"""What is recorded, under which name, in which modes; and that nothing is left behind."""
+"""Recordings hold every call under its name, in all modes, and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pictures of a model show is what the numbers say."""
+"""Pictures of a model show what the numbers say."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def names(figure) -> list:
 
 
 def thresholds(figure) -> list[float]:
-    """Where lines from bottom to top stand."""
+    """Returns the places of lines from bottom to top."""
     return sorted({float(line.get_xdata()[0]) for line in figure.axes[0].lines if list(line.get_ydata()) == [0, 1]})
 
 

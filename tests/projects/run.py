@@ -44,7 +44,7 @@ STEPS = 20
 
 @dataclass
 class Result:
-    """What one project's run gave."""
+    """Result of one project's run."""
 
     task: str
     trainer: Any

@@ -40,7 +40,7 @@ def test_a_bias_is_a_whole_number_of_steps_and_has_moved_by_half_a_step_at_most(
 
 
 def test_the_shift_of_a_batch_norm_takes_the_difference():
-    """What the file holds is the folded bias, by hand β - μ g + b g with g = γ / sqrt(σ² + ε)."""
+    """The file holds the folded bias, by hand β - μ g + b g with g = γ / sqrt(σ² + ε)."""
     torch.manual_seed(0)
     net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
     mean, bias = net[1].running_mean.clone(), net[0].bias.detach().clone()

@@ -308,7 +308,7 @@ def test_a_step_that_only_logs_proves_it_too(interleaved: bool, tmp_path: Path) 
 
 
 class NormOfSequences(RootMean):
-    """Of sequences it takes the largest channel instead, which trying it out on single tokens does not show."""
+    """Norm that takes the largest channel of sequences, which a trial on single tokens does not show."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x.abs().amax(-1, keepdim=True) * self.weight if x.dim() == 3 else super().forward(x)

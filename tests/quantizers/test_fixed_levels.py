@@ -1,4 +1,4 @@
-"""What a format owes that rounding can be chosen for: any weight on its levels comes back unchanged, in files also."""
+"""Formats that rounding can be chosen for return any weight on their levels unchanged, in files also."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every format owes: one contract, all formats, all layer types."""
+"""One contract for all formats and all layer types."""
 
 import copy
 

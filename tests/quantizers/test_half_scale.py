@@ -95,7 +95,7 @@ def test_errors_are_no_larger_than_those_of_ggml(text):
 @pytest.mark.parametrize("scale", [1e-9, 1e-5, 1e7])
 @pytest.mark.parametrize("text", [*NAMES, "tq2_0:exact"])
 def test_scales_outside_of_float16_stay_finite(text, scale):
-    """What float16 cannot reach is 0, or clipped."""
+    """Scales that float16 cannot reach are 0, or clipped."""
     w = weight() * 20 * scale
     y = quantized(text, w)
     assert y.isfinite().all()

@@ -1,4 +1,4 @@
-"""What a quantizer does follows the buffers that say so, whoever writes to them."""
+"""Quantizers follow the buffers that switch them, whoever writes to them."""
 
 import copy
 import pickle

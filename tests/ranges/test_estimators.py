@@ -1,4 +1,4 @@
-"""What holds for every estimator: one class of properties, run for all of them."""
+"""Properties of every estimator, checked for all of them."""
 
 import numpy as np
 import pytest

@@ -102,8 +102,7 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("levels", [8, 128])
 @pytest.mark.parametrize("kind", list(DISTRIBUTIONS))
 def test_no_number_of_bins_diverges_less(kind, levels):
-    """Where the tail has few values to a bin the divergence jumps, and a search around the best of some candidates gets
-    lost."""
+    """The divergence jumps where the tail has few values to a bin: a search near the best of some candidates fails."""
     generator = np.random.default_rng(levels)
     for n in (20_000, 200_000):
         x = np.abs(DISTRIBUTIONS[kind](generator, n))
@@ -115,7 +114,7 @@ def test_no_number_of_bins_diverges_less(kind, levels):
 
 
 def test_values_far_from_zero_are_not_all_clipped():
-    """Where the lowest value alone is kept, P and Q are the same."""
+    """P and Q are equal where the lowest value alone is kept, which must not win."""
     x = normal(50_000) * 0.3 + 4.0
     assert 4.0 < estimate_range("kl", Sample.from_tensor(x), IntegerGrid(-128, 127))[1].item() < 6.0
 

@@ -14,7 +14,7 @@ HOW = "apt-get install chromium (or playwright install chromium), and pip instal
 
 
 def why_not() -> str | None:
-    """Why no browser can be had here, or None."""
+    """Returns the reason why there is no browser here, or None."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
@@ -28,7 +28,7 @@ def executable() -> str | None:
 
 
 def own() -> bool:
-    """Whether Playwright has downloaded its own."""
+    """Returns whether Playwright has downloaded its own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""What the page answers, read from its own picture in a browser and compared with the data."""
+"""Answers of the page, read from its own picture in a browser and compared with the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others have edited, cut or named strangely: `lq-report` only reads, says what is wrong, and draws any name."""
+"""Files that others have edited, cut or named strangely: `lq-report` says what is wrong, and draws any name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `lq-report` finds, what it refuses, and what it writes."""
+"""Runs that `lq-report` finds and refuses, and the files that it writes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def ask(study: optuna.Study) -> optuna.Trial:
 
 
 def lost_trial(url: str, study: str) -> None:
-    """What a worker leaves that was killed between taking a trial and its first sign of life."""
+    """Leaves a trial as a worker does that is killed between taking it and its first sign of life."""
     with quiet():
         storage = RDBStorage(url)
         known = optuna.load_study(study_name=study, storage=storage)
@@ -142,8 +142,7 @@ def test_a_process_that_waits_for_a_lock_says_so(tmp_path: Path, caplog: Any, mo
 
 
 def take_away(url: str, study: str, number: int) -> None:
-    """What another worker does with a trial that gave no sign of life: fails it and puts its plan back into the
-    queue."""
+    """Fails a trial that gave no sign of life and puts its plan back into the queue, as another worker does."""
     with quiet():
         storage = RDBStorage(url)
         known = optuna.load_study(study_name=study, storage=storage)
@@ -273,7 +272,7 @@ def test_a_server_that_stays_away_is_an_error_with_its_url(server: Server, clock
 
 
 class _Driver(Exception):
-    """What a database driver raises."""
+    """Error that a database driver raises."""
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["direct", "after a second query"])

@@ -1,4 +1,4 @@
-"""What looks at plans read: batches that no trial has read, or parts of them."""
+"""Looks at plans read batches that no trial has read, or parts of them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ BASE = 2 * sum(SIZES)
 
 
 def point(bits: tuple[int, ...]) -> Point:
-    """What a plan scores where the additive model is right."""
+    """Returns the score of a plan where the additive model is right."""
     harm = sum(h * 4.0**-b for h, b in zip(HARMS, bits, strict=True))
     return Point(1.0 - harm, sum(s * b for s, b in zip(SIZES, bits, strict=True)), params_of(bits))
 

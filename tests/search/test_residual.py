@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """As in ResNet-18: stem, pooling, two stages."""
+    """Network like ResNet-18: stem, pooling, two stages."""
 
     def __init__(self) -> None:
         super().__init__()

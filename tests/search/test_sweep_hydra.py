@@ -19,7 +19,7 @@ COMPLETE, FAIL, RUNNING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNI
 
 
 def trials(file: Path, *states: TrialState) -> list[FrozenTrial]:
-    """Of the one study in this file; none before it is made."""
+    """Returns the trials of the one study in this file; none before it is made."""
     if not file.exists():
         return []
     try:

@@ -39,7 +39,7 @@ def test_outputs_are_within_one_step_and_every_product_is_of_integers(name, weig
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_plan_of_inputs_alone(suffix, tmp_path, caplog):
-    """What a plan leaves float is rounded too, which a warning says; the answers stay."""
+    """Tensors that the plan leaves float are rounded also, which a warning says; the answers stay."""
     net, path = quantized("mobilenet", "int8 per_channel narrow", rounds=False), tmp_path / f"net.{suffix}"
     with caplog.at_level(logging.WARNING):
         steps, products = compared(net, path)
