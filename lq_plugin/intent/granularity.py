@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -89,3 +90,28 @@ class PerMatrix:
 
 
 Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | PerBlock | PerMatrix
+
+_CHANNEL = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
+_GROUP = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
+_BLOCK = re.compile(r"block(?P<size>-?\d{1,9})$")
+_MATRIX = re.compile(r"matrix(?P<rows>-?\d{1,9})$")
+
+
+def spelled_granularity(word: str) -> Granularity | None:
+    """Returns the granularity that a word spells, as `str` writes it; None: no granularity.
+
+    >>> spelled_granularity("group16:4"), spelled_granularity("int4")
+    (PerGroup(group_size=16, ragged=False, scale_bits=4, coarse='tensor'), None)
+    """
+    if word in ("per_tensor", "per_token"):
+        return PerTensor() if word == "per_tensor" else PerToken()
+    if match := _CHANNEL.match(word):
+        return PerChannel(int(match["axis"]) if match["axis"] else None)
+    if match := _GROUP.match(word):
+        scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
+        return PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor")
+    if match := _BLOCK.match(word):
+        return PerBlock(int(match["size"]))
+    if match := _MATRIX.match(word):
+        return PerMatrix(int(match["rows"]))
+    return None

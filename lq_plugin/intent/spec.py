@@ -18,7 +18,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, cast
@@ -38,7 +37,16 @@ from lq_plugin.intent.formats import (
     rounding_fault,
     spelled_format,
 )
-from lq_plugin.intent.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerMatrix, PerTensor, PerToken
+from lq_plugin.intent.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerMatrix,
+    PerTensor,
+    PerToken,
+    spelled_granularity,
+)
 from lq_plugin.intent.ranges import RANGES, is_learned, range_fault, range_kind
 
 __all__ = [
@@ -57,13 +65,8 @@ __all__ = [
 
 #: MX formats: integer mantissas under shared exponents.
 MX_FORMATS = tuple(MX_ELEMENTS)
-_GROUP_TOKEN = re.compile(r"group(?P<size>-?\d{1,9})(:(?P<scale_bits>\d{1,9})(:(?P<coarse>\w+))?)?$")
-_BLOCK_TOKEN = re.compile(r"block(?P<size>-?\d{1,9})$")
-_MATRIX_TOKEN = re.compile(r"matrix(?P<rows>-?\d{1,9})$")
-_CHANNEL_TOKEN = re.compile(r"per_channel(:(?P<axis>-?\d{1,9}))?$")
-#: Examples of them, as messages list the valid words.
+#: Granularities, as messages list the valid words.
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "group16", "block128")
-_PLAIN_GRANULARITIES: dict[str, Granularity] = {"per_tensor": PerTensor(), "per_token": PerToken()}
 
 
 @dataclass(frozen=True)
@@ -347,51 +350,18 @@ class QuantSpec:
         words = text.split()
         chosen: dict[str, Any] = {}
         faults: list[str] = []
-        ragged = False
-
-        def choose(key: str, value: Any, word: str) -> None:
-            if key in chosen:
-                faults.append(f"{word!r} sets {key} a second time")
-            chosen[key] = value
-
         for word in words:
-            head, colon, options = word.partition(":")
-            if spelled := spelled_format(head):
-                choose("format", spelled[0] + colon + options, word)
-                chosen |= spelled[1]
-            elif match := _GROUP_TOKEN.match(word):
-                scale_bits = int(match["scale_bits"]) if match["scale_bits"] else None
-                choose(
-                    "granularity", PerGroup(int(match["size"]), False, scale_bits, match["coarse"] or "tensor"), word
-                )
-            elif match := _CHANNEL_TOKEN.match(word):
-                choose("granularity", PerChannel(int(match["axis"]) if match["axis"] else None), word)
-            elif match := _BLOCK_TOKEN.match(word):
-                choose("granularity", PerBlock(int(match["size"])), word)
-            elif match := _MATRIX_TOKEN.match(word):
-                choose("granularity", PerMatrix(int(match["rows"])), word)
-            elif word in _PLAIN_GRANULARITIES:
-                choose("granularity", _PLAIN_GRANULARITIES[word], word)
-            elif word == "affine":
-                choose("affine", True, word)
-            elif word == "narrow":
-                choose("narrow_range", True, word)
-            elif word == "ragged":
-                ragged = True
-            elif head in RANGES:
-                choose("range", word, word)
-            elif head in ROUNDINGS:
-                choose("rounding", word, word)
-            elif word in GRADIENTS:
-                choose("gradient", word, word)
-            else:
-                known = [
-                    *format_spellings(), *_GRANULARITIES, *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS
-                ]  # fmt: skip
+            found = _fields_of(word)
+            key = next(iter(found), None)
+            if key is None and word != "ragged":
+                known = [*format_spellings(), *_GRANULARITIES, *FLAGS, *RANGES, *ROUNDINGS, *GRADIENTS]
                 faults.append(name_fault("word", word, known))
+            elif key in chosen:
+                faults.append(f"{word!r} sets {key} a second time")
+            chosen |= found
         if "format" not in chosen and not faults:
             faults.append("no format; start with int4, uint8, ...")
-        if ragged:
+        if "ragged" in words:
             if isinstance(group := chosen.get("granularity"), PerGroup):
                 chosen["granularity"] = replace(group, ragged=True)
             else:
@@ -423,6 +393,21 @@ class QuantSpec:
 
     def __repr__(self) -> str:
         return f"QuantSpec({str(self)!r})"
+
+
+def _fields_of(word: str) -> dict[str, Any]:
+    """Returns the fields of a spec that a word sets, of which the first is set once; none where it is unknown."""
+    head, colon, options = word.partition(":")
+    if spelled := spelled_format(head):
+        return {"format": spelled[0] + colon + options, **spelled[1]}
+    if (granularity := spelled_granularity(word)) is not None:
+        return {"granularity": granularity}
+    if word in (flags := {"affine": "affine", "narrow": "narrow_range"}):
+        return {flags[word]: True}
+    for name, given, known in (("range", head, RANGES), ("rounding", head, ROUNDINGS), ("gradient", word, GRADIENTS)):
+        if given in known:
+            return {name: word}
+    return {}
 
 
 def _listed(widths: tuple[int, ...]) -> str:
