@@ -95,6 +95,7 @@ def model_report(
     plan = plan or plan_of(survey)
     ledger = ledger if ledger is not None and len(ledger) else prepare(model, plan)
     known = {name: errors for name, errors in (measured or {}).items() if errors.elements}
+    weights_before = float_weights or {}
     rows: dict[str, list[FidelityRow]] = {}
     priced = cost(model, recording)
     detailed = {row.name for row in sorted(priced, key=lambda row: -row.elements)[:max_detailed]}
@@ -109,33 +110,22 @@ def model_report(
             module = survey.candidates[row.name]
             reason = entries[row.name].reason if row.name in entries else None
             layer = module if isinstance(module, QuantizedLayer) else None
-            details: dict[str, Any] = {}
-            if row.name in detailed:
-                layer_plan = LayerPlan() if layer is None else layer.layer_plan
-                details["flow"] = flow(row.name, module, row.kind, layer_plan, recording, reason)
-                if layer is not None:
-                    unit, learned = _unit_of(row.name, reconstruction)
-                    before = (float_weights or {}).get(row.name)
-                    details |= {
-                        "boxes": boxes(layer, before),
-                        "error": error_map(layer, before),
-                        "rounding": rounding(layer, before, unit, learned),
-                    }
-                    details["views"] = _views(layer, statistics, before)
-            numbers: dict[str, Any] = {
+            before, found = weights_before.get(row.name), rows.get(row.name, [])
+            details: dict[str, Any] = {
                 "sensitivity": _of(sensitivity, row.name),
                 "latency_ms": _of(latency_ms, row.name),
                 "output_db": _decibels(outputs.get(row.name)),
             }
-            found = rows.get(row.name, [])
-            if (
-                layer is not None
-                and (was := (float_weights or {}).get(row.name)) is not None
-                and in_force(layer) is not None
-            ):
-                ratio = float(sqnr_db(original(layer, was), quantized(layer)))
+            if row.name in detailed:
+                layer_plan = LayerPlan() if layer is None else layer.layer_plan
+                details["flow"] = flow(row.name, module, row.kind, layer_plan, recording, reason)
+                if layer is not None:
+                    details["views"] = _views(layer, statistics, before)
+                    details |= _pictures(layer, before, *_unit_of(row.name, reconstruction))
+            if layer is not None and before is not None and in_force(layer) is not None:
+                ratio = float(sqnr_db(original(layer, before), quantized(layer)))
                 found = [replace(r, sqnr_db=ratio) if r.slot == "weight" else r for r in found]
-            layers.append(_layer(row, module, layer, found, reason, details | numbers))
+            layers.append(_layer(row, module, layer, found, reason, details))
     report = ModelReport(
         name=type(model).__name__,
         plan=plan.to_yaml(),
@@ -226,6 +216,14 @@ def _layer(
         bounds=bounds,
         **details,
     )
+
+
+def _pictures(layer: QuantizedLayer, before: Tensor | None, unit: str, learned: UnitResult | None) -> dict[str, Any]:
+    return {
+        "boxes": boxes(layer, before),
+        "error": error_map(layer, before),
+        "rounding": rounding(layer, before, unit, learned),
+    }
 
 
 def _views(layer: QuantizedLayer, statistics: Statistics, before: Tensor | None) -> list[TensorView]:
