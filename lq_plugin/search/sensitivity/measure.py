@@ -226,7 +226,8 @@ class _Measurement(Callback):
         if self.gradient and inputs:
             kind = f"measure {self.gradient[0]!r} is for weights"
             raise QuantizationError(f"{kind}; {', '.join(inputs[:3])} are not: use {', '.join(FORWARD)}")
-        inner = [name for unit in self.units for name in unit.layers if name not in self._called()]
+        called = self._called()
+        inner = [name for unit in self.units for name in unit.layers if name not in called]
         if "layer_sqnr" in self.forward and inner:
             kind = "measure 'layer_sqnr' is for layers that are called as modules"
             raise QuantizationError(f"{kind}; {', '.join(inner[:3])} are not: use kl, sqnr or loss")
@@ -243,27 +244,24 @@ class _Measurement(Callback):
             )
         head = module.get_submodule(called[-1])
         layers: dict[str, Any] = dict(self.evaluator.layers)
-        sums = {
-            (name, unit.name, str(c)): _Ratio() for name in self.forward for unit in self.units for c in unit.choices
-        }
+        options = [(unit, choice) for unit in self.units for choice in unit.choices]
+        sums = {(name, unit.name, str(choice)): _Ratio() for name in self.forward for unit, choice in options}
         # Batch by batch, so that one prefix is held at a time.
         for batch in data:
             cache = PrefixCache(layers)
             self.evaluator.apply(self._plans(None))
             with cache.recording():
                 expected = _outputs(head, run, batch)
-            for unit in self.units:
-                for choice in unit.choices:
-                    self.evaluator.apply(self._plans(unit, choice))
-                    own = _Ratio()
-                    with cache.replaying(unit.layers), ExitStack() as stack:
-                        if "layer_sqnr" in self.forward:
-                            for name in unit.layers:
-                                stack.enter_context(_watching(layers[name], own))
-                        got = _outputs(head, run, batch)
-                    for name in self.forward:
-                        found = own if name == "layer_sqnr" else _FUNCTIONS[name](expected, got)
-                        sums[name, unit.name, str(choice)].add(found)
+            for unit, choice in options:
+                self.evaluator.apply(self._plans(unit, choice))
+                own = _Ratio()
+                with cache.replaying(unit.layers), ExitStack() as stack:
+                    for name in unit.layers if "layer_sqnr" in self.forward else ():
+                        stack.enter_context(_watching(layers[name], own))
+                    got = _outputs(head, run, batch)
+                for name in self.forward:
+                    found = own if name == "layer_sqnr" else _FUNCTIONS[name](expected, got)
+                    sums[name, unit.name, str(choice)].add(found)
         for (measure, name, choice), ratio in sums.items():
             self.values.setdefault(measure, {}).setdefault(name, {})[choice] = ratio.value
 
