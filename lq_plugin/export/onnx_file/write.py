@@ -126,12 +126,8 @@ def export_onnx(
         if exported is None or stepwise
         else copy.deepcopy(exported)
     )
-    for name, dim, size in _fixed_dims(made, inputs, free) if stepwise else ():
-        log.warning(
-            "dim %d of %s is always %d in %s: it shows each step of %s, whose state is quantized; a float state (see "
-            "README) leaves the length of sequences open",
-            dim, name, size, path, ", ".join(sorted(stepwise)),
-        )  # fmt: skip
+    if stepwise:
+        _warn_of_fixed_dims(made, inputs, free, (path, ", ".join(sorted(stepwise))))
     graph = Graph(made, form)
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
@@ -156,7 +152,12 @@ def export_onnx(
             name,
             what,
         )
-    file = graph.finish()
+    return _write(graph, batches, path)
+
+
+def _write(graph: Graph, batches: list[Any] | None, path: str | Path) -> int:
+    """Settles what depends on the whole graph, checks it and writes it; returns the size of the file, in bytes."""
+    form, file = graph.form, graph.finish()
     if batches is not None and not quantize_sums(file, (_feed(file, batch) for batch in batches), signed=form.signed):
         log.warning("%s: sums_from has no effect, no sum in the graph reads an integer convolution", path)
     for bias in settle_biases(file) if form.integer_biases else ():
@@ -174,12 +175,18 @@ def export_onnx(
     return Path(path).stat().st_size
 
 
-def _fixed_dims(made: onnx.ModelProto, inputs: Sequence[Any], free: Collection[int]) -> Iterator[tuple[str, int, int]]:
-    """Yields the dims of inputs that were to be free and that torch has made constant: input, dim and size."""
+def _warn_of_fixed_dims(
+    made: onnx.ModelProto, inputs: Sequence[Any], free: Collection[int], words: tuple[Any, str]
+) -> None:
+    """Says which dims of inputs were to be free and are constant in a file of these words: its path, its layers."""
     for value, x in zip(made.graph.input, tensors_of(inputs), strict=False):
         for dim, entry in enumerate(value.type.tensor_type.shape.dim):
             if dim in free and dim < x.ndim and entry.HasField("dim_value"):
-                yield value.name, dim, entry.dim_value
+                log.warning(
+                    "dim %d of %s is always %d in %s: it shows each step of %s, whose state is quantized; a float "
+                    "state (see README) leaves the length of sequences open",
+                    dim, value.name, entry.dim_value, *words,
+                )  # fmt: skip
 
 
 def _put_weights(
