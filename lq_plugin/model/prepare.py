@@ -98,31 +98,14 @@ def prepare(
         f"{name}: there is no module {operation.place[0]!r}.{did_you_mean(operation.place[0], modules)}"
         for name, (operation, _) in operation_plans.items() if operation.place[0] not in modules
     ])  # fmt: skip
-    raise_all(PlanError, "weights that are computed (weight_norm, pruning, ...) cannot be kept in an interval", [
-        f"{name}: '{spec}' clips its weight after each step"
-        for name, layer_plan in layer_plans.items() if weight_is_computed(survey.candidates[name])
-        for _, spec in layer_plan.stages_of("weight") if spec and make_weight_quantizer(spec, name, (1,
-        1)).latent_bound is not None
-    ])  # fmt: skip
-    raise_all(PlanError, "attributes with names that quantized layers use for something else: rename them, or leave "
-    "these layers float", [
-        f"{name} ({type(module).__name__}): {', '.join(taken)}"
-        for name,
-        layer_plan in layer_plans.items() if layer_plan and (taken := _names_taken(module := survey.candidates[name]))
-    ])  # fmt: skip
+    _refuse_layers({name: (survey.candidates[name], found) for name, found in layer_plans.items() if found})
     ledger = ledger_of(model, survey, layer_plans, operation_plans)
     if not ledger.quantized:
         raise _nothing_to_quantize(model, [(entry.name, entry.kind, entry.reason) for entry in ledger.left_float])
     _refuse_other_plan(model, survey.candidates, layer_plans, operation_plans)
     for name, layer_plan in layer_plans.items():
-        module = survey.candidates[name]
-        if layer_plan and not isinstance(module, QuantizedLayer):
-            swapped = quantized_class(module)
-            assert swapped is not None
-            module.__class__ = swapped
-            attach_quantizers(cast(QuantizedLayer, module), layer_plan, name)
-            if isinstance(module, CompoundWeight):
-                module.enter_owner()
+        if layer_plan and not isinstance(module := survey.candidates[name], QuantizedLayer):
+            _swap(module, layer_plan, name)
     attach_operations(model, operation_plans)
     disable_fast_paths(model)
     share_inputs(model)
@@ -131,6 +114,42 @@ def prepare(
     ):
         model.__dict__["to_onnx"] = _to_onnx
     return ledger
+
+
+def _refuse_layers(planned: Mapping[str, tuple[nn.Module, LayerPlan]]) -> None:
+    """Refuses layers that cannot have the quantizers of their plans, by name.
+
+    Raises:
+        PlanError: listing them.
+    """
+    clipped = [
+        f"{name}: '{spec}' clips its weight after each step"
+        for name, (module, layer_plan) in planned.items()
+        if weight_is_computed(module)
+        for _, spec in layer_plan.stages_of("weight")
+        if spec and make_weight_quantizer(spec, name, (1, 1)).latent_bound is not None
+    ]
+    raise_all(PlanError, "weights that are computed (weight_norm, pruning, ...) cannot be kept in an interval", clipped)
+    clashes = [
+        f"{name} ({type(module).__name__}): {', '.join(taken)}"
+        for name, (module, _) in planned.items()
+        if (taken := _names_taken(module))
+    ]
+    raise_all(
+        PlanError,
+        "attributes with names that quantized layers use for something else: rename them, or leave these layers float",
+        clashes,
+    )
+
+
+def _swap(module: nn.Module, plan: LayerPlan, name: str) -> None:
+    """Turns a layer into a quantized one, with the quantizers of its plan."""
+    swapped = quantized_class(module)
+    assert swapped is not None
+    module.__class__ = swapped
+    attach_quantizers(cast(QuantizedLayer, module), plan, name)
+    if isinstance(module, CompoundWeight):
+        module.enter_owner()
 
 
 def _to_onnx(*args: Any, **kwargs: Any) -> None:
