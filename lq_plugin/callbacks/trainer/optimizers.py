@@ -149,17 +149,10 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule, stages_de
     wanted: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
     own: dict[int, list[nn.Parameter]] = {}
     # A module without optimizers gets one from Lightning that has no groups.
-    first = next(((index, 0) for index, optimizer in enumerate(trainer.optimizers) if optimizer.param_groups), None)
-    if first is None:
+    usable = [(index, 0) for index, optimizer in enumerate(trainer.optimizers) if optimizer.param_groups]
+    if not usable:
         return result
-    fit = next(
-        (
-            (index, 0)
-            for index, optimizer in enumerate(trainer.optimizers)
-            if optimizer.param_groups and not _unfit(optimizer)
-        ),
-        None,
-    )
+    first, fit = usable[0], next((place for place in usable if not _unfit(trainer.optimizers[place[0]])), None)
     for owner, weights, quantizer in _owned(pl_module):
         for name, parameter in quantizer.named_parameters():
             if not parameter.requires_grad:
@@ -184,18 +177,20 @@ def adopt_learned_ranges(trainer: Trainer, pl_module: LightningModule, stages_de
         _move(trainer, index, group, parameters, decay_free)
         result.clones.setdefault(index, []).append(group)
     result.own.extend(RangeOptimizer(trainer.optimizers[index], parameters) for index, parameters in own.items())
-    for _, layer in quantized_layers(pl_module):
-        if getattr(layer, "sparse", False) is True and layer.weight_quantizer is not None:
-            for stage in layer.weight_quantizer.stages():
-                if isinstance(stage, LSQWeightQuantizer):
-                    # Where one optimizer steps a table and its ranges, it takes sparse gradients of both.
-                    owners = {
-                        place and place[0]
-                        for part in (*weight_sources(layer), stage.scale)
-                        for place in [_find(trainer.optimizers, part)]
-                    }
-                    stage.sparse_gradients = len(owners) == 1 and None not in owners
+    _allow_sparse_gradients(trainer, pl_module)
     return result
+
+
+def _allow_sparse_gradients(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Lets learned ranges of sparse tables have sparse gradients where one optimizer steps both."""
+    for _, layer in quantized_layers(pl_module):
+        if getattr(layer, "sparse", False) is not True or layer.weight_quantizer is None:
+            continue
+        for stage in layer.weight_quantizer.stages():
+            if isinstance(stage, LSQWeightQuantizer):
+                places = [_find(trainer.optimizers, part) for part in (*weight_sources(layer), stage.scale)]
+                owners = {place and place[0] for place in places}
+                stage.sparse_gradients = len(owners) == 1 and None not in owners
 
 
 def _unfit(optimizer: Optimizer) -> bool:
