@@ -132,45 +132,23 @@ HUGGING_FACE: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
             "OPTForCausalLM", "OPTConfig", _IDS, **_TEXT, ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, use_cache=False,
         ),
     ),
-    (
-        "BLOOM",
-        "text",
-        hugging_face(
-            "BloomForCausalLM", "BloomConfig", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4,
-            use_cache=False,
-        ),
-    ),
-    (
-        "Falcon",
-        "text",
-        hugging_face(
-            "FalconForCausalLM", "FalconConfig", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2,
-            num_attention_heads=4, use_cache=False,
-        ),
-    ),
-    (
-        "Mamba",
-        "text",
-        hugging_face(
-            "MambaForCausalLM", "MambaConfig", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2,
-            state_size=8, use_cache=False,
-        ),
-    ),
-    (
-        "Mamba 2",
-        "text",
-        hugging_face(
-            "Mamba2ForCausalLM", "Mamba2Config", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2,
-            state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=8, use_cache=False,
-        ),
-    ),
-    (
-        "RWKV",
-        "text",
-        hugging_face(
-            "RwkvForCausalLM", "RwkvConfig", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2,
-            context_length=32, use_cache=False,
-        ),
+    *(
+        (
+            name,
+            "text",
+            hugging_face(
+                f"{kind}ForCausalLM", f"{kind}Config", _IDS, vocab_size=VOCABULARY, hidden_size=WIDTH, use_cache=False,
+                **more,
+            ),
+        )
+        for name, kind, more in (
+            ("BLOOM", "Bloom", {"n_layer": 2, "n_head": 4}),
+            ("Falcon", "Falcon", {"num_hidden_layers": 2, "num_attention_heads": 4}),
+            ("Mamba", "Mamba", {"num_hidden_layers": 2, "state_size": 8}),
+            ("Mamba 2", "Mamba2", {"num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 16,
+                                   "n_groups": 2, "chunk_size": 8}),
+            ("RWKV", "Rwkv", {"num_hidden_layers": 2, "context_length": 32}),
+        )
     ),
     (
         "BART",
