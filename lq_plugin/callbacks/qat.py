@@ -310,8 +310,10 @@ class QAT(QuantizationCallback):
         silent = {id(quantizer) for group in self.unreached.values() for quantizer in group}
         for quantizer in quantizers(pl_module):
             # Frozen ranges are those that there are: what a batch reaches later still gets its first.
-            quantizer.observing = isinstance(quantizer, ActivationQuantizer) and (
-                switches.observe or not quantizer.is_calibrated
+            quantizer.observing = (
+                isinstance(quantizer, ActivationQuantizer)
+                and quantizer.moving
+                and (switches.observe or not quantizer.is_calibrated)
             )
             if id(quantizer) not in silent:
                 self._switch(quantizer, switches)

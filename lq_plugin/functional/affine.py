@@ -21,12 +21,11 @@ from lq_plugin.functional.affine_kernels import (
     NativeExtremes,
     NativeFakeQuantize,
     TracedFakeQuantize,
-    native_layout,
 )
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import Kernels
-from lq_plugin.native.layouts import Layout, layout_along
+from lq_plugin.native.layouts import layout_of
 from lq_plugin.native.pass_band import pass_band
 
 #: Scales below this are replaced by it: a constant-zero channel stays representable, and
@@ -143,14 +142,14 @@ def fake_quantize(
         if ops.traceable(x, scale, dtype):
             y = TracedFakeQuantize.apply(x, scale, zero_point, *bounds, None, dtype)
             return y
-    elif (found := ops.kernels_for(x, dtype)) is not None and (
-        layout := native_layout(x, scale, zero_point)
+    elif (found := ops.kernels_for(x, dtype, (scale, zero_point))) is not None and (
+        layout := layout_of(x, scale.shape)
     ) is not None:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False, dtype=dtype)[0]
         y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found, dtype)
         return y
-    y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
+    y = _FakeQuantize.apply(x, scale, zero_point, *bounds, False)
     return y.to(dtype or x.dtype)
 
 
@@ -204,16 +203,15 @@ def fake_quantize_observed(
             low.copy_(torch.minimum(low, x_low))
             high.copy_(torch.maximum(high, x_high))
             return y
-    elif (
-        (found := ops.kernels_for(x, dtype)) is not None and scale.numel() == 1 and native_layout(x, scale, zero_point)
+    elif (found := ops.kernels_for(x, dtype, (scale, zero_point))) is not None and (
+        scale.numel() == 1 and (layout := layout_of(x, scale.shape)) is not None
     ):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return found.fake_quantize_observed(x, scale, zero_point, bounds, low, high, masked=False, dtype=dtype)[0]
-        layout, seen = Layout(1, 1, x.numel(), 1), (low, high)
-        y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, seen, found, dtype)
+        y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, (low, high), found, dtype)
         return y
     observe(x, low, high)
-    y = _FakeQuantize.apply(x, scale, zero_point, *bounds)
+    y = _FakeQuantize.apply(x, scale, zero_point, *bounds, False)
     return y.to(dtype or x.dtype)
 
 
@@ -244,7 +242,7 @@ def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     x = x.detach()
     if not torch.compiler.is_compiling() and x.is_contiguous() and isinstance(found := ops.kernels_for(x), Kernels):
         # torch reduces short runs an element at a time.
-        layout = layout_along(x, scale_shape)
+        layout = layout_of(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             low, high = found.row_extremes(x, layout.outer)
             return low.view(scale_shape).to(x.dtype), high.view(scale_shape).to(x.dtype)
@@ -285,7 +283,7 @@ def fake_quantize_to_extremes(
     """
     covered = not grid.affine and grid.quant_min < 0 < grid.quant_max and grid.quant_max - grid.quant_min < 2**16
     if not torch.compiler.is_compiling() and x.is_contiguous() and (found := ops.kernels_for(x, dtype)) is not None:
-        layout = layout_along(x, scale_shape)
+        layout = layout_of(x, scale_shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             if torch.is_grad_enabled() and x.requires_grad:
                 y: Tensor = NativeExtremes.apply(x, layout, grid, covered, found, dtype)
@@ -294,28 +292,39 @@ def fake_quantize_to_extremes(
                 x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False, dtype=dtype
             )[0]
     scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
-    y = (_CoveredFakeQuantize if covered else _FakeQuantize).apply(x, scale, zero_point, grid.quant_min, grid.quant_max)
+    y = _FakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, covered)
     return y.to(dtype or x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.quant_min, ctx.quant_max = quant_min, quant_max
-        return _rounded(x, scale, zero_point, quant_min, quant_max)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any, covered: Any
+    ) -> Any:
+        ctx.covered = covered  # Nothing is clipped, and nothing saved.
+        if not covered:
+            ctx.save_for_backward(x, scale, zero_point)
+            ctx.quant_min, ctx.quant_max = quant_min, quant_max
+        # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are integers, exact in float32.
+        if scale.numel() == 1 and _has_cheap_scalars(x, scale, zero_point):
+            low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
+            return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
+        y = (x.float() * scale.reciprocal()).round_()
+        return torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.covered:
+            return grad, *(None,) * 5
         # From the saved input: no mask tensor is kept between forward and backward.
         x, scale, zero_point = ctx.saved_tensors
         if _has_cheap_scalars(x, scale, zero_point):
             low, high = pass_band(scale.item(), ctx.quant_min - zero_point.item(), ctx.quant_max - zero_point.item())
             # One vectorised kernel for grad · 1{low < x < high}.
-            return torch.ops.aten.hardtanh_backward(grad, x, low, high), None, None, None, None
+            return torch.ops.aten.hardtanh_backward(grad, x, low, high), *(None,) * 5
         r = (x.float() * scale.reciprocal()).round_()
         outside = (r < ctx.quant_min - zero_point).logical_or_(r > ctx.quant_max - zero_point)
-        return grad.masked_fill(outside, 0.0), None, None, None, None
+        return grad.masked_fill(outside, 0.0), *(None,) * 5
 
 
 class _IdentityFakeQuantize(torch.autograd.Function):
@@ -326,27 +335,6 @@ class _IdentityFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None, None
-
-
-class _CoveredFakeQuantize(torch.autograd.Function):
-    """Fake quantization without clipping: nothing is saved for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Any, quant_max: Any) -> Any:
-        return _rounded(x, scale, zero_point, quant_min, quant_max)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None, None, None, None
-
-
-def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    # clip(r + z) - z is clip(r, qmin - z, qmax - z): all are integers, exact in float32.
-    if scale.numel() == 1 and _has_cheap_scalars(x, scale, zero_point):
-        low, high = quant_min - zero_point.item(), quant_max - zero_point.item()
-        return (x * scale.reciprocal().item()).round_().clamp_(low, high).mul_(scale.item())
-    y = (x.float() * scale.reciprocal()).round_()
-    return torch.clamp_(y, quant_min - zero_point, quant_max - zero_point).mul_(scale).to(x.dtype)
 
 
 def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:

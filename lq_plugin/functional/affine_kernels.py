@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
-from lq_plugin.native.layouts import Layout, layout_of
+from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.layouts import Layout
+from lq_plugin.native.switch import FakeQuantizeKernels
 
 
 class NativeFakeQuantize(torch.autograd.Function):
@@ -117,22 +118,3 @@ class TracedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         return torch.ops.lq_plugin.passed_gradient(grad, *ctx.saved_tensors, *ctx.bounds), *(None,) * 6
-
-
-def native_layout(x: Tensor, scale: Tensor, zero_point: Tensor) -> Layout | None:
-    """Returns the layout of the qparams along `x`, or None if the kernels cannot take them.
-
-    Args:
-        x: float tensor of any shape.
-        scale, zero_point: broadcastable to `x`.
-    """
-    if (
-        scale.shape != zero_point.shape
-        or scale.dtype != torch.float32
-        or not scale.is_contiguous()
-        or not zero_point.is_contiguous()
-    ):
-        return None
-    if not x.device == scale.device == zero_point.device:
-        return None
-    return layout_of(x, scale)

@@ -42,20 +42,16 @@ def dynamic_qparams(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> tupl
     """
     low, high = minimum.float().clamp(max=0.0), maximum.float().clamp(min=0.0)
     if grid.affine:
-        scale = _or_one((high - low) / (grid.levels - 1))
-        return scale, (grid.quant_min - low / scale).clamp(grid.quant_min, grid.quant_max).round()
-    scale = torch.zeros_like(high)
-    if grid.quant_max > 0:
-        scale = high / grid.quant_max
-    if grid.quant_min < 0:
-        scale = torch.maximum(scale, low / grid.quant_min)
-    scale = _or_one(scale)
-    return scale, torch.zeros_like(scale)
-
-
-def _or_one(scale: Tensor) -> Tensor:
+        scale = (high - low) / (grid.levels - 1)
+    else:
+        scale = high / grid.quant_max if grid.quant_max > 0 else torch.zeros_like(high)
+        if grid.quant_min < 0:
+            scale = torch.maximum(scale, low / grid.quant_min)
     # Values so small that the quotient is 0 are zeros as well.
-    return torch.where(scale == 0, 1.0, scale)
+    scale = torch.where(scale == 0, 1.0, scale)
+    if not grid.affine:
+        return scale, torch.zeros_like(scale)
+    return scale, (grid.quant_min - low / scale).clamp(grid.quant_min, grid.quant_max).round()
 
 
 def fake_quantize_dynamic(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid) -> Tensor:

@@ -18,6 +18,8 @@ Groups run along the input channels, for each kernel position apart, as vectors 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,37 +59,24 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_axis: 
 
 def blocks(x: Tensor, granularity: Granularity) -> Tensor:
     """Returns a view of `x` that the scales broadcast against; a ragged last group is padded with zeros."""
-    if isinstance(granularity, PerBlock):
-        return _squares(x, granularity)
     if isinstance(granularity, PerMatrix):
         return x.reshape(-1, granularity.rows, *x.shape[1:])
-    if not isinstance(granularity, PerGroup):
+    if not isinstance(granularity, (PerGroup, PerBlock)):
         return x
     rows, columns, *kernel = x.shape
-    size = _block_size(granularity, columns)
-    if short := -columns % size:
-        x = torch.cat([x, x.new_zeros(rows, short, *kernel)], dim=1)
-    return x.reshape(rows, -1, size, *kernel)
-
-
-def _block_size(granularity: PerGroup, columns: int) -> int:
-    """Returns the group size, limited for groups larger than the tensor to what the largest block of a format pads."""
-    return min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
-
-
-def _squares(x: Tensor, granularity: PerBlock) -> Tensor:
-    rows, columns, *kernel = x.shape
-    high, wide = _square(granularity, x.shape)
+    # What is larger than the weight is not padded for nothing, but up to what is a block by its format.
+    if isinstance(granularity, PerGroup):
+        wide = min(granularity.group_size, max(-(-columns // _LARGEST_BLOCK), 1) * _LARGEST_BLOCK)
+    else:
+        wide = min(granularity.size, max(columns, 1))
     if short := -columns % wide:
         x = torch.cat([x, x.new_zeros(rows, short, *kernel)], dim=1)
+    if isinstance(granularity, PerGroup):
+        return x.reshape(rows, -1, wide, *kernel)
+    high = min(granularity.size, max(rows, 1))
     if short := -rows % high:
         x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
     return x.reshape(x.shape[0] // high, high, x.shape[1] // wide, wide, *kernel)
-
-
-def _square(granularity: PerBlock, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns the rows and columns of a square: no more than the weight has, so that nothing is padded for nothing."""
-    return min(granularity.size, max(shape[0], 1)), min(granularity.size, max(shape[1], 1))
 
 
 def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
@@ -111,13 +100,8 @@ def unblocks(y: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Ten
 
 def block_mask(shape: tuple[int, ...], granularity: Granularity) -> Tensor | None:
     """Returns boolean blocks, False on padding; None if nothing is padded."""
-    if isinstance(granularity, PerBlock):
-        high, wide = _square(granularity, shape)
-        if shape[0] % high == shape[1] % wide == 0:
-            return None
-    elif not isinstance(granularity, PerGroup) or shape[1] % _block_size(granularity, shape[1]) == 0:
-        return None
-    return blocks(torch.ones(shape), granularity) > 0
+    inside = blocks(torch.ones(()).expand(shape), granularity)
+    return inside > 0 if inside.numel() > math.prod(shape) else None
 
 
 def has_row_scales(granularity: Granularity) -> bool:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE
-from lq_plugin.functional.affine_kernels import native_layout
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
-from lq_plugin.native.layouts import Layout
+from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.layouts import Layout, layout_of
+from lq_plugin.native.switch import FakeQuantizeKernels
 
 Band = Literal["paper", "rounded"]
 
@@ -78,8 +78,8 @@ def fake_quantize_learned(
         if ops.traceable(x, scale, dtype) and zero_point.numel() == 1:
             y: Tensor = _TracedLearned.apply(x, scale, zero_point, *constants, dtype)
             return y
-    elif (kernels := ops.kernels_for(x, dtype)) is not None:
-        layout = native_layout(x, scale, zero_point)
+    elif (kernels := ops.kernels_for(x, dtype, (scale, zero_point))) is not None:
+        layout = layout_of(x, scale.shape)
         if layout is not None and layout.inner == 1:
             y = _NativeLearned.apply(x, scale, zero_point, constants, layout, kernels, dtype)
             return y

@@ -37,8 +37,8 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int, dtype: torch.dtype
     >>> fake_quantize_pact(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor([3.0]), 4)
     tensor([0., 0., 3.])
     """
-    kernels = trained_kernels(x, dtype)
-    layout = None if kernels is None or alpha.dtype != torch.float32 else layout_of(x, alpha)
+    kernels = trained_kernels(x, dtype, (alpha,))
+    layout = None if kernels is None else layout_of(x, alpha.shape)
     y: Tensor
     if kernels is not None and layout is not None and layout.inner == 1:
         y = _NativePact.apply(x, alpha, levels, layout, kernels, dtype)

@@ -54,7 +54,7 @@ def ternarize_learned(
     y: Tensor
     kernels = trained_kernels(x, dtype)
     if kernels is not None and x.is_contiguous() and threshold.shape == positive.shape == negative.shape:
-        layout = layout_of(x, positive)
+        layout = layout_of(x, positive.shape)
         if layout is not None and layout.repeats == layout.inner == 1:
             y = _NativeTernary.apply(x, threshold, positive, negative, gradient_factor, kernels, dtype)
             return y

@@ -34,8 +34,6 @@ from lq_plugin.quantizers import (
 )
 
 Operation = Literal["product", "convolution", "transposed convolution"]
-#: Methods that compute the output from input and weight.
-_MAKE_PRODUCT = ("forward", "_conv_forward", "quantized_input")
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -60,8 +58,7 @@ class QuantizedLayer(nn.Module):
     #: What the float class computes, for PTQ passes and MACs; None is none of these.
     operation: ClassVar[Operation | None] = None
     #: Whether it computes the product of its operands and nothing else of them. Then, under autocast, their quantizers
-    #: write them in autocast's dtype, which saves a pass over each. A class that overrides one of `_MAKE_PRODUCT` says
-    #: it anew.
+    #: write them in autocast's dtype, which saves a pass over each. Of this very class, not of its subclasses.
     is_plain_product: ClassVar[bool] = False
     #: Whether `output_scale` gives XNOR-Net's K, so that the input format `xnor` can be had.
     has_output_scale: ClassVar[bool] = False
@@ -89,8 +86,7 @@ class QuantizedLayer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._is_canonical = cls.canonical is QuantizedLayer.canonical
-        if cls.is_plain_product and _replaces_product(cls):
-            cls.is_plain_product = False
+        cls.is_plain_product = vars(cls).get("is_plain_product", False)
 
     def canonical(self, weight: Tensor) -> Tensor:
         """The weight as `[C_out, C_in / groups, *kernel]`, a view."""
@@ -181,18 +177,6 @@ class QuantizedLayer(nn.Module):
             for start, stage in zip(quantizer.starts, quantizer.stages(), strict=True)
         ]
         return LayerPlan(**{slot: quantizer.spec for slot, quantizer in chosen.items()}, stages=tuple(stages))
-
-
-def _replaces_product(kind: type[QuantizedLayer]) -> bool:
-    """Returns whether a class has one of `_MAKE_PRODUCT` from elsewhere than the class that says `is_plain_product`."""
-    bases = kind.__mro__
-    declared = next(place for place, base in enumerate(bases) if "is_plain_product" in vars(base))
-    for name in _MAKE_PRODUCT:
-        place = next((place for place, base in enumerate(bases) if name in vars(base)), declared)
-        foreign = not bases[place].__module__.startswith(("torch.nn.", "lq_plugin.layers."))
-        if place < declared or (place > declared and foreign):
-            return True
-    return False
 
 
 def scales_output(quantizer: nn.Module | None) -> bool:

@@ -42,19 +42,21 @@ class _QuantizedConv(QuantizedProduct):
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
     float_class = nn.Conv1d
     input_axis = -2
+    is_plain_product = True
 
 
 @register_layer(nn.Conv2d)
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     float_class = nn.Conv2d
     input_axis = -3
-    has_integer_kernel = True
+    has_integer_kernel = is_plain_product = True
 
 
 @register_layer(nn.Conv3d)
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     float_class = nn.Conv3d
     input_axis = -4
+    is_plain_product = True
 
 
 class QuantizedConvTranspose(ShadowedForward, _QuantizedConv):

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.affine import fake_quantize
-from lq_plugin.functional.affine_kernels import masked_gradient, native_layout
+from lq_plugin.functional.affine_kernels import masked_gradient
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.layers.base import QuantizedLayer
 from lq_plugin.layers.product import Convolution, product, product_gradients
-from lq_plugin.native.kernels import FakeQuantizeKernels
 from lq_plugin.native.layouts import Layout
 from lq_plugin.native.ops import kernels_for, laid_out
+from lq_plugin.native.switch import FakeQuantizeKernels
 from lq_plugin.native.workspace import workspace_like
 from lq_plugin.quantizers import ActivationQuantizer
 
@@ -110,8 +110,8 @@ def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     inputs = layer.input_quantizer
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(inputs, ActivationQuantizer):
         return None
-    kernels = kernels_for(x)
-    if kernels is None or torch._C._len_torch_function_stack() or not type(layer).is_plain_product:
+    # Of what is no tensor, the float layer says what is wrong.
+    if torch._C._len_torch_function_stack() or not type(layer).is_plain_product or not isinstance(x, Tensor):
         return None
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
@@ -119,7 +119,8 @@ def product_of_kept_input(layer: QuantizedLayer, x: Tensor) -> Tensor | None:
     shared = layer._shared_input is not None and layer._shared_input.takes(x)
     if shared or "_conv_forward" in vars(layer) or not inputs.rounds_plainly(x):
         return None
-    if native_layout(x, inputs.scale, inputs.zero_point) is None:  # a scale on another device, for example
+    kernels = kernels_for(x, qparams=(inputs.scale, inputs.zero_point))
+    if kernels is None:
         return None
     convolution = None
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -17,7 +17,7 @@ class QuantizedLinear(QuantizedProduct, nn.Linear):
 
     float_class = nn.Linear
     operation = "product"
-    has_integer_kernel = True
+    has_integer_kernel = is_plain_product = True
     _multiply = staticmethod(F.linear)
 
     def channels(self) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from lq_plugin.layers.kept_input import product_of_kept_input
 class QuantizedProduct(QuantizedLayer):
     """y = Q(W) · Q(x) + b, by integers where the layer is switched to them; times K where XNOR-Net's inputs need it."""
 
-    is_plain_product = True
     has_output_scale = True
 
     #: Computes what the float class does of input, weight and bias.

@@ -158,7 +158,7 @@ def _name(kind: type[nn.Module]) -> str:
 
 def _parametrized(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     kind = type(module)
-    content: dict[str, Any] = {"float_class": kind}
+    content: dict[str, Any] = {"float_class": kind, "is_plain_product": cast(Any, base).is_plain_product}
     if "weight" in parametrized_names(module) and issubclass(base, ShadowedForward):
         content["weight"] = shadowable(kind.__dict__["weight"])
     return parametrized_class(base, module, **content)

@@ -1,13 +1,10 @@
-"""The protocol of kernels, and `fake_quantize.cpp` for tensors.
-
-Callers check `accepts` first: addresses are taken without more checks.
-"""
+"""`fake_quantize.cpp` for tensors. Callers ask `ops.kernels_for` first: addresses are taken without more checks."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,123 +49,8 @@ class BlockRule(ctypes.Structure):
     ]
 
 
-class FakeQuantizeKernels(Protocol):
-    """Fake quantization in as few passes over memory as possible, bit for bit as the torch operations do it."""
-
-    @property
-    def variant(self) -> str:
-        """The name of these kernels."""
-
-    def fake_quantize(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        bounds: tuple[int, int],
-        layout: Layout,
-        masked: bool,
-        learned: bool = False,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped.
-
-        The arithmetic is float32 whatever the dtypes; the result is rounded to its own once, at the end.
-
-        Args:
-            x: that `accepts` holds for.
-            scale, zero_point: contiguous float32 on x's device, `[outer, inner]` elements.
-            bounds: quant_min and quant_max.
-            layout: of both along x.
-            learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
-            dtype: of the result: that of `x` (None), or a smaller one where that is float32.
-            out: takes the result, of the shape and strides of `x`; None: new memory.
-        """
-
-    def fake_quantize_observed(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        bounds: tuple[int, int],
-        low: Tensor,
-        high: Tensor,
-        masked: bool,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
-
-        Args:
-            x: that `accepts` holds for.
-            scale, zero_point: float32 on x's device, one element.
-            bounds: quant_min and quant_max.
-            low, high: float32, one element each.
-            masked: return the mask; else it is None.
-            dtype, out: of the result, as in `fake_quantize`.
-        """
-
-    def fake_quantize_rows(
-        self,
-        x: Tensor,
-        rows: int,
-        bounds: tuple[int, int],
-        affine: bool,
-        masked: bool,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Returns quantized `x`, its mask, and scales and zero points `[rows]` from the extremes of each part.
-
-        Args:
-            x: contiguous, that `accepts` holds for.
-            rows: number of equal parts of `x`, each with a range of its own.
-            bounds: quant_min and quant_max.
-            affine: with a zero point.
-            masked: return the mask; else it is None.
-            dtype: of the result, as in `fake_quantize`.
-        """
-
-    def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the gradient where a bit of `mask` is 1, and 0 elsewhere.
-
-        Args:
-            gradient: laid out in memory as the masked tensor; so is the result.
-            mask: from the forward pass.
-            layout: of the mask.
-            dtype: of the masked tensor and of the result: that of `gradient` (None), or float32.
-        """
-
-    def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
-        """Puts 0 where a bit of `mask` is 0, in place: `mask_gradient` without another tensor.
-
-        Args:
-            gradient: laid out in memory as the masked tensor.
-            mask: from the forward pass.
-            layout: of the mask.
-        """
-
-    def learned_backward(
-        self, x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], rounded: bool,
-        layout: Layout,
-        needs_x: bool, needs_zero_point: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Returns gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor.
-
-        `layout.inner` is 1. The gradient has the dtype that `fake_quantize` gave to its result.
-
-        Args:
-            x: that was quantized.
-            gradient: of the result.
-            scale, zero_point: as the layout says.
-            bounds: outermost levels.
-            rounded: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
-            layout: of scales along `x`.
-            needs_x, needs_zero_point: whether these gradients are wanted.
-        """
-
-
 class Kernels(CompiledKernels):
-    """The compiled library; see `FakeQuantizeKernels`."""
+    """Fake quantization in as few passes over memory as possible, bit for bit as the torch operations do it."""
 
     source = "fake_quantize"
     functions: ClassVar = {
@@ -198,12 +80,25 @@ class Kernels(CompiledKernels):
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
+        """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped.
+
+        The arithmetic is float32 whatever the dtypes; the result is rounded to its own once, at the end.
+
+        Args:
+            x: that `kernels_for` gave these kernels for.
+            scale, zero_point: contiguous float32 on x's device, `[outer, inner]` elements.
+            bounds: quant_min and quant_max.
+            layout: of both along x.
+            learned: the scale acts by its magnitude, the zero point rounded, as in LSQ.
+            dtype: of the result: that of `x` (None), or a smaller one where that is float32.
+            out: takes the result, of the shape and strides of `x`; None: new memory.
+        """
+        y = torch.empty_like(x, dtype=dtype) if out is None else out
+        mask = new_mask(x, layout) if masked else None
         self._library.lq_fake_quantize(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), *layout, *bounds,
-            learned,
-            self._number, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
+            zero_point.data_ptr(), *layout, *bounds, learned, self._number, torch.get_num_threads(),
         )  # fmt: skip
         return y, mask
 
@@ -219,12 +114,24 @@ class Kernels(CompiledKernels):
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """Returns `fake_quantize` with one scale, and widens `low..high` in place to the extremes of `x`.
+
+        Args:
+            x: that `kernels_for` gave these kernels for.
+            scale, zero_point: float32 on x's device, one element.
+            bounds: quant_min and quant_max.
+            low, high: float32, one element each.
+            masked: return the mask; else it is None.
+            dtype, out: of the result, as in `fake_quantize`.
+        """
         whole = Layout(1, 1, x.numel(), 1)
-        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, whole, masked)
+        y = torch.empty_like(x, dtype=dtype) if out is None else out
+        mask = new_mask(x, whole) if masked else None
         self._library.lq_fake_quantize_observed(
             TYPES[x.dtype, y.dtype],
-            x.data_ptr(), y.data_ptr(), address(mask), scale.data_ptr(), zero_point.data_ptr(), x.numel(), *bounds,
-            low.data_ptr(), high.data_ptr(), self._number, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
+            zero_point.data_ptr(), x.numel(), *bounds, low.data_ptr(), high.data_ptr(), self._number,
+            torch.get_num_threads(),
         )  # fmt: skip
         return y, mask
 
@@ -237,13 +144,22 @@ class Kernels(CompiledKernels):
         masked: bool,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        y, mask = torch.empty_like(x, dtype=dtype), None
+        """Returns quantized `x`, its mask, and scales and zero points `[rows]` from the extremes of each part.
+
+        Args:
+            x: contiguous, that `kernels_for` gave these kernels for.
+            rows: number of equal parts of `x`, each with a range of its own.
+            bounds: quant_min and quant_max.
+            affine: with a zero point.
+            masked: return the mask; else it is None.
+            dtype: of the result, as in `fake_quantize`.
+        """
+        y = torch.empty_like(x, dtype=dtype)
+        mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1)) if masked else None
         scale, zero_point = (
             torch.empty(rows, dtype=torch.float32, device="cpu"),
             torch.empty(rows, dtype=torch.float32, device="cpu"),
         )
-        if masked:
-            mask = new_mask(x, Layout(1, rows, x.numel() // rows, 1), masked)
         self._library.lq_fake_quantize_rows(
             TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr(), scale.data_ptr(),
@@ -257,13 +173,14 @@ class Kernels(CompiledKernels):
         """Returns quantized `x` and, if `masked`, the bits of the elements that were not clipped, as `layout.mask`.
 
         Args:
-            x: that `accepts` holds for.
+            x: that `kernels_for` gave these kernels for.
             layout: of its channels.
             rule: of the format.
             masked: return the mask; else it is None.
             dtype: of the result, as in `fake_quantize`.
         """
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout.mask, masked)
+        y = torch.empty_like(x, dtype=dtype)
+        mask = new_mask(x, layout.mask) if masked else None
         self._blocks(
             TYPES[x.dtype, y.dtype],
             x.data_ptr(), y.data_ptr(), address(mask), *layout, rule, self._number,
@@ -315,7 +232,7 @@ class Kernels(CompiledKernels):
         """Returns scale and zero point, float32 `[1]`, from the extremes of `x`.
 
         Args:
-            x: that `accepts` holds for.
+            x: that `kernels_for` gave these kernels for.
             bounds: quant_min and quant_max.
             affine: with a zero point.
         """
@@ -331,6 +248,14 @@ class Kernels(CompiledKernels):
         return scale, zero_point
 
     def mask_gradient(self, gradient: Tensor, mask: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the gradient where a bit of `mask` is 1, and 0 elsewhere.
+
+        Args:
+            gradient: laid out in memory as the masked tensor; so is the result.
+            mask: from the forward pass.
+            layout: of the mask.
+            dtype: of the masked tensor and of the result: that of `gradient` (None), or float32.
+        """
         result = torch.empty_like(gradient, dtype=dtype)
         self._library.lq_mask_gradient(
             TYPES[result.dtype, gradient.dtype],
@@ -339,6 +264,13 @@ class Kernels(CompiledKernels):
         return result
 
     def keep(self, gradient: Tensor, mask: Tensor, layout: Layout) -> None:
+        """Puts 0 where a bit of `mask` is 0, in place: `mask_gradient` without another tensor.
+
+        Args:
+            gradient: laid out in memory as the masked tensor.
+            mask: from the forward pass.
+            layout: of the mask.
+        """
         self._library.lq_keep(
             TYPES[gradient.dtype, gradient.dtype],
             gradient.data_ptr(), mask.data_ptr(), *layout.rows, self._number, torch.get_num_threads(),
@@ -350,7 +282,7 @@ class Kernels(CompiledKernels):
         """Returns the gradient where `x` is not clipped, and 0 elsewhere: `mask_gradient` without a mask.
 
         Args:
-            x: that `accepts` holds for.
+            x: that `kernels_for` gave these kernels for.
             gradient: laid out in memory as `x`, of the dtype that `fake_quantize` gave to its result.
             scale, zero_point: float32, one element.
             bounds: quant_min and quant_max.
@@ -367,6 +299,19 @@ class Kernels(CompiledKernels):
         layout: Layout,
         needs_x: bool, needs_zero_point: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Returns gradients of x and, float64 `[outer]`, of scale and zero point without LSQ's factor.
+
+        `layout.inner` is 1. The gradient has the dtype that `fake_quantize` gave to its result.
+
+        Args:
+            x: that was quantized.
+            gradient: of the result.
+            scale, zero_point: as the layout says.
+            bounds: outermost levels.
+            rounded: the band is that of the rounded value, see `lq_plugin.functional.lsq`.
+            layout: of scales along `x`.
+            needs_x, needs_zero_point: whether these gradients are wanted.
+        """
         result = torch.empty_like(x) if needs_x else None
         slope = torch.empty(layout.outer, dtype=torch.float64, device="cpu")
         shift = torch.empty_like(slope) if needs_zero_point else None

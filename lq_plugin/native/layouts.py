@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Dtypes that the kernels of a device take.
-DTYPES = dict.fromkeys(("cpu", "cuda"), (torch.float32, torch.float16, torch.bfloat16))
+#: Dtypes of operands that kernels take.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WORD = 16
 #: `LINE` of blocks.cpp.
 _LINE = 256
@@ -24,13 +24,6 @@ class Layout(NamedTuple):
     inner: int
 
     @property
-    def words(self) -> int:
-        """Number of words of a mask."""
-        if self.inner == 1:
-            return self.repeats * self.outer * -(-self.run // _WORD)
-        return self.repeats * self.outer * self.run * -(-self.inner // _WORD)
-
-    @property
     def rows(self) -> tuple[int, int]:
         """Number and length of the runs that begin at a word of a mask."""
         return (
@@ -40,42 +33,30 @@ class Layout(NamedTuple):
         )
 
 
-def accepts(x: Tensor) -> bool:
-    """Returns True if `x` has one of its device's `DTYPES` and is dense in memory, in any order of dims."""
-    return (
-        x.dtype in DTYPES.get(x.device.type, ())
-        and x.layout == torch.strided
-        and not x.is_neg()
-        and (x.is_contiguous() or is_dense(x))
-    )
-
-
 def is_dense(x: Tensor) -> bool:
     """Returns True if elements neither overlap in memory nor have gaps between them."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def layout_of(x: Tensor, scale: Tensor) -> Layout | None:
-    """Returns the layout of `scale`, broadcastable to a dense `x`, along it; None if the kernels know no such layout.
+def layout_of(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
+    """Returns the layout of a contiguous scale along a dense `x`; None if the kernels know no such layout.
 
-    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(1))
+    Args:
+        x: dense.
+        sizes: of the scale, broadcastable to `x`.
+
+    >>> layout_of(torch.zeros(2, 3, 4, 4), (1,))
     Layout(repeats=1, outer=1, run=96, inner=1)
-    >>> layout_of(torch.zeros(2, 3, 4, 4), torch.ones(3, 1, 1))
+    >>> layout_of(torch.zeros(2, 3, 4, 4), (3, 1, 1))
     Layout(repeats=2, outer=3, run=16, inner=1)
-    >>> layout_of(torch.zeros(2, 5, 3), torch.ones(3))
+    >>> layout_of(torch.zeros(2, 5, 3), (3,))
     Layout(repeats=1, outer=1, run=10, inner=3)
     """
-    if scale.numel() == 1:
-        return Layout(1, 1, x.numel(), 1) if scale.ndim <= x.ndim or x.ndim == 0 else None
-    if scale.ndim > x.ndim or not scale.is_contiguous():
+    if math.prod(sizes) == 1:
+        return Layout(1, 1, x.numel(), 1) if len(sizes) <= x.ndim or x.ndim == 0 else None
+    if len(sizes) > x.ndim:
         return None
-    return layout_along(x, (1,) * (x.ndim - scale.ndim) + tuple(scale.shape))
-
-
-def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
-    """Returns `layout_of` a scale of these sizes, as many as `x` has dims."""
-    if len(sizes) != x.ndim:
-        return None
+    sizes = (1,) * (x.ndim - len(sizes)) + tuple(sizes)
     order = range(x.ndim) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
     # Neighbouring dims that the scale has, or lacks, are one.
     parts: list[tuple[bool, int]] = []
@@ -95,8 +76,6 @@ def layout_along(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
     flags = [has for has, _ in parts]
     number = [size for _, size in parts]
     known = {
-        (): lambda: Layout(1, 1, 1, 1),
-        (False,): lambda n: Layout(1, 1, n, 1),
         (True,): lambda a: Layout(1, 1, 1, a),
         (True, False): lambda a, b: Layout(1, a, b, 1),
         (False, True): lambda b, c: Layout(1, 1, b, c),
@@ -155,12 +134,7 @@ def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
-def new_mask(x: Tensor, layout: Layout, wanted: bool) -> Tensor | None:
-    """Returns an empty mask, one bit per element, or None if none is wanted.
-
-    Args:
-        x: the tensor, for its device.
-        layout: of the mask.
-        wanted: whether there is to be one.
-    """
-    return torch.empty(layout.words, dtype=torch.int16, device=x.device) if wanted else None
+def new_mask(x: Tensor, layout: Layout) -> Tensor:
+    """Returns an empty mask of this layout, one bit per element, on the device of `x`."""
+    rows, length = layout.rows
+    return torch.empty(rows * -(-length // _WORD), dtype=torch.int16, device=x.device)

@@ -77,7 +77,7 @@ class LookupKernels(CompiledKernels):
         count, run = index.numel(), length // parts
         dtype = table.dtype
         y = torch.empty((*index.shape, length), dtype=dtype, device=_CPU) if out is None else out
-        mask = new_mask(y, Layout(1, count * parts, run, 1), True) if masked else None
+        mask = new_mask(y, Layout(1, count * parts, run, 1)) if masked else None
         ranges, at_scale, at_zero_point = _OWN, 0, 0
         if qparams is not None:
             scale, zero_point = qparams

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels
+from lq_plugin.native.kernels import Kernels
 from lq_plugin.native.layouts import Layout, is_dense, laid_out, layout_of
-from lq_plugin.native.switch import active
+from lq_plugin.native.switch import FakeQuantizeKernels, active
 
 
 def _kernels() -> FakeQuantizeKernels:
@@ -51,7 +51,7 @@ def fake_quantize(
         dtype: of the result; None: that of `x`.
     """
     x = _dense(x)
-    layout = layout_of(x, scale)
+    layout = layout_of(x, scale.shape)
     assert layout is not None
     return _kernels().fake_quantize(
         x, scale, zero_point, (quant_min, quant_max), layout, masked=False, learned=learned, dtype=dtype

@@ -5,22 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.native.kernels import TYPES, FakeQuantizeKernels
-from lq_plugin.native.layouts import Layout, accepts, laid_out as laid_out
-from lq_plugin.native.switch import active
+from lq_plugin.native.kernels import TYPES
+from lq_plugin.native.layouts import Layout, is_dense, laid_out as laid_out
+from lq_plugin.native.switch import FakeQuantizeKernels, active
 
 
-def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> FakeQuantizeKernels | None:
+def kernels_for(
+    x: Tensor, dtype: torch.dtype | None = None, qparams: tuple[Tensor, ...] = ()
+) -> FakeQuantizeKernels | None:
     """Returns the kernels that may replace torch operations on `x`; None if they may not.
 
-    They may not where operations on it are watched, on an empty tensor, where `accepts` says no, and where they do not
-    write results of this dtype (None: that of `x`).
+    They take addresses of tensors without more checks, so this makes them all. Operations on `x` must not be watched,
+    `x` is neither empty nor negated lazily, and dense in memory, in any order of dims.
+
+    Args:
+        x: what is quantized.
+        dtype: of the result; None: that of `x`.
+        qparams: scale, zero point, ...: contiguous float32 tensors of one shape, on the device of `x`.
     """
-    if dtype is not None and (x.dtype, dtype) not in TYPES:
+    if (x.dtype, dtype or x.dtype) not in TYPES or is_watched(x) or not x.numel():
         return None
-    if is_watched(x) or not x.numel() or (found := active(x.device.type)) is None:
+    found = active(x.device.type)
+    if found is None or x.layout != torch.strided or x.is_neg() or not (x.is_contiguous() or is_dense(x)):
         return None
-    return found if accepts(x) else None
+    for value in qparams:
+        if value.dtype != torch.float32 or value.shape != qparams[0].shape:
+            return None
+        if value.device != x.device or not value.is_contiguous():
+            return None
+    return found
 
 
 def is_watched(x: Tensor) -> bool:

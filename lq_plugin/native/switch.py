@@ -7,9 +7,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 from lq_plugin.native.build import NativeError
-from lq_plugin.native.kernels import FakeQuantizeKernels, Kernels
+from lq_plugin.native.kernels import Kernels
+
+if TYPE_CHECKING:
+    from lq_plugin.native.triton_kernels import TritonKernels
+
+#: Kernels of some device. Those of GPUs have methods of `Kernels`, with the same arguments.
+FakeQuantizeKernels: TypeAlias = "Kernels | TritonKernels"
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ def available() -> bool:
 def active(device: str = "cpu") -> FakeQuantizeKernels | None:
     """Returns the kernels to be used now on a type of device; None: torch operations."""
     on = _chosen[-1] if _chosen else _from_environment()
-    if on is False:
+    if on is False or device not in ("cpu", "cuda"):
         return None
     try:
         return _in_triton() if device == "cuda" else _compiled()
@@ -84,7 +91,7 @@ def _compiled() -> Kernels:
 
 
 @functools.cache
-def _in_triton() -> FakeQuantizeKernels:
+def _in_triton() -> TritonKernels:
     try:
         # It takes a second to import, and only GPUs want it.
         from lq_plugin.native.triton_kernels import TritonKernels

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lq_plugin.native.kernels import TYPES
-from lq_plugin.native.layouts import Layout, accepts
-from lq_plugin.native.ops import is_watched
-from lq_plugin.native.switch import active
+from lq_plugin.native.layouts import Layout
+from lq_plugin.native.ops import kernels_for
 from lq_plugin.native.variants import NUMBER, POINTER, SIZE, CompiledKernels, address
 
 #: Δ, Wp and Wn of each row, float32 `[rows]`.
@@ -87,16 +86,19 @@ class TrainedKernels(CompiledKernels):
         return result, above, below
 
 
-def trained_kernels(x: Tensor, dtype: torch.dtype | None = None) -> TrainedKernels | None:
+def trained_kernels(
+    x: Tensor, dtype: torch.dtype | None = None, qparams: tuple[Tensor, ...] = ()
+) -> TrainedKernels | None:
     """Returns the kernels where they may stand in for torch operations on `x`; None elsewhere.
 
     Args:
         x: what is quantized.
         dtype: of the result; None: that of `x`.
+        qparams: see `kernels_for`.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_watched(x) or not x.numel() or not accepts(x):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or kernels_for(x, dtype, qparams) is None:
         return None
-    return None if (x.dtype, dtype or x.dtype) not in TYPES or active() is None else _compiled()
+    return _compiled()
 
 
 @functools.cache

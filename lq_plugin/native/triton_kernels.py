@@ -213,7 +213,7 @@ def _learned_backward(
 
 
 class TritonKernels:
-    """The kernels of GPUs, see `FakeQuantizeKernels`.
+    """The kernels of GPUs, see `lq_plugin.native.kernels.Kernels`.
 
     The arithmetic is float32; results are rounded to their dtype as they are stored.
     """
@@ -232,7 +232,8 @@ class TritonKernels:
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
+        y = torch.empty_like(x, dtype=dtype) if out is None else out
+        mask = new_mask(x, layout) if masked else None
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, learned=learned)
         return y, mask
 
@@ -249,7 +250,8 @@ class TritonKernels:
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         layout = Layout(1, 1, x.numel(), 1)
-        y, mask = torch.empty_like(x, dtype=dtype) if out is None else out, new_mask(x, layout, masked)
+        y = torch.empty_like(x, dtype=dtype) if out is None else out
+        mask = new_mask(x, layout) if masked else None
         programs = tile_sizes(layout)[0]
         lows, highs = torch.empty(2, programs, dtype=torch.float32, device=x.device)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(lows, highs), observed=True)
@@ -267,7 +269,8 @@ class TritonKernels:
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         layout = Layout(1, rows, x.numel() // rows, 1)
-        y, mask = torch.empty_like(x, dtype=dtype), new_mask(x, layout, masked)
+        y = torch.empty_like(x, dtype=dtype)
+        mask = new_mask(x, layout) if masked else None
         scale, zero_point = torch.empty(2, rows, dtype=torch.float32, device=x.device)
         low, high = x.detach().view(rows, -1).aminmax(dim=1)
         self._run_forward(x, y, mask, scale, zero_point, bounds, layout, extremes=(low, high), affine=affine)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
@@ -24,8 +22,6 @@ from lq_plugin.ranges.histogram import MAX_SAMPLES
 DEFAULT_MOMENTUM = 0.99
 #: Batches that a calibration stands for in the ramp of an average: the next one then has a weight of 0.09.
 CALIBRATED = 90
-#: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
-_IN_KERNELS = ("qparams", "quantize_values", "rounded")
 #: Hooks on every module of the process; torch 2.6 has no function that asks for them.
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, f"_global_{kind}_hooks") for kind in ("backward_pre", "backward", "forward_pre", "forward")
@@ -55,12 +51,7 @@ class ActivationQuantizer(Quantizer):
     batches: Tensor
     batch_min: Tensor
     batch_max: Tensor
-    #: Whether kernels that observe and round in one pass may stand for its methods.
-    takes_kernels: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.takes_kernels = all(getattr(cls, name) is getattr(ActivationQuantizer, name) for name in _IN_KERNELS)
+    takes_kernels = True
 
     def __init__(self, spec: QuantSpec, name: str, channels: int, channel_axis: int) -> None:
         super().__init__(spec, name)
@@ -120,7 +111,9 @@ class ActivationQuantizer(Quantizer):
 
     def quantize_values(self, x: Tensor) -> Tensor:
         scale, zero_point = self.qparams()
-        return self.rounded(x, self.broadcastable(scale, x), self.broadcastable(zero_point, x))
+        if self.per_channel:
+            scale, zero_point = self.broadcastable(scale, x), self.broadcastable(zero_point, x)
+        return self.rounded(x, scale, zero_point)
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         found = super().levels()
@@ -173,14 +166,13 @@ class ActivationQuantizer(Quantizer):
             rows = self._rows(x)
             self.take_in(rows.amin(1).float(), rows.amax(1).float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.follow_buffers()
+    def quantize_observed(self, x: Tensor) -> Tensor:
+        if not (self.moving and self._is_plain):
+            return super().quantize_observed(x)
         # Observing and quantizing with what was observed before take one pass over the data together.
-        if self._watches and self._calibrated and self._enabled and x.numel() and self._is_plain():
-            return fake_quantize_observed(
-                x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max, self.result_dtype(x)
-            )
-        return super().forward(x)
+        return fake_quantize_observed(
+            x, self.scale, self.zero_point, self.spec.grid, self.batch_min, self.batch_max, self.result_dtype(x)
+        )
 
     def forward_shared(self, x: Tensor, shared: SharedInput) -> Tensor:
         """Returns `forward(x)`, or what another quantizer with the same qparams made of the same tensor."""
@@ -205,8 +197,10 @@ class ActivationQuantizer(Quantizer):
         self.follow_buffers()
         if not (self._calibrated and self._enabled and x.numel()) or "forward" in vars(self):
             return False
+        if not self._is_plain or self.collector is not None or self.is_suspended:
+            return False
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return self._is_plain() and not any(hooks) and not any(_GLOBAL_HOOKS)
+        return not any(hooks) and not any(_GLOBAL_HOOKS)
 
     def watched_extremes(self) -> tuple[Tensor, Tensor] | None:
         """Returns the batch's extremes, to be widened in place by what this call sees; None where it notes none."""
@@ -223,10 +217,10 @@ class ActivationQuantizer(Quantizer):
         """True where this call notes the batch's extremes."""
         return self.moving and self.observing and self.training
 
+    @property
     def _is_plain(self) -> bool:
-        """Returns True where a forward pass is `fake_quantize` with one scale and nothing else."""
-        plain = self.takes_kernels and not self.per_channel
-        return plain and self.rounds_to_nearest and self.collector is None and not self.is_suspended
+        """True where quantizing is `fake_quantize` with one scale."""
+        return self.takes_kernels and self.rounds_to_nearest and not self.per_channel
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:
         """Folds one batch's extremes `[C]` (over all ranks) into the moving range and empties the batch buffers.

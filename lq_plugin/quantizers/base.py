@@ -77,10 +77,17 @@ class Quantizer(SlotQuantizer):
     switches: ClassVar[tuple[str, ...]] = ("enabled", "calibrated", "draws")
     #: Whether it must be calibrated before it can quantize.
     needs_calibration = True
+    #: Whether kernels that do several of its steps in one pass may stand for its methods. Of this very class: its
+    #: subclasses are computed by their methods, unless they say so of themselves.
+    takes_kernels: ClassVar[bool] = False
     #: Whether in training nothing reads its result but an operation that autocast casts, see `result_dtype`.
     casts = False
     #: Parameters that weight decay would pull to zero for no good.
     no_weight_decay: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.takes_kernels = vars(cls).get("takes_kernels", False)
 
     def __init__(self, spec: QuantSpec, name: str) -> None:
         super().__init__()
@@ -105,6 +112,11 @@ class Quantizer(SlotQuantizer):
     def quantize_values(self, x: Tensor) -> Tensor:
         """Returns fake-quantized `x`, of the same shape and dtype."""
         raise NotImplementedError
+
+    def quantize_observed(self, x: Tensor) -> Tensor:
+        """Returns `quantize_values(x)`, after `observe(x)`."""
+        self.observe(x)
+        return self.quantize_values(x)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the scale and zero point in force, broadcastable against the blocks of the tensor."""
@@ -194,10 +206,10 @@ class Quantizer(SlotQuantizer):
         if (
             self._enabled
             and (self._calibrated or not self.needs_calibration)
-            and not (self.observing or self.collector is not None)
+            and self.collector is None
             and not (self.suspension is not None and self.suspension.active)
         ):
-            return self.quantize_values(x)
+            return self.quantize_observed(x) if self.observing and self.training else self.quantize_values(x)
         self.watch(x)
         return self.apply_to(x)
 

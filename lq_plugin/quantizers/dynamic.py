@@ -31,7 +31,12 @@ class DynamicActivationQuantizer(ActivationQuantizer):
         """Returns scale and zero point of `x`, broadcastable to it; for groups `x` is as `blocks` views it."""
         if x is None:
             raise ValueError(f"{self.name}: the range of '{self.spec}' follows the values; pass them to qparams")
-        return self.bounds_to_qparams(*extremes(x, self._scale_shape(x)))
+        granularity = self.spec.granularity
+        if isinstance(granularity, PerGroup):  # blocks of rows: [rows, groups, size]
+            shape: tuple[int, ...] = (*x.shape[:2], 1)
+        else:
+            shape = scale_shape(tuple(x.shape), granularity, self._axis_of(x) if self.per_channel else 0)
+        return self.bounds_to_qparams(*extremes(x, shape))
 
     def levels(self, x: Tensor | None = None) -> Levels | None:
         if x is None or isinstance(self.spec.granularity, PerGroup):
@@ -53,9 +58,3 @@ class DynamicActivationQuantizer(ActivationQuantizer):
         if self.spec.stochastic and self.training:
             return super().rounded(x, scale, zero_point)
         return fake_quantize_dynamic(x, scale, zero_point, self.spec.grid)
-
-    def _scale_shape(self, x: Tensor) -> tuple[int, ...]:
-        granularity = self.spec.granularity
-        if isinstance(granularity, PerGroup):  # blocks of rows: [rows, groups, size]
-            return (*x.shape[:2], 1)
-        return scale_shape(tuple(x.shape), granularity, self._axis_of(x) if self.per_channel else 0)

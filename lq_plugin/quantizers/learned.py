@@ -48,7 +48,7 @@ class LSQWeightQuantizer(WeightQuantizer):
     def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         group = self.spec.granularity
         y = fake_quantize_learned(
-            blocks(x, group),
+            blocks(x, group) if self._in_blocks else x,
             scale,
             zero_point,
             self._grid,
@@ -56,7 +56,7 @@ class LSQWeightQuantizer(WeightQuantizer):
             self._band,
             self.result_dtype(x),
         )
-        return unblocks(y, x.shape, group)
+        return unblocks(y, x.shape, group) if self._in_blocks else y
 
     def _rows_are_independent(self) -> bool:
         return has_row_scales(self.spec.granularity)
@@ -89,6 +89,7 @@ class LSQActivationQuantizer(ActivationQuantizer):
     def make_qparams(self) -> None:
         self.scale = nn.Parameter(float32(1.0, (self.channels,)))
         self.zero_point = _zero_point(self, (self.channels,))
+        self._band = _band(self.spec)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _effective(self)
@@ -97,10 +98,10 @@ class LSQActivationQuantizer(ActivationQuantizer):
         # N counts the features of one sample that share the scale: the batch size must not change the step.
         features = x.numel() // max(x.shape[0], 1) // self.channels
         factor = gradient_scale(features, self.spec.grid)
-        scale, zero_point = self.broadcastable(self.scale, x), self.broadcastable(self.zero_point, x)
-        return fake_quantize_learned(
-            x, scale, zero_point, self.spec.grid, factor, _band(self.spec), self.result_dtype(x)
-        )
+        scale, zero_point = self.scale, self.zero_point
+        if self.per_channel:
+            scale, zero_point = self.broadcastable(scale, x), self.broadcastable(zero_point, x)
+        return fake_quantize_learned(x, scale, zero_point, self.spec.grid, factor, self._band, self.result_dtype(x))
 
 
 class PACTActivationQuantizer(ActivationQuantizer):

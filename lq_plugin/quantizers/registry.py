@@ -9,7 +9,8 @@ its plans::
             return torch.exp2(torch.ceil(torch.log2(scale))), zero_point
 
     class PowerOfTwoWeight(PowerOfTwo, WeightQuantizer): ...
-    class PowerOfTwoActivation(PowerOfTwo, ActivationQuantizer): ...
+    class PowerOfTwoActivation(PowerOfTwo, ActivationQuantizer):
+        takes_kernels = True  # it rounds as its base does; only the scale that is kept is another
 
     register_format(
         "pot",

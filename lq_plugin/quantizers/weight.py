@@ -27,7 +27,7 @@ from lq_plugin.functional.grouping import (
 )
 from lq_plugin.functional.lookup import Reading, fake_quantize_rows, read_rows, scales_of_rows
 from lq_plugin.functional.vs_quant import coarse_scale, integer_scale
-from lq_plugin.intent.spec import IntegerGrid, PerGroup, PerMatrix, PerTensor, QuantSpec
+from lq_plugin.intent.spec import IntegerGrid, PerBlock, PerGroup, PerMatrix, PerTensor, QuantSpec
 from lq_plugin.native.kernels import BlockRule
 from lq_plugin.quantizers.base import Quantizer, float32
 from lq_plugin.quantizers.sparse_rows import RowExtremes
@@ -36,8 +36,6 @@ from lq_plugin.ranges.estimators.mse import best_multiples
 
 #: Weight ranges cheap enough to be found anew at every forward pass: they follow the weights exactly.
 LIVE_WEIGHT_RANGES = frozenset({"minmax"})
-#: Methods whose work the kernels do: a class that overrides one of them is computed by its methods.
-_IN_KERNELS = ("qparams", "quantize_values", "bounds_to_qparams", "_from_bounds", "rounded")
 
 
 class WeightQuantizer(Quantizer):
@@ -57,14 +55,9 @@ class WeightQuantizer(Quantizer):
     switches = (*Quantizer.switches, "fixed")
     #: The weight itself is kept in ±this while it is trained, where a format asks for it.
     latent_bound: float | None = None
-    #: Whether kernels that find the range and round in one pass may stand for its methods.
-    takes_kernels: ClassVar[bool] = True
+    takes_kernels = True
     #: Buffers that are in the state_dict once the scales are fixed.
     fixed_buffers: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.takes_kernels = all(getattr(cls, name) is getattr(WeightQuantizer, name) for name in _IN_KERNELS)
 
     def __init__(self, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(spec, name)
@@ -76,6 +69,7 @@ class WeightQuantizer(Quantizer):
         self.shape = tuple(shape)
         self.live = spec.range_name in LIVE_WEIGHT_RANGES
         self._from_extremes = self.takes_kernels and self.live and self._rounds_to_nearest and spec.has_grid
+        self._in_blocks = isinstance(spec.granularity, (PerGroup, PerBlock, PerMatrix))
         self._by_rows = self.takes_kernels and has_row_scales(spec.granularity)
         self._grid = cast(IntegerGrid, spec.grid if spec.has_grid else None)
         self.scale_shape = scale_shape(self.shape, spec.granularity)
@@ -170,22 +164,20 @@ class WeightQuantizer(Quantizer):
         self.fix(levels.scale, levels.zero_point)
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        group, dtype = self.spec.granularity, self.result_dtype(x)
-        if self._from_extremes and not self._fixed and not (self._rounds_at_random and self.training):
-            if not isinstance(group, (PerGroup, PerMatrix)):
-                return fake_quantize_to_extremes(x, self.scale_shape, self._grid, dtype)
-            if isinstance(group, PerMatrix) or group.scale_bits is None:
-                y = fake_quantize_to_extremes(blocks(x, group), self.scale_shape, self._grid, dtype)
-                return unblocks(y, x.shape, group)
+        group = self.spec.granularity
+        from_extremes = self._from_extremes and not self._fixed and not (self._rounds_at_random and self.training)
+        if from_extremes and isinstance(group, PerGroup) and group.scale_bits is not None:
+            from_extremes = False
             if group.coarse == "tensor" and not self._grid.affine:
-                done = fake_quantize_blocks(
-                    x, 1, lambda: self._vector_rule(x, group.group_size, cast(int, group.scale_bits)), dtype
-                )
+                done = fake_quantize_blocks(x, 1, lambda: self._vector_rule(x, group), self.result_dtype(x))
                 if done is not None:
                     return done
-        w = blocks(x, group)
-        scale, zero_point = self.qparams(w)
-        return unblocks(self.rounded(w, scale, zero_point), x.shape, group)
+        w = blocks(x, group) if self._in_blocks else x
+        if from_extremes:
+            y = fake_quantize_to_extremes(w, self.scale_shape, self._grid, self.result_dtype(x))
+        else:
+            y = self.rounded(w, *self.qparams(w))
+        return unblocks(y, x.shape, group) if self._in_blocks else y
 
     def takes_rows(self, reading: Reading) -> bool:
         """Returns True where `quantize_rows` may replace a call: each row depends on itself and known qparams only."""
@@ -255,10 +247,11 @@ class WeightQuantizer(Quantizer):
         super().train(mode)
         return self
 
-    def _vector_rule(self, x: Tensor, size: int, scale_bits: int) -> BlockRule:
+    def _vector_rule(self, x: Tensor, group: PerGroup) -> BlockRule:
         """Returns two-level scales as a rule for the kernels, with γ from the weight's extremes."""
-        largest, _ = qparams_from_bounds(*extremes(x, (1,) * x.ndim), self.spec.grid)
-        return vector_rule(size, self.spec.grid, scale_bits, coarse_scale(largest, scale_bits).item())
+        largest, _ = qparams_from_bounds(*extremes(x, (1,) * x.ndim), self._grid)
+        bits = cast(int, group.scale_bits)
+        return vector_rule(group.group_size, self._grid, bits, coarse_scale(largest, bits).item())
 
     def sample(self, weight: Tensor) -> Sample:
         """Returns the weight's values without padding, one row for each scale."""

@@ -25,7 +25,7 @@ class PowerOfTwoWeight(PowerOfTwo, WeightQuantizer):
 
 
 class PowerOfTwoActivation(PowerOfTwo, ActivationQuantizer):
-    pass
+    takes_kernels = True  # it rounds as its base does; only the scale that is kept is another
 
 
 def encode(quantizer, w, *statistics):

@@ -1,5 +1,6 @@
 """The code of CONTRIBUTING.md is the code that these tests run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def test_every_door_is_shown() -> None:
         "target",
         "picture",
     }
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.search(r"register_\w+", block + "register_none")[0])
+def test_a_door_opens_with_public_names(block: str) -> None:
+    tree = ast.parse(block)
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    used = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    overridden = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [name for name in (*imported, *used, *overridden) if re.match(r"_(?!_)", name)]

@@ -1,5 +1,6 @@
 """The way of one weight from its layer to the arithmetic, which every training step takes for every layer."""
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 import lq_plugin
 from lq_plugin import calibrate, prepare
+from lq_plugin.model.prepare import quantizers
 from lq_plugin.native import use_native
 
 ROOT = str(Path(lq_plugin.__file__).parent)
@@ -35,32 +37,76 @@ def entered(call: Callable[[], Any]) -> list[str]:
     return list(found)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 3), nn.Linear(16, 8)], ids=["conv", "linear"])
-@pytest.mark.parametrize("native", [False, True])
-def test_a_weight_enters_at_most_twelve_definitions(layer: nn.Module, native: bool) -> None:
+def ready(layer: nn.Module, plan: str, native: bool) -> nn.Sequential:
+    """Returns a layer in training, as `QAT` has it."""
     if native and not lq_plugin.native.available():
         pytest.skip("no compiler")
     model = nn.Sequential(layer)
-    x = torch.ones(2, 3, 8, 8) if isinstance(layer, nn.Conv2d) else torch.ones(2, 16)
-    prepare(model, "w4a8")
+    x = torch.ones(2, 3, 8, 8) if isinstance(layer, nn.Conv2d) else torch.ones(2, 32)
+    prepare(model, plan)
     calibrate(model, [x])
+    for quantizer in quantizers(model):
+        quantizer.observing = getattr(quantizer, "moving", False)
+    model.train()(x)
+    return model
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 3), nn.Linear(32, 8)], ids=["conv", "linear"])
+@pytest.mark.parametrize("native", [False, True])
+def test_a_weight_enters_at_most_twelve_definitions(layer: nn.Module, native: bool) -> None:
     with use_native(native):
-        model.train()(x)
-        path = entered(model[0].quantized_weight)
+        path = entered(ready(copy.deepcopy(layer), "w4a8", native)[0].quantized_weight)
     assert "quantized_weight" in path[0]
     assert len(path) <= 12, path
 
 
+@pytest.mark.parametrize(
+    ("spec", "by_torch", "by_kernels"),
+    [
+        ("int4 per_channel mse", 11, 15),
+        ("int4 group32", 13, 13),
+        ("int4 group32 mse", 13, 17),
+        ("int4 per_channel lsq", 10, 12),
+        ("int4 group32 lsq", 12, 14),
+        ("ttq", 16, 18),
+        ("twn", 19, 19),
+        ("mx6", 19, 16),
+        ("mxfp4", 20, 21),
+    ],
+)
+def test_other_weights(spec: str, by_torch: int, by_kernels: int) -> None:
+    for native, most in ((False, by_torch), (True, by_kernels)):
+        with use_native(native):
+            path = entered(ready(nn.Linear(32, 8), spec, native)[0].quantized_weight)
+        assert len(path) <= most, path
+
+
+@pytest.mark.parametrize(
+    ("spec", "by_torch", "by_kernels"),
+    [
+        ("int8 ema", 13, 12),
+        ("int8 mse", 12, 12),
+        ("int8 per_channel mse", 13, 14),
+        ("int8 lsq", 11, 12),
+        ("uint4 pact", 12, 15),
+        ("uint8 affine dynamic", 15, 17),
+        ("int8 per_token dynamic", 14, 16),
+    ],
+)
+def test_inputs(spec: str, by_torch: int, by_kernels: int) -> None:
+    for native, most in ((False, by_torch), (True, by_kernels)):
+        with use_native(native):
+            layer, x = ready(nn.Linear(32, 8), f"int8 / {spec}", native)[0], torch.ones(2, 32)
+            path = entered(lambda layer=layer, x=x: layer.quantized_input(x))
+        assert len(path) <= most, path
+
+
 @pytest.mark.parametrize("plan", ["w4a8", "w4 mse a8 mse", "int4 per_channel lsq / int8 lsq"])
 def test_a_spec_is_worked_out_once(plan: str) -> None:
-    model, x = nn.Sequential(nn.Linear(16, 8)), torch.ones(2, 16)
-    prepare(model, plan)
-    calibrate(model, [x])
     with use_native(False):
-        model.train()(x)
-        weight, inputs = entered(model[0].quantized_weight), entered(lambda: model[0].quantized_input(x))
-    assert not [name for name in (*weight, *inputs) if name.split()[-1] in ("grid", "kind", "has_grid", "stochastic")]
-    assert (len(weight) <= 14, len(inputs) <= 16) == (True, True), (weight, inputs)
+        layer, x = ready(nn.Linear(32, 8), plan, False)[0], torch.ones(2, 32)
+        path = [*entered(layer.quantized_weight), *entered(lambda: layer.quantized_input(x))]
+    assert not [name for name in path if name.split()[-1] in ("grid", "kind", "has_grid", "stochastic")]
 
 
 def test_layers_without_xnor_do_not_ask_for_its_scale() -> None:

@@ -125,7 +125,7 @@ def test_layouts():
     image = torch.zeros(2, 3, 4, 5)
     assert block_layout(image, 1, 16) == block_layout(image, -3, 16) == BlockLayout(2, 3, 20)
     assert block_layout(image.contiguous(memory_format=torch.channels_last), 1, 32) == BlockLayout(40, 3, 1)
-    assert block_layout(torch.zeros(7, 48), 1, 16).mask.words == 7 * 3
+    assert block_layout(torch.zeros(7, 48), 1, 16).mask.rows == (7, 48)
     assert block_layout(torch.zeros(7, 48).t(), 1, 16) == BlockLayout(1, 7, 48)
     # A word of a mask belongs to one block, a line holds a whole one.
     assert block_layout(torch.zeros(7, 48), 1, 8) is block_layout(torch.zeros(7, 480), 1, 320) is None

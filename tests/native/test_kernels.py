@@ -18,7 +18,8 @@ from lq_plugin.functional.lsq import Band, fake_quantize_learned
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import NativeError, available, switch as switch_module, use_native
 from lq_plugin.native.kernels import Kernels
-from lq_plugin.native.layouts import Layout, accepts, layout_of
+from lq_plugin.native.layouts import Layout, layout_of
+from lq_plugin.native.ops import kernels_for
 from lq_plugin.native.switch import active
 
 if not available():
@@ -286,10 +287,16 @@ def test_second_derivatives_pass_the_same_elements(learned):
 
 
 def test_other_dtypes_and_odd_memory_take_torch_operations():
-    assert not accepts(torch.zeros(3, dtype=torch.float64))
-    assert not accepts(torch.zeros(4, 4)[:, ::2])
-    assert not accepts(torch.zeros(1).expand(5))
-    assert accepts(torch.zeros(4, 6).t())
+    one, x = torch.ones(1), torch.zeros(4, 6)
+    with use_native(True):
+        assert kernels_for(torch.zeros(3, dtype=torch.float64)) is None
+        assert kernels_for(torch.zeros(4, 4)[:, ::2]) is None
+        assert kernels_for(torch.zeros(1).expand(5)) is None
+        assert kernels_for(torch.zeros(4, device="meta")) is None
+        assert kernels_for(x, qparams=(one, one.double())) is None
+        assert kernels_for(x, qparams=(one, torch.ones(2))) is None
+        assert kernels_for(x, qparams=(torch.ones(4, 2)[:, :1], torch.ones(4, 1))) is None
+        assert kernels_for(x.t(), qparams=(one, one)) is active()
 
 
 def test_an_empty_tensor():
@@ -305,13 +312,12 @@ def test_an_empty_tensor():
 
 
 def test_layouts():
-    image = torch.zeros(2, 3, 4, 5)
-    per_channel = torch.ones(1, 3, 1, 1)
+    image, per_channel = torch.zeros(2, 3, 4, 5), (1, 3, 1, 1)
     assert layout_of(image, per_channel) == Layout(2, 3, 20, 1)
     assert layout_of(image.contiguous(memory_format=torch.channels_last), per_channel) == Layout(1, 1, 40, 3)
-    assert layout_of(torch.zeros(8, 2, 16, 3, 3), torch.ones(8, 2, 1, 3, 3)) == Layout(1, 16, 16, 9)
-    assert layout_of(image, torch.ones(2, 1, 4, 1)) is None
-    assert layout_of(image.transpose(0, 1), torch.ones(3, 2, 1, 1)) is None
+    assert layout_of(torch.zeros(8, 2, 16, 3, 3), (8, 2, 1, 3, 3)) == Layout(1, 16, 16, 9)
+    assert layout_of(image, (2, 1, 4, 1)) is None
+    assert layout_of(image.transpose(0, 1), (3, 2, 1, 1)) is None
 
 
 def test_groups_of_a_convolution():

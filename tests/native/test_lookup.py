@@ -62,7 +62,7 @@ def test_rows_are_those_of_the_quantized_table(kernels, columns, parts, dtype, g
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_learned_gradients_are_the_formulas(kernels, threads, one, rounded, dtype):
-    """Of a row that is read twice they add up; the padding teaches nothing; results of threads are bit-equal."""
+    """Gradients of a row that is read twice add up, the padding has none, and results of threads are bit-equal."""
     table, index, g = made(640, dtype, 120)  # more than one thread takes
     scale = torch.randn(1 if one else ROWS, 1 if one else 4, 1, generator=g) * 0.2  # some below 0
     zero_point = torch.randn(scale.shape, generator=g)

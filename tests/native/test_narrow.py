@@ -19,7 +19,7 @@ from lq_plugin.functional.minifloat import E2M1
 from lq_plugin.intent.spec import IntegerGrid, PerChannel
 from lq_plugin.native import available, switch as switch_module, use_native
 from lq_plugin.native.kernels import Kernels
-from lq_plugin.native.layouts import Layout
+from lq_plugin.native.layouts import Layout, new_mask
 
 if not available():
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -121,7 +121,7 @@ def test_every_place_of_a_float_is_rounded_to_the_nearest(variant, dtype, power)
 def test_every_number_of_16_bits_is_read(variant, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     layout = Layout(1, 1, every.numel(), 1)
-    mask = torch.full((layout.words,), -1, dtype=torch.int16)
+    mask = torch.full_like(new_mask(every, layout), -1)
     assert same(Kernels(variant).mask_gradient(every, mask, layout, SINGLE), every.float())
     assert same(Kernels(variant).mask_gradient(every, mask, layout), every)
 

@@ -115,7 +115,7 @@ class OneDnnArithmetic:
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         dtypes = {value.dtype for value in (x, weight, *(() if bias is None else (bias,)))}
-        if not dtypes <= set(DTYPES["cpu"]) or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
+        if not dtypes <= set(DTYPES) or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
             return f"it is in {', '.join(sorted(map(str, dtypes)))}"
         return None if weight.is_contiguous() else "its weight is not contiguous"
 

@@ -38,7 +38,7 @@ class TritonArithmetic:
         if any(tensor.device != x.device for tensor in tensors):
             return "its tensors are on several devices"
         dtypes = {tensor.dtype for tensor in tensors}
-        if not dtypes <= set(DTYPES["cuda"]) or (len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)):
+        if not dtypes <= set(DTYPES) or (len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)):
             return f"it is in {', '.join(sorted(map(str, dtypes)))}"
         if not _by_rows(weight):
             return "its weight is neither contiguous nor channels-last"
