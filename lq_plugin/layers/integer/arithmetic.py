@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,21 +14,35 @@ from lq_plugin.layers.integer.kernels import LARGEST_EXACT, IntegerKernels, inte
 from lq_plugin.layers.product import Convolution
 from lq_plugin.native.layouts import DTYPES
 
+if TYPE_CHECKING:
+    from lq_plugin.layers.integer.triton_arithmetic import TritonArithmetic
+
+#: Arithmetic on some device. That of GPUs has the methods of `OneDnnArithmetic`, with the same arguments.
+Arithmetic: TypeAlias = "OneDnnArithmetic | TritonArithmetic"
 #: Of a GPU with the tensor cores that Triton's int8 products are made for (Ampere).
 CAPABILITY = (8, 0)
 
 
-class Arithmetic(Protocol):
-    """Operands, their product, and its backward pass.
+class OneDnnArithmetic:
+    """Operands, their product, and its backward pass, on CPUs.
 
     Callers ask `refusal` first, and `kernels_for` x and weight.
     """
 
     #: Whether it takes convolutions of several groups.
-    grouped: bool
+    grouped = True
+
+    def __init__(self, kernels: IntegerKernels) -> None:
+        self._kernels = kernels
 
     def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
         """Returns why sums of products of these levels may be inexact; None: they are exact within 32 bits."""
+        largest = max(-weight.quant_min, weight.quant_max)
+        if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
+            return None
+        return (
+            "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
+        )
 
     def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
         """Returns why these tensors cannot be computed here; None: they can.
@@ -37,6 +51,10 @@ class Arithmetic(Protocol):
             x, weight, bias: the layer's input and parameters.
             convolution: its options; None: a product of matrices.
         """
+        dtypes = {value.dtype for value in (x, weight, *(() if bias is None else (bias,)))}
+        if not dtypes <= set(DTYPES) or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
+            return f"it is in {', '.join(sorted(map(str, dtypes)))}"
+        return None if weight.is_contiguous() else "its weight is not contiguous"
 
     def levels(
         self,
@@ -56,6 +74,9 @@ class Arithmetic(Protocol):
         Returns:
             None where it holds a NaN. On a GPU, where to know it would wait, the product is NaN.
         """
+        scale, zero_point, grid = qparams[0].item(), qparams[1].item(), qparams[2]
+        found = self._kernels.quantize(x.detach(), scale, zero_point, grid, masked, extremes)
+        return None if found is None else Levels(*found, scale, int(zero_point) - grid.quant_min)
 
     def operands(
         self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]
@@ -71,6 +92,10 @@ class Arithmetic(Protocol):
         Returns:
             None where it holds a NaN, as of the input.
         """
+        scale, grid, live, clips = qparams
+        scale = torch.empty_like(scale) if live else scale.clone()
+        q = self._kernels.quantize_weight(weight.detach(), scale, grid, live)
+        return None if q is None else Operands(levels, q, scale, grid if clips else None)
 
     def product(
         self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
@@ -83,6 +108,7 @@ class Arithmetic(Protocol):
             convolution: its options; None: a product of matrices.
             dtype: of the output.
         """
+        return onednn_product(operands, bias, convolution, dtype)
 
     def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
         """(q - zero_point) · scale, laid out as `q`.
@@ -92,63 +118,12 @@ class Arithmetic(Protocol):
             scale, zero_point: of the tensor.
             dtype: of the result.
         """
-
-    def keep(self, gradient: Tensor, mask: Tensor) -> None:
-        """Puts 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
-
-
-class OneDnnArithmetic:
-    """On CPUs; see `Arithmetic`."""
-
-    grouped = True
-
-    def __init__(self, kernels: IntegerKernels) -> None:
-        self._kernels = kernels
-
-    def why_inexact(self, weight: IntegerGrid, inputs: IntegerGrid) -> str | None:
-        largest = max(-weight.quant_min, weight.quant_max)
-        if (inputs.levels - 1) * largest <= 255 * LARGEST_EXACT or sums_exactly(127):
-            return None
-        return (
-            "its products can saturate, for the processor has no VNNI instructions: weights of 7 bits are exact there"
-        )
-
-    def refusal(self, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> str | None:
-        dtypes = {value.dtype for value in (x, weight, *(() if bias is None else (bias,)))}
-        if not dtypes <= set(DTYPES) or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
-            return f"it is in {', '.join(sorted(map(str, dtypes)))}"
-        return None if weight.is_contiguous() else "its weight is not contiguous"
-
-    def levels(
-        self,
-        x: Tensor,
-        qparams: tuple[Tensor, Tensor, IntegerGrid],
-        masked: bool,
-        extremes: tuple[Tensor, Tensor] | None,
-    ) -> Levels | None:
-        scale, zero_point, grid = qparams[0].item(), qparams[1].item(), qparams[2]
-        found = self._kernels.quantize(x.detach(), scale, zero_point, grid, masked, extremes)
-        return None if found is None else Levels(*found, scale, int(zero_point) - grid.quant_min)
-
-    def operands(
-        self, levels: Levels, weight: Tensor, qparams: tuple[Tensor, IntegerGrid, bool, bool]
-    ) -> Operands | None:
-        scale, grid, live, clips = qparams
-        scale = torch.empty_like(scale) if live else scale.clone()
-        q = self._kernels.quantize_weight(weight.detach(), scale, grid, live)
-        return None if q is None else Operands(levels, q, scale, grid if clips else None)
-
-    def product(
-        self, operands: Operands, bias: Tensor | None, convolution: Convolution | None, dtype: torch.dtype
-    ) -> Tensor:
-        return onednn_product(operands, bias, convolution, dtype)
-
-    def dequantize(self, q: Tensor, scale: float | Tensor, zero_point: float | Tensor, dtype: torch.dtype) -> Tensor:
         assert not isinstance(scale, Tensor)
         assert not isinstance(zero_point, Tensor)
         return self._kernels.dequantize(q, scale, zero_point, dtype)
 
     def keep(self, gradient: Tensor, mask: Tensor) -> None:
+        """Puts 0 where the bit is 0, in place; `gradient` lies in memory as what was quantized."""
         self._kernels.keep(gradient, mask)
 
 

@@ -26,7 +26,7 @@ _ENOUGH_TILES = 128
 
 
 class TritonArithmetic:
-    """See `lq_plugin.layers.integer.arithmetic.Arithmetic`."""
+    """The arithmetic of GPUs, see `lq_plugin.layers.integer.arithmetic.OneDnnArithmetic`."""
 
     grouped = False
 
