@@ -327,6 +327,34 @@ def test_two_side_by_side(opened: Callable[..., Page], screenshots: Path, tmp_pa
     page.screenshot(path=screenshots / f"compare_{width}.png", full_page=True)
 
 
+def test_two_models_are_drawn_on_one_scale(opened: Callable[..., Page], tmp_path: Path) -> None:
+    reports = [deep_report(5, width, title, answered=True) for width, title in ((8, "first"), (16, "second"))]
+    page = opened().open(write_page(reports, tmp_path / "both.html"))
+    assert page.locator("header h3").all_inner_texts() == ["A: first", "B: second"]
+    # The heights of all bars of a lane are to their values as one number.
+    bars = page.evaluate(
+        """() => [...document.querySelectorAll(".strip")].map((strip) => {
+            const lane = [...strip.querySelectorAll(".lanes .lane")].findIndex((l) => l.textContent === "bytes");
+            return [...strip.querySelectorAll(".layer")].map(
+                (l) => parseFloat(l.querySelectorAll(".lane")[lane].querySelector(".fill").style.height));
+        })"""
+    )
+    values = [[layer.bytes for layer in report.model.layers] for report in reports]  # type: ignore[union-attr]
+    most = max(map(max, values))
+    assert bars == [[pytest.approx(100 * value / most, abs=0.06) for value in of] for of in values]
+    for figure in ("path", "training-0"):
+        ticks = [
+            [
+                text
+                for text in plot.locator("svg text").all_text_contents()
+                if text.replace(".", "").replace("−", "").isdigit()
+            ]
+            for plot in page.locator(f"[data-figure={figure}]").all()
+        ]
+        assert len(ticks) == 2
+        assert ticks[0] == ticks[1] != []
+
+
 def test_an_empty_report_is_a_page(opened: Callable[..., Page], tmp_path: Path) -> None:
     path = write_page(ReportData("nothing"), tmp_path / "empty.html")
     window = opened()

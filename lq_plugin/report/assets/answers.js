@@ -43,13 +43,14 @@ function storedFigure(model) {
 }
 
 // SQNR of each layer's output, of the layer alone and with everything before it quantized.
-function pathFigure(model, open) {
-  const layers = model.layers.filter((l) => finite((l.output_db ?? {}).alone) && finite((l.output_db ?? {}).along));
+// `all`: the layers of every model on the page, for one axis.
+function pathFigure(model, all, open) {
+  const measured = (l) => finite((l.output_db ?? {}).alone) && finite((l.output_db ?? {}).along), layers = model.layers.filter(measured);
   if (!layers.length) return null;
   const curves = [["alone", "layer alone, its input float", 0], ["along", "with everything before it quantized", 1]];
   const node = figure("path", "How error accumulates", "SQNR of each layer's output, in the model's order, on one batch; more is better. The gap between the lines is the error of the layers before.", (width) => {
     const longest = Math.max(...layers.map((l) => Math.min(18, l.name.length))), room = width / layers.length > 13, below = room ? 10 + 5.6 * longest : 0;
-    const f = frame({ width, height: 230 + below, x: [-0.5, layers.length - 0.5], y: padded(extent([...layers.flatMap((l) => [l.output_db.alone, l.output_db.along]), TROUBLE_DB]), 0.08), xTicks: [], yLabel: "dB", left: 46, bottom: below + 16, xLabel: room ? null : "layers, in the model's order" });
+    const f = frame({ width, height: 230 + below, x: [-0.5, layers.length - 0.5], y: padded(extent([...all.filter(measured).flatMap((l) => [l.output_db.alone, l.output_db.along]), TROUBLE_DB]), 0.08), xTicks: [], yLabel: "dB", left: 46, bottom: below + 16, xLabel: room ? null : "layers, in the model's order" });
     put(f.plot, svg("line", { x1: f.left, x2: f.right, y1: f.y(TROUBLE_DB), y2: f.y(TROUBLE_DB), stroke: "var(--bad)", "stroke-dasharray": "2 4" }));
     for (const [what, , paint] of curves) put(f.plot, svg("path", { "data-curve": what, d: path(layers.map((l, i) => [f.x(i), f.y(l.output_db[what])])), fill: "none", stroke: color(paint), "stroke-width": 1.6 }));
     layers.forEach((l, i) => {

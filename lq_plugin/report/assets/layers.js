@@ -21,9 +21,10 @@ const LANES = [
 const isFloat = (l) => l.weight_bits === 32;
 const weightSpec = (l) => (l.specs ?? {}).weight ?? "float";
 
-function strip(model, open) {
-  const lanes = LANES.filter(([, of]) => model.layers.some((l) => of(l) != null));
-  const tops = lanes.map(([, of]) => Math.max(...model.layers.map((l) => { const v = num(of(l)); return Number.isFinite(v) ? v : 0; }), 1e-30));
+// `all`: the layers of every model on the page, which have the same lanes and scales.
+function strip(model, all, open) {
+  const lanes = LANES.filter(([, of]) => all.some((l) => of(l) != null));
+  const tops = lanes.map(([, of]) => Math.max(...all.map((l) => { const v = num(of(l)); return Number.isFinite(v) ? v : 0; }), 1e-30));
   const labels = html("div", { class: "lanes", "aria-hidden": "true" }, html("div", { class: "bits", style: `height:${BITS_HIGH}px` }, "bits"), lanes.map(([name]) => html("div", { class: "lane" }, name)), html("div", { class: "name" }, "layer"));
   const longest = Math.max(...model.layers.map((l) => Math.min(22, l.name.length)));
   const row = html("div", { class: model.layers.length <= 10 ? "row few" : "row", style: `--name:${12 + 6.6 * longest}px`, role: "toolbar", "aria-label": "layers, arrow keys move, Enter opens" });

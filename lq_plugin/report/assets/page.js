@@ -103,28 +103,29 @@ function showTrial(study, t) {
 function build() {
   document.querySelector("h1").textContent = RUNS.map((r) => (r.label ? r.label + ": " : "") + r.title).join("   ·   ");
   const head = document.querySelector("header");
-  put(head, pairs(RUNS.map((run) => ({ run: { ...run, label: "" }, parts: cards(run) }))));
+  put(head, pairs(RUNS.map((run) => ({ run, parts: cards(run) }))));
   for (const note of new Set(RUNS.flatMap((r) => r.notes ?? []))) put(head, html("p", { class: "muted" }, note));
   const answered = models.filter((r) => scoresOf(r).length || Object.keys(r.model.stored ?? {}).length);
   const answers = () => section("answers", "Scores and size", pairs(answered.map((run) => ({ run, parts: [scoreFigure(run), scoresOf(run).length ? scoreTable(run) : null, storedFigure(run.model)] }))));
   if (PAIR) section("compare", "A against B", totals(), models.length > 1 ? layerDifferences() : null);
   if (answered.length) answers();
+  const layers = models.flatMap((r) => r.model.layers);
   if (models.length) {
     const node = section("layers", "Layers");
     put(node, html("p", { class: "muted" }, "Bars: bits of the weight on a logarithmic axis, lighter with scales and zero points; diamonds: bits of the input. Choose a layer to see it."));
     const bad = models.some((r) => r.model.layers.some((l) => troubles(l).length));
     if (bad) put(node, html("p", { class: "criterion" }, html("b", { class: "bad" }, "! red"), ` is a layer in trouble: the SQNR of its weight, its input or its output is under ${TROUBLE_DB} dB, which means that the error has more than a tenth of the energy of the values. Training can make up for it, which the scores tell.`));
-    for (const run of models) put(node, run.label ? html("h3", { class: "side" }, `${run.label}: ${run.title}`) : null, strip(run.model, openLayer));
+    for (const run of models) put(node, run.label ? html("h3", { class: "side" }, `${run.label}: ${run.title}`) : null, strip(run.model, layers, openLayer));
     panel = html("section", { id: "layer", "aria-labelledby": "layer-title", hidden: true });
     put(main, panel);
     for (const run of models) put(node, html("details", {}, html("summary", {}, `The same numbers as a table${run.label ? ": " + run.label : ""}`), layerTable(run.model, openLayer)));
   }
-  const paths = models.map((run) => ({ run, parts: pathFigure(run.model, openLayer) })).filter(({ parts }) => parts);
+  const paths = models.map((run) => ({ run, parts: pathFigure(run.model, layers, openLayer) })).filter(({ parts }) => parts);
   if (paths.length) section("path", "Along the network", pairs(paths));
   const sensitive = RUNS.filter((r) => r.sensitivity && Object.keys(r.sensitivity.values).length);
   if (sensitive.length) section("sensitivity", "Sensitivity", pairs(sensitive.map((run) => ({ run, parts: sensitivityFigure(run) }))));
   const trained = models.filter((r) => seriesGroups(r.model.training ?? []).size);
-  if (trained.length) section("training", "Training", pairs(trained.map((run) => ({ run, parts: html("div", { class: PAIR ? "figures one" : "figures" }, trainingFigure(run.model, 0), trainingFigure(run.model, 1)) }))));
+  if (trained.length) section("training", "Training", pairs(trained.map((run) => ({ run, parts: html("div", { class: PAIR ? "figures one" : "figures" }, trainingFigure(run.model, models, 0), trainingFigure(run.model, models, 1)) }))));
   const timed = models.filter((r) => (r.model.schedule ?? []).length);
   const searched = studies.filter((r) => r.study.trials.length);
   if (searched.length) {

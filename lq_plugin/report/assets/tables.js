@@ -77,14 +77,17 @@ function seriesGroups(series) {
   for (const [name, found] of groups) if (found.every((s) => s.name.startsWith("quant/") && s.values.every((v) => v === s.values[0]))) groups.delete(name);
   return groups;
 }
-function trainingFigure(model, index) {
+// `runs`: all of the page, whose curves of one quantity have one pair of axes.
+function trainingFigure(model, runs, index) {
+  const every = runs.map((run) => seriesGroups(run.model.training ?? []));
   const groups = seriesGroups(model.training), names = [...groups.keys()];
   const preferred = ["loss", "acc"], start = names.find((n) => n === preferred[index]) ?? names[Math.min(index, names.length - 1)];
   const legend = html("div");
   const choice = html("select", { "aria-label": "quantity", onchange: () => node.redraw() }, names.map((n) => html("option", { value: n, selected: n === start }, n)));
   const phases = (model.schedule ?? []).filter((p) => p.count > 0);
   const node = figure("training-" + index, "Over the run", phases.length ? "Upright lines: " + phases.map((p) => `${p.unit} ${p.count}: ${p.label}`).join("; ") : "", (width) => {
-    const chosen = groups.get(choice.value).slice(0, 24), f = frame({ width, height: 240, x: padded(extent(chosen.flatMap((s) => s.steps)), 0.01), y: padded(extent(chosen.flatMap((s) => s.values))), xLabel: "optimizer step", left: 60 });
+    const chosen = groups.get(choice.value).slice(0, 24), shown = every.flatMap((of) => (of.get(choice.value) ?? []).slice(0, 24));
+    const f = frame({ width, height: 240, x: padded(extent(shown.flatMap((s) => s.steps)), 0.01), y: padded(extent(shown.flatMap((s) => s.values))), xLabel: "optimizer step", left: 60 });
     for (const p of phases) {
       const step = p.unit === "step" ? p.count : model.epoch_steps ? p.count * model.epoch_steps : null;
       if (step != null) put(f.plot, hover(svg("line", { x1: f.x(step), x2: f.x(step), y1: f.top, y2: f.bottom, stroke: "var(--muted)", "stroke-dasharray": "3 3" }), () => [p.label, `${p.unit} ${p.count}`]));
