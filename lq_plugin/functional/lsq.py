@@ -26,9 +26,7 @@ from torch import Tensor
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import TYPES
-from lq_plugin.native.layouts import Layout, layout_of
-from lq_plugin.native.switch import FakeQuantizeKernels
+from lq_plugin.native.layouts import layout_of
 
 Band = Literal["paper", "rounded"]
 
@@ -142,50 +140,6 @@ def lsq_gradients(
     return grad_x, grad_scale, grad_zero_point
 
 
-def _kernel_gradients(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    grad: Tensor,
-    constants: tuple[int, int, float, bool],
-    layout: Layout,
-    needs: tuple[bool, bool, bool],
-    kernels: FakeQuantizeKernels,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the gradients of x, scale and zero point, in one pass where the kernels can take the tensors.
-
-    Args:
-        x, scale, zero_point: of the forward pass.
-        grad: of its result.
-        constants: quant_min, quant_max, gradient_factor, and whether the band is the rounded one.
-        layout: of the scales along `x`.
-        needs: which of the three gradients; the others are None.
-        kernels: of the forward pass.
-    """
-    watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-    known = type(grad) is Tensor and (x.dtype, grad.dtype) in TYPES
-    if watched or not known or ops.kernels_for(x) is None:
-        # A second derivative, or what cannot be taken by its address.
-        return lsq_gradients(x, scale, zero_point, grad.to(x.dtype), constants, needs)
-    *bounds, factor, rounded = constants
-    inside, slope, shift = kernels.learned_backward(
-        x,
-        ops.laid_out(grad, x.stride()),
-        scale,
-        zero_point,
-        (bounds[0], bounds[1]),
-        rounded,
-        layout,
-        needs[0],
-        needs[2],
-    )
-    return (
-        inside,
-        _of_scale(slope, scale, factor) if needs[1] else None,
-        shift.float().view(zero_point.shape) * factor if shift is not None else None,
-    )
-
-
 class _NativeLearned(torch.autograd.Function):
     """LSQ by the kernels: one pass forward, one backward for all three gradients."""
 
@@ -203,8 +157,20 @@ class _NativeLearned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        found = _kernel_gradients(x, scale, zero_point, grad, ctx.constants, ctx.layout, needs, ctx.kernels)
-        return *found, *(None,) * 4
+        if not ops.takes_gradient(grad, x) or ops.kernels_for(x) is None:
+            found = lsq_gradients(x, scale, zero_point, grad.to(x.dtype), ctx.constants, needs)
+            return *found, *(None,) * 4
+        quant_min, quant_max, factor, rounded = ctx.constants
+        inside, slope, shift = ctx.kernels.learned_backward(
+            x, ops.laid_out(grad, x.stride()), scale, zero_point, (quant_min, quant_max), rounded, ctx.layout,
+            needs_x=needs[0], needs_zero_point=needs[2],
+        )  # fmt: skip
+        return (
+            inside,
+            _of_scale(slope, scale, factor) if needs[1] else None,
+            shift.float().view(zero_point.shape) * factor if needs[2] else None,
+            *(None,) * 4,
+        )
 
 
 class _TracedLearned(torch.autograd.Function):

@@ -20,7 +20,6 @@ from torch import Tensor
 from lq_plugin.functional.affine import MIN_SCALE, fake_quantize
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
-from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, layout_of
 from lq_plugin.native.trained import TrainedKernels, trained_kernels
 
@@ -81,9 +80,7 @@ class _NativePact(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, alpha = ctx.saved_tensors
         layout, kernels = ctx.of
-        watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        if watched or type(grad) is not Tensor or (x.dtype, grad.dtype) not in TYPES:
-            # A second derivative, or what cannot be taken by its address.
+        if not ops.takes_gradient(grad, x):
             return *_Pact.backward(ctx, grad.to(x.dtype)), None, None, None
         needs_x, needs_alpha, *_ = ctx.needs_input_grad
         inside, slope = kernels.pact_backward(x, ops.laid_out(grad, x.stride()), alpha.detach(), layout, needs_x)

@@ -22,8 +22,8 @@ from torch import Tensor
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.functional.pieces import AT_A_TIME, elementwise
 from lq_plugin.functional.twn import sides
-from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import layout_of
+from lq_plugin.native.ops import takes_gradient
 from lq_plugin.native.trained import Ternary, TrainedKernels, trained_kernels
 
 #: t: Δ over the largest magnitude.
@@ -102,9 +102,7 @@ class _NativeTernary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, *scales = ctx.saved_tensors
-        watched = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        if watched or type(grad) is not Tensor or (x.dtype, grad.dtype) not in TYPES:
-            # A second derivative, or what cannot be taken by its address.
+        if not takes_gradient(grad, x):
             return *_LearnedTernary.backward(ctx, grad.to(x.dtype)), None, None
         grad = grad.contiguous()
         to_x, above, below = ctx.kernels.ternary_backward(x, grad, _rows(*scales), ctx.needs_input_grad[0])

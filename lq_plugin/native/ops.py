@@ -43,6 +43,17 @@ def is_watched(x: Tensor) -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
 
 
+def takes_gradient(gradient: Tensor, x: Tensor) -> bool:
+    """Returns False for a second derivative, and for a gradient that kernels cannot take by its address.
+
+    Args:
+        gradient: of the result.
+        x: the operand.
+    """
+    watched = torch.is_grad_enabled() and (gradient.requires_grad or x.requires_grad)
+    return not watched and type(gradient) is Tensor and (x.dtype, gradient.dtype) in TYPES
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _compiled_here() -> bool:
     if active() is None:
