@@ -85,5 +85,5 @@ def _code_step(w: Tensor, values: Tensor, hessian: Tensor, levels: FixedLevels, 
         before = values[:, column]
         wanted = before + off[:, j] / inside[j, j]
         after = levels.mapped(lambda t: t[:, j]).nearest(wanted.float()).double()  # noqa: B023
-        off -= torch.outer(after - before, inside[j])
+        off[:, j + 1 :] -= torch.outer(after - before, inside[j, j + 1 :])
         values[:, column] = after
