@@ -180,3 +180,29 @@ def test_trained_with_moving_ranges(tmp_path) -> None:
 def test_what_keys_and_values_cannot_have(rules: list[Rule], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         quantized(Attention(), rules, torch.randn(2, 5, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_language_model_that_writes_with_its_cache_computes_what_one_pass_does() -> None:
+    transformers = pytest.importorskip("transformers", reason="Llama as released")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model, x = transformers.LlamaForCausalLM(config).eval(), torch.randint(0, 100, (2, 12))
+    with torch.no_grad():
+        expected = model(x).logits
+        recording = record(model, lambda: model(x), samples=2)
+        run_phases(model, QuantPlan(CACHE), [x], ["calibrate"], lambda batch: model(batch, use_cache=False))
+        whole = model(x, use_cache=False).logits
+        out = model(x[:, :8], use_cache=True)
+        steps = [out.logits]
+        for token in x[:, 8:].split(1, dim=1):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+    assert sqnr_db(expected, whole) > 15
+    # Of 12 tokens in two layers with two heads of 16 numbers: 4 bits each, scale and zero point of the values' heads.
+    assert cost(model, recording).cache_bytes == 12 * 2 * 2 * (2 * 16 * 4 + 32 + 4) // 8
