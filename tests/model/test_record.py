@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 
@@ -276,3 +277,22 @@ def test_no_activation_outlives_the_recording(fails: bool):
         assert again.producer_of("sum_0").name == "a"
     gc.collect()
     assert storages[0].expired()
+
+
+class KeepsACopy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        object.__setattr__(self, "kept", copy.deepcopy(self.layer))
+        return self.layer(x) + self.kept(x)
+
+
+def test_a_module_that_is_copied_while_it_is_recorded():
+    model, x = KeepsACopy(), torch.randn(2, 4)
+    recordings = [run(model, x) for _ in range(3)]
+    assert recordings[0].macs == {"layer": 32, "linear_0": 32, "add_0": 0}
+    assert recordings[0] == recordings[2]
+    assert torch.equal(model.kept(x), model.layer(x))
+    assert torch.equal(copy.deepcopy(model.kept)(x), model.layer(x))

@@ -10,7 +10,7 @@ METADATA = frozenset(
     "untyped_storage",
      "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "has_names",
      "requires_grad_",
-     "retain_grad", "register_hook", "result_type", "__len__", "__repr__")
+     "retain_grad", "register_hook", "result_type", "__len__", "__repr__", "__deepcopy__")
 )  # fmt: skip
 #: The same values elsewhere: the producer passes through.
 COPIES = frozenset(

@@ -177,6 +177,11 @@ class _Recorder(TorchFunctionMode):
         self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
+    def __deepcopy__(self, memo: Any) -> _Recorder:
+        copied = _Recorder(nn.Module(), self._is_leaf, None)  # its hooks, on a copy of a module, do nothing
+        copied.release()
+        return copied
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -228,6 +233,8 @@ class _Recorder(TorchFunctionMode):
             self._leave(module, args, kwargs, output)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._frames:
+            return  # of a copy
         if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
             self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             return
@@ -273,11 +280,8 @@ class _Recorder(TorchFunctionMode):
 
     def _add_module_call(self, frame: _Frame, module: nn.Module, outputs: list[Tensor]) -> None:
         keys = {storage_of(t)[0] for t in frame.inputs}
-        mutated = [
-            t
-            for t, before in zip(frame.inputs, frame.versions, strict=True)
-            if before is not None and version_of(t) != before
-        ]
+        noted = zip(frame.inputs, frame.versions, strict=True)
+        mutated = [t for t, before in noted if before is not None and version_of(t) != before]
         if getattr(module, "inplace", False) is True:
             mutated += frame.inputs[:1]
         unchanged = not mutated and bool(outputs) and all(storage_of(t)[0] in keys for t in outputs)
@@ -370,10 +374,8 @@ class _Recorder(TorchFunctionMode):
     def _weight_read(self, args: Any, kwargs: Any) -> str | None:
         """Returns the name of the weight that a product reads, of a module that is running."""
         keys = [key for tensor in tensors_of((args, kwargs)) if (key := weight_in_use(tensor)) is not None]
-        owners = (
-            f for f in reversed(self._frames) if f.module is not None and keys and keys[0] in f.module._parameters
-        )
-        frame = next(owners, None)
+        running = (f for f in reversed(self._frames) if keys and f.module is not None)
+        frame = next((f for f in running if keys[0] in f.module._parameters), None)  # type: ignore[union-attr]
         return None if frame is None else ".".join(filter(None, (frame.name, keys[0])))
 
     def _add(
