@@ -8,7 +8,6 @@ for quantized students: Mishra, Marr, "Apprentice", ICLR 2018 (arXiv 1711.05852)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.model.copies import copy_model
 from lq_plugin.model.kept_state import KeptState
 from lq_plugin.model.prepare import remove
+from lq_plugin.utilities import hooks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -120,7 +120,6 @@ class Teacher:
         """Adds the distillation loss to what `training_step` returns."""
         original = pl_module.training_step
 
-        @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             batch = args[0] if args else next(iter(kwargs.values()))
             teacher = self.answers(batch)
@@ -143,7 +142,7 @@ class Teacher:
                 return {**result, "loss": (1 - share) * result["loss"] + share * distance}
             return (1 - share) * result + share * distance
 
-        pl_module.__dict__["training_step"] = training_step
+        pl_module.__dict__["training_step"] = hooks.StandIn(original, training_step)
 
     @staticmethod
     def detach(pl_module: LightningModule) -> None:
@@ -189,9 +188,7 @@ class Teacher:
             for n, m in self.module.named_modules()
             if not isinstance(m, Metric) and any(True for _ in m.parameters())
         ]
-        handles = [m.register_forward_pre_hook(enter(n)) for n, m in chosen] + [
-            m.register_forward_hook(leave) for _, m in chosen
-        ]
+        handles = [hooks.before(m, enter(n)) for n, m in chosen] + [hooks.after(m, leave) for _, m in chosen]
         try:
             self.run(batch)
         finally:
@@ -218,7 +215,7 @@ def _outputs(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
             )
         found.append(logits)
 
-    handle = module.get_submodule(name or "").register_forward_hook(hook)
+    handle = hooks.after(module.get_submodule(name or ""), hook)
     try:
         yield found
     finally:

@@ -35,6 +35,7 @@ from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
 from lq_plugin.model.calibrate import calibrate
 from lq_plugin.model.prepare import prepare, quantized_layers
+from lq_plugin.utilities import hooks
 from lq_plugin.utilities.files import make_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
@@ -330,11 +331,11 @@ def _inputs_of_layers(model: nn.Module, inputs: list[Tensor], names: Iterable[st
 
         return keep
 
-    hooks = [modules[name].register_forward_pre_hook(kept(name)) for name in names if name in modules]
+    handles = [hooks.before(modules[name], kept(name)) for name in names if name in modules]
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     return seen

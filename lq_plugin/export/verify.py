@@ -19,6 +19,7 @@ from lq_plugin.errors import ExportError
 from lq_plugin.export.target import TARGETS, target_of
 from lq_plugin.model.calibrate import evaluating
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.utilities import hooks
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class _OutputSteps:
         self.made: list[tuple[weakref.ref[Tensor], float]] = []
 
     def __enter__(self) -> _OutputSteps:
-        self.handles = [each.register_forward_hook(self._note) for each in self.quantizers]
+        self.handles = [hooks.after(each, self._note) for each in self.quantizers]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,6 +22,7 @@ from lq_plugin.functional.affine_kernels import (
     NativeFakeQuantize,
     TracedFakeQuantize,
 )
+from lq_plugin.functional.transforms import applied, outside
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.kernels import Kernels
@@ -149,7 +150,7 @@ def fake_quantize(
             return found.fake_quantize(x, scale, zero_point, bounds, layout, masked=False, dtype=dtype)[0]
         y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, None, found, dtype)
         return y
-    y = _FakeQuantize.apply(x, scale, zero_point, *bounds, False)
+    y = applied(_FakeQuantize, x, scale, zero_point, *bounds, False)
     return y.to(dtype or x.dtype)
 
 
@@ -166,7 +167,7 @@ def fake_quantize_identity(x: Tensor, scale: Tensor, zero_point: Tensor, grid: I
     >>> x.grad
     tensor([1., 1., 1.])
     """
-    y: Tensor = _IdentityFakeQuantize.apply(x, scale, zero_point, grid)
+    y: Tensor = applied(_IdentityFakeQuantize, x, scale, zero_point, grid)
     return y
 
 
@@ -211,7 +212,7 @@ def fake_quantize_observed(
         y = NativeFakeQuantize.apply(x, scale, zero_point, bounds, layout, (low, high), found, dtype)
         return y
     observe(x, low, high)
-    y = _FakeQuantize.apply(x, scale, zero_point, *bounds, False)
+    y = applied(_FakeQuantize, x, scale, zero_point, *bounds, False)
     return y.to(dtype or x.dtype)
 
 
@@ -223,9 +224,13 @@ def observe(x: Tensor, low: Tensor, high: Tensor) -> None:
         x: float tensor of any shape.
         low, high: float32 `[1]`.
     """
-    # amin and amax, not aminmax: that one is ten times slower on CPU.
-    torch.minimum(low, x.amin().float(), out=low)
-    torch.maximum(high, x.amax().float(), out=high)
+
+    def widen(x: Tensor) -> None:
+        # amin and amax, not aminmax: that one is ten times slower on CPU.
+        torch.minimum(low, x.amin().float(), out=low)
+        torch.maximum(high, x.amax().float(), out=high)
+
+    outside(widen, x)
 
 
 def extremes(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -292,7 +297,7 @@ def fake_quantize_to_extremes(
                 x, layout.outer, (grid.quant_min, grid.quant_max), grid.affine, masked=False, dtype=dtype
             )[0]
     scale, zero_point = qparams_from_bounds(*extremes(x, scale_shape), grid)
-    y = _FakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, covered)
+    y = applied(_FakeQuantize, x, scale, zero_point, grid.quant_min, grid.quant_max, covered)
     return y.to(dtype or x.dtype)
 
 
@@ -342,6 +347,6 @@ def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
 
     On other devices reading them would wait for the device, and under torch.compile it breaks the graph.
     """
-    if torch.compiler.is_compiling() or x.dtype != torch.float32:
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or ops.is_batched(scale):
         return False
     return scale.numel() == 1 and zero_point.numel() == 1 and scale.device.type == x.device.type == "cpu"

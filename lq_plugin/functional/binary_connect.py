@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.transforms import applied
+
 #: Latent weights live in [-LATENT_BOUND, LATENT_BOUND]: beyond it they get no gradient.
 LATENT_BOUND = 1.0
 
@@ -47,7 +49,7 @@ def sign(x: Tensor, noise: Tensor | None = None, threshold: float = 0.0, clipped
     >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
     tensor([-1.,  1.,  1.])
     """
-    y: Tensor = _Sign.apply(x, noise, threshold, clipped)
+    y: Tensor = applied(_Sign, x, noise, threshold, clipped)
     return y
 
 

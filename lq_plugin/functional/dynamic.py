@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.transforms import applied
 from lq_plugin.intent.spec import IntegerGrid
 
 
@@ -75,7 +76,7 @@ def fake_quantize_dynamic(x: Tensor, scale: Tensor, zero_point: Tensor, grid: In
     >>> y.detach(), x.grad
     (tensor([-1.0000,  0.5000,  0.5000]), tensor([0., 1., 0.]))
     """
-    y: Tensor = _FakeQuantizeDynamic.apply(x, scale, zero_point, grid)
+    y: Tensor = applied(_FakeQuantizeDynamic, x, scale, zero_point, grid)
     return y
 
 

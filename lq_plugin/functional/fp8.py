@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.minifloat import E4M3, E5M2, Minifloat, round_to_minifloat, saturates
+from lq_plugin.functional.transforms import applied
 
 #: Elements by the word after the colon.
 ELEMENTS: dict[str, Minifloat] = {"e4m3": E4M3, "e5m2": E5M2}
@@ -61,7 +62,7 @@ def fake_quantize_fp8(x: Tensor, scale: Tensor, element: Minifloat) -> Tensor:
     >>> y.detach(), x.grad
     (tensor([ 3.1250e-01, -4.4800e+02]), tensor([1., 0.]))
     """
-    y: Tensor = _FakeQuantizeFP8.apply(x, scale, element)
+    y: Tensor = applied(_FakeQuantizeFP8, x, scale, element)
     return y
 
 

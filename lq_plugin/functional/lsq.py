@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE
+from lq_plugin.functional.transforms import applied
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.layouts import layout_of
@@ -81,7 +82,7 @@ def fake_quantize_learned(
         if layout is not None and layout.inner == 1:
             y = _NativeLearned.apply(x, scale, zero_point, constants, layout, kernels, dtype)
             return y
-    y = _LearnedFakeQuantize.apply(x, scale, zero_point, constants)
+    y = applied(_LearnedFakeQuantize, x, scale, zero_point, constants, learned=(0, 1))
     return y.to(dtype or x.dtype)
 
 

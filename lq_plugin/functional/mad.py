@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lq_plugin.functional.affine import bounds_from_qparams, fake_quantize
+from lq_plugin.functional.transforms import applied
 from lq_plugin.intent.spec import IntegerGrid
 
 
@@ -34,7 +35,7 @@ def fake_quantize_mad(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Intege
     >>> x.grad
     tensor([1.0000, 0.2500, 0.2500])
     """
-    y: Tensor = _MADFakeQuantize.apply(x, scale, zero_point, grid)
+    y: Tensor = applied(_MADFakeQuantize, x, scale, zero_point, grid)
     return y
 
 

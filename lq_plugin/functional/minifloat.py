@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.transforms import applied
+
 #: The exponent field of a float32: as a float32 of its own, the largest power of two that is not above |x|.
 _EXPONENT_FIELD = 0x7F800000
 
@@ -186,7 +188,7 @@ def fake_quantize_minifloat(x: Tensor, scale: Tensor, inverse: Tensor, fmt: Mini
     >>> y.detach(), x.grad
     (tensor([  0., -12.]), tensor([1., 0.]))
     """
-    y: Tensor = _FakeQuantizeMinifloat.apply(x, scale, inverse, fmt)
+    y: Tensor = applied(_FakeQuantizeMinifloat, x, scale, inverse, fmt)
     return y
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.affine import MIN_SCALE, fake_quantize
+from lq_plugin.functional.transforms import applied
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native import ops
 from lq_plugin.native.layouts import Layout, layout_of
@@ -42,7 +43,7 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor, levels: int, dtype: torch.dtype
     if kernels is not None and layout is not None and layout.inner == 1:
         y = _NativePact.apply(x, alpha, levels, layout, kernels, dtype)
         return y
-    y = _Pact.apply(x, alpha, levels)
+    y = applied(_Pact, x, alpha, levels, learned=(0,))
     return y.to(dtype or x.dtype)
 
 

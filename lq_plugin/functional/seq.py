@@ -37,6 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq_plugin.functional.transforms import applied
+
 #: Numbers of levels.
 FOUR, THREE = 4, 3
 #: Inner and outer level over α, by their number.
@@ -81,7 +83,7 @@ def fake_quantize_seq(x: Tensor, scale: Tensor, count: int, gradient_factor: flo
     >>> y.detach(), w.grad, round(scale.grad.item(), 4)
     (tensor([ 0.2500, -0.7500,  0.7500]), tensor([1., 1., 0.]), 1.05)
     """
-    y: Tensor = _FakeQuantizeSEQ.apply(x, scale, count, gradient_factor)
+    y: Tensor = applied(_FakeQuantizeSEQ, x, scale, count, gradient_factor, learned=(0,))
     return y
 
 

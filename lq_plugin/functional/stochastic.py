@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from lq_plugin.functional.transforms import applied
 from lq_plugin.intent.spec import IntegerGrid
 
 
@@ -34,7 +35,7 @@ def fake_quantize_stochastic(x: Tensor, scale: Tensor, zero_point: Tensor, grid:
     >>> fake_quantize_stochastic(x, torch.tensor(1.0), torch.tensor(0.0), IntegerGrid(-2, 1), noise)
     tensor([0., 0., 1., 1.])
     """
-    y: Tensor = _StochasticFakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, noise)
+    y: Tensor = applied(_StochasticFakeQuantize, x, scale, zero_point, grid.quant_min, grid.quant_max, noise)
     return y
 
 

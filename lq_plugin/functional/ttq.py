@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lq_plugin.functional.grouping import reduced_dims
 from lq_plugin.functional.pieces import AT_A_TIME, elementwise
+from lq_plugin.functional.transforms import applied
 from lq_plugin.functional.twn import sides
 from lq_plugin.native.layouts import layout_of
 from lq_plugin.native.ops import takes_gradient
@@ -58,7 +59,7 @@ def ternarize_learned(
         if layout is not None and layout.repeats == layout.inner == 1:
             y = _NativeTernary.apply(x, threshold, positive, negative, gradient_factor, kernels, dtype)
             return y
-    y = _LearnedTernary.apply(x, threshold, positive, negative, gradient_factor)
+    y = applied(_LearnedTernary, x, threshold, positive, negative, gradient_factor, learned=(1, 2))
     return y.to(dtype or x.dtype)
 
 
@@ -75,10 +76,13 @@ class _LearnedTernary(torch.autograd.Function):
         g = grad.float()
         above, below = sides(x.float(), threshold)
         dims = reduced_dims(tuple(positive.shape))
-        to_positive = ctx.factor * (g * above).sum(dims, keepdim=True, dtype=torch.float64).float()
-        to_negative = -ctx.factor * (g * below).sum(dims, keepdim=True, dtype=torch.float64).float()
+        # No dims at all would be every dim.
+        to_positive, to_negative = [
+            part.sum(dims, keepdim=True, dtype=torch.float64).float() if dims else part
+            for part in (g * above, g * below)
+        ]
         to_x = ((1 - above - below + above * positive + below * negative) * g).to(grad.dtype)
-        return to_x, None, to_positive, to_negative, None
+        return to_x, None, ctx.factor * to_positive, -ctx.factor * to_negative, None
 
 
 class _NativeTernary(torch.autograd.Function):

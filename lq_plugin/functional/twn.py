@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lq_plugin.functional.pieces import AT_A_TIME, elementwise, pieces, sort_rows
+from lq_plugin.functional.transforms import applied
 
 #: Δ over E|W|, in the paper; the authors' later code takes 0.75.
 THRESHOLD = 0.7
@@ -98,7 +99,7 @@ def ternarize(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
         x: float tensor.
         threshold, scale: Δ and α, broadcastable to it.
     """
-    y: Tensor = _Ternarize.apply(x, threshold, scale)
+    y: Tensor = applied(_Ternarize, x, threshold, scale)
     return y
 
 

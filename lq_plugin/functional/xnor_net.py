@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lq_plugin.functional.binary_connect import LATENT_BOUND, hard_tanh_gradient, plain_sign
 from lq_plugin.functional.grouping import reduced_dims
+from lq_plugin.functional.transforms import applied
 
 
 def filter_scale(weight: Tensor, scale_shape: tuple[int, ...], count: Tensor | int | None = None) -> Tensor:
@@ -50,7 +51,7 @@ def binary_weight(weight: Tensor, scale: Tensor, paper_gradient: bool = False) -
         scale: α, broadcastable to it.
         paper_gradient: the gradient of section 3.1 instead of the plain one.
     """
-    y: Tensor = _BinaryWeight.apply(weight, scale, paper_gradient)
+    y: Tensor = applied(_BinaryWeight, weight, scale, paper_gradient)
     return y
 
 

@@ -5,7 +5,8 @@ or a closure, and a scripted or compiled function that takes one do not show. Ea
 that is given the weight's memory, and a `TorchDispatchMode` sees every operation below all of these. A layer's own
 operations, those of its quantizer and of the modules that hold the same parameter are no reads past it.
 
-Unseen is what leaves torch (`weight.detach().numpy()`), and what the batch does not come to.
+`copy.deepcopy` of a layer is none either. Unseen is what leaves torch (`weight.detach().numpy()`), and what the batch
+does not come to.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lq_plugin.layers import QuantizedLayer, weight_key
-from lq_plugin.model.graph.tensor_identity import storage_of, tensors_of
+from lq_plugin.model.graph.tensor_identity import storage_of, tensors_of, within_deepcopy
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.utilities import hooks
 
 
 class _Weight(NamedTuple):
@@ -48,8 +50,8 @@ def noting_raw_reads(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if id(module) in watched:
-                stack.callback(module.register_forward_pre_hook(mode.enter).remove)
-                stack.callback(module.register_forward_hook(mode.leave, always_call=True).remove)
+                stack.callback(hooks.before(module, mode.enter).remove)
+                stack.callback(hooks.after(module, mode.leave, always_call=True).remove)
         stack.enter_context(mode)
         yield
 
@@ -103,7 +105,7 @@ class _RawReads(TorchDispatchMode):
         if not getattr(func, "is_view", False):
             for tensor in tensors_of((args, kwargs)):
                 weight = self._weights.get(storage_of(tensor)[0])
-                if weight is not None and weight.readers.isdisjoint(self._running):
+                if weight is not None and weight.readers.isdisjoint(self._running) and not within_deepcopy():
                     for layer in weight.layers:
                         layer.read_past_by = str(func)
         return func(*args, **kwargs)

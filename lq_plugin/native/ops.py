@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, is_dense, laid_out as laid_out
@@ -37,10 +38,20 @@ def kernels_for(
 
 
 def is_watched(x: Tensor) -> bool:
-    """Returns whether something watches or rewrites operations on `x`: a subclass, tracing, a dispatch mode."""
+    """Returns whether something watches or rewrites operations on `x`: a subclass, tracing, a mode, a transform."""
     if type(x) not in (Tensor, torch.nn.Parameter):
         return True
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()) or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Returns whether a transform of torch.func or a forward-mode derivative is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(x: Tensor) -> bool:
+    """Returns whether a transform of torch.func stands between a tensor and its values, as vmap does."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def takes_gradient(gradient: Tensor, x: Tensor) -> bool:

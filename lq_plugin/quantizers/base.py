@@ -32,6 +32,7 @@ from lq_plugin.functional.affine import (
 )
 from lq_plugin.functional.mad import fake_quantize_mad
 from lq_plugin.functional.stochastic import fake_quantize_stochastic
+from lq_plugin.functional.transforms import outside
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.quantizers.slot import SlotQuantizer
 from lq_plugin.ranges import Histogram, Sample
@@ -170,6 +171,10 @@ class Quantizer(SlotQuantizer):
         self._calibrated = bool(self.calibrated)
         self._draws = int(self.draws) if self._rounds_at_random else 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no calibration: nobody would take its statistics, and it would stay float for ever.
+        return self.__dict__ | {"collector": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.get("starts"):
             raise QuantizationError(
@@ -216,6 +221,9 @@ class Quantizer(SlotQuantizer):
     def watch(self, x: Tensor) -> None:
         """Gathers statistics for ranges: always in a calibration, in training where that is switched on."""
         self.follow_buffers()
+        outside(self._watch, x)
+
+    def _watch(self, x: Tensor) -> None:
         if self.collector is not None:
             self.collect(x)
         elif self.training:

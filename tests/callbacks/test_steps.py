@@ -2,6 +2,9 @@
 batches it takes."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -281,13 +284,48 @@ class ReadsTheTrainer(Net):
         self.log(f"{name}/loss", self(batch[0]).sum() / len(self.trainer.val_dataloaders.dataset))
 
 
+class ReadsItsShare(ReadsTheTrainer):
+    def __init__(self):
+        super().__init__()
+        self.made, self.shares = 0, []
+
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        self.made += 1
+        return loader(32, 1)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.shares.append(len(self.trainer.val_dataloaders.sampler) / self.trainer.num_val_batches[0])
+
+
 @pytest.mark.parametrize("checks", [0, 2])
 def test_the_trainer_is_in_the_stage_of_the_step_and_has_its_loaders(checks, trainer):
     run = trainer(QAT("w8a8"), num_sanity_val_steps=checks)
-    module = ReadsTheTrainer()
-    run.fit(module, loader(), loader(8))
+    module = ReadsItsShare()
+    run.fit(module)
     assert set(module.seen) == {(False, True)}
+    assert module.made == 1
     assert list(run.callback_metrics) == ["val/loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_loaders_that_a_step_reads(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.callbacks.test_steps", str(tmp_path)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    # 16 of 32 samples each, in batches of 8; the loader is made once.
+    assert first["made"] == second["made"] == 1
+    assert set(first["shares"]) == set(second["shares"]) == {8.0}
+    scale = first["state"]["net.input_quantizer.scale"]
+    assert torch.equal(scale, second["state"]["net.input_quantizer.scale"])
+    largest = torch.cat([first["data"], second["data"]]).abs().max()
+    torch.testing.assert_close(scale, (largest / 127).reshape(1))
 
 
 def test_what_a_later_hook_makes_is_named(trainer):
@@ -348,3 +386,14 @@ def test_loaders_that_are_read_together_have_no_number(fn, trainer):
     module = Joint()
     getattr(trainer(PTQ("w8a8", dataloader=loader())), fn)(module, joint, verbose=False)
     assert all(quantizer.is_calibrated for quantizer in quantizers(module))
+
+
+if __name__ == "__main__":
+    module, folder = ReadsItsShare(), Path(sys.argv[1])
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    callback = QAT("int8 per_channel / int8 minmax", dataloader=loader())
+    fit = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[callback], **options)
+    fit.fit(module)
+    data = list(loader())[fit.global_rank][0]
+    found = {"made": module.made, "shares": module.shares, "state": module.state_dict(), "data": data}
+    torch.save(found, folder / f"{fit.global_rank}.pt")

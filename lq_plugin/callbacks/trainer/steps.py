@@ -20,6 +20,8 @@ CalibrationStep: TypeAlias = "Callable[[LightningModule, Any], Any]"
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step")
 #: What a Trainer says that it does in each.
 _STAGES = dict(zip(_STEPS, ("validate", "test", "predict", "train"), strict=True))
+#: Attributes of a Trainer that exist once the loaders of its validation do.
+_LOADERS = frozenset({"val_dataloaders", "num_val_batches", "num_sanity_val_batches"})
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -73,7 +75,8 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
     """Returns one of the module's own steps, as a function of the module and a batch.
 
     The Trainer is in the step's stage meanwhile. Where the step fails, what Lightning does at the start of its loop may
-    have been missing: the loaders of a validation are made, the module's hooks called, and the step again.
+    have been missing: the loaders of a validation are made, the module's hooks called, and the step again. Several
+    processes make the loaders together, before any of them runs the step, where the module's code reads them.
 
     Args:
         trainer, pl_module: of the run.
@@ -81,6 +84,10 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
     """
     arguments = _arguments_after_batch(getattr(pl_module, name), loop_of(trainer, name))
     takes_iterator = _takes(getattr(pl_module, name), "dataloader_iter", explicit=True)
+    alone = trainer.world_size == 1
+    if not alone and _lacks_loaders(trainer, name) and _reads_loaders(type(pl_module)):
+        with _stage(trainer, name):
+            loop_of(trainer, name).setup_data()
 
     def call(module: LightningModule, batch: Any) -> Any:
         if takes_iterator:
@@ -95,10 +102,11 @@ def as_step(trainer: Trainer, pl_module: LightningModule, name: str) -> Calibrat
                 hooks = _hooks_before(trainer, module, name)
                 if _is_final(error):
                     raise
-                if not hooks and not _lacks_loaders(trainer, name):
+                lacks_loaders = alone and _lacks_loaders(trainer, name)
+                if not hooks and not lacks_loaders:
                     raise _explained(module, name, hooks, error) from error
             try:
-                if _lacks_loaders(trainer, name):
+                if lacks_loaders:
                     loop_of(trainer, name).setup_data()
                 for hook in hooks:
                     getattr(module, hook)()
@@ -123,14 +131,33 @@ def _stage(trainer: Trainer, name: str) -> Iterator[None]:
 
 
 def _lacks_loaders(trainer: Trainer, name: str) -> bool:
-    """Returns whether `trainer.val_dataloaders`, which a validation step may read, is still to be made.
-
-    Only with one process: all of several would have to make them.
-    """
-    if name != "validation_step" or trainer.state.fn != "fit" or trainer.world_size > 1:
+    """Returns whether `trainer.val_dataloaders`, which a validation step may read, is still to be made."""
+    if name != "validation_step" or trainer.state.fn != "fit":
         return False
     loop = loop_of(trainer, name)
     return loop._combined_loader is None and bool(loop._data_source.is_defined())
+
+
+@contextmanager
+def loaders_as_before(trainer: Trainer | None) -> Iterator[None]:
+    """Forgets loaders of a fit's validation that were made inside: the Trainer makes its own when it comes to it."""
+    loop = None if trainer is None else trainer.fit_loop.epoch_loop.val_loop
+    before = None if loop is None or loop._combined_loader is not None else dict(vars(loop))
+    try:
+        yield
+    finally:
+        if before is not None:
+            vars(loop).update(before)
+
+
+def _reads_loaders(kind: type[LightningModule]) -> bool:
+    """Returns whether the code of a module's class names one of `_LOADERS`."""
+    own = [base for base in kind.__mro__ if not base.__module__.startswith(("lightning.", "pytorch_lightning."))]
+    functions = [inspect.unwrap(getattr(value, "fget", value)) for base in own for value in vars(base).values()]
+    codes = [function.__code__ for function in functions if inspect.isfunction(function)]
+    for code in codes:
+        codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+    return any(not _LOADERS.isdisjoint(code.co_names) for code in codes)
 
 
 def _arguments_after_batch(function: Callable[..., Any], loop: Any) -> tuple[int, ...]:

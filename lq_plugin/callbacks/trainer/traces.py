@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lq_plugin.callbacks.trainer.steps import loaders_as_before
 from lq_plugin.model.kept_state import KeptState, state_kept
 from lq_plugin.utilities.lightning_packages import Callback
 
@@ -22,7 +23,7 @@ def without_traces(pl_module: LightningModule) -> Iterator[None]:
     (`wandb.log`), or writes files, does so: only what goes through `self.log`, `self.logger` and `trainer.loggers` is
     silenced.
     """
-    with state_kept(pl_module), silenced(pl_module):
+    with loaders_as_before(pl_module._trainer), state_kept(pl_module), silenced(pl_module):
         yield
 
 

@@ -44,6 +44,7 @@ from lq_plugin.model.survey import input_owner
 from lq_plugin.model.unreached import unreached
 from lq_plugin.quantizers import ActivationQuantizer
 from lq_plugin.quantizers.fp8 import fp8_element
+from lq_plugin.utilities import hooks
 from lq_plugin.utilities.files import replacing
 
 log = logging.getLogger(__name__)
@@ -300,11 +301,11 @@ def _layers_that_run(quantized: nn.Module, inputs: Sequence[Any]) -> set[str]:
     """
     ran: set[str] = set()
     layers = quantized_layers(quantized)
-    hooks = [_module(layer).register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers]
+    handles = [hooks.after(_module(layer), lambda *_, name=name: ran.add(name)) for name, layer in layers]
     with torch.no_grad():
         quantized(*inputs)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
     return ran
 
 

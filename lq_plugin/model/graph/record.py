@@ -52,8 +52,10 @@ from lq_plugin.model.graph.tensor_identity import (
     storage_of,
     tensors_of,
     version_of,
+    within_deepcopy,
 )
 from lq_plugin.quantizers import SlotQuantizer
+from lq_plugin.utilities import hooks
 
 __all__ = ["Call", "Recording", "Source", "default_is_leaf", "record", "without_compile"]
 
@@ -190,8 +192,8 @@ class _Recorder(TorchFunctionMode):
                     continue
                 # Innermost: users' hooks run outside, so what they compute is seen and attributed.
                 for handle in (
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    module.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
+                    hooks.before(module, self._enter, with_kwargs=True),
+                    hooks.after(module, self._leave, with_kwargs=True, prepend=True, always_call=True),
                 ):
                     stack.callback(handle.remove)
             for module in self._aside:
@@ -300,6 +302,11 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._busy or self._frames[-1].opaque or name in METADATA:
             return func(*args, **kwargs)
+        if name == "__deepcopy__" or (name == "clone" and within_deepcopy()):
+            # Of a part of the model: what the copy computes has nothing to do with the part.
+            copied = func(*args, **kwargs)
+            self._produce([copied], [], activation=False, constant=True)
+            return copied
         if name in ("", "fn"):  # torch hides some functions in a dispatcher
             name = (resolve_name(func) or "call").rpartition(".")[2]
         written = list(tensors_of(kwargs.get("out")))

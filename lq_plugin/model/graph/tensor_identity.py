@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -60,3 +61,15 @@ def geometry_of(tensor: Tensor) -> tuple[Any, ...] | None:
 def version_of(tensor: Tensor) -> int | None:
     """Returns the count of writes in place; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+#: What copies a tensor for `copy.deepcopy`. Of parameters torch tells no function mode.
+_DEEPCOPY = {kind.__deepcopy__.__code__ for kind in (Tensor, nn.Parameter)}
+
+
+def within_deepcopy() -> bool:
+    """Returns whether the code that runs now is a part of `copy.deepcopy` of a tensor."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code not in _DEEPCOPY:
+        frame = frame.f_back
+    return frame is not None

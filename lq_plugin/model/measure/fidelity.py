@@ -23,6 +23,7 @@ from lq_plugin.model.prepare import quantized_layers, quantizers
 from lq_plugin.quantizers import ActivationQuantizer, Quantizer, SlotQuantizer, StagedQuantizer, WeightQuantizer
 from lq_plugin.quantizers.base import Levels
 from lq_plugin.ranges.grid_error import clipped_share, mean_squared_error
+from lq_plugin.utilities import hooks
 
 
 @dataclass
@@ -140,7 +141,7 @@ def watching(model: nn.Module) -> Iterator[Measurements]:
             if quantizer.collector is None and (current := _in_force(quantizer)) is not None:
                 _measure(current, args[0], measured.setdefault(current.name, Errors()))
 
-        handles.append(quantizer.register_forward_pre_hook(hook))
+        handles.append(hooks.before(quantizer, hook))
 
     try:
         for quantizer in quantizers(model):

@@ -21,6 +21,7 @@ from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.measure.fidelity import Errors
 from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.utilities import hooks
 
 #: Elements of one output that are compared, drawn at random: float outputs of all layers are kept for one pass.
 MAX_ELEMENTS = 2**20
@@ -108,7 +109,7 @@ def _watching(layers: Mapping[str, QuantizedLayer], seen: _Seen) -> Iterator[Non
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(hook_of(name), with_kwargs=True).remove)
+            stack.callback(hooks.after(layer, hook_of(name), with_kwargs=True).remove)
         yield
 
 

@@ -45,6 +45,7 @@ from lq_plugin.model.graph.op_names import METADATA, normalize
 from lq_plugin.model.graph.recording import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
 from lq_plugin.quantizers import ActivationQuantizer, StagedQuantizer, in_stages, make_activation_quantizer
+from lq_plugin.utilities import hooks
 
 #: Operations that are inside of others: of modules with several weights, next to products, and of torch's attention.
 INNER_OPERATIONS = frozenset({"hidden", "cell", "gates", "softmax", "probabilities", *CACHED})
@@ -197,9 +198,14 @@ class OperationQuantizers(nn.Module):
         self.calls: list[_Call] = []
         #: A `forward` that somebody else had put on the instance.
         self.replaced: Any = owner.__dict__.get("forward")
+        self._watches = True
         self.train(owner.training)
         owner.add_module(OPERATIONS_CONTAINER, self)
         owner.__dict__["forward"] = self.run
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy runs nothing yet, and has none of the hooks, which a part that is copied alone does without.
+        return self.__dict__ | {"calls": [], "_watches": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -207,6 +213,8 @@ class OperationQuantizers(nn.Module):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward."""
+        if not self._watches:
+            self.watch_submodules()
         call = _Call(self.owner)
         self.calls.append(call)
         try:
@@ -234,19 +242,19 @@ class OperationQuantizers(nn.Module):
 
     def watch_submodules(self) -> None:
         """Puts hooks on submodules that have none yet; those that come later are seen at the next `prepare`."""
-        ours = {self.owner, *self.modules()}
+        ours, self._watches = {self.owner, *self.modules()}, True
         for module in self.owner.modules():
             # Scripted code is out of a function mode's sight, and refuses hooks.
             if module not in ours and not isinstance(module, torch.jit.ScriptModule) and not self._hooks_on(module):
                 # Innermost, as in a recording: what users' hooks compute is the owner's.
-                module.register_forward_pre_hook(self.enter_submodule)
-                module.register_forward_hook(self.leave_submodule, prepend=True, always_call=True)
+                hooks.before(module, self.enter_submodule)
+                hooks.after(module, self.leave_submodule, prepend=True, always_call=True)
 
     def release(self) -> None:
         """Gives the owner its forward back, and takes the hooks away."""
         for module in self.owner.modules():
-            for hooks, key in self._hooks_on(module):
-                del hooks[key]
+            for held, key in self._hooks_on(module):
+                del held[key]
                 for flags in (module._forward_hooks_always_called, module._forward_hooks_with_kwargs):
                     flags.pop(key, None)
         delattr(self.owner, OPERATIONS_CONTAINER)
@@ -259,10 +267,10 @@ class OperationQuantizers(nn.Module):
     def _hooks_on(self, module: nn.Module) -> list[tuple[dict[int, Any], int]]:
         mine = (self.enter_submodule, self.leave_submodule)
         return [
-            (hooks, key)
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-            for key, hook in hooks.items()
-            if hook in mine
+            (held, key)
+            for held in (module._forward_pre_hooks, module._forward_hooks)
+            for key, hook in held.items()
+            if isinstance(hook, hooks.OwnHook) and hook.function in mine
         ]
 
 

@@ -39,6 +39,7 @@ from lq_plugin.ptq.batch_norm.reestimate import (
     merge_ranks,
 )
 from lq_plugin.ptq.layerwise.watch import CallWatch, run_both
+from lq_plugin.utilities import hooks
 
 
 def correct_batch_norm(
@@ -88,9 +89,9 @@ def correct_batch_norm(
         if bn.running_mean is not None and bn.running_var is not None
     }
     count = 0
-    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+    with evaluating(model), torch.no_grad(), ExitStack() as stack:
         for watch in watches.values():
-            hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            stack.callback(hooks.before(watch.bn, watch, with_kwargs=True).remove)
         for batch in batches:
             run_both(model, run or model, batch, watches.values())
             count += 1

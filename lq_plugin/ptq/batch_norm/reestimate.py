@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq_plugin.errors import CalibrationError, QuantizationError, did_you_mean, raise_all
 from lq_plugin.model.graph.record import without_compile
 from lq_plugin.model.ranks import gathered, world_size
+from lq_plugin.utilities import hooks
 
 Batch = TypeVar("Batch")
 
@@ -284,7 +285,7 @@ def _watched(layers: dict[str, _BatchNorm], pools: dict[str, MomentPool]) -> Ite
 
     with ExitStack() as stack:
         for name, bn in layers.items():
-            stack.callback(bn.register_forward_pre_hook(watch(pools[name]), with_kwargs=True).remove)
+            stack.callback(hooks.before(bn, watch(pools[name]), with_kwargs=True).remove)
         yield
 
 

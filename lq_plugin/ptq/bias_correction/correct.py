@@ -41,6 +41,7 @@ from lq_plugin.model.survey import float_class
 from lq_plugin.ptq.layerwise.watch import CallWatch, run_both
 from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.units import owner_name
+from lq_plugin.utilities import hooks
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,14 @@ def bias_correct(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], 
     watches: dict[str, _Watch] = {}
     skipped: dict[str, str] = {}
     count = 0
-    with evaluating(model), torch.no_grad(), without_compile(), ExitStack() as hooks:
+    with evaluating(model), torch.no_grad(), without_compile(), ExitStack() as stack:
         for batch in batches:
             if not count:
                 with float_forward(model):
                     recording = record(model, lambda: forward(batch))  # noqa: B023
                 watches, skipped = _targets(model, layers, recording)
                 for watch in watches.values():
-                    hooks.callback(watch.attach().remove)
+                    stack.callback(watch.attach().remove)
             run_both(model, forward, batch, watches.values())
             count += 1
     require_batches(count)
@@ -143,8 +144,8 @@ class _Watch(CallWatch[tuple[Tensor, int]]):
     def attach(self) -> Any:
         # Disabled quantizers are called also: in both passes the hook sees the sum and the bias.
         if self.layer.output_quantizer is not None:
-            return self.layer.output_quantizer.register_forward_pre_hook(lambda _, args: (self.see(args[0]), *args[1:]))
-        return self.layer.register_forward_hook(lambda _, __, y: self.see(y), prepend=True)
+            return hooks.before(self.layer.output_quantizer, lambda _, args: (self.see(args[0]), *args[1:]))
+        return hooks.after(self.layer, lambda _, __, y: self.see(y), prepend=True)
 
     def measure(self, x: Tensor) -> tuple[Tensor, int]:
         axis = self._axis(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lq_plugin.errors import CalibrationError
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
+from lq_plugin.utilities import hooks
 
 _KIND = "float input"
 
@@ -39,10 +40,10 @@ class FloatInputs:
 
             return hook
 
-        with ExitStack() as hooks:
+        with ExitStack() as stack:
             for name in self.layers:
                 layer = self.model.get_submodule(name)
-                hooks.callback(layer.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+                stack.callback(hooks.before(layer, keep(name), with_kwargs=True).remove)
             yield
 
     def take(self, name: str, batch: int, call: int, like: Tensor) -> Tensor:

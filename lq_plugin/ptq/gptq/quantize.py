@@ -49,6 +49,7 @@ from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault
 from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
+from lq_plugin.utilities import hooks
 from lq_plugin.utilities.moved import former_names
 
 __getattr__ = former_names(__name__)
@@ -362,9 +363,9 @@ class _BatchNorms:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        with ExitStack() as hooks:
+        with ExitStack() as stack:
             for name, watch in self.watches.items():
-                hooks.callback(watch.bn.register_forward_pre_hook(self._hook(name, watch), with_kwargs=True).remove)
+                stack.callback(hooks.before(watch.bn, self._hook(name, watch), with_kwargs=True).remove)
             yield
 
     def _hook(self, name: str, watch: Watch) -> Callable[..., Any]:

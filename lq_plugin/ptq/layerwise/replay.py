@@ -22,6 +22,7 @@ from lq_plugin.model.graph.recording import Recording
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 from lq_plugin.ptq.layerwise.unread import Unread, outer_names, unread_modules, values_of
 from lq_plugin.ptq.reconstruction.samples import copied
+from lq_plugin.utilities.hooks import StandIn
 
 #: One call of a module: positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -164,7 +165,7 @@ class Replay:
                 return output
 
             replaced.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = forward
+            module.__dict__["forward"] = StandIn(original, forward)
 
         for name in {*self._finished, *([] if target is None else [target])}:
             intercept(name, self.modules[name])

@@ -42,6 +42,7 @@ from lq_plugin.ptq.reconstruction.samples import Record, Samples, copied, float_
 from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
 from lq_plugin.ptq.reconstruction.store import UnitStore
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
+from lq_plugin.utilities import hooks
 
 
 @dataclass
@@ -201,13 +202,13 @@ class _Reconstructor:
 
             return hook
 
-        hooks = [self.model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+        handles = [hooks.before(self.model.get_submodule(name), count(name)) for name in names]
         try:
             with self.float_state():
                 self.walk.run(0)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
         return counts
 
     def _unit(
@@ -251,9 +252,9 @@ class _Reconstructor:
         with self.float_state():
             float_inputs = float_replay.inputs_of(unit.name, batch, calls)
         records: list[Record] = []
-        with ExitStack() as hooks:
+        with ExitStack() as stack:
             for watch in watches.values():
-                hooks.callback(watch.bn.register_forward_pre_hook(watch, with_kwargs=True).remove)
+                stack.callback(hooks.before(watch.bn, watch, with_kwargs=True).remove)
             with self.float_state():
                 for call, arguments in enumerate(float_inputs):
                     # Its own copy: the module may write into them.

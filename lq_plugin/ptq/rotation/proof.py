@@ -19,6 +19,7 @@ from lq_plugin.model.graph.record import Recording
 from lq_plugin.model.graph.tensor_identity import tensors_of
 from lq_plugin.ptq.rotation.heads import HeadPair
 from lq_plugin.ptq.rotation.streams import Stream, is_linear
+from lq_plugin.utilities import hooks
 
 #: How far, relative to their norm, tensors may move by rounding; a wrong rotation moves them by about 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -91,7 +92,7 @@ def watch(model: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> See
     handles = []
     try:
         for name in layers:
-            handles.append(model.get_submodule(name).register_forward_hook(partial(see, name)))
+            handles.append(hooks.after(model.get_submodule(name), partial(see, name)))
         return Seen(_copies(run()), layers)
     finally:
         for handle in handles:

@@ -31,6 +31,7 @@ from lq_plugin.model.graph.record import Recording, without_compile
 from lq_plugin.model.ranks import gathered, require_batches
 from lq_plugin.ptq.own_parameters import Refused, write_all
 from lq_plugin.ptq.smooth_quant.groups import SmoothingGroup, find_smoothing_groups, input_dim, input_weight
+from lq_plugin.utilities import hooks
 from lq_plugin.utilities.moved import former_names
 
 __all__ = ["Smoothing", "SmoothingGroup", "find_smoothing_groups", "smooth_quant"]
@@ -120,9 +121,9 @@ def _largest_activations(
         return hook
 
     count = 0
-    with evaluating(model), float_forward(model), torch.no_grad(), without_compile(), ExitStack() as hooks:
+    with evaluating(model), float_forward(model), torch.no_grad(), without_compile(), ExitStack() as stack:
         for name in producers:
-            hooks.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
+            stack.callback(hooks.after(model.get_submodule(name), watch(name)).remove)
         for batch in batches:
             run(batch)
             count += 1

@@ -48,7 +48,7 @@ from lq_plugin.search.sensitivity.learned_steps import by_learned_steps
 from lq_plugin.search.sensitivity.prefix import PrefixCache
 from lq_plugin.search.sensitivity.split import split
 from lq_plugin.search.space.model_space import Choice, Params, Unit
-from lq_plugin.utilities import csv_text
+from lq_plugin.utilities import csv_text, hooks
 from lq_plugin.utilities.lightning_packages import Callback, is_overridden
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def _outputs(head: nn.Module, run: Callable[[Any], Any], batch: Any) -> _Outputs
         rows = output.movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else output
         found.append(rows.float().reshape(-1, rows.shape[-1]))
 
-    hook = head.register_forward_hook(keep)
+    hook = hooks.after(head, keep)
     try:
         result = run(batch)
     finally:
@@ -321,7 +321,7 @@ def _watching(layer: QuantizedLayer, into: _Ratio) -> Any:
         into.add(_noise(_Outputs([expected.float()], None), _Outputs([output.float()], None)))
 
     stack = ExitStack()
-    stack.callback(layer.register_forward_hook(compare, with_kwargs=True).remove)
+    stack.callback(hooks.after(layer, compare, with_kwargs=True).remove)
     return stack
 
 

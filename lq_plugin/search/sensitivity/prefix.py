@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.ptq.layerwise.activation_cache import tree_bytes
+from lq_plugin.utilities.hooks import StandIn
 
 #: Bytes of layer outputs that are kept.
 BUDGET = 2**30
@@ -90,7 +92,7 @@ class PrefixCache:
     def _in_place_of_forward(self, stand_in: Callable[..., Any]) -> Iterator[None]:
         before = {name: layer.__dict__.get("forward") for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
-            layer.__dict__["forward"] = _bound(stand_in, name, layer.forward)
+            layer.__dict__["forward"] = StandIn(layer.forward, partial(stand_in, name, layer.forward))
         try:
             yield
         finally:
@@ -98,10 +100,6 @@ class PrefixCache:
                 del layer.__dict__["forward"]
                 if before[name] is not None:
                     layer.__dict__["forward"] = before[name]
-
-
-def _bound(stand_in: Callable[..., Any], name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: stand_in(name, forward, *args, **kwargs)
 
 
 def _copy(output: Any) -> Any:
