@@ -347,6 +347,8 @@ def _has_cheap_scalars(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
 
     On other devices reading them would wait for the device, and under torch.compile it breaks the graph.
     """
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or ops.is_batched(scale):
+    if torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(scale):  # it may be a batch of scales
         return False
     return scale.numel() == 1 and zero_point.numel() == 1 and scale.device.type == x.device.type == "cpu"

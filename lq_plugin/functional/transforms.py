@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lq_plugin.native.ops import is_batched, is_transformed
 
@@ -31,7 +32,11 @@ def applied(function: type[torch.autograd.Function], x: Tensor, *args: Any, lear
         args: what else it takes; tensors among them broadcast to `x`.
         learned: which of `args` have gradients.
     """
-    if torch.compiler.is_compiling() or not is_transformed():
+    # As `is_transformed`, without another call on the way of every weight and input.
+    transformed = not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+    if not transformed:
         return function.apply(x, *args)
     # Each element has a scale of its own, so that the backward pass has nothing to sum up.
     given = [x, *(arg.expand(x.shape) if index in learned else arg for index, arg in enumerate(args))]
