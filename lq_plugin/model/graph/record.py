@@ -191,11 +191,9 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
                 # Innermost: users' hooks run outside, so what they compute is seen and attributed.
-                for handle in (
-                    hooks.before(module, self._enter, with_kwargs=True),
-                    hooks.after(module, self._leave, with_kwargs=True, prepend=True, always_call=True),
-                ):
-                    stack.callback(handle.remove)
+                stack.callback(hooks.before(module, self._enter, with_kwargs=True).remove)
+                leave = hooks.after(module, self._leave, with_kwargs=True, prepend=True, always_call=True)
+                stack.callback(leave.remove)
             for module in self._aside:
                 # `metric.update(x)` in a step is no call of the metric itself.
                 for name in ("update", "compute"):
@@ -366,17 +364,10 @@ class _Recorder(TorchFunctionMode):
         place, operands = label or (frame.numbering.next(f"other_{op}" if op in OPERATIONS else op), ())
         name = ".".join(filter(None, (frame.name, place)))
         shapes = tuple(tuple(t.shape) for t in outputs)
-        self._add(
-            "functional" if counts else "other",
-            name,
-            op,
-            sources,
-            shapes,
-            macs,
-            False,
-            operands=operands if counts or op in UNARY else (),
-            pads_zeros=op == "pad" and _pads_zeros(*args, **kwargs),
-        )
+        operands = operands if counts or op in UNARY else ()
+        zeros = op == "pad" and _pads_zeros(*args, **kwargs)
+        kind = "functional" if counts else "other"
+        self._add(kind, name, op, sources, shapes, macs, False, operands=operands, pads_zeros=zeros)
 
     def _weight_read(self, args: Any, kwargs: Any) -> str | None:
         """Returns the name of the weight that a product reads, of a module that is running."""
