@@ -10,6 +10,10 @@ from lq_plugin.native.kernels import TYPES
 from lq_plugin.native.layouts import Layout, is_dense, laid_out as laid_out
 from lq_plugin.native.switch import FakeQuantizeKernels, active
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_transforms = torch._C._are_functorch_transforms_active
+
 
 def kernels_for(
     x: Tensor, dtype: torch.dtype | None = None, qparams: tuple[Tensor, ...] = ()
@@ -24,7 +28,10 @@ def kernels_for(
         dtype: of the result; None: that of `x`.
         qparams: scale, zero point, ...: contiguous float32 tensors of one shape, on the device of `x`.
     """
-    if (x.dtype, dtype or x.dtype) not in TYPES or is_watched(x) or not x.numel():
+    # As `is_watched`, without another call on the way of every weight and input.
+    if type(x) not in _PLAIN or _dispatch_modes() or _is_tracing() or _transforms() or forward_ad._current_level >= 0:
+        return None
+    if (x.dtype, dtype or x.dtype) not in TYPES or not x.numel():
         return None
     found = active(x.device.type)
     if found is None or x.layout != torch.strided or x.is_neg() or not (x.is_contiguous() or is_dense(x)):
@@ -39,15 +46,12 @@ def kernels_for(
 
 def is_watched(x: Tensor) -> bool:
     """Returns whether something watches or rewrites operations on `x`: a subclass, tracing, a mode, a transform."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
-        return True
-    # As `is_transformed`, without another call on the way of every weight and input.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return bool(type(x) not in _PLAIN or _dispatch_modes() or _is_tracing()) or is_transformed()
 
 
 def is_transformed() -> bool:
     """Returns whether a transform of torch.func or a forward-mode derivative is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms() or forward_ad._current_level >= 0
 
 
 def is_batched(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from lq_plugin.errors import CalibrationError, QuantizationError
@@ -219,7 +220,12 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def _is_plain(self) -> bool:
-        """True where quantizing is `fake_quantize` with one scale."""
+        """True where quantizing is `fake_quantize` with one scale, and what is noted is outside of no transform."""
+        # As `is_transformed`, without another call on the way of every input.
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        ):
+            return False
         return self.takes_kernels and self.rounds_to_nearest and not self.per_channel
 
     def commit(self, batch_min: Tensor, batch_max: Tensor) -> None:

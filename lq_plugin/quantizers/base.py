@@ -116,7 +116,7 @@ class Quantizer(SlotQuantizer):
 
     def quantize_observed(self, x: Tensor) -> Tensor:
         """Returns `quantize_values(x)`, after `observe(x)`."""
-        self.observe(x)
+        outside(self.observe, x)
         return self.quantize_values(x)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:

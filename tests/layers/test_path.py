@@ -69,7 +69,7 @@ def test_a_weight_enters_at_most_twelve_definitions(layer: nn.Module, native: bo
         ("int4 per_channel lsq", 10, 12),
         ("int4 group32 lsq", 12, 14),
         ("ttq", 16, 18),
-        ("twn", 19, 19),
+        ("twn", 20, 20),
         ("mx6", 19, 16),
         ("mxfp4", 20, 21),
     ],
