@@ -36,7 +36,7 @@ from lq_plugin.layers.integer import (
     settle_integer_forward,
 )
 from lq_plugin.model.operations.quantized import quantized_operations
-from lq_plugin.model.prepare import quantized_layers, quantizers
+from lq_plugin.model.prepare import late_layers, quantized_layers, quantizers
 from lq_plugin.model.training import clip_latent_weights, commit_observers, enter_stage, forget_batch
 from lq_plugin.model.unreached import REASON, reached_any, settle, unreached, waiting
 from lq_plugin.ptq.batch_norm.reestimate import FrozenBatchNorms, freeze_batch_norm
@@ -116,6 +116,8 @@ class QAT(QuantizationCallback):
         #: Whether the run began in a version that let learned ranges of earlier stages decay: its groups stay.
         self.stages_decay = False
         self.frozen: FrozenBatchNorms | None = None
+        #: Layers that came in after the quantizers, and were named.
+        self.late: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -195,6 +197,12 @@ class QAT(QuantizationCallback):
                             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and (late := [n for n in late_layers(pl_module, self.ledger) if n not in self.late]):
+            self.late += late
+            rank_zero_warn(
+                f"QAT: {', '.join(late)} came in after the quantizers and stays float; make it in __init__, setup or "
+                "configure_model"
+            )
         # Only here: the state that a resumed run starts with is that of its last batch.
         moment = trainer.current_epoch, trainer.global_step
         changed = self._enter_stage(pl_module, moment, calibrate=True)

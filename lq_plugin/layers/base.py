@@ -131,6 +131,9 @@ class QuantizedLayer(nn.Module):
                 f"{quantizer.name}: the input is sparse ({x.layout}), which no format quantizes; pass x.to_dense(), "
                 "or leave the input of this layer float and quantize its weight alone"
             )
+        if x.layout is torch.jagged:  # a nested tensor: its values are `[sum of lengths, ...]`
+            values = quantizer(x.values())
+            return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
         if (
             self._shared_input is not None
             and isinstance(quantizer, ActivationQuantizer)

@@ -224,6 +224,9 @@ def names_taken(module: nn.Module, swapped: type[nn.Module] | None = None) -> li
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Returns why this layer, although of a known type, cannot hold quantizers; None when it can."""
+    if "forward" in vars(module) and not isinstance(module, QuantizedLayer):
+        # It may call the float one, which it was made from: hooks of accelerate do.
+        return "its forward is replaced on the instance, and would pass by the quantizers: override it in a class"
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "lazy module without shape yet: run one batch through the model before the Trainer"
     if any(source.is_complex() for source in weight_sources(module)):

@@ -152,6 +152,21 @@ def _swap(module: nn.Module, plan: LayerPlan, name: str) -> None:
         module.enter_owner()
 
 
+def late_layers(model: nn.Module, ledger: Ledger) -> list[str]:
+    """Returns names of layers that came into a prepared model later, and so are float without a reason in the ledger.
+
+    Args:
+        model: prepared.
+        ledger: of then.
+    """
+    explained = {entry.name for entry in ledger.left_float}
+    return [
+        name
+        for name, layer in Survey.of(model).candidates.items()
+        if not isinstance(layer, QuantizedLayer) and name not in explained
+    ]
+
+
 def _to_onnx(*args: Any, **kwargs: Any) -> None:
     """Stands in for `LightningModule.to_onnx`, which would end in an exporter's error about one of our operators."""
     raise ExportError(

@@ -241,7 +241,8 @@ class ActivationQuantizer(Quantizer):
         with torch.no_grad():
             if self._calibrated:
                 ramp = (1.0 + self.batches) / (10.0 + self.batches)
-                share = 1.0 - (ramp.clamp(max=self.momentum) if self.ramps else torch.full_like(ramp, self.momentum))
+                kept = ramp.clamp(max=self.momentum) if self.ramps else torch.full_like(ramp, self.momentum)
+                share = (1.0 - kept).float()  # counts are integers, and the default dtype may be float64
                 self.running_min.lerp_(batch_min, share)
                 self.running_max.lerp_(batch_max, share)
                 self.batches.add_(1)

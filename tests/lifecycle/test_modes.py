@@ -1,11 +1,14 @@
-"""Modules that a Trainer finds in an unusual state: in evaluation mode, scripted or traced."""
+"""Modules that a Trainer finds in an unusual state (in evaluation mode, scripted, with another forward, under another
+default dtype), inputs of an unusual kind, and layers that come in while it trains."""
+
+import functools
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lq_plugin import QAT, CalibrationError, PlanError, prepare
+from lq_plugin import QAT, CalibrationError, PlanError, calibrate, prepare
 from lq_plugin.model.prepare import quantized_layers
 from tests.callbacks.conftest import Module
 
@@ -54,3 +57,61 @@ def test_scripted_modules_stay_float_with_the_reason(make):
     assert ledger.weight_coverage == 0.5
     with pytest.raises(PlanError, match=r"nothing to quantize in .*no quantized form of this layer type"):
         prepare(make(nn.Linear(4, 4)), "w4a8")
+
+
+class Patched(Module):
+    """As accelerate does it for `device_map`: the layer's forward is a function around its float method."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            layer = self.net.get_submodule(name)
+            layer.forward = functools.partial(lambda forward, *args: forward(*args), layer.forward)
+
+
+def test_a_layer_whose_forward_was_replaced_is_float_with_the_reason(trainer, data):
+    module, callback = Patched("fc"), QAT("w4a8")
+    trainer(callback).fit(module, datamodule=data)
+    assert "its forward is replaced" in callback.ledger["net.fc"].reason
+    assert callback.ledger.compute_coverage < 1.0
+    with pytest.raises(PlanError, match=r"nothing to quantize(?s:.*)its forward is replaced"):
+        trainer(QAT("w4a8")).fit(Patched("conv", "conv2", "fc"), datamodule=data)
+
+
+def test_nested_inputs_are_quantized_by_their_values():
+    torch.manual_seed(0)
+    net, parts = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.randn(3, 4), torch.randn(5, 4)]
+    prepare(net, "w4 lsq a8 lsq")
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    calibrate(net, [nested])
+    other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prepare(other, "w4 lsq a8 lsq")
+    other.load_state_dict(net.state_dict())
+    calibrate(other, [torch.cat(parts)])
+    outputs = net.train()(nested).values(), other.train()(torch.cat(parts))
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_another_default_dtype(trainer, data):
+    torch.set_default_dtype(torch.float64)
+    try:
+        module = Module()
+        trainer(QAT("w4a8"), precision="64-true").fit(module, datamodule=data)
+        assert module.net.fc.input_quantizer.running_max.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_layers_that_come_in_while_training_are_named(trainer, data):
+    class Grows(Module):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net.fc = nn.Linear(self.net.fc.in_features, self.net.fc.out_features)
+
+    with pytest.warns(UserWarning, match=r"net\.fc came in after the quantizers and stays float") as caught:
+        trainer(QAT("w4a8"), max_epochs=3).fit(Grows(), datamodule=data)
+    assert len([each for each in caught if "came in" in str(each.message)]) == 1
