@@ -229,6 +229,8 @@ def why_unsupported(module: nn.Module) -> str | None:
         return "its forward is replaced on the instance, and would pass by the quantizers: override it in a class"
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "lazy module without shape yet: run one batch through the model before the Trainer"
+    if not all(source.numel() for source in weight_sources(module)):
+        return "its weight has no elements"
     if any(source.is_complex() for source in weight_sources(module)):
         return "its weight is complex, levels are real numbers"
     if not is_parametrized(module, "weight"):

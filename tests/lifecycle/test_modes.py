@@ -78,6 +78,12 @@ def test_a_layer_whose_forward_was_replaced_is_float_with_the_reason(trainer, da
         trainer(QAT("w4a8")).fit(Patched("conv", "conv2", "fc"), datamodule=data)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_is_float_with_the_reason():
+    ledger = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0)), "w4 lsq a8 lsq")
+    assert ledger["1"].reason == "its weight has no elements"
+
+
 def test_nested_inputs_are_quantized_by_their_values():
     torch.manual_seed(0)
     net, parts = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.randn(3, 4), torch.randn(5, 4)]

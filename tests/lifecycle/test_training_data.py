@@ -63,6 +63,16 @@ class Holds(L.LightningDataModule):
         return self.loader
 
 
+class Counts(Holds):
+    """Gives the data of the next stage at each call, as a curriculum does."""
+
+    calls = 0
+
+    def train_dataloader(self):
+        self.calls += 1
+        return DataLoader(self.loader, 16, shuffle=True, generator=torch.Generator().manual_seed(self.calls))
+
+
 def generator():
     return torch.Generator().manual_seed(7)
 
@@ -80,6 +90,7 @@ SOURCES = {
     "a data set that reads on": lambda d: DataLoader(ReadsOn(d), batch_size=16),
     "None before each batch": lambda d: DataLoader(before_each(d), batch_size=None, collate_fn=copy.deepcopy),
     "a generator that a datamodule holds": lambda d: Holds(batch for batch in list(DataLoader(d, batch_size=16))),
+    "a datamodule that counts its calls": Counts,
 }
 
 

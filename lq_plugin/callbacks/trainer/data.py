@@ -42,7 +42,7 @@ def calibration_batches(
     Raises:
         CalibrationError: when there is no such loader, or there are several.
     """
-    with isolate_rng():
+    with isolate_rng(), _datamodule_as_before(trainer):
         loader = _loader(trainer, pl_module, given)
         if loader is None:
             if needed:
@@ -53,6 +53,21 @@ def calibration_batches(
             mine = itertools.islice(batches, trainer.global_rank, count * trainer.world_size, trainer.world_size)
             for batch in mine:
                 yield _transferred(trainer, pl_module, batch)
+
+
+@contextmanager
+def _datamodule_as_before(trainer: Trainer) -> Iterator[None]:
+    """Puts back in a fit what its datamodule counts in the hook that makes the loader, which the fit calls again."""
+    datamodule = getattr(trainer, "datamodule", None) if trainer.state.fn == "fit" else None
+    held = {} if datamodule is None else vars(datamodule)
+    names, before = set(held), {name: value for name, value in held.items() if isinstance(value, (int, float, str))}
+    try:
+        yield
+    finally:
+        held.update(before)
+        for name in held.keys() - names:
+            if hasattr(type(datamodule), name):  # it counts from what its class says
+                del held[name]
 
 
 @contextmanager
@@ -156,7 +171,7 @@ def _batch_and_step(
     transferred: Callable[[Any], Any],
     or_evaluation: bool = True,
 ) -> tuple[Any, CalibrationStep]:
-    with isolate_rng():
+    with isolate_rng(), _datamodule_as_before(trainer):
         loader = _loader(trainer, pl_module, given)
         if loader is None:
             steps: dict[str | None, str] = {"test": "test_step", "predict": "predict_step"}
