@@ -179,11 +179,6 @@ class _Recorder(TorchFunctionMode):
         self._frames = [_Frame(None, OUTSIDE, False, Numbering(), [], (), [])]
         self._busy = False  # inside our own hooks, whose tensor reads are nobody's calls
 
-    def __deepcopy__(self, memo: Any) -> _Recorder:
-        copied = _Recorder(nn.Module(), self._is_leaf, None)  # its hooks, on a copy of a module, do nothing
-        copied.release()
-        return copied
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -233,8 +228,6 @@ class _Recorder(TorchFunctionMode):
             self._leave(module, args, kwargs, output)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._frames:
-            return  # of a copy
         if self._frames[-1].opaque or id(module) in self._not_ours:  # only its place on the stack matters
             self._frames.append(_Frame(module, "", True, Numbering(), [], (), []))
             return
@@ -300,7 +293,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._busy or self._frames[-1].opaque or name in METADATA:
             return func(*args, **kwargs)
-        if name == "__deepcopy__" or (name == "clone" and within_deepcopy()):
+        if name == "clone" and within_deepcopy():
             # Of a part of the model: what the copy computes has nothing to do with the part.
             copied = func(*args, **kwargs)
             self._produce([copied], [], activation=False, constant=True)
