@@ -132,8 +132,8 @@ class QuantizedLayer(nn.Module):
                 "or leave the input of this layer float and quantize its weight alone"
             )
         if x.layout is torch.jagged:  # a nested tensor: its values are `[sum of lengths, ...]`
-            values = quantizer(x.values())
-            return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
+            nested: Any = x
+            return torch.nested.nested_tensor_from_jagged(quantizer(x.values()), nested.offsets(), nested.lengths())
         if (
             self._shared_input is not None
             and isinstance(quantizer, ActivationQuantizer)
