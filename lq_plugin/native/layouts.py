@@ -62,6 +62,8 @@ def layout_of(x: Tensor, sizes: tuple[int, ...]) -> Layout | None:
     parts: list[tuple[bool, int]] = []
     kept = []
     for dim in order:
+        if sizes[dim] not in (1, x.shape[dim]):
+            return None  # torch says what is wrong, or makes a larger result
         if x.shape[dim] == 1:
             continue
         has = sizes[dim] > 1
@@ -128,7 +130,8 @@ def block_layout(x: Tensor, axis: int, block: int) -> BlockLayout | None:
 
 
 def laid_out(gradient: Tensor, strides: tuple[int, ...] | list[int]) -> Tensor:
-    """Returns `gradient` with these strides: itself, or a copy."""
+    """Returns `gradient` with these strides and no negation to come: itself, or a copy."""
+    gradient = gradient.resolve_neg()
     if tuple(gradient.stride()) == tuple(strides):
         return gradient
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)

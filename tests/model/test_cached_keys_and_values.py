@@ -129,6 +129,15 @@ def test_next_to_rules_of_the_whole_kernel() -> None:
     assert cost(one, recording).bops - cost(both, recording).bops == work * (8 * 8 - 8 * 4)
 
 
+@pytest.mark.parametrize(("spec", "bits"), [("mxfp4", 4 + 8 / 8), ("nvfp4", 4 + 8 / 8), ("int4 group8:4", 4 + 4 / 8)])
+def test_scales_of_blocks_are_kept_with_the_numbers(spec: str, bits: float) -> None:
+    x, plain, model = torch.randn(2, 5, 16), Attention(), Attention()
+    recording = record(plain, lambda: plain(x), samples=2)
+    quantized(model, [Rule("type:keys", input=spec), Rule("type:values", input=spec)], x)
+    # 5 tokens of two heads, 8 numbers each: one block. The scale of all blocks, which is calibrated, does not count.
+    assert cost(model, recording).cache_bytes == 2 * 5 * 16 * bits / 8
+
+
 class Trained(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()

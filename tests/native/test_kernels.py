@@ -311,6 +311,23 @@ def test_an_empty_tensor():
             )
 
 
+def test_scales_of_another_size_are_torchs_to_refuse():
+    grid = IntegerGrid(-128, 127)
+    assert layout_of(torch.zeros(4, 6), (3,)) is None
+    assert layout_of(torch.zeros(4, 6), (3, 1)) is None
+    assert layout_of(torch.zeros(4, 1), (4, 3)) is None
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        fake_quantize(torch.ones(4, 6), torch.full((3,), 0.1), torch.zeros(3), grid)
+
+
+@pytest.mark.parametrize("function", [fake_quantize, partial(fake_quantize_learned, gradient_factor=1.0)])
+def test_gradients_that_are_negated_when_they_are_read(function):
+    x = torch.full((4, 6), 0.3, requires_grad=True)
+    y = function(x, torch.tensor([0.1]), torch.zeros(1), grid=IntegerGrid(-128, 127))
+    y.backward(torch._neg_view(torch.ones(4, 6)))
+    assert torch.equal(x.grad, torch.full((4, 6), -1.0))
+
+
 def test_layouts():
     image, per_channel = torch.zeros(2, 3, 4, 5), (1, 3, 1, 1)
     assert layout_of(image, per_channel) == Layout(2, 3, 20, 1)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lq_plugin import QuantizationError, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
+from lq_plugin.functional.grouping import blocks
 from lq_plugin.ptq.gptq.quantize import gptq
 
 
@@ -60,6 +61,22 @@ def test_what_its_error_says_is_what_the_layer_makes() -> None:
     with torch.no_grad():
         share = float((model(x) - plain(x)).square().sum() / plain(x).square().sum())
     assert fit.after == pytest.approx(share, rel=1e-3)
+
+
+def test_rows_whose_inputs_are_never_seen_keep_nearest_rounding() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 8, 6, 6)
+    x[:, :4] = 0.0
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)).eval()
+    prepare(model, "int4 group4 affine")
+    calibrate(model, [x])
+    quantizer, nearest = model[0].weight_quantizer, model[0].quantized_weight().clone()
+    scale = quantizer.qparams(blocks(model[0].weight.detach(), quantizer.spec.granularity))[0].clone()
+    fit = gptq(model, [x], sweeps=3).layers["0"]
+    assert fit.nearest_rows == 0.5
+    assert torch.equal(model[0].weight[:4], nearest[:4])
+    assert torch.equal(quantizer.scale[:4], scale[:4])
+    assert not torch.equal(model[0].weight[4:], nearest[4:])
 
 
 def test_sweeps_are_counted() -> None:

@@ -71,8 +71,15 @@ def cache_bytes(recording: Recording, plans: Mapping[str, LayerPlan] | None = No
             shape = call.inputs[place].shape
             rows, columns = prod(shape[:-1]), shape[-1]
             spec = plans.get(part_of(call.name, part), LayerPlan()).input or plans.get(call.name, LayerPlan()).input
-            if spec is not None and not make_activation_quantizer(spec, "", 1, -1).needs_calibration:
-                bits += spec_bits(spec, (rows, columns))
-            else:
-                bits += rows * columns * (spec.bit_width if spec is not None else FLOAT_BITS)
+            bits += rows * columns * FLOAT_BITS if spec is None else _cached_bits(spec, rows, columns)
     return round(bits / 8 / recording.samples) if calls else None
+
+
+def _cached_bits(spec: QuantSpec, rows: int, columns: int) -> int:
+    group = spec.granularity
+    if not make_activation_quantizer(spec, "", 1, -1).needs_calibration:
+        return spec_bits(spec, (rows, columns))
+    # Of two levels of scales that of the tensor is calibrated; those of blocks are found at run time.
+    blocks = prod(scale_shape((rows, columns), group)) if isinstance(group, PerGroup) else 0
+    of_block = group.scale_bits if isinstance(group, PerGroup) and group.scale_bits else spec.kind.scale_bits or 0
+    return rows * columns * spec.bit_width + blocks * of_block

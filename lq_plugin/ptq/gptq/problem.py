@@ -83,8 +83,8 @@ class Problem:
         mine = unblocks(numbers.expand(laid_out), shape, self.granularity).flatten()
         return [(mine == number).nonzero().squeeze(1).to(self.device) for number in range(numbers.numel())]
 
-    def descend(self, target: Tensor, values: Tensor, hessian: Tensor, sweeps: int) -> Tensor:
-        """Returns better values by coordinate descent, `[groups, rows, columns]`; the levels get their scales.
+    def descend(self, target: Tensor, values: Tensor, hessian: Tensor, sweeps: int) -> tuple[Tensor, Tensor | None]:
+        """Returns values by coordinate descent, `[groups, rows, columns]`, and their scales for `take_scales`.
 
         Args:
             target: what is rounded, of the same shape.
@@ -103,10 +103,18 @@ class Problem:
                     target[group, rows], values[group, rows], hessian[group], mine, sets, sweeps
                 )
                 scales[group, rows] = scale[:, [int(some[0]) for some in sets]]
-        if own and self.levels.trainable:
-            scale = scales.reshape(self.levels.scale.shape).to(self.levels.scale.device)
-            self.levels = replace(self.levels, scale=scale)
-        return done
+        return done, scales if own and self.levels.trainable else None
+
+    def take_scales(self, scales: Tensor, rows: Tensor) -> None:
+        """Gives rows of the levels the scales that `descend` has found.
+
+        Args:
+            scales: `[groups, rows, scales of a row]`.
+            rows: which, bool `[groups, rows]`.
+        """
+        held = self.levels.scale
+        scale = torch.where(rows.unsqueeze(-1), scales, held.reshape(scales.shape).to(scales.device))
+        self.levels = replace(self.levels, scale=scale.reshape(held.shape).to(held.device))
 
     def write(self, values: Tensor) -> None:
         """Writes rounded values, `[groups, rows, columns]`, into the layer."""

@@ -325,8 +325,14 @@ class _GPTQ:
             if self.options["sweeps"]:
                 target = weight.masked_fill((dead & ~unseen).unsqueeze(-2), 0.0)
                 damped = damped_hessian(hessian, self.options["dampening"])
-                solved = problem.descend(target, solved, damped, self.options["sweeps"])
-                after = output_errors(weight - solved, hessian, torch.float32)
+                found, scales = problem.descend(target, solved, damped, self.options["sweeps"])
+                errors = output_errors(weight - found, hessian, torch.float32)
+                # What descends is the dampened error; of inputs that were never seen it has nothing but the dampening.
+                better = (errors < after) & ~unseen
+                solved, after = torch.where(better.unsqueeze(-1), found, solved), torch.minimum(after, errors)
+                worse &= ~better
+                if scales is not None:
+                    problem.take_scales(scales, better)
             self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
             problem.write(solved)
             fits[name] = RoundedLayer(
