@@ -170,3 +170,32 @@ def test_layers_with_a_forward_of_their_own(tmp_path):
             [Rule("*", weight="int4", input="uint8")],
             tmp_path / "other.onnx",
         )
+
+
+class Product(nn.Module):
+    """A parameter of its own as the second factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return torch.einsum("bi,oi->bo", x, self.w)
+
+
+class TurnedProduct(Product):
+    """A parameter of its own as the first factor."""
+
+    def forward(self, x):
+        return torch.einsum("oi,bi->bo", self.w, x)
+
+
+@pytest.mark.parametrize("kind", [Product, TurnedProduct])
+def test_the_other_factor_of_an_einsum_is_quantized(kind, tmp_path):
+    x, net = torch.randn(5, 8), nn.Sequential(nn.Linear(8, 8), kind())
+    want = exported(net, x, [Rule("*", weight="int8", input="uint8 affine")], tmp_path / "net.onnx")
+    assert_runs_alike(tmp_path / "net.onnx", x, want, 1e-5)
+    assert [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node].count("QuantizeLinear") == 2
+    rules = [Rule("*", weight="int8", input="uint8 affine"), Rule("1.w", input="uint8 affine per_channel")]
+    with pytest.raises(ExportError, match="its input has other axes in the product of the file than in the layer"):
+        exported(nn.Sequential(nn.Linear(8, 8), kind()), x, rules, tmp_path / "other.onnx")

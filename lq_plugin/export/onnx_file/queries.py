@@ -73,8 +73,8 @@ def layer_calls(
     return found, transposed
 
 
-def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Returns nodes that multiply their first input with a parameter that some nodes read, or with a part of it.
+def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto]) -> list[tuple[onnx.NodeProto, int]]:
+    """Returns nodes that multiply an input with a parameter that some nodes read, or a part of it; and which input.
 
     Args:
         graph: exported.
@@ -85,8 +85,8 @@ def products(graph: onnx.GraphProto, source: str, users: Sequence[onnx.NodeProto
     found = []
     for node in graph.node:
         if parts.intersection(node.input) or (source in node.input and node in users):
-            if node.op_type in (*MATRIX, *_RECURRENT):
-                found.append(node)
+            if node.op_type in (*MATRIX, *_RECURRENT, "Einsum"):
+                found.append((node, int(node.input[0] in (source, *parts))))
             elif node.op_type in _PARTS:
                 parts.update(node.output)
     return found

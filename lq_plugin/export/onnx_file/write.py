@@ -35,7 +35,7 @@ from lq_plugin.export.onnx_file.queries import layer_calls, products, readers
 from lq_plugin.export.onnx_file.steps import marked_nodes, show_quantized_steps
 from lq_plugin.export.onnx_file.sums import quantize_sums
 from lq_plugin.export.request import Request, option_faults
-from lq_plugin.intent.spec import PerChannel
+from lq_plugin.intent.spec import PerChannel, PerTensor
 from lq_plugin.layers import CompoundWeight, QuantizedLayer, weight_key
 from lq_plugin.model.graph.record import record
 from lq_plugin.model.operations.quantized import QuantizedOperation, operations_of, quantized_operations
@@ -142,9 +142,12 @@ def export_onnx(
     )
     # After all weights, which take batch norms out of the graph.
     # One node may be of several weights: an LSTM of both directions.
-    readers_of = {id(node): (node, activations[name]) for name in nodes if name in activations for node in nodes[name]}
-    for node, quantizer in readers_of.values():
-        _put_activation(graph, node, quantizer)
+    readers_of = {
+        id(node): (node, activations[name], operand)
+        for name in nodes if name in activations for node, operand in nodes[name]
+    }  # fmt: skip
+    for reader in readers_of.values():
+        _put_activation(graph, *reader)
     faults += _put_operations(graph, operations, nodes_of)
     raise_all(ExportError, "cannot export the model", faults)
     for name, what in graph.slow.items():
@@ -196,11 +199,14 @@ def _put_weights(
     model: nn.Module,
     plain: nn.Module,
     weights: Mapping[str, Container | FloatContainer],
-    activations: Collection[str],
-) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
-    """Lets the nodes of each layer read its weight from integers; returns these nodes by layer, and faults."""
+    activations: Mapping[str, ActivationQuantizer],
+) -> tuple[dict[str, list[tuple[onnx.NodeProto, int]]], list[str]]:
+    """Lets the nodes of each layer read its weight from integers.
+
+    Returns these nodes by layer, and which input of theirs is the layer's; and faults.
+    """
     faults: list[str] = []
-    nodes: dict[str, list[onnx.NodeProto]] = {}
+    nodes: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     names = _names(model)
     for name, layer in layers:
         try:
@@ -210,12 +216,14 @@ def _put_weights(
                 raise ExportError(f"{source} is read by no node of the exported graph that belongs to {name}")
             if isinstance(layer, CompoundWeight):
                 nodes[name] = products(graph.graph, source, users)
+                if name in activations:
+                    _refuse_products(source, nodes[name], activations[name])
                 if name in weights:
                     graph.put_parameter(name, source, users, (weights[name], False))
             elif (found := layer_calls(graph.graph, users, layer)) is not None:
-                nodes[name], transposed = found
+                nodes[name], transposed = [(node, 0) for node in found[0]], found[1]
                 if name in weights:
-                    graph.put_weight(name, source, nodes[name], _oriented(weights[name], layer, name), transposed)
+                    graph.put_weight(name, source, found[0], _oriented(weights[name], layer, name), transposed)
             elif name not in activations:
                 graph.put_parameter(name, source, users, _oriented(weights[name], layer, name))
             else:
@@ -226,6 +234,22 @@ def _put_weights(
         except ExportError as error:
             faults.append(str(error))
     return nodes, faults
+
+
+def _refuse_products(source: str, found: Sequence[tuple[onnx.NodeProto, int]], quantizer: ActivationQuantizer) -> None:
+    """Refuses products whose input the file cannot quantize as the layer does.
+
+    Raises:
+        ExportError: an einsum of more than two factors, or axes of scales that are not those of the layer.
+    """
+    if any(len(node.input) != 2 for node, _ in found if node.op_type == "Einsum"):
+        raise ExportError(f"{source}: an einsum of more than two factors does not tell which is the layer's input")
+    moved = any(operand or node.op_type == "Einsum" for node, operand in found)
+    if moved and not isinstance(quantizer.spec.granularity, PerTensor):
+        raise ExportError(
+            f"{source}: its input has other axes in the product of the file than in the layer, and '{quantizer.spec}' "
+            "has more than one scale"
+        )
 
 
 def _without_empty_keywords(model: nn.Module, inputs: Sequence[Any]) -> Sequence[Any]:
