@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lq_plugin.functional.gptq import damped_hessian, inverse_factor
+from lq_plugin.functional.gptq import cholesky_factor, damped_hessian
 
 
 @torch.no_grad()
@@ -43,6 +43,6 @@ def asymmetric_target(weight: Tensor, hessian: Tensor, difference: Tensor, dampe
     >>> asymmetric_target(torch.tensor([[1.0, 3.0]]), x @ x.T, (floats - x) @ x.T, dampening=0.0)
     tensor([[0.5000, 3.0000]], dtype=torch.float64)
     """
-    w, factor = weight.double(), inverse_factor(damped_hessian(hessian, dampening), dampening)
-    y: Tensor = w + w @ difference.double() @ factor.mT @ factor
+    w, lower = weight.double(), cholesky_factor(damped_hessian(hessian, dampening), dampening)
+    y: Tensor = w + torch.cholesky_solve((w @ difference.double()).mT, lower).mT
     return y

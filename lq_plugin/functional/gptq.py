@@ -5,23 +5,30 @@ the inverse, (H + λ I)⁻¹ = Uᵀ U, for j = 0, 1, ...::
 
     ŵ_j = quantize(w_j),  e = (w_j - ŵ_j) / U_jj,  w_k ← w_k - e · U_jk  for k > j       (eqs. 2, 3 and algorithm 1)
 
-This minimises ‖W X - Ŵ X‖² greedily, for each row apart. Row j of U holds what eliminating columns 0..j-1 from the
-inverse leaves of its row j, so nothing is updated in place of the inverse. Within a block of columns the updates are
-applied at once, to all later columns when the block is done. One factor serves every weight that reads the inputs, and
+This minimises ‖W X - Ŵ X‖² greedily, for each row apart. The same without the inverse: R = U⁻¹ is upper triangular
+with H + λ I = R Rᵀ, and of the columns d_k = w_k - ŵ_k that are done, with w as it was::
+
+    y_j = Σ d_k R_kj  over k < j,   ŵ_j = quantize(w_j + y_j / R_jj),   e_j = y_j + d_j R_jj
+
+R is the factor that a Cholesky decomposition gives where columns and rows are taken the last first. Of a block of
+columns the sums over the columns before it are one product. One factor serves every weight that reads the inputs, and
 any part of its rows.
 
 `act_order` takes the columns in the order of falling diag H: those with large inputs are rounded while many others
 can still make up for it. It is no part of the paper but of the authors' code, as is the handling of dead columns, whose
 input is always 0: their weights become 0.
 
-Reference: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1.
+References: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023 (arXiv 2210.17323), section 3 and algorithm 1; Chen et al., "The Geometry of LLM Quantization:
+GPTQ as Babai's Nearest Plane Algorithm" (arXiv 2507.18553), for the form without the inverse.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +38,7 @@ from lq_plugin.functional.fixed_levels import FixedLevels, IntegerLevels
 from lq_plugin.intent.spec import IntegerGrid
 from lq_plugin.native.gptq import GPTQKernels, gptq_kernels
 
-#: Columns of triangular and symmetric matrices that are taken whole; of more, most of the work are products of parts.
+#: Columns of a symmetric matrix that are taken whole; of more, one half and the diagonal.
 _AT_ONCE = 256
 
 
@@ -113,7 +120,7 @@ def gptq_round_measured(
 ) -> tuple[Tensor, Tensor]:
     """Returns what `gptq_round` gives, and the `output_errors` of it, which the solver knows.
 
-    With D = W - Ŵ and the errors e of the columns, D = e U, so that D (H + λ I) Dᵀ = e U (UᵀU)⁻¹ Uᵀ eᵀ = e eᵀ.
+    With D = W - Ŵ and the errors e of the columns, e = D R, so that D (H + λ I) Dᵀ = D R Rᵀ Dᵀ = e eᵀ.
 
     Args:
         weight, hessian, levels, dampening, act_order, block_columns: see `gptq_round`.
@@ -139,7 +146,7 @@ class OrderedHessian:
     Args:
         reversed_: H + λ I, float64 `[problems, columns, columns]`.
         order: columns as they are rounded, int64 `[problems, columns]`.
-        added: what the diagonal has besides the Hessian's own, in this order, float64 `[problems, columns]`.
+        added: what the diagonal has besides the Hessian's own, the last column first, float64 `[problems, columns]`.
         dead: columns of the weight whose input is always 0, bool `[problems, columns]`.
         dampening: λ as a share of the mean of diag H over live columns.
     """
@@ -153,22 +160,17 @@ class OrderedHessian:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """U of a dampened Hessian, and the order of its columns.
+    """R of a dampened Hessian, and the order of its columns.
 
     Args:
-        lower: U with rows and columns in reverse, which is lower triangular, float64 `[problems, columns, columns]`.
+        turned: Rᵀ with rows and columns in reverse, which is upper triangular, float64 `[problems, columns, columns]`.
         order, added, dead: see `OrderedHessian`.
     """
 
-    lower: Tensor
+    turned: Tensor
     order: Tensor
     added: Tensor
     dead: Tensor
-
-    def rows(self, start: int, end: int) -> Tensor:
-        """Returns rows `start` to `end` of U from column `start` on, contiguous."""
-        last = self.lower.shape[-1]
-        return self.lower[:, last - end : last - start, : last - start].flip(-1, -2)
 
 
 @torch.no_grad()
@@ -188,10 +190,12 @@ def in_order(hessian: Tensor, dampening: float, act_order: bool) -> OrderedHessi
     if act_order:
         order = damped.argsort(dim=-1, descending=True, stable=True)
     last_first = order.flip(-1)
-    problems = torch.arange(len(hessian), device=hessian.device).view(-1, 1, 1)
-    reversed_ = hessian[problems, last_first.unsqueeze(-1), last_first.unsqueeze(-2)].double()
+    reversed_ = torch.empty_like(hessian, dtype=torch.float64)
+    for part in column_parts(columns):
+        some = _in_order(hessian, last_first[:, part])
+        reversed_[:, part] = some.gather(-1, last_first.unsqueeze(-2).expand_as(some))
     reversed_.diagonal(dim1=-2, dim2=-1).copy_(damped.gather(-1, last_first))
-    return OrderedHessian(reversed_, order, added.gather(-1, order), diagonal == 0, dampening)
+    return OrderedHessian(reversed_, order, added.gather(-1, last_first), diagonal == 0, dampening)
 
 
 @torch.no_grad()
@@ -201,8 +205,8 @@ def factorize(ordered: OrderedHessian) -> Factor:
     Raises:
         CalibrationError: a Hessian that is not positive definite, dampened as asked.
     """
-    lower = _inverse_lower(ordered.reversed_, ordered.dampening)
-    return Factor(lower, ordered.order, ordered.added, ordered.dead)
+    lower = cholesky_factor(ordered.reversed_, ordered.dampening)
+    return Factor(lower.mT, ordered.order, ordered.added, ordered.dead)
 
 
 @torch.no_grad()
@@ -215,24 +219,28 @@ def round_rows(weight: Tensor, factor: Factor, levels: FixedLevels, block_column
         levels: of these rows, their tensors broadcastable to the weight.
         block_columns: how many columns are done before the others are updated; it changes the speed alone.
     """
-    shape = weight.shape
+    shape, last_first = weight.shape, factor.order.flip(-1)
     problems = (-1, *shape[-2:])
     # [columns, rows]: a column is contiguous.
-    w = _in_order(weight.reshape(problems).mT, factor.order).double()
+    w = _in_order(weight.reshape(problems).mT, last_first).double()
     if bool(factor.dead.any()):
-        w.masked_fill_(factor.dead.take_along_dim(factor.order, -1).unsqueeze(-1), 0.0)
-    levels = levels.mapped(lambda t: _in_order(t.to(weight.device).expand(shape).reshape(problems).mT, factor.order))
-    done, errors = _solve(w.clone(), factor, levels, block_columns)
+        w.masked_fill_(factor.dead.take_along_dim(last_first, -1).unsqueeze(-1), 0.0)
+    levels = levels.mapped(lambda t: _in_order(t.to(weight.device).expand(shape).reshape(problems).mT, last_first))
+    done, errors = _solve(w, factor, levels, block_columns)
     # What was added to the diagonal is no error.
-    errors -= (w.sub_(done).square_() * factor.added.unsqueeze(-1)).sum(-2)
-    done = _in_order(done, factor.order.argsort(dim=-1))
+    errors -= (w.square_().mul_(factor.added.unsqueeze(-1))).sum(-2)
+    done = _in_order(done, last_first.argsort(dim=-1))
     return done.mT.reshape(shape).contiguous(), errors.clamp_(min=0.0).reshape(shape[:-1])
 
 
 def refuse_non_finite(hessian: Tensor, *weights: Tensor) -> None:
-    """Raises `CalibrationError` where a Hessian or one of its weights holds NaN or Inf."""
-    if not all(bool(tensor.isfinite().all()) for tensor in (hessian, *weights)):
-        raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
+    """Raises `CalibrationError` where a Hessian or one of its weights holds NaN or Inf.
+
+    An input that is NaN or Inf is in the square on the diagonal also.
+    """
+    for tensor in (hessian.diagonal(dim1=-2, dim2=-1), *weights):
+        if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
+            raise CalibrationError("its weight or the products of its inputs hold NaN or Inf")
 
 
 def output_errors(difference: Tensor, hessian: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -250,10 +258,23 @@ def output_errors(difference: Tensor, hessian: Tensor, dtype: torch.dtype = torc
     total = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
     for part in column_parts(d.shape[-1]):
         # Of a symmetric matrix one half and the diagonal are enough.
-        here, mine = d[..., part], hessian[..., : part.stop, part].to(dtype)
-        product = here @ mine[..., part.start :, :] + 2.0 * d[..., : part.start] @ mine[..., : part.start, :]
-        total += (product * here).sum(-1, dtype=torch.float64)
+        here, mine = d[..., part], hessian[..., : part.stop, part].to(dtype, copy=True)
+        mine[..., : part.start, :] *= 2.0
+        with float32_products():
+            total += (d[..., : part.stop] @ mine).mul_(here).sum(-1, dtype=torch.float64)
     return total.clamp_(min=0.0)
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Keeps autocast and oneDNN's bfloat16 (`torch.set_float32_matmul_precision`) off float32 products on CPUs."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def column_parts(columns: int) -> list[slice]:
@@ -275,19 +296,6 @@ def damped_hessian(hessian: Tensor, dampening: float) -> Tensor:
     return damped
 
 
-def inverse_factor(damped: Tensor, dampening: float) -> Tensor:
-    """Returns the upper triangular U with H⁻¹ = Uᵀ U, without the inverse.
-
-    Args:
-        damped: H, float64.
-        dampening: that is in it, for the message.
-
-    Raises:
-        CalibrationError: H is not positive definite.
-    """
-    return _inverse_lower(damped.flip(-1, -2), dampening).flip(-1, -2)
-
-
 def _added(diagonal: Tensor, dampening: float) -> Tensor:
     """Returns what dampening adds to a diagonal: λ, and the mean of the live ones in place of a dead one."""
     dead = diagonal == 0
@@ -296,15 +304,19 @@ def _added(diagonal: Tensor, dampening: float) -> Tensor:
     return torch.where(dead, mean, 0.0) + dampening * mean
 
 
-def _inverse_lower(reversed_: Tensor, dampening: float) -> Tensor:
-    """Returns L⁻¹ with H = L Lᵀ, rows and columns of all in reverse: L⁻¹ is U. In the memory of `reversed_`, H.
+def cholesky_factor(damped: Tensor, dampening: float) -> Tensor:
+    """Returns the lower triangular L with H = L Lᵀ, in the memory of H.
+
+    Args:
+        damped: H, float64, `[..., columns, columns]`.
+        dampening: that is in it, for the message.
 
     Raises:
         CalibrationError: H is not positive definite.
     """
-    diagonal = reversed_.diagonal(dim1=-2, dim2=-1).clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1).clone()
     # LAPACK's matrices are laid out by columns; H is symmetric.
-    lower = reversed_.mT
+    lower = damped.mT
     info = torch.empty(lower.shape[:-2], dtype=torch.int32, device=lower.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))
     pivots = lower.diagonal(dim1=-2, dim2=-1)
@@ -317,22 +329,7 @@ def _inverse_lower(reversed_: Tensor, dampening: float) -> Tensor:
             f"its Hessian is not positive definite{some}, with a dampening of {dampening:g}: raise the dampening or "
             "bring more inputs"
         )
-    _invert(lower)
     return lower
-
-
-def _invert(lower: Tensor) -> None:
-    """Writes the inverse of a lower triangular matrix into it; that of [[A, 0], [C, B]] has -B⁻¹ C A⁻¹ in C's place."""
-    columns = lower.shape[-1]
-    if columns <= _AT_ONCE:
-        identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = columns // 2
-    first, second, below = lower[..., :half, :half], lower[..., half:, half:], lower[..., half:, :half]
-    _invert(first)
-    _invert(second)
-    below.copy_(second @ (below @ first)).neg_()
 
 
 def _in_order(matrices: Tensor, order: Tensor) -> Tensor:
@@ -349,45 +346,45 @@ def _columns(levels: FixedLevels, at: int | slice) -> FixedLevels:
 def _solve(w: Tensor, factor: Factor, levels: FixedLevels, block_columns: int) -> tuple[Tensor, Tensor]:
     """Returns quantized columns, float32, and the sums of squared errors of each row, float64 `[problems, rows]`.
 
-    Weights and levels are `[problems, columns, rows]`; `w` is overwritten.
+    Weights and levels are `[problems, columns, rows]`, the last column first; `w` becomes what rounding takes off it.
     """
-    columns = w.shape[-2]
+    columns, turned = w.shape[-2], factor.turned
     done = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     kernels = gptq_kernels(w) if type(levels) is IntegerLevels else None
     total = torch.zeros(w[:, 0].shape, dtype=torch.float64, device=w.device)
     block = _block if kernels is None else functools.partial(_compiled_block, kernels)
-    for start in range(0, columns, block_columns):
-        end = min(start + block_columns, columns)
-        here, upper = slice(start, end), factor.rows(start, end)
-        errors = block(w[:, here], done[:, here], upper[..., : end - start], _columns(levels, here))
-        w[:, end:].baddbmm_(upper[..., end - start :].mT, errors, alpha=-1.0)
-        total += errors.square().sum(-2)
+    for end in range(columns, 0, -block_columns):
+        here = slice(max(end - block_columns, 0), end)
+        before = turned[:, here, end:] @ w[:, end:]
+        block(w[:, here], before, done[:, here], total, turned[:, here, here], _columns(levels, here))
     return done, total
 
 
-def _block(w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
-    """Writes the rounded columns of a block into `done`, overwrites `w`, and returns the columns' errors."""
-    errors = torch.empty_like(w)
-    for j in range(w.shape[-2]):
-        column = w[..., j, :]
-        done[..., j, :] = _columns(levels, j).nearest(column.float())
-        error = (column - done[..., j, :]) / factor[..., j, j, None]
-        errors[..., j, :] = error
-        w[..., j + 1 :, :] -= factor[..., j, j + 1 :, None] * error.unsqueeze(-2)
-    return errors
+def _block(w: Tensor, y: Tensor, done: Tensor, total: Tensor, turned: Tensor, levels: FixedLevels) -> None:
+    """Rounds a block of columns from the last to the first.
+
+    Args:
+        w: the weights, `[problems, columns, rows]`; becomes what rounding takes off them.
+        y: sums over the columns that are done; is overwritten.
+        done: takes the rounded weights.
+        total: squared errors are added to it, `[problems, rows]`.
+        turned: the block of the factor.
+        levels: of these columns.
+    """
+    for j in reversed(range(w.shape[-2])):
+        pivot, column = turned[..., j, j, None], w[..., j, :]
+        done[..., j, :] = _columns(levels, j).nearest((column + y[..., j, :] / pivot).float())
+        column -= done[..., j, :]
+        total += (y[..., j, :] + column * pivot).square()
+        y[..., :j, :] += turned[..., :j, j, None] * column.unsqueeze(-2)
 
 
-def _compiled_block(kernels: GPTQKernels, w: Tensor, done: Tensor, factor: Tensor, levels: FixedLevels) -> Tensor:
-    """Rounds a block by the kernels; `w` stays as it is."""
-    if w.ndim > 2 and len(w) == 1:
-        levels = levels.mapped(lambda t: t[0])
-        return _compiled_block(kernels, w[0], done[0], factor[0], levels).unsqueeze(0)
-    if w.ndim > 2:
-        each = [replace(levels, scale=s, zero_point=z) for s, z in zip(levels.scale, levels.zero_point, strict=True)]
-        parts = zip(w, done, factor, each, strict=True)
-        return torch.stack([_compiled_block(kernels, *part) for part in parts])
+def _compiled_block(
+    kernels: GPTQKernels, w: Tensor, y: Tensor, done: Tensor, total: Tensor, turned: Tensor, levels: FixedLevels
+) -> None:
+    """Does what `_block` does by the kernels; `y` stays as it is."""
     assert isinstance(levels, IntegerLevels)
     bounds = levels.grid.quant_min, levels.grid.quant_max
-    scale, zero_point = (t.float().contiguous() for t in (levels.scale, levels.zero_point))
-    factor = factor if factor.stride(1) == 1 else factor.contiguous()
-    return kernels.block(w.contiguous(), done, factor, scale, zero_point, bounds)
+    tensors = (w, y, done, total, turned, levels.scale.float(), levels.zero_point.float())
+    for each in zip(*tensors, strict=True):
+        kernels.block(bounds, *each)

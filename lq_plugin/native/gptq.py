@@ -17,26 +17,34 @@ class GPTQKernels(CompiledKernels):
     """The compiled library."""
 
     source = "gptq"
-    functions: ClassVar = {"lq_gptq_block": [*[POINTER] * 4, SIZE, POINTER, POINTER, SIZE, SIZE, *[NUMBER] * 4]}
+    functions: ClassVar = {"lq_gptq_block": [*[POINTER] * 5, SIZE, POINTER, POINTER, SIZE, SIZE, *[NUMBER] * 4]}
 
     def block(
-        self, w: Tensor, done: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]
-    ) -> Tensor:
-        """Rounds the columns of a block and returns their errors, float64 `[columns, rows]`.
+        self,
+        bounds: tuple[int, int],
+        w: Tensor,
+        y: Tensor,
+        done: Tensor,
+        total: Tensor,
+        turned: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+    ) -> None:
+        """Rounds the columns of a block from the last to the first.
 
         Args:
-            w: the weights when the block's turn comes, float64 `[columns, rows]`, contiguous; it stays as it is.
-            done: takes the rounded weights, float32, likewise.
-            factor: the block of the upper triangular factor, float64 `[columns, columns]`, its rows contiguous.
-            scale, zero_point: float32 `[columns, rows]`, contiguous.
             bounds: quant_min and quant_max.
+            w: the weights, float64 `[columns, rows]`, contiguous; becomes what rounding takes off them.
+            y: sums over the columns outside the block that are done, likewise; it stays as it is.
+            done: takes the rounded weights, float32, likewise.
+            total: squared errors are added to it, float64 `[rows]`.
+            turned: the block of the factor, upper triangular, float64 `[columns, columns]`, its rows contiguous.
+            scale, zero_point: float32 `[columns, rows]`, contiguous.
         """
-        errors = torch.empty_like(w)
         self._library.lq_gptq_block(
-            w.data_ptr(), done.data_ptr(), errors.data_ptr(), factor.data_ptr(), factor.stride(0), scale.data_ptr(),
-            zero_point.data_ptr(), *w.shape, *bounds, self._number, torch.get_num_threads(),
+            w.data_ptr(), y.data_ptr(), done.data_ptr(), total.data_ptr(), turned.data_ptr(), turned.stride(0),
+            scale.data_ptr(), zero_point.data_ptr(), *w.shape, *bounds, self._number, torch.get_num_threads(),
         )  # fmt: skip
-        return errors
 
 
 def gptq_kernels(x: Tensor) -> GPTQKernels | None:

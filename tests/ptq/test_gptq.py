@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -318,6 +319,7 @@ def test_it_is_idempotent_and_travels_in_the_state_dict() -> None:
     fresh = copy.deepcopy(net)
     gptq(net, [x])
     y, state = net(x), copy.deepcopy(net.state_dict())
+    assert all(layer.weight_quantizer.is_enabled for layer in (net[0], net[2]))
     gptq(net, [x])
     assert torch.equal(net(x), y)
     fresh.load_state_dict(state)
@@ -331,17 +333,44 @@ def test_batches_and_contexts_do_not_matter(context: str) -> None:
     x = correlated(90, 12)
     float_net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
     plain = prepared(copy.deepcopy(float_net), [x])
-    gptq(plain, [x])
+    fit = gptq(plain, [x]).layers["0"]
     net = prepared(float_net, [x])
     batches = [{"x": part} for part in x.split([10, 50, 30])]
     mode = torch.inference_mode() if context == "inference_mode" else nullcontext()
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=context == "autocast")
     with mode, autocast:
-        gptq(net, iter(batches), lambda batch: net(batch["x"]))
+        found = gptq(net, iter(batches), lambda batch: net(batch["x"])).layers["0"]
+    assert (found.before, found.after) == pytest.approx((fit.before, fit.after), rel=1e-4)
     same = [float((a.weight == b.weight).double().mean()) for a, b in ((plain[0], net[0]), (plain[2], net[2]))]
     assert same[0] == 1.0
     # The first layer's output, the second one's input, is bfloat16 under autocast.
     assert same[1] > (0.9 if context == "autocast" else 0.999)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dampening", [0.01, 1e-4])
+@pytest.mark.parametrize("precision", ["highest", "medium", "autocast"])
+def test_hessians_are_sums_over_all_batches(dampening: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's in float64; of float32 products where the dampening is far above their rounding, of float64 ones else."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(300, 4)), 3.0 + correlated(3000, 300)
+    prepared(net, [x[:50]])
+    found = []
+    mean = InputHessian.mean_over_ranks
+    monkeypatch.setattr(InputHessian, "mean_over_ranks", lambda self: found.append(mean(self)) or found[-1])
+    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+            gptq(net, list(x.split(1100)), dampening=dampening)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    rows = x.double().numpy()
+    want = 2.0 * rows.T @ rows
+    (hessian, difference), diagonal = found[0], np.sqrt(np.diag(want))
+    off = np.abs(hessian[0].numpy() - want) / np.outer(diagonal, diagonal)
+    assert difference is None
+    assert off.max() < (1e-6 if dampening > 1e-3 else 1e-14)
+    assert torch.equal(hessian, hessian.mT)
 
 
 def _rank(rank: int, path: str) -> None:
@@ -402,6 +431,7 @@ def test_bad_input_is_named_and_nothing_is_changed() -> None:
     with pytest.raises(CalibrationError, match="GPTQ of '3': its Hessian is not positive definite"):
         gptq(net, [correlated(15, 12)], dampening=0.0)
     assert not net[0].weight_quantizer.is_fixed
+    assert net[0].weight_quantizer.is_enabled
     broken = x.clone()
     broken[2, 3] = torch.nan
     with pytest.raises(CalibrationError, match="GPTQ of '0': its weight or the products of its inputs hold NaN or Inf"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from lq_plugin.functional.gptq import column_parts
+from lq_plugin.functional.gptq import column_parts, float32_products
 from lq_plugin.functional.unfold import unfold_columns
 from lq_plugin.layers import CompoundWeight, QuantizedLayer
 from lq_plugin.layers.base import scales_output
@@ -17,6 +19,8 @@ from lq_plugin.model.survey import float_class
 
 #: Elements of unfolded inputs that are held at a time.
 _CHUNK = 2**24
+#: Samples whose products are summed in float32, on CPUs; such sums are added up in float64.
+_SAMPLES = 1024
 
 
 class InputHessian:
@@ -24,11 +28,13 @@ class InputHessian:
 
     A column of X is what the weight's rows are multiplied with: of a convolution, what an output position reads. Rows
     of X belong to columns of the weight. The sum is float64 whatever precision the model runs in: no autocast and no
-    TF32 get at it.
+    TF32 get at it. Of what goes into it, products of float32 inputs may be rounded to float32, to some 1e-7 of the
+    diagonal.
 
     Args:
         layer: one that `why_no_hessian` has nothing against.
         asymmetric: sum 2 X̃ Xᵀ also.
+        exact: all products in float64, in twice the time.
 
     Attributes:
         total: `[groups, columns, columns]`, for the weight's columns; above the diagonal once it is asked for.
@@ -36,8 +42,8 @@ class InputHessian:
         count: samples, the columns of X, in this process.
     """
 
-    def __init__(self, layer: QuantizedLayer, asymmetric: bool = False) -> None:
-        self.layer = layer
+    def __init__(self, layer: QuantizedLayer, asymmetric: bool = False, exact: bool = True) -> None:
+        self.layer, self.exact = layer, exact or asymmetric or _device(layer.weight).type != "cpu"
         # Each expert of a stack has inputs of its own, and so have query, key and value.
         self.groups = layer.matrices if isinstance(layer, CompoundWeight) else int(getattr(layer, "groups", 1))
         columns = type(layer).canonical(layer, layer.weight)[0].numel()
@@ -58,7 +64,7 @@ class InputHessian:
         x = x.to(_device(x))
         floats = None if float_input is None else self._chunks(float_input.detach().to(x.device))
         for index, chunk in enumerate(self._chunks(x)):
-            columns = self._columns(chunk.double())
+            columns = self._columns(self._cast(chunk))
             self.count += columns.shape[2]
             self._add_squares(self.total, columns)
             if self.mixed is not None and floats is not None:
@@ -73,13 +79,29 @@ class InputHessian:
         """
         for rows in x.detach().to(_device(x)).split(max(1, _CHUNK // x.shape[1])):
             self.count += len(rows)
-            self._add_squares(self.total[group].unsqueeze(0), rows.double().t().unsqueeze(0))
+            self._add_squares(self.total[group].unsqueeze(0), self._cast(rows).t().unsqueeze(0))
 
-    @staticmethod
-    def _add_squares(total: Tensor, columns: Tensor) -> None:
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.double() if self.exact or x.dtype == torch.float64 else x.float()
+
+    def _add_squares(self, total: Tensor, columns: Tensor) -> None:
         """Adds 2 X Xᵀ of `[groups, columns, samples]` on the diagonal and below it, in steps of `column_parts`."""
         for part in column_parts(total.shape[-1]):
-            total[:, part, : part.stop].baddbmm_(columns[:, part], columns[:, : part.stop].mT, alpha=2.0)
+            mine = total[:, part, : part.stop]
+            if columns.dtype == torch.float64:
+                mine.baddbmm_(columns[:, part], columns[:, : part.stop].mT, alpha=2.0)
+                continue
+            # Memory that is there already: a sum of two dtypes makes a copy of one.
+            single, double = (held[: mine.numel()].view(mine.shape) for held in self._scratch)
+            with float32_products():
+                for some in columns.split(_SAMPLES, dim=-1):
+                    product = torch.bmm(some[:, part], some[:, : part.stop].mT, out=single)
+                    mine.add_(double.copy_(product), alpha=2.0)
+
+    @functools.cached_property
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        size = self.total[:, column_parts(self.total.shape[-1])[0]].numel()
+        return torch.empty(size), torch.empty(size, dtype=torch.float64)
 
     def mean_over_ranks(self) -> tuple[Tensor, Tensor | None]:
         """Returns H and 2 (X̃ - X) Xᵀ, or None, as means over all processes, `[groups, columns, columns]`."""

@@ -49,10 +49,14 @@ from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault
 from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
+from lq_plugin.quantizers import WeightQuantizer
 from lq_plugin.utilities import hooks
 from lq_plugin.utilities.moved import former_names
 
 __getattr__ = former_names(__name__)
+
+#: Dampening from which on products of inputs may be rounded to float32.
+_ROUNDED_FROM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ class _GPTQ:
         self.walk, self.options, self.asymmetric = walk, options, asymmetric
         self.model, self.layers = walk.model, walk.layers
         self.snapshots: list[Snapshot] = []
+        #: Quantizers that would return the weights as they are, and need not be asked in each pass.
+        self.settled: list[WeightQuantizer] = []
 
     def round(self, correct_batch_norm: bool) -> GPTQResult:
         self._refuse_uncalibrated()
@@ -198,6 +204,9 @@ class _GPTQ:
             for snapshot in reversed(self.snapshots):
                 snapshot.restore()
             raise
+        finally:
+            for quantizer in self.settled:
+                quantizer.set_enabled(True)
         return result
 
     def _refuse_uncalibrated(self) -> None:
@@ -264,7 +273,9 @@ class _GPTQ:
         return why_no_hessian(layer) or sharing_fault(self.model, [weight_key(name, layer)], readers)
 
     def _inputs(self, name: str, replay: Replay, norms: _BatchNorms, floats: FloatInputs | None) -> InputHessian:
-        inputs = InputHessian(self.layers[name], floats is not None)
+        # What rounding of a product changes is far below the dampening, unless that is small.
+        exact = self.options["dampening"] < _ROUNDED_FROM
+        inputs = InputHessian(self.layers[name], floats is not None, exact)
         calls = len(self.walk.recording.calls_of(name))
         if isinstance(layer := self.layers[name], CompoundWeight):
             with layer.watching(inputs.add_rows):
@@ -335,11 +346,19 @@ class _GPTQ:
                     problem.take_scales(scales, better)
             self.snapshots.append(Snapshot({name: self.layers[name]}, cache=self.walk.cache))
             problem.write(solved)
+            self._settle(name)
             fits[name] = RoundedLayer(
                 count, float(was.sum()) / norm, float(after.sum()) / norm,
                 float(worse.double().mean()), float(dead.double().mean()),
             )  # fmt: skip
         return fits
+
+    def _settle(self, name: str) -> None:
+        """Switches off the quantizer of a weight that is written on its levels, until the end."""
+        quantizer = current_weight_quantizer(self.layers[name])
+        assert quantizer is not None
+        quantizer.set_enabled(False)
+        self.settled.append(quantizer)
 
     def _correct(self, norms: _BatchNorms) -> ReestimatedBatchNorms:
         norms.forget_quantized()
