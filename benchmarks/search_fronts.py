@@ -45,6 +45,7 @@ def gp(seed: int) -> BaseSampler:
 _PLAIN: dict[str, Any] = {"seeds": 0, "uniform": False}
 METHODS: dict[str, dict[str, Any]] = {
     "surrogate": {"sampler": SurrogateSampler},
+    "pairs": {"sampler": SurrogateSampler, "pairs": 64},
     "refine": {"sampler": tpe},
     "tpe": {"sampler": tpe, **_PLAIN},
     "nsga2": {"sampler": partial(NSGAIISampler, population_size=20), **_PLAIN},

@@ -59,8 +59,8 @@ TRAIN = _TRAINED | {
 #: Options of `lq_plugin.search.search` that it checks itself.
 SEARCHED = (
     "metric", "mode", "cost", "constraints", "n_trials", "study_name", "uniform", "seeds", "sensitivity",
-    "sensitivity_batches", "latency", "heartbeat", "max_failures", "fidelity", "promote_within", "promote_first",
-    "pruner", "confirm", "calibration_batches", "phases", "target", "score", "dashboard",
+    "sensitivity_batches", "pairs", "latency", "heartbeat", "max_failures", "fidelity", "promote_within",
+    "promote_first", "pruner", "confirm", "calibration_batches", "phases", "target", "score", "dashboard",
 )  # fmt: skip
 SEARCH = _TRAINED | {
     "seed": SEED, "worker": integer(0), "search.space": NODE, "search.sampler": NODE, "search.storage": ANY,

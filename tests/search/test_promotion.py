@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lq_plugin.commands.search import run as run_config
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
-from lq_plugin.search import Evaluator, Rung, SearchResult, StudyError, evaluate_at
+from lq_plugin.search import Evaluator, Rung, SearchResult, StudyError, evaluate_at, tpe
 from lq_plugin.search.study.progress import SearchProgress
 from lq_plugin.search.study.promotion import Ladder
 from lq_plugin.search.study.trial_runs import log_trials
@@ -61,7 +61,8 @@ def by_state(result: SearchResult, state: TrialState) -> list[FrozenTrial]:
 def test_only_what_is_near_the_front_climbs_and_the_rest_costs_the_subset(
     model: DigitsCNN, storage: InMemoryStorage, validated: list[int], tmp_path: Path
 ) -> None:
-    result = run(model, 12, fidelity=RUNGS, storage=storage, promote_within=0.02, promote_first=3, output_dir=tmp_path)
+    given = {"promote_within": 0.02, "promote_first": 3, "output_dir": tmp_path}
+    result = run(model, 12, fidelity=RUNGS, storage=storage, sampler=tpe, **given)
     complete, stopped = by_state(result, TrialState.COMPLETE), by_state(result, TrialState.PRUNED)
     assert len(complete) + len(stopped) == 12, "both kinds count as tried"
     assert [trial.number for trial in complete[:3]] == [0, 1, 2], "the first ones climb in any case"

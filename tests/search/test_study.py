@@ -19,7 +19,7 @@ from lq_plugin import PTQ, QuantPlan
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
 from lq_plugin.model.survey import Survey
-from lq_plugin.search import Evaluator, SearchResult, Space, StudyError, search
+from lq_plugin.search import Evaluator, SearchResult, Space, StudyError, search, tpe
 from lq_plugin.search.evaluation import evaluator as evaluator_module
 from lq_plugin.search.shared.storage import FINGERPRINT, differences, open_study
 
@@ -210,7 +210,8 @@ def test_a_trial_prices_its_plan_once_and_surveys_no_model(model: DigitsCNN, mon
         classmethod(lambda cls, *args, **options: surveys.append(args[0]) or survey(cls, *args, **options)),
     )
     monkeypatch.setattr(Evaluator, "evaluate_layers", evaluated)
-    result = run(model, 3, uniform=False)
+    # The surrogate prices each choice before the first trial.
+    result = run(model, 3, uniform=False, sampler=tpe)
     assert len(result.study.trials) == len(before) == 3
     assert [str(plans) for plans in priced].count("{}") == 1, "the float model"
     assert len(priced) == 1 + 3

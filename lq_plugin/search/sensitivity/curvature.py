@@ -6,7 +6,7 @@ A sample's gradient is its own: of a batch's mean gradient only the part that al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,7 +145,7 @@ def _changes(evaluator: Evaluator, unit: Unit) -> Tensor:
     rows = []
     for choice in unit.choices:
         if isinstance(choice, QuantSpec):
-            evaluator.apply(alone(unit, choice))
+            evaluator.apply(together([(unit, choice)]))
         rows.append(
             torch.cat([
                 (layer.quantized_weight() - layer.weight if isinstance(choice,
@@ -156,10 +156,13 @@ def _changes(evaluator: Evaluator, unit: Unit) -> Tensor:
     return torch.stack(rows).detach()
 
 
-def alone(unit: Unit, choice: Choice) -> dict[str, LayerPlan]:
-    """Returns specs by layer name with this choice and nothing else quantized."""
-    specs: dict[str, Any] = {unit.slot: choice}
-    return {name: LayerPlan(**specs) for name in unit.layers} if isinstance(choice, QuantSpec) else {}
+def together(changes: Iterable[tuple[Unit, Choice]]) -> dict[str, LayerPlan]:
+    """Returns specs by layer name with these choices and nothing else quantized."""
+    specs: dict[str, dict[str, Any]] = {}
+    for unit, choice in changes:
+        for name in unit.layers if isinstance(choice, QuantSpec) else ():
+            specs.setdefault(name, {})[unit.slot] = choice
+    return {name: LayerPlan(**given) for name, given in specs.items()}
 
 
 def _distinct(evaluator: Evaluator, unit: Unit) -> list[QuantizedLayer]:

@@ -31,7 +31,7 @@ from lq_plugin.intent.plan import FLOAT
 from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.sensitivity.curvature import alone, asking
+from lq_plugin.search.sensitivity.curvature import asking, together
 from lq_plugin.search.space.model_space import Params, Unit
 
 #: Rounds, and how far a step can move in one of them, relatively.
@@ -146,7 +146,7 @@ def _stand_ins(evaluator: Evaluator, unit: Unit) -> list[tuple[QuantizedLayer, _
             specs.setdefault(choice.bit_width, choice)
     ranges: list[dict[int, _Range]] = [{} for _ in unit.layers]
     for bits, spec in sorted(specs.items()):
-        evaluator.apply(alone(unit, spec))
+        evaluator.apply(together([(unit, spec)]))
         for name, into in zip(unit.layers, ranges, strict=True):
             layer = evaluator.layers[name]
             parts = (

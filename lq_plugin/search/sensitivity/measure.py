@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from lq_plugin.model.calibrate import evaluating, switched
 from lq_plugin.model.measure.cost import FLOAT_BITS
 from lq_plugin.model.prepare import quantizers
 from lq_plugin.search.evaluation.evaluator import Evaluator
-from lq_plugin.search.sensitivity.curvature import Values, alone, by_gradients
+from lq_plugin.search.sensitivity.curvature import Values, by_gradients, together
 from lq_plugin.search.sensitivity.learned_steps import by_learned_steps
 from lq_plugin.search.sensitivity.prefix import PrefixCache
 from lq_plugin.search.sensitivity.split import split
@@ -65,6 +65,8 @@ MEASURES = (*FORWARD, *GRADIENT, LEARNED)
 AUTO = "auto"
 #: What the other tensors may be meanwhile.
 OTHERS = ("float", "widest")
+#: Choices of some units, the other tensors being as they were asked to be.
+Changes: TypeAlias = tuple[tuple[Unit, Choice], ...]
 #: Samples of one forward pass on a CPU: their activations stay in its caches.
 _AT_ONCE = 32
 
@@ -147,8 +149,11 @@ def measure_all(
     """
     check_measures(measures, others)
     measures = list(dict.fromkeys(_fitting(evaluator) if name == AUTO else name for name in measures))
-    worker = _Measurement(evaluator, measures, batches, others)
+    worker = Measurement(evaluator, measures, batches, others)
     evaluator.run(worker)
+    for measure, row in worker.harms.items():
+        for ((unit, choice),), value in row.items():
+            worker.values.setdefault(measure, {}).setdefault(unit.name, {})[str(choice)] = value
     for measure, found in worker.values.items():
         odd = [
             f"{unit}, {choice}" for unit, row in found.items() for choice, value in row.items() if not isfinite(value)
@@ -182,10 +187,25 @@ def _fitting(evaluator: Evaluator) -> str:
     return "kl" if type(last).channels(last)[1] > 1 else "sqnr"
 
 
-class _Measurement(Callback):
-    """Measures when a validation starts: the Trainer has put everything in its place."""
+class Measurement(Callback):
+    """Measures when a validation starts: the Trainer has put everything in its place.
 
-    def __init__(self, evaluator: Evaluator, measures: Sequence[str], batches: int, others: str) -> None:
+    Args:
+        evaluator: calibrated.
+        measures: of `MEASURES`.
+        batches: of calibration data.
+        others: of `OTHERS`.
+        changes: what forward passes measure; by default each choice of each unit.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        measures: Sequence[str],
+        batches: int,
+        others: str,
+        changes: Sequence[Changes] | None = None,
+    ) -> None:
         self.evaluator, self.batches, self.others = evaluator, batches, others
         self.forward = [name for name in measures if name in FORWARD]
         self.gradient = [name for name in measures if name in GRADIENT]
@@ -193,7 +213,12 @@ class _Measurement(Callback):
         assert evaluator.space is not None
         self.space = evaluator.space
         self.units = [unit for unit in self.space.units if len(unit.choices) > 1]
+        each: list[Changes] = [((unit, choice),) for unit in self.units for choice in unit.choices]
+        self.changes = each if changes is None else changes
+        #: Harm by the other measures, by unit and choice.
         self.values: Values = {}
+        #: Harm of each change by the measures of forward passes.
+        self.harms: dict[str, dict[Changes, float]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse()
@@ -244,34 +269,34 @@ class _Measurement(Callback):
             )
         head = module.get_submodule(called[-1])
         layers: dict[str, Any] = dict(self.evaluator.layers)
-        options = [(unit, choice) for unit in self.units for choice in unit.choices]
-        sums = {(name, unit.name, str(choice)): _Ratio() for name in self.forward for unit, choice in options}
+        sums = {(name, changes): _Ratio() for name in self.forward for changes in self.changes}
         # Batch by batch, so that one prefix is held at a time.
         for batch in data:
             cache = PrefixCache(layers)
-            self.evaluator.apply(self._plans(None))
+            self.evaluator.apply(self._plans(()))
             with cache.recording():
                 expected = _outputs(head, run, batch)
-            for unit, choice in options:
-                self.evaluator.apply(self._plans(unit, choice))
-                own = _Ratio()
-                with cache.replaying(unit.layers), ExitStack() as stack:
-                    for name in unit.layers if "layer_sqnr" in self.forward else ():
+            for changes in self.changes:
+                self.evaluator.apply(self._plans(changes))
+                own, changed = _Ratio(), [name for unit, _ in changes for name in unit.layers]
+                with cache.replaying(changed), ExitStack() as stack:
+                    for name in changed if "layer_sqnr" in self.forward else ():
                         stack.enter_context(_watching(layers[name], own))
                     got = _outputs(head, run, batch)
                 for name in self.forward:
-                    found = own if name == "layer_sqnr" else _FUNCTIONS[name](expected, got)
-                    sums[name, unit.name, str(choice)].add(found)
-        for (measure, name, choice), ratio in sums.items():
-            self.values.setdefault(measure, {}).setdefault(name, {})[choice] = ratio.value
+                    sums[name, changes].add(own if name == "layer_sqnr" else _FUNCTIONS[name](expected, got))
+        for (measure, changes), ratio in sums.items():
+            self.harms.setdefault(measure, {})[changes] = ratio.value
 
-    def _plans(self, unit: Unit | None, choice: Choice = FLOAT) -> dict[str, LayerPlan]:
+    def _plans(self, changes: Changes) -> dict[str, LayerPlan]:
         if self.others == "float":
-            return {} if unit is None else alone(unit, choice)
-        widest: Params = {
+            return together(changes)
+        params: Params = {
             key: value for u in self.space.units for key, value in u.params(max(u.choices, key=_bits)).items()
         }
-        return self.space.layer_plans(widest if unit is None else widest | unit.params(choice))
+        for unit, choice in changes:
+            params |= unit.params(choice)
+        return self.space.layer_plans(params)
 
 
 @dataclass

@@ -22,12 +22,14 @@ from lq_plugin.ptq.phases import check_phases, names_and_options
 from lq_plugin.search.evaluation.costs import LATENCY, unknown_costs
 from lq_plugin.search.evaluation.rungs import Rung, margin_faults, parse_rungs, rung_faults
 from lq_plugin.search.sensitivity.measure import AUTO, MEASURES
+from lq_plugin.search.sensitivity.pairs import check_pairs
 from lq_plugin.search.shared.build import build
 from lq_plugin.search.shared.database import HEARTBEAT, quiet
 from lq_plugin.search.space.constraint import Constraint, parse_constraints
 from lq_plugin.search.space.space import Space
 from lq_plugin.search.study.confidence import Confirm, check_confirm
 from lq_plugin.search.study.latency import latency_options
+from lq_plugin.search.surrogate.sampler import SurrogateSampler
 from lq_plugin.utilities.lightning_packages import either
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
@@ -69,9 +71,9 @@ class SearchConfig:
         output_dir: folder for `front.csv`, `plans/*.yaml`, `pareto.png` and the report, written also when the search is
             interrupted.
         sampler: an Optuna sampler, or a class or function that makes one from `seed`, which differs between runs and
-            workers. `lq_plugin.search.SurrogateSampler` proposes all plans after the first ones. Of any other, with
-            seeds and one cost, comes every fourth plan, and the rest fill the gaps of the front
-            (`lq_plugin.search.study.refine`).
+            workers. `lq_plugin.search.SurrogateSampler`, the default, proposes all plans after the first ones. Of any
+            other, such as `lq_plugin.search.tpe`, with seeds and one cost, comes every fourth plan, and the rest fill
+            the gaps of the front (`lq_plugin.search.study.refine`).
         seed: of the sampler and of the order of calibration data, 0 to 2^32 - 1.
         worker: number of this process among those on the same study, from 0.
         uniform: start with every bit-width of the space for all weights alike, as points of reference.
@@ -79,6 +81,9 @@ class SearchConfig:
             (`lq_plugin.search.study.seeds`); 0: none.
         sensitivity: the measure that predicts them, see `lq_plugin.search.sensitivity.measure`.
         sensitivity_batches: batches of calibration data that it is measured on.
+        pairs: number of pairs of choices that are measured together as well, those that matter most to these plans
+            (`lq_plugin.search.sensitivity.pairs`): plans are then chosen by a quadratic program, and a
+            `SurrogateSampler` knows the pairs before any trial.
         latency: where latency is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache":
             "latency.json"}`, see `lq_plugin.export.options.LatencyOptions`. With it, or where a cost or constraint is
             `latency`, each trial has one.
@@ -135,13 +140,14 @@ class SearchConfig:
     study_name: str = "lq_search"
     storage: BaseStorage | str | None = field(default=None, repr=False)  # a URL may have a password
     output_dir: str | Path | None = None
-    sampler: Sampler = tpe
+    sampler: Sampler = SurrogateSampler
     seed: int = 0
     worker: int = 0
     uniform: bool = True
     seeds: int = 16
     sensitivity: str = AUTO
     sensitivity_batches: int = 2
+    pairs: int = 0
     latency: Mapping[str, Any] | None = None
     heartbeat: int = HEARTBEAT
     max_failures: int = 10
@@ -193,6 +199,8 @@ class SearchConfig:
             costs = (self.cost,) if isinstance(self.cost, str) else tuple(self.cost)
         faults += unknown_costs(costs)
         faults += name_faults("sensitivity measure", [self.sensitivity], (AUTO, *MEASURES))
+        if self.pairs and "pairs" not in wrong and self.sensitivity in MEASURES:
+            read(lambda: check_pairs(self.sensitivity))
         read(lambda: check_phases(*names_and_options(self.phases)))
         if self.target is not None:
             read(lambda: known_target(self.target))
@@ -285,6 +293,7 @@ _COUNTS: dict[str, tuple[int, int | None]] = {
     "worker": (0, None),
     "seeds": (0, None),
     "sensitivity_batches": (1, None),
+    "pairs": (0, None),
     "heartbeat": (1, None),
     "max_failures": (0, None),
     "promote_first": (0, None),

@@ -23,7 +23,7 @@ PLAN, METRICS, SECONDS, ERROR, REPEATS = "plan", "metrics", "seconds", "error", 
 #: Of trials whose plan was not sampled: where it comes from, and which interrupted trial it tries again.
 ORIGIN, RETRIES = "origin", "retries"
 #: User attributes of a study: the harm of each choice of each unit, by which its first trials were chosen; its measure.
-SENSITIVITY, MEASURE = "sensitivity", "sensitivity_measure"
+SENSITIVITY, MEASURE, PAIRS = "sensitivity", "sensitivity_measure", "sensitivity_pairs"
 
 
 #: Trials whose plan is evaluated, or will be.

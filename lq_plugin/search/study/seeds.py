@@ -2,13 +2,16 @@
 
 The model is additive, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv 2011.10680, equation 8): quantizing several tensors
 harms as much as the sum of each alone. Then the best plan of a size is an integer program, min Σ s(u, c) x(u, c) with
-one choice c for each unit u and Σ cost(u, c) x(u, c) within the budget. The greedy path solves it without a solver:
-from the widest plan on, always the step that harms least for what it saves.
+one choice c for each unit u and Σ cost(u, c) x(u, c) within the budget. Pairs that were measured add cross(i, j) x(i)
+x(j), the quadratic program of CLADO (Deng et al., DAC 2025, arXiv 2307.05657), whose products become variables of
+their own: z <= x(i), z <= x(j) where a pair harms less than its sum, z >= x(i) + x(j) - 1 where it harms more. The
+greedy path solves the program without pairs and without a solver: from the widest plan on, always the step that harms
+least for what it saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +22,13 @@ from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.measure.energy import FLOAT_BITS
 from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY
 from lq_plugin.search.evaluation.evaluator import Evaluator
+from lq_plugin.search.sensitivity.pairs import Pair
 from lq_plugin.search.space.model_space import Choice, ModelSpace, Params, Unit
 
 #: By unit and choice (as text): a sensitivity, or a cost.
 Table = Mapping[str, Mapping[str, float]]
+#: A quadratic program is solved to that share of its optimum, or so many nodes: its sensitivities are no more exact.
+_WITH_PAIRS = {"mip_rel_gap": 1e-3, "node_limit": 1000}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,14 @@ def smallest_cost(base: float, costs: Table) -> float:
     return base + sum(min(values.values()) for values in costs.values())
 
 
-def ilp(space: ModelSpace, sensitivity: Table, costs: Table, budget: float, base: float = 0.0) -> Params:
+def ilp(
+    space: ModelSpace,
+    sensitivity: Table,
+    costs: Table,
+    budget: float,
+    base: float = 0.0,
+    pairs: Sequence[Pair] = (),
+) -> Params:
     """Returns the plan of least summed sensitivity whose cost is at most `budget`.
 
     Args:
@@ -110,26 +123,46 @@ def ilp(space: ModelSpace, sensitivity: Table, costs: Table, budget: float, base
         sensitivity: harm of each choice.
         costs, base: see `unit_costs`.
         budget: `base` and the costs of all choices together may be that much.
+        pairs: that were measured.
 
     Raises:
         QuantizationError: no plan is so small; it names the smallest.
     """
-    pairs = [(unit.name, choice, unit) for unit in space.units for choice in unit.choices]
-    harm = np.array([sensitivity.get(name, {}).get(str(choice), 0.0) for name, choice, _ in pairs])
-    price = np.array([costs[name][str(choice)] for name, choice, _ in pairs])
+    options = [(unit.name, choice, unit) for unit in space.units for choice in unit.choices]
+    harm = np.array([sensitivity.get(name, {}).get(str(choice), 0.0) for name, choice, _ in options])
+    price = np.array([costs[name][str(choice)] for name, choice, _ in options])
     smallest = smallest_cost(base, costs)
     if smallest > budget * (1 + 1e-9):
         raise QuantizationError(f"no plan costs at most {budget:g}: the smallest costs {smallest:.6g}")
-    one = np.array([[float(name == unit.name) for name, *_ in pairs] for unit in space.units])
+    # After the choices come the products of the pairs.
+    one = np.array([[float(name == unit.name) for name, *_ in options] for unit in space.units])
     slack = 1e-9 * max(abs(budget), 1.0)
-    limits = [LinearConstraint(one, 1.0, 1.0), LinearConstraint(price[None], -np.inf, budget - base + slack)]
+    rows = np.vstack([one, price])
+    lower = [*[1.0] * len(one), -np.inf]
+    upper = [*[1.0] * len(one), budget - base + slack]
+    places = {(name, str(choice)): i for i, (name, choice, _) in enumerate(options)}
+    rows = np.hstack([rows, np.zeros((len(rows), len(pairs)))])
+    for k, pair in enumerate(pairs, len(options)):
+        i, j = places[pair.unit, pair.choice], places[pair.other, pair.other_choice]
+        for limited in ((i, j),) if pair.cross > 0 else ((i,), (j,)):
+            row = np.zeros((1, rows.shape[1]))
+            row[0, [*limited, k]] = [*[1.0] * len(limited), -1.0]
+            rows = np.vstack([rows, row])
+            lower.append(-np.inf if pair.cross > 0 else 0.0)
+            upper.append(1.0 if pair.cross > 0 else np.inf)
+    harm = np.concatenate([harm, [pair.cross for pair in pairs]])
+    whole = [*[1] * len(options), *[0] * len(pairs)]
     # Scaled, since the solver's tolerances are absolute.
     result = milp(
-        harm / max(np.abs(harm).max(), 1e-300), constraints=limits, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1)
+        harm / max(np.abs(harm).max(), 1e-300),
+        constraints=LinearConstraint(rows, lower, upper),
+        integrality=whole,
+        bounds=Bounds(0, 1),
+        options=_WITH_PAIRS if pairs else None,
     )
     if result.x is None:
         raise QuantizationError(f"the integer program for a budget of {budget:g} failed: {result.message}")
-    chosen = [(choice, unit) for (_, choice, unit), taken in zip(pairs, result.x, strict=True) if taken > 0.5]
+    chosen = [(choice, unit) for (_, choice, unit), taken in zip(options, result.x, strict=False) if taken > 0.5]
     return {name: value for choice, unit in chosen for name, value in unit.params(choice).items()}
 
 
@@ -168,7 +201,13 @@ def greedy_path(space: ModelSpace, sensitivity: Table, costs: Table, base: float
 
 
 def make_seeds(
-    space: ModelSpace, sensitivity: Table, costs: Table, base: float, count: int, most: float = np.inf
+    space: ModelSpace,
+    sensitivity: Table,
+    costs: Table,
+    base: float,
+    count: int,
+    most: float = np.inf,
+    pairs: Sequence[Pair] = (),
 ) -> list[Seed]:
     """Returns up to `count` plans: the best for each of as many budgets, which are denser where they are smaller.
 
@@ -180,6 +219,7 @@ def make_seeds(
         costs, base: see `unit_costs`.
         count: number of budgets between the smallest and the largest plan.
         most: no plan may cost more.
+        pairs: that were measured; the greedy path does without them.
     """
     low = smallest_cost(base, costs)
     if count < 1 or low > most:
@@ -187,7 +227,7 @@ def make_seeds(
     high = min(base + sum(max(values.values()) for values in costs.values()), most)
     budgets = np.geomspace(low, high, count + 2)[1:-1] if low > 0 else np.linspace(low, high, count + 2)[1:-1]
     path = greedy_path(space, sensitivity, costs, base)
-    found = [Seed(ilp(space, sensitivity, costs, float(budget), base), f"ilp {budget:.3g}") for budget in budgets]
+    found = [Seed(ilp(space, sensitivity, costs, float(b), base, pairs), f"ilp {b:.3g}") for b in budgets]
     for budget in budgets:
         fitting = next((params for cost, params in path if cost <= budget), None)
         if fitting is not None:

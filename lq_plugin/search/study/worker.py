@@ -19,6 +19,7 @@ from lq_plugin.search.evaluation.costs import COUNTS, LATENCY, PRICED
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.evaluation.looks import Looks
 from lq_plugin.search.sensitivity.measure import measure_sensitivity
+from lq_plugin.search.sensitivity.pairs import Pair, influential_pairs, measure_pairs
 from lq_plugin.search.shared.database import locked, quiet
 from lq_plugin.search.shared.interrupt import StopRequest, stop_on_signal
 from lq_plugin.search.shared.storage import open_study
@@ -32,7 +33,7 @@ from lq_plugin.search.study.dashboard import Dashboard
 from lq_plugin.search.study.file_scores import score_files
 from lq_plugin.search.study.latency import measure_front, share_latency, smallest_latency
 from lq_plugin.search.study.loop import Loop
-from lq_plugin.search.study.objective import MEASURE, ORIGIN, SENSITIVITY, Objective
+from lq_plugin.search.study.objective import MEASURE, ORIGIN, PAIRS, SENSITIVITY, Objective
 from lq_plugin.search.study.progress import SearchProgress
 from lq_plugin.search.study.promotion import Ladder
 from lq_plugin.search.study.proposer import Proposer, waiting_trial
@@ -174,7 +175,13 @@ class StudyWorker:
                 harm = measured.values
                 base, costs = self._costs_of_choices(config.size)
                 most = largest(config.limits, config.size)
-                plans += make_seeds(self.space, harm, costs, base, config.seeds, most)
+                seeds = make_seeds(self.space, harm, costs, base, config.seeds, most)
+                if config.pairs:
+                    chosen = influential_pairs(self.space, harm, [seed.params for seed in seeds], config.pairs)
+                    pairs = measure_pairs(self.evaluator, measured.measure, chosen, config.sensitivity_batches)
+                    seeds = make_seeds(self.space, harm, costs, base, config.seeds, most, pairs)
+                    self.study.set_user_attr(PAIRS, [pair.row() for pair in pairs])
+                plans += seeds
                 self.study.set_user_attr(SENSITIVITY, harm)
                 self.study.set_user_attr(MEASURE, measured.measure)
             for plan in distinct(plans):
@@ -290,7 +297,8 @@ class StudyWorker:
             return [found[limit.name] for limit in known]
 
         harm = self.study.user_attrs.get(SENSITIVITY, {})
-        return Problem(self.space, harm, costs, limits, exact, exact_limits)
+        pairs = [Pair(*row) for row in self.study.user_attrs.get(PAIRS, ())]
+        return Problem(self.space, harm, costs, limits, exact, exact_limits, pairs)
 
     def _costs_of_choices(self, cost: str) -> tuple[float, Table]:
         """Returns `unit_costs`, computed once for each cost."""

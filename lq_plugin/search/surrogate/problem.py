@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from lq_plugin.errors import QuantizationError
+from lq_plugin.search.sensitivity.pairs import Pair
 from lq_plugin.search.space.constraint import Constraint
 from lq_plugin.search.space.model_space import ModelSpace, Params, Unit
 from lq_plugin.search.surrogate.candidates import Price, everything
-from lq_plugin.search.surrogate.regression import Features, Floats, Ints
+from lq_plugin.search.surrogate.regression import Cross, Features, Floats, Ints
 
 #: Harm or cost by unit and choice (as text).
 Table = Mapping[str, Mapping[str, float]]
@@ -32,6 +33,7 @@ class Problem:
         exact: from a plan's parameters to its costs, for those that do not add up over units (bit operations multiply
             the bits of weight and input); the best candidates are priced by it.
         exact_limits: the same for the costs of `limits`; without it they are taken to add up.
+        pairs: of choices that were measured together.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class Problem:
         limits: Sequence[tuple[Constraint, float, Table]] = (),
         exact: Callable[[Params], Sequence[float]] | None = None,
         exact_limits: Callable[[Params], Sequence[float]] | None = None,
+        pairs: Sequence[Pair] = (),
     ) -> None:
         self.space, self.exact, self._exact_limits = space, exact, exact_limits
         #: Gives what trials score on average that were scored again, by number.
         self.means: Callable[[], Mapping[int, float]] = dict
         self.units = [unit for unit in space.units if len(unit.choices) > 1]
         self.sizes = [len(unit.choices) for unit in self.units]
-        self.features = Features([_harms(unit, sensitivity) for unit in self.units])
+        self.features = Features([_harms(unit, sensitivity) for unit in self.units], self._crosses(pairs))
         self.costs = [Price(*self._priced(base, table)) for base, table in costs]
         limited = []
         #: Constraints that are known before a plan is evaluated.
@@ -68,6 +71,14 @@ class Problem:
         self.everything = everything(self.sizes)
         if self.everything is not None:
             self.everything = self.everything[self.allowed(self.everything)]
+
+    def _crosses(self, pairs: Sequence[Pair]) -> list[Cross]:
+        places = {
+            (unit.name, str(choice)): (i, j)
+            for i, unit in enumerate(self.units)
+            for j, choice in enumerate(unit.choices)
+        }
+        return [(*places[p.unit, p.choice], *places[p.other, p.other_choice], p.cross) for p in pairs]
 
     def _priced(self, base: float, table: Table) -> tuple[float, list[Floats]]:
         rows = [np.array([table[unit.name][str(choice)] for choice in unit.choices]) for unit in self.units]

@@ -1,15 +1,16 @@
 """Bayesian linear regression of a metric on what a plan chooses: single choices, pairs of them, and known sensitivity.
 
-H(x) = Σ s(u, x_u) is the harm of plan x as the measured sensitivities s predict it, r_u(x) = s(u, x_u) / H(x) the share
-of unit u. The metric, transformed so that noise is about the same everywhere, is
+H(x) = Σ s(u, x_u) + Σ cross(u, x_u, v, x_v) is the harm of plan x as the measured sensitivities s predict it, with the
+pairs that were measured as well (`lq_plugin.search.sensitivity.pairs`), and r_u(x) = s(u, x_u) / Σ s the share of unit
+u. The metric, transformed so that noise is about the same everywhere, is
 
     y(x) = β₀ + β₁ log H(x) + Σ_u α(u, x_u) + Σ_u r_u(x) θ(u, x_u) + 2 Σ_{u<v} √(r_u r_v)(x) ρ(u, x_u, v, x_v) + ε
 
 with independent normal priors: the sensitivities' law is the prior mean, α what it does not see, θ errors of the
-measured sensitivities (∂ log H / ∂ log s = r), and ρ the cross terms of two units, relative to √(s_u s_v). CLADO
-measures those one by one (Deng et al., "Mixed-Precision Quantization for Deep Vision Models with Integer Quadratic
-Programming", DAC 2025, arXiv 2307.05657); here they are learned from whole plans, with their uncertainty. Choices of
-one unit that are alike in sensitivity have alike effects.
+measured sensitivities (∂ log H / ∂ log s = r), and ρ the cross terms of two units that were not measured, relative to
+√(s_u s_v). CLADO measures all of them one by one (Deng et al., "Mixed-Precision Quantization for Deep Vision Models
+with Integer Quadratic Programming", DAC 2025, arXiv 2307.05657); here they are learned from whole plans, with their
+uncertainty. Choices of one unit that are alike in sensitivity have alike effects.
 
 There are many more weights than trials, so the posterior is computed in the dual form (Rasmussen, Williams, "Gaussian
 Processes for Machine Learning", 2006, equations 2.11 and 2.12): only products of features are needed, and that of all
@@ -30,11 +31,15 @@ from lq_plugin.errors import QuantizationError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+#: A unit and its choice, another unit and its choice, and their harm beyond the sum: indices and a number.
+Cross = tuple[int, int, int, int, float]
 
 #: Prior variance of β: wide, for targets of unit variance.
 _WIDE = 100.0
 #: The least harm of a choice, as a share of the largest in its table: exact choices have log s = -∞.
 _LEAST = 1e-5
+#: The least harm of a plan, as a share of the sum over its units: pairs may cancel more than there is.
+_LEAST_OF_SUM = 0.1
 #: Plans that are predicted at once: their features stay in the caches.
 _ROWS = 512
 #: Added to the diagonal, for a kernel matrix that is positive in float64 as well.
@@ -78,12 +83,14 @@ class Features:
 
     Args:
         harms: of each choice of each unit; a plan is an index into each of them.
+        pairs: that were measured, each once.
 
     Raises:
         QuantizationError: a harm that is no finite number.
     """
 
-    def __init__(self, harms: Sequence[Floats]) -> None:
+    def __init__(self, harms: Sequence[Floats], pairs: Sequence[Cross] = ()) -> None:
+        self.pairs = pairs
         self.harms = [np.asarray(row, dtype=np.float64) for row in harms]
         odd = [unit for unit, row in enumerate(self.harms) if not np.isfinite(row).all()]
         if odd:
@@ -97,7 +104,10 @@ class Features:
         """Returns log H `[plans]` and r `[plans, units]`."""
         each = np.stack([row[plans[:, unit]] for unit, row in enumerate(self.harms)], 1)
         total = each.sum(1)
-        return np.log(total), each / total[:, None]
+        harm = total.copy()
+        for unit, choice, other, other_choice, cross in self.pairs:
+            harm += cross * ((plans[:, unit] == choice) & (plans[:, other] == other_choice))
+        return np.log(np.maximum(harm, _LEAST_OF_SUM * total)), each / total[:, None]
 
     def alike(self, prior: Prior) -> list[Floats]:
         """Returns the correlation of the effects of any two choices of each unit, `[choices, choices]`."""
