@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     (scores,) = trainer.test(model, datamodule=data, verbose=False)
 
     curves = {series.name: series.values for series in monitor.training}
-    print("share of zeros in block.conv1 :", curves["quant/block.conv1/weight_zeros"])
-    print("flips an epoch in block.conv1 :", curves.get("quant/block.conv1/weight_flips", []))
+    print("share of zeros in block.conv1 :", curves["quant_layer/block.conv1/weight_zeros"])
+    print("flips an epoch in block.conv1 :", curves.get("quant_layer/block.conv1/weight_flips", []))
     print(
         f"{args.format}: {cost(model).quantizable_effective_bits:.2f} bits a weight, test/acc {scores['test/acc']:.4f}"
     )

@@ -36,6 +36,8 @@ from lq_plugin.utilities.brief import short
 from lq_plugin.utilities.files import file_name, make_folder, replacing
 
 FORMATS = ("png", "svg")
+#: Beginnings of the names of the library's own curves: of the model, and of a layer, which 0.1 did not tell apart.
+_OWN = ("quant/", "quant_layer/")
 #: Quantities whose curves are drawn, losses first.
 MAX_CURVES = 12
 
@@ -235,7 +237,7 @@ def quantities(model: ModelReport) -> dict[str, list[Series]]:
         groups.setdefault(series.name.rpartition("/")[2], []).append(series)
 
     def place(name: str) -> tuple[bool, bool, bool]:
-        own = any(not series.name.startswith("quant/") for series in groups[name])
+        own = any(not series.name.startswith(_OWN) for series in groups[name])
         return name != "loss", not own, not name.endswith(("_flips", "_zeros", "_scale_max"))
 
     moved = [
@@ -255,7 +257,7 @@ def training(model: ModelReport, curves: dict[str, list[Series]]) -> Figure:
         axes = figure.add_subplot(rows, 2, index + 1)
         shown = found[: len(PALETTE)]
         for color, series in zip(PALETTE, shown, strict=False):
-            label = series.name.removeprefix("quant/").rpartition("/")[0] or series.name
+            label = series.name.removeprefix("quant/").removeprefix("quant_layer/").rpartition("/")[0] or series.name
             axes.plot(series.steps, series.values, color=color, linewidth=1.2, label=short(label, 24))
         for change in model.schedule:
             step = (

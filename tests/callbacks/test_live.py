@@ -156,12 +156,12 @@ def test_the_page_of_a_run_has_its_curves(tmp_path: Path, monkeypatch: pytest.Mo
     fit(tmp_path, monitor)
     last = reports[-2].scalars
     for name in ("weight_flips", "weight_zeros", "weight_scale_max", "input_scale_min"):
-        assert f"quant/mix.0/{name}" in last
+        assert f"quant_layer/mix.0/{name}" in last
     assert {"quant/float/loss", "quant/quantized/loss"} <= set(last)
     report = ReportData.from_json(json.dumps(json.loads(reports[-1].pages["report.json"])))
     assert report.model is not None
     curves = {series.name: series for series in report.model.training}
-    assert curves["quant/mix.0/weight_flips"].steps == [4, 8, 12]
+    assert curves["quant_layer/mix.0/weight_flips"].steps == [4, 8, 12]
     assert curves["quant/quantized/loss"].steps == [4, 8, 12]
     assert curves["val/loss"].values[-1] == pytest.approx(float(report.model.metrics["val/loss"]), rel=1e-3)
     assert report.model.training == monitor.training

@@ -58,7 +58,7 @@ class Recorder(Logger):
     version = 0
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        quant = {key: value for key, value in metrics.items() if key.startswith("quant/")}
+        quant = {key: value for key, value in metrics.items() if key.startswith(("quant/", "quant_layer/"))}
         if quant:
             self.rows.append((step, quant))
 
@@ -159,19 +159,19 @@ def scalars_of_end(run: Run) -> dict[str, float]:
         "quant/active": 1.0,
     }
     for row in priced:
-        expected |= {f"quant/{row.name}/weight_bits": 4.0, f"quant/{row.name}/input_bits": 8.0}
-        expected[f"quant/{row.name}/effective_bits"] = row.effective_bits
+        expected |= {f"quant_layer/{row.name}/weight_bits": 4.0, f"quant_layer/{row.name}/input_bits": 8.0}
+        expected[f"quant_layer/{row.name}/effective_bits"] = row.effective_bits
     for row in layer_fidelity(run.model):
         if row.slot == "weight":
-            expected[f"quant/{row.layer}/weight_sqnr_db"] = row.sqnr_db
-            expected[f"quant/{row.layer}/weight_clipping_share"] = row.clipping_share
-        expected[f"quant/{row.layer}/{row.slot}_min"] = row.minimum
-        expected[f"quant/{row.layer}/{row.slot}_max"] = row.maximum
+            expected[f"quant_layer/{row.layer}/weight_sqnr_db"] = row.sqnr_db
+            expected[f"quant_layer/{row.layer}/weight_clipping_share"] = row.clipping_share
+        expected[f"quant_layer/{row.layer}/{row.slot}_min"] = row.minimum
+        expected[f"quant_layer/{row.layer}/{row.slot}_max"] = row.maximum
     return expected
 
 
 KEYS = {f"quant/{name}" for name in TOTALS} | {
-    f"quant/{layer}/{name}"
+    f"quant_layer/{layer}/{name}"
     for layer in LAYERS
     for name in (
         *("weight_bits", "effective_bits", "input_bits"),
@@ -360,13 +360,15 @@ def test_evaluation_is_logged_once(loop: str) -> None:
     assert recorder.steps == [0]
     metrics = recorder.rows[0][1]
     assert set(metrics) == KEYS
-    assert metrics["quant/stem.0/weight_bits"] == 3
+    assert metrics["quant_layer/stem.0/weight_bits"] == 3
     if loop == "validate":
         # Activations were measured on the first batch of the loop.
         batch = next(iter(data.val_dataloader()))
         rows = {row.layer: row for row in layer_fidelity(model, lambda: model(batch[0])) if row.slot == "input"}
-        assert metrics["quant/mix.0/input_sqnr_db"] == pytest.approx(rows["mix.0"].sqnr_db, abs=1e-4)
-        assert metrics["quant/mix.0/input_clipping_share"] == pytest.approx(rows["mix.0"].clipping_share, abs=1e-6)
+        assert metrics["quant_layer/mix.0/input_sqnr_db"] == pytest.approx(rows["mix.0"].sqnr_db, abs=1e-4)
+        assert metrics["quant_layer/mix.0/input_clipping_share"] == pytest.approx(
+            rows["mix.0"].clipping_share, abs=1e-6
+        )
 
 
 def test_a_delayed_start_shows() -> None:
@@ -380,9 +382,9 @@ def test_without_ranges_there_are_fewer_numbers_and_no_error() -> None:
     recorder = Recorder()
     train(recorder, [QAT("w4 a8", init_batches=0), QuantMonitor(max_layers=1)], num_sanity_val_steps=0)
     first, last = recorder.rows[0][1], recorder.rows[-1][1]
-    assert "quant/stem.0/input_sqnr_db" not in first
-    assert "quant/stem.0/weight_sqnr_db" in first
-    assert "quant/stem.0/input_sqnr_db" in last
+    assert "quant_layer/stem.0/input_sqnr_db" not in first
+    assert "quant_layer/stem.0/weight_sqnr_db" in first
+    assert "quant_layer/stem.0/input_sqnr_db" in last
 
 
 @pytest.mark.slow
@@ -396,7 +398,7 @@ def test_a_compiled_model_is_measured_too() -> None:
         make_trainer(recorder, [QAT(PLAN), QuantMonitor(images=False)], num_sanity_val_steps=0).fit(
             model, datamodule=DigitsDataModule()
         )
-        return [metrics["quant/mix.0/input_sqnr_db"] for _, metrics in recorder.rows]
+        return [metrics["quant_layer/mix.0/input_sqnr_db"] for _, metrics in recorder.rows]
 
     assert numbers(True) == pytest.approx(numbers(False), abs=1e-3)
 

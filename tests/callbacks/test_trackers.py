@@ -56,7 +56,7 @@ def test_mlflow_has_plan_tables_pictures_and_page(tmp_path: Path) -> None:
     run = client.get_run(logger.run_id)
     assert run.data.metrics["val/acc"] == pytest.approx(scores["val/acc"])
     assert 4 < run.data.metrics["quant/effective_bits"] < 32
-    assert "quant/stem.0/weight_sqnr_db" in run.data.metrics
+    assert "quant_layer/stem.0/weight_sqnr_db" in run.data.metrics
     names = {Path(file.path).name for file in client.list_artifacts(logger.run_id, "quant")}
     assert names >= {"plan.yaml", "cost.csv", "ledger.csv", "fidelity.csv", "report.json", "report.html", "step_000000"}
     folder = Path(client.download_artifacts(logger.run_id, "quant", str(tmp_path)))

@@ -35,7 +35,7 @@ def test_qat_in_an_existing_project(
     assert (tmp_path / "quantized.ckpt").is_file()
     report = load_report(tmp_path).model
     assert report is not None
-    assert {series.name for series in report.training} >= {"train/loss", "val/acc", "quant/mix.0/weight_sqnr_db"}
+    assert {series.name for series in report.training} >= {"train/loss", "val/acc", "quant_layer/mix.0/weight_sqnr_db"}
     assert report.epoch_steps == 17
     assert "whole model" in capsys.readouterr().out
 

@@ -66,9 +66,9 @@ def deep_report(layers: int = 100, width: int = 32, title: str = "Deep", answere
         Series(name, steps, [2.0 / (1 + s / 50) + shift for s in steps])
         for name, shift in (("train/loss", 0.0), ("val/loss", 0.1))
     ]
-    training += [Series(f"quant/body.{i}/input_max", steps, [3.0 + i + s / 400 for s in steps]) for i in range(6)]
+    training += [Series(f"quant_layer/body.{i}/input_max", steps, [3.0 + i + s / 400 for s in steps]) for i in range(6)]
     training += [
-        Series(f"quant/body.{i}/weight_{what}", steps[::3], [0.3 / (1 + i + s / 90) for s in steps[::3]])
+        Series(f"quant_layer/body.{i}/weight_{what}", steps[::3], [0.3 / (1 + i + s / 90) for s in steps[::3]])
         for i in range(min(layers - 1, 24))
         for what in ("zeros", "flips", "sqnr_db", "scale_min", "scale_max", "min", "max")
     ]

@@ -271,10 +271,10 @@ def test_what_never_moved_is_no_curve(opened: Callable[..., Page], tmp_path: Pat
     report = deep_report(3, 8)
     assert report.model is not None
     still = [
-        Series("quant/body.0/weight_bits", [0, 5], [4.0, 4.0]),
+        Series("quant_layer/body.0/weight_bits", [0, 5], [4.0, 4.0]),
         Series("quant/weight_coverage", [0, 5], [1.0, 1.0]),
     ]
-    moved = Series("quant/body.0/weight_flips", [0, 5], [0.1, 0.2])
+    moved = Series("quant_layer/body.0/weight_flips", [0, 5], [0.1, 0.2])
     for training, titles in (([*still, moved], ["weight_flips"]), (still, [])):
         path = write_page(replace(report, model=replace(report.model, training=training)), tmp_path / "r.html")
         window = opened()

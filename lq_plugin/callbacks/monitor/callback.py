@@ -216,7 +216,7 @@ class QuantMonitor(Callback):
         state = MonitoredModel.of(trainer, pl_module, self._measured)
         report = Report(step=trainer.global_step)
         if moment != "end" or self._logged_step != report.step:
-            flips = {f"quant/{name}": value for name, value in self._flips.measure(state.layers).items()}
+            flips = {f"quant_layer/{name}": value for name, value in self._flips.measure(state.layers).items()}
             report = replace(report, scalars=state.scalars() | flips | self._losses)
             self._losses = {}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -88,7 +88,7 @@ class MonitoredModel:
         largest = {row.name for row in sorted(self.priced, key=lambda row: -row.elements)[:MAX_LAYERS]}
         found = {}
         for name, value in scalars.items():
-            layer, _, what = name.removeprefix("quant/").rpartition("/")
+            layer, _, what = name.removeprefix("quant_layer/").rpartition("/")
             if what in ("active", "loss") or (layer in largest and what.endswith(_MOVING)):
                 found[name] = value
         return found
@@ -166,10 +166,10 @@ class MonitoredModel:
         values |= self.totals()
         for layer in self.priced:
             for name in ("weight_bits", "effective_bits", "input_bits"):
-                values[f"quant/{layer.name}/{name}"] = getattr(layer, name)
+                values[f"quant_layer/{layer.name}/{name}"] = getattr(layer, name)
         layers = self.layers
         for row in self.rows:
-            prefix = f"quant/{row.layer}/{row.slot}"
+            prefix = f"quant_layer/{row.layer}/{row.slot}"
             values |= {
                 f"{prefix}_sqnr_db": row.sqnr_db,
                 f"{prefix}_clipping_share": row.clipping_share,

@@ -69,12 +69,12 @@ const ONE_BATCH = { float: "one batch, float", quantized: "one batch, quantized"
 function seriesGroups(series) {
   const groups = new Map();
   for (const s of series) {
-    const match = /^quant\/(.+)\/([^/]+)$/.exec(s.name), name = match ? match[2] : s.name.startsWith("quant/") ? s.name : s.name.replace(/^(train|val|test|float)\//, "");
+    const match = /^quant(?:_layer)?\/(.+)\/([^/]+)$/.exec(s.name), name = match ? match[2] : s.name.startsWith("quant/") ? s.name : s.name.replace(/^(train|val|test|float)\//, "");
     if (!groups.has(name)) groups.set(name, []);
     groups.get(name).push({ ...s, label: match ? (name === "loss" && ONE_BATCH[match[1]]) || match[1] : s.name });
   }
   // Numbers of the plan, such as bits, that never changed are in the table of layers.
-  for (const [name, found] of groups) if (found.every((s) => s.name.startsWith("quant/") && s.values.every((v) => v === s.values[0]))) groups.delete(name);
+  for (const [name, found] of groups) if (found.every((s) => /^quant(_layer)?\//.test(s.name) && s.values.every((v) => v === s.values[0]))) groups.delete(name);
   return groups;
 }
 // `runs`: all of the page, whose curves of one quantity have one pair of axes.
