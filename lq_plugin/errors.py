@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class QuantizationError(ValueError):
@@ -35,6 +36,15 @@ class MissingPackageError(ExportError, ImportError):
 
 class CoverageError(QuantizationError):
     """Less of the model is quantized than `min_coverage` asks for."""
+
+
+def is_integer(value: object, least: int | None = None) -> TypeGuard[int]:
+    """Returns True for an integer of at least `least`; True and False are none.
+
+    >>> is_integer(3, 1), is_integer(0, 1), is_integer(True), is_integer(3.0)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def did_you_mean(got: object, valid: Iterable[str], limit: int = 3) -> str:

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.trainer.data import calibration_batches
 from lq_plugin.callbacks.trainer.other_callbacks import move_before, tuners
-from lq_plugin.errors import ExportError, raise_all
+from lq_plugin.errors import ExportError, is_integer, raise_all
 from lq_plugin.export.inputs import inputs_of
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import export_model, target_of
@@ -65,7 +65,7 @@ class Export(Callback):
         self.target = target_of(path, target)
         self.options = {"round_sums": round_sums, "smallest": smallest, "dynamic_dims": dynamic_dims, **options}
         faults = self.target.faults(Request(self.options, self.path))
-        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        if not is_integer(batches, 1):
             faults.append(f"batches is a number of batches, 1 or more, got {batches!r}")
         raise_all(ExportError, "Export", faults)
         self.target.need_packages(f"Export({str(path)!r})")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lq_plugin.callbacks.base import QuantizationCallback
 from lq_plugin.callbacks.trainer.data import seeded
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
-from lq_plugin.errors import PlanError
+from lq_plugin.errors import PlanError, is_integer
 from lq_plugin.export.planned import known_target
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model.prepare import quantizers
@@ -59,9 +59,9 @@ class PTQ(QuantizationCallback):
         target: str | None = None,
     ) -> None:
         super().__init__(plan, min_coverage, dataloader, calibration_step, target)
-        if not isinstance(calibration_batches, int) or calibration_batches < 1:
+        if not is_integer(calibration_batches, 1):
             raise PlanError(f"calibration_batches is a number of batches, 1 or more, got {calibration_batches!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
+        if seed is not None and (not is_integer(seed, 0) or seed >= 2**32):
             raise PlanError(f"seed is an integer from 0 to 2**32 - 1, or None, got {seed!r}")
         names, self.phase_options = names_and_options(phases)
         names = self._for_target(names)

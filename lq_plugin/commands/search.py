@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 from rich.console import Console
 
 from lq_plugin.commands.options import SEARCHED
+from lq_plugin.commands.train import fit_float
 from lq_plugin.errors import QuantizationError
 from lq_plugin.model.checkpoint import load_float_weights
 from lq_plugin.search.shared.database import alone
@@ -33,7 +34,7 @@ from lq_plugin.utilities.lightning_packages import any_package
 from lq_plugin.utilities.passwords import masked, passwords_in, without
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
@@ -162,9 +163,7 @@ def train(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModu
         path: of the weights.
     """
     log.info("training the float model for %d epochs", cfg.float_epochs)
-    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
-    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
-    trainer.fit(model, datamodule=datamodule)
+    fit_float(cfg, model, datamodule)
     with replacing(path) as stream:
         torch.save({"state_dict": model.state_dict()}, stream)
 

@@ -71,6 +71,8 @@ def run_stages(cfg: DictConfig, trainer: Trainer, model: LightningModule, datamo
         model: to be trained.
         datamodule: of its data.
     """
+    from lq_plugin.utilities.lightning_packages import logged
+
     metrics: Metrics = {}
     ckpt_path = cfg.ckpt_path
     if cfg.fit:
@@ -96,11 +98,9 @@ def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDa
     Returns:
         Metrics of validation and test, with `float/` before the names.
     """
-    from lq_plugin.utilities.instantiate import instantiate_for
+    from lq_plugin.utilities.lightning_packages import logged
 
-    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
-    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
-    trainer.fit(model, datamodule=datamodule)
+    trainer = fit_float(cfg, model, datamodule)
     trainer.save_checkpoint(path, weights_only=True)
     metrics: Metrics = {}
     for wanted, evaluate in ((cfg.validate, trainer.validate), (cfg.test, trainer.test)):
@@ -110,9 +110,20 @@ def train_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDa
     return metrics
 
 
-def logged(trainer: Trainer) -> Metrics:
-    """Returns the metrics that the Trainer's last stage logged, as plain floats."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+def fit_float(cfg: DictConfig, model: LightningModule, datamodule: LightningDataModule) -> Trainer:
+    """Trains the float model for `float_epochs`, without any callback or logger of the config.
+
+    Args:
+        cfg: of the command.
+        model: float.
+        datamodule: of its data.
+    """
+    from lq_plugin.utilities.instantiate import instantiate_for
+
+    bare: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    trainer: Trainer = instantiate_for(model, cfg.trainer, max_epochs=cfg.float_epochs, **bare)
+    trainer.fit(model, datamodule=datamodule)
+    return trainer
 
 
 def optimized_metric(metrics: Metrics, name: str | None) -> float | None:

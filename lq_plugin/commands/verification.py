@@ -110,7 +110,7 @@ def metrics_of(
     from lq_plugin.callbacks.trainer.traces import SilentLogger
     from lq_plugin.export.certificate import computed_by
     from lq_plugin.utilities.instantiate import instantiate_for
-    from lq_plugin.utilities.lightning_packages import is_overridden
+    from lq_plugin.utilities.lightning_packages import is_overridden, logged
 
     if not is_overridden("validation_step", model):
         return {}
@@ -120,7 +120,7 @@ def metrics_of(
         trainer: Any = instantiate_for(model, cfg.trainer, callbacks=[], limit_val_batches=cfg.verify_batches, **quiet)
         trainer.logger = SilentLogger()
         trainer.validate(model, datamodule=datamodule, verbose=False)
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return logged(trainer)
 
     found = {"model": validate()}
     with computed_by(model, target, path, cfg.runtime, lambda: instantiate(cfg.model)) as calls:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lq_plugin.errors import ExportError
+from lq_plugin.errors import ExportError, is_integer
 from lq_plugin.export.bit_planes import pack, packed_size, unpack
 
 FORMAT, VERSION = "lq_plugin.packed", "1"
@@ -239,9 +239,9 @@ class PackedReader:
         if not isinstance(place, list) or len(place) != 3:
             return f"{str(place)[:100]} is no place"
         offset, shape, kind = place
-        if not isinstance(shape, list) or not all(_is_count(size) for size in (offset, *shape)):
+        if not isinstance(shape, list) or not all(is_integer(size, 0) for size in (offset, *shape)):
             return f"{str(place)[:100]} is no place"
-        if not (isinstance(kind, str) and kind in DTYPES) and not (_is_count(kind) and kind <= 16):
+        if not (isinstance(kind, str) and kind in DTYPES) and not (is_integer(kind, 0) and kind <= 16):
             return f"{kind!r} is neither a number of bits, 0 to 16, nor a dtype"
         size = size_of(place)
         return f"{size} bytes at {offset} of a blob of {self.size}" if offset + size > self.size else None
@@ -287,7 +287,3 @@ class PackedReader:
 
     def __exit__(self, *_: object) -> None:
         self.stream.close()
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lq_plugin.errors import PlanError, name_faults, raise_all
+from lq_plugin.errors import PlanError, is_integer, name_faults, raise_all
 from lq_plugin.utilities.moved import former_names
 
 __getattr__ = former_names(__name__)
@@ -38,7 +38,7 @@ class Moment:
         """
         if isinstance(value, Moment):
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if is_integer(value, 0):
             return cls("step", value)
         if isinstance(value, str) and (match := re.fullmatch(r"(epoch|step)[ :]?(\d{1,15})", value.strip())):
             return cls(match[1], int(match[2]))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
-from lq_plugin.errors import SpecError, name_fault, name_faults, raise_all
+from lq_plugin.errors import SpecError, is_integer, name_fault, name_faults, raise_all
 from lq_plugin.intent.builtin_formats import MX_ELEMENTS
 from lq_plugin.intent.formats import (
     FLAGS,
@@ -118,7 +118,7 @@ class QuantSpec:
         _, colon, options = self.format.partition(":")
         if fault := kind.option_fault(self.format_name, options if colon else None):
             faults.append(fault)
-        if isinstance(self.bit_width, bool) or not isinstance(self.bit_width, int):
+        if not is_integer(self.bit_width):
             faults.append(f"bit_width must be an int, got {self.bit_width!r}")
         elif self.bit_width not in kind.bit_widths:
             faults.append(f"bit_width must be {_listed(kind.bit_widths)}, got {self.bit_width}")
@@ -129,14 +129,14 @@ class QuantSpec:
         faults += self._range_faults() + self._rounding_faults(kind)
         if isinstance(self.granularity, PerGroup):
             size = self.granularity.group_size
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if not is_integer(size, 1):
                 faults.append(f"group_size must be a positive int, got {size!r}")
             faults += self._scale_faults(self.granularity)
         elif isinstance(self.granularity, PerBlock):
             faults += self._block_faults(self.granularity, kind)
         elif isinstance(self.granularity, PerMatrix):
             rows = self.granularity.rows
-            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            if not is_integer(rows, 1):
                 faults.append(f"the rows of a matrix must be a positive int, got {rows!r}")
         elif not isinstance(self.granularity, (PerTensor, PerChannel, PerToken)):
             names = "PerTensor, PerChannel, PerGroup, PerToken, PerBlock or PerMatrix"
@@ -180,7 +180,7 @@ class QuantSpec:
         return faults + (kind.check(self) if kind.check is not None else [])
 
     def _block_faults(self, block: PerBlock, kind: Format) -> list[str]:
-        if isinstance(block.size, bool) or not isinstance(block.size, int) or block.size < 2:
+        if not is_integer(block.size, 2):
             return [f"the size of a block must be an int of at least 2, got {block.size!r}"]
         if kind.blocks or "granularity" not in kind.choices:
             return []
@@ -190,7 +190,7 @@ class QuantSpec:
     def _scale_faults(self, group: PerGroup) -> list[str]:
         faults = []
         bits = group.scale_bits
-        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BIT_WIDTH):
+        if bits is not None and not (is_integer(bits, 1) and bits <= MAX_BIT_WIDTH):
             faults.append(f"scale_bits of a group must be 1..{MAX_BIT_WIDTH}, got {bits!r}")
         if group.coarse not in ("tensor", "channel"):
             faults.append(

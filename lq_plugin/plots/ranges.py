@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -47,8 +46,7 @@ def activation_histogram(
     """
     spec = QuantSpec.parse(spec)
     sample = data.sample() if isinstance(data, Histogram) else data
-    reach = torch.maximum(sample.maximum.abs(), sample.minimum.abs())
-    channel = int(reach.argmax()) if row is None else row
+    channel = int(sample.reach().argmax()) if row is None else row
     one = sample.row(channel)
     table = compare_ranges(one, spec, ranges)
     entries = table.entries()
@@ -72,27 +70,8 @@ def activation_histogram(
 
 def _draw_histogram(axes: Axes, sample: Sample) -> str:
     """Draws bars of equal width; returns the note about zeros."""
-    low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
-    if low == high:
-        low, high = -1.0, 1.0
-    edges = np.linspace(low, high, BINS + 1)
-    mass = sample.weights()[0].double().numpy()
-    values = sample.values[0].double().numpy()
-    bins = 0 if sample.edges is None else sample.edges.shape[1] - 1
-    counts = np.zeros(BINS)
-    if sample.edges is not None:
-        # The mass of a bin is spread evenly over its width.
-        known = sample.edges[0].double().numpy()
-        below = np.concatenate([[0.0], np.cumsum(mass[:bins])])
-        known, first = np.unique(known, return_index=True)
-        last = np.append(first[1:] - 1, len(below) - 1)
-        counts += np.diff(np.interp(edges, known, below[last]))
-    points, weights = values[bins:], mass[bins:]
-    at_zero = points == 0
-    total, zeros = mass.sum(), weights[at_zero].sum()
-    many = zeros > 0.1 * total
-    keep = ~at_zero if many else np.ones_like(at_zero)
-    counts += np.histogram(points[keep], edges, weights=weights[keep])[0]
+    edges, counts, zeros = sample.bars(BINS)
+    low, high = edges[0], edges[-1]
     shown = np.where(counts >= 0.5, counts, 0.0)
     # The limits come first: a constant of zero leaves nothing to scale by.
     axes.set_ylim(0.5, max(shown.max() * 1.6, 2.0))
@@ -100,7 +79,7 @@ def _draw_histogram(axes: Axes, sample: Sample) -> str:
     axes.stairs(shown, edges, baseline=0.5, fill=True, facecolor=FILL, edgecolor="none", zorder=1)
     margin = 0.02 * (high - low)
     axes.set_xlim(low - margin, high + margin)
-    return f"{zeros / total:.0%} exact zeros, not drawn" if many else ""
+    return f"{zeros:.0%} exact zeros, not drawn" if zeros else ""
 
 
 class _Mark(NamedTuple):

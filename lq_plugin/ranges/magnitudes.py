@@ -111,7 +111,7 @@ def fold(sample: Sample, grid: IntegerGrid) -> Folded:
     """Returns the magnitudes of `sample` for `grid`, by the table in the module's docstring."""
     x, mass = sample.values, sample.mass
     one_sided = (sample.minimum >= 0) | (sample.maximum <= 0)
-    limit = torch.maximum(sample.maximum.abs(), sample.minimum.abs())
+    limit = sample.reach()
     centre = torch.zeros_like(limit)
     half = 2.0 ** (bit_width(grid) - 1)
     if clips_negative(grid):

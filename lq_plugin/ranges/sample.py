@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,33 @@ class Sample:
         """Returns one row as a sample of its own."""
         return self.select(slice(index, index + 1))
 
+    def reach(self) -> Tensor:
+        """Returns the largest magnitude of each row, `[rows]`."""
+        return torch.maximum(self.maximum.abs(), self.minimum.abs())
+
+    def bars(self, bins: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns edges `[bins + 1]` of equal width with zero inside, counts `[bins]`, and the share of zeros left out.
+
+        Of a sample with one row. Exact zeros have a level on every grid; where they are more than one in ten, they are
+        not in the counts, else the share is 0. The mass of a bin of the sample is spread evenly over its width.
+        """
+        low, high = min(float(self.minimum), 0.0), max(float(self.maximum), 0.0)
+        if low == high:
+            low, high = -1.0, 1.0
+        edges, counts = np.linspace(low, high, bins + 1), np.zeros(bins)
+        mass, values = self.weights()[0].double().numpy(), self.values[0].double().numpy()
+        inside = 0 if self.edges is None else self.edges.shape[1] - 1
+        if self.edges is not None:
+            known, first = np.unique(self.edges[0].double().numpy(), return_index=True)
+            last = np.append(first[1:] - 1, inside)
+            counts += np.diff(np.interp(edges, known, np.concatenate([[0.0], np.cumsum(mass[:inside])])[last]))
+        points, weights = values[inside:], mass[inside:]
+        at_zero = points == 0
+        share = float(weights[at_zero].sum() / mass.sum())
+        keep = ~at_zero if share > 0.1 else np.ones_like(at_zero)
+        counts += np.histogram(points[keep], edges, weights=weights[keep])[0]
+        return edges, counts, share if share > 0.1 else 0.0
+
     def select(self, index: Tensor | slice) -> Sample:
         """Returns the rows at `index`: int64 positions, a bool mask or a slice."""
         mass = None if self.mass is None else self.mass[index]
@@ -93,8 +121,7 @@ class Sample:
         Returns:
             `(sample, factor [rows])`.
         """
-        limit = torch.maximum(self.maximum.abs(), self.minimum.abs())
-        exponent = torch.frexp(limit).exponent.clamp(-126, 126)
+        exponent = torch.frexp(self.reach()).exponent.clamp(-126, 126)
         factor, inverse = _power_of_two(exponent), _power_of_two(-exponent)
         edges = None if self.edges is None else self.edges * inverse.unsqueeze(1)
         scaled = Sample(

@@ -37,7 +37,7 @@ def activation_view(quantizer: ActivationQuantizer, histogram: Histogram, slot: 
         slot: `input` or `output`.
     """
     sample = histogram.sample()
-    row = _furthest(sample)
+    row = int(sample.reach().argmax())
     what = "whole tensor" if sample.rows == 1 else f"channel {row} of {sample.rows}"
     one = _on_cpu(sample.row(row))
     spec = quantizer.spec
@@ -126,30 +126,9 @@ def _in_force(sample: Sample, scale: Tensor, zero_point: Tensor, grid: IntegerGr
 
 
 def binned(sample: Sample, bins: int = BINS) -> tuple[float, float, list[float], float]:
-    """Returns `(low, high, counts, zeros)` of a sample with one row, zero inside.
-
-    Exact zeros have a level on every grid; where they are more than one in ten, they are not in the counts but in
-    `zeros`, their share.
-    """
-    low, high = min(float(sample.minimum), 0.0), max(float(sample.maximum), 0.0)
-    if low == high:
-        low, high = -1.0, 1.0
-    edges = np.linspace(low, high, bins + 1)
-    mass, values = sample.weights()[0].double().numpy(), sample.values[0].double().numpy()
-    inside = 0 if sample.edges is None else sample.edges.shape[1] - 1
-    counts = np.zeros(bins)
-    if sample.edges is not None:
-        # The mass of a bin is spread evenly over its width.
-        known, first = np.unique(sample.edges[0].double().numpy(), return_index=True)
-        last = np.append(first[1:] - 1, inside)
-        counts += np.diff(np.interp(edges, known, np.concatenate([[0.0], np.cumsum(mass[:inside])])[last]))
-    points, weights = values[inside:], mass[inside:]
-    at_zero = points == 0
-    share = float(weights[at_zero].sum() / mass.sum())
-    many = share > 0.1
-    keep = ~at_zero if many else np.ones_like(at_zero)
-    counts += np.histogram(points[keep], edges, weights=weights[keep])[0]
-    return digits(low), digits(high), [digits(count, 3) for count in counts], digits(share, 3) if many else 0.0
+    """Returns `(low, high, counts, zeros)` of a sample with one row, see `Sample.bars`."""
+    edges, counts, zeros = sample.bars(bins)
+    return digits(edges[0]), digits(edges[-1]), [digits(count, 3) for count in counts], digits(zeros, 3)
 
 
 def mse_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve:
@@ -212,10 +191,6 @@ def kl_curve(sample: Sample, grid: IntegerGrid, points: int = POINTS) -> Curve |
 def _used(row: Tensor) -> list[float]:
     values = torch.unique(row)
     return [digits(value) for value in values.tolist()] if len(values) <= MAX_LEVELS else []
-
-
-def _furthest(sample: Sample) -> int:
-    return int(torch.maximum(sample.maximum.abs(), sample.minimum.abs()).argmax())
 
 
 def _on_cpu(sample: Sample) -> Sample:

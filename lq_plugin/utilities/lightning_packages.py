@@ -52,6 +52,11 @@ def is_overridden(name: str, instance: object) -> bool:
     return bool(package_of(instance).utilities.model_helpers.is_overridden(name, instance))
 
 
+def logged(trainer: Trainer) -> dict[str, float]:
+    """Returns the metrics that the last run of a Trainer logged, as plain floats."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 def isolate_rng() -> AbstractContextManager[None]:
     """Restores the random states after the block."""
     isolated: AbstractContextManager[None] = any_package().utilities.seed.isolate_rng()
@@ -59,7 +64,7 @@ def isolate_rng() -> AbstractContextManager[None]:
 
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback as _Callback
+    from lightning.pytorch import Callback as _Callback, Trainer
 else:
     _Callback = any_package().Callback
 

@@ -14,11 +14,11 @@ from lq_plugin.callbacks.monitor.live import Flips, History, losses
 from lq_plugin.callbacks.monitor.loggers import Report, report_to
 from lq_plugin.callbacks.monitor.moment import MonitoredModel, quantization_of
 from lq_plugin.callbacks.monitor.scores import Scoreboard
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import QuantizationError, is_integer
 from lq_plugin.extras import need_packages
 from lq_plugin.model.measure.fidelity import Measurements, watching
 from lq_plugin.report import Series
-from lq_plugin.utilities.lightning_packages import Callback
+from lq_plugin.utilities.lightning_packages import Callback, logged
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -88,9 +88,9 @@ class QuantMonitor(Callback):
         scores: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_integer(value, 1):
                 raise QuantizationError(f"{name} is a number of 1 or more, or None, got {value!r}")
-        if isinstance(max_layers, bool) or not isinstance(max_layers, int) or max_layers < 0:
+        if not is_integer(max_layers, 0):
             raise QuantizationError(f"max_layers is a number of layers, 0 or more, got {max_layers!r}")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
@@ -219,7 +219,7 @@ class QuantMonitor(Callback):
             flips = {f"quant_layer/{name}": value for name, value in self._flips.measure(state.layers).items()}
             report = replace(report, scalars=state.scalars() | flips | self._losses)
             self._losses = {}
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = logged(trainer)
         if moment != "once":
             self._history.add(report.step, metrics | state.curves(report.scalars))
         if shown and moment != "scalars":

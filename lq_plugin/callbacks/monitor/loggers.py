@@ -82,6 +82,10 @@ class Report:
             files["plan.yaml"] = self.plan.to_yaml().encode()
         return files | dict(self.pages)
 
+    def files_and_pictures(self) -> dict[str, bytes]:
+        """Plan, tables and pictures as files, by name; those of pictures have the step."""
+        return self.files() | {f"step_{self.step:06d}/{picture.file}.png": picture.png for picture in self.pictures}
+
 
 def report_to(logger: Logger, report: Report) -> None:
     """Shows a report: scalars in every logger, the rest where the logger has a place for it."""
@@ -158,9 +162,7 @@ def add_hparams(logger: TensorBoardLogger, name: str, params: Mapping[str, Any],
 
 
 def _to_mlflow(logger: MLFlowLogger, report: Report) -> None:
-    files = report.files()
-    for picture in report.pictures:
-        files[f"step_{report.step:06d}/{picture.file}.png"] = picture.png
+    files = report.files_and_pictures()
     if not files:
         return
     with temporary_folder("artifact") as folder:
@@ -175,11 +177,8 @@ def _to_mlflow(logger: MLFlowLogger, report: Report) -> None:
 def _to_files(logger: CSVLogger, report: Report) -> None:
     # Before any file: a CSV log that is opened on a folder with files in it clears that folder.
     folder = logger.experiment.log_dir.rstrip("/") + "/quant"
-    files = report.files()
-    for picture in report.pictures:
-        files[f"step_{report.step:06d}/{picture.file}.png"] = picture.png
     system, folder = url_to_fs(folder)
-    for name, content in files.items():
+    for name, content in report.files_and_pictures().items():
         path = f"{folder}/{name}"
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
         if isinstance(system, LocalFileSystem):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lq_plugin.errors import is_integer
 from lq_plugin.export.request import Option
 
 
 def _batch_fault(batch: Any) -> str | None:
-    if isinstance(batch, int) and not isinstance(batch, bool) and batch >= 0:
+    if is_integer(batch, 0):
         return None
     return f"batch is the number of samples that a file takes at a time, or 0 for the example's, got {batch!r}"
 

@@ -27,7 +27,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import QuantizationError, is_integer
 from lq_plugin.layers.registry import canonical_of, from_canonical_of, layer_channels
 from lq_plugin.model.calibrate import refuse_ranges
 from lq_plugin.model.graph.record import Recording
@@ -102,7 +102,7 @@ def check_iterations(iterations: int = 20) -> None:
     Raises:
         QuantizationError: no integer, or one below 1.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+    if not is_integer(iterations, 1):
         raise QuantizationError(f"iterations is an integer from 1, got {iterations!r}")
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.errors import QuantizationError, is_integer, raise_all
 from lq_plugin.functional.rotation import hadamard, random_rotation
 from lq_plugin.model.calibrate import evaluating, float_forward, refuse_ranges
 from lq_plugin.model.graph.record import Recording, record, without_compile
@@ -196,7 +196,7 @@ def check_rotation(kind: str | None = None, seed: int = 0, heads: bool = True) -
     faults = []
     if kind not in (None, "hadamard", "orthogonal"):
         faults.append(f"kind is 'hadamard', 'orthogonal' or None, got {kind!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_integer(seed):
         faults.append(f"seed is an integer, got {seed!r}")
     if not isinstance(heads, bool):
         faults.append(f"heads is True or False, got {heads!r}")

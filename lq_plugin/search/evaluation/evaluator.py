@@ -43,7 +43,7 @@ from lq_plugin.search.evaluation.setup_once import SetUpOnce
 from lq_plugin.search.shared.interrupt import interrupts_kept
 from lq_plugin.search.space.model_space import ModelSpace, as_plan
 from lq_plugin.search.space.space import Space
-from lq_plugin.utilities.lightning_packages import package_of
+from lq_plugin.utilities.lightning_packages import logged, package_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -357,11 +357,6 @@ class Evaluator:
             callbacks.remove(keeper)
             keeper.close()
         return logged(self.trainer)
-
-
-def logged(trainer: Trainer) -> dict[str, float]:
-    """Returns the metrics that the last run of a Trainer logged."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _statistics_plans(space: ModelSpace) -> list[QuantPlan]:

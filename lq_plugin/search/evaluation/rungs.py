@@ -21,15 +21,15 @@ import torch
 
 from lq_plugin.callbacks import QAT
 from lq_plugin.callbacks.trainer.data import seeded
-from lq_plugin.errors import QuantizationError, did_you_mean, name_faults, raise_all
+from lq_plugin.errors import QuantizationError, did_you_mean, is_integer, name_faults, raise_all
 from lq_plugin.intent.plan import LayerPlan, QuantPlan
 from lq_plugin.ptq.phases import check_phases, names_and_options, run_phase
 from lq_plugin.search.evaluation.calibration import OnCalibrationData
-from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator, logged
+from lq_plugin.search.evaluation.evaluator import QUIET, Evaluator
 from lq_plugin.search.evaluation.setup_once import without_memory
 from lq_plugin.search.shared.interrupt import interrupts_kept
 from lq_plugin.search.space.model_space import as_plan
-from lq_plugin.utilities.lightning_packages import LOGGERS, any_package, either, package_of
+from lq_plugin.utilities.lightning_packages import LOGGERS, any_package, either, logged, package_of
 from lq_plugin.utilities.moved import former_names
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ class Rung:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.batches is not None and (
-            isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1
-        ):
+        if self.batches is not None and not is_integer(self.batches, 1):
             faults.append(f"batches is an integer from 1, got {self.batches!r}")
         for name in ("reconstruct", "qat"):
             if not isinstance(getattr(self, name), Mapping | None):

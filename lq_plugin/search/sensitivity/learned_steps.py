@@ -32,7 +32,7 @@ from lq_plugin.intent.spec import IntegerGrid, QuantSpec
 from lq_plugin.layers import QuantizedLayer
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.curvature import asking, together
-from lq_plugin.search.space.model_space import Params, Unit
+from lq_plugin.search.space.model_space import Unit, params_of
 
 #: Rounds, and how far a step can move in one of them, relatively.
 ROUNDS, RATE = 40, 0.05
@@ -99,12 +99,7 @@ def by_learned_steps(
     found = {unit.name: _stand_ins(evaluator, unit) for unit in units}
     space = evaluator.space
     assert space is not None
-    first: Params = {
-        key: value
-        for unit in space.units
-        if len(unit.choices) > 1
-        for key, value in unit.params(unit.choices[0]).items()
-    }
+    first = params_of(space.units, lambda unit: unit.choices[0])
     evaluator.apply(space.layer_plans(first))
     for unit in units:
         for layer, steps in found[unit.name]:

@@ -47,7 +47,7 @@ from lq_plugin.search.sensitivity.curvature import Values, by_gradients, togethe
 from lq_plugin.search.sensitivity.learned_steps import by_learned_steps
 from lq_plugin.search.sensitivity.prefix import PrefixCache
 from lq_plugin.search.sensitivity.split import split
-from lq_plugin.search.space.model_space import Choice, Params, Unit
+from lq_plugin.search.space.model_space import Choice, Unit, bits_of, params_of
 from lq_plugin.utilities import csv_text, hooks
 from lq_plugin.utilities.lightning_packages import Callback, is_overridden
 
@@ -291,9 +291,7 @@ class Measurement(Callback):
     def _plans(self, changes: Changes) -> dict[str, LayerPlan]:
         if self.others == "float":
             return together(changes)
-        params: Params = {
-            key: value for u in self.space.units for key, value in u.params(max(u.choices, key=_bits)).items()
-        }
+        params = params_of(self.space.units, lambda unit: max(unit.choices, key=bits_of))
         for unit, choice in changes:
             params |= unit.params(choice)
         return self.space.layer_plans(params)
@@ -376,10 +374,6 @@ _FUNCTIONS: dict[str, Callable[[_Outputs, _Outputs], _Ratio]] = {"kl": _kl, "sqn
 def _not_below_0(value: float) -> float:
     """Returns the value with negative harm (rounding errors, or a loss that became smaller) as 0; NaN stays."""
     return 0.0 if value < 0 else value
-
-
-def _bits(choice: Choice) -> int:
-    return choice.bit_width if isinstance(choice, QuantSpec) else FLOAT_BITS
 
 
 def _loss_step(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor]:

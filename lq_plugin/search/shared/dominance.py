@@ -10,7 +10,7 @@ from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lq_plugin.errors import QuantizationError, raise_all
+from lq_plugin.errors import QuantizationError, is_integer, raise_all
 
 #: User attribute of a trial with several objectives: what it costs, and the metric by step.
 REPORTS = "reports"
@@ -48,7 +48,7 @@ class DominancePruner(BasePruner):
         least = {"n_dominating": 1, "interval_steps": 1}
         for name, value in {**counts, "interval_steps": interval_steps}.items():
             low = least.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if not is_integer(value, low):
                 faults.append(f"{name} is an integer from {low}, got {value!r}")
         raise_all(QuantizationError, "DominancePruner", faults)
         self.margin, self.n_dominating, self.n_startup_trials = margin, n_dominating, n_startup_trials

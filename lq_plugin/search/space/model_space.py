@@ -8,9 +8,9 @@ categorical parameter `stem.0.weight`. What is fixed has none.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias, cast
 
 from optuna import Trial
@@ -20,6 +20,7 @@ from lq_plugin.errors import PlanError
 from lq_plugin.intent.layer_plan import as_written, for_layer
 from lq_plugin.intent.plan import FLOAT, LayerInfo, LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.model.measure.energy import FLOAT_BITS
 from lq_plugin.utilities.moved import former_names
 
 __getattr__ = former_names(__name__)
@@ -99,11 +100,22 @@ class Unit:
     def nearest(self, bit_width: int) -> Choice:
         """Returns the choice nearest to a bit-width; of two equally near the wider, of equal ones the first."""
 
-        def distance(choice: Choice) -> tuple[int, int]:
-            bits = choice.bit_width if isinstance(choice, QuantSpec) else 32
-            return abs(bits - bit_width), -bits
+        return min(self.choices, key=lambda choice: (abs(bits_of(choice) - bit_width), -bits_of(choice)))
 
-        return min(self.choices, key=distance)
+
+def bits_of(choice: Choice) -> int:
+    """Returns the bits of an element under a choice."""
+    return choice.bit_width if isinstance(choice, QuantSpec) else FLOAT_BITS
+
+
+def params_of(units: Iterable[Unit], choose: Callable[[Unit], Choice]) -> Params:
+    """Returns the values of all parameters, with the choice of each unit that `choose` returns."""
+    return {name: value for unit in units for name, value in unit.params(choose(unit)).items()}
+
+
+def uniform_choice(unit: Unit, bit_width: int) -> Choice:
+    """Returns the choice of a unit in a plan whose weights all have one bit-width, or are nearest to it."""
+    return unit.nearest(bit_width) if unit.slot == "weight" else unit.choices[0]
 
 
 @dataclass(frozen=True)
@@ -196,10 +208,7 @@ class ModelSpace:
 
     def uniform(self, bit_width: int) -> Params:
         """Returns parameters with all weights at (or nearest to) one bit-width, everything else at its first choice."""
-        values: Params = {}
-        for unit in self.units:
-            values |= unit.params(unit.nearest(bit_width) if unit.slot == "weight" else unit.choices[0])
-        return values
+        return params_of(self.units, partial(uniform_choice, bit_width=bit_width))
 
     def describe(self) -> dict[str, list[str]]:
         """Returns the choices of every tensor as plain strings: equal spaces have equal descriptions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -13,7 +13,7 @@ from lq_plugin.errors import PlanError, raise_all
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import QuantPlan, Rule
 from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.search.space.model_space import Params, Unit
+from lq_plugin.search.space.model_space import Params, Unit, params_of, uniform_choice
 from lq_plugin.search.space.space import Space, SpaceRule
 
 
@@ -100,14 +100,7 @@ class PatternSpace:
         """Returns parameters for each bit-width, used for all weights; everything else is at its first choice."""
         specs = [choice for unit in self.units if unit.slot == "weight" for choice in unit.choices]
         widths = sorted({spec.bit_width for spec in specs if isinstance(spec, QuantSpec)}, reverse=True)
-        return [
-            {
-                name: value
-                for unit in self.units
-                for name, value in unit.params(unit.nearest(bits) if unit.slot == "weight" else unit.choices[0]).items()
-            }
-            for bits in widths
-        ]
+        return [params_of(self.units, partial(uniform_choice, bit_width=bits)) for bits in widths]
 
     def describe(self) -> dict[str, Any]:
         """Returns plain values: equal spaces have equal descriptions."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from lq_plugin.errors import QuantizationError, name_faults, raise_all
+from lq_plugin.errors import QuantizationError, is_integer, name_faults, raise_all
 
 #: Scores of one plan by the number of the look; None where one is no number.
 Scores = Mapping[int, float | None]
@@ -64,8 +64,7 @@ class Confirm:
         faults = []
         for name, least in (("looks", LEAST), ("most", 0), ("every", 0)):
             value = getattr(self, name)
-            number = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not number and not (name == "most" and value is None):
+            if not is_integer(value, least) and not (name == "most" and value is None):
                 faults.append(f"{name} is an integer, {least} or more, got {value!r}")
         if not isinstance(self.level, float) or not 0.0 < self.level < 1.0:
             faults.append(f"level is a number between 0 and 1, as 0.95, got {self.level!r}")

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from lq_plugin.errors import MissingPackageError, QuantizationError, name_faults, raise_all
+from lq_plugin.errors import MissingPackageError, QuantizationError, is_integer, name_faults, raise_all
 from lq_plugin.export.options import LatencyOptions
 from lq_plugin.export.planned import known_target
 from lq_plugin.export.target import TARGETS
@@ -247,8 +247,7 @@ class SearchConfig:
         faults = {}
         for name, (least, most) in _COUNTS.items():
             value = given[name]
-            number = isinstance(value, int) and not isinstance(value, bool)
-            if not number or value < least or (most is not None and value > most):
+            if not is_integer(value, least) or (most is not None and value > most):
                 allowed = f"{least} or more" + ("" if most is None else f", {most} at most")
                 faults[name] = f"{name} is an integer, {allowed}, got {value!r}"
         for name, (kind, fits) in _KINDS.items():

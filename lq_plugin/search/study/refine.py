@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lq_plugin.search.space.model_space import ModelSpace, Params
+from lq_plugin.search.space.model_space import ModelSpace, Params, params_of
 from lq_plugin.search.study.seeds import Table
 
 #: Swaps (one tensor gets less, another one more) that are looked at, of each neighbour.
@@ -119,11 +119,8 @@ class Refiner:
         return total
 
     def _params(self, plan: _Ints) -> Params:
-        return {
-            key: value
-            for unit, index in zip(self.units, plan, strict=True)
-            for key, value in unit.params(unit.choices[index]).items()
-        }
+        places = dict(zip((unit.name for unit in self.units), plan, strict=True))
+        return params_of(self.units, lambda unit: unit.choices[places[unit.name]])
 
     def _neighbours(self, start: _Ints) -> _Ints:
         """Returns all plans that are a step away, and some that are a swap of two units away."""

@@ -11,19 +11,17 @@ least for what it saves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lq_plugin.errors import QuantizationError
-from lq_plugin.intent.spec import QuantSpec
-from lq_plugin.model.measure.energy import FLOAT_BITS
 from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY
 from lq_plugin.search.evaluation.evaluator import Evaluator
 from lq_plugin.search.sensitivity.pairs import Pair
-from lq_plugin.search.space.model_space import Choice, ModelSpace, Params, Unit
+from lq_plugin.search.space.model_space import Choice, ModelSpace, Params, bits_of, params_of
 
 #: By unit and choice (as text): a sensitivity, or a cost.
 Table = Mapping[str, Mapping[str, float]]
@@ -61,7 +59,7 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     """
     space = evaluator.space
     assert space is not None
-    first = _together(space, lambda unit: unit.choices[0])
+    first = params_of(space.units, lambda unit: unit.choices[0])
     memory = evaluator.memory if cost == ACTIVATION_MEMORY else None
 
     def exact(params: Params) -> float:
@@ -74,8 +72,8 @@ def unit_costs(evaluator: Evaluator, cost: str) -> tuple[float, dict[str, dict[s
     costs = {unit.name: {str(c): total(first | unit.params(c)) - base for c in unit.choices} for unit in space.units}
     if memory is None:
         return base, costs
-    small = _together(space, lambda unit: min(unit.choices, key=_bits))
-    large = _together(space, lambda unit: max(unit.choices, key=_bits))
+    small = params_of(space.units, lambda unit: min(unit.choices, key=bits_of))
+    large = params_of(space.units, lambda unit: max(unit.choices, key=bits_of))
     span = total(large) - total(small)
     scale = (exact(large) - exact(small)) / span if span else 0.0
     return exact(small) + scale * (base - total(small)), {
@@ -92,15 +90,7 @@ def smallest_plan(space: ModelSpace, costs: Table) -> Params:
         space: what may be chosen.
         costs: of each choice, see `unit_costs`.
     """
-    return _together(space, lambda unit: min(unit.choices, key=lambda c: (costs[unit.name][str(c)], _bits(c))))
-
-
-def _together(space: ModelSpace, choose: Callable[[Unit], Choice]) -> Params:
-    return {name: value for unit in space.units for name, value in unit.params(choose(unit)).items()}
-
-
-def _bits(choice: Choice) -> int:
-    return choice.bit_width if isinstance(choice, QuantSpec) else FLOAT_BITS
+    return params_of(space.units, lambda unit: min(unit.choices, key=lambda c: (costs[unit.name][str(c)], bits_of(c))))
 
 
 def smallest_cost(base: float, costs: Table) -> float:
@@ -162,8 +152,8 @@ def ilp(
     )
     if result.x is None:
         raise QuantizationError(f"the integer program for a budget of {budget:g} failed: {result.message}")
-    chosen = [(choice, unit) for (_, choice, unit), taken in zip(options, result.x, strict=False) if taken > 0.5]
-    return {name: value for choice, unit in chosen for name, value in unit.params(choice).items()}
+    chosen = {unit.name: choice for (_, choice, unit), taken in zip(options, result.x, strict=False) if taken > 0.5}
+    return params_of(space.units, lambda unit: chosen[unit.name])
 
 
 def greedy_path(space: ModelSpace, sensitivity: Table, costs: Table, base: float = 0.0) -> list[tuple[float, Params]]:
@@ -181,16 +171,14 @@ def greedy_path(space: ModelSpace, sensitivity: Table, costs: Table, base: float
     now: dict[str, Choice] = {
         u.name: min(u.choices, key=lambda c: (harm(u.name, c), costs[u.name][str(c)])) for u in space.units
     }
-    units = {unit.name: unit for unit in space.units}
+    choices = {unit.name: unit.choices for unit in space.units}
     path = []
     while True:
         cost = base + sum(costs[name][str(choice)] for name, choice in now.items())
-        path.append(
-            (cost, {key: value for name, choice in now.items() for key, value in units[name].params(choice).items()})
-        )
+        path.append((cost, params_of(space.units, lambda unit: now[unit.name])))
         steps = []
         for name, choice in now.items():
-            for other in units[name].choices:
+            for other in choices[name]:
                 saved = costs[name][str(choice)] - costs[name][str(other)]
                 if saved > 0:
                     steps.append(((harm(name, other) - harm(name, choice)) / saved, -saved, name, other))

@@ -17,7 +17,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from lq_plugin.errors import QuantizationError, did_you_mean, name_faults, raise_all
+from lq_plugin.errors import QuantizationError, did_you_mean, is_integer, name_faults, raise_all
 from lq_plugin.search.evaluation.costs import COUNTED
 from lq_plugin.search.shared.build import build, part_class
 from lq_plugin.search.shared.database import HEARTBEAT
@@ -115,7 +115,7 @@ class SweepSettings:
         faults = [
             f"{name} is an integer, 0 or more, got {value!r}"
             for name, value in seeds.items()
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0
+            if not is_integer(value, 0)
         ]
         faults += [
             f"{name} is a mapping or null, got {value!r}"

@@ -12,7 +12,7 @@ from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.search.evaluation.costs import cost_totals
 from lq_plugin.search.sweep.job import JobTrial, current_trial
-from lq_plugin.utilities.lightning_packages import Callback
+from lq_plugin.utilities.lightning_packages import Callback, logged
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,7 +50,7 @@ class TrialReport(Callback):
         if trainer.sanity_checking:
             return
         trial = current_trial()
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = logged(trainer)
         if trial is not None:
             trial.note(metrics)
         if trainer.state.fn != "fit":
