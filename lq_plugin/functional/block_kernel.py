@@ -7,6 +7,7 @@ padded or copied.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from lq_plugin.native.kernels import BlockRule, Kernels
 from lq_plugin.native.layouts import block_layout
 
 
+@functools.cache
 def mx_rule(mantissa_bits: int) -> BlockRule:
     """Returns the rule of MX4, MX6 and MX9, for what `mx_step` and `fake_quantize` compute."""
     limit = 2**mantissa_bits - 1
@@ -35,6 +37,7 @@ def mx_rule(mantissa_bits: int) -> BlockRule:
     )
 
 
+@functools.cache
 def ocp_rule(element: Minifloat, mode: ocp_mx.ScaleMode) -> BlockRule:
     """Returns the rule of OCP MX, for what `fake_quantize_mx` computes."""
     return _float_rule(BlockRule.OCP, ocp_mx.BLOCK, element, ocp_mx.MODES.index(mode), 1.0)

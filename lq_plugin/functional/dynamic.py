@@ -43,7 +43,7 @@ def dynamic_qparams(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> tupl
     """
     low, high = minimum.float().clamp(max=0.0), maximum.float().clamp(min=0.0)
     if grid.affine:
-        scale = (high - low) / (grid.levels - 1)
+        scale = (high - low) / (grid.quant_max - grid.quant_min)
     else:
         scale = high / grid.quant_max if grid.quant_max > 0 else torch.zeros_like(high)
         if grid.quant_min < 0:

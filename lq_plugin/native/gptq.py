@@ -54,6 +54,4 @@ def gptq_kernels(x: Tensor) -> GPTQKernels | None:
     return _compiled()
 
 
-@functools.cache
-def _compiled() -> GPTQKernels:
-    return GPTQKernels()
+_compiled = functools.cache(GPTQKernels)

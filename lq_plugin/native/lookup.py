@@ -232,6 +232,4 @@ def lookup_kernels(table: Tensor, index: Tensor) -> LookupKernels | None:
     return None if active() is None else _compiled()
 
 
-@functools.cache
-def _compiled() -> LookupKernels:
-    return LookupKernels()
+_compiled = functools.cache(LookupKernels)

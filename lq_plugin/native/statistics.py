@@ -64,6 +64,4 @@ def statistics_kernels(x: Tensor) -> StatisticsKernels | None:
     return _compiled()
 
 
-@functools.cache
-def _compiled() -> StatisticsKernels:
-    return StatisticsKernels()
+_compiled = functools.cache(StatisticsKernels)

@@ -85,9 +85,7 @@ def _from_environment() -> bool | None:
     return _CHOICES[value]
 
 
-@functools.cache
-def _compiled() -> Kernels:
-    return Kernels()
+_compiled = functools.cache(Kernels)
 
 
 @functools.cache

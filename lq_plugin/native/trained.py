@@ -101,6 +101,4 @@ def trained_kernels(
     return _compiled()
 
 
-@functools.cache
-def _compiled() -> TrainedKernels:
-    return TrainedKernels()
+_compiled = functools.cache(TrainedKernels)

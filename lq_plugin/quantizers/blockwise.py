@@ -68,11 +68,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         """Returns the same computation as a rule for the kernels."""
         raise NotImplementedError
 
-    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.is_fixed:
-            return self.scale, self.zero_point
-        if x is None:
-            raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
+    def live_qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.block_scale(x)
         return scale, torch.zeros_like(scale)
 
@@ -91,7 +87,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         )
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        if self.is_fixed:
+        if self._fixed:
             w = blocks(x, self.spec.granularity)
             y = fake_quantize_minifloat(w, self.scale, self.scale.reciprocal(), self.element)
             return unblocks(y, x.shape, self.spec.granularity)

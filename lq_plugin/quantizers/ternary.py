@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -22,25 +24,25 @@ from lq_plugin.ranges import Sample
 class TWNWeightQuantizer(WeightQuantizer):
     """Weights of -α, 0, +α; threshold and scale follow the weight (see `lq_plugin.functional.twn`)."""
 
+    @cached_property
+    def factor(self) -> float | None:
+        """Δ over the mean magnitude; None: Δ is the exact one."""
+        words = self.spec.format_options
+        return None if "exact" in words else float(words[0]) if words else twn.THRESHOLD
+
     def threshold_and_scale(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Returns Δ and α of the weight's blocks, broadcastable to them; Δ = α / 2 where α is fixed."""
-        if self.is_fixed:
+        if self._fixed:
             return self.scale / 2, self.scale
         rows = to_rows(w.detach(), self.scale_shape)
-        words = self.spec.format_options
-        if "exact" in words:
+        if self.factor is None:
             threshold = twn.exact_threshold(rows)
         else:
             count = self.counts(w.device)
-            factor = float(words[0]) if words else twn.THRESHOLD
-            threshold = twn.approximate_threshold(rows, factor, None if count is None else count.flatten())
+            threshold = twn.approximate_threshold(rows, self.factor, None if count is None else count.flatten())
         return threshold.reshape(self.scale_shape), twn.ternary_scale(rows, threshold).reshape(self.scale_shape)
 
-    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.is_fixed:
-            return self.scale, self.zero_point
-        if x is None:
-            raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
+    def live_qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _, scale = self.threshold_and_scale(x)
         return scale, torch.zeros_like(scale)
 

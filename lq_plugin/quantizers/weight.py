@@ -115,11 +115,15 @@ class WeightQuantizer(Quantizer):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns scale and zero point; a live range needs `x`, the blocks of the weight."""
+        """Returns scale and zero point; those that follow the weight need `x`, its blocks."""
         if self._fixed or not self.live:
             return self.scale, self.zero_point
         if x is None:
-            raise ValueError(f"{self.name}: the range {self.spec.range!r} follows the weight; pass it to qparams")
+            raise ValueError(f"{self.name}: the scales of {self.spec} follow the weight; pass its blocks to qparams")
+        return self.live_qparams(x)
+
+    def live_qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns scale and zero point as they follow from the blocks of the weight."""
         # Zero padding of a ragged group does no harm here: every range includes zero.
         return self._from_bounds(*extremes(x, self.scale_shape))
 
