@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.model import load_checkpoint
 from lq_plugin.model.measure.cost import cost
 from lq_plugin.model.prepare import quantized_layers
-from lq_plugin.report import model_report, write_page
+from lq_plugin.report import ReportData, model_report, write_page
 from lq_plugin.report.joined import joined
 from lq_plugin.report.provenance import provenance
-from lq_plugin.search import Space, StudyError, search, study_report
+from lq_plugin.search import SearchResult, Space, StudyError, search, study_report
 
 ESTIMATORS = ["minmax", "percentile:99.9", "mse", "kl", "aciq", "aciq_exact", "octav"]
 #: The plan that the searched one is compared with: its budget is what this one takes.
@@ -78,37 +79,12 @@ def main() -> None:
     rows = [Row("float", test(model, data), 32.0, "32", float_bytes(model))]
 
     console.rule("2. PTQ: int4 weights, uint4 activations, each range estimator")
-    table = Table("range", "val/acc", "test/acc")
-    uniform = {}
-    for name in ESTIMATORS:
-        plan = f"w4 {name} a4 {name}"
-        ptq = copy.deepcopy(model)
-        (scores,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(
-            ptq, datamodule=data, verbose=False
-        )
-        uniform[name] = (scores["val/acc"], scored(f"PTQ, {plan}", ptq, data))
-        table.add_row(name, percent(scores["val/acc"]), percent(uniform[name][1].accuracy))
-    console.print(table)
-    rows.append(max(uniform.values(), key=lambda both: both[0])[1])
+    rows.append(best_range(model, data))
     rows.append(scored(f"PTQ, {UNIFORM}", calibrated(model, data, UNIFORM), data))
     budget = rows[-1].effective_bits if args.budget is None else args.budget
 
     console.rule(f"3. search: {args.trials} trials, at most {budget:.2f} effective bits")
-    weight = {
-        "bit_widths": [2, 3, 4, 5, 6, 8],
-        "granularities": ["per_channel", "per_tensor"],
-        "ranges": ["mse", "minmax", "octav"],
-    }
-    space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
-    try:
-        result = search(
-            model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer
-        )
-    except StudyError:
-        # What it was made for stands in the error, value by value; here one sentence will do.
-        sys.exit(
-            f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output"
-        )
+    result = searched_plans(model, data, output, args)
     console.print(result.table())
     best = result.best(budget)
     plan_path = output / "plan.yaml"
@@ -117,36 +93,108 @@ def main() -> None:
     rows.append(scored("PTQ, searched: no more bits than that", searched, data))
 
     console.rule("4. QAT of that plan, from the float weights")
-    seed_everything(args.seed, verbose=False)  # whatever the search drew
-    tuned = DigitsCNN(width=args.width, lr=2e-3)
-    tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
-    logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
-    qat = QAT(QuantPlan.from_yaml(plan_path))
-    monitor = QuantMonitor(float_loss=True)
-    fit = trainer(args.qat_epochs, callbacks=[qat, monitor], logger=logger)
-    fit.fit(tuned, datamodule=data)
-    fit.save_checkpoint(output / "quantized.ckpt")
-    wandb.finish()
-
+    qat, monitor = QAT(QuantPlan.from_yaml(plan_path)), QuantMonitor(float_loss=True)
+    tuned = trained(data, [qat, monitor], output, args)
     # A new model, as another program would load it.
     loaded = DigitsCNN(width=args.width)
     load_checkpoint(loaded, output / "quantized.ckpt")
     rows.append(scored("QAT of the searched plan", loaded, data))
     save_packed(loaded, output / "model.safetensors")
-    images = len(data.splits["test"])
-    batch, board = next(iter(data.val_dataloader()))[0], monitor.scoreboard
-    for name, row in (("float", rows[0]), ("PTQ", rows[-2]), ("QAT", rows[-1])):
-        board.add(name, {"test/acc": row.accuracy})
-    trained = model_report(
+    accuracies = {"float": rows[0].accuracy, "PTQ": rows[-2].accuracy, "QAT": rows[-1].accuracy}
+    report = training_report(tuned, qat, monitor, data, accuracies, args.seed)
+    write_page(joined(report, study_report(result)), output / "report.html")
+    show(rows, len(data.splits["test"]), output, time.perf_counter() - start)
+
+
+def best_range(model: DigitsCNN, data: DigitsDataModule) -> Row:
+    """Prints what 4 bits score by each range estimator; returns the row of the best one on the validation split."""
+    table = Table("range", "val/acc", "test/acc")
+    uniform = []
+    for name in ESTIMATORS:
+        plan = f"w4 {name} a4 {name}"
+        ptq = copy.deepcopy(model)
+        (scores,) = trainer(callbacks=[PTQ(plan)], enable_progress_bar=False).validate(
+            ptq, datamodule=data, verbose=False
+        )
+        uniform.append((scores["val/acc"], scored(f"PTQ, {plan}", ptq, data)))
+        table.add_row(name, percent(scores["val/acc"]), percent(uniform[-1][1].accuracy))
+    console.print(table)
+    return max(uniform, key=lambda both: both[0])[1]
+
+
+def searched_plans(model: DigitsCNN, data: DigitsDataModule, output: Path, args: argparse.Namespace) -> SearchResult:
+    """Searches, or goes on with the study in the folder.
+
+    Args:
+        model: float.
+        data: validation data.
+        output: folder of the demo.
+        args: of the command.
+    """
+    weight = {
+        "bit_widths": [2, 3, 4, 5, 6, 8],
+        "granularities": ["per_channel", "per_tensor"],
+        "ranges": ["mse", "minmax", "octav"],
+    }
+    space = Space(weight=weight, input=["uint4 affine mse", "uint8 affine mse"])
+    try:
+        return search(
+            model, data, space, "val/acc", args.trials, output_dir=output / "search", seed=args.seed, trainer=trainer
+        )
+    except StudyError:
+        # What it was made for stands in the error, value by value; here one sentence will do.
+        sys.exit(
+            f"{output / 'search'} holds a study of another model or space: remove {output}, or give another --output"
+        )
+
+
+def trained(data: DigitsDataModule, callbacks: list[Callback], output: Path, args: argparse.Namespace) -> DigitsCNN:
+    """Trains the float weights with callbacks, and saves the checkpoint.
+
+    Args:
+        data: training data.
+        callbacks: of the run.
+        output: folder of the demo.
+        args: of the command.
+    """
+    seed_everything(args.seed, verbose=False)  # whatever the search drew
+    tuned = DigitsCNN(width=args.width, lr=2e-3)
+    tuned.load_state_dict(torch.load(output / "float.pt", weights_only=True))
+    logger = WandbLogger(project="lq_plugin-demo", name="digits_qat", save_dir=output, offline=True)
+    fit = trainer(args.qat_epochs, callbacks=callbacks, logger=logger)
+    fit.fit(tuned, datamodule=data)
+    fit.save_checkpoint(output / "quantized.ckpt")
+    wandb.finish()
+    return tuned
+
+
+def training_report(
+    tuned: DigitsCNN,
+    qat: QAT,
+    monitor: QuantMonitor,
+    data: DigitsDataModule,
+    accuracies: Mapping[str, float],
+    seed: int,
+) -> ReportData:
+    """Returns the report of the trained module.
+
+    Args:
+        tuned: the module.
+        qat, monitor: callbacks of its training.
+        data: of the demo.
+        accuracies: on the test split, by variant.
+        seed: of the demo.
+    """
+    images, batch, board = len(data.splits["test"]), next(iter(data.val_dataloader()))[0], monitor.scoreboard
+    for name, accuracy in accuracies.items():
+        board.add(name, {"test/acc": accuracy})
+    return model_report(
         tuned, qat.plan, ledger=qat.ledger, recording=qat.recording, statistics=qat.statistics,
-        training=monitor.training, epoch_steps=int(fit.num_training_batches), run=lambda: tuned(batch),
+        training=monitor.training, epoch_steps=len(data.train_dataloader()), run=lambda: tuned(batch),
         scores=board.by_variant, samples=board.samples | {"test/acc": images},
-        provenance=provenance(f"digits, {images} test images", args.seed),
+        provenance=provenance(f"digits, {images} test images", seed),
         title="digits: search, then QAT",
     )  # fmt: skip
-    write_page(joined(trained, study_report(result)), output / "report.html")
-
-    show(rows, images, output, time.perf_counter() - start)
 
 
 def trainer(

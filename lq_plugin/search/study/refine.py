@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lq_plugin.search.space.model_space import ModelSpace, Params, params_of
 from lq_plugin.search.study.seeds import Table
+from lq_plugin.utilities.front import pareto_front
 
 #: Swaps (one tensor gets less, another one more) that are looked at, of each neighbour.
 SWAPS = 2048
@@ -138,15 +139,11 @@ class Refiner:
         return np.concatenate([singles, doubles])
 
 
-def front_of(points: Iterable[Point]) -> list[Point]:
+def front_of(points: Sequence[Point]) -> list[Point]:
     """Returns the points that no other is better than in both objectives, from the cheapest to the best.
 
     >>> points = [Point(0.9, 4.0, {}), Point(0.5, 2.0, {}), Point(0.4, 3.0, {}), Point(0.9, 5.0, {})]
     >>> [point.cost for point in front_of(points)]
     [2.0, 4.0]
     """
-    found: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, -p.metric)):
-        if not found or point.metric > found[-1].metric:
-            found.append(point)
-    return found
+    return [points[index] for index in pareto_front([(point.cost, point.metric) for point in points])]
