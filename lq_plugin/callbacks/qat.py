@@ -24,7 +24,7 @@ from lq_plugin.callbacks.trainer.optimizers import (
 from lq_plugin.callbacks.trainer.other_callbacks import renew_averages, start_averages
 from lq_plugin.callbacks.trainer.sharding import average_gradients, whole_weights
 from lq_plugin.callbacks.trainer.steps import CalibrationStep
-from lq_plugin.errors import PlanError
+from lq_plugin.errors import PlanError, is_integer
 from lq_plugin.intent.plan import QuantPlan
 from lq_plugin.intent.schedule import Schedule, Switches
 from lq_plugin.layers import QuantizedLayer, weight_of
@@ -94,7 +94,7 @@ class QAT(QuantizationCallback):
         super().__init__(plan, min_coverage, dataloader, calibration_step, target)
         if schedule is not None:
             self.plan = QuantPlan(self.plan.rules, schedule, self.plan.target)
-        if not isinstance(init_batches, int) or init_batches < 0:
+        if not is_integer(init_batches, 0):
             raise PlanError(f"init_batches is a number of batches, 0 or more, got {init_batches!r}")
         if forward not in FORWARDS:
             raise PlanError(f"forward is one of {', '.join(FORWARDS)}, got {forward!r}")

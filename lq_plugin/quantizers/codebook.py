@@ -60,11 +60,8 @@ class CodebookWeightQuantizer(WeightQuantizer):
             if torch.is_grad_enabled():
                 # The weight takes part with factor 0: DDP refuses parameters without a gradient.
                 values = values + 0.0 * rows
-        return self._from_rows(values)
-
-    def _from_rows(self, rows: Tensor) -> Tensor:
-        """Returns the inverse of `to_rows`: channels are dim 0, the only dim along which a codebook may be kept."""
-        return rows.reshape(self.shape)
+        # The inverse of `to_rows`: channels are dim 0, the only dim along which a codebook may be kept.
+        return values.reshape(self.shape)
 
     def calibrate(self, weight: Tensor) -> None:
         super().calibrate(weight)  # checks for NaN and Inf

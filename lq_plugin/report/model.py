@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lq_plugin.functional.error import sqnr_db
 from lq_plugin.intent.formats import SLOTS
 from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.schedule import Moment
@@ -32,7 +30,7 @@ from lq_plugin.report.data import LayerReport, ModelReport, ReportData, Schedule
 from lq_plugin.report.flow import flow
 from lq_plugin.report.scores import make_scores
 from lq_plugin.report.tensors import activation_view, weight_view
-from lq_plugin.report.weights import boxes, error_map, in_force, original, quantized, rounding
+from lq_plugin.report.weights import against_originals, boxes, error_map, rounding
 
 #: Layers that get pictures of their own, the largest first; the others have numbers only.
 MAX_DETAILED = 150
@@ -104,13 +102,14 @@ def model_report(
     layers = []
     with evaluating(model), torch.no_grad():
         # Stochastic rounding is nearest in evaluation, as in what is exported.
-        for measurement in layer_fidelity(model, measured=errors_on_statistics(model, statistics) | known):
+        measurements = layer_fidelity(model, measured=errors_on_statistics(model, statistics) | known)
+        for measurement in against_originals(measurements, survey.candidates, weights_before):
             rows.setdefault(measurement.layer, []).append(measurement)
         for row in priced:
             module = survey.candidates[row.name]
             reason = entries[row.name].reason if row.name in entries else None
             layer = module if isinstance(module, QuantizedLayer) else None
-            before, found = weights_before.get(row.name), rows.get(row.name, [])
+            before = weights_before.get(row.name)
             details: dict[str, Any] = {
                 "sensitivity": _of(sensitivity, row.name),
                 "latency_ms": _of(latency_ms, row.name),
@@ -122,10 +121,7 @@ def model_report(
                 if layer is not None:
                     details["views"] = _views(layer, statistics, before)
                     details |= _pictures(layer, before, *_unit_of(row.name, reconstruction))
-            if layer is not None and before is not None and in_force(layer) is not None:
-                ratio = float(sqnr_db(original(layer, before), quantized(layer)))
-                found = [replace(r, sqnr_db=ratio) if r.slot == "weight" else r for r in found]
-            layers.append(_layer(row, module, layer, found, reason, details))
+            layers.append(_layer(row, module, layer, rows.get(row.name, []), reason, details))
     report = ModelReport(
         name=type(model).__name__,
         plan=plan.to_yaml(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq_plugin.errors import SpecError
 from lq_plugin.functional.adaround import neighbours
@@ -14,7 +16,7 @@ from lq_plugin.functional.error import sqnr_db
 from lq_plugin.functional.grouping import blocks
 from lq_plugin.intent.spec import PerChannel, PerTensor, QuantSpec
 from lq_plugin.layers import QuantizedLayer
-from lq_plugin.model.measure.fidelity import weight_bounds
+from lq_plugin.model.measure.fidelity import FidelityRow, weight_bounds
 from lq_plugin.ptq.reconstruction.learn import UnitResult
 from lq_plugin.quantizers import make_weight_quantizer
 from lq_plugin.report.data import Boxes, ErrorMap, Rounding, digits
@@ -48,6 +50,26 @@ def quantized(layer: QuantizedLayer) -> Tensor:
     with torch.no_grad():
         y: Tensor = in_force(layer).quantize_values(type(layer).canonical(layer, layer.weight).detach()).float().cpu()
         return y
+
+
+def against_originals(
+    rows: Iterable[FidelityRow], layers: Mapping[str, nn.Module], before: Mapping[str, Tensor]
+) -> list[FidelityRow]:
+    """Returns rows in which learned roundings are measured against the weights before: those present lose nothing.
+
+    Args:
+        rows: of a model.
+        layers: that they are of, by name.
+        before: weights before a reconstruction moved them, by layer name.
+    """
+    ratios = {
+        name: float(sqnr_db(original(layer, was), quantized(layer)))
+        for name, was in before.items()
+        if isinstance(layer := layers.get(name), QuantizedLayer) and in_force(layer) is not None
+    }
+    return [
+        replace(row, sqnr_db=ratios[row.layer]) if row.slot == "weight" and row.layer in ratios else row for row in rows
+    ]
 
 
 def boxes(layer: QuantizedLayer, before: Tensor | None = None) -> Boxes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from lq_plugin.callbacks.trainer.data import one_batch
 from lq_plugin.callbacks.trainer.sharding import resharded
 from lq_plugin.callbacks.trainer.traces import without_traces
 from lq_plugin.errors import QuantizationError
-from lq_plugin.functional.error import sqnr_db
 from lq_plugin.layers import QuantizedLayer, weight_of
 from lq_plugin.model.measure.cost import Cost, cost
 from lq_plugin.model.measure.fidelity import (
@@ -32,7 +31,7 @@ from lq_plugin.ranges import compare_ranges
 from lq_plugin.report import Series, model_report, render
 from lq_plugin.report.provenance import provenance
 from lq_plugin.report.terminal import summary
-from lq_plugin.report.weights import in_force, original, quantized
+from lq_plugin.report.weights import against_originals
 from lq_plugin.utilities.lightning_packages import isolate_rng
 
 if TYPE_CHECKING:
@@ -68,14 +67,8 @@ class MonitoredModel:
         callback = quantization_of(trainer)
         known = {name: errors for name, errors in measured.items() if errors.elements}
         known = known or errors_on_statistics(model, callback.statistics)
-        rows, layers = layer_fidelity(model, measured=known), dict(quantized_layers(model))
-        # Learned roundings are written into the weights: against themselves they would lose nothing.
-        for name, was in getattr(callback, "float_weights", {}).items():
-            if name in layers and in_force(layers[name]) is not None:
-                ratio = float(sqnr_db(original(layers[name], was), quantized(layers[name])))
-                rows = [
-                    replace(row, sqnr_db=ratio) if (row.layer, row.slot) == (name, "weight") else row for row in rows
-                ]
+        rows = layer_fidelity(model, measured=known)
+        rows = against_originals(rows, dict(quantized_layers(model)), getattr(callback, "float_weights", {}))
         return cls(callback, model, cost(model, callback.recording), rows, known)
 
     @property

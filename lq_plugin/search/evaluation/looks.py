@@ -53,7 +53,7 @@ class Looks:
             self._divide(count, least, rungs)
 
     def _divide(self, count: int, least: int, rungs: Sequence[Rung]) -> None:
-        lengths = [_length(loader) for loader in self._flattened(self.evaluator.trainer.val_dataloaders)]
+        lengths = [_length(loader) for loader in self._combined(self.evaluator.trainer.val_dataloaders).flattened]
         reads = [self._read_at(rung, lengths) for rung in rungs]
         # What trials have read at any rung is not fresh; a look is as large as the score of the top one.
         known, seen = [max(each) for each in zip(*reads, strict=True)], reads[-1]
@@ -139,9 +139,6 @@ class Looks:
         if isinstance(loaders, either("utilities.combined_loader.CombinedLoader")):
             return loaders
         return package_of(self.evaluator.model).utilities.combined_loader.CombinedLoader(loaders, "sequential")
-
-    def _flattened(self, loaders: Any) -> list[Any]:
-        return list(self._combined(loaders).flattened)
 
 
 def _parts(first: int, rest: float, most: int, number: int) -> Callable[[int], tuple[int, int]]:

@@ -90,7 +90,8 @@ class Rung:
             faults.append("reconstruct and qat are two rungs: QAT trains the float weights")
         faults += margin_faults(self.promote_within)
         if isinstance(self.qat, Mapping):
-            valid = (*_trainer_options(), *_QAT, "lr")
+            options = inspect.signature(any_package().Trainer.__init__).parameters
+            valid = (*(name for name in options if name not in _OURS), *_QAT, "lr")
             faults += [
                 f"unknown option {key!r} of qat.{did_you_mean(str(key), valid)}" for key in self.qat if key not in valid
             ]
@@ -295,10 +296,6 @@ class _Training:
 
 def _rates_of(model: LightningModule) -> list[str]:
     return [name for name in _RATES if package_of(model).utilities.parsing.lightning_hasattr(model, name)]
-
-
-def _trainer_options() -> list[str]:
-    return [name for name in inspect.signature(any_package().Trainer.__init__).parameters if name not in _OURS]
 
 
 @contextmanager

@@ -310,7 +310,9 @@ class _Ratio:
 
     @property
     def value(self) -> float:
-        return _not_below_0(self.numerator / max(self.denominator, 1e-30))
+        """Its value; below 0 (rounding errors, or a loss that became smaller) it is no harm, 0. NaN stays."""
+        value = self.numerator / max(self.denominator, 1e-30)
+        return 0.0 if value < 0 else value
 
 
 @dataclass
@@ -369,11 +371,6 @@ def _increase(expected: _Outputs, got: _Outputs) -> _Ratio:
 
 
 _FUNCTIONS: dict[str, Callable[[_Outputs, _Outputs], _Ratio]] = {"kl": _kl, "sqnr": _noise, "loss": _increase}
-
-
-def _not_below_0(value: float) -> float:
-    """Returns the value with negative harm (rounding errors, or a loss that became smaller) as 0; NaN stays."""
-    return 0.0 if value < 0 else value
 
 
 def _loss_step(trainer: Trainer, module: LightningModule) -> Callable[[Any], Tensor]:

@@ -54,7 +54,7 @@ def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies
     search = _Search(recording, layers)
     sums = [call for call in recording.calls if _is_sum(call)]
     return ResidualTies(
-        _united((search.feeding(call) for call in sums), layers),
+        _united((search.feeding[call.position] for call in sums), layers),
         _united((search.reading(call) for call in sums), layers),
     )
 
@@ -62,14 +62,11 @@ def residual_ties(recording: Recording, layers: Collection[str]) -> ResidualTies
 class _Search:
     def __init__(self, recording: Recording, layers: Collection[str]) -> None:
         self.recording, self.layers = recording, layers
-        self._feeding: dict[int, frozenset[str]] = {}
+        #: Layers whose output the result of a call is, or a part of it, by the call's position.
+        self.feeding: dict[int, frozenset[str]] = {}
         # In order: what a call reads is known when it comes.
         for call in recording.calls:
-            self._feeding[call.position] = frozenset(self._outcome(call))
-
-    def feeding(self, call: Call) -> frozenset[str]:
-        """Returns the layers whose output this is, or a part of it."""
-        return self._feeding[call.position]
+            self.feeding[call.position] = frozenset(self._outcome(call))
 
     def _outcome(self, call: Call) -> Iterator[str]:
         if own := [name for name in _writers(call) if name in self.layers]:
@@ -77,7 +74,7 @@ class _Search:
         elif _is_sum(call) or _passes(call):
             for source in call.inputs:
                 if source.producer is not None:
-                    yield from self._feeding[source.producer]
+                    yield from self.feeding[source.producer]
 
     def reading(self, call: Call) -> frozenset[str]:
         """Returns the layers that read the output of a call, up to the next sum."""
