@@ -40,7 +40,11 @@ ANY = Kind("anything", lambda value: True)  # what reads it checks it
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str) and value != "")
 NODE = Kind("a mapping", lambda value: isinstance(value, Mapping))
-GROUP = Kind("a mapping of names to mappings", lambda value: _is_group(value), needed=False)
+GROUP = Kind(
+    "a mapping of names to mappings",
+    lambda value: value is None or (isinstance(value, Mapping) and all(map(NODE.fits, value.values()))),
+    needed=False,
+)
 NAMES = Kind("a name or a list of names", lambda value: isinstance(value, str | Sequence))
 MODULES = Kind("a list of modules", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)), needed=False)
 SEED = integer(0, 2**32 - 1)
@@ -78,10 +82,6 @@ EXPORT = _COMMON | {
 
 #: Keys at the top of a config that no option stands for: other groups, and what only interpolations and Hydra read.
 _OTHER_KEYS = ("task_name", "search", "paths", "lq", "quantization", "callbacks", "logger", "hydra")
-
-
-def _is_group(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values()))
 
 
 def kind_faults(cfg: DictConfig, kinds: Mapping[str, Kind]) -> list[str]:

@@ -105,7 +105,9 @@ class PackedModel:
     def _key_faults(self) -> Iterator[str]:
         """Yields differences between names, shapes and dtypes of the file and of the model."""
         here = self.model.state_dict()
-        unpacked = {key for name in self.specs for key in self._keys_of(self.layers[name].weight)}
+        weights = {id(self.layers[name].weight) for name in self.specs}
+        named = self.model.named_parameters(remove_duplicate=False)
+        unpacked = {key for key, parameter in named if id(parameter) in weights}
         found = {*self.state, *unpacked}
         expected = {key for key in here if ".weight_quantizer." not in f".{key}"}
         yield from (f"the file lacks {key!r}" for key in sorted(expected - found))
@@ -123,9 +125,6 @@ class PackedModel:
         for (ours, theirs), key in kinds.items():
             advice = f"which would round anew: load it into a model of {theirs}, and convert that"
             yield f"{key} is {theirs} in the file and {ours} here, {advice}"
-
-    def _keys_of(self, weight: Tensor) -> list[str]:
-        return [key for key, tensor in self.model.named_parameters(remove_duplicate=False) if tensor is weight]
 
     def _value_faults(self, name: str) -> Iterator[str]:
         """Yields scales that are invalid and codes that stand for no number."""

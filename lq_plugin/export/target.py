@@ -169,6 +169,12 @@ class Target(ABC):
         """
         raise ExportError(f"{path}: a file of {self.name} cannot be run")
 
+    def float_model(self, path: Path, fresh: Callable[[], Any] | None) -> Any:
+        """Returns a new float model, into which `open` reads a file; an ExportError where nothing makes one."""
+        if fresh is None:
+            raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
+        return fresh()
+
     def layer_inputs(self, path: Path, runtime: str | None) -> Callable[..., Mapping[str, Any]] | None:
         """Returns a function of the positional inputs that gives what each layer reads, dequantized, as a tensor.
 

@@ -81,7 +81,8 @@ def quantization_config(source: nn.Module) -> dict[str, Any]:
     groups: list[tuple[dict[str, Any], list[str]]] = []
     stored = _stored_layers(source)
     for name, layer in stored.items():
-        specs = [cast(Any, q).current.spec if q is not None else None for q in _weight_and_input(layer)]
+        quantizers: tuple[Any, Any] = layer.weight_quantizer, layer.input_quantizer
+        specs = [None if quantizer is None else quantizer.current.spec for quantizer in quantizers]
         scheme = scheme_of(cast(Any, specs[0]), specs[1])
         group = next((names for known, names in groups if known == scheme), None)
         if group is None:
@@ -120,10 +121,6 @@ def _stored_layers(source: nn.Module) -> dict[str, QuantizedLayer]:
         for name, layer in quantized_layers(source)
         if layer.weight_quantizer is not None and name not in silent
     }
-
-
-def _weight_and_input(layer: QuantizedLayer) -> tuple[Any, Any]:
-    return layer.weight_quantizer, layer.input_quantizer
 
 
 def _shares_quantized_weights(source: nn.Module) -> bool:

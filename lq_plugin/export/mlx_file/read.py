@@ -39,7 +39,9 @@ def load_mlx(model: nn.Module, path: Path) -> None:
     prefix, _ = held_model(model)
     settings = {f"{prefix}{layer}": value for layer, value in content.items() if isinstance(value, dict)}
     layers: dict[nn.Parameter, Any] = {}
-    faults = [f"there is no layer {name!r}" for name in settings if not _has_layer(model, name)]
+    modules = dict(model.named_modules())
+    unknown = [name for name in settings if not isinstance(modules.get(name), (nn.Linear, nn.Embedding))]
+    faults = [f"there is no layer {name!r}" for name in unknown]
     raise_all(ExportError, f"{path} is of another model", faults)
     for name, chosen in settings.items():
         stored = {
@@ -47,8 +49,9 @@ def load_mlx(model: nn.Module, path: Path) -> None:
         }
         layers[model.get_submodule(name).weight] = stored, chosen  # type: ignore[index]
     state = {f"{prefix}{key}": _tensor(value) for key, value in arrays.items()}
-    wanted = {key for key, value in model.state_dict(keep_vars=True).items() if value not in layers}
-    tied = [key for key in wanted - set(state) if _is_another(model, key, set(state))]
+    own = model.state_dict(keep_vars=True)
+    wanted = {key for key, value in own.items() if value not in layers}
+    tied = [key for key in wanted - set(state) if any(own[other] is own[key] for other in state if other in own)]
     faults = [f"the file lacks {key!r}" for key in sorted(wanted - set(state) - set(tied))]
     faults += [f"{key!r} is only in the file" for key in sorted(set(state) - wanted)]
     raise_all(ExportError, f"{path} is of another model", faults)
@@ -90,13 +93,3 @@ def _tensor(array: Any) -> Tensor:
     mx = mlx()
     plain = array.astype(mx.float32) if array.dtype == mx.bfloat16 else array
     return torch.from_numpy(np.array(plain))
-
-
-def _has_layer(model: nn.Module, name: str) -> bool:
-    return isinstance(dict(model.named_modules()).get(name), (nn.Linear, nn.Embedding))
-
-
-def _is_another(model: nn.Module, key: str, stored: set[str]) -> bool:
-    """Returns True where the tensor of a key is that of one in the file."""
-    state = model.state_dict(keep_vars=True)
-    return any(state[other] is state[key] for other in stored if other in state)

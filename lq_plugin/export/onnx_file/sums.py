@@ -42,13 +42,12 @@ _MOVES = ("Slice", "Pad")
 _AFTER = ("Relu", "Clip")
 
 
-def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str = "mse", signed: bool = False) -> int:
+def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], signed: bool = False) -> int:
     """Quantizes operands and results of sums after integer convolutions, in place.
 
     Args:
         model: made by `export_onnx`.
         feeds: calibration batches, arrays by input name.
-        range_name: estimator of the ranges (`lq_plugin.ranges`).
         signed: in signed integers with zero point 0, as the file's other activations; False: unsigned ones.
 
     Returns:
@@ -60,7 +59,7 @@ def quantize_sums(model: onnx.ModelProto, feeds: Iterable[Feed], range_name: str
     graph = _Sums(model, signed)
     sums = graph.find()
     if sums:
-        graph.quantize(sums, feeds, range_name)
+        graph.quantize(sums, feeds)
     return len(sums)
 
 
@@ -70,9 +69,6 @@ class _Sums:
         self.grid = _SIGNED if signed else _UNSIGNED
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.after: dict[str, list[onnx.NodeProto]] = {}
-        self._index()
-
-    def _index(self) -> None:
         self.producer = {name: node for node in self.graph.node for name in node.output}
         self.readers = readers_by_name(self.graph)
 
@@ -86,14 +82,14 @@ class _Sums:
                 found.append(node)
         return found
 
-    def quantize(self, sums: list[onnx.NodeProto], feeds: Iterable[Feed], range_name: str) -> None:
+    def quantize(self, sums: list[onnx.NodeProto], feeds: Iterable[Feed]) -> None:
         operands = {self._origin(name) for node in sums for name in node.input}
         # What every reader rounds to levels of its own gets no others before: of two pairs in a row ONNX Runtime (1.32)
         # may take one.
         results = {name for name in map(self._result, sums) if self._codes(name) or not self._is_quantized(name)}
         wanted = sorted(operands | results)
         unknown = [name for name in wanted if self._codes(name) is None]
-        ranges = self._ranges(unknown, feeds, range_name)
+        ranges = self._ranges(unknown, feeds)
         real = {name: self._through_codes(name, ranges.get(name)) for name in wanted}
         for node in sums:
             for index, name in enumerate(node.input):
@@ -146,9 +142,7 @@ class _Sums:
                     return node
         return None
 
-    def _ranges(
-        self, names: list[str], feeds: Iterable[Feed], range_name: str
-    ) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    def _ranges(self, names: list[str], feeds: Iterable[Feed]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
         """Returns scale and zero point of tensors, from running the graph with them as further outputs."""
         probe = onnx.ModelProto()
         probe.CopyFrom(self.model)
@@ -167,7 +161,7 @@ class _Sums:
             raise ExportError("the ranges of residual sums need calibration data, there were no batches")
         found = {}
         for name, histogram in histograms.items():
-            bounds = estimate_range(range_name, histogram.sample(), self.grid)
+            bounds = estimate_range("mse", histogram.sample(), self.grid)
             scale, zero_point = qparams_from_bounds(*bounds, self.grid)
             found[name] = (scale.reshape(()).numpy(), zero_point.reshape(()).numpy())
         return found

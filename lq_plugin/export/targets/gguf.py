@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lq_plugin.errors import ExportError
 from lq_plugin.export.gguf_file.types import FLOATS, TYPES
 from lq_plugin.export.request import Option, Request
 from lq_plugin.export.target import Reader, Target, register_target
@@ -49,7 +48,7 @@ class GGUF(Target):
         if spec.format_name not in TYPES:
             return f"a GGUF file holds weights as {', '.join(TYPES)}"
         size = TYPES[spec.format_name].elements
-        kind, shape = _class_name(layer), layer.weight.shape
+        shape, kind = layer.weight.shape, getattr(layer, "float_class", type(layer)).__name__
         if kind not in ("Linear", "Embedding"):
             return f"a GGUF file holds weights of linear layers and embeddings, here is {kind}"
         if shape[-1] % size:
@@ -79,14 +78,6 @@ class GGUF(Target):
                 return logits_of(output).log_softmax(-1)
 
             return Reader(lambda tokens, *_: llama_log_probabilities(path, tokens), 1, outputs)
-        if fresh is None:
-            raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
-        model = fresh().eval()
+        model = self.float_model(path, fresh).eval()
         load_gguf(model, path)
         return Reader(lambda *args: logits_of(model(*args)), None, logits_of)
-
-
-def _class_name(layer: Any) -> str:
-    """Returns the float class of a layer, float or quantized, or of an operation."""
-    kind = type(layer)
-    return str(getattr(kind, "float_class", kind).__name__)

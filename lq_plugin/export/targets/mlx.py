@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lq_plugin.errors import ExportError
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Reader, Target, register_target
 from lq_plugin.intent.spec import QuantSpec
@@ -75,8 +74,6 @@ class MLX(Target):
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.mlx_file.read import load_mlx
 
-        if fresh is None:
-            raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
-        model = fresh().eval()
+        model = self.float_model(path, fresh).eval()
         load_mlx(model, path)
         return Reader(model)

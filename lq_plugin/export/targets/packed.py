@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lq_plugin.errors import ExportError
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Reader, Target, register_target
 
@@ -28,8 +27,6 @@ class Packed(Target):
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
         from lq_plugin.export.packed import load_packed
 
-        if fresh is None:
-            raise ExportError(f"{path} is read into a float model: give verify(..., fresh=lambda: MyModule())")
-        model = fresh()
+        model = self.float_model(path, fresh)
         load_packed(model, path)
         return Reader(model)
