@@ -25,8 +25,8 @@ from torch import Tensor
 
 #: Elements that share an exponent, and that share a microexponent.
 BLOCK, PAIR = 16, 2
-#: Bits of a block's exponent and of a pair's.
-EXPONENT_BITS, MICRO_BITS = 8, 1
+#: Bits of a pair's exponent; a block's has 8.
+MICRO_BITS = 1
 
 
 def mx_step(x: Tensor, mantissa_bits: int, micro_bits: int = MICRO_BITS) -> Tensor:

@@ -33,8 +33,8 @@ from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.block_choice import least_error
 from lq_plugin.functional.minifloat import E2M1, E4M3, fake_quantize_minifloat, round_to_minifloat
 
-#: Elements that share a block scale, and its bits.
-BLOCK, SCALE_BITS = 16, 8
+#: Elements that share a block scale of 8 bits.
+BLOCK = 16
 
 #: What the largest magnitude of a block is mapped to: 6, or whichever of 6 and 4 errs less.
 Target = Literal["max", "four_six"]

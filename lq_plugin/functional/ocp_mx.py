@@ -40,10 +40,8 @@ from torch import Tensor
 from lq_plugin.functional.block_choice import least_error
 from lq_plugin.functional.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, INT8, Minifloat, fake_quantize_minifloat
 
-#: Elements that share a scale.
+#: Elements that share a scale of 8 bits.
 BLOCK = 32
-#: Bits of a scale.
-SCALE_BITS = 8
 
 ScaleMode = Literal["floor", "rceil", "ceil", "even", "mse"]
 MODES: tuple[str, ...] = get_args(ScaleMode)

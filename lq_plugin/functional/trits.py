@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Numbers of a block, and its bytes.
-BLOCK, BYTES = 256, 52
+#: Numbers of a block, which takes 52 bytes.
+BLOCK = 256
 #: Parts of a block: bytes, and digits of each.
 _PARTS = ((32, 5), (16, 5), (4, 4))
 _POWERS = (1, 3, 9, 27, 81)
