@@ -1,8 +1,9 @@
-"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours, with its default sampler and with the
-surrogate, against plain TPE, NSGA-II, greedy and uniform plans; and of small networks whose true front is known.
+"""Search of ResNet-20's weight bits (2..8 a layer, inputs 8 bits): ours, with its default sampler and with steps from
+the front (`refine`), against plain TPE, NSGA-II, greedy and uniform plans and ModelOpt's AutoQuantize
+(`python -m benchmarks.peers install modelopt`); and of small networks whose true front is known.
 
     python -m benchmarks.search --json out.json          # 200 trials of ours, 1,000 of the others
-    python -m benchmarks.search --space affine --methods ours fixed --json out.json  # weights may have zero points
+    python -m benchmarks.search --space affine --methods ours refine fixed modelopt --json out.json  # zero points
     python -m benchmarks.search --enumerated --json out.json  # three networks of 512 plans, all known
     python -m benchmarks.search --deep --json out.json        # 60 layers
     python -m benchmarks.search --faults --json out.json # 4 workers on PostgreSQL, one killed every 20 s
@@ -35,11 +36,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import common
+from benchmarks.peers.process import PeerProcess
 from benchmarks.search_fronts import METHODS as FRONT_METHODS, deep, enumerated
 from benchmarks.search_nets import Classifier
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
-from lq_plugin.search import Evaluator, SurrogateSampler, search
+from lq_plugin.search import Evaluator, ModelSpace, SurrogateSampler, search, tpe
 from lq_plugin.search.sensitivity.measure import measure_sensitivity
 from lq_plugin.search.shared.interrupt import stop_on_signal
 from lq_plugin.search.study.seeds import greedy_path, unit_costs
@@ -58,7 +60,7 @@ BITS = "quantizable_effective_bits"
 CALIBRATION, IMAGES = 1024, 2000
 BUDGETS = (4.0, 3.5, 3.0)
 REFERENCE = (0.1, 8.2)
-METHODS = ("ours", "surrogate", "fixed", "tpe", "nsga2")
+METHODS = ("ours", "refine", "fixed", "modelopt", "tpe", "nsga2")
 CPU = partial(Trainer, accelerator="cpu", devices=1)
 
 
@@ -111,6 +113,24 @@ def best_plan(plans: list[tuple[float, float, Any]], budget: float) -> Any:
     return max(fitting, key=lambda plan: (plan[0], -plan[1]))[2] if fitting else None
 
 
+def distinct_params(space: ModelSpace, chosen: list[dict[str, int]]) -> list[dict[str, Any]]:
+    """Returns parameters for bits by layer, each plan once; a layer that has none gets the most bits.
+
+    Of choices with the same bits the first one, which has zero points where there are any.
+
+    Args:
+        space: of weights.
+        chosen: bits of each layer's weights, by plan.
+    """
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+    units = [unit for unit in space.units if len(unit.choices) > 1]
+    for bits in chosen:
+        wanted = tuple(bits.get(unit.layers[0], max(space.bit_widths)) for unit in units)
+        choices = [next(c for c in u.choices if c.bit_width == b) for u, b in zip(units, wanted, strict=True)]
+        found[wanted] = {k: v for u, c in zip(units, choices, strict=True) for k, v in u.params(c).items()}
+    return list(found.values())
+
+
 class Comparison:
     """All methods on one model and one set of images."""
 
@@ -132,13 +152,15 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        ours: dict[str, dict[str, Any]] = {"ours": {}, "surrogate": {"sampler": SurrogateSampler}}
+        ours: dict[str, dict[str, Any]] = {"ours": {"sampler": SurrogateSampler}, "refine": {"sampler": tpe}}
         for name, given in ours.items():
             if name in options.methods:
                 with tempfile.TemporaryDirectory() as folder:
                     self.method(name, options.trials, storage=f"sqlite:///{folder}/study.db", **given)
         if "fixed" in options.methods:
             self.fixed_plans()
+        if "modelopt" in options.methods:
+            self.peer_plans()
         if self.plans:
             self.score()
         for name, sampler in (("tpe", TPESampler), ("nsga2", NSGAIISampler)):
@@ -209,6 +231,22 @@ class Comparison:
             floats = common.interleaved({"float": forward}, rounds=5)
             self.results["float_pass_seconds"] = statistics.median(floats["float"])
 
+    def peer_plans(self) -> None:
+        """Scores what ModelOpt's AutoQuantize chooses for each budget: its bits, with our quantizers."""
+        peer = PeerProcess(
+            "modelopt", "benchmarks.peers.modelopt_search", (str(self.options.data.resolve()),), self.options.threads
+        )
+        chosen = [peer.ask(budget) for budget in peer.names]
+        peer.close()
+        with Evaluator(Classifier(self.net), self.data, trainer=CPU) as evaluator:
+            space = evaluator.calibrate(self.space)
+            plans = [space.plan(params) for params in distinct_params(space, chosen)]
+            scored = [(evaluator.evaluate(plan), plan) for plan in plans]
+        self.plans["modelopt"] = [(e.metrics["val/acc"], getattr(e.cost, BITS), plan) for e, plan in scored]
+        points = [(accuracy, bits) for accuracy, bits, _ in self.plans["modelopt"]]
+        self.results["hypervolume"]["modelopt"] = {str(len(points)): round(hypervolume(points), 5)}
+        self.note(f"modelopt: {self.results['hypervolume']['modelopt']}")
+
     def score(self) -> None:
         """Test accuracy of the best plan of each size."""
         self.results["best_at"] = {}
@@ -216,7 +254,7 @@ class Comparison:
             evaluator.calibrate(self.space)
             for budget in BUDGETS:
                 row: dict[str, Any] = {}
-                for name in ("ours", "surrogate", "uniform", "greedy"):
+                for name in ("ours", "refine", "uniform", "greedy", "modelopt"):
                     plan = best_plan(self.plans.get(name, []), budget)
                     if plan is not None:
                         evaluator.apply(evaluator.layer_plans(plan))
@@ -314,7 +352,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, default=IMAGES, metavar="N", help=f"score plans on N train images (default: {IMAGES})"
     )
-    parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours and the surrogate (default: 200)")
+    parser.add_argument("--trials", type=int, default=200, metavar="N", help="of ours and refine (default: 200)")
     parser.add_argument(
         "--trials-plain",
         type=int,

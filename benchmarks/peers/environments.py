@@ -38,6 +38,10 @@ class Peer:
 PEERS = {
     "aimet": Peer(("aimet-torch==2.42.0", "torchvision"), "aimet adaround", 15_000, "tf_enhanced", "tf_enhanced"),
     "llmcompressor": Peer(("llmcompressor==0.14.0.1", "rich"), "llm-compressor gptq", 0, "minmax", "none"),
+    # The second two are imported by the first and are no requirements of it.
+    "modelopt": Peer(
+        ("nvidia-modelopt==0.47.0", "requests", "huggingface_hub"), "modelopt auto_quantize", 0, "max", "max"
+    ),
     "brevitas": Peer(
         ("brevitas==0.13.4", "accelerate", "tqdm"), "brevitas learned round", 1_000, "max", "percentile_99.999"
     ),
