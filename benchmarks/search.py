@@ -370,7 +370,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--enumerated", action="store_true", help="three networks of 512 plans instead")
     parser.add_argument("--deep", action="store_true", help="a network of 60 layers instead")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="with --enumerated (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of the search, with --enumerated (default: 3)"
+    )
+    message = "seeds of the networks' training, with --enumerated (default: 3)"
+    parser.add_argument("--networks", type=int, default=3, metavar="N", help=message)
     message = "with --enumerated and --deep (default: all)"
     parser.add_argument(
         "--methods-of-fronts", nargs="+", choices=[*FRONT_METHODS], default=[*FRONT_METHODS], help=message

@@ -156,8 +156,9 @@ def enumerated(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Shares of the true front that each method finds, and of its hypervolume."""
     results: dict[str, Any] = {"space": SMALL_SPACE, "plans": 512, "seeds": options.seeds, "networks": {}}
     totals: dict[str, list[tuple[list[float], list[float]]]] = {}
-    for name in SMALL:
-        model, scores = trained(name), Scores(name, options.scores)
+    for net, net_seed in itertools.product(SMALL, range(options.networks)):
+        name = f"{net} {net_seed}"
+        model, scores = trained(net, net_seed), Scores(name, options.scores)
         every = every_plan(model, scores)
         front, reference = front_of(every), (0.1, max(bits for _, bits in every) * 1.02)
         whole = volume(every, reference)

@@ -382,6 +382,11 @@ class QuantSpec:
         return cls(**chosen)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """The plan's words. Searches look specs up by it, thousands of times."""
         unsigned, bits = "" if self.signed else "u", str(self.bit_width) if self.kind.spells_bits else ""
         words = [":".join([unsigned + self.format_name + bits, *self.format_options])]
         if self.granularity != self.kind.granularity:
