@@ -203,6 +203,21 @@ def test_one_weight_has_one_spec(tmp_path):
     assert "head.weight" not in load_file(path)
 
 
+def test_a_float_tensor_of_two_names_is_read_once(tmp_path):
+    pytest.importorskip("mlx.core")
+
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(256, 256), nn.Linear(256, 50, bias=False)
+            self.norm, self.head.weight = nn.Identity(), self.embedding.weight
+
+    model, path = quantized("int4 group64", Tied(), "inner"), tmp_path / "model.safetensors"
+    export_model(model, path, target="mlx")
+    assert len({"head.weight", "embedding.weight"} & load_file(path).keys()) == 1
+    assert verify(model, path, [ids()], Tied, target="mlx").largest_difference < 2e-5
+
+
 def test_configs_of_others_and_damaged_files(tmp_path):
     model, path = quantized("int4 group64"), tmp_path / "model.safetensors"
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
