@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lq_plugin.layers import CONTAINER, QuantizedLayer, weight_key
+from lq_plugin.layers import CONTAINER, OwnWeights, QuantizedLayer, weight_key
 from lq_plugin.model.prepare import quantized_layers
 
 #: Where an evaluation begins.
@@ -74,25 +74,33 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
         if (
             isinstance(module, QuantizedLayer)
             or f".{CONTAINER}." in f".{name}."
-            or f"{type(module).__module__}.".startswith(_LIBRARIES)
+            or f"{_kind(module).__module__}.".startswith(_LIBRARIES)
         ):
             continue
         below = {id(inner) for inner in module.modules()}
         for function in _functions(module):
             for path, attribute in _reads(function.__code__, attributes):
+                if path == () and isinstance(module, OwnWeights):
+                    continue  # its products are given the quantized weight
                 owner = _resolved(module, path)
                 for (holder, kept), key in owners.items():
                     if kept == attribute and (
                         holder == id(owner) if path is not None else holder in below and holder != id(module)
                     ):
-                        found.setdefault(key, f"{type(module).__name__}.{function.__name__}")
+                        found.setdefault(key, f"{_kind(module).__name__}.{function.__name__}")
     return noted | found
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that the user gave a module."""
+    return getattr(type(module), "float_class", type(module))
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
     """Functions of the model's own that an evaluation of a module may come to."""
-    kind = type(module)
-    waiting = [value for name in _ENTRIES if (value := getattr(module, name, None)) is not None]
+    kind = _kind(module)
+    entries = [module.__dict__.get(name, getattr(kind, name, None)) for name in _ENTRIES]
+    waiting = [entry for entry in entries if entry is not None]
     seen: set[int] = set()
     while waiting:
         entry = waiting.pop()

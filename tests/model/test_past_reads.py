@@ -111,3 +111,21 @@ def test_what_lies_on_its_levels_is_held_once(tmp_path):
         net.encoder.weight_quantizer.fix(*net.encoder.weight_quantizer.qparams(net.encoder.weight))
         net.encoder.weight.copy_(weight)
     assert save_packed(net, tmp_path / "net.safetensors") < twice - 16 * 8 * 3
+
+
+class WithAWeightOfItsOwn(Base):
+    """Its class is exchanged, since its forward pass multiplies a parameter; it reads a layer's weight also."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return self.last(F.linear(self.encoder(x), self.mixing) + F.linear(x, self.encoder.weight))
+
+
+def test_reads_next_to_a_parameter_of_the_module_are_found():
+    torch.manual_seed(0)
+    model = WithAWeightOfItsOwn()
+    prepare(model, "w4")
+    assert weights_read_past_layers(model) == {"encoder.weight": "WithAWeightOfItsOwn.forward"}
