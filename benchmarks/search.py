@@ -125,7 +125,7 @@ def distinct_params(space: ModelSpace, chosen: list[dict[str, int]]) -> list[dic
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     units = [unit for unit in space.units if len(unit.choices) > 1]
     for bits in chosen:
-        wanted = tuple(bits.get(unit.layers[0], max(space.bit_widths)) for unit in units)
+        wanted = tuple(bits.get(unit.layers[0].removeprefix("net."), max(space.bit_widths)) for unit in units)
         choices = [next(c for c in u.choices if c.bit_width == b) for u, b in zip(units, wanted, strict=True)]
         found[wanted] = {k: v for u, c in zip(units, choices, strict=True) for k, v in u.params(c).items()}
     return list(found.values())

@@ -105,6 +105,38 @@ def test_hypervolumes() -> None:
         assert cells == [f"{curve[count]:.3f}" if count in curve else "" for count in trials], label
 
 
+def test_plans_next_to_those_of_modelopt() -> None:
+    found = results("search_affine")
+    names = ("ours", "refine", "modelopt", "greedy", "uniform")
+    head = ("surrogate, 200 trials", "tpe, 200 trials", "ModelOpt, 61 plans", "greedy path, 139 plans")
+    *rows, (_, *volumes) = with_head("at most", *head, "best uniform plan")
+    assert [label for label, *_ in rows] == ["4.0 bits", "3.5 bits", "3.0 bits"]
+    for label, *cells in rows:
+        assert cells == [f"{found['best_at'][label.split()[0]][name]:.2f}" for name in names], label
+    counts = ("200", "200", "61", "139", "7")
+    curves = found["hypervolume"]
+    assert volumes == [f"{curves[name][count]:.3f}" for name, count in zip(names, counts, strict=True)]
+
+
+def test_fronts_that_are_known() -> None:
+    found = results("search_enumerated")["enumerated"]["summary"]
+    rows = with_head("", "40 trials", "100 trials", "hypervolume, 40", "hypervolume, 100")
+    names = {"surrogate": "surrogate", "tpe after seeds": "refine", "plain TPE": "tpe", "NSGA-II": "nsga2"}
+    assert [label for label, *_ in rows] == list(names)
+    for label, *cells in rows:
+        kept = found[names[label]]
+        said = [
+            ", ".join(f"{kept[f'{what}_{which}'][mark]:.{digits}f}" for which in ("median", "least"))
+            for what, digits in (("share_of_front", 2), ("hypervolume", 4))
+            for mark in (0, 1)
+        ]
+        assert cells == said, label
+    text = re.sub(r"\s+", " ", (ROOT / BENCHMARKS).read_text(encoding="utf-8"))
+    for label, name in (("`surrogate`", "surrogate"), ("`tpe` after seeds", "refine"), ("plain TPE", "tpe")):
+        volumes = results("search_deep")["deep"][name]["hypervolume"]
+        assert f"{label} {', '.join(f'{volume:.3f}' for volume in volumes)}" in text
+
+
 def test_calibration() -> None:
     measured = {row["model"]: row["over_forward_pass"] for row in results("calibration")["results"]}
     rows = with_head("forward passes", *MODELS)
