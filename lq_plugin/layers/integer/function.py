@@ -118,5 +118,7 @@ def onednn_product(
         y: Tensor = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, packed, scales, none, bias, *after)
         return y
     packed = torch.ops.onednn.qconv_prepack(q_weight, scales, scale, zero_point, *convolution, list(q.shape))
+    # oneDNN computes in float32 and, without FP16 instructions, has no convolution that writes float16.
+    after = (1.0, 0, torch.float32 if dtype == torch.float16 else dtype, "none", [], "")
     y = torch.ops.onednn.qconv2d_pointwise(q, scale, zero_point, packed, scales, none, bias, *convolution, *after)
-    return y
+    return y.to(dtype)
