@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES
 
+METHODS = ("adaround", "signround")
+
 
 @dataclass(frozen=True)
 class ReconstructOptions:
     """The options of learned rounding.
 
     Args:
+        method: `"adaround"`, or `"signround"`: offsets and ranges by signed steps of 1 / iterations, falling to 0.
         iterations: optimizer steps of each unit.
         batch_size: samples of a step.
-        learning_rate: of V, by Adam. The paper's 1e-3 takes thousands of steps.
-        scale_learning_rate: of the factors on weight and input scales; 0 keeps the calibrated ones.
+        learning_rate: of AdaRound's V, by Adam. The paper's 1e-3 takes thousands of steps.
+        scale_learning_rate: of the factors on weight scales; 0 keeps the calibrated ones, with SignRound also.
         input_learning_rate: of the factors on input scales; 0 keeps the calibrated ones.
         bias_learning_rate: of biases (in the layer, or in the batch norm after it), in standard deviations of the
             channel; 0: fixed.
-        regularization: λ: weight of the regulariser's mean over all weights against the error, which is 1 at the start.
+        regularization: λ: weight of the regulariser's mean over all weights against the error, which is 1 at the start;
+            like `beta` and `warm_up` of AdaRound alone.
         beta: β of the regulariser, from and to.
         warm_up: share of the iterations without regulariser.
         drop: probability that an element of an input stays float (QDrop); 0.5 in its paper.
@@ -31,6 +35,7 @@ class ReconstructOptions:
             nothing is kept.
     """
 
+    method: str = "adaround"
     iterations: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-1
@@ -70,6 +75,8 @@ class ReconstructOptions:
             for name in ("warm_up", "drop")
             if not 0 <= getattr(self, name) < 1
         ]
+        if self.method not in METHODS:
+            faults.append(f"method is one of {', '.join(METHODS)}, got {self.method!r}")
         if not isinstance(self.folder, str | None):
             faults.append(f"folder is a path, got {self.folder!r}")
         raise_all(QuantizationError, "impossible ReconstructOptions", faults)

@@ -6,6 +6,8 @@ model before it, which is done already; its targets are the outputs of the float
 That level is written into `layer.weight`, and the weight quantizer keeps the scale for good: the ordinary quantizer
 returns these weights unchanged.
 
+`method="signround"` tunes offsets and ranges by signed gradients instead (`sign_rounding`).
+
 References: Nagel et al., "Up or Down?", ICML 2020 (arXiv 2004.10568) by layer; Li et al., "BRECQ", ICLR 2021
 (arXiv 2102.05426) by block; Wei et al., "QDrop", ICLR 2022 (arXiv 2203.05740) for `drop`; Hubara et al., "Accurate
 Post Training Quantization With Small Calibration Sets", ICML 2021 (arXiv 2006.10518) for scales and biases.
@@ -35,11 +37,11 @@ from lq_plugin.ptq.batch_norm.correct import OutputWatch as Watch, apply_correct
 from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 from lq_plugin.ptq.layerwise.replay import Arguments, Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
-from lq_plugin.ptq.layerwise.write import rounding_fault, writable_weights
-from lq_plugin.ptq.reconstruction.learn import UnitResult, learn_rounding
+from lq_plugin.ptq.layerwise.write import writable_weights
+from lq_plugin.ptq.reconstruction.learn import UnitResult, learn_rounding, tune_rounding
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.samples import Record, Samples, copied, float_leaves, mixed, renewed
-from lq_plugin.ptq.reconstruction.soft_unit import SoftUnit
+from lq_plugin.ptq.reconstruction.soft_unit import ROUNDINGS, SoftUnit
 from lq_plugin.ptq.reconstruction.store import UnitStore
 from lq_plugin.ptq.reconstruction.units import Unit, owner_name
 from lq_plugin.utilities import hooks
@@ -114,7 +116,7 @@ class _Reconstructor:
         replays = [self.walk.replay(kind) for kind in ("float", "quantized")]
         for index, unit in enumerate(units):
             for name in unit.layers:
-                if (reason := rounding_fault(self.layers[name])) is not None:
+                if (reason := ROUNDINGS[self.options.method].fault(self.layers[name])) is not None:
                     result.skipped[name] = reason
             result.units[str(unit)] = self._restored(unit, index, store) or self._learned(
                 unit, index, store, replays, calls[unit.name]
@@ -126,6 +128,8 @@ class _Reconstructor:
     def _store(self, units: list[Unit]) -> UnitStore:
         """Returns the store of finished units, for this model, data and options."""
         options = {key: value for key, value in asdict(self.options).items() if key not in ("cache_bytes", "folder")}
+        if options["method"] == "adaround":
+            del options["method"]  # what earlier versions keep says nothing of it
         specs = {quantizer.name: str(quantizer.spec) for quantizer in quantizers(self.model)}
         leaves = (
             (f"{index}/{i}", t)
@@ -303,7 +307,8 @@ class _Reconstructor:
                 self.on_step(unit.name, iteration)
 
         with soft, torch.enable_grad():
-            iterations = learn_rounding(soft, draw, norms, options, str(unit), step)
+            learn = tune_rounding if options.method == "signround" else learn_rounding
+            iterations = learn(soft, draw, norms, options, str(unit), step)
         undecided = soft.undecided_share()
         before = soft.harden()
         learned = error()

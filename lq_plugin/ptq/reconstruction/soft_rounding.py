@@ -12,6 +12,8 @@ from lq_plugin.functional.affine import bounds_from_qparams
 from lq_plugin.functional.fixed_levels import FixedLevels
 from lq_plugin.functional.grouping import block_mask, blocks, unblocks
 from lq_plugin.functional.lsq import fake_quantize_learned
+from lq_plugin.layers import QuantizedLayer
+from lq_plugin.ptq.layerwise.write import rounding_fault
 from lq_plugin.quantizers import ActivationQuantizer, WeightQuantizer
 
 #: Learned scales stay within these multiples of the calibrated ones.
@@ -43,6 +45,11 @@ class SoftRounding(nn.Module):
         self.v = nn.Parameter(inverse_rectified_sigmoid(fraction))
         trained = learn_scale and self.levels.trainable
         self.gain = nn.Parameter(torch.ones_like(self.levels.scale)) if trained else None
+
+    @staticmethod
+    def fault(layer: QuantizedLayer) -> str | None:
+        """Returns why the rounding of a layer's weight cannot be learned; None when it can."""
+        return rounding_fault(layer)
 
     def forward(self, weight: Tensor) -> Tensor:
         return unblocks(self._trained().step * (self.low + self.span * self.h()), self.shape, self.granularity).to(

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from lq_plugin.layers import QuantizedLayer, current_weight_quantizer
-from lq_plugin.ptq.layerwise.write import Snapshot, rounding_fault, write_rounded
+from lq_plugin.ptq.layerwise.write import Snapshot, write_rounded
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
+from lq_plugin.ptq.reconstruction.sign_rounding import SignRounding
 from lq_plugin.ptq.reconstruction.soft_rounding import SoftInput, SoftRounding
 from lq_plugin.quantizers import ActivationQuantizer, SlotQuantizer
+
+#: Stand-ins for weight quantizers, by method.
+ROUNDINGS: dict[str, type[SoftRounding] | type[SignRounding]] = {"adaround": SoftRounding, "signround": SignRounding}
 
 
 class SoftUnit:
@@ -36,12 +40,13 @@ class SoftUnit:
         spread: float = 1.0,
     ) -> None:
         self.layers, self.biases, self.options, self.spread = layers, biases, options, spread
-        self.roundings: dict[str, SoftRounding] = {}
+        self.roundings: dict[str, SoftRounding | SignRounding] = {}
+        kind = ROUNDINGS[options.method]
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
             quantizer = current_weight_quantizer(layer)
-            if quantizer is not None and quantizer.is_enabled and rounding_fault(layer) is None:
-                self.roundings[name] = SoftRounding(
+            if quantizer is not None and quantizer.is_enabled and kind.fault(layer) is None:
+                self.roundings[name] = kind(
                     quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
                 )
             for slot in ("input", "output"):
@@ -53,12 +58,22 @@ class SoftUnit:
         self._before = Snapshot(layers, biases)
         self._held: list[tuple[QuantizedLayer, str, Any]] = []
 
+    @property
+    def softened(self) -> list[SoftRounding]:
+        """The roundings that Adam trains."""
+        return [rounding for rounding in self.roundings.values() if isinstance(rounding, SoftRounding)]
+
+    def signed(self) -> list[tuple[nn.Parameter, tuple[float, float]]]:
+        """Parameters that signed steps are made with, and their bounds."""
+        tuned = [rounding for rounding in self.roundings.values() if isinstance(rounding, SignRounding)]
+        return [pair for rounding in tuned for pair in rounding.signed()]
+
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer."""
         options = self.options
         chosen: list[tuple[list[nn.Parameter], float]] = [
-            ([r.v for r in self.roundings.values()], options.learning_rate),
-            ([r.gain for r in self.roundings.values() if r.gain is not None], options.scale_learning_rate),
+            ([r.v for r in self.softened], options.learning_rate),
+            ([r.gain for r in self.softened if r.gain is not None], options.scale_learning_rate),
             ([i.gain for i in self.inputs.values() if i.gain is not None], options.input_learning_rate),
             (self.biases, options.bias_learning_rate * self.spread),
         ]
@@ -66,7 +81,7 @@ class SoftUnit:
 
     def undecided_share(self) -> float:
         """Share of undecided roundings, in the layer with most of them."""
-        return max((rounding.undecided_share() for rounding in self.roundings.values()), default=0.0)
+        return max((rounding.undecided_share() for rounding in self.softened), default=0.0)
 
     def harden(self) -> Snapshot:
         """Gives each layer the weights its roundings stand for; what they were before comes back.
