@@ -54,7 +54,8 @@ METHODS: dict[str, list[Any]] = {
     "smooth gptq": ["smooth_quant", "calibrate", "gptq"],
     "rotate gptq": ["rotate", "calibrate", "gptq"],
     "adaround": ["calibrate", {"reconstruct": {"by": "layer"}}],
-    "brecq": ["calibrate", {"reconstruct": {"by": "block"}}],
+    # Its sums are in modules with a layer each, so that "block" would find none.
+    "brecq": ["calibrate", {"reconstruct": {"by": ["bert.encoder.layer.*"]}}],
 }
 LAYERS = "bert.encoder.*"
 PEERS = ("llmcompressor",)
