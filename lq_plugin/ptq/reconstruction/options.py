@@ -15,7 +15,6 @@ class ReconstructOptions:
     """The options of learned rounding.
 
     Args:
-        method: `"adaround"`, or `"signround"`: offsets and ranges by signed steps of 1 / iterations, falling to 0.
         iterations: optimizer steps of each unit.
         batch_size: samples of a step.
         learning_rate: of AdaRound's V, by Adam. The paper's 1e-3 takes thousands of steps.
@@ -33,9 +32,9 @@ class ReconstructOptions:
         cache_bytes: memory for activations; what is more goes to disk.
         folder: keeps what is finished, so that the same call again goes on after it, with the same result; None:
             nothing is kept.
+        method: `"adaround"`, or `"signround"`: offsets and ranges by signed steps of 1 / iterations, falling to 0.
     """
 
-    method: str = "adaround"
     iterations: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-1
@@ -50,6 +49,7 @@ class ReconstructOptions:
     seed: int = 0
     cache_bytes: int = DEFAULT_CACHE_BYTES
     folder: str | None = None
+    method: str = "adaround"
 
     def __post_init__(self) -> None:
         faults = [
