@@ -186,6 +186,7 @@ def test_a_search_measures_pairs_once_and_goes_on_with_them(model: DigitsCNN, tm
     ("options", "message"),
     [
         ({"pairs": -1}, "pairs is an integer, 0 or more, got -1"),
+        ({"pairs": 4, "seeds": 0}, "pairs=4 are those of the first plans: seeds is 1 or more then, got 0"),
         ({"pairs": 4, "sensitivity": "fisher"}, "by kl, sqnr, loss, not by 'fisher'"),
         ({"pairs": 4, "sensitivity": "layer_sqnr"}, "by kl, sqnr, loss, not by 'layer_sqnr'"),
     ],

@@ -201,6 +201,8 @@ class SearchConfig:
         faults += name_faults("sensitivity measure", [self.sensitivity], (AUTO, *MEASURES))
         if self.pairs and "pairs" not in wrong and self.sensitivity in MEASURES:
             read(lambda: check_pairs(self.sensitivity))
+        if self.pairs and self.seeds == 0:
+            faults.append(f"pairs={self.pairs!r} are those of the first plans: seeds is 1 or more then, got 0")
         read(lambda: check_phases(*names_and_options(self.phases)))
         if self.target is not None:
             read(lambda: known_target(self.target))
