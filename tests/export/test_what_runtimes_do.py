@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lq_plugin import calibrate, prepare
+from lq_plugin import QuantPlan, Rule, calibrate, prepare
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.quantizers import make_weight_quantizer
 
@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from lq_plugin.export import OpenVINOSession, export_onnx, onnx_session  # noqa: E402
+from lq_plugin.export.target import TARGETS  # noqa: E402
 
 
 def test_a_zero_point_for_each_output_channel_is_computed_with_integers(tmp_path):
@@ -72,6 +73,35 @@ def test_onnx_runtime_rounds_float_inputs_of_4_bit_weights_unless_it_is_told_not
     scale = np.abs(want).max()
     assert np.abs(ours - want).max() < 1e-5 * scale
     assert np.abs(default - want).max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("activation", ["uint8 affine", "uint8 affine dynamic"])
+@pytest.mark.parametrize("weight", ["int8 per_channel", "int4 per_channel", "twn"])
+@pytest.mark.parametrize(("bias", "dims"), [(True, 2), (False, 2), (True, 3)])
+def test_linear_layers_between_bytes_are_integer_kernels(bias, dims, weight, activation, tmp_path):
+    """ONNX Runtime wants a zero point at the weight of a Gemm, no float bias, and bytes; the file stays small."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 6, bias)).eval(), torch.randn(5, 3, 64)[:, 0 if dims == 2 else slice(None)]
+    prepare(net, QuantPlan([Rule("*", weight=weight, input=activation)]))
+    calibrate(net, [x])
+    path = tmp_path / "net.onnx"
+    export_onnx(net, (x,), path)
+    products = TARGETS["onnx"].products(path, "onnxruntime")
+    assert not products.floating
+    assert sum(products.integer.values()) == 1
+    held = {tensor.name: len(tensor.raw_data) for tensor in onnx.load(path).graph.initializer}
+    assert held["0.weight_codes"] == 64 * 6 * {"int8": 8, "int4": 4, "twn": 2}[weight.split()[0]] // 8
+    layer = net[0]
+    w = layer.quantized_weight().detach().double()
+    want = layer.quantized_input(x).detach().double() @ w.T + (layer.bias.detach().double() if bias else 0)
+    # A bias next to bytes is int32 in steps of input scale times weight scale.
+    step = (
+        0.02 * float(w.abs().max()) / 127
+        if bias and weight == "int8 per_channel" and "dynamic" not in activation
+        else 0
+    )
+    found = onnx_session(path, threads=1).run(None, {onnx.load(path).graph.input[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, want.numpy(), atol=2e-6 + step)
 
 
 def test_numbers_that_a_small_float_does_not_have():

@@ -8,6 +8,10 @@ there. So the file leaves nothing to be done:
     the bias fits       DequantizeLinear(int32) with that step; its rounding error is at most half a step
     it does not fit     it is added afterwards, in float
     float weights       also added afterwards; without a bias the result passes a Sum of one operand
+    small weights       a Gemm's, too, where its result stays float: in steps of so few levels rounding would cost more
+
+A Gemm is computed with integers only where the zero point of its weight is written, though it is 0, and its bias is
+int32 or none.
 
 The bias is added by a node that no other pass of ONNX Runtime fuses back: Sum after Conv, ConvTranspose and MatMul
 (Conv and Add are fused to Conv, MatMul and Add to Gemm), Add after Gemm (Gemm and Sum are fused to Gemm).
@@ -76,13 +80,15 @@ class _Biases:
             elif (
                 bias is not None
                 and self._value(weight.input[1]).ndim < 2
-                and (quantized or self._is_integer_gemm(node, weight))
+                and (quantized or (node.op_type == "Gemm" and self._has_whole_bytes(weight)))
             ):
                 if (fitting := self._in_steps(bias, weight, input_scale)) is not None:
-                    self._read_integers(node, bias, weight, *fitting)
+                    self._read_integers(node, bias, *fitting)
                 elif quantized:
                     moved.append(bias)
                     self._add_afterwards(node, bias)
+        for node in self.graph.node:
+            self._settle_gemm(node)
         self._rebuild()
         return moved
 
@@ -143,10 +149,39 @@ class _Biases:
                 return True
         return False
 
-    def _is_integer_gemm(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> bool:
-        """Returns True for a Gemm with an integer kernel, which wants an integer bias even for a float result."""
+    def _has_whole_bytes(self, weight: onnx.NodeProto) -> bool:
+        """Returns True for integers that the file holds as bytes, of which a bias has fine steps."""
         codes = self.constants.get(weight.input[0])
-        return node.op_type == "Gemm" and codes is not None and codes.data_type in _BYTES
+        return codes is not None and codes.data_type in _BYTES
+
+    def _settle_gemm(self, node: onnx.NodeProto) -> None:
+        """Gives a Gemm between bytes what its integer kernel wants: a zero point, though it is 0, and no float bias."""
+        weight = self._dequantizer(node.input[1]) if node.op_type == "Gemm" else None
+        if weight is None or self._type(weight.input[0]) not in _BYTES or not self._is_bytes(node.input[0]):
+            return
+        if self._value(weight.input[1]).ndim > 1:
+            return  # of blocks, for which there is no integer kernel
+        if len(weight.input) == 2:
+            kind = helper.tensor_dtype_to_np_dtype(self._type(weight.input[0]))
+            weight.input.append(f"{weight.output[0]}_zero_point")
+            self._constant(weight.input[2], np.zeros(self._value(weight.input[1]).shape, kind))
+        if len(node.input) == 3 and node.input[2] in self.constants:
+            self._add_afterwards(node, node.input[2])
+
+    def _is_bytes(self, name: str) -> bool:
+        """Returns True for a tensor that was just made of bytes, also of a range found at run time."""
+        read = self.producer.get(name)
+        if read is None or read.op_type != "DequantizeLinear" or self._is_constant(read.input[0]):
+            return False
+        zero_point = self.constants.get(read.input[2])
+        return zero_point is None or zero_point.data_type in _BYTES
+
+    def _type(self, name: str) -> int:
+        """Returns the type of a weight's integers, which a Cast may have made of a smaller one."""
+        node = self.producer.get(name)
+        if node is None:
+            return int(self.constants[name].data_type)
+        return next((a.i for a in node.attribute if a.name == "to"), TensorProto.UNDEFINED)
 
     def _in_steps(
         self, bias: str, weight: onnx.NodeProto, input_scale: NDArray[Any]
@@ -182,9 +217,7 @@ class _Biases:
         value: NDArray[Any] = numpy_helper.to_array(self.constants[name])
         return value
 
-    def _read_integers(
-        self, node: onnx.NodeProto, bias: str, weight: onnx.NodeProto, integers: NDArray[Any], step: NDArray[Any]
-    ) -> None:
+    def _read_integers(self, node: onnx.NodeProto, bias: str, integers: NDArray[Any], step: NDArray[Any]) -> None:
         if node.op_type == "MatMul":
             return  # an Add, which the runtime itself puts into integers
         key = bias, step.tobytes()
@@ -197,14 +230,6 @@ class _Biases:
             made = helper.make_node("DequantizeLinear", inputs, [self.made[key]], f"node_{self.made[key]}", **place)
             self.before.setdefault(node.name, []).append(made)
         node.input[2] = self.made[key]
-        if node.op_type == "Gemm" and len(weight.input) == 2 and self._is_integer_gemm(node, weight):
-            # Its kernel wants a zero point to be there, though it is 0.
-            zeros = np.zeros(
-                self._value(weight.input[1]).shape,
-                helper.tensor_dtype_to_np_dtype(self.constants[weight.input[0]].data_type),
-            )
-            self._constant(f"{weight.output[0]}_zero_point", zeros)
-            weight.input.append(f"{weight.output[0]}_zero_point")
 
     def _add_afterwards(self, node: onnx.NodeProto, bias: str | None) -> None:
         if node.op_type == "MatMul":

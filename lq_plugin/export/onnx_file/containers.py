@@ -33,6 +33,9 @@ from lq_plugin.quantizers.registry import (
     format_code,
 )
 
+#: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
+_FAST_GROUPS = (128, 64, 32)
+
 
 def container(spec: QuantSpec, parts: Parts, name: str, fp4: str = "int8") -> Container | FloatContainer:
     """Returns the exact container of a weight that `lq_plugin.export.codes.encode` took apart.
@@ -65,3 +68,24 @@ def refusal(spec: QuantSpec, channels: int) -> str | None:
     if code.onnx is None:
         return f"format {spec.format_name!r} has no container in ONNX; use the packed file, or another format"
     return code.onnx_fault(spec, channels)
+
+
+def for_float_kernels(weight: Container, bits: int, inputs: int, columns: int) -> tuple[Container, int, str | None]:
+    """Returns a weight whose matrix products with floats runtimes compute rightly, its bits, and what has no kernel.
+
+    Args:
+        weight: integers, a scale for each channel or block.
+        bits: of the type that is to hold it.
+        inputs: of the product.
+        columns: last dim of the weight as the file has it.
+    """
+    if bits == 2 and columns % 4:
+        # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
+        bits = 4
+    if bits == 4 and inputs % 2:
+        # OpenVINO 2026.4 computes nonsense there: from 5 rows on the last input has the weight of an earlier one.
+        bits = 8
+    if bits != 2 or weight.block in (0, *_FAST_GROUPS):
+        return weight, bits, None
+    size = next((size for size in _FAST_GROUPS if weight.block % size == 0), None)
+    return (weight, bits, f"2-bit groups of {weight.block}") if size is None else (weight.in_blocks(size), bits, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.onnx_file.batch_norms import absorb_batch_norm
-from lq_plugin.export.onnx_file.containers import Container, FloatContainer
+from lq_plugin.export.onnx_file.containers import Container, FloatContainer, for_float_kernels
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.minifloats import FLOATS, put_floats
 from lq_plugin.export.onnx_file.numbers import NEWER, TYPES, constant
@@ -26,8 +26,6 @@ from lq_plugin.functional.affine import MIN_SCALE
 from lq_plugin.functional.minifloat import Minifloat
 from lq_plugin.intent.spec import IntegerGrid
 
-#: Groups of 2-bit weights that ONNX Runtime 1.32 has a kernel for; others take a hundred times as long.
-_FAST_GROUPS = (128, 64, 32)
 #: Scale of an activation that is 0 everywhere, where any scale would do.
 _SCALE_OF_ZEROS = 2.0**-10
 
@@ -38,11 +36,13 @@ class Graph:
     Args:
         model: changed in place.
         form: choices made for a runtime.
+        byte_inputs: names of the layers that read bytes with one scale.
     """
 
-    def __init__(self, model: onnx.ModelProto, form: Form) -> None:
+    def __init__(self, model: onnx.ModelProto, form: Form, byte_inputs: Collection[str] = ()) -> None:
         self.model = model
         self.form = form
+        self.byte_inputs = byte_inputs
         self.graph = model.graph
         self.known = {tensor.name: tensor for tensor in self.graph.initializer}
         #: Type of the float model, float32 or float16. What is quantized is float32 between two Casts.
@@ -147,18 +147,13 @@ class Graph:
             wide = self.node(before, "Cast", [indices], f"{name}.weight_index", to=TensorProto.INT32)
             return self.node(before, "Gather", [table, wide], f"{name}.weight_dequantized")
         bits = max(weight.bits, self.form.smallest, 0 if weight.block else self.form.smallest_whole)
-        if bits == 2 and before.op_type in MATRIX and q.shape[-1] % 4:
-            # ONNX Runtime 1.32 computes nonsense there: its fusion to MatMulNBits mixes up the columns.
-            bits = 4
-        if bits == 4 and before.op_type in MATRIX and q.shape[0 if flipped else 1] % 2:
-            # OpenVINO 2026.4 computes nonsense there: from 5 rows on the last input has the weight of an earlier one.
-            bits = 8
-        if bits == 2 and before.op_type in MATRIX and weight.block not in (0, *_FAST_GROUPS):
-            size = next((size for size in _FAST_GROUPS if weight.block % size == 0), None)
-            if size is None:
-                self.slow[name] = f"2-bit groups of {weight.block}"
-            else:
-                weight = weight.in_blocks(size)
+        # Runtimes have integer kernels for 8 bits alone: a cast on loading, the file stays small.
+        between_bytes = name in self.byte_inputs and before.op_type in MATRIX and not weight.block
+        widened = bits < 8 and (between_bytes or before.op_type in CONV)
+        if before.op_type in MATRIX and not widened:
+            weight, bits, missing = for_float_kernels(weight, bits, q.shape[0 if flipped else 1], q.shape[-1])
+            if missing is not None:
+                self.slow[name] = missing
         kind = self._type(bits, weight.signed, source)
         scale, zero_point = weight.scale, weight.zero_point
         assert scale is not None
@@ -174,8 +169,7 @@ class Graph:
             scale = scale.transpose(0, 1)
             zero_point = None if zero_point is None else zero_point.transpose(0, 1)
         codes = self.weight_codes(f"{name}.weight_codes", q.contiguous().numpy(), kind)
-        if before.op_type in CONV and bits < 8:
-            # Runtimes have integer kernels of convolutions for 8 bits: a cast on loading, the file stays small.
+        if widened:
             kind = TensorProto.INT8 if weight.signed else TensorProto.UINT8
             codes = self.node(before, "Cast", [codes], f"{name}.weight_int8", to=kind)
         inputs = [codes, self.initializer(f"{name}.weight_scale", scale.contiguous().numpy(), TensorProto.FLOAT)]

@@ -129,7 +129,7 @@ def export_onnx(
     )
     if stepwise:
         _warn_of_fixed_dims(made, inputs, free, (path, ", ".join(sorted(stepwise))))
-    graph = Graph(made, form)
+    graph = Graph(made, form, {name for name, quantizer in activations.items() if _reads_bytes(quantizer)})
     operations = [(name, operation) for name, operation in quantized_operations(model) if name not in silent]
     # Before the graph changes. What the float model does is what the exporter has seen.
     outside = any(operation.operation.place[0] not in stepwise for _, operation in operations)
@@ -366,6 +366,12 @@ def _oriented(
     if held.shape == probe.transpose(0, 1).shape and torch.equal(held, probe.transpose(0, 1)):
         return content, True
     raise ExportError(f"{name}: a transposed convolution with groups holds its channels along no single axis of ONNX")
+
+
+def _reads_bytes(quantizer: ActivationQuantizer) -> bool:
+    """Returns True for an input that is at most 8-bit integers with one scale in the file."""
+    spec = quantizer.spec
+    return spec.is_uniform and spec.bit_width <= 8 and isinstance(spec.granularity, PerTensor)
 
 
 def _activation(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, Any, int | None]:
