@@ -19,6 +19,7 @@ Groups run along the input channels, for each kernel position apart, as vectors 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -129,6 +130,22 @@ def to_rows(x: Tensor, scale: tuple[int, ...]) -> Tensor:
     for d in kept:
         count *= x.shape[d]
     return x.permute(*kept, *reduced).reshape(count, -1)
+
+
+def from_rows(rows: Tensor, shape: Sequence[int], scale: tuple[int, ...]) -> Tensor:
+    """Returns the elements of `to_rows(x, scale)` in their places.
+
+    Args:
+        rows: `[rows, n]`.
+        shape: of `x`.
+        scale: shape of the scale tensor.
+
+    >>> from_rows(to_rows(torch.arange(6).reshape(2, 3), (1, 3)), (2, 3), (1, 3))
+    tensor([[0, 1, 2],
+            [3, 4, 5]])
+    """
+    order = [d for d, size in enumerate(scale) if size > 1] + reduced_dims(scale)
+    return rows.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
 
 def reduced_dims(scale: tuple[int, ...]) -> list[int]:

@@ -41,6 +41,14 @@ def _sign_faults(spec: Any) -> list[str]:
     return faults
 
 
+def _kmeans_faults(spec: Any) -> list[str]:
+    group = spec.granularity
+    if not (isinstance(group, PerGroup) and group.ragged):
+        return []
+    # Zeros that fill the last group would count as its members.
+    return [f"{spec.format} has a codebook for each whole group, got {group}: choose a size that divides the inputs"]
+
+
 def _float_range_faults(spec: Any) -> list[str]:
     if spec.range_name not in _INTEGER_RANGES:
         return []
@@ -136,7 +144,7 @@ declare_format(
         "gradient of a centroid",
         tuple(range(1, 9)),
         codebook=True,
-        groups=False,
+        check=_kmeans_faults,
         slots=("weight",),
         options=(CODEBOOK_METHODS, ("mean", "sum"), ("fixed", "reassign")),
         learned=True,

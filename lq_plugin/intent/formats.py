@@ -69,7 +69,6 @@ class Format:
         code_bits: bits stored for each element, where they are not those of its levels: 0 where the elements of a
             scale are stored together, and `scale_bits` counts them.
         codebook: a table of float numbers, one for each level, is stored in the place of each scale.
-        groups: group-wise granularity is possible.
         blocks: a scale for each square of a weight is possible (`block128`).
         dynamic: ranges of activations may be found at run time (`dynamic`).
         tensor_bits: bits stored once a tensor.
@@ -97,7 +96,6 @@ class Format:
     scale_bits: int | None = 0
     code_bits: int | None = None
     codebook: bool = False
-    groups: bool = True
     blocks: bool = False
     dynamic: bool = False
     tensor_bits: int = 0

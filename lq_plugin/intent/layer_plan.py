@@ -170,9 +170,9 @@ def _may_be_channel_axis(axis: int | None, channels: int | None) -> bool:
 def _weight_faults(layer: LayerInfo, spec: QuantSpec) -> list[str]:
     faults = []
     if isinstance(group := spec.granularity, PerGroup) and layer.reduction % group.group_size and not group.ragged:
+        way_out = "" if spec.kind.codebook else f"; '{group} ragged' allows a shorter last group"
         faults.append(
-            f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels; "
-            f"'{group} ragged' allows a shorter last group"
+            f"{layer.name}: group size {group.group_size} does not divide its {layer.reduction} input channels{way_out}"
         )
     if "weight" not in range_kind(spec.range_name).slots:
         faults.append(

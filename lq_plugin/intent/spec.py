@@ -158,9 +158,7 @@ class QuantSpec:
         faults += [f"{self.format} has no choice of {name}, got {getattr(self, name)}" for name in wrong]
         group = self.granularity
         if isinstance(group, PerGroup) and "granularity" in kind.choices:
-            if not kind.groups:
-                faults.append(f"{self.format} is per_tensor or per_channel, got {group}")
-            elif group.scale_bits is not None and self.dynamic:
+            if group.scale_bits is not None and self.dynamic:
                 faults.append(f"range 'dynamic' has float scales, got integer ones: {group}")
             elif group.scale_bits is not None and not self.has_free_scales:
                 faults.append(f"{self.format} has scales of its own, got integer ones: {group}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
-from lq_plugin.functional.grouping import blocks, to_rows
+from lq_plugin.functional.grouping import blocks, from_rows, to_rows, unblocks
 from lq_plugin.intent.builtin_formats import CODEBOOK_METHODS
 from lq_plugin.intent.formats import FORMATS
 from lq_plugin.intent.spec import QuantSpec
@@ -52,7 +52,8 @@ class CodebookWeightQuantizer(WeightQuantizer):
         return Levels(*(value.reshape(self.scale_shape) for value in (table[:, 0], table[:, -1], step)))
 
     def quantize_values(self, x: Tensor) -> Tensor:
-        rows = to_rows(blocks(x, self.spec.granularity), self.scale_shape)
+        w = blocks(x, self.spec.granularity)
+        rows = to_rows(w, self.scale_shape)
         if self.reassign:
             values = fake_quantize_codebook(rows, self.centroids, self.indices, self.gradient)
         else:
@@ -60,8 +61,7 @@ class CodebookWeightQuantizer(WeightQuantizer):
             if torch.is_grad_enabled():
                 # The weight takes part with factor 0: DDP refuses parameters without a gradient.
                 values = values + 0.0 * rows
-        # The inverse of `to_rows`: channels are dim 0, the only dim along which a codebook may be kept.
-        return values.reshape(self.shape)
+        return unblocks(from_rows(values, w.shape, self.scale_shape), self.shape, self.spec.granularity)
 
     def calibrate(self, weight: Tensor) -> None:
         super().calibrate(weight)  # checks for NaN and Inf
@@ -85,7 +85,10 @@ class CodebookWeightQuantizer(WeightQuantizer):
 
 
 def _statistics(quantizer: CodebookWeightQuantizer, w: Tensor) -> Statistics:
-    return quantizer.indices.view(w.shape), quantizer.centroids.detach()
+    tables, scale = quantizer.centroids.detach(), quantizer.scale_shape
+    if max(scale[1:], default=1) > 1:
+        tables = tables.view(*scale, -1)
+    return from_rows(quantizer.indices, w.shape, scale), tables
 
 
 def _encode(quantizer: CodebookWeightQuantizer, w: Tensor, indices: Tensor, centroids: Tensor) -> Parts:
@@ -93,8 +96,10 @@ def _encode(quantizer: CodebookWeightQuantizer, w: Tensor, indices: Tensor, cent
 
 
 def _decode(spec: QuantSpec, parts: Values) -> Tensor:
-    centroids, codes = parts["centroids"], parts["codes"]
-    return centroids.gather(1, codes.reshape(len(centroids), -1).long()).reshape(codes.shape)
+    tables, codes = parts["centroids"], parts["codes"]
+    scale = tuple(tables.shape[:-1]) if tables.ndim > 2 else (len(tables), *[1 for _ in codes.shape[1:]])
+    values = tables.flatten(0, -2).gather(1, to_rows(codes, scale).long())
+    return from_rows(values, codes.shape, scale)
 
 
 def _container(spec: QuantSpec, values: Values) -> Container:

@@ -46,6 +46,8 @@ def test_every_weight_format_is_covered():
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_loaded_model_is_bit_equal(spec, kind, tmp_path):
+    if kind == "depthwise" and "group4" in spec:
+        pytest.skip("its filters have one input channel, and codebooks are of whole groups")
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     x = torch.randn(shape)

@@ -61,6 +61,8 @@ WEIGHTS = [
     "kmeans2",
     "kmeans3:linear:mean",
     "kmeans2:quantile:sum:reassign per_channel",
+    "kmeans1 group4",
+    "kmeans1:linear:reassign group4",
 ]
 INPUTS = [
     "uint8 affine mse stochastic",
@@ -108,8 +110,10 @@ def test_every_format_is_covered():
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("spec", WEIGHTS)
 def test_weights(spec, kind):
-    if kind == "depthwise" and ("group8" in spec or "fp8 group" in spec or spec == "tq1_0"):
-        pytest.skip("its filters have one input channel: a float scale, or a block of 52 bytes, for each weight")
+    if kind == "depthwise" and ("group8" in spec or "group4" in spec or "fp8 group" in spec or spec == "tq1_0"):
+        pytest.skip(
+            "its filters have one input channel: a float scale or table, or a block of 52 bytes, for each weight"
+        )
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     layer, x = make(), torch.randn(shape)
