@@ -190,7 +190,8 @@ def in_order(hessian: Tensor, dampening: float, act_order: bool) -> OrderedHessi
     if act_order:
         order = damped.argsort(dim=-1, descending=True, stable=True)
     last_first = order.flip(-1)
-    reversed_ = torch.empty_like(hessian, dtype=torch.float64)
+    # Not `empty_like`: the kernels read the rows of the factor, however those of the Hessian lie in memory.
+    reversed_ = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
     for part in column_parts(columns):
         some = _in_order(hessian, last_first[:, part])
         reversed_[:, part] = some.gather(-1, last_first.unsqueeze(-2).expand_as(some))

@@ -96,6 +96,24 @@ def test_kernels_give_what_torch_gives(kind, block, monkeypatch):
                 assert torch.equal(gptq_quantize(weight, hessian, *levels, grid, block_columns=block), want)
 
 
+def test_how_the_hessian_lies_in_memory_does_not_matter():
+    """Transposed, or with the problems as its last dimension in memory."""
+    (weight, x), (other_weight, other_x) = problem(), problem(seed=1)
+    hessians = torch.stack([2.0 * x.T @ x, 2.0 * other_x.T @ other_x])
+    levels, other_levels = qparams(weight, GRID), qparams(other_weight, GRID)
+    want = torch.stack(
+        [
+            gptq_quantize(weight, hessians[0], *levels, GRID),
+            gptq_quantize(other_weight, hessians[1], *other_levels, GRID),
+        ]
+    )
+    weights = torch.stack([weight, other_weight])
+    both = [torch.stack(pair) for pair in zip(levels, other_levels, strict=True)]
+    for strided in (hessians.mT, hessians.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        assert torch.equal(gptq_quantize(weights, strided, *both, GRID), want)
+    assert torch.equal(gptq_quantize(weight, hessians[0].T, *levels, GRID), want[0])
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dampening", [1e-6, 0.01, 1.0])
 @pytest.mark.parametrize("act_order", [False, True])

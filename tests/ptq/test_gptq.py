@@ -348,6 +348,22 @@ def test_batches_and_contexts_do_not_matter(context: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = correlated(90, 12)
+    one = prepared(nn.Sequential(nn.Linear(12, 16)), [x])
+    other = copy.deepcopy(one)
+    gptq(one, [x])
+    torch.set_default_dtype(dtype)
+    try:
+        gptq(other, [x])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(one[0].weight, other[0].weight)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dampening", [0.01, 1e-4])
 @pytest.mark.parametrize("precision", ["highest", "medium", "autocast"])
 def test_hessians_are_sums_over_all_batches(dampening: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:

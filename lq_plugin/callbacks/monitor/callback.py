@@ -30,10 +30,10 @@ FLOAT_LOSS_STEPS = 100
 class QuantMonitor(Callback):
     """Logs bits, ranges, SQNR, clipping, coverage and cost, next to a `QAT` or `PTQ` callback.
 
-    Scalars go to every logger, under `quant/` (`quant/effective_bits`, `quant/conv1/weight_sqnr_db`): when
-    training starts, every `every_n_epochs` epochs and `every_n_steps` optimizer steps, and at the end; with
-    `trainer.validate`, `test` and `predict` once, after the loop. Tables, the plan and pictures go to the loggers
-    that take them, at the start and at the end only:
+    Scalars go to every logger, under `quant/` and `quant_layer/` (`quant/effective_bits`,
+    `quant_layer/conv1/weight_sqnr_db`): when training starts, every `every_n_epochs` epochs and `every_n_steps`
+    optimizer steps, and at the end; with `trainer.validate`, `test` and `predict` once, after the loop. Tables, the
+    plan and pictures go to the loggers that take them, at the start and at the end only:
 
     * `WandbLogger`: tables, pictures, the plan in the config, and one artifact with all files and the report page;
     * `TensorBoardLogger`: pictures, the plan and the ledger as text, and a row of HParams with the plan and the scores;

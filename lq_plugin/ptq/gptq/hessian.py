@@ -101,7 +101,8 @@ class InputHessian:
     @functools.cached_property
     def _scratch(self) -> tuple[Tensor, Tensor]:
         size = self.total[:, column_parts(self.total.shape[-1])[0]].numel()
-        return torch.empty(size), torch.empty(size, dtype=torch.float64)
+        single, double = (self.total.new_empty(size, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        return single, double
 
     def mean_over_ranks(self) -> tuple[Tensor, Tensor | None]:
         """Returns H and 2 (X̃ - X) Xᵀ, or None, as means over all processes, `[groups, columns, columns]`."""
