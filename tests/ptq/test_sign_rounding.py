@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lq_plugin import QuantizationError, QuantPlan, Rule, calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
+from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.reconstruct import reconstruct
 
 PAPER = {"method": "signround", "bias_learning_rate": 0.0, "input_learning_rate": 0.0}
@@ -121,3 +122,20 @@ def test_other_levels_and_methods_are_refused_by_name() -> None:
     assert torch.equal(net[0].weight, before)
     with pytest.raises(QuantizationError, match="method is one of adaround, signround, got 'sign'"):
         reconstruct(net, [x], method="sign")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.01),
+        ("scale_learning_rate", 0.01),
+        ("regularization", 0.0),
+        ("beta", [20.0, 4.0]),
+        ("warm_up", 0.0),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(name: str, value: object) -> None:
+    with pytest.raises(QuantizationError, match=f"{name} is an option of adaround, not of signround"):
+        ReconstructOptions(method="signround", **{name: value})
+    assert getattr(ReconstructOptions(**{name: value}), name) == value
+    ReconstructOptions(method="signround", scale_learning_rate=0.0, beta=[20.0, 2.0])

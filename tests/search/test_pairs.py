@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from optuna.storages import InMemoryStorage
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
@@ -180,6 +182,37 @@ def test_a_search_measures_pairs_once_and_goes_on_with_them(model: DigitsCNN, tm
     sampler = result.study.sampler
     assert isinstance(sampler, SurrogateSampler)
     assert len(sampler.problem.features.pairs) == 5
+
+
+def test_a_study_that_began_without_pairs_says_that_it_measures_none(model: DigitsCNN, caplog: Any) -> None:
+    storage = InMemoryStorage()
+    for n_trials, pairs in ((2, 0), (3, 5)):
+        given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "progress": False, "seeds": 1, "pairs": pairs}
+        given |= {"calibration_batches": 1, "sensitivity_batches": 1, "storage": storage}
+        assert "pairs=" not in caplog.text
+        search(model, DigitsDataModule(batch_size=120), n_trials=n_trials, **given)
+    assert "pairs=5: none are measured, the study has its first plans without pairs" in caplog.messages
+
+
+def test_many_pairs_take_little_memory() -> None:
+    """Of the rows of the program three numbers or fewer are not zero."""
+    space = space_of(60)
+    harm = {u.name: {str(c): 4.0**-c.bit_width for c in u.choices} for u in space.units}
+    costs = {u.name: {str(c): float(c.bit_width) for c in u.choices} for u in space.units}
+    plans = [{key: value for u in space.units for key, value in u.params(c).items()} for c in space.units[0].choices]
+    pairs = [
+        Pair(u.name, str(c), v.name, str(d), 0.1 * 2.0 ** -(c.bit_width + d.bit_width))
+        for (u, c), (v, d) in influential_pairs(space, harm, plans, 1500)
+    ]
+    tracemalloc.start()
+    try:
+        params = ilp(space, harm, costs, 60 * 8.0, pairs=pairs)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(pairs) == 1500
+    assert {u.choice(params).bit_width for u in space.units} == {8}
+    assert peak < 5e6, "1,561 rows of 1,680 float64 take 21 MB"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lq_plugin.errors import QuantizationError, raise_all
 from lq_plugin.ptq.layerwise.activation_cache import DEFAULT_CACHE_BYTES
 
 METHODS = ("adaround", "signround")
+#: Options that mean nothing to SignRound.
+_ADAROUND = ("learning_rate", "scale_learning_rate", "regularization", "beta", "warm_up")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class ReconstructOptions:
         iterations: optimizer steps of each unit.
         batch_size: samples of a step.
         learning_rate: of AdaRound's V, by Adam. The paper's 1e-3 takes thousands of steps.
-        scale_learning_rate: of the factors on weight scales; 0 keeps the calibrated ones, with SignRound also.
+        scale_learning_rate: of the factors on weight scales; 0 keeps the calibrated ones, with SignRound also, for
+            which it has no other meaning.
         input_learning_rate: of the factors on input scales; 0 keeps the calibrated ones.
         bias_learning_rate: of biases (in the layer, or in the batch norm after it), in standard deviations of the
             channel; 0: fixed.
@@ -77,6 +80,15 @@ class ReconstructOptions:
         ]
         if self.method not in METHODS:
             faults.append(f"method is one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method == "signround":
+            faults += [f"{name} is an option of adaround, not of signround" for name in self._of_adaround()]
         if not isinstance(self.folder, str | None):
             faults.append(f"folder is a path, got {self.folder!r}")
         raise_all(QuantizationError, "impossible ReconstructOptions", faults)
+
+    def _of_adaround(self) -> list[str]:
+        """Returns the options of AdaRound that are not as by default; scales may be kept with SignRound also."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _ADAROUND}
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        changed = [field.name for field in fields(self) if plain.get(field.name, field.default) != field.default]
+        return [name for name in changed if (name, given[name]) != ("scale_learning_rate", 0)]

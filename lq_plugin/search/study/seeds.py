@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search.evaluation.costs import ACTIVATION_MEMORY
@@ -125,21 +126,22 @@ def ilp(
     if smallest > budget * (1 + 1e-9):
         raise QuantizationError(f"no plan costs at most {budget:g}: the smallest costs {smallest:.6g}")
     # After the choices come the products of the pairs.
-    one = np.array([[float(name == unit.name) for name, *_ in options] for unit in space.units])
-    slack = 1e-9 * max(abs(budget), 1.0)
-    rows = np.vstack([one, price])
-    lower = [*[1.0] * len(one), -np.inf]
-    upper = [*[1.0] * len(one), budget - base + slack]
+    columns = len(options) + len(pairs)
+    units = {unit.name: row for row, unit in enumerate(space.units)}
     places = {(name, str(choice)): i for i, (name, choice, _) in enumerate(options)}
-    rows = np.hstack([rows, np.zeros((len(rows), len(pairs)))])
+    entries = [(units[name], i, 1.0) for i, (name, *_) in enumerate(options)]
+    lower, upper = [1.0] * len(units), [1.0] * len(units)
+    entries += [(len(lower), i, float(each)) for i, each in enumerate(price)]
+    lower.append(-np.inf)
+    upper.append(budget - base + 1e-9 * max(abs(budget), 1.0))
     for k, pair in enumerate(pairs, len(options)):
         i, j = places[pair.unit, pair.choice], places[pair.other, pair.other_choice]
         for limited in ((i, j),) if pair.cross > 0 else ((i,), (j,)):
-            row = np.zeros((1, rows.shape[1]))
-            row[0, [*limited, k]] = [*[1.0] * len(limited), -1.0]
-            rows = np.vstack([rows, row])
+            entries += [*((len(lower), each, 1.0) for each in limited), (len(lower), k, -1.0)]
             lower.append(-np.inf if pair.cross > 0 else 0.0)
             upper.append(1.0 if pair.cross > 0 else np.inf)
+    row, column, factor = zip(*entries, strict=True)
+    rows = csr_array((factor, (row, column)), shape=(len(lower), columns))
     harm = np.concatenate([harm, [pair.cross for pair in pairs]])
     whole = [*[1] * len(options), *[0] * len(pairs)]
     # Scaled, since the solver's tolerances are absolute.

@@ -167,6 +167,10 @@ class StudyWorker:
         config = self.config
         with locked(self.storage):
             if self.study.user_attrs.get(SEEDED):
+                if config.pairs and PAIRS not in self.study.user_attrs:
+                    log.warning(
+                        "pairs=%d: none are measured, the study has its first plans without pairs", config.pairs
+                    )
                 return
             widths = self.space.bit_widths if config.uniform else []
             plans = [Seed(self.space.uniform(bits), f"uniform {bits} bits") for bits in widths]
