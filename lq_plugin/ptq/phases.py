@@ -182,6 +182,9 @@ def _reconstruct(context: PhaseContext) -> Reconstruction:
     with context.passes():
         result = reconstruct(context.model, context.batches, context.run, by, chosen, on_step=on_step)
     _warn_of_nearest(context, result.skipped)
+    alone = sum(len(layers) == 1 for layers in result.layers.values())
+    if by != "layer":
+        context.say(f"reconstruct by {by}: {len(result.layers) - alone} units of several layers, {alone} of one layer")
     for unit, learned in result.units.items():
         context.say(
             f"reconstructed {unit}: error {learned.before:.3g} -> {learned.after:.3g} of the variation, "

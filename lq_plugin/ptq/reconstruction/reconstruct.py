@@ -54,10 +54,12 @@ class Reconstruction:
     Args:
         units: the result of each unit, by its name.
         skipped: layers that kept nearest rounding, and why.
+        layers: those of each unit, by the unit's name.
     """
 
     units: dict[str, UnitResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def reconstruct(
@@ -110,7 +112,7 @@ class _Reconstructor:
 
     def reconstruct(self) -> Reconstruction:
         units = self.walk.units
-        result = Reconstruction(skipped=dict(self.walk.skipped))
+        result = Reconstruction(skipped=dict(self.walk.skipped), layers={str(unit): unit.layers for unit in units})
         store = self._store(units) if self.options.folder is not None else None
         calls = self._count_calls({unit.name for unit in units})
         replays = [self.walk.replay(kind) for kind in ("float", "quantized")]

@@ -2,7 +2,10 @@
 
 The weights of an LSTM or of an attention have no output of their own and are learned together. Blocks are found by what
 a recorded pass shows: the innermost modules that add two activations of their own (residual connections: ResNet blocks,
-transformer layers) and hold at least two quantized layers. Layers outside of blocks stay units by themselves.
+transformer layers) and hold at least two quantized layers. Where the sum is in a module of its own, or in one with the
+last layer before it (BERT), a block is what holds the sum and the layers around which the connection leads, and all
+such connections that follow each other in one module: attention and feed-forward. Layers outside of blocks stay units
+by themselves.
 
 Reference: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021
 (arXiv 2102.05426), section 3.2, where the residual or transformer block is the best unit.
@@ -10,7 +13,9 @@ Reference: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -112,9 +117,55 @@ def owner_name(model: nn.Module, layer: nn.Module) -> str | None:
 
 
 def _residual_blocks(recording: Recording, layers: list[str]) -> list[str]:
-    owners = {call.name.rpartition(".")[0] for call in recording.functional_calls if call.op in ("add", "iadd")}
-    owners = {owner for owner in owners if owner and sum(_within(name, owner) for name in layers) > 1}
-    return sorted(owner for owner in owners if not any(other != owner and _within(other, owner) for other in owners))
+    """Returns the innermost modules that add, and those around sums whose own module has one layer or none."""
+    adding: set[str] = set()
+    #: Layers that each sum's connection leads around, by the module that holds them and the sum.
+    around: dict[str, list[frozenset[str]]] = {}
+    for owner, between in _sums(recording, layers):
+        if sum(_within(name, owner) for name in layers) > 1:
+            adding.add(owner)
+        elif between:
+            while owner and not all(_within(name, owner) for name in between):
+                owner = owner.rpartition(".")[0]
+            around.setdefault(owner, []).append(between)
+    found = {owner for owner in adding if owner and not any(_is_inside(other, owner) for other in adding)}
+    whole = set()
+    for root, own in around.items():
+        inner = [names for other in around if _is_inside(other, root) for names in around[other]]
+        held = frozenset(name for name in layers if _within(name, root))
+        if (
+            root
+            and len(held) > 1
+            # A module with more than its connections is more than a block, as is one with a connection around others.
+            and held == frozenset().union(*own, *inner)
+            and not any(names < around_it for names in inner for around_it in own)
+            and not any(_within(other, root) or _within(root, other) for other in found)
+        ):
+            whole.add(root)
+    return sorted(found | {root for root in whole if not any(_is_inside(root, other) for other in whole)})
+
+
+def _sums(recording: Recording, layers: list[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Yields the module of each sum of activations, and the layers on the ways to it from the last call before both.
+
+    There are none where nothing is before both. What has no layer on these ways (rotary embeddings) is left out.
+    """
+    # Calls before each call, as bits.
+    before: list[int] = []
+    for call in recording.calls:
+        known = [source.producer for source in call.inputs if source.producer is not None]
+        before.append(functools.reduce(operator.or_, (before[producer] | 1 << producer for producer in known), 0))
+    places = [(name, call.position) for name in layers for call in recording.calls_of(name)]
+    for call in recording.functional_calls:
+        if call.op not in ("add", "iadd"):
+            continue
+        operands = [0 if s.producer is None else before[s.producer] | 1 << s.producer for s in call.inputs]
+        fork = functools.reduce(operator.and_, operands).bit_length() - 1
+        between = frozenset(
+            name for name, at in places if fork >= 0 and before[call.position] >> at & 1 and before[at] >> fork & 1
+        )
+        if between or fork < 0:
+            yield call.name.rpartition(".")[0], between
 
 
 def _matching(model: nn.Module, layers: list[str], patterns: Sequence[str]) -> list[str]:
@@ -149,4 +200,8 @@ def _tail(model: nn.Module, recording: Recording, name: str) -> tuple[Call, ...]
 
 
 def _within(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+    return name == outer or _is_inside(name, outer)
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")
