@@ -86,7 +86,7 @@ def prepare(
     if not layers and for_layers is not None:
         found = [(name, survey.kinds[name], reason) for name, reason in survey.reasons.items()]
         raise _nothing_to_quantize(model, found, ", the plan matches no layer")
-    layer_plans = _resolved(for_layers, survey, layers) if for_layers else dict.fromkeys(survey.candidates, LayerPlan())
+    layer_plans = resolve_layers(for_layers, survey, layers)
     layer_plans = {name: without_newer(survey.candidates[name], layer_plan) for name, layer_plan in layer_plans.items()}
     inside = inner_operations(model)
     known = operations_of(recording) | inside if isinstance(recording, Recording) else recording
@@ -184,7 +184,19 @@ def _names_taken(layer: nn.Module) -> list[str]:
     )
 
 
-def _resolved(plan: QuantPlan, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
+def resolve_layers(plan: QuantPlan | None, survey: Survey, layers: Sequence[LayerInfo]) -> dict[str, LayerPlan]:
+    """Returns the plan of each of a model's layers.
+
+    Args:
+        plan: with the rules about layers; None where there are none.
+        survey: of the model.
+        layers: of the survey.
+
+    Raises:
+        PlanError: see `QuantPlan.resolve`, with the reasons of modules that cannot hold quantizers.
+    """
+    if plan is None:
+        return dict.fromkeys(survey.candidates, LayerPlan())
     try:
         return plan.resolve(layers, survey.others())
     except PlanError as error:

@@ -20,7 +20,7 @@ from lq_plugin.model.ledger import Ledger
 from lq_plugin.model.measure.cost import Cost, plan_cost
 from lq_plugin.model.operations.quantized import inner_operations, operations_of
 from lq_plugin.model.operations.rules import resolve_operations, split
-from lq_plugin.model.prepare import ledger_of
+from lq_plugin.model.prepare import ledger_of, resolve_layers
 from lq_plugin.model.survey import Survey
 from lq_plugin.report.data import ScheduledChange
 from lq_plugin.report.model import moments
@@ -169,11 +169,7 @@ def explain(
     survey = Survey.of(model, quantizing(chosen))
     recording = None if run is None else record(model, run)
     for_layers, operation_rules = split(chosen, survey.infos(), survey.aside)
-    layers = (
-        for_layers.resolve(survey.infos(), survey.others())
-        if for_layers
-        else dict.fromkeys(survey.candidates, LayerPlan())
-    )
+    layers = resolve_layers(for_layers, survey, survey.infos())
     known = inner_operations(model) | ({} if recording is None else operations_of(recording))
     resolved = resolve_operations(operation_rules, known, chosen, recording is not None)
     operations = {name: operation_plan for name, (_, operation_plan) in resolved.items()}

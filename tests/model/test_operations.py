@@ -17,6 +17,7 @@ from lq_plugin.demo.resnet import CifarResNet
 from lq_plugin.model import quantized_operations, quantizers, record
 from lq_plugin.model.calibrate import float_forward
 from lq_plugin.model.operations.rules import names_operation
+from lq_plugin.report.explain import explain
 
 INT8 = "int8 minmax"
 
@@ -236,6 +237,19 @@ def test_what_names_an_operation():
     assert not any(
         map(names_operation, ["*", "layer1.*", "add", "type:Linear", "padding_0", "my_add_0", "re:.*conv.*"])
     )
+
+
+@pytest.mark.parametrize("look", [prepare, explain])
+@pytest.mark.parametrize(("got", "near"), [("key", "keys"), ("prod", "product"), ("hardswis", "hardswish")])
+def test_a_mistyped_operation_is_named_with_what_is_near(look, got, near):
+    plan = {"rules": [{"match": "*", "weight": "int8"}, {"match": f"type:{got}", "input": "int8"}]}
+    net = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(PlanError, match=f"'type:{got}' matches no layer") as caught:
+        look(net, plan) if look is prepare else look(plan, net)
+    assert f"type:{got}: operations have types also. Did you mean '{near}'" in str(caught.value)
+    with pytest.raises(PlanError, match="Did you mean 'Linear'") as caught:
+        prepare(net, {"rules": [{"match": "type:Liner", "weight": "int8"}]})
+    assert "operations" not in str(caught.value)
 
 
 def test_disabled_removed_copied_and_pickled():

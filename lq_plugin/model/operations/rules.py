@@ -69,7 +69,7 @@ def split(
 
 
 def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dict[str, str]:
-    """Modules that cannot hold quantizers although a rule matches them alone, and why.
+    """Modules that cannot hold quantizers although a rule matches them alone, and why; types near those of operations.
 
     Args:
         plan: with all rules.
@@ -78,7 +78,10 @@ def blocked(plan: QuantPlan, layers: Sequence[LayerInfo], survey: Survey) -> dic
     """
     # Nobody reads the reasons of more.
     idle = [rule for rule in plan.rules[:1000] if not _matches_any(rule, layers)]
-    return {
+    types = {kind for layer in layers for kind in layer.types}
+    wrong = [rule.match for rule in idle if rule.match.startswith("type:") and not did_you_mean(rule.match[5:], types)]
+    near = {match: did_you_mean(match[5:], _WORDS | {PRODUCT}) for match in wrong}
+    return {match: f"operations have types also.{hint}" for match, hint in near.items() if hint} | {
         name: reason
         for name, reason in survey.reasons.items()
         if any(matches(r.match, name, [survey.kinds[name]]) for r in idle)
