@@ -18,6 +18,7 @@ from torch import nn
 
 from lq_plugin.layers import CONTAINER, OwnWeights, QuantizedLayer, weight_key
 from lq_plugin.model.prepare import quantized_layers
+from lq_plugin.model.survey import float_class
 
 #: Where an evaluation begins.
 _ENTRIES = ("forward", "validation_step", "test_step", "predict_step")
@@ -74,7 +75,7 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
         if (
             isinstance(module, QuantizedLayer)
             or f".{CONTAINER}." in f".{name}."
-            or f"{_kind(module).__module__}.".startswith(_LIBRARIES)
+            or f"{float_class(module).__module__}.".startswith(_LIBRARIES)
         ):
             continue
         below = {id(inner) for inner in module.modules()}
@@ -87,18 +88,13 @@ def weights_read_past_layers(model: nn.Module) -> dict[str, str]:
                     if kept == attribute and (
                         holder == id(owner) if path is not None else holder in below and holder != id(module)
                     ):
-                        found.setdefault(key, f"{_kind(module).__name__}.{function.__name__}")
+                        found.setdefault(key, f"{float_class(module).__name__}.{function.__name__}")
     return noted | found
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that the user gave a module."""
-    return getattr(type(module), "float_class", type(module))
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
     """Functions of the model's own that an evaluation of a module may come to."""
-    kind = _kind(module)
+    kind = float_class(module)
     entries = [module.__dict__.get(name, getattr(kind, name, None)) for name in _ENTRIES]
     waiting = [entry for entry in entries if entry is not None]
     seen: set[int] = set()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from lq_plugin import calibrate, prepare
 from lq_plugin.export import load_packed, save_packed
@@ -129,3 +130,17 @@ def test_reads_next_to_a_parameter_of_the_module_are_found():
     model = WithAWeightOfItsOwn()
     prepare(model, "w4")
     assert weights_read_past_layers(model) == {"encoder.weight": "WithAWeightOfItsOwn.forward"}
+
+
+class Magnitude(nn.Module):
+    def forward(self, x):
+        return x.abs()
+
+
+def test_reads_of_a_module_with_a_parametrization_are_found():
+    """Its class is one of torch's by its name, and the user's before it."""
+    model = Tied()
+    model.gain = nn.Parameter(torch.ones(1))
+    register_parametrization(model, "gain", Magnitude())
+    prepare(model, "w4")
+    assert weights_read_past_layers(model) == {"encoder.weight": "Tied.forward"}
