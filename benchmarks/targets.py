@@ -29,6 +29,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.targets_models import CASES, Case, Data, build, float_runner
 from lq_plugin.errors import ExportError, MissingPackageError
-from lq_plugin.export import certify, export_model
+from lq_plugin.export import certify, executorch_file, export_model
 from lq_plugin.export.planned import plan_for, refuse_for_target
 from lq_plugin.export.target import TARGETS, Target
 from lq_plugin.ptq import run_phases
@@ -170,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if find_spec("executorch") is not None:
+            executorch_file.use_threads(1)
         for case in CASES:
             if options.models is not None and case.model not in options.models:
                 continue

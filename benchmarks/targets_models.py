@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from benchmarks import deploy_models
 from lq_plugin import QuantPlan, Rule
 from lq_plugin.demo.cifar10 import load_images, normalize
 from lq_plugin.demo.resnet import load_resnet
+from lq_plugin.export import executorch_file, litert_file
 
 #: Of activations; integer runtimes round what layers read, what sums read, and the result.
 ACTIVATION = "uint8 affine mse"
@@ -171,33 +170,12 @@ def float_runner(target: str, runtime: str | None, model: nn.Module, x: Tensor) 
             openvino = "openvino" in (target, runtime)
             session: Any = OpenVINOSession(path, threads=1) if openvino else onnx_session(path, threads=1)
         return lambda value: session.run(None, {"x": value.numpy()})
-    if target == "executorch":
-        return _executorch(model, x)
-    return _litert(model, x) if target == "litert" else None
-
-
-def _executorch(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
-
-    program = torch.export.export(deploy_models.folded(model, x), (x,))
-    content = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
-    loaded = Runtime.get().load_program(content)
-    method = loaded.load_method("forward")
-    # The program goes with its last reference.
-    return lambda value, _kept=loaded: method.execute([value])  # type: ignore[misc]
-
-
-def _litert(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
-    import litert_torch
-    from ai_edge_litert.interpreter import Interpreter
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path = Path(folder) / "float.tflite"
-        litert_torch.convert(deploy_models.folded(model, x), (x,)).export(str(path))
-        interpreter = Interpreter(model_content=path.read_bytes(), num_threads=1)
-    interpreter.allocate_tensors()
-    runner = interpreter.get_signature_runner()
-    (name,) = runner.get_input_details()
-    return lambda value: runner(**{name: value.numpy()})
+    if target not in ("executorch", "litert"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float"
+        if target == "executorch":
+            executorch_file.float_executorch(deploy_models.folded(model, x), (x,), path)
+            return executorch_file.open_executorch(path, threads=1).run
+        litert_file.float_litert(deploy_models.folded(model, x), (x,), path)
+        return litert_file.open_litert(path, threads=1).run

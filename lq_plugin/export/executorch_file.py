@@ -7,9 +7,11 @@ dequantize and a quantize node, also in the delegate.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from lq_plugin.export.integer_program.form import IntegerForm
 from lq_plugin.export.integer_program.pieces import example, in_pieces
 from lq_plugin.export.quiet import quiet
 from lq_plugin.export.target import Reader
+from lq_plugin.model.copies import copy_model
 from lq_plugin.utilities.files import replacing
 
 #: Operations of which `executorch.backends.xnnpack` 1.5.1 has integer kernels (its `partition.config`).
@@ -31,6 +34,9 @@ XNNPACK = IntegerForm(
     }),
     fused=frozenset({"aten.relu.default", "aten.hardtanh.default"}),
 )  # fmt: skip
+
+#: Programs of this process that may still run.
+_OPEN: WeakSet[Any] = WeakSet()
 
 
 def export_executorch(
@@ -59,6 +65,24 @@ def export_executorch(
     return len(content)
 
 
+def float_executorch(model: nn.Module, inputs: Sequence[Any], path: str | Path) -> int:
+    """Writes a float model as an ExecuTorch program for XNNPACK, as its users would: to compare a quantized one with.
+
+    Args:
+        model: float; it is not changed.
+        inputs: positional arguments of its forward; the program takes tensors of these shapes.
+        path: of the file.
+
+    Returns:
+        The size of the file, in bytes.
+    """
+    with quiet("torch", "executorch"), torch.no_grad():
+        content = lowered(torch.export.export(copy_model(model).eval(), tuple(inputs))).to_executorch().buffer
+    with replacing(path, ExportError) as stream:
+        stream.write(content)
+    return len(content)
+
+
 def lowered(program: Any) -> Any:
     """Returns an integer program as ExecuTorch's edge program, its operations delegated to XNNPACK.
 
@@ -81,20 +105,51 @@ def lowered(program: Any) -> Any:
     return edge
 
 
-def open_executorch(path: Path) -> Reader:
-    """Returns a reader of a program that runs it in ExecuTorch's runtime, one thread or as many as it likes.
+def use_threads(count: int) -> None:
+    """Lets all programs of this process run on so many threads, those that are opened from now on.
+
+    Args:
+        count: of threads, at least 1.
 
     Raises:
-        ExportError: it is no program.
+        ExportError: programs are open that were made for another number; they would crash.
+    """
+    from executorch.extension.pybindings import portable_lib
+
+    # It warns that both functions may change; there is no other way.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if (now := portable_lib._threadpool_get_thread_count()) == count:
+            return
+        if _OPEN:
+            raise ExportError(
+                f"ExecuTorch has one number of threads for a process: {len(_OPEN)} open programs run on {now}, and "
+                f"{count} were asked for. Choose the number before a program is opened"
+            )
+        portable_lib._unsafe_reset_threadpool(count)
+
+
+def open_executorch(path: Path, threads: int | None = None) -> Reader:
+    """Returns a reader of a program that runs it in ExecuTorch's runtime.
+
+    Args:
+        path: of the file.
+        threads: see `use_threads`; None: as many as before, at first ExecuTorch's choice.
+
+    Raises:
+        ExportError: it is no program, or `use_threads` refuses.
     """
     from executorch.runtime import Runtime, Verification
 
+    if threads is not None:
+        use_threads(threads)
     try:
         program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
     except RuntimeError as error:
         raise ExportError(f"{path} is no ExecuTorch program: {error}") from error
     method = program.load_method("forward")
     assert method is not None
+    _OPEN.add(method)
     count = method.metadata.num_inputs()
     sizes = method.metadata.input_tensor_meta(0).sizes() if count else ()
 

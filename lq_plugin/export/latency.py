@@ -22,15 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError, raise_all
-from lq_plugin.export.onnx_file.float_model import float_copy, float_graph
-from lq_plugin.export.onnx_file.write import export_onnx
+from lq_plugin.export.onnx_file.float_model import float_copy
 from lq_plugin.export.options import LatencyOptions
-from lq_plugin.export.targets.onnx import RUNTIMES
+from lq_plugin.export.target import timed_runtimes
+from lq_plugin.export.timing import Timing
 from lq_plugin.intent.plan import LayerPlan, QuantPlan, Rule
 from lq_plugin.intent.spec import PerChannel, PerGroup, QuantSpec
 from lq_plugin.model.calibrate import calibrate
@@ -73,15 +72,21 @@ class LatencyTable:
             row = self.layers.get(name)
             if row is None or not plan:
                 continue
-            if (key := pair(plan)) not in row:
-                raise ExportError(f"the latency of {name} was not measured for '{key}'; measured: {', '.join(row)}")
+            # Tables of earlier versions have the bits of the plan.
+            keys = [pair(plan, _timing(self.options).smallest), pair(plan)]
+            if (key := next((key for key in keys if key in row), None)) is None:
+                raise ExportError(f"the latency of {name} was not measured for '{keys[0]}'; measured: {', '.join(row)}")
             total += row[key] - row[_FLOAT]
         # Layers alone are slower than inside a model, where a runtime fuses them.
         return max(total, 0.0) / self.options.batch
 
 
-def pair(plan: LayerPlan) -> str:
+def pair(plan: LayerPlan, smallest: int = 2) -> str:
     """Returns the part of a layer's specs that decides its speed: the containers of weight and input.
+
+    Args:
+        plan: of the layer.
+        smallest: bits of the smallest integers that a file has.
 
     >>> pair(LayerPlan(weight=QuantSpec.parse("int3 per_channel mse"), input=QuantSpec.parse("uint8 affine")))
     'int4 per_channel / 8 bit'
@@ -90,15 +95,15 @@ def pair(plan: LayerPlan) -> str:
     """
     if not plan:
         return _FLOAT
-    return f"{_weight_kind(plan.weight)} / {_input_kind(plan.input)}"
+    return f"{_weight_kind(plan.weight, smallest)} / {_input_kind(plan.input)}"
 
 
-def _weight_kind(spec: QuantSpec | None) -> str:
+def _weight_kind(spec: QuantSpec | None, smallest: int) -> str:
     if spec is None:
         return _FLOAT
     if not spec.is_uniform:
         return spec.format_name
-    bits = next(bits for bits in (2, 4, 8, 16) if spec.bit_width <= bits)
+    bits = next(bits for bits in (2, 4, 8, 16) if max(spec.bit_width, smallest) <= bits)
     group = spec.granularity
     scales = (
         f"group{group.group_size}"
@@ -150,9 +155,10 @@ def latency_table(
     model = float_copy(model)
     batch = [_resized(x, options.batch) for x in inputs]
     wanted: dict[str, dict[str, LayerPlan]] = {}
+    smallest = _timing(options).smallest
     for plan in plans:
         for name, layer_plan in plan.items():
-            wanted.setdefault(name, {_FLOAT: LayerPlan()}).setdefault(pair(layer_plan), layer_plan)
+            wanted.setdefault(name, {_FLOAT: LayerPlan()}).setdefault(pair(layer_plan, smallest), layer_plan)
     seen = _inputs_of_layers(model, batch, wanted)
     left_out = {name: "it is no module of its own, or no batch reached it" for name in wanted if name not in seen}
     whole = f"model {hashlib.sha256(f'{model} {[tuple(x.shape) for x in batch]}'.encode()).hexdigest()[:16]}"
@@ -171,8 +177,7 @@ def latency_table(
         progress.step(timer.add(whole, model, batch))
         for name, row in keys.items():
             layer = nn.Sequential(model.get_submodule(name))
-            # Its graph, which takes seconds to make, is the same under all specs.
-            graph = functools.cache(functools.partial(float_graph, float_copy(layer), (seen[name],)))
+            graph = model_graph(layer, [seen[name]], options)
             for kind, key in row.items():
                 try:
                     progress.step(timer.add(key, layer, [seen[name]], wanted[name][kind], graph))
@@ -184,21 +189,25 @@ def latency_table(
     return LatencyTable(options, times[whole], layers, left_out)
 
 
-def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], onnx.ModelProto]:
-    """Returns a function that makes the graph of the float model once, for `model_latency` under several plans.
+def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOptions) -> Callable[[], Any]:
+    """Returns a function that makes once what files of a model under several plans share, for `model_latency`.
 
     Args:
         model, inputs, options: see `latency_table`.
     """
-    batch = tuple(_resized(x, options.batch) for x in inputs)
-    return functools.cache(functools.partial(float_graph, float_copy(model), batch))
+    batch = [_resized(x, options.batch) for x in inputs]
+    return functools.cache(functools.partial(_timing(options).shared, model, batch))
+
+
+def _timing(options: LatencyOptions) -> Timing:
+    return timed_runtimes()[options.runtime].timings[options.runtime]
 
 
 def model_latency(
     model: nn.Module,
     inputs: Sequence[Tensor],
     options: LatencyOptions | None = None,
-    graph: Callable[[], onnx.ModelProto] | None = None,
+    graph: Callable[[], Any] | None = None,
 ) -> float:
     """Returns the milliseconds of a whole model for one sample of a batch; never from the cache.
 
@@ -236,6 +245,7 @@ class _Timer:
 
     def __init__(self, options: LatencyOptions, folder: Path) -> None:
         self.options, self.folder = options, folder
+        self.target, self.timing = timed_runtimes()[options.runtime], _timing(options)
         self.cache = None if options.cache is None else Path(options.cache)
         self.known: dict[str, float] = self._read().get(options.place, {})
         self.runs: dict[str, Callable[[], Any]] = {}
@@ -246,7 +256,7 @@ class _Timer:
         model: nn.Module,
         inputs: list[Tensor],
         plan: LayerPlan | None = None,
-        graph: Callable[[], onnx.ModelProto] | None = None,
+        graph: Callable[[], Any] | None = None,
     ) -> bool:
         """Adds a model, its first layer quantized by a plan; returns False where the time under this key is known.
 
@@ -255,7 +265,7 @@ class _Timer:
             model: float, or quantized without a plan.
             inputs: positional arguments.
             plan: of the first layer; None: the model is timed as it is.
-            graph: makes the float model's graph, where several keys share it.
+            graph: `model_graph`, where several keys share it; None: of this model.
         """
         if key in self.known or key in self.runs:
             return False
@@ -263,15 +273,13 @@ class _Timer:
             model = float_copy(model)
         if plan:
             specs = {slot: spec for slot in ("weight", "input") if (spec := getattr(plan, slot)) is not None}
-            prepare(model, QuantPlan([Rule("0", **{slot: str(spec) for slot, spec in specs.items()})]))
+            own = {slot: str(self.target.own_spec(slot, spec)) for slot, spec in specs.items()}
+            prepare(model, QuantPlan([Rule("0", **own)]))
             calibrate(model, [inputs], run=lambda batch: model(*batch))
-        path = self.folder / f"{len(self.runs)}.onnx"
-        if quantized_layers(model):
-            smallest = RUNTIMES[self.options.runtime].smallest
-            export_onnx(model, inputs, path, dynamic_batch=False, smallest=smallest, exported=graph and graph())
-        else:
-            onnx.save(graph() if graph else float_graph(float_copy(model), tuple(inputs)), path)
-        self.runs[key] = self._runner(path, inputs)
+        path = self.folder / f"{len(self.runs)}{self.timing.suffix}"
+        write = self.timing.write if quantized_layers(model) else self.timing.write_float
+        write(model, inputs, path, graph or functools.partial(self.timing.shared, model, inputs))
+        self.runs[key] = self.timing.open(path, inputs, self.options.threads)
         return True
 
     def measure(self) -> dict[str, float]:
@@ -290,11 +298,6 @@ class _Timer:
         if self.cache is not None and times:
             self._write(self.cache)
         return self.known
-
-    def _runner(self, path: Path, inputs: list[Tensor]) -> Callable[[], Any]:
-        session = RUNTIMES[self.options.runtime].session(path, True, self.options.threads)
-        feed = {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)}
-        return lambda: session.run(None, feed)
 
     def _read(self) -> dict[str, dict[str, float]]:
         if self.cache is None or not self.cache.exists():

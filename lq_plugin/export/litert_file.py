@@ -26,6 +26,7 @@ from lq_plugin.export.integer_program.form import IntegerForm
 from lq_plugin.export.integer_program.pieces import example, in_pieces
 from lq_plugin.export.quiet import quiet
 from lq_plugin.export.target import Products, Reader
+from lq_plugin.model.copies import copy_model
 from lq_plugin.utilities.files import replacing
 
 #: Operations of TensorFlow Lite's 8-bit specification
@@ -77,6 +78,26 @@ def export_litert(
     return len(content)
 
 
+def float_litert(model: nn.Module, inputs: Sequence[Any], path: str | Path) -> int:
+    """Writes a float model as a TensorFlow Lite file, as its users would: to compare a quantized one with.
+
+    Args:
+        model: float; it is not changed.
+        inputs: positional arguments of its forward; the file takes tensors of these shapes.
+        path: of the file.
+
+    Returns:
+        The size of the file, in bytes.
+
+    Raises:
+        ExportError: litert_torch cannot convert it.
+    """
+    content = _file(copy_model(model).eval(), tuple(inputs), None)
+    with replacing(path, ExportError) as stream:
+        stream.write(content)
+    return len(content)
+
+
 class _Program(nn.Module):
     """Module that runs a program, and is in evaluation mode: a program's own module refuses to be asked for it."""
 
@@ -94,19 +115,25 @@ class _Program(nn.Module):
 
 def _converted(program: Any, inputs: tuple[Any, ...]) -> bytes:
     """Returns a program as the bytes of a file."""
-    import litert_torch
     from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
     from litert_torch.quantize.quant_config import QuantConfig
 
     # Nothing is quantized by it: it says that the graph has static scales.
     how = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+    return _file(_Program(program), inputs, how)
+
+
+def _file(model: nn.Module, inputs: tuple[Any, ...], how: Any) -> bytes:
+    """Returns what the converter makes of a model, quietly."""
+    import litert_torch
+
     heard = io.StringIO()
     with (
         quiet("torch", "litert_torch"), contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard),
         tempfile.TemporaryDirectory() as folder,
     ):  # fmt: skip
         try:
-            made = litert_torch.convert(_Program(program), inputs, quant_config=how)
+            made = litert_torch.convert(model, inputs, quant_config=how)
         except ValueError as error:
             raise ExportError(f"litert_torch cannot convert the program: {error}") from error
         made.export(str(Path(folder) / "model.tflite"))
@@ -148,8 +175,12 @@ def products(content: bytes) -> list[tuple[str, list[str]]]:
     return found
 
 
-def open_litert(path: Path) -> Reader:
-    """Returns a reader of a file that runs it in LiteRT's interpreter, on one thread.
+def open_litert(path: Path, threads: int = 1) -> Reader:
+    """Returns a reader of a file that runs it in LiteRT's interpreter.
+
+    Args:
+        path: of the file.
+        threads: of the interpreter.
 
     Raises:
         ExportError: it is no TensorFlow Lite file.
@@ -157,7 +188,7 @@ def open_litert(path: Path) -> Reader:
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter = Interpreter(str(path), num_threads=threads)
     except ValueError as error:
         raise ExportError(f"{path} is no TensorFlow Lite file: {error}") from error
     interpreter.allocate_tensors()

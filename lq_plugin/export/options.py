@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lq_plugin.errors import ExportError, name_faults, raise_all
-from lq_plugin.export.target import TARGETS
+from lq_plugin.export.target import timed_runtimes
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class LatencyOptions:
     """Options of a latency measurement.
 
     Args:
-        runtime: `"onnxruntime"` or `"openvino"`.
+        runtime: `"onnxruntime"`, `"openvino"`, `"executorch"` or `"ai_edge_litert"`; a target adds its own.
         batch: samples at a time; latencies are those of one of them.
         threads: of the runtime.
         rounds: runs of each layer that count; the median does.
@@ -38,7 +38,7 @@ class LatencyOptions:
             for name in ("batch", "threads", "rounds")
             if (value := getattr(self, name)) < 1
         ]
-        faults = name_faults("runtime", [self.runtime], TARGETS["onnx"].runtimes) + faults
+        faults = name_faults("runtime", [self.runtime], sorted(timed_runtimes())) + faults
         raise_all(ExportError, "cannot measure latency", faults)
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from lq_plugin import extras
 from lq_plugin.errors import ExportError, SpecError, did_you_mean, raise_all
 from lq_plugin.export.request import Option, Request, option_faults
+from lq_plugin.export.timing import Timing
 from lq_plugin.intent.spec import QuantSpec
 
 
@@ -69,6 +70,8 @@ class Target(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     #: Packages that run a file, the default first; none: torch runs it.
     runtimes: ClassVar[tuple[str, ...]] = ()
+    #: Those of the runtimes in which single layers are timed, for tables of latencies.
+    timings: ClassVar[Mapping[str, Timing]] = {}
     options: ClassVar[tuple[Option, ...]] = ()
     #: Whether the model runs on an example input to be written.
     needs_inputs: ClassVar[bool] = False
@@ -222,6 +225,11 @@ class Target(ABC):
             valid = self.runtimes or known
             raise ExportError(f"runtime is {' or '.join(valid)}, got {given!r}.{did_you_mean(str(given), valid)}")
         return (given or self.runtimes[0]) if self.runtimes else None
+
+
+def timed_runtimes() -> dict[str, Target]:
+    """Returns the runtimes in which single layers can be timed, each with the target whose files are."""
+    return {runtime: target for target in reversed(TARGETS.values()) for runtime in target.timings}
 
 
 def nearest_spec(known: Sequence[str], spec: QuantSpec, fault: Callable[[QuantSpec], str | None]) -> QuantSpec | None:

@@ -72,20 +72,25 @@ def test_what_leads_to_the_same_kernel_is_timed_once(one: LayerPlan, other: Laye
     assert (pair(one) == pair(other)) == equal
 
 
+def test_tables_of_earlier_versions_have_the_bits_of_the_plan() -> None:
+    table = LatencyTable(LatencyOptions("openvino"), 8.0, {"0": {"float": 4.0, "int2 per_channel / 8 bit": 2.0}})
+    assert table.predict({"0": plan("int2 per_channel", "uint8 affine")}) == 6.0
+
+
 def test_milliseconds_are_those_of_one_sample() -> None:
     table = LatencyTable(LatencyOptions(batch=4), 8.0, {"0": {"float": 4.0, "int8 per_channel / 8 bit": 2.0}})
     int8 = LayerPlan(weight=QuantSpec.parse("int8 per_channel"), input=QuantSpec.parse("uint8 affine"))
     assert (table.predict({}), table.predict({"0": int8})) == (2.0, 1.5)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_every_layer_under_every_pair(runtime: str) -> None:
+@pytest.mark.parametrize(("runtime", "smallest"), [("onnxruntime", 2), ("openvino", 4)])
+def test_every_layer_under_every_pair(runtime: str, smallest: int) -> None:
     pytest.importorskip(runtime)
     model, int8, int2 = net(), plan("int8 per_channel", "uint8 affine"), plan("int2 per_channel")
     plans = [{"0": int8}, {"0": int2}, {"2": int8}]
     table = latency_table(model, [torch.randn(3, 32)], plans, LatencyOptions(runtime, batch=2, rounds=3))
     assert {name: list(row) for name, row in table.layers.items()} == {
-        "0": ["float", "int8 per_channel / 8 bit", "int2 per_channel / float"],
+        "0": ["float", "int8 per_channel / 8 bit", f"int{smallest} per_channel / float"],
         "2": ["float", "int8 per_channel / 8 bit"],
     }
     assert all(value > 0 for row in table.layers.values() for value in (*row.values(), table.float_model))
@@ -145,7 +150,10 @@ def test_whole_models_are_measured_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "openvin"}, "unknown runtime 'openvin'; valid: onnxruntime, openvino. Did you mean 'openvino'"),
+        (
+            {"runtime": "openvin"},
+            "unknown runtime 'openvin'; valid: ai_edge_litert, executorch, .*, openvino. Did you mean 'openvino'",
+        ),
         ({"batch": 0, "rounds": 0}, "(?s)batch must be at least 1, got 0.*rounds must be at least 1, got 0"),
     ],
 )
@@ -172,7 +180,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         models.append(plain)
         return float_graph(plain, *arguments)
 
-    for module in ("lq_plugin.export.latency", "lq_plugin.export.onnx_file.write"):
+    for module in ("lq_plugin.export.onnx_file.float_model", "lq_plugin.export.onnx_file.write"):
         monkeypatch.setattr(f"{module}.float_graph", counted)
     return models
 

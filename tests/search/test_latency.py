@@ -12,10 +12,11 @@ import optuna
 import pytest
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
-from lq_plugin.errors import QuantizationError
+from lq_plugin.errors import ExportError, QuantizationError
+from lq_plugin.export.target import Target
 from lq_plugin.search import SearchResult, search
 from lq_plugin.search.space.space import Space
-from lq_plugin.search.study.latency import TABLE, pairs
+from lq_plugin.search.study.latency import TABLE, latency_options, pairs
 
 from .conftest import CPU
 
@@ -110,3 +111,31 @@ def test_pairs_are_those_of_one_layer(model: DigitsCNN) -> None:
     assert all(len(plan) == 1 for plan in found)
     head = [(str(plan["head.2"].weight), str(plan["head.2"].input)) for plan in found if "head.2" in plan]
     assert head == [("int8 per_channel mse", "uint8 affine mse"), ("int4 per_channel mse", "uint8 affine mse")]
+
+
+@pytest.mark.parametrize(
+    ("target", "runtime"),
+    [
+        (None, "onnxruntime"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("executorch", "executorch"),
+        ("litert", "ai_edge_litert"),
+    ],
+)  # fmt: skip
+def test_latency_is_measured_in_the_runtime_of_the_target(
+    target: str | None, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(Target, "need_packages", lambda self, what, name=None: asked.append((self.name, name)))
+    assert latency_options(None, target).runtime == runtime
+    # One that is named is taken, whatever the target.
+    assert latency_options({"runtime": "onnxruntime", "batch": 3}, target).runtime == "onnxruntime"
+    writer = {None: "onnx", "openvino": "onnx"}.get(target, target)
+    assert asked == [(writer, runtime), ("onnx", "onnxruntime")]
+
+
+@pytest.mark.parametrize("target", ["gguf", "mlx", "tensorrt", "compressed-tensors"])
+def test_targets_whose_layers_cannot_be_timed_are_refused(target: str, model: DigitsCNN) -> None:
+    reason = f"no layer of a file of {target} can be timed alone"
+    with pytest.raises(ExportError, match=f"{reason}.*score='file'.*executorch"):
+        latency_options({"batch": 2}, target)
+    with pytest.raises(QuantizationError, match=reason):
+        run(model, 1, cost="latency", target=target)

@@ -261,7 +261,10 @@ def some_trial_is_complete(folder: Path) -> bool:
         (["search.sensitivity=fischer"], "unknown sensitivity measure 'fischer'; valid: .* Did you mean 'fisher'"),
         (["search.constraints=['effective_bits < 4']"], "a constraint is written 'effective_bits <= 4.5'"),
         (["search.phases=[calibrat]"], "Did you mean 'calibrate'"),
-        (["search.latency={runtime: onnx}"], "unknown runtime 'onnx'; valid: onnxruntime, openvino"),
+        (
+            ["search.latency={runtime: onnx}"],
+            "unknown runtime 'onnx'; valid: ai_edge_litert, executorch, onnxruntime, openvino",
+        ),
         (["search.space.weight={bit_widths: [99]}"], "bit_width must be 1..16, got 99"),
         (["search.space.rules=3000000000"], "search space: rules is a list of mappings, got 3000000000"),
         (["search.space.tie=7"], "search space: tie is a list of patterns, got 7"),

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lq_plugin.export.integer_program.target import IntegerProgramTarget
+from lq_plugin.export.integer_program.timing import ProgramTiming
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, register_target
+
+
+class _Timing(ProgramTiming):
+    suffix = ".pte"
+
+    def write_float(self, model: Any, inputs: Sequence[Any], path: Path, shared: Callable[[], Any]) -> None:
+        from lq_plugin.export.executorch_file import float_executorch
+
+        float_executorch(model, inputs, path)
+
+    def open(self, path: Path, inputs: Sequence[Any], threads: int) -> Callable[[], Any]:
+        from lq_plugin.export.executorch_file import open_executorch
+
+        run = open_executorch(path, threads).run
+        return lambda: run(*inputs)
 
 
 @register_target
@@ -18,6 +34,7 @@ class ExecuTorch(IntegerProgramTarget):
     name, suffix = "executorch", ".pte"
     summary = "ExecuTorch program for phones and small boards: integer convolutions, products and sums by XNNPACK"
     packages = runtimes = ("executorch",)
+    timings: ClassVar = {"executorch": _Timing(name)}
     title = "XNNPACK"
 
     def products(self, path: Path, runtime: str | None) -> Products:

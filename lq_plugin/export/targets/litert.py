@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lq_plugin.export.integer_program.target import IntegerProgramTarget
+from lq_plugin.export.integer_program.timing import ProgramTiming
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, register_target
 from lq_plugin.intent.spec import QuantSpec
+
+
+class _Timing(ProgramTiming):
+    suffix = ".tflite"
+
+    def write_float(self, model: Any, inputs: Sequence[Any], path: Path, shared: Callable[[], Any]) -> None:
+        from lq_plugin.export.litert_file import float_litert
+
+        float_litert(model, inputs, path)
+
+    def open(self, path: Path, inputs: Sequence[Any], threads: int) -> Callable[[], Any]:
+        from lq_plugin.export.litert_file import open_litert
+
+        run = open_litert(path, threads).run
+        return lambda: run(*inputs)
 
 
 @register_target
@@ -19,6 +35,7 @@ class LiteRT(IntegerProgramTarget):
     name, suffix = "litert", ".tflite"
     summary = "TensorFlow Lite file of integers alone, for phones and microcontrollers (LiteRT)"
     packages, runtimes = ("ai_edge_litert", "litert_torch"), ("ai_edge_litert",)
+    timings: ClassVar = {"ai_edge_litert": _Timing(name)}
     title = "LiteRT"
 
     def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.onnx_file.options import OPTIONS, PACKAGES, TAKES
+from lq_plugin.export.onnx_file.timing import ONNXTiming
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, Target, register_target
 from lq_plugin.intent.spec import QuantSpec
@@ -49,6 +50,7 @@ class ONNX(Target):
     name, suffix = "onnx", ".onnx"
     summary = "standard QDQ graph with INT2 to INT16, FP8 and FP4, for ONNX Runtime and OpenVINO"
     packages, runtimes = PACKAGES, tuple(RUNTIMES)
+    timings: ClassVar = {runtime: ONNXTiming(*parts) for runtime, parts in RUNTIMES.items()}
     options, takes = OPTIONS, TAKES
     takes_dynamic = True  # those that DynamicQuantizeLinear computes
     needs_inputs = integer_biases = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lq_plugin.export.onnx_file.form import Form
 from lq_plugin.export.target import register_target
@@ -23,6 +23,7 @@ class TensorRT(ONNX):
     name, by_suffix = "tensorrt", False
     summary = "the graph under TensorRT's rules for explicit quantization: signed INT8 and INT4, no zero points; linted"
     runtimes = ("onnxruntime",)
+    timings: ClassVar = {}  # it computes the numbers, and says nothing of TensorRT's times
     integer_biases = False
     options = tuple(option for option in ONNX.options if option.name == "dynamic_dims")
 

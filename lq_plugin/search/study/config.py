@@ -85,8 +85,8 @@ class SearchConfig:
             (`lq_plugin.search.sensitivity.pairs`): plans are then chosen by a quadratic program, and a
             `SurrogateSampler` knows the pairs before any trial.
         latency: where latency is measured, `{"runtime": "onnxruntime", "batch": 1, "threads": 1, "cache":
-            "latency.json"}`, see `lq_plugin.export.options.LatencyOptions`. With it, or where a cost or constraint is
-            `latency`, each trial has one.
+            "latency.json"}`, see `lq_plugin.export.options.LatencyOptions`; the runtime is that of the target unless
+            it is named. With it, or where a cost or constraint is `latency`, each trial has one.
         heartbeat: seconds between signs of life of a running trial. A trial that is silent for three times as long,
             because its worker was killed, is tried again by another worker, or by the next run.
         max_failures: trials of this run, and looks at plans (`confirm`), that may raise before it gives up.
@@ -221,7 +221,7 @@ class SearchConfig:
         faults += margin_faults(self.promote_within)
         limits = read(lambda: parse_constraints(self.constraints), ()) if "constraints" not in wrong else ()
         timed = self.latency is not None or LATENCY in (*costs, *(limit.name for limit in limits))
-        timing = read(lambda: latency_options(self.latency)) if timed and "latency" not in wrong else None
+        timing = read(lambda: latency_options(self.latency, self.target)) if timed and "latency" not in wrong else None
         raise_all(QuantizationError, "cannot search", faults)
         derived = {"costs": costs, "limits": limits, "rungs": rungs, "pruning": pruning, "timing": timing}
         derived["confirming"] = confirming

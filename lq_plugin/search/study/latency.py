@@ -15,7 +15,7 @@ from torch import Tensor
 from lq_plugin.errors import CalibrationError, ExportError
 from lq_plugin.export.inputs import inputs_of
 from lq_plugin.export.options import LatencyOptions
-from lq_plugin.export.target import TARGETS
+from lq_plugin.export.target import TARGETS, Target, timed_runtimes
 from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.search.evaluation.evaluator import Evaluator
@@ -28,21 +28,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def latency_options(given: Mapping[str, Any] | None) -> LatencyOptions:
+def latency_options(given: Mapping[str, Any] | None, target: str | None = None) -> LatencyOptions:
     """Returns the options of a mapping such as `{"runtime": "onnxruntime", "batch": 1}`.
 
+    Args:
+        given: options by name.
+        target: export target of the search, whose runtime is the default; None: there is none.
+
     Raises:
-        ExportError: options that do not exist, or with impossible values.
-        MissingPackageError: without onnx and the runtime (`pip install "lq_plugin[onnx]"`).
+        ExportError: options that do not exist, or with impossible values; a target whose layers cannot be timed.
+        MissingPackageError: without the runtime, or what writes its files (`pip install "lq_plugin[onnx]"`).
     """
+    chosen = dict(given or {})
+    if target in TARGETS and "runtime" not in chosen:
+        chosen["runtime"] = _runtime_of(TARGETS[target])
     try:
-        options = LatencyOptions(**(given or {}))
+        options = LatencyOptions(**chosen)
     except TypeError as error:
         raise ExportError(
             f"options of latency: {error}; valid: {', '.join(LatencyOptions.__dataclass_fields__)}"
         ) from error
-    TARGETS["onnx"].need_packages("latency", options.runtime)
+    timed_runtimes()[options.runtime].need_packages("latency", options.runtime)
     return options
+
+
+def _runtime_of(target: Target) -> str:
+    """Returns the runtime in which layers of a target's files are timed."""
+    for runtime in target.runtimes:
+        if runtime in target.timings:
+            return runtime
+    raise ExportError(
+        f"latency: no layer of a file of {target.name} can be timed alone, so that no table says what a plan costs. "
+        "Choose another cost, and score='file' for the milliseconds of the front's files; or latency={'runtime': ...} "
+        f"with one of {', '.join(sorted(timed_runtimes()))}"
+    )
 
 
 def share_latency(evaluator: Evaluator, study: Study, options: LatencyOptions) -> LatencyTable:

@@ -1,0 +1,28 @@
+"""Files of integer programs that their runtimes are timed with. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lq_plugin.export.timing import Timing
+
+
+class ProgramTiming(Timing):
+    """Files of a target of integer programs; weights of fewer than 8 bits are bytes there.
+
+    Args:
+        target: its name.
+    """
+
+    smallest = 8
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def write(self, model: Any, inputs: Sequence[Any], path: Path, shared: Callable[[], Any]) -> None:
+        from lq_plugin.export.target import export_model
+
+        # Results that the plan leaves float are rounded as well: any range is as fast as another.
+        export_model(model, path, inputs, [tuple(inputs)], self.target, batch=0)
