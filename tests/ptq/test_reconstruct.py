@@ -150,6 +150,35 @@ def test_shared_layers_and_layers_that_never_run():
     assert result.units["head"].after < result.units["head"].before
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+        self.read = nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        x = torch.relu(self.middle(self.embedding(tokens)))
+        return self.head(x + self.read(x) @ self.read.weight)
+
+
+@pytest.mark.parametrize("method", ["adaround", "signround"])
+def test_weights_that_others_read_keep_nearest_rounding(method):
+    """An embedding that is to stay float would have three bits, and quantized weights the levels of another layer."""
+    torch.manual_seed(0)
+    net, tokens = Tied(), torch.randint(0, 20, (64, 5))
+    prepare(net, QuantPlan([Rule("*", weight="int3 per_channel mse"), Rule("embedding", weight="float")]))
+    calibrate(net, [tokens])
+    before = {name: p.detach().clone() for name, p in net.eval().named_parameters()}
+    result = reconstruct(net, [tokens], by="layer", iterations=20, batch_size=16, method=method)
+    assert result.skipped == {
+        "read": "'read.weight' is also read by 'matmul_0'",
+        "head": "'head.weight' is shared with 'embedding.weight'",
+    }
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert {"middle.weight"} <= moved <= {"middle.weight", "middle.bias", "read.bias"}
+
+
 class Memory:
     """Keys so far, which each block writes into, as a cache of a language model."""
 

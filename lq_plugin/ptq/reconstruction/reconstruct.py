@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq_plugin.errors import CalibrationError
-from lq_plugin.layers import CompoundWeight
+from lq_plugin.layers import CompoundWeight, weight_key
 from lq_plugin.model.calibrate import evaluating, float_forward
 from lq_plugin.model.digest import digest
 from lq_plugin.model.prepare import quantizers
@@ -38,6 +38,7 @@ from lq_plugin.ptq.layerwise.activation_cache import ActivationCache
 from lq_plugin.ptq.layerwise.replay import Arguments, Replay
 from lq_plugin.ptq.layerwise.walk import UnitWalk
 from lq_plugin.ptq.layerwise.write import writable_weights
+from lq_plugin.ptq.own_parameters import sharing_fault
 from lq_plugin.ptq.reconstruction.learn import UnitResult, learn_rounding, tune_rounding
 from lq_plugin.ptq.reconstruction.options import ReconstructOptions
 from lq_plugin.ptq.reconstruction.samples import Record, Samples, copied, float_leaves, mixed, renewed
@@ -109,6 +110,9 @@ class _Reconstructor:
         self.model, self.layers, self.recording = walk.model, walk.layers, walk.recording
         #: Float values of the parameters and buffers that were changed.
         self.originals: dict[Tensor, Tensor] = {}
+        names = [name for unit in walk.units for name in unit.layers]
+        #: Why layers keep nearest rounding.
+        self.faults = {name: reason for name in names if (reason := self._fault(name)) is not None}
 
     def reconstruct(self) -> Reconstruction:
         units = self.walk.units
@@ -117,15 +121,21 @@ class _Reconstructor:
         calls = self._count_calls({unit.name for unit in units})
         replays = [self.walk.replay(kind) for kind in ("float", "quantized")]
         for index, unit in enumerate(units):
-            for name in unit.layers:
-                if (reason := ROUNDINGS[self.options.method].fault(self.layers[name])) is not None:
-                    result.skipped[name] = reason
+            result.skipped |= {name: self.faults[name] for name in unit.layers if name in self.faults}
             result.units[str(unit)] = self._restored(unit, index, store) or self._learned(
                 unit, index, store, replays, calls[unit.name]
             )
             for replay in replays:
                 replay.finish(unit.layers)
         return result
+
+    def _fault(self, name: str) -> str | None:
+        """Returns why the rounding of a layer's weight cannot be learned; None when it can."""
+        layer = self.layers[name]
+        # The module of such a weight is what reads it.
+        readers = {} if isinstance(layer, CompoundWeight) else self.recording.parameter_readers
+        fault = ROUNDINGS[self.options.method].fault(layer)
+        return fault or sharing_fault(self.model, [weight_key(name, layer)], readers)
 
     def _store(self, units: list[Unit]) -> UnitStore:
         """Returns the store of finished units, for this model, data and options."""
@@ -296,7 +306,7 @@ class _Reconstructor:
         layers = {name: self.layers[name] for name in unit.layers}
         biases = self._biases(unit) if options.bias_learning_rate else []
         self._keep_originals([*writable_weights(layers.values()), *biases])
-        soft = SoftUnit(layers, biases, options, generator, spread[0] ** 0.5)
+        soft = SoftUnit(layers, biases, options, generator, spread[0] ** 0.5, self.faults)
 
         def draw() -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
             inputs, floats, targets = samples.draw(options.batch_size, generator)

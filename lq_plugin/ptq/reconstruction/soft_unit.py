@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ class SoftUnit:
         options: what is trained, and how fast.
         generator: of the random choice in QDrop.
         spread: standard deviation of the unit's output, the unit of the biases' learning rate.
+        nearest: names of layers whose weights keep nearest rounding.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class SoftUnit:
         options: ReconstructOptions,
         generator: torch.Generator,
         spread: float = 1.0,
+        nearest: Collection[str] = (),
     ) -> None:
         self.layers, self.biases, self.options, self.spread = layers, biases, options, spread
         self.roundings: dict[str, SoftRounding | SignRounding] = {}
@@ -45,7 +47,7 @@ class SoftUnit:
         self.inputs: dict[tuple[str, str], SoftInput] = {}
         for name, layer in layers.items():
             quantizer = current_weight_quantizer(layer)
-            if quantizer is not None and quantizer.is_enabled and kind.fault(layer) is None:
+            if quantizer is not None and quantizer.is_enabled and name not in nearest:
                 self.roundings[name] = kind(
                     quantizer, type(layer).canonical(layer, layer.weight), options.scale_learning_rate > 0
                 )
