@@ -14,6 +14,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from hydra.errors import HydraException
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from tests.examples.test_migration import FAST
@@ -86,7 +87,7 @@ def test_a_message_is_what_its_code_raises(
     monkeypatch.chdir(tmp_path)
     given = space() | {"DigitsCNN": DigitsCNN}
     (shown,), code = blocks(text, "text"), blocks(text, "python")[-1]
-    with pytest.raises((ValueError, RuntimeError)) as raised:
+    with pytest.raises((ValueError, RuntimeError, HydraException)) as raised:
         exec(code, given)
     message = " ".join(str(raised.value).split())
     for part in shown.split("\n...\n"):
