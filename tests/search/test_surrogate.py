@@ -12,6 +12,7 @@ import pytest
 from optuna._hypervolume import compute_hypervolume
 from optuna.trial import TrialState, create_trial
 from scipy.stats import multivariate_normal
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lq_plugin.demo.digits import DigitsCNN, DigitsDataModule
 from lq_plugin.errors import QuantizationError
@@ -527,6 +528,19 @@ def test_bounds_on_bit_operations_are_kept(layers: int, bits: tuple[int, ...]) -
         tell(study, problem, params, [1 - sum(4.0**-b for b in widths(params)) / len(units), *bops(params)])
     kept = sum(bops(problem.params(p))[0] <= most for p in product(range(3), repeat=4)) if layers == 2 else 30
     assert len({problem.indices(t.params) for t in study.trials}) == min(30, kept)
+
+
+def test_linear_algebra_has_one_thread_while_it_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen, best = [], SurrogateSampler._best
+    monkeypatch.setattr(SurrogateSampler, "_best", lambda *given: (seen.append(threads()), best(*given))[1])
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        search(World(3), 6)
+        assert threads() == before
+    assert seen == [{1}, {1}]
 
 
 def test_without_a_problem_it_says_where_it_belongs() -> None:

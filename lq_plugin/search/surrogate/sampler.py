@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from lq_plugin.errors import QuantizationError
 from lq_plugin.search.space.model_space import Params
@@ -31,6 +32,8 @@ _GROWTH = 1.15
 _DRAWS, _ROUNDS = 200, 20
 #: The largest cost that counts lies so far beyond that of the space, as a share of its span.
 _BEYOND = 0.02
+#: The linear algebra of NumPy and SciPy, both imported above.
+_BLAS = ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ class SurrogateSampler(BaseSampler):
         if len(done.plans) < _FIRST or np.ptp(done.values) == 0:
             found = self._random(rng, taken)
         else:
-            found = self._best(study, done, taken, rng)
+            # Matrices of some hundred rows: threads that wait for each other on a busy machine take ten times as long.
+            with _BLAS.limit(limits=1, user_api="blas"):
+                found = self._best(study, done, taken, rng)
         return problem.params(found) if found is not None else None
 
     def _read(self, study: Study, trials: Sequence[FrozenTrial]) -> _Trials:
