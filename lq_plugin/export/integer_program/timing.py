@@ -22,7 +22,9 @@ class ProgramTiming(Timing):
         self.target = target
 
     def write(self, model: Any, inputs: Sequence[Any], path: Path, shared: Callable[[], Any]) -> None:
+        from lq_plugin.export.quiet import quiet
         from lq_plugin.export.target import export_model
 
-        # Results that the plan leaves float are rounded as well: any range is as fast as another.
-        export_model(model, path, inputs, [tuple(inputs)], self.target, batch=0)
+        # Results that the plan leaves float are rounded as well, as a log says: any range is as fast as another.
+        with quiet("lq_plugin.export.integer_program"):
+            export_model(model, path, inputs, [tuple(inputs)], self.target, batch=0)

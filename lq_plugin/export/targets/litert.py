@@ -22,10 +22,9 @@ class _Timing(ProgramTiming):
         float_litert(model, inputs, path)
 
     def open(self, path: Path, inputs: Sequence[Any], threads: int) -> Callable[[], Any]:
-        from lq_plugin.export.litert_file import open_litert
+        from lq_plugin.export.litert_file import timed_litert
 
-        run = open_litert(path, threads).run
-        return lambda: run(*inputs)
+        return timed_litert(path, inputs, threads)
 
 
 @register_target
