@@ -204,6 +204,33 @@ def test_the_low_bit_column_below_float() -> None:
         assert below == ("" if name == "float" else f"{content['float'] - float(accuracy):.2f}"), name
 
 
+def test_seq_and_gptq_at_size() -> None:
+    content = results("low_bit_seq")
+    measured = [
+        [
+            row["spec"],
+            f"{row['effective_bits']:.2f}",
+            f"{row['accuracy']:.2f}",
+            f"{content['float'] - row['accuracy']:.2f}",
+        ]
+        for row in content["results"]
+        if row["spec"] is not None
+    ]
+    assert with_head("levels", "bits a weight", "accuracy", "below float") == measured
+    head = (
+        "parameters", "tokens", "CPU time over llm-compressor's", "peak memory over its", "hidden states, dB", "its",
+        "ranges by mse, forward passes",
+    )  # fmt: skip
+    rows = with_head(*head)
+    for row, found in zip(rows, results("scale")["results"], strict=True):
+        over, steps = found["gptq_over_llmcompressor"], found["steps"]
+        assert row[0] == f"{found['parameters'] / 1e6:,.0f} M"
+        assert row[2:] == [
+            f"{over['cpu_seconds']:.2f}", f"{over['peak_bytes']:.2f}", f"{steps['gptq']['decibels']:.2f}",
+            f"{found['llmcompressor']['gptq']['decibels']:.2f}", f"{steps['calibrate']['passes']:.2f}",
+        ]  # fmt: skip
+
+
 def test_numbers_in_sentences() -> None:
     text = re.sub(r"[*`]", "", (ROOT / BENCHMARKS).read_text(encoding="utf-8"))
     resnet56 = {row["bits"]: row["accuracy"] for row in results("ptq_rounding_resnet56")["results"]}
