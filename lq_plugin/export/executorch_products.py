@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from lq_plugin.export.target import Products
 #: XNNPACK's nodes, and portable kernels, that multiply.
 _DELEGATED = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected", "XNNBatchMatrixMultiply")
 _INTEGERS = ("xnn_datatype_qint", "xnn_datatype_qcint")
+#: Of signed bytes whose scale is found at run time.
+_TOKENS = "xnn_datatype_qdint8"
 _PORTABLE = ("aten::convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm")
 
 
 def executorch_products(path: Path) -> Products:
-    """Returns the products of a program: integer ones read and write signed bytes, with weights of such.
+    """Returns the products of a program: integer ones read signed bytes, with weights of such.
 
     Args:
         path: of the file.
@@ -32,15 +35,23 @@ def executorch_products(path: Path) -> Products:
         if delegate.id == "XnnpackBackend":
             for name, types in _nodes(bytes(program.backend_delegate_data[delegate.processed.index].data)):
                 if name in _DELEGATED:
-                    found[all(kind.startswith(("xnn_datatype_qint", "xnn_datatype_qcint")) for kind in types)][
-                        name
-                    ] += 1
+                    found[_of_integers(types)][name] += 1
     for chain in plan.chains:
         for instruction in chain.instructions:
             index = getattr(instruction.instr_args, "op_index", None)
             if index is not None and plan.operators[index].name in _PORTABLE:
                 found[False][plan.operators[index].name] += 1
     return Products(dict(found[True]), dict(found[False]))
+
+
+def _of_integers(types: list[str]) -> bool:
+    """Returns True for a product of integers: next to tokens its weight is one of channels, its bias and result float.
+
+    Args:
+        types: of the tensors that it reads and writes.
+    """
+    weights = any(kind.startswith("xnn_datatype_qcint") for kind in types)
+    return (_TOKENS in types and weights) or all(kind.startswith(_INTEGERS) for kind in types)
 
 
 def _nodes(payload: bytes) -> Iterator[tuple[str, list[str]]]:
@@ -70,4 +81,6 @@ def _graph(payload: bytes) -> Any:
         content = payload[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size]
         (folder / "graph.bin").write_bytes(content)
         _flatc_decompile(name, str(folder / "schema.fbs"), str(folder / "graph.bin"), ["--raw-binary"])
-        return json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        # flatc writes -inf and inf, the bounds of a float result, where JSON's readers know -Infinity and Infinity.
+        text = re.sub(r"(?m)(: *-?)inf\b(?=,?$)", r"\1Infinity", (folder / "graph.json").read_text(encoding="utf-8"))
+        return json.loads(text)

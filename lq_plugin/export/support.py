@@ -6,7 +6,7 @@ from torch import nn
 
 from lq_plugin.export.target import TARGETS, Target
 from lq_plugin.intent.formats import FORMATS
-from lq_plugin.intent.spec import PerGroup, QuantSpec
+from lq_plugin.intent.spec import PerGroup, PerToken, QuantSpec
 
 #: Granularities and ranges that integers are listed with, by slot.
 _INTEGERS = {
@@ -19,7 +19,16 @@ _INTEGERS = {
         "int4 group16:4",
         "int2 per_channel",
     ),
-    "input": ("uint8 affine ema", "int8 ema", "uint4 affine ema", "int8 per_channel", "int16 ema", "int8 group32:4"),
+    "input": (
+        "uint8 affine ema",
+        "int8 ema",
+        "uint4 affine ema",
+        "int8 per_channel",
+        "int16 ema",
+        "int8 group32:4",
+        "uint8 affine dynamic",
+        "int8 per_token affine dynamic",
+    ),
 }
 #: A layer of each kind, of sizes that every group divides, by slot.
 _LAYERS = {
@@ -62,8 +71,10 @@ def held(target: Target, slot: str, spec: QuantSpec) -> list[str]:
 
 
 def _fits(spec: QuantSpec, layer: nn.Module) -> bool:
-    """Returns False where groups are larger than what they divide: a depthwise filter has one input channel."""
+    """Returns False where groups are larger than what they divide, as a filter's one channel, or tokens are no rows."""
     group = spec.granularity
+    if isinstance(group, PerToken):
+        return isinstance(layer, nn.Linear)
     channels = next(layer.parameters()).shape[1]
     return not isinstance(group, PerGroup) or group.ragged or channels % group.group_size == 0
 

@@ -16,6 +16,7 @@ from lq_plugin.export.executorch_file import XNNPACK
 from lq_plugin.export.integer_program.build import integer_program
 from lq_plugin.export.integer_program.pieces import example, in_pieces
 from lq_plugin.export.litert_file import TFLITE
+from lq_plugin.export.planned import plan_for
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import TARGETS
 from lq_plugin.model import record
@@ -271,6 +272,59 @@ def test_what_runtimes_cannot_hold_is_refused_at_plan_time(target, layer, weight
     with pytest.raises(ValueError, match=message):
         raise ValueError(fault)
     assert fault.startswith(f"{layer}.")
+
+
+TOKEN = "int8 per_token affine dynamic"
+FITS = f"; the nearest that fits is '{TOKEN}'"
+
+
+@pytest.mark.parametrize(
+    ("target", "layer", "weight", "act", "message"),
+    [
+        ("executorch", "head", "int4", TOKEN, None),
+        ("executorch", "head", "int4", "uint8 per_token affine dynamic", None),
+        ("executorch", "head", "int4", "uint8 affine dynamic", f"each token{FITS}"),
+        ("executorch", "head", "int4", "int8 per_token dynamic", f"a zero point of each token{FITS}"),
+        ("executorch", "head", "int4", "int4 per_token affine dynamic", f"256 levels of a byte{FITS}"),
+        ("executorch", "head", None, TOKEN, "for integer weights, and the weight is float"),
+        ("executorch", "stem", "int4", "uint8 affine dynamic", "not for a Conv2d: .* fits is 'uint8 affine'"),
+        ("litert", "head", "int4", TOKEN, "litert holds fixed ones; the nearest that fits is 'uint8 affine'"),
+    ],
+)  # fmt: skip
+def test_ranges_that_are_found_at_run_time(target, layer, weight, act, message):
+    """XNNPACK finds those of tokens in linear layers; what else a plan asks for is refused with the nearest spec."""
+    net = Net()
+    prepare(net, QuantPlan([Rule(layer, weight=weight or "float", input=act)]))
+    faults = TARGETS[target].faults(Request(model=net))
+    if message is None:
+        assert not faults
+    else:
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(*faults)
+
+
+def test_a_plan_for_executorch_has_the_zero_point_of_its_kernels():
+    rule = plan_for(QuantPlan.parse("int8 per_channel / int8 per_token narrow dynamic"), "executorch").rules[0]
+    assert str(rule.weight) == "int8 per_channel narrow"
+    assert str(rule.input) == TOKEN
+
+
+def test_a_product_of_tokens_is_float_where_the_next_one_is_rounded():
+    """A linear layer of tokens, then one with a fixed range: two roundings to a fixed grid, and half bytes are said."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7)).eval(), torch.randn(16, 12)
+    fixed = Rule("2", weight="int8 per_channel narrow", input="uint8 affine", output="uint8 affine")
+    prepare(net, QuantPlan([Rule("0", weight="int4 per_channel", input=TOKEN), fixed]))
+    calibrate(net, [x])
+    program = integer_program(net, (x,), [x], XNNPACK)
+    assert len(nodes(program, "choose_qparams_per_token")) == 1
+    assert len(nodes(program, "quantized_decomposed.quantize_per_tensor")) == 2
+    (stored, _) = nodes(program, "dequantize_per_channel")
+    assert stored.args[4:6] == (-8, 7)
+    with torch.no_grad():
+        away = (program.module(check_guards=False)(x) - net(x)).abs() / net[2].output_quantizer.scale
+    assert away.max() < 1.01
+    assert (away > 0.5).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("target", ["executorch", "litert"])

@@ -35,6 +35,8 @@ def settle_weight_scales(module: GraphModule) -> None:
         ExportError: a factor is too large.
     """
     for product in products(module):
+        if product.reads_tokens:
+            continue
         before, after = product.input_scale, product.output_scale
         factor = float(product.scale.max()) * before / after
         if factor >= _LARGEST_FACTOR:

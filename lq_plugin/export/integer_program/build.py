@@ -50,6 +50,7 @@ def integer_program(
     settlement = Settlement(module, form)
     settlement.put(_ranges(module, settlement.missing(), inputs, batches, form))
     settle_weight_scales(module)
+    _say_half_bytes(module)
     if form.float_weights:
         _quantize_weights(module)
     module.graph.eliminate_dead_code()
@@ -114,6 +115,14 @@ class _Observer(Interpreter):
         if n in self.seen:
             self.seen[n].update(value.detach())
         return value
+
+
+def _say_half_bytes(module: GraphModule) -> None:
+    """Gives integers of 4 bits next to tokens their own ends: XNNPACK holds half a byte of each then."""
+    for product in products(module):
+        weight: Any = product.node.args[1]
+        if product.reads_tokens and product.codes.min() >= -8 and product.codes.max() <= 7:
+            weight.args = (*weight.args[:4], -8, 7, *weight.args[6:])
 
 
 def _quantize_weights(module: GraphModule) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lq_plugin.export.request import Request
-from lq_plugin.intent.spec import PerGroup, PerTensor, QuantSpec
+from lq_plugin.intent.spec import PerGroup, PerTensor, PerToken, QuantSpec
 from lq_plugin.quantizers.registry import format_code
 
 #: Formats besides int that are integers with a scale for each channel, or one.
@@ -65,6 +65,31 @@ def _activation_fault(spec: QuantSpec, runtime: str) -> str | None:
         return f"activations of {runtime} have one scale"
     if spec.grid.levels != 256:
         return f"activations of {runtime} have the 256 levels of a byte, this has {spec.grid.levels}"
+    return None
+
+
+def token_fault(slot: str, spec: QuantSpec, layer: Any) -> str | None:
+    """Returns why XNNPACK has no kernel for an activation whose range is found at run time; None: it has.
+
+    Its kernels of linear layers find scale and zero point of each token, those of 2-D convolutions of each image, which
+    no spec says.
+
+    Args:
+        slot: `"input"` or `"output"`.
+        spec: of the tensor, dynamic.
+        layer: a layer, float or quantized, or an operation.
+    """
+    if slot == "output":
+        return "a range that is found at run time is that of a linear layer's input: leave the output float"
+    if not isinstance(layer, nn.Linear):
+        kind = getattr(type(layer), "float_class", type(layer)).__name__
+        return f"XNNPACK finds the range of each token for linear layers, not for a {kind}: give it a fixed range"
+    if getattr(layer, "weight_quantizer", layer) is None:
+        return "XNNPACK finds ranges at run time for integer weights, and the weight is float"
+    if spec.format_name != "int" or spec.grid.levels != 256:
+        return "activations of XNNPACK have the 256 levels of a byte"
+    if not isinstance(spec.granularity, PerToken) or not spec.affine:
+        return "XNNPACK finds a scale and a zero point of each token"
     return None
 
 

@@ -16,6 +16,7 @@ QUANTIZE, DEQUANTIZE = (
     "quantized_decomposed.quantize_per_tensor.default",
     "quantized_decomposed.dequantize_per_tensor.default",
 )
+TOKENS = "quantized_decomposed.dequantize_per_token.default"
 STORED = "quantized_decomposed.dequantize_per_channel.default"
 #: Levels of every activation: those of a byte.
 LOW, HIGH = -128, 127

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lq_plugin.export.integer_program.form import PRODUCTS
-from lq_plugin.export.integer_program.graph import QUANTIZE, STORED, constant, grid_of, kind, put_constant
+from lq_plugin.export.integer_program.graph import QUANTIZE, STORED, TOKENS, constant, grid_of, kind, put_constant
 
 
 class Product:
@@ -44,6 +44,11 @@ class Product:
         shape = [1] * self.codes.ndim
         shape[self.axis] = -1
         return values.view(shape)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True where scales of its input are found at run time; its result and bias are float then."""
+        return kind(self.node.args[0]) == TOKENS
 
     @property
     def input_scale(self) -> float:

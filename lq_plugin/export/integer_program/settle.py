@@ -30,6 +30,7 @@ from lq_plugin.export.integer_program.graph import (
     LOW,
     QUANTIZE,
     STORED,
+    TOKENS,
     Grid,
     dequantize,
     grid_of,
@@ -88,7 +89,8 @@ class Settlement:
             elif not is_float(node) or kind(node) in ("", QUANTIZE, STORED):
                 continue
             elif kind(node) in PRODUCTS:
-                if kind(node.args[1]) == STORED:
+                # The result of a product of tokens is float.
+                if kind(node.args[1]) == STORED and kind(node.args[0]) != TOKENS:
                     self._need(node, integer)
             elif self.form.moves_values(kind(node)):
                 if operands(node)[0] in integer:

@@ -41,6 +41,17 @@ class Rounding(nn.Module):
         return y
 
 
+class TokenRounding(nn.Module):
+    """Stands for a quantizer of tokens: signed bytes whose scale and zero point are found at run time, for each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = operations().choose_qparams_per_token_asymmetric.default(x, torch.int8)
+        levels = (scale, zero_point, LOW, HIGH, torch.int8)
+        codes = operations().quantize_per_token.default(x, *levels)
+        y: Tensor = operations().dequantize_per_token.default(codes, *levels, torch.float32)
+        return y
+
+
 class StoredWeight(nn.Module):
     """Stands for a weight: signed bytes with a scale for each output channel.
 
@@ -148,7 +159,11 @@ def _swap_quantizers(name: str, layer: QuantizedLayer, is_silent: bool) -> None:
     for slot in ("input_quantizer", "output_quantizer"):
         quantizer = getattr(layer, slot)
         if quantizer is not None:
-            setattr(slots, slot, None if is_silent else Rounding(quantizer.current))
+            setattr(slots, slot, None if is_silent else _rounding(quantizer.current))
+
+
+def _rounding(quantizer: ActivationQuantizer) -> nn.Module:
+    return TokenRounding() if quantizer.spec.dynamic else Rounding(quantizer)
 
 
 def _integers(name: str, layer: QuantizedLayer) -> tuple[Tensor, Tensor, int]:

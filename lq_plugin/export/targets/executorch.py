@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lq_plugin.export.integer_program.options import TAKES
 from lq_plugin.export.integer_program.target import IntegerProgramTarget
 from lq_plugin.export.integer_program.timing import ProgramTiming
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, register_target
+from lq_plugin.intent.spec import PerToken, QuantSpec
 
 
 class _Timing(ProgramTiming):
@@ -36,6 +38,19 @@ class ExecuTorch(IntegerProgramTarget):
     packages = runtimes = ("executorch",)
     timings: ClassVar = {"executorch": _Timing(name)}
     title = "XNNPACK"
+    takes: ClassVar = {**TAKES, "input": (*TAKES["input"], "int8 per_token affine dynamic")}
+    takes_dynamic = True
+
+    def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        from lq_plugin.export.integer_program.faults import token_fault
+
+        return token_fault(slot, spec, layer) if spec.dynamic else super().spec_fault(slot, spec, layer)
+
+    def own_spec(self, slot: str, spec: QuantSpec) -> QuantSpec:
+        # XNNPACK's scale is (max - min) / 255 of a token.
+        if spec.dynamic and spec.format_name == "int" and isinstance(spec.granularity, PerToken):
+            return spec.replace(affine=True, narrow_range=False)
+        return super().own_spec(slot, spec)
 
     def products(self, path: Path, runtime: str | None) -> Products:
         from lq_plugin.export.executorch_products import executorch_products
