@@ -257,9 +257,11 @@ def ledger_of(
             reason = "; ".join(filter(None, (_missing(plan, slots), why_left_out(layer)))) or None
             # A weight counts as it is used, not as what it is computed from.
             size = weight_of(layer).numel()
-            whole = bool(plan.weight and plans[input_owner(name, layer)].input)
+            reads = input_owner(name, layer)
+            whole = bool(plan.weight and plans[reads].input)
             if isinstance(layer, CompoundWeight):
-                reason, others = reason or layer.remark, 0
+                shared = f"reads the input of {reads}, quantized there" if reads != name and whole else None
+                reason, others = reason or layer.remark or shared, 0
             else:
                 sources = {id(source) for source in weight_sources(layer)}
                 others = sum(p.numel() for p in layer.parameters(recurse=False) if id(p) not in sources)

@@ -120,3 +120,13 @@ def test_a_weight_that_is_handed_to_another_module_is_float() -> None:
     ledger = ledger_of(Distances(), "w8a8", torch.randn(3, 8))
     assert "norm reads its weight, in float" in str(ledger["table"].reason)
     assert ledger.weight_coverage == 32 / (32 + 40)
+
+
+def test_a_reverse_direction_reads_the_input_that_the_forward_one_quantizes() -> None:
+    """It has no input quantizer of its own, which would look like a float input in the table."""
+    gru = nn.GRU(8, 6, bidirectional=True)
+    reasons = {entry.name: entry.reason for entry in lq_plugin.prepare(gru, "w4a8")}
+    assert reasons["weight_ih_l0_reverse"] == "reads the input of weight_ih_l0, quantized there"
+    assert reasons["weight_ih_l0"] is None
+    left_out = lq_plugin.prepare(nn.GRU(8, 6, bidirectional=True), "w4")
+    assert next(entry.reason for entry in left_out if entry.name == "weight_ih_l0_reverse") is None
