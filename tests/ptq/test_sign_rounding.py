@@ -139,3 +139,15 @@ def test_options_that_would_do_nothing_are_refused(name: str, value: object) -> 
         ReconstructOptions(method="signround", **{name: value})
     assert getattr(ReconstructOptions(**{name: value}), name) == value
     ReconstructOptions(method="signround", scale_learning_rate=0.0, beta=[20.0, 2.0])
+
+
+def test_folders_of_earlier_versions_say_nothing_of_a_method(tmp_path: Path) -> None:
+    """What AdaRound kept before there was a method is gone on with; SignRound is another run."""
+    net, x = prepared(nn.Linear(8, 4), correlated(64, 8), "int3 per_channel minmax"), correlated(64, 8)
+    kept = []
+    for method, options in (("adaround", {}), ("signround", PAPER)):
+        folder = tmp_path / method
+        reconstruct(copy.deepcopy(net), [x], by="layer", iterations=2, folder=str(folder), **options)
+        kept.append("".join(path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file()))
+    assert "method" not in kept[0]
+    assert "signround" in kept[1]

@@ -184,6 +184,46 @@ def test_a_search_measures_pairs_once_and_goes_on_with_them(model: DigitsCNN, tm
     assert len(sampler.problem.features.pairs) == 5
 
 
+def test_a_pair_counts_relative_to_the_harm_of_its_plan() -> None:
+    """Errors that hardly matter next to others are of no influence, however large they are."""
+    space = space_of(4)
+    harm = {u.name: dict.fromkeys(map(str, u.choices), 0.0) for u in space.units}
+    plans = []
+    # The first two units harm most, in a plan that the other two do not make much worse; those harm alone in another.
+    for values in ((100.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0)):
+        choice = {u.name: u.choices[0] if value else u.choices[2] for u, value in zip(space.units, values, strict=True)}
+        for unit, value in zip(space.units, values, strict=True):
+            harm[unit.name][str(unit.choices[0])] = max(value, harm[unit.name][str(unit.choices[0])])
+        plans.append({k: v for u in space.units for k, v in u.params(choice[u.name]).items()})
+    first, second = influential_pairs(space, harm, plans, 9)
+    # 2 √(100 · 1) / 101 = 0.198 comes after 2 √(1 · 1) / 2 = 1.
+    assert [unit.name for unit, _ in first] == ["layer2.weight", "layer3.weight"]
+    assert [unit.name for unit, _ in second] == ["layer0.weight", "layer1.weight"]
+
+
+def test_the_first_plans_avoid_pairs_that_harm(model: DigitsCNN, monkeypatch: Any) -> None:
+    import lq_plugin.search.study.worker as worker
+
+    def harmful(evaluator: Evaluator, name: str, pairs: Any, batches: int) -> list[Pair]:
+        return [Pair(u.name, str(c), v.name, str(d), 1e6) for (u, c), (v, d) in pairs]
+
+    monkeypatch.setattr(worker, "measure_pairs", harmful)
+    given = {"space": SPACE, "metric": "val/acc", "trainer": CPU, "progress": False, "seeds": 3, "pairs": 5}
+    given |= {"calibration_batches": 1, "sensitivity_batches": 1, "uniform": False}
+    study = search(model, DigitsDataModule(batch_size=120), n_trials=3, **given).study
+    assert isinstance(study.sampler, SurrogateSampler)
+    units = study.sampler.problem.units
+    chosen = [
+        {(unit.name, str(unit.choice(trial.params))) for unit in units}
+        for trial in study.trials
+        if trial.user_attrs["origin"].startswith("ilp")
+    ]
+    pairs = [{(p[0], p[1]), (p[2], p[3])} for p in study.user_attrs["sensitivity_pairs"]]
+    assert chosen
+    assert len(pairs) == 5
+    assert not any(pair <= plan for pair in pairs for plan in chosen)
+
+
 def test_a_study_that_began_without_pairs_says_that_it_measures_none(model: DigitsCNN, caplog: Any) -> None:
     storage = InMemoryStorage()
     for n_trials, pairs in ((2, 0), (3, 5)):

@@ -7,8 +7,9 @@ choices, the loss of a plan to second order is xᵀGx: its diagonal is the sensi
 
 where s(i, j) is measured with both choices and everything else float (CLADO: Deng et al., "Mixed-Precision Quantization
 for Deep Vision Models with Integer Quadratic Programming", DAC 2025, arXiv 2307.05657). CLADO measures all pairs, half
-the square of layers times choices. Here those are measured that change the predicted harm of good plans most; what the
-other pairs do is learned from finished trials (`lq_plugin.search.surrogate.regression`).
+the square of layers times choices, and makes G positive semidefinite. Here those are measured that change the predicted
+harm of good plans most, and are taken as measured; what the other pairs do is learned from finished trials
+(`lq_plugin.search.surrogate.regression`).
 """
 
 from __future__ import annotations
