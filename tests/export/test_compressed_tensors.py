@@ -461,10 +461,70 @@ def test_adapters_are_merged_first(tmp_path, monkeypatch):
     model = peft.get_peft_model(llama(), config).eval()
     prepare(model, QuantPlan([Rule("*_proj*", weight="int4 group32"), Rule("*lora*", weight="float")]))
     calibrate(model, ())
-    with pytest.raises(ExportError, match=r"adapters of PEFT are not merged .*merge_and_unload\(\)"):
+    with pytest.raises(ExportError, match=r"adapters of PEFT are not merged .*merge_and_unload\(\).*'beside'"):
         export_model(model, tmp_path / "model", target=NAME)
     merged = model.merge_and_unload()
     assert torch.equal(logits(exported(merged, tmp_path / "model")), logits(merged))
+
+
+def adapted(monkeypatch, *rules, **options):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(transformers.PreTrainedModel, "is_gradient_checkpointing", False)  # PEFT's use of it warns
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(llama(), config).eval()
+    prepare(model, QuantPlan([Rule("*lora*", weight="float"), *rules]))
+    calibrate(model, [TOKENS])
+    return peft, model
+
+
+@pytest.mark.parametrize("act", ["float", "int8"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "and a trained head"])
+def test_adapters_beside_their_base(act, options, tmp_path, monkeypatch):
+    """The folder is the base for transformers; with the adapters next to it, PEFT computes what was trained."""
+    weight = "int4 group32" if act == "float" else "int8 per_channel"
+    peft, model = adapted(monkeypatch, Rule("*layers*_proj*", weight=weight, input=act),
+                          Rule("*lora*", weight="float", input="float"), **options)  # fmt: skip
+    with torch.no_grad():
+        model.base_model.model.lm_head.weight.mul_(1.5)
+    wanted, path = logits(model), tmp_path / "model"
+    size = export_model(model, path, target=NAME, adapters="beside")
+    assert size == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    base = loaded(path)
+    with model.disable_adapter():
+        without = logits(model)
+    assert torch.equal(logits(base), without) or options
+    assert not torch.equal(wanted, without)
+    again = peft.PeftModel.from_pretrained(base, path / "adapters").eval()
+    assert torch.equal(logits(again), wanted)
+    assert torch.equal(logits(model), wanted)
+    assert verify(model, path, [TOKENS], target=NAME).bit_equal
+    # vLLM knows a layer's adapter by these names.
+    names = load_file(path / "adapters" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert not any("quantizer" in name or "base_layer" in name for name in names)
+
+
+def test_peft_wraps_packed_weights_after_a_forward_pass_alone(tmp_path, monkeypatch):
+    """A row of examples/runtimes.md; fails when PEFT or transformers changes it."""
+    peft, model = adapted(monkeypatch, Rule("*_proj*", weight="int4 group32"), Rule("*lora*", weight="float"))
+    export_model(model, tmp_path / "model", target=NAME, adapters="beside")
+    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+        peft.PeftModel.from_pretrained(loaded(tmp_path / "model"), tmp_path / "model" / "adapters")
+
+
+def test_adapters_that_cannot_be_written_beside_are_refused(tmp_path, monkeypatch):
+    _, model = adapted(monkeypatch, Rule("*_proj*", weight="int4 group4"))
+    with pytest.raises(ExportError, match=r"q_proj\.lora_A\.default is quantized, and PEFT writes"):
+        export_model(model, tmp_path / "model", target=NAME, adapters="beside")
+    _, model = adapted(monkeypatch, Rule("*mlp*", weight="int4 group32"))
+    model.add_adapter("second", model.peft_config["default"])
+    with pytest.raises(ExportError, match=r"several adapters \(default, second\), a folder has one"):
+        export_model(model, tmp_path / "model", target=NAME, adapters="beside")
+    with pytest.raises(ExportError, match="adapters='beside', and LlamaForCausalLM has no adapters of PEFT"):
+        export_model(quantized(("*proj", "int4 group32", None)), tmp_path / "m", target=NAME, adapters="beside")
+    with pytest.raises(ExportError, match="adapters is 'merged' or 'beside', got 'both'"):
+        export_model(model, tmp_path / "model", target=NAME, adapters="both")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_the_tokenizer_come_along(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.compressed_tensors.adapters import FOLDER, open_adapted
 from lq_plugin.export.compressed_tensors.schemes import scheme_of
 from lq_plugin.export.compressed_tensors.source import experts_of, must_be_dequantized
 from lq_plugin.export.compressed_tensors.weights import layer_tensors
@@ -31,12 +32,13 @@ _BESIDE = (
 )  # fmt: skip
 
 
-def write_folder(source: Any, path: Path) -> int:
+def write_folder(source: Any, path: Path, adapted: Any = None) -> int:
     """Writes a quantized transformers model as a folder; returns the size of its files in bytes.
 
     Args:
         source: `PreTrainedModel`, calibrated, without faults; it is not changed.
         path: of the folder.
+        adapted: `PeftModel` whose adapters are written next to it; None: there are none.
     """
     with replacing_folder(path, ExportError) as folder:
         with _config_of_folder(source):
@@ -45,14 +47,16 @@ def write_folder(source: Any, path: Path) -> int:
         for name in _BESIDE:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
-        for file in folder.glob("*.safetensors"):
+        if adapted is not None:
+            adapted.save_pretrained(folder / FOLDER)
+        for file in folder.rglob("*.safetensors"):
             # safetensors makes files that only their owner can read.
             shutil.copymode(folder / "config.json", file)
-        return sum(file.stat().st_size for file in folder.iterdir())
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def open_folder(path: Path) -> nn.Module:
-    """Returns the model in a folder, as transformers loads it.
+    """Returns the model in a folder, as transformers loads it, with the adapters next to it in PEFT's layers.
 
     Raises:
         ExportError: it is no folder of a transformers model.
@@ -66,7 +70,7 @@ def open_folder(path: Path) -> nn.Module:
     if not isinstance(kind, str) or not hasattr(transformers, kind):
         raise ExportError(f"{path}: transformers has no architecture {kind!r}")
     model: nn.Module = getattr(transformers, kind).from_pretrained(path, dtype="auto", local_files_only=True)
-    return model.eval()
+    return open_adapted(model.eval(), path / FOLDER) if (path / FOLDER).is_dir() else model.eval()
 
 
 def quantization_config(source: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lq_plugin.errors import ExportError
+from lq_plugin.export.compressed_tensors.adapters import adapter_faults, wrapped_parts
 from lq_plugin.export.compressed_tensors.schemes import is_symmetric, scheme_of
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.prepare import quantized_layers
@@ -55,8 +56,13 @@ def source_of(model: nn.Module) -> tuple[str, Any]:
     raise ExportError(f"{kind} holds {len(quantized or found)} {what}: {listed}; a folder is one: export it alone")
 
 
-def source_faults(model: nn.Module) -> list[str]:
-    """Returns what keeps a folder from holding a prepared model, its specs aside."""
+def source_faults(model: nn.Module, adapters: str = "merged") -> list[str]:
+    """Returns what keeps a folder from holding a prepared model, its specs aside.
+
+    Args:
+        model: that holds a transformers model.
+        adapters: the target's option.
+    """
     try:
         name, source = source_of(model)
     except ExportError as error:
@@ -66,13 +72,16 @@ def source_faults(model: nn.Module) -> list[str]:
     faults = [
         f"{layer} is quantized and no part of {name} ({type(source).__name__}): leave it float" for layer in outside
     ]
-    adapters = [part for part, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]
-    # PEFT's own model around the source is one, each layer with an adapter another.
-    if adapters := [part for part in adapters if part.startswith(prefix) and part != name]:
+    parts = wrapped_parts(model, prefix)
+    if parts and adapters == "beside":
+        faults += adapter_faults(model, prefix)
+    elif parts:
         faults.append(
-            f"adapters of PEFT are not merged ({', '.join(adapters[:3])}, {len(adapters)} in all): call "
-            "merge_and_unload(), and export what it returns"
+            f"adapters of PEFT are not merged ({', '.join(parts[:3])}, {len(parts)} in all): call merge_and_unload(), "
+            "and export what it returns; or adapters='beside' writes them next to the base, float as they are"
         )
+    elif adapters == "beside":
+        faults.append(f"adapters='beside', and {type(model).__name__} has no adapters of PEFT")
     return faults
 
 

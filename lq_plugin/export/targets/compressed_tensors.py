@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lq_plugin.export.request import Request
+from lq_plugin.export.request import Option, Request
 from lq_plugin.export.target import Reader, Target, nearest_spec, register_target
 from lq_plugin.intent.ranges import range_kind
 from lq_plugin.intent.spec import QuantSpec
+
+
+def _adapters_fault(value: Any) -> str | None:
+    return None if value in ("merged", "beside") else f"adapters is 'merged' or 'beside', got {value!r}"
 
 
 @register_target
@@ -24,6 +28,7 @@ class CompressedTensors(Target):
     summary = "a transformers model for transformers and vLLM: INT4, INT8, W8A8, FP8, NVFP4, MXFP4, or several"
     packages = ("compressed_tensors", "transformers")
 
+    options = (Option("adapters", "merged", _adapters_fault),)
     takes: ClassVar = {
         "weight": ("int4 group32", "int8 per_channel", "int4 per_channel", "fp8 per_channel", "nvfp4", "mxfp4"),
         "input": ("int8", "uint8 affine", "int8 per_token narrow dynamic", "fp8", "fp8 per_token dynamic"),
@@ -33,7 +38,7 @@ class CompressedTensors(Target):
     def model_faults(self, request: Request) -> list[str]:
         from lq_plugin.export.compressed_tensors.source import decompression_faults, source_faults
 
-        faults = source_faults(request.model) + super().model_faults(request)
+        faults = source_faults(request.model, self.settings(request)["adapters"]) + super().model_faults(request)
         return faults or decompression_faults(request.model)
 
     def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
@@ -56,10 +61,14 @@ class CompressedTensors(Target):
         return spec.replace(signed=True, affine=False, narrow_range=spec.dynamic)
 
     def write(self, request: Request) -> int:
+        from lq_plugin.export.compressed_tensors.adapters import taken_apart
         from lq_plugin.export.compressed_tensors.folder import write_folder
         from lq_plugin.export.compressed_tensors.source import source_of
 
         assert request.path is not None
+        if self.settings(request)["adapters"] == "beside":
+            base, adapted = taken_apart(request.model)
+            return write_folder(base, request.path, adapted)
         return write_folder(source_of(request.model)[1], request.path)
 
     def open(self, path: Path, runtime: str | None, fresh: Callable[[], Any] | None) -> Reader:
