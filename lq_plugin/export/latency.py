@@ -40,6 +40,8 @@ from lq_plugin.utilities.files import make_folder, temporary_folder, write_file
 log = logging.getLogger(__name__)
 
 _FLOAT = "float"
+#: Ends the kind of an input whose range is found at run time.
+_DYNAMIC = " dynamic"
 _WARM_UP = 3
 #: Between two lines of progress.
 _SECONDS = 5.0
@@ -72,8 +74,8 @@ class LatencyTable:
             row = self.layers.get(name)
             if row is None or not plan:
                 continue
-            # Tables of earlier versions have the bits of the plan.
-            keys = [pair(plan, _timing(self.options).smallest), pair(plan)]
+            # Tables of earlier versions have the bits of the plan, and one entry for ranges of both kinds.
+            keys = [_kind(plan, self.options), pair(plan).replace(_DYNAMIC, "")]
             if (key := next((key for key in keys if key in row), None)) is None:
                 raise ExportError(f"the latency of {name} was not measured for '{keys[0]}'; measured: {', '.join(row)}")
             total += row[key] - row[_FLOAT]
@@ -121,7 +123,7 @@ def _input_kind(spec: QuantSpec | None) -> str:
     bits = 8 if spec.grid.levels <= 256 else 16
     # Fewer levels than the type has are clipped to first.
     clipped = " clipped" * (spec.grid.levels not in (256, 65536))
-    return f"{bits} bit{clipped}{' per_channel' * isinstance(spec.granularity, PerChannel)}"
+    return f"{bits} bit{clipped}{' per_channel' * isinstance(spec.granularity, PerChannel)}{_DYNAMIC * spec.dynamic}"
 
 
 def latency_table(
@@ -155,10 +157,9 @@ def latency_table(
     model = float_copy(model)
     batch = [_resized(x, options.batch) for x in inputs]
     wanted: dict[str, dict[str, LayerPlan]] = {}
-    smallest = _timing(options).smallest
     for plan in plans:
         for name, layer_plan in plan.items():
-            wanted.setdefault(name, {_FLOAT: LayerPlan()}).setdefault(pair(layer_plan, smallest), layer_plan)
+            wanted.setdefault(name, {_FLOAT: LayerPlan()}).setdefault(_kind(layer_plan, options), layer_plan)
     seen = _inputs_of_layers(model, batch, wanted)
     left_out = {name: "it is no module of its own, or no batch reached it" for name in wanted if name not in seen}
     whole = f"model {hashlib.sha256(f'{model} {[tuple(x.shape) for x in batch]}'.encode()).hexdigest()[:16]}"
@@ -197,6 +198,10 @@ def model_graph(model: nn.Module, inputs: Sequence[Tensor], options: LatencyOpti
     """
     batch = [_resized(x, options.batch) for x in inputs]
     return functools.cache(functools.partial(_timing(options).shared, model, batch))
+
+
+def _kind(plan: LayerPlan, options: LatencyOptions) -> str:
+    return pair(plan, _timing(options).smallest_of(plan))
 
 
 def _timing(options: LatencyOptions) -> Timing:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lq_plugin.intent.plan import LayerPlan
+
 
 class Timing(ABC):
     """Base class of what `lq_plugin.export.latency` asks for files of a runtime, float and quantized ones."""
@@ -15,6 +17,10 @@ class Timing(ABC):
     suffix: ClassVar[str]
     #: Bits of the smallest integers that its files hold: weights of fewer bits are as fast.
     smallest: int
+
+    def smallest_of(self, plan: LayerPlan) -> int:
+        """Returns the bits of the smallest integers that the weight of a layer may have in its files."""
+        return self.smallest
 
     def shared(self, model: Any, inputs: Sequence[Any]) -> Any:
         """Returns what the files of a model under several plans have in common, which is made once; None: nothing.

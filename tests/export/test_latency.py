@@ -66,6 +66,7 @@ def test_a_plan_exchanges_the_time_of_its_layers() -> None:
         (plan("int8"), plan("int8", "uint8"), False),
         (plan("int8", "uint8"), plan("int8", "uint7"), False),
         (plan("bwn"), plan("twn"), False),
+        (plan("int8", "int8 per_token dynamic"), plan("int8", "int8"), False),
     ],
 )
 def test_what_leads_to_the_same_kernel_is_timed_once(one: LayerPlan, other: LayerPlan, equal: bool) -> None:
@@ -75,6 +76,21 @@ def test_what_leads_to_the_same_kernel_is_timed_once(one: LayerPlan, other: Laye
 def test_tables_of_earlier_versions_have_the_bits_of_the_plan() -> None:
     table = LatencyTable(LatencyOptions("openvino"), 8.0, {"0": {"float": 4.0, "int2 per_channel / 8 bit": 2.0}})
     assert table.predict({"0": plan("int2 per_channel", "uint8 affine")}) == 6.0
+
+
+def test_half_bytes_next_to_tokens_have_an_entry_of_their_own() -> None:
+    """ExecuTorch holds 4-bit weights as bytes, but as half a byte next to inputs with a range for each token."""
+    row = {"float": 4.0, "int8 per_channel / 8 bit": 3.0}
+    row |= {"int8 per_channel / 8 bit dynamic": 2.0, "int4 per_channel / 8 bit dynamic": 1.0}
+    table = LatencyTable(LatencyOptions("executorch"), 8.0, {"0": row})
+    found = {
+        (weight, read): table.predict({"0": plan(f"{weight} per_channel", read)})
+        for weight in ("int8", "int4", "int3")
+        for read in ("int8", "int8 per_token affine dynamic")
+    }
+    assert list(found.values()) == [7.0, 6.0, 7.0, 5.0, 7.0, 5.0]
+    earlier = LatencyTable(LatencyOptions("onnxruntime"), 8.0, {"0": {"float": 4.0, "int8 per_channel / 8 bit": 3.0}})
+    assert earlier.predict({"0": plan("int8 per_channel", "uint8 affine dynamic")}) == 7.0
 
 
 def test_milliseconds_are_those_of_one_sample() -> None:

@@ -11,11 +11,16 @@ from lq_plugin.export.integer_program.target import IntegerProgramTarget
 from lq_plugin.export.integer_program.timing import ProgramTiming
 from lq_plugin.export.request import Request
 from lq_plugin.export.target import Products, Reader, register_target
+from lq_plugin.intent.plan import LayerPlan
 from lq_plugin.intent.spec import PerToken, QuantSpec
 
 
 class _Timing(ProgramTiming):
     suffix = ".pte"
+
+    def smallest_of(self, plan: LayerPlan) -> int:
+        # Next to tokens, weights of up to 4 bits are half a byte.
+        return 4 if plan.input is not None and plan.input.dynamic else self.smallest
 
     def write_float(self, model: Any, inputs: Sequence[Any], path: Path, shared: Callable[[], Any]) -> None:
         from lq_plugin.export.executorch_file import float_executorch
