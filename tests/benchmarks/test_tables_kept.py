@@ -269,3 +269,11 @@ def test_recurrent_layers() -> None:
     assert [row[0] for row in rows] == list(names)
     for label, *cells in rows:
         assert cells == [ratios[kind, names[label]] for kind in ("LSTM", "GRU")], label
+
+
+def test_set_up() -> None:
+    found = results("set_up")["results"]
+    for name, *cells in with_head("make demo", "now", "earlier"):
+        key = {"CPU of both, s": "cpu"}.get(name, name.partition(",")[0])
+        scale, digits = (1e9, 2) if name.endswith("GB") else (1, 0)
+        assert cells == [f"{found[when][key] / scale:.{digits}f}" for when in ("now", "earlier")], name
