@@ -269,14 +269,97 @@ def test_tied_heads(rules, tmp_path):
     assert "model.embed_tokens.weight" in keys
 
 
-def test_quantized_experts_are_refused_by_name(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2}
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
-    prepare(model, "int4 group32")
+EXPERTS = {
+    "mixtral": ("Mixtral", {"num_local_experts": 2}),
+    "qwen": ("Qwen3Moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16}),
+    "oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}),
+}
+
+
+def with_experts(kind, rules, layers=2):
+    name, own = EXPERTS[kind]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **own)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    prepare(model, QuantPlan([Rule(match, weight=weight) for match, weight in rules.items()]))
     calibrate(model, [TOKENS])
-    wanted = r"experts\.gate_up_proj\.weight .*: weights of linear layers are held, not those of a MixtralExperts"
-    with pytest.raises(ExportError, match=wanted):
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+@pytest.mark.parametrize(
+    ("experts", "attention", "groups"),
+    [
+        ("int4 group32 mse", "int4 group32 mse", 1),
+        ("int3 per_channel", "fp8 per_channel", 2),
+        ("fp8", "int8 per_channel", 2),
+        ("int8 group16", "float", 1),
+        ("int5", "int5 per_channel", 1),
+    ],
+)
+def test_experts_are_packed_one_by_one(kind, experts, attention, groups, tmp_path):
+    """A folder has codes and scales for each expert's matrices; transformers reads them to the same logits."""
+    model = with_experts(kind, {"*.self_attn.*": attention, "*.experts.*": experts})
+    loaded = exported(model, tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert not [key for key in stored if "quantize" in key]
+    of_experts = {key for key in stored if ".experts." in key}
+    count = 2 * (2 if kind == "mixtral" else 3) * 3
+    assert len({key.rpartition(".")[0] for key in of_experts}) == count
+    codes = [key for key in of_experts if key.endswith((".weight", ".weight_packed"))]
+    assert len(codes) == len([key for key in of_experts if key.endswith(".weight_scale")]) == count
+    assert {stored[key].dtype for key in codes} == {torch.float8_e4m3fn if experts == "fp8" else torch.int32}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert len({json.dumps(group["weights"]) for group in config["config_groups"].values()}) == groups
+    assert not [rule for rule in config["ignore"] if "expert" in rule]
+
+
+def test_codes_of_an_expert_are_those_of_its_rows(tmp_path):
+    """Unpacked by hand: the first matrix of `gate_up_proj` is `w1` above `w3`."""
+    model = with_experts("mixtral", {"*.experts.*": "int4 group32"}, layers=1)
+    want = model.model.layers[0].mlp.experts.gate_up_proj.detach()[1, 64:]
+    exported(model, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    place = "model.layers.0.block_sparse_moe.experts.1.w3.weight_"
+    words, scale = stored[f"{place}packed"], stored[f"{place}scale"]
+    codes = torch.stack([(words >> (4 * i) & 15) - 8 for i in range(8)], -1).flatten(1)
+    steps = want.view(64, 2, 32).abs().amax(2) / 7
+    assert stored[f"{place}shape"].tolist() == [64, 64]
+    levels = (want.view(64, 2, 32) / scale[..., None]).round().clamp(-8, 7).view(64, 64)
+    assert torch.equal(codes, levels.int())
+    assert (scale <= steps * 1.0001).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "message"),
+    [
+        (
+            "oss",
+            {"*.experts.*": "int4 group32"},
+            "experts are held as .experts, outputs, inputs., here",
+        ),
+        ("qwen", {"*.experts.*": "mxfp4"}, "symmetric integers of 2 to 8 bits, or fp8; .* 'int4 group32'"),
+        ("qwen", {"*.experts.*": "int4 affine"}, "affine.: experts are symmetric integers of 2 to 8 bits, or fp8;"),
+        ("qwen", {"*.experts.*": "fp8 block32"}, "E4M3 with a scale for each channel; .* 'fp8 per_channel'"),
+        ("qwen", {"*.experts.gate_up_proj": "int4"}, "all quantized or all float, here .*down_proj is float"),
+        (
+            "qwen",
+            {"*.experts.*": "int4 group16", "*.1.mlp.experts.*": "int8 group16"},
+            "one spec in a folder, got int4 group16, int8 group16",
+        ),
+        (
+            "mixtral",
+            {"*.gate.weight": "int4 group32"},
+            "layers and of experts are held, not .* MixtralTopK",
+        ),
+    ],
+)
+def test_experts_that_a_folder_cannot_hold(kind, rules, message, tmp_path):
+    model = with_experts(kind, rules)
+    with pytest.raises(ExportError, match=message):
         export_model(model, tmp_path / "model", target=NAME)
     assert not (tmp_path / "model").exists()
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.compressed_tensors.adapters import FOLDER, open_adapted
+from lq_plugin.export.compressed_tensors.experts import expert_tensors, is_stack, stacks_of
 from lq_plugin.export.compressed_tensors.schemes import scheme_of
 from lq_plugin.export.compressed_tensors.source import experts_of, must_be_dequantized
 from lq_plugin.export.compressed_tensors.weights import layer_tensors
 from lq_plugin.intent.formats import SLOTS
-from lq_plugin.layers import QuantizedLayer
+from lq_plugin.layers import CONTAINER, QuantizedLayer
 from lq_plugin.model.prepare import quantized_layers
 from lq_plugin.model.unreached import unreached
 from lq_plugin.utilities.files import replacing_folder
@@ -83,22 +84,24 @@ def quantization_config(source: nn.Module) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
 
     groups: list[tuple[dict[str, Any], list[str]]] = []
-    stored = _stored_layers(source)
-    for name, layer in stored.items():
+    stored, stacks = _stored_layers(source), stacks_of(source)
+    # Other parts of an expert's name are not those of the file.
+    own = sorted({name.split(".")[-2] for name in stacks})
+    names = {name: [name] for name in stored} | {name: [_inside(each) for each in own] for name in list(stacks)[:1]}
+    for name, layer in (stored | stacks).items():
         quantizers: tuple[Any, Any] = layer.weight_quantizer, layer.input_quantizer
         specs = [None if quantizer is None else quantizer.current.spec for quantizer in quantizers]
         scheme = scheme_of(cast(Any, specs[0]), specs[1])
         group = next((names for known, names in groups if known == scheme), None)
         if group is None:
-            groups.append((scheme, [name]))
-        else:
-            group.append(name)
+            groups.append((scheme, group := []))
+        group += names.get(name, [])
     if len(groups) == 1:
         groups = [(groups[0][0], ["Linear"])]
     linear = [name for name, module in source.named_modules() if isinstance(module, nn.Linear)]
     # Experts are linear layers in the file, vLLM would take them for quantized ones. Their module's path is another one
     # there, its own name is the same.
-    experts = sorted({name.split(".")[-2] for name in experts_of(source)})
+    experts = sorted({name.split(".")[-2] for name in experts_of(source) if name not in stacks})
     formats = {scheme["format"] for scheme, _ in groups}
     config = QuantizationConfig.model_validate(
         {
@@ -109,12 +112,17 @@ def quantization_config(source: nn.Module) -> dict[str, Any]:
             "quantization_status": "compressed",
             "ignore": [
                 *(name for name in linear if name not in stored),
-                *(rf"re:.*\.{re.escape(name)}(\..*)?$" for name in experts),
+                *map(_inside, experts),
             ],
         }
     )
     fields: dict[str, Any] = {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
     return fields | ({"dequantize": True} if must_be_dequantized(source) else {})
+
+
+def _inside(name: str) -> str:
+    """Returns the rule for all layers in modules of this name."""
+    return rf"re:.*\.{re.escape(name)}(\..*)?$"
 
 
 def _stored_layers(source: nn.Module) -> dict[str, QuantizedLayer]:
@@ -123,7 +131,7 @@ def _stored_layers(source: nn.Module) -> dict[str, QuantizedLayer]:
     return {
         name: layer
         for name, layer in quantized_layers(source)
-        if layer.weight_quantizer is not None and name not in silent
+        if layer.weight_quantizer is not None and name not in silent and not is_stack(layer)
     }
 
 
@@ -138,7 +146,12 @@ def _tensors(source: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of the folder by name."""
     layers = quantized_layers(source)
     quantizers = tuple(f"{name}.{slot}_quantizer." for name, _ in layers for slot in SLOTS)
-    tensors = {key: value for key, value in source.state_dict().items() if not key.startswith(quantizers)}
+    stacks = stacks_of(source)
+    tensors = expert_tensors(source) | {
+        key: value
+        for key, value in source.state_dict().items()
+        if not key.startswith(quantizers) and f".{CONTAINER}." not in key and key not in stacks
+    }
     for name, layer in _stored_layers(source).items():
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": value for part, value in layer_tensors(layer).items()}

@@ -86,7 +86,7 @@ def weight_fault(spec: QuantSpec, layer: Any) -> str | None:
     if isinstance(layer, nn.Embedding):
         return "transformers cannot load packed embeddings"
     if not isinstance(layer, nn.Linear):
-        return f"weights of linear layers are held, not those of a {_kind(layer)}"
+        return f"weights of linear layers and of experts are held, not those of a {_kind(layer)}"
     quantizer = getattr(layer, "input_quantizer", None)
     inputs: QuantSpec | None = None if quantizer is None else quantizer.spec
     if spec.format_name in _BLOCKS:

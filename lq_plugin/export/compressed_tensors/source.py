@@ -10,6 +10,7 @@ from torch import nn
 
 from lq_plugin.errors import ExportError
 from lq_plugin.export.compressed_tensors.adapters import adapter_faults, wrapped_parts
+from lq_plugin.export.compressed_tensors.experts import architecture_fault, stacks_of
 from lq_plugin.export.compressed_tensors.schemes import is_symmetric, scheme_of
 from lq_plugin.intent.spec import QuantSpec
 from lq_plugin.model.prepare import quantized_layers
@@ -106,7 +107,15 @@ def decompression_faults(model: nn.Module) -> list[str]:
     """Returns what transformers could not read of a model without other faults."""
     _, source = source_of(model)
     schemes: dict[str, str] = {}
-    experts = experts_of(source)
+    stacks = stacks_of(source)
+    experts = [name for name in experts_of(source) if name not in stacks]
+    if stacks and experts:
+        return [f"experts are all quantized or all float, here {experts[0]} is float and {next(iter(stacks))} is not"]
+    if (fault := architecture_fault(source)) is not None:
+        return [fault]
+    specs = [cast(Any, stack.weight_quantizer).spec for stack in stacks.values()]
+    if len({str(scheme_of(spec, None)) for spec in specs}) > 1:
+        return [f"experts have one spec in a folder, got {', '.join(sorted(map(str, set(specs))))}"]
     if experts and any(spec.format_name != "fp8" for spec in _weight_specs(source)):
         return [
             f"transformers takes the weights of all experts for packed ones, and they stay float ({experts[0]}, "
@@ -114,7 +123,7 @@ def decompression_faults(model: nn.Module) -> list[str]:
         ]
     for name, layer in quantized_layers(source):
         weight, inputs = cast(Any, layer.weight_quantizer), cast(Any, layer.input_quantizer)
-        if weight is not None:
+        if weight is not None and name not in stacks:
             scheme = scheme_of(weight.spec, None if inputs is None else inputs.spec)
             schemes.setdefault(str(scheme), f"{name} ({weight.spec})")
     if len(schemes) < 2 or not must_be_dequantized(source):

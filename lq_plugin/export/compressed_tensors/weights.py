@@ -37,7 +37,7 @@ def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     return _packed(quantizer.spec, parts) if inputs is None else _integers(quantizer.spec, parts) | _input(inputs)
 
 
-def _signed(spec: QuantSpec, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+def signed(spec: QuantSpec, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """Returns codes, scales and zero points on the signed integers of the spec's bits: int8, float32, int8."""
     scale, codes = parts["scale"].values, parts["codes"].values
     if "coarse" in parts:
@@ -54,19 +54,22 @@ def _signed(spec: QuantSpec, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
 def _packed(spec: QuantSpec, parts: Parts) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-    codes, scale, zero = _signed(spec, parts)
-    tensors = {
-        "weight_packed": pack_to_int32(codes, spec.bit_width),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(codes.shape),
-    }
+    codes, scale, zero = signed(spec, parts)
+    tensors = packed(codes, spec.bit_width) | {"weight_scale": scale}
     if not is_symmetric(spec):
         tensors["weight_zero_point"] = pack_to_int32(zero, spec.bit_width, packed_dim=0).contiguous()
     return tensors
 
 
+def packed(codes: Tensor, bits: int) -> dict[str, Tensor]:
+    """Returns signed codes `[rows, columns]` of int8 packed into int32, and their shape."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    return {"weight_packed": pack_to_int32(codes.contiguous(), bits), "weight_shape": torch.tensor(codes.shape)}
+
+
 def _integers(spec: QuantSpec, parts: Parts) -> dict[str, Tensor]:
-    codes, scale, _ = _signed(spec, parts)
+    codes, scale, _ = signed(spec, parts)
     return {"weight": codes, "weight_scale": scale}
 
 

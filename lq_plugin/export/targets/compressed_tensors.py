@@ -42,8 +42,11 @@ class CompressedTensors(Target):
         return faults or decompression_faults(request.model)
 
     def spec_fault(self, slot: str, spec: QuantSpec, layer: Any) -> str | None:
+        from lq_plugin.export.compressed_tensors.experts import is_stack, stack_fault
         from lq_plugin.export.compressed_tensors.schemes import input_fault, weight_fault
 
+        if slot == "weight" and is_stack(layer):
+            return stack_fault(spec, layer)
         if slot == "weight":
             return weight_fault(spec, layer)
         return input_fault(spec, layer) if slot == "input" else "outputs stay float, the next layer's input is held"
