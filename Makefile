@@ -87,8 +87,9 @@ demo: $(DEMO)
 	$(BIN)/python -m lq_plugin.demo
 
 # The documentation site, static files in site/, with every link checked; on a web server for a look: make docs-serve.
+# The API pages import the ONNX functions.
 $(VENV)/.docs: $(DEMO)
-	$(BIN)/python -m pip install -e ".[docs]"
+	$(BIN)/python -m pip install -e ".[docs,onnx]"
 	touch $@
 
 docs: $(VENV)/.docs
