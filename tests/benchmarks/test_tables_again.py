@@ -132,7 +132,9 @@ def test_bytes_saved_for_backward(label: str) -> None:
 def test_files_in_their_runtimes(label: str, runtime: str, images: Images, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", RUNTIMES[runtime]):
         pytest.importorskip(package)
-    rows = with_head("model", "runtime", "within one step", "agreement", "integer products", "accuracy, model's")
+    rows = with_head(
+        "model", "runtime", "within one step", "agreement", "integer products", "accuracy, model's", "over its float"
+    )
     (said,) = (row for row in rows if row[:2] == [label, runtime])
     (case,) = (case for case in targets_models.CASES if [case.model, case.plan] == label.split())
     model, data = targets_models.build("resnet20", images.data, 1000)

@@ -151,16 +151,17 @@ def test_calibration() -> None:
 
 def test_files_in_their_runtimes() -> None:
     found = [row for row in results("targets")["results"] if row["target"] != "tensorrt"]  # read by ONNX Runtime, too
+    head = "model", "runtime", "within one step", "agreement", "integer products", "accuracy, model's", "over its float"
+    assert len(with_head(*head)) == sum(row["model"] != "llama" for row in found)
     measured = {(row["model"], row["plan"], row["runtime"], row["target"] == "openvino"): row for row in found}
-    for case, runtime, within, agreement, integer, accuracy in with_head(
-        "model", "runtime", "within one step", "agreement", "integer products", "accuracy, model's"
-    ):
+    for case, runtime, within, agreement, integer, accuracy, over_float in with_head(*head):
         row = measured[(*case.split(), RUNTIMES[runtime.removesuffix(", .xml")], runtime.endswith(", .xml"))]
         assert within == f"{100 * row['within_one_step']:.2f} %", (case, runtime)
         assert agreement == f"{100 * row['agreement']:.2f} %"
         assert integer == f"{row['integer']} of {row['products']}"
         both = f"{row['accuracy']:.1f}, {row['model_accuracy']:.1f}" if "accuracy" in row else ""
         assert accuracy == both
+        assert over_float == f"{row['over_float']:.2f}"
 
 
 def test_the_pretrained_transformer() -> None:

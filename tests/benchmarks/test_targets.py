@@ -58,18 +58,10 @@ def test_a_missing_runtime_is_a_row_that_says_so(tmp_path, monkeypatch):
     assert targets.show([row]).row_count == 1
 
 
-def test_what_the_page_says_of_files_is_what_was_measured():
-    root = Path(targets.__file__).parent
-    rows = json.loads((root / "results/targets.json").read_text(encoding="utf-8"))["results"]
-    page = (root / "README.md").read_text(encoding="utf-8").partition("## Files in their runtimes")[2]
-    cnn = [row for row in rows if row["model"] != "llama" and row["target"] != "tensorrt"]
-    lines = [line for line in page.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == len(cnn)
-    for line, row in zip(lines, cnn, strict=True):
-        accuracy = f"{row['accuracy']:.1f}, {row['model_accuracy']:.1f}" if "accuracy" in row else ""
-        assert line.startswith(f"| {row['model']} {row['plan']} | ")
-        assert line.endswith(
-            f"| {100 * row['within_one_step']:.2f} % | {100 * row['agreement']:.2f} % | "
-            f"{row['integer']} of {row['products']} | {accuracy} |"
-        )
-        assert row["within_one_step"] > 0.99
+def test_files_of_convolutions_are_within_a_step():
+    """What the page says of them is compared in `test_tables_kept`."""
+    rows = json.loads((Path(targets.__file__).parent / "results/targets.json").read_text(encoding="utf-8"))["results"]
+    for row in rows:
+        if row["model"] != "llama":
+            assert row["within_one_step"] > 0.99
+            assert row["target"] == "tensorrt" or row["integer"] == row["products"]
