@@ -8,11 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lq_plugin.errors import SpecError
 from lq_plugin.functional.codebook import Gradient, Method, assign, codebook_kmeans, fake_quantize_codebook, lookup
 from lq_plugin.functional.grouping import blocks, from_rows, to_rows, unblocks
 from lq_plugin.intent.builtin_formats import CODEBOOK_METHODS
 from lq_plugin.intent.formats import FORMATS
-from lq_plugin.intent.spec import QuantSpec
+from lq_plugin.intent.spec import PerGroup, QuantSpec
 from lq_plugin.quantizers.base import Levels, float32
 from lq_plugin.quantizers.registry import Container, Part, Parts, Statistics, Storage, Values, register_format
 from lq_plugin.quantizers.ternary import no_table
@@ -32,6 +33,12 @@ class CodebookWeightQuantizer(WeightQuantizer):
 
     def make_qparams(self) -> None:
         self.needs_calibration = True
+        group = self.spec.granularity
+        if isinstance(group, PerGroup) and self.shape[1] % group.group_size:
+            raise SpecError(
+                f"{self.name} ({self.spec}): a codebook is of a whole group, and {group.group_size} does not divide "
+                f"its {self.shape[1]} input channels"
+            )
         tables = torch.Size(self.scale_shape).numel()
         self.centroids = nn.Parameter(float32(0.0, (tables, 2**self.spec.bit_width)))
         members = torch.Size(self.shape).numel() // tables
