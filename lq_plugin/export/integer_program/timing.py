@@ -10,7 +10,7 @@ from lq_plugin.export.timing import Timing
 
 
 class ProgramTiming(Timing):
-    """Files of a target of integer programs; weights of fewer than 8 bits are bytes there.
+    """Files of a target of integer programs: weights of fewer than 8 bits are bytes, unless `smallest_of` says less.
 
     Args:
         target: its name.
